@@ -1,0 +1,59 @@
+"""Identity preference optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from torch import Tensor
+
+from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.records import LossOutput, PairedInputs, TokenLogProbs
+
+
+class IpoOptions(Options):
+    """Options of the loss `ipo`."""
+
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="The regularization (tau in the paper): the log-ratio margin is driven to 1 / (2 beta) and no "
+        "further, so 0.1 aims at a margin of 5 nats per token and 0.5 at 1.",
+    )
+    normalize: Literal["mean", "sum"] = Field(
+        default="mean",
+        description="mean: log-ratios per token, as the paper's authors advise; sum: over whole responses, as written.",
+    )
+
+
+def build(options: IpoOptions) -> Callable[[PairedInputs], LossOutput]:
+    """(h - 1 / (2 beta))^2, h the difference of the two log-ratios, per token or summed.
+
+    Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences", eq. 17. A row's
+    margin is added to the distance that h has to reach.
+    """
+
+    def log_ratio(policy: TokenLogProbs, reference: TokenLogProbs) -> Tensor:
+        ratio = policy.total - reference.total
+        return ratio / policy.count if options.normalize == "mean" else ratio
+
+    def ipo(inputs: PairedInputs) -> LossOutput:
+        policy, reference = inputs.policy, inputs.reference
+        assert reference is not None  # needs = {"reference"}
+        chosen = log_ratio(policy.chosen, reference.chosen)
+        rejected = log_ratio(policy.rejected, reference.rejected)
+        losses = (chosen - rejected - inputs.margin - 1 / (2 * options.beta)).square()
+        return LossOutput(losses=losses, metrics=reward_metrics(options.beta * chosen, options.beta * rejected))
+
+    return ipo
+
+
+@hookimpl
+def qpref_losses() -> Iterator[PairedLoss]:
+    yield PairedLoss(
+        name="ipo",
+        summary="identity preference optimization (Azar et al. 2023)",
+        options=IpoOptions,
+        build=build,
+        starts_at=lambda options: (1 / (2 * options.beta)) ** 2,
+    )

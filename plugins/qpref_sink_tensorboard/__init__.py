@@ -1,0 +1,58 @@
+"""Metrics as TensorBoard event files in the run folder: `pip install "qpref[tensorboard]"`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from qpref.errors import PluginError
+from qpref.hooks import Field, MetricSink, Options, SinkContext, hookimpl
+from qpref.records import MetricRow
+
+
+class TensorBoardOptions(Options):
+    """Options of the sink `tensorboard`."""
+
+    folder: str = Field(default="tensorboard", description="where the event files go; relative to the run folder")
+
+
+class TensorBoardWriter:
+    """Writes each finite value of a row as a scalar of the row's step.
+
+    Args:
+        folder: the event files' folder.
+        first_step: events from before a resume that lie after this step are hidden from the reader.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise PluginError(
+                "the sink 'tensorboard' needs the package tensorboardX", 'pip install "qpref[tensorboard]"'
+            ) from error
+        purge = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, row: MetricRow) -> None:
+        for name, value in row.values.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_tensorboard(options: TensorBoardOptions, context: SinkContext) -> TensorBoardWriter:
+    return TensorBoardWriter(context.run_folder / options.folder, context.first_step)
+
+
+@hookimpl
+def qpref_metric_sinks() -> Iterator[MetricSink]:
+    yield MetricSink(
+        name="tensorboard",
+        summary="TensorBoard event files in the run folder",
+        options=TensorBoardOptions,
+        open=open_tensorboard,
+    )

@@ -1,0 +1,46 @@
+"""qpref: preference training of 4-bit language models on one consumer GPU.
+
+import qpref
+run_folder = qpref.train("recipes/quickstart.toml", overrides=["train.epochs=2"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["train"]
+
+
+def train(
+    recipe: str | PathLike[str] | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    output: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Train by a recipe; the same as the command `qpref train`.
+
+    Args:
+        recipe: a TOML file, or its content as nested dicts (relative paths in it start at the current folder).
+        overrides: `table.key=value` each, as with `--set`.
+        output: the run folder; by default `runs/<the recipe's file name without .toml>`.
+        resume: go on from the run folder's newest checkpoint.
+        overwrite: remove a run that stands in the folder.
+
+    Returns:
+        The run folder; the trained adapter is in its `adapter/`.
+
+    Raises:
+        QprefError: see `qpref.errors`; the message says what to do.
+    """
+    from qpref.plan import make_plan
+    from qpref.train.run import train_plan
+
+    source = recipe if isinstance(recipe, Mapping) else Path(recipe)
+    plan = make_plan(source, overrides, Path(output) if output is not None else None)
+    return train_plan(plan, resume=resume, overwrite=overwrite)

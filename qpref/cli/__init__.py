@@ -1,0 +1,74 @@
+"""The `qpref` command. Heavy imports wait inside the commands, so `--help` and `plugins` answer at once."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from qpref import __version__
+from qpref.errors import QprefError
+
+COMMANDS = {
+    "train": "Train an adapter by a recipe.",
+    "merge": "Write base and adapter as one plain safetensors model.",
+    "plugins": "List the installed plugins.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports `qpref.cli.<command>` when that command is asked for; errors of a user's end as one message."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"qpref.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QprefError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever standard error is at the moment: a live progress bar replaces it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qpref")
+def main() -> None:
+    """Preference training (DPO and its kin) of 4-bit language models on one consumer GPU."""
+    logger = logging.getLogger("qpref")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_StderrHandler()]
+    logger.propagate = False
+    # Notes of the libraries to their own developers; errors still come through.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and remarks off the console."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

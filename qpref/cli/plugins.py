@@ -1,0 +1,31 @@
+"""`qpref plugins`"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command("plugins")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def command(as_json: bool) -> None:
+    """List the installed plugins, without importing any.
+
+    QPREF_DISABLE=loss-kto,acme:loss-dpo leaves some out.
+    """
+    from dataclasses import asdict
+
+    from qpref.hooks.manager import KINDS, installed_offers
+
+    offers = installed_offers()
+    if as_json:
+        click.echo(json.dumps([asdict(offer) for offer in offers], indent=2))
+        return
+    rows = [("KIND", "NAME", "DISTRIBUTION", "VERSION", "ENTRY POINT")]
+    for offer in offers:
+        kind = KINDS[offer.kind].noun if offer.kind in KINDS else f"unknown kind '{offer.kind}'"
+        rows.append((kind, offer.name, offer.distribution, offer.version, offer.entry_point))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,1 @@
+"""From files to packed batches: rows, records, token ids, one stream without padding."""

@@ -1,0 +1,83 @@
+"""Row dict -> record. Each shape that a row may have is written here once, whatever file it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from qpref.records import Finding, Message, PreferencePair, Row
+
+SIDES = ("prompt", "chosen", "rejected")
+ROLES = ("system", "user", "assistant")
+
+
+class _BadRowError(ValueError):
+    """Why a row is no pair; becomes a finding at the row's place."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def pair_of_row(row: Row) -> PreferencePair | Finding:
+    """A preference pair, or why the row is none.
+
+    `prompt`, `chosen` and `rejected` are texts, or lists of messages (`role`, `content`). A text prompt is one user
+    turn and a text response one assistant turn. `weight` and `margin` may stand beside them; other columns are left
+    alone.
+    """
+    try:
+        missing = [side for side in SIDES if row.values.get(side) is None]
+        if missing:
+            raise _BadRowError("not_a_pair", f"not a preference pair: no {' and no '.join(missing)}")
+        return PreferencePair(
+            prompt=_conversation(row.values["prompt"], "prompt", "user"),
+            chosen=_conversation(row.values["chosen"], "chosen", "assistant"),
+            rejected=_conversation(row.values["rejected"], "rejected", "assistant"),
+            weight=_number(row.values, "weight", 1.0, at_least=0.0),
+            margin=_number(row.values, "margin", 0.0, at_least=-math.inf),
+            source=row.source,
+        )
+    except _BadRowError as error:
+        return Finding(code=error.code, severity="error", message=str(error), source=row.source)
+
+
+def _conversation(value: object, side: str, role: str) -> tuple[Message, ...]:
+    if isinstance(value, str):
+        messages: tuple[Message, ...] = (Message(role=role, content=value),)
+    elif isinstance(value, list) and value:
+        messages = tuple(_message(turn, side) for turn in value)
+    else:
+        raise _BadRowError("not_a_pair", f"{side}: expected a text or a list of messages, found {_kind(value)}")
+    last = messages[-1]
+    if side == "prompt" and last.role != "user":
+        raise _BadRowError("not_a_pair", f"prompt: the last turn is the {last.role}'s; it has to be the user's")
+    if side != "prompt" and (len(messages) > 1 or last.role != "assistant"):
+        raise _BadRowError("not_a_pair", f"{side}: expected one turn of the assistant's")
+    if not last.content.strip():
+        raise _BadRowError("empty", f"{side} is empty")
+    return messages
+
+
+def _message(turn: object, side: str) -> Message:
+    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+        raise _BadRowError("not_a_pair", f"{side}: a message has the keys role and content, found {_kind(turn)}")
+    role, content = turn["role"], turn["content"]
+    if role not in ROLES:
+        raise _BadRowError("not_a_pair", f"{side}: role {role!r}; known: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise _BadRowError("not_a_pair", f"{side}: a message's content is a text, found {_kind(content)}")
+    return Message(role=role, content=content)
+
+
+def _number(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < at_least:
+        raise _BadRowError("not_a_pair", f"{name}: expected a number, found {value!r}")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return f"an object with the keys {', '.join(map(str, value)) or 'none'}"
+    return "an empty list" if value == [] else type(value).__name__

@@ -1,0 +1,221 @@
+"""The only module of the core that writes to disk.
+
+Every file appears whole or not at all: written under a temporary name, fsynced, renamed, and the folder fsynced.
+Folders that must appear as one (a checkpoint, an adapter, a merged model) are built beside their place and renamed
+into it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from qpref.errors import DiskError, RunLockedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STAGING_PREFIX = ".tmp-"
+
+
+def cache_folder() -> Path:
+    """Where converted base models and downloads are kept: $QPREF_CACHE, else the user's cache folder."""
+    named = os.environ.get("QPREF_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qpref"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into a DiskError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space and go on with --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        raise DiskError(f"{path}: cannot be written: {error.strerror or error}", hint) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Bring every file and folder below `folder`, written by whomever, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def make_folder(folder: Path, mode: int = 0o700) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """A temporary name to write; on leaving without an error what stands there is fsynced and named `path`."""
+    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_stream(path: Path, source: IO[bytes]) -> None:
+    with _published(path) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(source, file, 2**20)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    write_stream(path, io.BytesIO(data))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. Tensors are made contiguous; none may share memory with another."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _published(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with source.open("rb") as file:
+        write_stream(target, file)
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` to fill; on leaving without an error it is fsynced and takes the name `final`.
+
+    `final` must not exist, or be an empty folder; it is never seen half-filled.
+    """
+    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(mode=0o700)
+    try:
+        yield staging
+        with disk_errors(final):
+            fsync_tree(staging)
+            staging.rename(final)
+            fsync_folder(final.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give a folder that is meant for others, and its files, the modes that the user's umask asks for."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def remove_tree(path: Path) -> None:
+    with disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_staging(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`."""
+    for path in folder.glob(f"{STAGING_PREFIX}*"):
+        remove_tree(path)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class LineLog:
+    """A file of lines that only grows; each line reaches the disk before `append` returns.
+
+    Args:
+        path: the file; made where it isn't there.
+        keep: bytes to keep of what it holds, the rest is cut off; None keeps all.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None) -> None:
+        self._path = path
+        with disk_errors(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._file: IO[bytes] = os.fdopen(descriptor, "ab")
+            if keep is not None:
+                self._file.truncate(keep)
+            os.fsync(descriptor)
+
+    def append(self, line: str) -> None:
+        with disk_errors(self._path):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`'s LOCK file; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+        RunLockedError: another process holds it; its pid and host are named.
+    """
+    path = folder / "LOCK"
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            raise RunLockedError(f"{folder}: another process is writing this run ({holder})") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

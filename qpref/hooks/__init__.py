@@ -1,0 +1,48 @@
+"""What a plugin author imports.
+
+    from qpref.hooks import Field, Options, PairedLoss, hookimpl
+
+`Options` and `Field` are loaded when first asked for, so that `qpref --help` and `qpref plugins` don't import pydantic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from qpref.hooks.types import (
+    MetricSink,
+    PairedLoss,
+    Reader,
+    SinkContext,
+    SinkWriter,
+    Validator,
+    reward_metrics,
+)
+
+if TYPE_CHECKING:
+    from qpref.hooks.options import Field, Options
+
+hookimpl = pluggy.HookimplMarker("qpref")
+
+__all__ = [
+    "hookimpl",
+    "Field",
+    "Options",
+    "PairedLoss",
+    "Validator",
+    "MetricSink",
+    "SinkContext",
+    "SinkWriter",
+    "Reader",
+    "reward_metrics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Field", "Options"):
+        from qpref.hooks import options
+
+        return getattr(options, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

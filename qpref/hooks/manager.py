@@ -1,0 +1,163 @@
+"""Finds plugins without importing them, loads the ones that are asked for, and refuses clashes.
+
+Ours rather than pluggy's `load_setuptools_entrypoints`, which imports everything, lets one plugin's ImportError take
+down all, drops the second of two entry points of one name in silence, and never mentions a misspelt hook.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from qpref.errors import PluginError, RecipeError
+from qpref.hooks import spec
+from qpref.hooks.types import MetricSink, PairedLoss, Reader, Validator
+
+GROUP = "qpref"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of plugin: the word in entry points, the word in messages, its hook and its record."""
+
+    prefix: str
+    noun: str
+    hook: str
+    record: type
+
+
+LOSS = Kind("loss", "loss", "qpref_losses", PairedLoss)
+CHECK = Kind("check", "validator", "qpref_validators", Validator)
+SINK = Kind("sink", "metric sink", "qpref_metric_sinks", MetricSink)
+READER = Kind("read", "reader", "qpref_readers", Reader)
+KINDS = {kind.prefix: kind for kind in (LOSS, CHECK, SINK, READER)}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Offer:
+    """One line of an installed distribution's `[project.entry-points.qpref]` table."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    module: str
+
+    @property
+    def entry_point(self) -> str:
+        return f"{self.kind}-{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} [{self.entry_point}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A plugin's record and where it came from."""
+
+    record: Any
+    offer: Offer
+
+
+def installed_offers() -> list[Offer]:
+    """Every entry point of the group, sorted, less those that QPREF_DISABLE names. Imports no plugin.
+
+    QPREF_DISABLE is a comma-separated list of `<kind>-<name>` or `<distribution>:<kind>-<name>`.
+    """
+    disabled = {name.strip() for name in os.environ.get("QPREF_DISABLE", "").split(",")}
+    offers = set()
+    for point in metadata.entry_points(group=GROUP):
+        kind, _, name = point.name.partition("-")
+        distribution = point.dist.name if point.dist else "an unknown distribution"
+        version = point.dist.version if point.dist else "?"
+        if not disabled & {point.name, f"{distribution}:{point.name}"}:
+            offers.add(Offer(kind, name, distribution, version, point.value))
+    return sorted(offers)
+
+
+class PluginHost:
+    """Loads plugins by kind and name."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager("qpref")
+        self._manager.add_hookspecs(spec)
+
+    @cached_property
+    def offers(self) -> list[Offer]:
+        return installed_offers()
+
+    def find(self, kind: Kind, name: str) -> Offer:
+        """The one installed plugin of that name.
+
+        Raises:
+            RecipeError: there is none; the nearest names are given.
+            PluginError: more than one distribution offers it. No built-in wins.
+        """
+        same_kind = [offer for offer in self.offers if offer.kind == kind.prefix]
+        found = [offer for offer in same_kind if offer.name == name]
+        if not found:
+            known = sorted({offer.name for offer in same_kind})
+            near = difflib.get_close_matches(name, known, n=1)
+            guess = f"; did you mean '{near[0]}'?" if near else f"; installed: {', '.join(known) or 'none'}"
+            raise RecipeError(f"no {kind.noun} '{name}' is installed{guess}")
+        if len(found) > 1:
+            raise PluginError(
+                f"{kind.noun} '{name}' is offered by both {found[0]} and {found[1]}",
+                f"uninstall one of the two, or leave one out: "
+                f"QPREF_DISABLE={found[0].distribution}:{found[0].entry_point}",
+            )
+        return found[0]
+
+    def load(self, kind: Kind, name: str) -> Loaded:
+        """Import the plugin and return its record.
+
+        Raises:
+            PluginError: it fails to import, implements a hook that doesn't exist, or doesn't yield what its entry
+                point's name says.
+        """
+        offer = self.find(kind, name)
+        if not self._manager.has_plugin(offer.module):
+            self._register(offer)
+        module = self._manager.get_plugin(offer.module)
+        others = [plugin for plugin in self._manager.get_plugins() if plugin is not module]
+        caller = self._manager.subset_hook_caller(kind.hook, others)
+        try:
+            records = [record for yielded in caller() for record in yielded]
+        except Exception as error:
+            raise _broken(offer, f"{kind.hook} raised {type(error).__name__}: {error}") from error
+        return Loaded(_only_record(kind, offer, records), offer)
+
+    def _register(self, offer: Offer) -> None:
+        try:
+            module = importlib.import_module(offer.module)
+        except (Exception, SystemExit) as error:
+            raise _broken(offer, f"importing {offer.module} raised {type(error).__name__}: {error}") from error
+        try:
+            self._manager.register(module, name=offer.module)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise _broken(offer, str(error)) from error
+
+
+def _only_record(kind: Kind, offer: Offer, records: Iterable[Any]) -> Any:
+    records = list(records)
+    wrong = [record for record in records if not isinstance(record, kind.record)]
+    if wrong:
+        raise _broken(offer, f"{kind.hook} yields {type(wrong[0]).__name__}, not {kind.record.__name__}")
+    named = [record for record in records if record.name == offer.name]
+    if len(named) != 1:
+        yields = ", ".join(f"'{record.name}'" for record in records) or "nothing"
+        raise _broken(offer, f"{kind.hook} has to yield one {kind.noun} '{offer.name}', and yields {yields}")
+    return named[0]
+
+
+def _broken(offer: Offer, what: str) -> PluginError:
+    return PluginError(f"{offer}: {what}", f"fix it, or leave it out: QPREF_DISABLE={offer.entry_point}")

@@ -1,0 +1,64 @@
+"""The four hooks. Each is called once, when the plugin is loaded, takes nothing, and yields records.
+
+An exception inside a hook stops the command and names the plugin. Nothing here is called inside the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from qpref.hooks.types import MetricSink, PairedLoss, Reader, Validator
+
+hookspec = pluggy.HookspecMarker("qpref")
+
+
+@hookspec
+def qpref_losses() -> Iterable[PairedLoss]:  # type: ignore[empty-body]
+    """Offer losses. Fires when a recipe names one of them.
+
+    The function that `build` returns has full power over the gradient. When it raises, or returns a wrong shape, a
+    detached or a non-finite value, the run stops, names the plugin, and keeps its last checkpoint.
+
+        @hookimpl
+        def qpref_losses():
+            yield PairedLoss(name="hinge", summary="relu(1 - beta h)", options=HingeOptions, build=build)
+    """
+
+
+@hookspec
+def qpref_validators() -> Iterable[Validator]:  # type: ignore[empty-body]
+    """Offer checks of the data. Fires when a recipe has a table `[checks.NAME]`.
+
+    A finding of severity "error" refuses its row. When `check` raises, the run stops before any model loads.
+
+        @hookimpl
+        def qpref_validators():
+            yield Validator(name="no-urls", summary="responses without links", options=Options, check=check)
+    """
+
+
+@hookspec
+def qpref_metric_sinks() -> Iterable[MetricSink]:  # type: ignore[empty-body]
+    """Offer places for metrics. Fires when a recipe has an entry `[[sinks]]` of that name.
+
+    A sink that raises or hangs is reported once and dropped; training goes on, bit for bit as without it.
+
+        @hookimpl
+        def qpref_metric_sinks():
+            yield MetricSink(name="csv", summary="one row per step", options=Options, open=open_csv)
+    """
+
+
+@hookspec
+def qpref_readers() -> Iterable[Reader]:  # type: ignore[empty-body]
+    """Offer file formats. Fires when a data file has that suffix, or `[data] reader` names it.
+
+    `read` yields rows and findings; it decides nothing about their columns. When it raises, the run stops before any
+    model loads.
+
+        @hookimpl
+        def qpref_readers():
+            yield Reader(name="csv", summary="comma-separated values with a header", read=read_csv)
+    """

@@ -1,0 +1,207 @@
+"""Recipe + plugins -> Plan: every name resolved and every option parsed, before data is read or a weight loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qpref.errors import RecipeError
+from qpref.hooks import manager
+from qpref.hooks.manager import Kind, Loaded, PluginHost
+from qpref.recipe import Problem, Recipe, check_document, problems_of, read_document, with_overrides
+
+DEFAULT_VALIDATOR = "pairs"
+"""Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A plugin that the recipe chose, with its parsed options."""
+
+    plugin: Loaded
+    options: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that a run needs to know before it starts.
+
+    Attributes:
+        document: the recipe with overrides, as TOML data, defaults included and paths absolute.
+        output: the run folder.
+    """
+
+    recipe: Recipe
+    document: dict[str, Any]
+    loss: Choice
+    validators: tuple[Choice, ...]
+    sinks: tuple[Choice, ...]
+    train_reader: Loaded
+    heldout_reader: Loaded | None
+    output: Path
+
+    @property
+    def plugins(self) -> list[Loaded]:
+        readers = [self.train_reader] + ([self.heldout_reader] if self.heldout_reader else [])
+        return [choice.plugin for choice in (self.loss, *self.validators, *self.sinks)] + readers
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all settings that decide what is computed: not the sinks, nor where files lie."""
+        decisive = {table: dict(self.document[table]) for table in ("model", "adapter", "data", "loss", "train")}
+        for table, path in (("model", "base"), ("model", "tokenizer"), ("data", "train"), ("data", "heldout")):
+            decisive[table].pop(path, None)
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
+    """Resolve a recipe.
+
+    Args:
+        recipe: a TOML file, or its content as nested dicts.
+        overrides: `table.key=value` each.
+        output: the run folder; by default `runs/<the recipe's file name without .toml>`.
+
+    Raises:
+        RecipeError: mistakes in the recipe, all of them in one message.
+        PluginError: a plugin that it names is broken, or offered twice.
+    """
+    if isinstance(recipe, Path):
+        origin, folder = str(recipe), recipe.absolute().parent
+        document, output = read_document(recipe), output or Path("runs") / recipe.stem
+    else:
+        origin, folder, document = "recipe", Path.cwd(), dict(recipe)
+    document = with_overrides(document, overrides)
+    return _Resolution(origin, folder, output or Path("runs/run")).resolve(document)
+
+
+class _Resolution:
+    """Collects the problems of one recipe while its parts are resolved."""
+
+    def __init__(self, origin: str, folder: Path, output: Path) -> None:
+        self._origin = origin
+        self._folder = folder
+        self._output = output
+        self._host = PluginHost()
+        self._problems: list[Problem] = []
+
+    def resolve(self, document: dict[str, Any]) -> Plan:
+        checked = check_document(document)
+        if isinstance(checked, list):
+            self._problems += checked
+        loss = self._choose(manager.LOSS, document.get("loss"), "loss")
+        validators = self._validators(document.get("checks"))
+        sinks = self._sinks(document.get("sinks"))
+        train_reader = self._reader(document.get("data"), "train")
+        heldout_reader = self._reader(document.get("data"), "heldout")
+        if self._problems or isinstance(checked, list) or loss is None or train_reader is None:
+            raise self._error()
+        recipe = self._with_absolute_paths(checked)
+        full = recipe.model_dump(mode="json", exclude_none=True)
+        full["loss"] = {"name": recipe.loss.name} | loss.options.model_dump(mode="json", exclude_none=True)
+        full["checks"] = {}
+        for check in validators:
+            name, options = check.plugin.record.name, check.options.model_dump(mode="json", exclude_none=True)
+            full["checks"] |= options if name == DEFAULT_VALIDATOR else {name: options}
+        full["sinks"] = [
+            {"name": sink.plugin.record.name} | sink.options.model_dump(mode="json", exclude_none=True)
+            for sink in sinks
+        ]
+        return Plan(
+            recipe=recipe,
+            document=full,
+            loss=loss,
+            validators=tuple(validators),
+            sinks=tuple(sinks),
+            train_reader=train_reader,
+            heldout_reader=heldout_reader,
+            output=self._output,
+        )
+
+    def _validators(self, table: Any) -> list[Choice]:
+        table = table if isinstance(table, dict) else {}
+        own = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        tables = {DEFAULT_VALIDATOR: own} | {name: value for name, value in table.items() if isinstance(value, dict)}
+        choices = []
+        for name, options in tables.items():
+            where = "checks" if name == DEFAULT_VALIDATOR else f"checks.{name}"
+            choices.append(self._choose(manager.CHECK, {"name": name} | options, where))
+        return [choice for choice in choices if choice]
+
+    def _sinks(self, tables: Any) -> list[Choice]:
+        tables = tables if isinstance(tables, list) else [{"name": "console"}]
+        choices = [self._choose(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
+        return [choice for choice in choices if choice]
+
+    def _reader(self, table: Any, key: str) -> Loaded | None:
+        """The reader that the recipe names, or the one whose name is the file's suffix (the longest such)."""
+        if not isinstance(table, dict) or not isinstance(table.get(key), str):
+            return None
+        named, file = table.get("reader"), Path(table[key]).name.lower()
+        known = [offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix]
+        fitting = sorted((name for name in known if file.endswith(f".{name}")), key=len)
+        name = named if isinstance(named, str) else fitting[-1] if fitting else None
+        if name is None:
+            readers = ", ".join(f".{reader}" for reader in sorted(set(known)))
+            self._problems.append(Problem("data", key, f"no reader for '{file}'; installed: {readers}"))
+            return None
+        return self._load(manager.READER, name, "data", "reader" if named else key)
+
+    def _choose(self, kind: Kind, table: Any, where: str) -> Choice | None:
+        """The plugin that `table` names and its options; None where that is a problem (noted here or by the recipe)."""
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            return None
+        plugin = self._load(kind, table["name"], where, "name")
+        if plugin is None:
+            return None
+        model = plugin.record.options
+        try:
+            return Choice(plugin, model.model_validate({key: value for key, value in table.items() if key != "name"}))
+        except ValidationError as error:
+            for problem in problems_of(error, model, where):
+                message = problem.message.replace(
+                    "unknown key", f"unknown option of {kind.noun} '{plugin.record.name}' ({plugin.offer})"
+                )
+                self._problems.append(Problem(problem.table, problem.key, message))
+            return None
+
+    def _load(self, kind: Kind, name: str, table: str, key: str) -> Loaded | None:
+        try:
+            return self._host.load(kind, name)
+        except RecipeError as error:
+            self._problems.append(Problem(table, key, error.what))
+            return None
+
+    def _error(self) -> RecipeError:
+        problems = sorted(set(self._problems))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))
+
+    def _with_absolute_paths(self, recipe: Recipe) -> Recipe:
+        """Relative paths start at the recipe's folder. A base or tokenizer that is no path there is a hub id."""
+
+        def absolute(path: str | None) -> str | None:
+            return None if path is None else str((self._folder / Path(path).expanduser()).resolve())
+
+        def if_local(base: str | None) -> str | None:
+            if base is None or base.startswith("pypi:"):
+                return base
+            looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf")
+            return absolute(base) if looks_local or (self._folder / base).exists() else base
+
+        model, data, adapter = recipe.model, recipe.data, recipe.adapter
+        return recipe.model_copy(
+            update={
+                "model": model.model_copy(
+                    update={"base": if_local(model.base), "tokenizer": if_local(model.tokenizer)}
+                ),
+                "data": data.model_copy(update={"train": absolute(data.train), "heldout": absolute(data.heldout)}),
+                "adapter": adapter.model_copy(update={"start": absolute(adapter.start)}),
+            }
+        )

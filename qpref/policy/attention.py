@@ -1,0 +1,143 @@
+"""Exact attention over a packed stream: each branch sees its prompt and itself, never a sibling or another group.
+
+Registered with transformers' attention registry, so no model is patched; the stream's layout reaches the function as a
+keyword through the decoder layers. No mask is made for it (a [T, T] one would cost more than it says): the function
+attends segment by segment, with the keys and values of the prompt gathered before those of the branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qpref.records import Group
+
+NAME = "qpref_shared_prompt"
+LAYOUT = "qpref_groups"
+"""The keyword that carries the layout through the model."""
+
+HARMLESS_KEYWORDS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
+)
+
+
+class CannotShareError(Exception):
+    """This model's attention does something that sharing a prompt would get wrong. The text says what."""
+
+
+def register() -> None:
+    """Make the attention known to transformers under `NAME`; again is harmless."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prompt_attention)
+
+
+def use_shared_attention(model: PreTrainedModel, shared: bool, own: str) -> None:
+    """Switch the model between this attention and its own implementation `own`."""
+    model.set_attn_implementation(NAME if shared else own)
+
+
+def reasons_against_sharing(model: PreTrainedModel) -> list[str]:
+    """What can be told from the config alone. The first batch of every run is compared besides."""
+    config = model.config.get_text_config()
+    reasons = []
+    if not model._supports_attention_backend:
+        reasons.append("its attention cannot be exchanged")
+    strange = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if strange:
+        reasons.append(f"it has layers of the kind {', '.join(sorted(strange))}")
+    return reasons
+
+
+def shared_prompt_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, over one stream.
+
+    Args:
+        module: the attention layer that calls.
+        query: [1, heads, T, width].
+        key, value: [1, key-value heads, T, width].
+        attention_mask: not used; transformers makes none for this function.
+        scaling: factor on query times key; 1 / sqrt(width) where None.
+        dropout: on the attention weights.
+        sliding_window: positions that a token sees, itself included; None for all before it.
+        is_causal: None, or what the model says of itself.
+        keywords: must hold the layout; anything that isn't known to be harmless is refused.
+
+    Returns:
+        [1, T, heads, width] and no weights.
+
+    Raises:
+        CannotShareError: a keyword that changes attention in a way unknown here (a cap, sinks, a bias).
+    """
+    groups: Sequence[Group] | None = keywords.pop(LAYOUT, None)
+    _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
+    assert groups is not None
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+
+    def attend(queries: slice, keys: Sequence[slice]) -> Tensor:
+        # One call of the CPU's or CUDA's fused kernel; a mask only where the plain causal triangle isn't the answer.
+        ends = [key[:, :, span] for span in keys], [value[:, :, span] for span in keys]
+        k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in ends)
+        q = query[:, :, queries]
+        plain = k.shape[2] == q.shape[2] and (sliding_window is None or sliding_window >= k.shape[2])
+        mask = None if plain else _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scaling)
+
+    outputs = []
+    for group in groups:
+        prompt = slice(group.start, group.start + group.prompt)
+        outputs.append(attend(prompt, [prompt]))
+        start = prompt.stop
+        for length in group.branches:
+            branch = slice(start, start + length)
+            if length:
+                outputs.append(attend(branch, [prompt, branch]))
+            start = branch.stop
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _refuse_the_unknown(
+    module: Any,
+    keywords: dict[str, Any],
+    groups: Sequence[Group] | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> None:
+    if groups is None:
+        raise CannotShareError("its layers don't pass keywords on to attention")
+    unknown = [name for name, value in keywords.items() if value is not None and name not in HARMLESS_KEYWORDS]
+    if unknown:
+        raise CannotShareError(f"its attention uses {', '.join(sorted(unknown))}")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise CannotShareError("its attention is not causal")
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] == "sliding_attention" and sliding_window is None:
+        raise CannotShareError("its sliding window is in the mask alone")
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[num_queries, num_keys], true where attended to: the queries are the last of the keys' positions."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)
+    seen = key <= query
+    return seen if window is None else seen & (query - key < window)

@@ -1,0 +1,112 @@
+"""GGUF -> a plain Hugging Face folder with bf16 safetensors, once, in the cache.
+
+Needed because transformers refuses GGUF and NF4 in one load. The tokenizer is repaired on the way: a GGUF file names
+its pre-tokenizer by a word, and transformers knows only some of the words.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from qpref import fsio
+from qpref.errors import PolicyError
+
+log = logging.getLogger("qpref")
+
+VERSION = 1
+"""Part of the cache's key: raise it when a conversion comes out differently."""
+
+PLAIN_PRE_TOKENIZERS = ("gpt-2", "default")
+DIGIT_PRE_TOKENIZERS = ("smollm",)
+
+
+def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
+    """The folder that holds the converted model; made where it isn't there.
+
+    Args:
+        path: the GGUF file.
+        digest: its SHA-256, the cache's key.
+        has_own_tokenizer: the recipe takes the tokenizer from elsewhere, so the file's needn't be understood.
+
+    Raises:
+        PolicyError: transformers can't read the file, or nobody knows how its tokenizer splits text.
+    """
+    own = "" if has_own_tokenizer else "-tokenizer"
+    folder = fsio.cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{VERSION}{own}"
+    if folder.is_dir():
+        return folder
+    log.info("converting %s to safetensors, once, in %s", path.name, folder)
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        tokenizer = None if has_own_tokenizer else _tokenizer(path, model.config.max_position_embeddings)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise PolicyError(f"{path}: transformers can't read this GGUF file: {error}") from error
+    model.config._name_or_path = ""
+    with fsio.staged_folder(folder) as staging:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        _drop_name(staging / "config.json")
+    return folder
+
+
+def _tokenizer(path: Path, max_length: int) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.model_max_length = max_length
+    kind, word = _tokenizer_words(path)
+    if kind == "gpt2":
+        _repair_pre_tokenizer(tokenizer, word, path)
+    return tokenizer
+
+
+def _tokenizer_words(path: Path) -> tuple[str, str]:
+    """The file's words for its tokenizer's algorithm and its pre-tokenizer."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+
+    def word(name: str) -> str:
+        return str(fields[name].contents()) if name in fields else "default"
+
+    return word("tokenizer.ggml.model"), word("tokenizer.ggml.pre")
+
+
+def _repair_pre_tokenizer(tokenizer: Any, word: str, path: Path) -> None:
+    """Restore what transformers loses; leave what it sets itself; refuse what nobody knows.
+
+    transformers gives a word that it doesn't know GPT-2's splitting, without a warning: digits then stay together where
+    the model was trained on single ones, and every number in the data becomes other tokens than it saw.
+    """
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if word in DIGIT_PRE_TOKENIZERS:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and word not in PLAIN_PRE_TOKENIZERS:
+        raise PolicyError(
+            f"{path}: its tokenizer splits text by the rule '{word}', which transformers doesn't know",
+            "name the original model's folder or hub id in [model] tokenizer",
+        )
+
+
+def _drop_name(config: Path) -> None:
+    """Remove the training run's name that the GGUF loader leaves where a path belongs."""
+    values = json.loads(config.read_text())
+    values.pop("_model_name_or_path", None)
+    values.pop("_name_or_path", None)
+    fsio.write_json(config, values)

@@ -1,0 +1,207 @@
+"""Loads a base model with its adapters as a `Policy`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpref.errors import PolicyError
+from qpref.policy import attention
+from qpref.policy.adapter import add_adapters, is_trained
+from qpref.policy.logprobs import Head
+from qpref.policy.source import BaseFolder
+from qpref.recipe import ModelSection, Recipe
+
+log = logging.getLogger("qpref")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(slots=True)
+class Policy:
+    """A model in training.
+
+    Attributes:
+        model: the PeftModel.
+        decoder: the text decoder inside it, whose output is hidden states.
+        head: the frozen output head.
+        device: where all of it is.
+        dtype: what the base computes in.
+        starts_from_adapter: the reference is a frozen copy of the start adapter, not the bare base.
+        own_attention: name of the attention that the model came with.
+        shares_prompts: batches are computed as one stream with each prompt once, else as one row for each branch.
+    """
+
+    model: Any
+    decoder: Any
+    head: Head
+    device: torch.device
+    dtype: torch.dtype
+    starts_from_adapter: bool
+    own_attention: str
+    shares_prompts: bool
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the forward pass runs under: LoRA's float32 weights take part in 16-bit products."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained adapter's tensors by name, in a fixed order."""
+        return {name: value for name, value in self.model.named_parameters() if is_trained(name)}
+
+    def share_prompts(self, shared: bool) -> None:
+        """Compute each prompt once, or fall back to whole rows under the model's own attention."""
+        attention.use_shared_attention(self.model.get_base_model(), shared, self.own_attention)
+        self.shares_prompts = shared
+
+    def quantized_modules(self) -> list[str]:
+        """Names, as in the base model, of the layers whose weights are 4-bit."""
+        from bitsandbytes.nn import Linear4bit
+
+        names = [name for name, module in self.model.named_modules() if isinstance(module, Linear4bit)]
+        return [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names]
+
+
+def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
+    """Load the base as the recipe says, freeze it, add the adapters.
+
+    Raises:
+        PolicyError: the base cannot be read or trained like this.
+    """
+    device = choose_device(recipe.model.device)
+    dtype = DTYPES[recipe.model.dtype]
+    _refuse_wrong_dtype(recipe.model, device)
+    model = load_base(recipe.model, base, device)
+    _close_repacking_trap(model)
+    attention.register()
+    own = model.config._attn_implementation
+    wrapped = add_adapters(model, recipe.adapter, recipe.train.seed)
+    if recipe.train.gradient_checkpointing:
+        _enable_checkpointing(model)
+    policy = Policy(
+        model=wrapped,
+        decoder=model.get_decoder(),
+        head=Head.of(model),
+        device=device,
+        dtype=dtype,
+        starts_from_adapter=recipe.adapter.start is not None,
+        own_attention=own,
+        shares_prompts=False,
+    )
+    reasons = attention.reasons_against_sharing(model)
+    for reason in reasons:
+        log.warning("prompts are computed once for each response, not once a pair: %s", reason)
+    policy.share_prompts(not reasons)
+    return policy
+
+
+def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
+    """The frozen base model on its device, quantized as the recipe or the base itself says, its dropouts off."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        _silence_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            config=config,
+            quantization_config=_quantization(section, base),
+            dtype=DTYPES[section.dtype],
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise PolicyError(f"{base.path}: transformers can't load this model: {error}") from error
+    model.requires_grad_(False)
+    return model
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device that a recipe means.
+
+    Raises:
+        PolicyError: it wants a GPU and there is none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise PolicyError("[model] device is cuda, and torch sees no GPU", 'set device = "auto", or mend the driver')
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def is_prequantized(base: BaseFolder) -> bool:
+    """Whether the base is one that bitsandbytes has made 4-bit already.
+
+    Raises:
+        PolicyError: it is quantized in another way.
+    """
+    settings = base.config.get("quantization_config")
+    if settings is None:
+        return False
+    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
+        method = settings.get("quant_method", "an unknown method")
+        raise PolicyError(f"{base.path}: quantized by {method}; only bitsandbytes' 4-bit bases can be trained")
+    return True
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # Renamed during transformers 5; drop the older name when the floor in pyproject has the newer.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _quantization(section: ModelSection, base: BaseFolder) -> Any:
+    if is_prequantized(base) or section.quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=section.double_quantization,
+        bnb_4bit_compute_dtype=DTYPES[section.dtype],
+    )
+
+
+def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:
+    if section.dtype == "fp16" and device.type == "cpu":
+        raise PolicyError("[model] dtype: fp16 doesn't train on a CPU", 'set dtype = "bf16" or "float32"')
+    if (
+        section.dtype == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise PolicyError("[model] dtype: this GPU has no bf16", 'set dtype = "fp16"')
+
+
+def _silence_dropout(config: Any) -> None:
+    """Switch the base's own dropouts off: they would only add noise to a difference of two log-probabilities."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and (name.endswith(("dropout", "_pdrop")) or name == "dropout_rate"):
+                setattr(part, name, 0.0)
+
+
+def _close_repacking_trap(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights on CPUs with AVX512-BF16.
+
+    Linear4bit repacks its weight in place at the first forward pass in eval mode, and the 4-bit product has no gradient
+    from then on: LoRA's gradients come out wrong without an error (bitsandbytes 0.50.2; bitsandbytes#1804). Drop this
+    when the repacked product has a backward pass.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

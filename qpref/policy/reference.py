@@ -1,0 +1,105 @@
+"""The reference: the same model with its adapters off (or the frozen start adapter on), and what it has said."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qpref.policy.adapter import REFERENCE, TRAINED
+from qpref.policy.load import Policy
+from qpref.policy.logprobs import completion_logprobs
+from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
+
+KEY_BYTES = 16
+
+
+@contextmanager
+def frozen(policy: Policy) -> Iterator[None]:
+    """No dropout and no gradient inside; the mode is as before on leaving, by an exception too."""
+    was_training = policy.model.training
+    policy.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.model.train(was_training)
+
+
+@contextmanager
+def as_reference(policy: Policy) -> Iterator[None]:
+    """Make the model its own reference inside: adapters off, or the start adapter's frozen copy on.
+
+    Dropout is off and nothing has a gradient. The policy is as it was on leaving, by an exception too.
+    """
+    layers = policy.model.base_model
+    with frozen(policy):
+        try:
+            if policy.starts_from_adapter:
+                layers.set_adapter(REFERENCE, inference_mode=True)
+            else:
+                layers.disable_adapter_layers()
+            yield
+        finally:
+            if policy.starts_from_adapter:
+                layers.set_adapter(TRAINED)
+            else:
+                layers.enable_adapter_layers()
+
+
+@dataclass(slots=True)
+class ReferenceMemory:
+    """Reference log-probabilities by content: computed at a row's first use, in that batch's own layout, then reused.
+
+    In the first epoch policy and reference so see the same packed stream, and a fresh adapter's rewards are exactly 0.
+
+    Attributes:
+        rows: key of prompt and response -> [tokens] float32 nats on the CPU.
+        num_computed: examples that the reference model has scored, of any kind.
+    """
+
+    rows: dict[bytes, Tensor] = field(default_factory=dict)
+    num_computed: int = 0
+
+    def logprobs(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
+        """The reference's scores of a batch, from memory where all its rows are known."""
+        keys = [key for example in batch.examples for key in row_keys(example)]
+        if not all(key in self.rows for key in keys):
+            with as_reference(policy):
+                scores = completion_logprobs(policy, batch)
+            self.num_computed += len(batch.examples)
+            for key, values in zip(keys, scores.values.cpu().split(list(batch.lengths)), strict=True):
+                self.rows.setdefault(key, values.clone())
+        values = torch.cat([self.rows[key] for key in keys]).to(policy.device)
+        return TokenLogProbs(values=values, lengths=batch.lengths)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All rows as three flat tensors, for a checkpoint."""
+        keys = b"".join(self.rows)
+        return {
+            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8) if keys else torch.empty(0, dtype=torch.uint8),
+            "lengths": torch.tensor([len(values) for values in self.rows.values()], dtype=torch.int32),
+            "values": torch.cat(list(self.rows.values())) if self.rows else torch.empty(0),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ReferenceMemory:
+        keys = tensors["keys"].numpy().tobytes()
+        pieces: Sequence[Tensor] = tensors["values"].split(tensors["lengths"].tolist())
+        places = range(0, len(keys), KEY_BYTES)
+        return cls({keys[place : place + KEY_BYTES]: values for place, values in zip(places, pieces, strict=True)})
+
+
+def row_keys(example: TokenizedExample) -> list[bytes]:
+    """A key for each branch: a hash of the token ids of prompt and response."""
+    keys = []
+    for branch in example.branches:
+        digest = hashlib.blake2b(len(example.prompt).to_bytes(4, "little"), digest_size=KEY_BYTES)
+        digest.update(example.prompt.tobytes())
+        digest.update(branch.tobytes())
+        keys.append(digest.digest())
+    return keys

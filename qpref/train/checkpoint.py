@@ -1,0 +1,117 @@
+"""Checkpoints: safetensors and JSON, verified by hash, published by one rename, the newest two or more kept.
+
+A checkpoint is trusted only if every file is as its MANIFEST says, which is written last. safetensors alone would take
+a flipped bit for a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qpref import fsio
+from qpref.errors import CheckpointError
+
+log = logging.getLogger("qpref")
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped.
+
+    Attributes:
+        step: optimizer steps done.
+        state: JSON values: counters, running averages, fingerprints, the metrics file's length.
+        tensors: file stem -> tensors: adapter, optimizer, reference.
+    """
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint under `folder`, then drop the oldest beyond `keep`, never the last two."""
+    final = folder / f"step-{checkpoint.step:06}"
+    if final.exists():
+        fsio.remove_tree(final)
+    with fsio.staged_folder(final) as staging:
+        for stem, tensors in checkpoint.tensors.items():
+            fsio.write_tensors(staging / f"{stem}.safetensors", tensors)
+        fsio.write_json(staging / "state.json", {"format": FORMAT, "step": checkpoint.step} | checkpoint.state)
+        files = {path.name: _entry(path) for path in sorted(staging.iterdir())}
+        fsio.write_json(staging / "MANIFEST.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+    for old in _folders(folder)[max(2, keep) :]:
+        fsio.remove_tree(old)
+    return final
+
+
+def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None where there is none at all.
+
+    Raises:
+        CheckpointError: checkpoints exist and none verifies, or the newest good one belongs to another recipe, base or
+            data.
+    """
+    folders = _folders(folder)
+    for path in folders:
+        try:
+            checkpoint = _load(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is passed over: %s", path, error)
+            continue
+        _refuse_foreign(path, checkpoint.state, fingerprints)
+        return checkpoint
+    if folders:
+        raise CheckpointError(
+            f"{folder}: none of {len(folders)} checkpoints verifies", "start anew with --overwrite, or restore a copy"
+        )
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints' folders, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": fsio.sha256_file(path)}
+
+
+def _load(path: Path) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+    for name, entry in manifest["files"].items():
+        file = path / Path(name).name
+        if file.is_symlink() or _entry(file) != entry:
+            raise ValueError(f"{name} is not as it was written")
+    state = json.loads((path / "state.json").read_text())
+    if not path.name == f"step-{manifest['step']:06}" == f"step-{state['step']:06}":
+        raise ValueError("its step is not the one that its name says")
+    stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
+    return Checkpoint(
+        step=state["step"], state=state, tensors={stem: load_file(path / f"{stem}.safetensors") for stem in stems}
+    )
+
+
+def _refuse_foreign(path: Path, state: dict[str, Any], fingerprints: dict[str, str]) -> None:
+    found = state.get("fingerprints", {})
+    changed = [name for name, value in fingerprints.items() if found.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"{path}: was made with another {' and another '.join(changed)}",
+            "resume with what the run was started with (recipe.lock.toml), or start anew with --overwrite",
+        )

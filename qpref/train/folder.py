@@ -1,0 +1,82 @@
+"""The run folder: who may write it, what stands in it, and that nothing is left of a run that never began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpref import fsio
+from qpref.errors import RecipeError
+
+ENTRIES = ("run.json", "recipe.lock.toml", "metrics.jsonl", "checkpoints", "adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.lock.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def clear(self) -> None:
+        """Remove the run, whatever it is, but for the lock. run.json goes first: without it there is no run."""
+        for path in [self.run_json, *self.path.iterdir()]:
+            if path.name != "LOCK" and (path.exists() or path.is_symlink()):
+                fsio.remove_tree(path)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half-written."""
+        fsio.remove_staging(self.path)
+        if self.checkpoints.is_dir():
+            fsio.remove_staging(self.checkpoints)
+
+
+@contextmanager
+def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Hold a run folder for this process alone.
+
+    A folder that was made here and holds no run at the end is removed again.
+
+    Raises:
+        RecipeError: the folder holds a run and neither `resume` nor `overwrite` says what to do, or holds other files.
+        RunLockedError: another process holds it.
+    """
+    folder = RunFolder(path)
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other")
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"{path}: is a file; a run needs a folder")
+    existed = path.is_dir()
+    found = {entry.name for entry in path.iterdir()} - {"LOCK"} if existed else set()
+    if found and "run.json" not in found:
+        raise RecipeError(f"{path}: holds files and no run", "name another folder with --output")
+    if found and not (resume or overwrite):
+        raise RecipeError(f"{path}: holds a run", "go on with --resume, replace it with --overwrite, or use --output")
+    fsio.make_folder(path)
+    try:
+        with fsio.locked(path):
+            yield folder
+    finally:
+        if not existed and not folder.run_json.exists():
+            fsio.remove_tree(path)

@@ -1,0 +1,173 @@
+"""What every run checks on its first batch. Each of these has gone wrong in some trainer without a word."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qpref.data.pack import pack
+from qpref.data.tokenize import PairTokenizer
+from qpref.errors import DataError, PolicyError
+from qpref.policy.attention import CannotShareError
+from qpref.policy.load import Policy
+from qpref.policy.logprobs import completion_logprobs, pair_logprobs
+from qpref.policy.reference import as_reference, frozen
+from qpref.records import PackedBatch, PairedInputs, TokenizedExample
+from qpref.train.score import LossCaller
+
+log = logging.getLogger("qpref")
+
+FLOAT32_TOLERANCE = 1e-3
+"""Nats by which a token's log-probability may differ between two ways to compute it in float32."""
+LAYOUT_TOLERANCE = 0.1
+"""The same in 16-bit types, as a mean over tokens, between two batch layouts (0.04 measured on SmolLM2-135M)."""
+LOGITS_TOLERANCE = 0.1
+"""The same between our head and the model's own logits, which it rounds to 16 bits (0.03 measured)."""
+START_TOLERANCE = 1e-4
+
+
+def check_first_row(tokenizer: PairTokenizer, example: TokenizedExample) -> None:
+    """S4: show the first row as the model meets it, and refuse what no template should make.
+
+    Raises:
+        DataError: BOS stands twice, or a response doesn't end in one stop token.
+    """
+    log.info("first row, scored spans in ⟦ ⟧:\n%s", tokenizer.render_first(example))
+    bos = tokenizer.tokenizer.bos_token_id
+    first, second = [*example.prompt, -1, -1][:2]
+    if bos is not None and first == second == bos:
+        raise DataError(f"{example.source}: the prompt starts with BOS twice", "mend the chat template")
+    for branch, cut in zip(example.branches, example.truncated, strict=True):
+        if not cut and branch[-1] not in tokenizer.stop_tokens:
+            raise DataError(f"{example.source}: a response doesn't end in a stop token", "mend the chat template")
+
+
+def check_layout(policy: Policy, example: TokenizedExample) -> None:
+    """Compare the packed computation with the model's own logits on one pair, and fall back where sharing is wrong.
+
+    Raises:
+        PolicyError: even whole rows differ: the model does something to its logits that qpref doesn't know.
+    """
+    batch = pack([example], policy.device)
+    shares = policy.shares_prompts
+    with frozen(policy):
+        policy.share_prompts(False)
+        rows = completion_logprobs(policy, batch).values
+        if reason := _difference(rows, _plain_logprobs(policy, example), policy, LOGITS_TOLERANCE):
+            raise PolicyError(
+                f"log-probabilities differ from the model's own logits: {reason}",
+                "this architecture changes its logits in a way that qpref doesn't know; please report it",
+            )
+        policy.share_prompts(shares)
+        if shares and (reason := _sharing_fault(policy, batch, rows)):
+            log.warning("prompts are computed once for each response, not once a pair: %s", reason)
+            policy.share_prompts(False)
+
+
+def _sharing_fault(policy: Policy, batch: PackedBatch, rows: Tensor) -> str | None:
+    try:
+        values = completion_logprobs(policy, batch).values
+        if reason := _difference(values, rows, policy, LAYOUT_TOLERANCE):
+            return f"sharing a prompt changes log-probabilities: {reason}"
+        # With other tokens in the first branch, of the same number, the second must not move by a bit.
+        chosen, *others = batch.examples[0].branches
+        other = replace(batch.examples[0], branches=(chosen[::-1], *others))
+        moved = completion_logprobs(policy, pack([other], policy.device)).values
+    except CannotShareError as error:
+        return str(error)
+    if not torch.equal(values[len(chosen) :], moved[len(chosen) :]):
+        return "one response sees the other"
+    return None
+
+
+def _difference(values: Tensor, expected: Tensor, policy: Policy, low_precision_tolerance: float) -> str | None:
+    apart = (values - expected).abs()
+    if policy.dtype == torch.float32:
+        worst = apart.max().item()
+        return None if worst <= FLOAT32_TOLERANCE else f"a token's is {worst:.4f} nats off"
+    mean = apart.mean().item()
+    return None if mean <= low_precision_tolerance else f"they are {mean:.3f} nats a token off on average"
+
+
+def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
+    """[S] from the model's own forward pass and logits, one row for each branch; the model's own attention is on."""
+    model = policy.model.get_base_model()
+    pieces = []
+    for branch in example.branches:
+        ids = torch.tensor([[*example.prompt, *branch]], device=policy.device)
+        with policy.autocast():
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(branch) + 1).logits[0, :-1]
+        pieces.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(branch) :, None]).squeeze(1))
+    return torch.cat(pieces)
+
+
+def check_start(policy: Policy, loss: LossCaller, batch: PackedBatch) -> None:
+    """S1: before the first step policy and reference are the same, and the loss stands where its paper says.
+
+    Both are computed in one layout, so only a real difference shows.
+
+    Raises:
+        PolicyError: they differ, so the reference is not what the policy starts from.
+    """
+    with frozen(policy):
+        scores = completion_logprobs(policy, batch)
+        with as_reference(policy):
+            reference = completion_logprobs(policy, batch)
+        apart = (scores.values - reference.values).abs().max().item()
+        if not apart <= START_TOLERANCE:
+            raise PolicyError(
+                f"before training, policy and reference differ by {apart:.4f} nats on a token",
+                "an adapter that is not fresh has to be named in [adapter] start",
+            )
+        _refuse_repacked_weights(policy)
+        starts_at = loss.choice.plugin.record.starts_at
+        if starts_at is None:
+            return
+        zero_margin = torch.zeros_like(batch.margin)
+        sides = pair_logprobs(scores)
+        losses = loss(PairedInputs(policy=sides, reference=pair_logprobs(reference), margin=zero_margin)).losses
+    wanted = starts_at(loss.choice.options)
+    worst = max(losses.tolist(), key=lambda value: abs(value - wanted))
+    if not math.isclose(worst, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
+        raise PolicyError(
+            f"before training, a pair's loss is {worst:.6f}; {loss.choice.plugin.offer} says {wanted:.6f}"
+        )
+
+
+def _refuse_repacked_weights(policy: Policy) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in policy.model.named_modules():
+        if isinstance(module, Linear4bit) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise PolicyError(f"bitsandbytes has repacked the weights of {name}, which then have no gradient")
+
+
+def check_gradients(policy: Policy) -> None:
+    """S2: after the first backward pass every B matrix has a gradient (A's is 0 while B is).
+
+    Raises:
+        PolicyError: some have none: those layers would stay untrained without a word.
+    """
+    names, norms = [], []
+    for name, parameter in policy.trained_parameters().items():
+        if "lora_B" in name:
+            names.append(name)
+            norms.append(
+                torch.zeros((), device=policy.device) if parameter.grad is None else parameter.grad.abs().amax()
+            )
+    dead = [name for name, norm in zip(names, torch.stack(norms).tolist(), strict=True) if norm == 0]
+    if dead:
+        raise PolicyError(
+            f"{len(dead)} of {len(names)} adapted layers get no gradient, the first is {dead[0]}",
+            "take them out of [adapter] targets, or report the model",
+        )
+
+
+def first_batch(examples: Sequence[TokenizedExample], policy: Policy) -> PackedBatch:
+    """The batch that the checks run on: the shortest few of the first step's examples, so that they cost little."""
+    return pack(sorted(examples, key=lambda example: len(example.prompt))[:2], policy.device)

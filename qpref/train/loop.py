@@ -1,0 +1,222 @@
+"""The training loop: plain torch, one optimizer step after the other, each a function of the state before it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qpref.data.pack import pack, split_by_tokens
+from qpref.errors import NonFiniteError, RecipeError
+from qpref.policy.load import Policy
+from qpref.policy.reference import ReferenceMemory, frozen
+from qpref.recipe import Recipe
+from qpref.records import MetricRow, TokenizedExample
+from qpref.train import optim
+from qpref.train.invariants import check_gradients
+from qpref.train.metrics import Averages, Recorder
+from qpref.train.score import LossCaller, pair_metrics, score_pairs
+
+log = logging.getLogger("qpref")
+
+MAX_NONFINITE_STEPS = 3
+HELDOUT_WINDOW = 256
+"""Held-out pairs that are packed together; bounds the packing's quadratic search."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What changes from step to step, beside the weights and the optimizer. All of it goes into checkpoints.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens fed for training.
+        seconds: wall time of training.
+        nonfinite: steps in a row that were left out for a non-finite gradient.
+        averages: of the pairs since the last training row.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    nonfinite: int = 0
+    averages: Averages = field(default_factory=Averages)
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """One run's parts, and the few functions that need nearly all of them.
+
+    Attributes:
+        memory: reference scores of rows seen so far; None for a loss without a reference.
+        scaler: fp16's loss scaling; passes everything through for other types.
+        recorder: where rows go.
+        save: writes a checkpoint of the present state.
+        should_stop: whether a signal asked the run to stop; looked at between steps.
+    """
+
+    recipe: Recipe
+    policy: Policy
+    loss: LossCaller
+    memory: ReferenceMemory | None
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    examples: Sequence[TokenizedExample]
+    heldout: Sequence[TokenizedExample]
+    progress: Progress
+    recorder: Recorder
+    save: Callable[[], None]
+    should_stop: Callable[[], bool]
+
+    @property
+    def total_steps(self) -> int:
+        return optim.total_steps(self.recipe.train, len(self.examples))
+
+    def run(self) -> bool:
+        """Train to the end; False where a signal stopped it, saved, between two steps.
+
+        Raises:
+            NonFiniteError: three steps in a row had no finite gradient.
+        """
+        progress, before = self.progress, self.progress.seconds
+        started = time.monotonic()
+        if progress.step == 0:
+            self._record_heldout()
+        while progress.step < self.total_steps:
+            grad_norm, rate = self._step()
+            progress.step += 1
+            progress.seconds = before + time.monotonic() - started
+            if self._is_due(self.recipe.train.log_every):
+                self._record_training(grad_norm, rate)
+            if self._is_due(self.recipe.train.eval_every):
+                self._record_heldout()
+            self._stop_if_nonfinite()
+            stopping = self.should_stop() and progress.step < self.total_steps
+            if stopping or self._is_due(self.recipe.train.save_every):
+                self.save()
+            if stopping:
+                return False
+        return True
+
+    def _is_due(self, every: int | str | None) -> bool:
+        """Whether something that happens every so many steps, or every epoch, happens after this step.
+
+        Training and held-out rows come at the end always.
+        """
+        step = self.progress.step
+        if step == self.total_steps:
+            return True
+        if every == "epoch":
+            return step % optim.steps_per_epoch(len(self.examples), self.recipe.train.batch_size) == 0
+        return isinstance(every, int) and step % every == 0
+
+    def _step(self) -> tuple[float, float]:
+        """One optimizer step on `batch_size` pairs; returns the gradient's norm and the learning rate."""
+        train, step = self.recipe.train, self.progress.step
+        optim.seed_step(train.seed, step)
+        places = optim.step_order(len(self.examples), train.batch_size, train.seed, step)
+        self.policy.model.train()
+        self._compute_gradients([self.examples[place] for place in places])
+        if step == 0:
+            check_gradients(self.policy)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm).item()
+        rate = optim.learning_rate(train, step, self.total_steps)
+        if math.isfinite(norm):
+            optim.set_learning_rate(self.optimizer, rate)
+            self.scaler.step(self.optimizer)
+        self._count_nonfinite(norm)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, rate
+
+    def _compute_gradients(self, examples: Sequence[TokenizedExample]) -> None:
+        """Accumulate the gradient of the weighted losses' sum over the step's pairs, divided once by their number."""
+        budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
+        for members in split_by_tokens(examples, budget, shared):
+            batch = pack(members, self.policy.device)
+            inputs = score_pairs(self.policy, batch, self.memory)
+            output = self.loss(inputs)
+            objective = (output.losses * batch.weight).sum() / len(examples)
+            self.scaler.scale(objective).backward()
+            self.progress.averages.add(pair_metrics(inputs, output))
+            self.progress.tokens += batch.num_tokens
+
+    def _count_nonfinite(self, norm: float) -> None:
+        """fp16's scaling overflows now and then by design; that counts once the scale has nowhere left to fall."""
+        searching = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if math.isfinite(norm):
+            self.progress.nonfinite = 0
+        elif not searching:
+            self.progress.nonfinite += 1
+            log.warning("step %d: the gradient is not finite; the step is left out", self.progress.step + 1)
+
+    def _stop_if_nonfinite(self) -> None:
+        if self.progress.nonfinite >= MAX_NONFINITE_STEPS:
+            raise NonFiniteError(
+                f"step {self.progress.step}: the gradient was not finite {MAX_NONFINITE_STEPS} times in a row",
+                "lower [train] learning_rate, or look at the data of these steps; the last checkpoint is good",
+            )
+
+    def _record_training(self, grad_norm: float, rate: float) -> None:
+        progress = self.progress
+        values = progress.averages.means() | {"grad_norm": grad_norm, "learning_rate": rate}
+        progress.averages.clear()
+        self.recorder.write(
+            MetricRow(
+                step=progress.step, split="train", values=values, tokens=progress.tokens, seconds=progress.seconds
+            )
+        )
+
+    def _record_heldout(self) -> None:
+        if self.heldout:
+            values = {f"eval_{name}": value for name, value in self.heldout_means().items()}
+            self.recorder.write(
+                MetricRow(
+                    step=self.progress.step,
+                    split="eval",
+                    values=values,
+                    tokens=self.progress.tokens,
+                    seconds=self.progress.seconds,
+                )
+            )
+
+    def heldout_means(self) -> dict[str, float]:
+        """Means over the held-out pairs.
+
+        Before the first step all implicit rewards are 0, ties alone, so `rewards/accuracies` is by log-probability
+        then; `logps/accuracies` is so always.
+        """
+        averages = Averages()
+        with frozen(self.policy):
+            for start in range(0, len(self.heldout), HELDOUT_WINDOW):
+                window = self.heldout[start : start + HELDOUT_WINDOW]
+                budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
+                for members in split_by_tokens(window, budget, shared):
+                    batch = pack(members, self.policy.device)
+                    inputs = score_pairs(self.policy, batch, self.memory)
+                    metrics = dict(pair_metrics(inputs, self.loss(inputs)))
+                    higher = (metrics["logps/chosen"] > metrics["logps/rejected"]).float()
+                    averages.add(metrics | {"logps/accuracies": higher})
+        means = averages.means()
+        if self.progress.step == 0 and "rewards/accuracies" in means and self.memory is not None:
+            means["rewards/accuracies"] = means["logps/accuracies"]
+        return means
+
+
+def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:
+    """Say so where the data make less than one full optimizer step.
+
+    Raises:
+        RecipeError: the batch is larger than the data, so its size would not be what the recipe says.
+    """
+    if num_examples < recipe.train.batch_size:
+        raise RecipeError(
+            f"[train] batch_size is {recipe.train.batch_size}, and there are {num_examples} training pairs",
+            f"set batch_size to {num_examples} or less",
+        )

@@ -1,0 +1,123 @@
+"""The optimizer, its learning rate, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from qpref.errors import RecipeError
+from qpref.recipe import TrainSection
+
+
+def learning_rate(train: TrainSection, step: int, total: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `total`.
+
+    It rises over the first `warmup_ratio` of the steps, the first of which already moves, then stays (constant), or
+    falls to 0 along a line (linear) or half a cosine (cosine).
+    """
+    warmup = math.ceil(train.warmup_ratio * total)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if train.schedule == "constant":
+        return train.learning_rate
+    if train.schedule == "linear":
+        return train.learning_rate * (1 - done)
+    return train.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(train: TrainSection, parameters: Iterable[Parameter], device: torch.device) -> Any:
+    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8 (Loshchilov and Hutter 2019), torch's or bitsandbytes'.
+
+    Raises:
+        RecipeError: a paged optimizer without a GPU, whose memory it would page.
+    """
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": train.weight_decay,
+    }
+    parameters = list(parameters)
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)  # 16-bit ones don't move at these rates
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings, foreach=True)
+    if train.optimizer.startswith("paged") and device.type == "cpu":
+        raise RecipeError(f"[train] optimizer: {train.optimizer} pages a GPU's memory, and this run is on the CPU")
+    from bitsandbytes import optim
+
+    kinds = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
+    return kinds[train.optimizer](parameters, **settings)
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_tensors(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The optimizer's state as tensors and plain numbers, named `<parameter's place>.<state's name>`."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for place, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{place}.{name}"] = value.detach().clone()  # bitsandbytes shares its maps between parameters
+            else:
+                numbers[f"{place}.{name}"] = value
+    return tensors, numbers
+
+
+def restore_optimizer(optimizer: Any, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    """Put back what `optimizer_tensors` took out."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *numbers.items()]:
+        place, _, name = key.partition(".")
+        state.setdefault(int(place), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def step_order(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which examples optimizer step `step` (from 0) trains on.
+
+    A function of its arguments, so a resume needs no cursor. Each epoch is a new shuffle; its last step takes the rest.
+    """
+    steps = steps_per_epoch(num_examples, batch_size)
+    epoch, within = divmod(step, steps)
+    order = list(range(num_examples))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order[within * batch_size : (within + 1) * batch_size]
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    return math.ceil(num_examples / batch_size)
+
+
+def total_steps(train: TrainSection, num_examples: int) -> int:
+    """Optimizer steps of the whole run."""
+    planned = train.epochs * steps_per_epoch(num_examples, train.batch_size)
+    return planned if train.max_steps is None else min(planned, train.max_steps)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator for one optimizer step.
+
+    The step's dropout then depends on nothing that happened before it, so no generator's state has to be saved, and an
+    evaluation or a cached reference in between changes nothing.
+    """
+    import numpy
+
+    number = random.Random(f"{seed}/{step}").getrandbits(32)
+    random.seed(number)
+    numpy.random.seed(number)
+    torch.manual_seed(number)
