@@ -1,0 +1,151 @@
+"""Tiny real models and data: everything here is made on the spot, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 320
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "eos_token_id": 258,
+    "bos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["QPREF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
+    """A byte-level tokenizer: 256 bytes, three special tokens, no merges. Pad equals eos, as in many real ones."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({symbol: place for place, symbol in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_config(family: str, **changes):
+    """A two-layer config of a family: llama, qwen (tied, with biases), mistral (window), gemma3 (mixed windows)."""
+    from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+    values = TINY | changes
+    if family == "llama":
+        return LlamaConfig(**values, tie_word_embeddings=values.pop("tie", False))
+    if family == "qwen":
+        return Qwen2Config(**values, tie_word_embeddings=True)
+    if family == "mistral":
+        return MistralConfig(**values, sliding_window=7, tie_word_embeddings=False)
+    assert family == "gemma3"
+    layers = ["sliding_attention", "full_attention"]
+    return Gemma3TextConfig(**values, sliding_window=7, layer_types=layers, query_pre_attn_scalar=16)
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_base(family="llama", dtype=torch.float32, **config)`: a folder with a tiny random model and its tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
+        key = f"{family}-{dtype}-{json.dumps(changes, sort_keys=True)}"
+        if key not in made:
+            from transformers import AutoModelForCausalLM
+
+            folder = tmp_path_factory.mktemp(f"base-{family}")
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+            model.to(dtype).save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def preference_rows(count: int, start: int = 0) -> list[dict[str, object]]:
+    """Learnable pairs: the chosen answer is calm, the rejected one shouts."""
+    return [
+        {
+            "prompt": f"Question {number}: what comes after {number}?",
+            "chosen": f"After {number} comes {number + 1}." + " It does." * (number % 3),
+            "rejected": f"WHO KNOWS WHAT {number} IS!!" + " NOT ME!" * (number % 2),
+        }
+        for number in range(start, start + count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., dict[str, dict[str, object]]]:
+    """`make_recipe({"train.max_steps": 2})`: a recipe as a dict, on a tiny base and 12 + 4 pairs."""
+
+    def make(changes: dict[str, object] | None = None) -> dict[str, dict[str, object]]:
+        recipe: dict[str, dict[str, object]] = {
+            "model": {"base": str(make_base()), "quantization": "none", "dtype": "float32"},
+            "adapter": {"rank": 4, "alpha": 8},
+            "data": {
+                "train": str(write_jsonl(tmp_path / "train.jsonl", preference_rows(12))),
+                "heldout": str(write_jsonl(tmp_path / "heldout.jsonl", preference_rows(4, start=100))),
+                "max_length": 256,
+                "max_prompt_length": 128,
+            },
+            "checks": {"too_short": "off"},
+            "loss": {"name": "dpo", "beta": 0.1},
+            "train": {
+                "learning_rate": 1e-3,
+                "batch_size": 4,
+                "warmup_ratio": 0.0,
+                "tokens_per_microbatch": 400,
+                "gradient_checkpointing": False,
+            },
+            "sinks": [],
+        }
+        for path, value in (changes or {}).items():
+            table, _, key = path.partition(".")
+            recipe.setdefault(table, {})[key] = value
+        return recipe
+
+    return make
