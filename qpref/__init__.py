@@ -11,6 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+# Before the function of the same name is made: a later import of the package would take that name from the function.
+import qpref.train  # noqa: F401
+
 __version__ = "0.1.0"
 __all__ = ["train"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +25,7 @@ def _refuse_constant(name: str) -> object:
 def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise _BadJson(f"the key '{repeated}' stands twice")
     return values
 
@@ -38,12 +38,14 @@ def _parse(text: str) -> object:
     try:
         value = _DECODER.decode(text)
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate passes the parser and no tokenizer
+    except _BadJson:
+        raise
     except UnicodeEncodeError:
         raise _BadJson("text holds half of a surrogate pair, which no UTF-8 text can") from None
     except RecursionError:
         raise _BadJson("nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise _BadJson(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise _BadJson(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except ValueError as error:
         raise _BadJson(f"not JSON: {error}") from None
     return value

@@ -131,7 +131,7 @@ class PluginHost:
         caller = self._manager.subset_hook_caller(kind.hook, others)
         try:
             records = [record for yielded in caller() for record in yielded]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _broken(offer, f"{kind.hook} raised {type(error).__name__}: {error}") from error
         return Loaded(_only_record(kind, offer, records), offer)
 
@@ -144,6 +144,7 @@ class PluginHost:
             self._manager.register(module, name=offer.module)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
+            self._manager.unregister(name=offer.module)  # its pending hook would be laid at the next plugin's door
             raise _broken(offer, str(error)) from error
 
 

@@ -56,7 +56,8 @@ class RunFolder:
 def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     """Hold a run folder for this process alone.
 
-    A folder that was made here and holds no run at the end is removed again.
+    A folder that was made here and holds no run at the end is removed again. What a start that was killed has left is
+    no run and in nobody's way.
 
     Raises:
         RecipeError: the folder holds a run and neither `resume` nor `overwrite` says what to do, or holds other files.
@@ -68,15 +69,21 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     if path.exists() and not path.is_dir():
         raise RecipeError(f"{path}: is a file; a run needs a folder")
     existed = path.is_dir()
-    found = {entry.name for entry in path.iterdir()} - {"LOCK"} if existed else set()
-    if found and "run.json" not in found:
+    found = {entry.name for entry in path.iterdir()} if existed else set()
+    if "run.json" not in found and _others(found, overwrite):
         raise RecipeError(f"{path}: holds files and no run", "name another folder with --output")
-    if found and not (resume or overwrite):
+    if "run.json" in found and not (resume or overwrite):
         raise RecipeError(f"{path}: holds a run", "go on with --resume, replace it with --overwrite, or use --output")
     fsio.make_folder(path)
-    try:
-        with fsio.locked(path):
+    with fsio.locked(path):
+        try:
             yield folder
-    finally:
-        if not existed and not folder.run_json.exists():
-            fsio.remove_tree(path)
+        finally:
+            if not existed and not folder.run_json.exists():
+                fsio.remove_tree(path)
+
+
+def _others(found: set[str], overwrite: bool) -> set[str]:
+    """What isn't the start of a run that was killed before its run.json; --overwrite may die later than that."""
+    ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml",))}
+    return {name for name in found - ours if not name.startswith(fsio.STAGING_PREFIX)}

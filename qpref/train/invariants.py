@@ -125,18 +125,17 @@ def check_start(policy: Policy, loss: LossCaller, batch: PackedBatch) -> None:
                 "an adapter that is not fresh has to be named in [adapter] start",
             )
         _refuse_repacked_weights(policy)
-        starts_at = loss.choice.plugin.record.starts_at
-        if starts_at is None:
+        wanted = loss.starts_at()
+        if wanted is None:
             return
         zero_margin = torch.zeros_like(batch.margin)
         sides = pair_logprobs(scores)
         losses = loss(PairedInputs(policy=sides, reference=pair_logprobs(reference), margin=zero_margin)).losses
-    wanted = starts_at(loss.choice.options)
-    worst = max(losses.tolist(), key=lambda value: abs(value - wanted))
-    if not math.isclose(worst, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
-        raise PolicyError(
-            f"before training, a pair's loss is {worst:.6f}; {loss.choice.plugin.offer} says {wanted:.6f}"
-        )
+    for value in losses.tolist():
+        if not math.isclose(value, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
+            raise PolicyError(
+                f"before training, a pair's loss is {value:.6f}; {loss.choice.plugin.offer} says {wanted:.6f}"
+            )
 
 
 def _refuse_repacked_weights(policy: Policy) -> None:

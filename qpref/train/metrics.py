@@ -7,6 +7,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,11 @@ class Recorder:
             sink.write(row)
 
     def close(self) -> None:
+        deadline = time.monotonic() + CLOSE_SECONDS
         for sink in self._sinks:
-            sink.close()
+            sink.finish()
+        for sink in self._sinks:
+            sink.join(deadline)
         self._lines.close()
 
 
@@ -109,15 +113,18 @@ class GuardedSink:
         except queue.Full:
             self._drop("takes no more rows")
 
-    def close(self) -> None:
-        """Let it finish what it has, for a few seconds."""
+    def finish(self) -> None:
+        """Say that no row follows."""
         if not self._dropped:
             try:
                 self._rows.put_nowait(None)
             except queue.Full:
                 self._drop("takes no more rows")
-                return
-            self._thread.join(CLOSE_SECONDS)
+
+    def join(self, deadline: float) -> None:
+        """Wait until it has closed, or the deadline (of the monotonic clock) has passed."""
+        if not self._dropped:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():
                 self._drop(f"didn't finish within {CLOSE_SECONDS:.0f} s")
 

@@ -181,7 +181,7 @@ def _capture(
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "nonfinite": progress.nonfinite,
-        "sums": progress.averages.sums,
+        "sums": {name: total.hex() for name, total in progress.averages.sums.items()},  # JSON has no infinity
         "counts": progress.averages.counts,
         "optimizer": numbers,
         "scaler": scaler.state_dict(),
@@ -208,7 +208,8 @@ def _restore(
     scaler.load_state_dict(kept.state["scaler"])
     progress.step, progress.tokens = kept.step, kept.state["tokens"]
     progress.seconds, progress.nonfinite = kept.state["seconds"], kept.state["nonfinite"]
-    progress.averages = Averages(kept.state["sums"], kept.state["counts"])
+    sums = {name: float.fromhex(total) for name, total in kept.state["sums"].items()}
+    progress.averages = Averages(sums, kept.state["counts"])
 
 
 def _metrics_bytes(kept: checkpoint.Checkpoint, folder: RunFolder) -> int:

@@ -38,12 +38,24 @@ class LossCaller:
             )
         try:
             return cls(choice, choice.plugin.record.build(choice.options))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise cls(choice, _never)._broken(f"build raised {type(error).__name__}: {error}") from error
 
     @property
     def needs_reference(self) -> bool:
         return "reference" in self.choice.plugin.record.needs
+
+    def starts_at(self) -> float | None:
+        """The loss of a pair on which policy and reference are the same; None where that is no constant.
+
+        Raises:
+            PluginError: the plugin raised instead of saying so.
+        """
+        starts_at = self.choice.plugin.record.starts_at
+        try:
+            return None if starts_at is None else float(starts_at(self.choice.options))
+        except (Exception, SystemExit) as error:
+            raise self._broken(f"starts_at raised {type(error).__name__}: {error}") from error
 
     def __call__(self, inputs: PairedInputs) -> LossOutput:
         """The loss of each pair.
@@ -56,7 +68,7 @@ class LossCaller:
             output = self.function(inputs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._broken(f"raised {type(error).__name__}: {error}") from error
         if not isinstance(output, LossOutput):
             raise self._broken(f"returned {type(output).__name__}, not LossOutput")
@@ -65,8 +77,10 @@ class LossCaller:
             raise self._broken(f"returned losses of shape {shape} for {num_pairs} pairs; it has to be ({num_pairs},)")
         if torch.is_grad_enabled() and not output.losses.requires_grad:
             raise self._broken("returned losses without a gradient")
+        if not isinstance(output.metrics, Mapping):
+            raise self._broken(f"returned metrics as {type(output.metrics).__name__}, not by name")
         for name, value in output.metrics.items():
-            if value.shape != (num_pairs,) or value.requires_grad:
+            if not isinstance(value, Tensor) or value.shape != (num_pairs,) or value.requires_grad:
                 raise self._broken(f"returned the metric {name} not as one detached value a pair")
         return output
 

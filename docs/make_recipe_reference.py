@@ -1,0 +1,71 @@
+"""Writes docs/recipe.md from the models that check a recipe, so that it cannot fall behind them.
+
+    python docs/make_recipe_reference.py
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from qpref.hooks import manager
+from qpref.recipe import Recipe
+
+HEAD = """# The recipe, key by key
+
+Made by `python docs/make_recipe_reference.py`; do not edit.
+
+A recipe is TOML. Unknown keys are errors. `--set table.key=value` changes one value. Relative paths start at the
+recipe's folder. What a table of a plugin holds, beside `name`, is the plugin's own.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for table, field in Recipe.model_fields.items():
+        model = field.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel) and table != "loss":
+            parts.append(f"## [{table}]\n\n{model.__doc__}\n\n{_rows(model)}")
+    host = manager.PluginHost()
+    titles = {"loss": '## [loss] name = "{}"', "check": "## [checks]: {}", "sink": '## [[sinks]] name = "{}"'}
+    for offer in host.offers:
+        if offer.kind in titles and offer.distribution == "qpref":
+            record = host.load(manager.KINDS[offer.kind], offer.name).record
+            table = _rows(record.options) if record.options.model_fields else "No options.\n"
+            parts.append(f"{titles[offer.kind].format(offer.name)}\n\n{record.summary}\n\n{table}")
+    return "\n".join(parts)
+
+
+def _rows(model: type[BaseModel]) -> str:
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = "required" if field.default is PydanticUndefined else f"`{_toml(field.default)}`"
+        default = "" if field.default is None else default
+        lines.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+def _kind(annotation: Any) -> str:
+    origin, arms = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{_toml(arm)}`" for arm in arms)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(arm) for arm in arms if arm is not type(None))
+    if origin is list:
+        return f"list of {_kind(arms[0])}"
+    if hasattr(annotation, "__metadata__"):
+        return _kind(annotation.__origin__)
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("recipe.md").write_text(reference())

@@ -1,0 +1,300 @@
+"""Plugins are found without being imported, loaded one by one, attributed, and refused where two offer one name."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import qpref
+from qpref.errors import PluginError, RecipeError
+from qpref.hooks.manager import CHECK, KINDS, LOSS, READER, SINK, Offer, PluginHost, installed_offers
+
+CORE = Path(qpref.__file__).parent
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+OURS = sorted(offer for offer in installed_offers() if offer.distribution == "qpref")
+MODULES = sorted({offer.module for offer in OURS})
+
+
+def names_of(kind):
+    return ", ".join(sorted({offer.name for offer in installed_offers() if offer.kind == kind.prefix}))
+
+
+LOSS_MODULE = """
+from qpref.hooks import Options, PairedLoss, hookimpl
+
+@hookimpl
+def qpref_losses():
+    yield PairedLoss(name="{name}", summary="", options=Options, build=lambda options: None)
+"""
+CANARY = "raise AssertionError('a plugin was imported')"
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """`install("acme", "2.0", {"loss-warm": "acme_warm"}, acme_warm="source")`: a distribution as pip leaves it."""
+    before = set(sys.modules)
+
+    def put(distribution, version, entry_points, **modules):
+        site = tmp_path / f"{distribution}-site"
+        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        table = "".join(f"{name} = {module}\n" for name, module in entry_points.items())
+        (info / "entry_points.txt").write_text(f"[qpref]\n{table}")
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(site)
+
+    yield put
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_listing_imports_no_plugin(install):
+    install("acme", "2.0", {"loss-warm": "acme_warm"}, acme_warm=CANARY)
+    assert Offer("loss", "warm", "acme", "2.0", "acme_warm") in installed_offers()
+
+
+def test_loading_one_plugin_imports_no_other(install):
+    install(
+        "acme", "2.0", {"loss-warm": "acme_warm", "loss-cold": "acme_cold"},
+        acme_warm=LOSS_MODULE.format(name="warm"), acme_cold=CANARY,
+    )  # fmt: skip
+    assert PluginHost().load(LOSS, "warm").record.name == "warm"
+
+
+def test_a_loaded_plugin_says_where_it_came_from(install):
+    install("acme", "2.0", {"loss-warm": "acme_warm"}, acme_warm=LOSS_MODULE.format(name="warm"))
+    assert str(PluginHost().load(LOSS, "warm").offer) == "acme 2.0 [loss-warm]"
+
+
+def test_one_module_may_offer_several_names(install):
+    hot = "    yield PairedLoss(name='hot', summary='', options=Options, build=print)\n"
+    install("acme", "2.0", {"loss-warm": "acme", "loss-hot": "acme"}, acme=LOSS_MODULE.format(name="warm") + hot)
+    host = PluginHost()
+    assert [host.load(LOSS, name).record.name for name in ("hot", "warm")] == ["hot", "warm"]
+
+
+@pytest.fixture
+def clash(install):
+    install("acme-warm", "2.0", {"loss-warm": "acme_warm"}, acme_warm=LOSS_MODULE.format(name="warm"))
+    install("zeta", "0.3", {"loss-warm": "zeta_warm"}, zeta_warm=LOSS_MODULE.format(name="warm"))
+
+
+def test_a_clash_names_both_culprits(clash):
+    with pytest.raises(PluginError) as caught:
+        PluginHost().load(LOSS, "warm")
+    assert str(caught.value) == (
+        "loss 'warm' is offered by both acme-warm 2.0 [loss-warm] and zeta 0.3 [loss-warm]\n"
+        "hint: uninstall one of the two, or leave one out: QPREF_DISABLE=acme-warm:loss-warm"
+    )
+
+
+@pytest.mark.parametrize(("disabled", "left"), [("acme-warm:loss-warm", "zeta"), ("zeta:loss-warm", "acme-warm")])
+def test_disabling_one_distribution_of_a_clash_leaves_the_other(clash, monkeypatch, disabled, left):
+    monkeypatch.setenv("QPREF_DISABLE", disabled)
+    assert PluginHost().load(LOSS, "warm").offer.distribution == left
+
+
+def test_a_built_in_wins_no_clash(install):
+    built_in = next(offer for offer in OURS if offer.kind == LOSS.prefix)
+    install("acme", "2.0", {built_in.entry_point: "acme_loss"}, acme_loss=LOSS_MODULE.format(name=built_in.name))
+    with pytest.raises(PluginError, match=re.escape(f"acme 2.0 [{built_in.entry_point}] and {built_in}")):
+        PluginHost().load(LOSS, built_in.name)
+
+
+def test_a_clash_of_what_is_not_asked_for_harms_nobody(clash, install):
+    install("calm", "1.0", {"loss-cold": "calm_cold"}, calm_cold=LOSS_MODULE.format(name="cold"))
+    assert PluginHost().load(LOSS, "cold").record.name == "cold"
+
+
+def test_one_name_in_two_kinds_is_no_clash(install):
+    install("acme", "2.0", {"loss-warm": "acme_warm"}, acme_warm=LOSS_MODULE.format(name="warm"))
+    install("zeta", "0.3", {"sink-warm": "zeta_warm"})
+    assert PluginHost().find(LOSS, "warm").distribution == "acme"
+
+
+def test_a_disabled_name_is_left_out_of_every_distribution(clash, monkeypatch):
+    monkeypatch.setenv("QPREF_DISABLE", "something-else, loss-warm")
+    assert [offer for offer in installed_offers() if offer.name == "warm"] == []
+
+
+BROKEN = {
+    "an import that raises": (
+        "import no_such_module_anywhere",
+        "importing acme_bad raised ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+    ),
+    "an import that exits": ("raise SystemExit('bye')", "importing acme_bad raised SystemExit: bye"),
+    "a syntax error": ("def", "importing acme_bad raised SyntaxError: invalid syntax (acme_bad.py, line 1)"),
+    "no hook": ("", "qpref_losses has to yield one loss 'bad', and yields nothing"),
+    "a hook that raises": (
+        "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    raise KeyError('x')\n    yield\n",
+        "qpref_losses raised KeyError: 'x'",
+    ),
+    "a hook that exits": (
+        "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    raise SystemExit(0)\n",
+        "qpref_losses raised SystemExit: 0",
+    ),
+    "a hook that yields no record": (
+        "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    yield 'bad'\n",
+        "qpref_losses yields str, not PairedLoss",
+    ),
+    "a record of another kind": (
+        "from qpref.hooks import Reader, hookimpl\n@hookimpl\ndef qpref_losses():\n"
+        "    yield Reader(name='bad', summary='', read=iter)\n",
+        "qpref_losses yields Reader, not PairedLoss",
+    ),
+    "a hook that returns what is no iterable": (
+        "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    return 3\n",
+        "qpref_losses raised TypeError: 'int' object is not iterable",
+    ),
+    "a record of another name": (
+        LOSS_MODULE.format(name="other"),
+        "qpref_losses has to yield one loss 'bad', and yields 'other'",
+    ),
+    "two records of the name": (
+        LOSS_MODULE.format(name="bad") + "    yield from [next(qpref_losses())]\n",
+        "qpref_losses has to yield one loss 'bad', and yields 'bad', 'bad'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_plugin_is_named_with_the_way_out(install, case):
+    source, complaint = BROKEN[case]
+    install("acme", "2.0", {"loss-bad": "acme_bad"}, acme_bad=source)
+    with pytest.raises(PluginError) as caught:
+        PluginHost().load(LOSS, "bad")
+    assert str(caught.value) == (
+        f"acme 2.0 [loss-bad]: {complaint}\nhint: fix it, or leave it out: QPREF_DISABLE=loss-bad"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_loses():\n    yield\n", "unknown hook 'qpref_loses'"),
+        ("from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses(x):\n    yield\n", "hook 'qpref_losses'"),
+    ],
+    ids=["a name that no hook has", "an argument that no hook has"],
+)
+def test_a_misspelt_hook_is_refused_by_name(install, source, complaint):
+    install("acme", "2.0", {"loss-bad": "acme_bad"}, acme_bad=source)
+    with pytest.raises(PluginError, match=re.escape("acme 2.0 [loss-bad]: ")) as caught:
+        PluginHost().load(LOSS, "bad")
+    assert complaint in caught.value.what
+
+
+MISSPELT = LOSS_MODULE.format(name="bad") + "\n@hookimpl\ndef qpref_readerz():\n    yield\n"
+
+
+@pytest.mark.parametrize("source", [MISSPELT, *(source for source, _ in BROKEN.values())], ids=["misspelt", *BROKEN])
+def test_other_plugins_still_load_beside_a_broken_one(install, source):
+    install("acme", "2.0", {"loss-bad": "acme_bad"}, acme_bad=source)
+    install("calm", "1.0", {"loss-cold": "calm_cold"}, calm_cold=LOSS_MODULE.format(name="cold"))
+    host = PluginHost()
+    with pytest.raises(PluginError, match="acme"):
+        host.load(LOSS, "bad")
+    assert host.load(LOSS, "cold").record.name == "cold"
+
+
+def test_a_refused_plugin_stays_refused_when_asked_again(install):
+    install("acme", "2.0", {"loss-bad": "acme_bad"}, acme_bad=MISSPELT)
+    host = PluginHost()
+    for _ in range(2):
+        with pytest.raises(PluginError, match="unknown hook 'qpref_readerz'"):
+            host.load(LOSS, "bad")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (LOSS, "wram", "no loss 'wram' is installed; did you mean 'warm'?"),
+        (SINK, "consle", "no metric sink 'consle' is installed; did you mean 'console'?"),
+        (READER, "zzz", f"no reader 'zzz' is installed; installed: {names_of(READER)}"),
+        (CHECK, "zzz", f"no validator 'zzz' is installed; installed: {names_of(CHECK)}"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest_or_all(install, kind, name, message):
+    install("acme", "2.0", {"loss-warm": "acme_warm"})
+    with pytest.raises(RecipeError) as caught:
+        PluginHost().load(kind, name)
+    assert str(caught.value) == message
+
+
+def test_an_unknown_name_without_any_plugin_says_none(monkeypatch):
+    monkeypatch.setenv("QPREF_DISABLE", ",".join(offer.entry_point for offer in installed_offers()))
+    with pytest.raises(RecipeError, match=r"no loss 'warm' is installed; installed: none"):
+        PluginHost().load(LOSS, "warm")
+
+
+@pytest.mark.parametrize("blocked", OURS, ids=lambda offer: offer.entry_point)
+def test_without_one_built_in_all_others_load(monkeypatch, blocked):
+    monkeypatch.setenv("QPREF_DISABLE", f"qpref:{blocked.entry_point}")
+    host, others = PluginHost(), [offer for offer in OURS if offer != blocked]
+    assert [host.load(KINDS[offer.kind], offer.name).offer for offer in others] == others
+
+
+@pytest.mark.parametrize("blocked", OURS, ids=lambda offer: offer.entry_point)
+def test_a_disabled_built_in_is_not_installed(monkeypatch, blocked):
+    monkeypatch.setenv("QPREF_DISABLE", blocked.entry_point)
+    with pytest.raises(RecipeError, match=f"no {KINDS[blocked.kind].noun} '{blocked.name}' is installed"):
+        PluginHost().load(KINDS[blocked.kind], blocked.name)
+
+
+@pytest.mark.parametrize("broken", MODULES)
+def test_beside_one_broken_built_in_all_others_load(monkeypatch, broken):
+    monkeypatch.setitem(sys.modules, broken, None)
+    host = PluginHost()
+    outcomes = {}
+    for offer in OURS:
+        try:
+            outcomes[offer] = host.load(KINDS[offer.kind], offer.name).offer
+        except PluginError as error:
+            outcomes[offer] = str(error).partition(":")[0]
+    assert outcomes == {offer: str(offer) if offer.module == broken else offer for offer in OURS}
+
+
+def test_the_installed_entry_points_are_those_of_pyproject():
+    table = tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"]["qpref"]
+    points = metadata.distribution("qpref").entry_points.select(group="qpref")
+    assert {point.name: point.value for point in points} == table, "run pip install -e . again"
+
+
+LOSS_NAME = re.compile(r"(?<![a-z])(dpo|ipo|kto|orpo|simpo)(?![a-z])", re.IGNORECASE)
+
+
+def words_of(source):
+    """Identifiers (camel case taken apart) and string constants, docstrings aside, each with its line."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "name", "arg", "asname", "module"):
+            identifier = getattr(node, field, None)
+            if isinstance(identifier, str):
+                yield getattr(node, "lineno", 0), re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from x import DpoOptions", "dpo = 1", "x.kto_margin", "def f(ipo): ...", "a['simpo']", "f'{a} ORPO'", "h(dpo=1)"],
+)
+def test_the_search_for_loss_names_finds(source):
+    assert any(LOSS_NAME.search(word) for _, word in words_of(source))
+
+
+def test_the_core_knows_no_loss_by_name():
+    found = [
+        f"{path.relative_to(CORE)}:{line}: {word!r}"
+        for path in sorted(CORE.rglob("*.py"))
+        for line, word in words_of(path.read_text())
+        if LOSS_NAME.search(word)
+    ]
+    assert found == []
