@@ -45,7 +45,8 @@ def _parse(text: str) -> object:
     except RecursionError:
         raise _BadJson("nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise _BadJson(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise _BadJson(f"not JSON: {error.msg.removesuffix(' at')} at {place}") from None
     except ValueError as error:
         raise _BadJson(f"not JSON: {error}") from None
     return value

@@ -52,6 +52,8 @@ class ConsoleWriter:
     def write(self, row: MetricRow) -> None:
         if row.split == "eval":
             self._held_out.append(row)
+            if row.step == self._context.first_step:
+                self._started = time.monotonic()  # the steps' own pace, without what came before them
             self._console.print(f"step {row.step}/{self._context.total_steps}  held-out  {_status(row, 'eval_')}")
             return
         status = f"{_status(row, '')}  {_duration(row.seconds)}{self._time_left(row.step)}"

@@ -78,7 +78,7 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     dtype = DTYPES[recipe.model.dtype]
     _refuse_wrong_dtype(recipe.model, device)
     model = load_base(recipe.model, base, device)
-    _close_repacking_trap(model)
+    _settle_4bit_layers(model, dtype)
     attention.register()
     own = model.config._attn_implementation
     wrapped = add_adapters(model, recipe.adapter, recipe.train.seed)
@@ -193,15 +193,16 @@ def _silence_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def _close_repacking_trap(model: Any) -> None:
-    """Keep bitsandbytes from repacking weights on CPUs with AVX512-BF16.
+def _settle_4bit_layers(model: Any, dtype: torch.dtype) -> None:
+    """Compute in the recipe's type, whatever an already quantized base says, and never repack weights.
 
-    Linear4bit repacks its weight in place at the first forward pass in eval mode, and the 4-bit product has no gradient
-    from then on: LoRA's gradients come out wrong without an error (bitsandbytes 0.50.2; bitsandbytes#1804). Drop this
-    when the repacked product has a backward pass.
+    On CPUs with AVX512-BF16 Linear4bit repacks its weight in place at the first forward pass in eval mode, and the 4-bit
+    product has no gradient from then on: LoRA's gradients come out wrong without an error (bitsandbytes 0.50.2;
+    bitsandbytes#1804). Drop this when the repacked product has a backward pass.
     """
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
             module.support_avx512bf16_for_cpu = False

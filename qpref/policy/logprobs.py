@@ -56,7 +56,9 @@ class Head:
             raise PolicyError(f"the output head is a {type(module).__name__}; qpref needs a plain linear layer")
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+        # RecurrentGemma's word is the second one.
+        caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+        return cls(module.weight, module.bias, scale, caps[0] or caps[1])
 
     def logits(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """[rows, stop - start] logits of a slice of the vocabulary, accumulated and returned in float32."""

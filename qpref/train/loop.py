@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qpref.data.pack import pack, split_by_tokens
+from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceMemory, frozen
@@ -145,7 +145,7 @@ class Trainer:
             objective = (output.losses * batch.weight).sum() / len(examples)
             self.scaler.scale(objective).backward()
             self.progress.averages.add(pair_metrics(inputs, output))
-            self.progress.tokens += batch.num_tokens
+            self.progress.tokens += sum(num_fed_tokens(example, shared) for example in members)
 
     def _count_nonfinite(self, norm: float) -> None:
         """fp16's scaling overflows now and then by design; that counts once the scale has nowhere left to fall."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,12 +70,21 @@ def optimizer_tensors(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, floa
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for place, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
+        for name, value in _flat(state):
             if isinstance(value, Tensor):
                 tensors[f"{place}.{name}"] = value.detach().clone()  # bitsandbytes shares its maps between parameters
             else:
                 numbers[f"{place}.{name}"] = value
     return tensors, numbers
+
+
+def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes lays its moments in a dict of their own, to hide them from FSDP, and takes them back without it."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield name, value
 
 
 def restore_optimizer(optimizer: Any, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:

@@ -39,7 +39,7 @@ class LossCaller:
         try:
             return cls(choice, choice.plugin.record.build(choice.options))
         except (Exception, SystemExit) as error:
-            raise cls(choice, _never)._broken(f"build raised {type(error).__name__}: {error}") from error
+            raise _broken(choice, f"build raised {type(error).__name__}: {error}") from error
 
     @property
     def needs_reference(self) -> bool:
@@ -55,7 +55,7 @@ class LossCaller:
         try:
             return None if starts_at is None else float(starts_at(self.choice.options))
         except (Exception, SystemExit) as error:
-            raise self._broken(f"starts_at raised {type(error).__name__}: {error}") from error
+            raise _broken(self.choice, f"starts_at raised {type(error).__name__}: {error}") from error
 
     def __call__(self, inputs: PairedInputs) -> LossOutput:
         """The loss of each pair.
@@ -69,28 +69,27 @@ class LossCaller:
         except torch.OutOfMemoryError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._broken(f"raised {type(error).__name__}: {error}") from error
+            raise _broken(self.choice, f"raised {type(error).__name__}: {error}") from error
         if not isinstance(output, LossOutput):
-            raise self._broken(f"returned {type(output).__name__}, not LossOutput")
+            raise _broken(self.choice, f"returned {type(output).__name__}, not LossOutput")
         if not isinstance(output.losses, Tensor) or output.losses.shape != (num_pairs,):
             shape = tuple(output.losses.shape) if isinstance(output.losses, Tensor) else type(output.losses).__name__
-            raise self._broken(f"returned losses of shape {shape} for {num_pairs} pairs; it has to be ({num_pairs},)")
+            raise _broken(
+                self.choice, f"returned losses of shape {shape} for {num_pairs} pairs; it has to be ({num_pairs},)"
+            )
         if torch.is_grad_enabled() and not output.losses.requires_grad:
-            raise self._broken("returned losses without a gradient")
+            raise _broken(self.choice, "returned losses without a gradient")
         if not isinstance(output.metrics, Mapping):
-            raise self._broken(f"returned metrics as {type(output.metrics).__name__}, not by name")
+            raise _broken(self.choice, f"returned metrics as {type(output.metrics).__name__}, not by name")
         for name, value in output.metrics.items():
             if not isinstance(value, Tensor) or value.shape != (num_pairs,) or value.requires_grad:
-                raise self._broken(f"returned the metric {name} not as one detached value a pair")
+                raise _broken(self.choice, f"returned the metric {name} not as one detached value a pair")
         return output
 
-    def _broken(self, what: str) -> PluginError:
-        name = self.choice.plugin.record.name
-        return PluginError(f"loss '{name}' ({self.choice.plugin.offer}) {what}", "report it to the plugin's author")
 
-
-def _never(inputs: PairedInputs) -> LossOutput:
-    raise AssertionError("never called")
+def _broken(choice: Choice, what: str) -> PluginError:
+    name = choice.plugin.record.name
+    return PluginError(f"loss '{name}' ({choice.plugin.offer}) {what}", "report it to the plugin's author")
 
 
 def score_pairs(policy: Policy, batch: PackedBatch, memory: ReferenceMemory | None) -> PairedInputs:

@@ -1,0 +1,167 @@
+"""Gradients through 4-bit layers are those of the same weights held dense, whatever ran before.
+
+bitsandbytes 0.50.2 repacks a Linear4bit's weight in place at its first forward pass in eval mode on a CPU with
+AVX512-BF16. From then on the product has no backward pass, and LoRA's gradients are wrong with no more than a warning.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.nn import Linear4bit
+
+from qpref.data.pack import pack
+from qpref.policy.load import Policy, load_policy
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.reference import as_reference
+from qpref.policy.source import resolve_base
+from qpref.recipe import Recipe
+from qpref.records import Source, TokenizedExample
+
+# Two layers, each with q, k, v, o, gate, up and down.
+NUM_LINEAR = 14
+# Packed in 64s: every weight of the tiny model has a multiple of 64 entries and so whole blocks.
+TOLERANCES = {"float32": 1e-5, "bf16": 2**-8}
+
+
+@pytest.fixture
+def load(make_base, make_recipe):
+    """`load({"model.dtype": "bf16"})`: a policy with an adapter that is not fresh; NF4 unless asked otherwise."""
+    base = make_base(initializer_range=0.2)
+
+    def load(changes: dict[str, object]) -> Policy:
+        values = {"model.base": str(base), "model.quantization": "nf4"} | changes
+        recipe = Recipe.model_validate(make_recipe(values))
+        policy = load_policy(recipe, resolve_base(recipe.model))
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in policy.trained_parameters().items():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.2, generator=generator)
+        policy.model.train()
+        return policy
+
+    return load
+
+
+@pytest.fixture
+def batch():
+    source = Source(path="made", line=1)
+    example = TokenizedExample(
+        prompt=array("i", list(b"What comes after 3?")),
+        branches=(array("i", list(b"4 comes after 3.")), array("i", list(b"WHO KNOWS"))),
+        truncated=(False, False),
+        weight=1.0,
+        margin=0.0,
+        source=source,
+    )
+    return pack([example], torch.device("cpu"))
+
+
+def dense_oracle(load, policy: Policy, dtype: str) -> Policy:
+    """An unquantized policy that holds the 4-bit one's dequantized weights and its adapters."""
+    dense = load({"model.quantization": "none", "model.dtype": dtype})
+    base, quantized = dense.model.get_base_model(), policy.model.get_base_model()
+    for name in policy.quantized_modules():
+        weight = quantized.get_submodule(name).base_layer.weight
+        base.get_submodule(name).base_layer.weight.copy_(dequantize_4bit(weight.data, weight.quant_state))
+    return dense
+
+
+def gradients(policy: Policy, batch) -> dict[str, torch.Tensor]:
+    """Of chosen less rejected, the direction in which every paired loss pulls."""
+    policy.model.zero_grad(set_to_none=True)
+    chosen, rejected = completion_logprobs(policy, batch).total
+    (chosen - rejected).backward()
+    return {name: parameter.grad for name, parameter in policy.trained_parameters().items()}
+
+
+def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest error of any entry, as a share of its tensor's largest entry."""
+    assert found.keys() == wanted.keys()
+    return max(((found[name] - value).abs().max() / value.abs().max()).item() for name, value in wanted.items())
+
+
+def four_bit_layers(policy: Policy) -> list[Linear4bit]:
+    return [module for module in policy.model.modules() if isinstance(module, Linear4bit)]
+
+
+def num_repacked(policy: Policy) -> int:
+    return sum(
+        bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False)) for layer in four_bit_layers(policy)
+    )
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_gradients_are_those_of_dense_weights(dtype, double, load, batch):
+    policy = load({"model.dtype": dtype, "model.double_quantization": double})
+    wanted = gradients(dense_oracle(load, policy, dtype), batch)
+    assert worst(gradients(policy, batch), wanted) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_gradients_are_those_of_dense_weights_after_a_reference_pass(dtype, checkpointing, load, batch):
+    policy = load({"model.dtype": dtype, "train.gradient_checkpointing": checkpointing})
+    wanted = gradients(dense_oracle(load, policy, dtype), batch)
+    with as_reference(policy):
+        completion_logprobs(policy, batch)
+    assert worst(gradients(policy, batch), wanted) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_reference_pass_between_forward_and_backward_changes_no_gradient(dtype, load, batch):
+    policy = load({"model.dtype": dtype})
+    wanted = gradients(policy, batch)
+    policy.model.zero_grad(set_to_none=True)
+    chosen, rejected = completion_logprobs(policy, batch).total
+    with as_reference(policy):
+        completion_logprobs(policy, batch)
+    (chosen - rejected).backward()
+    for name, parameter in policy.trained_parameters().items():
+        assert torch.equal(parameter.grad, wanted[name]), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_no_weight_is_repacked_by_a_reference_pass(dtype, load, batch):
+    policy = load({"model.dtype": dtype})
+    before = [layer.weight.data.clone() for layer in four_bit_layers(policy)]
+    with as_reference(policy):
+        completion_logprobs(policy, batch)
+    assert num_repacked(policy) == 0
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (x.weight.data for x in four_bit_layers(policy)), strict=True)
+    )
+
+
+def open_trap(policy: Policy) -> None:
+    for layer in four_bit_layers(policy):
+        layer.support_avx512bf16_for_cpu = True
+
+
+def test_with_the_trap_open_cpus_that_can_repack_every_layer(load, batch):
+    policy = load({})
+    open_trap(policy)
+    with as_reference(policy):
+        completion_logprobs(policy, batch)
+    assert num_repacked(policy) == (NUM_LINEAR if has_avx512bf16() else 0)
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered")
+def test_with_the_trap_open_gradients_are_wrong_on_cpus_that_repack(load, batch):
+    policy = load({})
+    wanted = gradients(policy, batch)
+    open_trap(policy)
+    with as_reference(policy):
+        completion_logprobs(policy, batch)
+    assert (worst(gradients(policy, batch), wanted) > 0.5) == has_avx512bf16()
+
+
+def test_every_linear_layer_of_the_blocks_is_four_bit(load):
+    policy = load({})
+    assert len(policy.quantized_modules()) == NUM_LINEAR
+    assert {layer.weight.quant_state.quant_type for layer in four_bit_layers(policy)} == {"nf4"}
+    assert {layer.weight.quant_state.blocksize for layer in four_bit_layers(policy)} == {64}
