@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from qpref.errors import DiskError, RunLockedError
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a refusal of the disk into a DiskError that names `path`."""
     try:
         yield
+    except SafetensorError as error:
+        raise DiskError(f"{path}: cannot be written: {error}") from error
     except OSError as error:
         hint = "free some space and go on with --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         raise DiskError(f"{path}: cannot be written: {error.strerror or error}", hint) from error
@@ -178,15 +182,17 @@ class LineLog:
         self._path = path
         with disk_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._file: IO[bytes] = os.fdopen(descriptor, "ab")
+            # Unbuffered, so that nothing is left to write when a full disk has refused a line.
+            self._file = os.fdopen(descriptor, "ab", buffering=0)
             if keep is not None:
                 self._file.truncate(keep)
             os.fsync(descriptor)
 
     def append(self, line: str) -> None:
         with disk_errors(self._path):
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+            left = line.encode() + b"\n"
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
 
     @property

@@ -9,15 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from qpref.errors import RecipeError
+from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.recipe import Problem, Recipe, check_document, problems_of, read_document, with_overrides
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
+
+FREE_TO_CHANGE = {
+    # Where things lie; their contents have fingerprints of their own.
+    *(("model", key) for key in ("base", "sha256", "tokenizer", "device")),
+    *(("data", key) for key in ("train", "heldout", "reader", "skip_bad")),
+    ("adapter", "start"),
+    # How it is computed and how often it is told or saved.
+    *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),
+    *(("train", key) for key in ("log_every", "eval_every", "save_every")),
+}
+"""Settings that may differ between a run and its resumption: (table, key)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +64,11 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all settings that decide what is computed: not the sinks, nor where files lie."""
-        decisive = {table: dict(self.document[table]) for table in ("model", "adapter", "data", "loss", "train")}
-        for table, path in (("model", "base"), ("model", "tokenizer"), ("data", "train"), ("data", "heldout")):
-            decisive[table].pop(path, None)
+        """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""
+        decisive = {
+            table: {key: value for key, value in self.document[table].items() if (table, key) not in FREE_TO_CHANGE}
+            for table in ("model", "adapter", "data", "loss", "train")
+        }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -95,7 +107,7 @@ class _Resolution:
         checked = check_document(document)
         if isinstance(checked, list):
             self._problems += checked
-        loss = self._choose(manager.LOSS, document.get("loss"), "loss")
+        loss = self._choose_named(manager.LOSS, document.get("loss"), "loss")
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
         train_reader = self._reader(document.get("data"), "train")
@@ -127,16 +139,17 @@ class _Resolution:
     def _validators(self, table: Any) -> list[Choice]:
         table = table if isinstance(table, dict) else {}
         own = {key: value for key, value in table.items() if not isinstance(value, dict)}
-        tables = {DEFAULT_VALIDATOR: own} | {name: value for name, value in table.items() if isinstance(value, dict)}
+        tables = {name: value for name, value in table.items() if isinstance(value, dict)}
+        tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | tables
         choices = []
         for name, options in tables.items():
             where = "checks" if name == DEFAULT_VALIDATOR else f"checks.{name}"
-            choices.append(self._choose(manager.CHECK, {"name": name} | options, where))
+            choices.append(self._choose(manager.CHECK, name, options, where))
         return [choice for choice in choices if choice]
 
     def _sinks(self, tables: Any) -> list[Choice]:
         tables = tables if isinstance(tables, list) else [{"name": "console"}]
-        choices = [self._choose(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
+        choices = [self._choose_named(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
         return [choice for choice in choices if choice]
 
     def _reader(self, table: Any, key: str) -> Loaded | None:
@@ -153,16 +166,23 @@ class _Resolution:
             return None
         return self._load(manager.READER, name, "data", "reader" if named else key)
 
-    def _choose(self, kind: Kind, table: Any, where: str) -> Choice | None:
-        """The plugin that `table` names and its options; None where that is a problem (noted here or by the recipe)."""
+    def _choose_named(self, kind: Kind, table: Any, where: str) -> Choice | None:
+        """The plugin that the table's `name` names, with the other keys as its options."""
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-            return None
-        plugin = self._load(kind, table["name"], where, "name")
+            return None  # the recipe's own check has noted it
+        options = {key: value for key, value in table.items() if key != "name"}
+        return self._choose(kind, table["name"], options, where)
+
+    def _choose(self, kind: Kind, name: str, options: dict[str, Any], where: str) -> Choice | None:
+        """A plugin with its options parsed; None where that is a problem, which is noted."""
+        plugin = self._load(kind, name, where, "name")
         if plugin is None:
             return None
         model = plugin.record.options
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise PluginError(f"{plugin.offer}: its options are no qpref.hooks.Options", "report it to its author")
         try:
-            return Choice(plugin, model.model_validate({key: value for key, value in table.items() if key != "name"}))
+            return Choice(plugin, model.model_validate(options))
         except ValidationError as error:
             for problem in problems_of(error, model, where):
                 message = problem.message.replace(

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -22,7 +22,9 @@ from qpref.errors import RecipeError
 class Section(BaseModel):
     """One table of the recipe."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Keys of other trainers that are refused for a reason, where "unknown key" would leave their users puzzled."""
 
 
 class ModelSection(Section):
@@ -53,6 +55,10 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The LoRA adapter."""
 
+    refused = dict.fromkeys(
+        ("dora", "use_dora"), "DoRA rescales whole columns of the base, which folds into no delta on a 4-bit base"
+    ) | {"modules_to_save": "layers trained in full stay changed with the adapters off, so the reference would move"}
+
     rank: int = Field(default=16, ge=1, description="Width of the low-rank update.")
     alpha: float = Field(
         default=32, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."
@@ -71,19 +77,6 @@ class AdapterSection(Section):
         "rank, alpha and targets hold.",
     )
     bias: Literal["none"] = Field(default="none", description="Trained biases would move the reference: none alone.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_what_moves_the_reference(cls, table: Any) -> Any:
-        """Name the reason where "unknown key" would leave a user of other trainers puzzled."""
-        reasons = {
-            "dora": "DoRA rescales whole columns of the base, which folds into no delta on a 4-bit base",
-            "modules_to_save": "layers trained in full stay changed with the adapters off, so the reference would move",
-        }
-        for key in table if isinstance(table, dict) else ():
-            if reason := reasons.get(key.removeprefix("use_")):
-                raise ValueError(f"{key}: {reason}")
-        return table
 
     @field_validator("init", mode="before")
     @classmethod
@@ -178,7 +171,7 @@ class TrainSection(Section):
 class SinkSection(BaseModel):
     """One metric sink; the other keys are the sink's own."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="The sink's name.")
 
@@ -186,7 +179,7 @@ class SinkSection(BaseModel):
 class LossSection(BaseModel):
     """The loss; the other keys are the loss's own."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="The loss's name.")
 
@@ -222,7 +215,7 @@ def read_document(path: Path) -> dict[str, Any]:
         RecipeError: there is no such file, or it is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except OSError as error:
@@ -328,11 +321,18 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def _in_words(detail: Any, place: Sequence[str], owner: type[BaseModel]) -> str:
-    if detail["type"] == "extra_forbidden":
-        return "unknown key" + did_you_mean(str(detail["loc"][-1]), list(owner.model_fields))
-    if detail["type"] == "missing":
+    kind, key = detail["type"], str(detail["loc"][-1])
+    if kind == "extra_forbidden":
+        refused: Mapping[str, str] = getattr(owner, "refused", {})
+        return refused.get(key) or "unknown key" + did_you_mean(key, list(owner.model_fields))
+    if kind == "missing":
         return "missing" if len(place) > 1 else "missing; every recipe has it"
+    if kind in ("model_type", "dict_type"):
+        return f"expected a table, got {detail['input']!r}"
+    if kind == "string_too_short":
+        return "must not be empty"
     message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    if detail["type"] == "value_error":
+    if kind == "value_error":
         return message
-    return f"expected {message.removeprefix('a valid ')}, got {detail['input']!r}"
+    message = message.replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    return f"expected {message}, got {detail['input']!r}"

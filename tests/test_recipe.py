@@ -41,6 +41,41 @@ def write(path, text):
     return path
 
 
+NO_URLS = """
+from qpref.hooks import Options, Validator, hookimpl
+
+class UrlOptions(Options):
+    allowed: int = 0
+
+@hookimpl
+def qpref_validators():
+    yield Validator(name="no-urls", summary="", options=UrlOptions, check=lambda options, pairs: ())
+"""
+CHAT_JSONL = """
+from qpref.hooks import Reader, hookimpl
+
+@hookimpl
+def qpref_readers():
+    yield Reader(name="chat.jsonl", summary="", read=iter)
+"""
+
+
+@pytest.fixture
+def offer_by_acme(tmp_path, monkeypatch):
+    """`offer_by_acme("check-no-urls", source)`: acme 2.0, installed, with one plugin."""
+
+    def put(entry_point, source):
+        info = tmp_path / "site" / "acme-2.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n")
+        (info / "entry_points.txt").write_text(f"[qpref]\n{entry_point} = acme_plugin\n")
+        (tmp_path / "site" / "acme_plugin.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path / "site")
+
+    yield put
+    sys.modules.pop("acme_plugin", None)
+
+
 def test_every_mistake_is_reported_at_once(tmp_path):
     file = write(
         tmp_path / "wrong.toml",
@@ -76,7 +111,7 @@ def test_every_mistake_is_reported_at_once(tmp_path):
             "  [adapter] rank: expected greater than or equal to 1, got 0",
             "  [checks] identical: expected 'error', 'warn' or 'off', got 'wran'",
             f"  [checks.urls] name: no validator 'urls' is installed; installed: {names_of('check')}",
-            "  [data] heldout: expected string, got 3",
+            "  [data] heldout: expected a string, got 3",
             f"  [data] train: no reader for 'pairs.zip'; installed: {SUFFIXES}",
             f"  [loss] betaa: unknown option of loss 'dpo' (qpref {__version__} [loss-dpo]); did you mean 'beta'?",
             "  [model] base: missing",
@@ -84,7 +119,7 @@ def test_every_mistake_is_reported_at_once(tmp_path):
             "  [model] dtype: expected 'bf16', 'fp16' or 'float32', got 'int8'",
             "  [sinks.0] name: no metric sink 'consol' is installed; did you mean 'console'?",
             "  [sinks.1] name: missing",
-            "  [train] learning_rate: expected number, got 'hot'",
+            "  [train] learning_rate: expected a number, got 'hot'",
             "  [trian] unknown key; did you mean 'train'?",
         ]
     )
@@ -127,8 +162,8 @@ def test_a_table_that_every_recipe_has_is_missed_by_name(table):
     ("tables", "problem"),
     [
         ({"loss": {"beta": 0}}, "[loss] beta: expected greater than 0, got 0"),
-        ({"loss": {"beta": "x"}}, "[loss] beta: expected number, got 'x'"),
-        ({"loss": {"beta": True}}, "[loss] beta: expected number, got True"),
+        ({"loss": {"beta": "x"}}, "[loss] beta: expected a number, got 'x'"),
+        ({"loss": {"beta": True}}, "[loss] beta: expected a number, got True"),
         ({"checks": {"max_similarity": 2}}, "[checks] max_similarity: expected less than or equal to 1, got 2"),
         (
             {"checks": {"identicl": "off"}},
@@ -150,13 +185,9 @@ def test_a_plugins_parsed_options_are_in_the_plan():
     assert make_plan(recipe_with(loss={"beta": 0.5})).loss.options.beta == 0.5
 
 
-def test_a_clash_of_plugins_is_no_mistake_of_the_recipe(tmp_path, monkeypatch):
-    info = tmp_path / "acme_dpo-2.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-dpo\nVersion: 2.0\n")
-    (info / "entry_points.txt").write_text("[qpref]\nloss-dpo = acme_dpo\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PluginError, match=r"offered by both acme-dpo 2.0 \[loss-dpo\] and qpref .* \[loss-dpo\]"):
+def test_a_clash_of_plugins_is_no_mistake_of_the_recipe(offer_by_acme):
+    offer_by_acme("loss-dpo", "")
+    with pytest.raises(PluginError, match=r"offered by both acme 2.0 \[loss-dpo\] and qpref .* \[loss-dpo\]"):
         make_plan(MINIMAL)
 
 
@@ -326,6 +357,12 @@ def test_the_reader_is_the_one_named_or_that_of_the_suffix(data, reader):
     assert make_plan(recipe_with(data=data)).train_reader.record.name == reader
 
 
+def test_of_two_readers_that_fit_the_longer_suffix_wins(offer_by_acme):
+    offer_by_acme("read-chat.jsonl", CHAT_JSONL)
+    plan = make_plan(recipe_with(data={"train": "a.chat.jsonl", "heldout": "b.jsonl"}))
+    assert (plan.train_reader.record.name, plan.heldout_reader.record.name) == ("chat.jsonl", "jsonl")
+
+
 def test_each_file_has_the_reader_of_its_own_suffix():
     plan = make_plan(recipe_with(data={"train": "a.jsonl", "heldout": "b.json"}))
     assert (plan.train_reader.record.name, plan.heldout_reader.record.name) == ("jsonl", "json")
@@ -351,29 +388,10 @@ def test_an_empty_list_of_sinks_is_none():
     assert make_plan(recipe_with(sinks=[])).sinks == ()
 
 
-NO_URLS = """
-from qpref.hooks import Options, Validator, hookimpl
-
-class UrlOptions(Options):
-    allowed: int = 0
-
-@hookimpl
-def qpref_validators():
-    yield Validator(name="no-urls", summary="", options=UrlOptions, check=lambda options, pairs: ())
-"""
-
-
 @pytest.fixture
-def no_urls(tmp_path, monkeypatch):
+def no_urls(offer_by_acme):
     """A foreign validator `no-urls` with the option `allowed`."""
-    info = tmp_path / "site" / "acme-2.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n")
-    (info / "entry_points.txt").write_text("[qpref]\ncheck-no-urls = acme_no_urls\n")
-    (tmp_path / "site" / "acme_no_urls.py").write_text(NO_URLS)
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    yield
-    sys.modules.pop("acme_no_urls", None)
+    offer_by_acme("check-no-urls", NO_URLS)
 
 
 def test_a_table_of_checks_adds_a_validator_with_its_options(no_urls):
@@ -444,7 +462,7 @@ def test_set_leaves_the_given_recipe_alone():
 def test_a_set_value_is_checked_like_the_recipes():
     assert problems(MINIMAL, ["train.learning_rate=hot", "loss.betaa=1"]) == [
         f"[loss] betaa: unknown option of loss 'dpo' (qpref {__version__} [loss-dpo]); did you mean 'beta'?",
-        "[train] learning_rate: expected number, got 'hot'",
+        "[train] learning_rate: expected a number, got 'hot'",
     ]
 
 

@@ -103,11 +103,14 @@ def read_pairs(path: Path, reader: Loaded, validators: Sequence[Choice]) -> tupl
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except QprefError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{reader.offer} failed on {path}: {type(error).__name__}: {error}") from error
     for validator in validators:
         try:
-            report.findings += validator.plugin.record.check(validator.options, pairs)
-        except Exception as error:
+            findings = list(validator.plugin.record.check(validator.options, pairs))
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
+        if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
+            raise PluginError(f"{validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
+        report.findings += findings
     return pairs, report

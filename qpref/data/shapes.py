@@ -72,9 +72,13 @@ def _message(turn: object, side: str) -> Message:
 
 def _number(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:
     value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < at_least:
-        raise _BadRowError("not_a_pair", f"{name}: expected a number, found {value!r}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < at_least:
+        raise _BadRowError("not_a_pair", f"{name}: expected a number, found {repr(value)[:40]}")
+    return number
 
 
 def _kind(value: object) -> str:

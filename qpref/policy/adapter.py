@@ -18,6 +18,15 @@ REFERENCE = "reference"
 """PEFT's name for the frozen copy of a start adapter."""
 
 COPIED_FIELDS = ("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern")
+NOT_PLAIN_FIELDS = (
+    "use_dora",
+    "modules_to_save",
+    "layers_to_transform",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT writes one of these only where the adapter was saved without its conversion to a delta on the plain base."""
 
 
 def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
@@ -131,10 +140,11 @@ def _read_adapter(folder: Path, dropout: float) -> tuple[Any, dict[str, torch.Te
         raise PolicyError(f"{folder}: no adapter in PEFT's format with safetensors: {error}") from error
     if values.get("peft_type") != "LORA":
         raise PolicyError(f"{folder}: a {values.get('peft_type')} adapter; only LoRA can be trained on from")
-    moving = [key for key in ("use_dora", "modules_to_save", "layers_to_transform", "trainable_token_indices")
-              if values.get(key)]  # fmt: skip
+    moving = [key for key in NOT_PLAIN_FIELDS if values.get(key)]
     if values.get("bias", "none") != "none":
         moving.append("bias")
+    if str(values.get("init_lora_weights")).lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+        moving.append("init_lora_weights")
     if moving:
         raise PolicyError(f"{folder}: the adapter uses {moving[0]}, so it is no plain LoRA delta on the base")
     copied = {key: values[key] for key in COPIED_FIELDS if values.get(key) is not None}

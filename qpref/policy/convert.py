@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,20 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from qpref.policy.load import refuse_missing_weights
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            output_loading_info=True,
         )
         tokenizer = None if has_own_tokenizer else _tokenizer(path, model.config.max_position_embeddings)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, struct.error) as error:
         raise PolicyError(f"{path}: transformers can't read this GGUF file: {error}") from error
+    refuse_missing_weights(report, path)
     model.config._name_or_path = ""
     with fsio.staged_folder(folder) as staging:
         model.save_pretrained(staging)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,13 +103,18 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
 
 
 def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
-    """The frozen base model on its device, quantized as the recipe or the base itself says, its dropouts off."""
+    """The frozen base model on its device, quantized as the recipe or the base itself says, its dropouts off.
+
+    Raises:
+        PolicyError: transformers can't load it, or a weight is missing.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         _silence_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             base.path,
             config=config,
             quantization_config=_quantization(section, base),
@@ -116,13 +122,25 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise PolicyError(f"{base.path}: transformers can't load this model: {error}") from error
+    refuse_missing_weights(report, base.path)
     model.requires_grad_(False)
     return model
+
+
+def refuse_missing_weights(report: Any, path: Path) -> None:
+    """Stop where transformers' loading report names weights that it made up: it fills them at random and goes on.
+
+    Raises:
+        PolicyError: names the first of them.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise PolicyError(f"{path}: it lacks {len(missing)} of its model's weights, the first is {missing[0]}")
 
 
 def choose_device(asked: str) -> torch.device:
@@ -196,8 +214,8 @@ def _silence_dropout(config: Any) -> None:
 def _settle_4bit_layers(model: Any, dtype: torch.dtype) -> None:
     """Compute in the recipe's type, whatever an already quantized base says, and never repack weights.
 
-    On CPUs with AVX512-BF16 Linear4bit repacks its weight in place at the first forward pass in eval mode, and the 4-bit
-    product has no gradient from then on: LoRA's gradients come out wrong without an error (bitsandbytes 0.50.2;
+    On CPUs with AVX512-BF16 Linear4bit repacks its weight in place at the first forward pass in eval mode; the 4-bit
+    product has no gradient from then on, and LoRA's gradients come out wrong without an error (bitsandbytes 0.50.2;
     bitsandbytes#1804). Drop this when the repacked product has a backward pass.
     """
     from bitsandbytes.nn import Linear4bit

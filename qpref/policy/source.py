@@ -99,7 +99,10 @@ def shard_files(path: Path) -> list[Path]:
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(f"{index}: no index of safetensors files: {error!r}") from None
         if outside := [name for name in names if name != Path(name).name]:
             raise PolicyError(f"{index}: names a file outside its folder: {outside[0]}")
         shards = [path / name for name in names]

@@ -26,10 +26,17 @@ def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
 
 
 def stop_tokens(base: BaseFolder) -> list[int]:
-    """The ids at which generation ends by the base's own settings."""
+    """The ids at which generation ends by the base's own settings.
+
+    Raises:
+        PolicyError: the settings cannot be read.
+    """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = base.path / name
-        value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        try:
+            value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise PolicyError(f"{path}: not a JSON object: {error}") from None
         found += value if isinstance(value, list) else [] if value is None else [value]
     return found

@@ -78,6 +78,13 @@ def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None
     return None
 
 
+def remove_newer(folder: Path, step: int) -> None:
+    """Remove what is newer than the checkpoint that a run goes on from: it is bad, and rotation would count it."""
+    for path in _folders(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            fsio.remove_tree(path)
+
+
 def _folders(folder: Path) -> list[Path]:
     """The checkpoints' folders, newest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))]

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ class Recorder:
         flat = {"step": row.step, "split": row.split} | values | {"tokens": row.tokens, "seconds": row.seconds}
         self._lines.append(json.dumps(flat, allow_nan=False))
         for sink in self._sinks:
-            sink.write(row)
+            sink.write(replace(row, values=dict(row.values)))  # its own, in case it changes them
 
     def close(self) -> None:
         deadline = time.monotonic() + CLOSE_SECONDS

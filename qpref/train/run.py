@@ -27,7 +27,7 @@ from qpref.plan import Plan
 from qpref.policy.adapter import TRAINED
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.reference import ReferenceMemory
-from qpref.policy.source import BaseFolder, resolve_base
+from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.records import TokenizedExample
 from qpref.train import checkpoint, invariants, optim
@@ -103,8 +103,13 @@ def _prepare(plan: Plan, checked: tuple[CheckedPairs, CheckedPairs | None]) -> P
             "base model": json.dumps(base.weights, sort_keys=True),
             "training data": fingerprint(examples),
             "held-out data": fingerprint(heldout),
+            "start adapter": _start_digest(recipe.adapter.start),
         },
     )
+
+
+def _start_digest(start: str | None) -> str:
+    return "" if start is None else cached_sha256(Path(start) / "adapter_model.safetensors")
 
 
 def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
@@ -119,6 +124,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
         _restore(kept, policy, optimizer, scaler, progress)
         memory = ReferenceMemory.from_tensors(kept.tensors["reference"]) if memory is not None else None
         metrics_bytes = _metrics_bytes(kept, folder)
+        checkpoint.remove_newer(folder.checkpoints, progress.step)
         log.info("going on after step %d", progress.step)
     else:
         if resume:
@@ -259,7 +265,7 @@ def _write_adapter(prepared: Prepared, folder: RunFolder) -> None:
     if bad:
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
     model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
-    with fsio.staged_folder(folder.adapter) as staging:
+    with fsio.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
 

@@ -68,7 +68,7 @@ def test_a_broken_recipe_is_one_message_and_leaves_nothing(tmp_path, write_recip
         "",
         f"error: {recipe}: 2 problems\n"
         "  [adapter] dora: DoRA rescales whole columns of the base, which folds into no delta on a 4-bit base\n"
-        "  [train] learning_rate: expected number, got 'hot'\n",
+        "  [train] learning_rate: expected a number, got 'hot'\n",
     )
     assert files_under(tmp_path) == before
 

@@ -95,12 +95,13 @@ def test_values_need_no_gradient():
 
 
 @pytest.mark.parametrize("size", [1e-4, 30.0, 1e4])
-def test_logits_of_any_size_give_finite_values_and_slopes(size):
+def test_logits_of_any_size_keep_float32_accuracy(size):
     head, (hidden, tokens) = make_head("plain", torch.float32), make_rows(torch.float32)
     large = (hidden.detach() * size).requires_grad_()
     values = _ScoreTokens.apply(large, tokens, head)
-    assert values.isfinite().all()
-    assert slope(values, large).isfinite().all()
+    largest = (large @ head.weight.t()).abs().max().clamp(min=1)
+    assert (values - oracle(large, tokens, head)).abs().max() <= 1e-6 * largest
+    assert (slope(values, large) - slope(oracle(large, tokens, head), large)).abs().max() <= 1e-6 * largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,16 +155,17 @@ def test_bf16_slopes_are_within_bf16_rounding(large_bf16):
     hidden, tokens, head, _, expected = large_bf16
     found = torch.autograd.grad(_ScoreTokens.apply(hidden, tokens, head).sum(), hidden)[0].double()
     wanted = head.weight[tokens].double() - expected
-    # Half a unit in the last of bf16's 8 places for rounding the slope itself, for each probability in its mean of
-    # weights (whose errors average out, so no more than that of the largest), and for the mean.
+    # Rounding to bf16's 8 binary places moves a number by 2^-9 of itself at most. Three roundings: the slope itself,
+    # the probabilities of the slices, and their mean of weights.
     assert ((found - wanted).abs() <= 2**-9 * (wanted.abs() + 2 * head.weight.abs().max().double())).all()
-    assert (found - wanted).norm() <= 2**-9 * wanted.norm()
+    assert (found - wanted).norm() <= 2**-8 * wanted.norm()
 
 
 def test_the_product_setting_of_the_process_is_as_before(large_bf16):
     matmul = torch.backends.mkldnn.matmul
     hidden, tokens, head, *_ = large_bf16
     before = matmul.fp32_precision
+    assert before != "bf16"
     _ScoreTokens.apply(hidden[:4], tokens[:4], head)
     assert matmul.fp32_precision == before
 
@@ -172,7 +174,8 @@ def test_the_product_setting_of_the_process_is_as_before_after_an_error(large_bf
     matmul = torch.backends.mkldnn.matmul
     hidden, tokens, head, *_ = large_bf16
     before = matmul.fp32_precision
-    with pytest.raises(RuntimeError, match="size"):
+    assert before != "bf16"
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         _ScoreTokens.apply(hidden[:4, :-1], tokens[:4], head)
     assert matmul.fp32_precision == before
 

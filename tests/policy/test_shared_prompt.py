@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +26,11 @@ from qpref.recipe import Recipe
 from qpref.records import Group, Source, TokenizedExample
 from qpref.train.invariants import check_layout
 
-FAMILIES = ("llama", "qwen", "mistral", "gemma3")
+FAMILIES = ("llama", "qwen", "mistral", "gemma3", "granite")
 WINDOW = 7  # of mistral's layers and of gemma3's first
 RANK, ALPHA, BETA = 4, 8, 0.5
+SPREAD = 0.2  # of weights; with narrow ones attention is nearly uniform, and a token too many or too few hardly shows
+WIDE = TINY | {"initializer_range": SPREAD}
 TOLERANCE = 1e-5
 PACKINGS = {  # tokens of a micro-batch, and the seed that shuffles the pairs
     "one stream": (10_000, None),
@@ -128,11 +129,34 @@ def ask_whole_rows(base: Path, policy: Policy) -> Answer:
     return Answer({line: [row.detach() for row in pair] for line, pair in rows.items()}, loss.item(), gradients)
 
 
+def save_tiny(config, folder: Path) -> Path:
+    """A random model of any config."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def granite_config():
+    """Granite: attention, residuals and logits have factors of their own."""
+    from transformers import GraniteConfig
+
+    factors = {
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+    }
+    return GraniteConfig(**{key: value for key, value in WIDE.items() if key != "head_dim"}, **factors)
+
+
 @pytest.fixture(scope="module")
-def answers(make_base) -> Iterator[dict[str, tuple[Path, Answer]]]:
+def answers(make_base, tmp_path_factory) -> dict[str, tuple[Path, Answer]]:
     """For each family its folder, and the oracle's answer for a policy as `load` makes it."""
-    # Wide weights: with narrow ones attention is nearly uniform, and a token too many or too few hardly shows.
-    bases = {family: make_base(family, initializer_range=0.2) for family in FAMILIES}
+    bases = {family: make_base(family, initializer_range=SPREAD) for family in FAMILIES[:-1]}
+    bases["granite"] = save_tiny(granite_config(), tmp_path_factory.mktemp("granite"))
     return {family: (base, ask_whole_rows(base, load(base))) for family, base in bases.items()}
 
 
@@ -256,16 +280,6 @@ def test_mistral_sees_as_far_back_as_two_windows_and_no_further(answers):
     assert slope[0].abs().amax(-1).nonzero().squeeze(1).tolist() == list(range(39 - 2 * (WINDOW - 1), 40))
 
 
-def save_tiny(config, folder: Path) -> Path:
-    """A random model of any config."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def capped(tmp_path_factory) -> Path:
     """Gemma-2: attention scores and logits are capped, both so tightly that it shows."""
@@ -273,21 +287,20 @@ def capped(tmp_path_factory) -> Path:
 
     caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     layers = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-    config = Gemma2Config(**TINY, **caps, **layers, query_pre_attn_scalar=16, initializer_range=0.2)
+    config = Gemma2Config(**WIDE, **caps, **layers, query_pre_attn_scalar=16)
     return save_tiny(config, tmp_path_factory.mktemp("gemma2"))
 
 
 def recurrent_config(kind: str):
     from transformers import BambaConfig, Lfm2Config, RecurrentGemmaConfig
 
-    wide = TINY | {"initializer_range": 0.2}
     if kind == "lfm2":
-        return Lfm2Config(**wide, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+        return Lfm2Config(**WIDE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
     if kind == "bamba":
-        del wide["head_dim"]
+        wide = {key: value for key, value in WIDE.items() if key != "head_dim"}
         return BambaConfig(**wide, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16)
     changes = {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 64, "attention_window_size": WINDOW}
-    return RecurrentGemmaConfig(**wide | changes)
+    return RecurrentGemmaConfig(**WIDE | changes)
 
 
 RECURRENT = ("lfm2", "bamba", "recurrent_gemma")

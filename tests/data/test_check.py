@@ -1,0 +1,271 @@
+"""Every row of a file is accounted for, bad ones stop the run beyond a share, and a broken plugin is named."""
+
+import logging
+import re
+
+import pytest
+
+from qpref.data.check import NUM_SHOWN, DataReport, read_pairs
+from qpref.errors import DataError, PluginError
+from qpref.hooks import Options, Reader, Validator
+from qpref.hooks.manager import Loaded, Offer
+from qpref.plan import Choice
+from qpref.records import Finding, Row, Source
+
+GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
+
+
+def source(line):
+    return Source(path="pairs.x", line=line)
+
+
+def finding(line, severity="error", code="bad", message="is bad"):
+    return Finding(code=code, severity=severity, message=message, source=source(line))
+
+
+def reader(read):
+    return Loaded(Reader(name="x", summary="", read=read), Offer("read", "x", "acme", "2.0", "acme_x"))
+
+
+def rows(*values):
+    """A reader of one row for each dict; anything else is yielded as it is."""
+    return reader(
+        lambda path: iter(
+            [
+                Row(values=value, source=source(line)) if isinstance(value, dict) else value
+                for line, value in enumerate(values, start=1)
+            ]
+        )
+    )
+
+
+def validator(check):
+    record = Validator(name="v", summary="", options=Options, check=check)
+    return Choice(Loaded(record, Offer("check", "v", "acme", "2.0", "acme_v")), Options())
+
+
+def judge(*findings):
+    """A validator that finds the same whatever it sees."""
+    return validator(lambda options, pairs: findings)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "pairs.x"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """The messages of qpref's logger, whatever the command line has done to it."""
+    monkeypatch.setattr(logging.getLogger("qpref"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="qpref")
+    return caplog
+
+
+# What read_pairs makes of a file.
+
+
+def test_counts_add_up(path):
+    found = [finding(2), finding(2), finding(3, "warning"), finding(5)]
+    read = rows(GOOD, GOOD, GOOD, {"prompt": "Why?"}, GOOD, finding(6), GOOD, GOOD)
+    _, report = read_pairs(path, read, [judge(*found)])
+    report.dropped = 1
+    # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
+    assert (report.read, len(report.refused), report.dropped, report.kept) == (8, 4, 1, 3)
+
+
+def test_the_pairs_of_a_report_are_those_that_no_error_refuses(path):
+    pairs, report = read_pairs(path, rows(GOOD, GOOD, GOOD), [judge(finding(1), finding(2, "warning"))])
+    assert [pair.source.line for pair in report.keep(pairs)] == [2, 3]
+
+
+def test_a_validator_sees_the_pairs_and_not_the_bad_rows(path):
+    seen = []
+    spy = validator(lambda options, pairs: seen.extend(pair.source.line for pair in pairs) or ())
+    read_pairs(path, rows(GOOD, {}, finding(3), GOOD), [spy])
+    assert seen == [1, 4]
+
+
+def test_every_validator_sees_all_pairs_whatever_another_finds(path):
+    seen = []
+    spy = validator(lambda options, pairs: seen.extend(pair.source.line for pair in pairs) or ())
+    read_pairs(path, rows(GOOD, GOOD), [judge(finding(1)), spy])
+    assert seen == [1, 2]
+
+
+def test_findings_are_the_readers_then_each_validators(path):
+    _, report = read_pairs(path, rows(GOOD, finding(2)), [judge(finding(1)), judge(finding(1, code="worse"))])
+    assert [(one.source.line, one.code) for one in report.findings] == [(2, "bad"), (1, "bad"), (1, "worse")]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/none.x: no such file")):
+        read_pairs(tmp_path / "none.x", rows(), [])
+
+
+def test_a_folder_is_no_data_file(tmp_path):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}: not a regular file")):
+        read_pairs(tmp_path, rows(), [])
+
+
+def boom(*arguments):
+    raise KeyError("x")
+
+
+def half_read(path):
+    yield Row(values=GOOD, source=source(1))
+    raise ValueError("no luck")
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [(boom, "KeyError: 'x'"), (half_read, "ValueError: no luck")],
+    ids=["at once", "after a row"],
+)
+def test_a_reader_that_raises_is_named(path, read, reason):
+    with pytest.raises(PluginError) as caught:
+        read_pairs(path, reader(read), [])
+    assert str(caught.value) == f"acme 2.0 [read-x] failed on {path}: {reason}"
+
+
+def test_a_reader_that_yields_no_row_is_named(path):
+    with pytest.raises(PluginError, match=re.escape(f"acme 2.0 [read-x] failed on {path}: AttributeError")):
+        read_pairs(path, rows("prompt,chosen"), [])
+
+
+def test_a_disk_that_fails_is_no_plugins_fault(path):
+    def unreadable(path):
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(DataError) as caught:
+        read_pairs(path, reader(unreadable), [])
+    assert str(caught.value) == f"{path}: cannot be read: Input/output error"
+
+
+def half_check(options, pairs):
+    yield finding(1)
+    raise ValueError("no luck")
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [(boom, "KeyError: 'x'"), (half_check, "ValueError: no luck")],
+    ids=["at once", "after a finding"],
+)
+def test_a_validator_that_raises_is_named(path, check, reason):
+    with pytest.raises(PluginError) as caught:
+        read_pairs(path, rows(GOOD), [validator(check)])
+    assert str(caught.value) == f"acme 2.0 [check-v] failed: {reason}"
+
+
+# What a report stops at.
+
+
+def report_of(read, *findings, dropped=0):
+    return DataReport("pairs.x", read=read, dropped=dropped, findings=list(findings))
+
+
+def stop(report, allowed_share=0.0):
+    with pytest.raises(DataError) as caught:
+        report.stop_on_errors(allowed_share)
+    return str(caught.value)
+
+
+GENERAL_HINT = "hint: correct or drop the rows, or allow a share of them with [data] skip_bad"
+
+
+def test_without_a_finding_the_run_goes_on():
+    report_of(3).stop_on_errors(0.0)
+
+
+def test_warnings_never_stop_a_run():
+    report_of(2, finding(1, "warning"), finding(2, "warning")).stop_on_errors(0.0)
+
+
+def test_one_bad_row_stops_the_run():
+    assert stop(report_of(10, finding(4))) == f"pairs.x:4: is bad; 1 of 10 rows are refused\n{GENERAL_HINT}"
+
+
+def test_the_only_row_needs_no_share():
+    assert stop(report_of(1, finding(1))) == f"pairs.x:1: is bad\n{GENERAL_HINT}"
+
+
+def test_every_bad_row_has_its_line():
+    assert stop(report_of(9, finding(4), finding(7, message="is worse"))) == (
+        f"pairs.x:4: is bad\npairs.x:7: is worse; 2 of 9 rows are refused\n{GENERAL_HINT}"
+    )
+
+
+def test_a_row_with_two_errors_counts_once():
+    assert "; 1 of 9 rows are refused" in stop(report_of(9, finding(4), finding(4)))
+
+
+def test_of_many_bad_rows_the_first_are_shown_and_the_rest_counted():
+    lines = stop(report_of(100, *(finding(line) for line in range(1, NUM_SHOWN + 6)))).splitlines()
+    assert lines == [
+        *(f"pairs.x:{line}: is bad" for line in range(1, NUM_SHOWN + 1)),
+        f"and 5 more; {NUM_SHOWN + 5} of 100 rows are refused",
+        GENERAL_HINT,
+    ]
+
+
+@pytest.mark.parametrize("num_bad", [1, 2])
+def test_the_run_goes_on_with_bad_rows_up_to_the_share(num_bad):
+    report_of(10, *(finding(line) for line in range(1, num_bad + 1))).stop_on_errors(0.2)
+
+
+def test_the_run_stops_with_bad_rows_beyond_the_share():
+    assert "3 of 10 rows are refused" in stop(report_of(10, finding(1), finding(2), finding(3)), 0.2)
+
+
+def test_rows_that_are_left_out_are_told(log):
+    report_of(10, finding(4), finding(7)).stop_on_errors(0.2)
+    assert log.messages == ["pairs.x: 2 of 10 rows are left out (first: pairs.x:4: is bad)"]
+
+
+def test_skip_bad_never_leaves_an_empty_set():
+    assert "2 of 2 rows are refused" in stop(report_of(2, finding(1), finding(2)), 0.99)
+
+
+def test_dropped_rows_count_when_nothing_is_left():
+    assert stop(report_of(2, finding(1), dropped=1), 0.99).startswith("pairs.x:1: is bad")
+
+
+@pytest.mark.parametrize(("read", "dropped"), [(0, 0), (3, 3)])
+def test_no_pair_at_all_stops_the_run(read, dropped):
+    assert stop(report_of(read, dropped=dropped)) == f"pairs.x: no pair is left of {read} rows"
+
+
+@pytest.mark.parametrize(
+    ("codes", "hint"),
+    [
+        (["identical"], 'drop the lines, or set [checks] identical = "warn"'),
+        (["too_long"], 'raise [data] max_length, or set [data] on_overflow = "drop" or "truncate"'),
+        (["empty"], "correct or drop the rows, or allow a share of them with [data] skip_bad"),
+        (["identical", "too_long"], "correct or drop the rows, or allow a share of them with [data] skip_bad"),
+    ],
+)
+def test_the_hint_fits_what_is_wrong(codes, hint):
+    report = report_of(9, *(finding(line, code=code) for line, code in enumerate(codes, start=1)))
+    assert stop(report).endswith(f"rows are refused\nhint: {hint}")
+
+
+def test_a_warning_does_not_change_the_hint():
+    report = report_of(9, finding(1, "warning", code="too_short"), finding(2, code="identical"))
+    assert stop(report).endswith('hint: drop the lines, or set [checks] identical = "warn"')
+
+
+def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
+    report_of(
+        9,
+        finding(5, "warning", "too_short", "is short"),
+        finding(2, "error"),
+        finding(6, "warning", "too_similar", "is alike"),
+        finding(7, "warning", "too_short", "is shorter"),
+    ).log_warnings()
+    assert log.messages == [
+        "pairs.x: 2 rows: is short (first: pairs.x:5)",
+        "pairs.x: 1 rows: is alike (first: pairs.x:6)",
+    ]

@@ -1,0 +1,318 @@
+"""Pairs become the tokens that the model will meet: one BOS or none, one stop token, one prompt for both sides."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from conftest import CHAT_TEMPLATE, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qpref.data.tokenize import PairTokenizer
+from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
+
+END_OF_TEXT, START, END = 256, 257, 258  # <|endoftext|>, <|im_start|>, <|im_end|>: the last is eos and pad too
+
+
+def make_pair(prompt: object = "2+2?", chosen: str = "4", rejected: str = "five", line: int = 1) -> PreferencePair:
+    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+    return PreferencePair(
+        prompt=tuple(Message(role=role, content=content) for role, content in turns),
+        chosen=(Message(role="assistant", content=chosen),),
+        rejected=(Message(role="assistant", content=rejected),),
+        weight=2.0,
+        margin=0.5,
+        source=Source(path="made", line=line),
+    )
+
+
+def with_bos(tokenizer):
+    """The tokenizer as one that puts its BOS before every text by itself, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", START)]
+    )
+    assert tokenizer("x")["input_ids"][0] == START
+    return tokenizer
+
+
+def tokenize(pair: PreferencePair, tokenizer=None, template: str = "chat", stop_tokens=()) -> TokenizedExample:
+    (example,) = PairTokenizer.of(tokenizer or make_tokenizer(), template, stop_tokens).tokenize([pair])
+    assert isinstance(example, TokenizedExample), example
+    return example
+
+
+def refusal(pair: PreferencePair, tokenizer=None, template: str = "chat", stop_tokens=()) -> Finding:
+    (finding,) = PairTokenizer.of(tokenizer or make_tokenizer(), template, stop_tokens).tokenize([pair])
+    assert isinstance(finding, Finding), finding
+    assert finding.severity == "error"
+    assert finding.source == pair.source
+    return finding
+
+
+def text_of(example: TokenizedExample, branch: int, tokenizer=None) -> str:
+    return (tokenizer or make_tokenizer()).decode([*example.prompt, *example.branches[branch]])
+
+
+def test_a_pair_is_the_chat_template_around_its_texts():
+    example = tokenize(make_pair())
+    prompt = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(example, 0) == f"{prompt}4<|im_end|>"
+    assert text_of(example, 1) == f"{prompt}five<|im_end|>"
+
+
+def test_a_conversation_is_rendered_whole():
+    turns = [("system", "Be short."), ("user", "Hi"), ("assistant", "Hello"), ("user", "2+2?")]
+    rendered = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert text_of(tokenize(make_pair(turns)), 0) == f"{rendered}<|im_start|>assistant\n4<|im_end|>"
+
+
+def test_weight_margin_and_place_come_along():
+    example = tokenize(make_pair(line=7))
+    assert (example.weight, example.margin, str(example.source)) == (2.0, 0.5, "made:7")
+    assert example.truncated == (False, False)
+
+
+# BOS
+
+TEMPLATE_WITH_BOS = "{{ bos_token }}" + CHAT_TEMPLATE.replace("<|im_start|>", "[turn]")
+TEMPLATE_WITHOUT_BOS = CHAT_TEMPLATE.replace("<|im_start|>", "[turn]")
+
+
+@pytest.mark.parametrize("tokenizer_adds", [True, False], ids=["tokenizer adds", "tokenizer doesn't"])
+@pytest.mark.parametrize(
+    ("template", "wanted"), [(TEMPLATE_WITH_BOS, 1), (TEMPLATE_WITHOUT_BOS, 0)], ids=["has", "hasn't"]
+)
+def test_a_template_rules_over_bos(template, wanted, tokenizer_adds):
+    tokenizer = make_tokenizer(template)
+    if tokenizer_adds:
+        tokenizer = with_bos(tokenizer)
+    example = tokenize(make_pair(), tokenizer)
+    assert example.prompt.count(START) == wanted
+    assert [branch.count(START) for branch in example.branches] == [0, 0]
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+2?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert example.prompt.tolist() == asked  # what the model is given at inference
+
+
+@pytest.mark.parametrize(("tokenizer_adds", "wanted"), [(True, 1), (False, 0)], ids=["adds", "doesn't"])
+def test_without_a_template_the_tokenizer_rules_over_bos(tokenizer_adds, wanted):
+    tokenizer = with_bos(make_tokenizer()) if tokenizer_adds else make_tokenizer()
+    example = tokenize(make_pair(), tokenizer, template="none")
+    assert example.prompt.count(START) == wanted
+    assert example.prompt.tolist() == tokenizer("2+2?")["input_ids"]
+    assert [branch.count(START) for branch in example.branches] == [0, 0]
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_a_tokenizer_without_bos_gets_none(template):
+    tokenizer = make_tokenizer(TEMPLATE_WITHOUT_BOS)
+    tokenizer.bos_token = None
+    example = tokenize(make_pair(), tokenizer, template)
+    assert START not in example.prompt
+
+
+# The end of a response
+
+ENDINGS = {  # what the template puts after a response
+    "its end token": "<|im_end|>",
+    "its end token and white space": "<|im_end|>\n\n",
+    "nothing": "",
+    "two end tokens": "<|im_end|><|im_end|>",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_response_ends_in_exactly_one_stop_token_where_the_template_puts(ending):
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}" + (
+        ENDINGS[ending] + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    example = tokenize(make_pair(), make_tokenizer(template))
+    for branch, text in zip(example.branches, ("4", "five"), strict=True):
+        assert make_tokenizer().decode(branch[:-1]) == text
+        assert branch[-1] == END
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_the_padding_token_that_is_eos_stays_in_the_response(template):
+    tokenizer = make_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == END
+    assert [branch[-1] for branch in tokenize(make_pair(), tokenizer, template).branches] == [END, END]
+
+
+def test_another_stop_token_of_the_model_ends_a_response_too():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    example = tokenize(make_pair(), tokenizer, stop_tokens=[END_OF_TEXT, END])
+    assert tokenizer.decode(example.branches[0]) == "4<|im_end|>"
+
+
+def test_without_a_template_the_first_stop_token_is_eos():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    example = tokenize(make_pair(), tokenizer, template="none", stop_tokens=[END])
+    assert tokenizer.decode(example.branches[0]) == "4<|endoftext|>"
+
+
+def test_a_tokenizer_without_any_stop_token_is_refused():
+    tokenizer = make_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>", ""))
+    tokenizer.eos_token = None
+    assert refusal(make_pair(), tokenizer).code == "no_stop"
+
+
+# Prompt and response
+
+
+def test_a_responses_first_token_never_swallows_the_prompts_last():
+    tokenizer = make_tokenizer(None)
+    tokenizer.add_tokens([": yes"])  # what a merge would make of "Answer: " followed by "yes"
+    assert len(tokenizer("Answer: yes")["input_ids"]) < len(tokenizer("Answer: ")["input_ids"]) + len("yes")
+    example = tokenize(make_pair("Answer: ", "yes", "no"), tokenizer, template="none")
+    assert example.prompt.tolist() == tokenizer("Answer: ")["input_ids"]
+    assert example.branches[0].tolist() == [*tokenizer("yes")["input_ids"], END]
+
+
+texts = st.text(min_size=1, max_size=20)
+
+
+@given(prompt=texts, chosen=texts, rejected=texts)
+@settings(deadline=None)
+def test_prompt_and_response_decode_to_the_rendered_conversation(prompt, chosen, rejected):
+    example = tokenize(make_pair(prompt, chosen, rejected), SHARED)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
+    for branch, answer in enumerate((chosen, rejected)):
+        turns[1]["content"] = answer
+        rendered = SHARED.apply_chat_template(turns, tokenize=False)
+        assert text_of(example, branch, SHARED) + "\n" == rendered
+
+
+@given(prompt=texts, chosen=texts, rejected=texts)
+@settings(deadline=None)
+def test_without_a_template_prompt_and_response_stand_as_they_are(prompt, chosen, rejected):
+    example = tokenize(make_pair(prompt, chosen, rejected), SHARED, template="none")
+    for branch, answer in enumerate((chosen, rejected)):
+        assert text_of(example, branch, SHARED) == f"{prompt}{answer}<|im_end|>"
+
+
+SHARED = make_tokenizer()
+
+
+@given(prompt=texts, chosen=texts, rejected=texts, other=texts)
+@settings(deadline=None)
+def test_the_prompts_tokens_do_not_depend_on_the_responses(prompt, chosen, rejected, other):
+    first = tokenize(make_pair(prompt, chosen, rejected), SHARED)
+    second = tokenize(make_pair(prompt, rejected, other), SHARED)
+    assert first.prompt == second.prompt
+    assert first.branches[1] == second.branches[0]
+
+
+def test_every_token_is_an_integer_of_the_vocabulary():
+    example = tokenize(make_pair("é 🙂", "ж", "\u0000"))
+    assert len(example.prompt) > 2
+    assert all(0 <= token <= END for part in (example.prompt, *example.branches) for token in part)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+@pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
+def test_a_control_token_in_a_text_is_refused_by_place(side, token):
+    finding = refusal(make_pair(**{side: f"say {token} please"}, line=12))
+    assert finding.code == "control_token"
+    assert finding.message == f"the text holds the control token {token}"
+    assert str(finding.source) == "made:12"
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_a_control_token_is_refused_with_and_without_a_template(template):
+    assert refusal(make_pair("a<|im_end|>"), template=template).code == "control_token"
+
+
+def test_a_control_token_in_an_earlier_turn_is_refused():
+    turns = [("system", "<|im_start|>"), ("user", "2+2?")]
+    assert refusal(make_pair(turns)).code == "control_token"
+
+
+def test_what_only_looks_like_a_control_token_is_text():
+    example = tokenize(make_pair("<|im_end> <im_end|> |im_end|"))
+    assert example.prompt.count(END) == 1  # the template's own
+
+
+def test_an_added_token_that_is_not_special_is_text():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    assert "<think>" in text_of(tokenize(make_pair(chosen="<think>"), tokenizer), 0, tokenizer)
+
+
+def test_a_template_that_changes_the_prompt_once_a_response_follows_is_refused():
+    template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "bot\n{% endif %}")
+    finding = refusal(make_pair(), make_tokenizer(template))
+    assert finding.code == "template"
+    assert finding.message == "the chat template changes the prompt once a response follows"
+
+
+def test_a_template_that_drops_an_earlier_turn_once_a_response_follows_is_refused():
+    keeps_first = "{% for message in (messages[1:] if messages[-1]['role'] == 'assistant' else messages) %}"
+    template = CHAT_TEMPLATE.replace("{% for message in messages %}", keeps_first)
+    turns = [("system", "Be short."), ("user", "2+2?")]
+    assert refusal(make_pair(turns), make_tokenizer(template)).code == "template"
+
+
+def test_what_a_template_says_when_it_refuses_is_passed_on():
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    finding = refusal(make_pair([("system", "Be short."), ("user", "2+2?")]), make_tokenizer(template))
+    assert (finding.code, finding.message) == ("template", "the chat template refuses it: no system role")
+
+
+def test_a_template_that_leaves_nothing_of_a_response_is_refused():
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    finding = refusal(make_pair(), make_tokenizer(template))
+    assert (finding.code, finding.message) == ("empty", "the chat template leaves nothing of chosen")
+
+
+def test_a_prompt_without_tokens_is_refused():
+    assert refusal(make_pair(""), template="none").code == "empty"
+
+
+def test_a_conversation_without_a_template_is_refused():
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "2+2?")]
+    assert refusal(make_pair(turns), template="none").code == "no_template"
+
+
+def test_one_bad_pair_leaves_the_others_as_they_are():
+    pairs = [make_pair(line=1), make_pair("<|im_end|>", line=2), make_pair(line=3)]
+    found = list(PairTokenizer.of(make_tokenizer(), "chat", []).tokenize(pairs))
+    assert [type(each) for each in found] == [TokenizedExample, Finding, TokenizedExample]
+    assert [each.source.line for each in found] == [1, 2, 3]
+
+
+# No template
+
+
+def test_without_a_template_in_the_model_texts_stand_as_they_are_and_the_log_says_so(caplog):
+    example = tokenize(make_pair(), make_tokenizer(None), template="chat")
+    assert text_of(example, 0) == "2+2?4<|im_end|>"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("the model has no chat template")
+
+
+def test_a_recipe_that_wants_no_template_is_not_warned(caplog):
+    tokenize(make_pair(), template="none")
+    assert not caplog.records
+
+
+def test_the_first_row_is_shown_with_its_special_tokens_and_scored_spans():
+    tokenizer = PairTokenizer.of(make_tokenizer(), "chat", [])
+    (example,) = tokenizer.tokenize([make_pair()])
+    assert tokenizer.render_first(example) == (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\n⟦4<|im_end|>⟧\n⟦five<|im_end|>⟧"
+    )

@@ -1,0 +1,436 @@
+"""Files and folders appear whole or not at all, a refusal of the disk has an error of its own, a run one writer."""
+
+import errno
+import io
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qpref import fsio
+from qpref.errors import DiskError, RunLockedError
+
+WRITERS = {
+    "write_bytes": lambda path, text: fsio.write_bytes(path, text.encode()),
+    "write_text": fsio.write_text,
+    "write_json": fsio.write_json,
+    "write_stream": lambda path, text: fsio.write_stream(path, io.BytesIO(text.encode())),
+}
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def python(code, **settings):
+    """A Python process that runs `code`, with qpref's fsio imported and the lines of a test dedented."""
+    source = "import os, resource, sys, time\nfrom pathlib import Path\nfrom qpref import fsio\n" + textwrap.dedent(
+        code
+    )
+    return subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, **settings)
+
+
+def output_of(code):
+    process = python(code, stderr=subprocess.STDOUT)
+    return process.communicate()[0]
+
+
+# Files.
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_written_file_replaces_the_old_one(tmp_path, writer):
+    path = tmp_path / "file"
+    path.write_text("old, and longer than the new")
+    WRITERS[writer](path, "new")
+    assert path.read_text() in ("new", '"new"\n')
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_written_file_is_alone_and_for_its_owner(tmp_path, writer):
+    WRITERS[writer](tmp_path / "file", "new")
+    assert {path.name: mode_of(path) for path in tmp_path.iterdir()} == {"file": 0o600}
+
+
+def test_json_is_indented_and_sorted(tmp_path):
+    fsio.write_json(tmp_path / "file", {"b": [1], "a": None})
+    assert (tmp_path / "file").read_text() == '{\n  "a": null,\n  "b": [\n    1\n  ]\n}\n'
+
+
+def test_json_that_is_none_leaves_the_old_file(tmp_path):
+    fsio.write_json(tmp_path / "file", 1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        fsio.write_json(tmp_path / "file", {"loss": float("nan")})
+    assert {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()} == {"file": 1}
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    fsio.write_tensors(tmp_path / "file", {"a": whole.T, "b": whole[0].clone()}, {"format": "pt"})
+    read = load_file(tmp_path / "file")
+    assert torch.equal(read["a"], whole.T)
+    assert torch.equal(read["b"], whole[0])
+
+
+def test_a_copy_is_the_same(tmp_path):
+    (tmp_path / "from").write_bytes(bytes(range(256)) * 9000)
+    fsio.copy_file(tmp_path / "from", tmp_path / "to")
+    assert (tmp_path / "to").read_bytes() == (tmp_path / "from").read_bytes()
+
+
+def failing(number):
+    """A disk call that fails with an error number."""
+
+    def fail(*arguments, **settings):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "\nhint: free some space and go on with --resume"),
+        (errno.EDQUOT, "\nhint: free some space and go on with --resume"),
+        (errno.EIO, ""),
+        (errno.EROFS, ""),
+    ],
+    ids=errno.errorcode.get,
+)
+@pytest.mark.parametrize("call", ["fsync", "open"])
+def test_a_refusal_of_the_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch, call, number, hint):
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, call, failing(number))
+    with pytest.raises(DiskError) as caught:
+        fsio.write_text(path, "new")
+    monkeypatch.undo()
+    assert str(caught.value) == f"{path}: cannot be written: {os.strerror(number)}{hint}"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_an_interrupt_leaves_the_old_file_alone(tmp_path):
+    class Interrupted(io.BytesIO):
+        def read(self, size=-1):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        fsio.write_stream(path, Interrupted())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_a_file_that_does_not_fit_is_a_disk_error_in_a_real_process(tmp_path):
+    (tmp_path / "file").write_text("old")
+    printed = output_of(f"""
+        from qpref.errors import DiskError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            fsio.write_bytes(Path("{tmp_path}/file"), bytes(5000))
+        except DiskError as error:
+            print(error)
+    """)
+    assert printed == f"{tmp_path}/file: cannot be written: File too large\n"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_a_killed_writer_leaves_the_old_file_and_one_leftover(tmp_path):
+    (tmp_path / "file").write_text("old")
+    process = python(f"""
+        class Slow:
+            def read(self, size):
+                print("half", flush=True)
+                time.sleep(60)
+        fsio.write_stream(Path("{tmp_path}/file"), Slow())
+    """)
+    assert process.stdout.readline() == "half\n"
+    process.kill()
+    process.communicate()
+    leftovers = [path.name for path in tmp_path.iterdir() if path.name != "file"]
+    assert ((tmp_path / "file").read_text(), leftovers) == ("old", [f".tmp-file-{process.pid}"])
+    fsio.remove_staging(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_fsync(descriptor):
+        events.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def note_rename(self, target):
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    fsio.write_text(tmp_path / "file", "new")
+    staged = f".tmp-file-{os.getpid()}"
+    assert events == [f"fsync {staged}", f"rename {staged}", f"fsync {tmp_path.name}"]
+
+
+def test_sha256_is_of_the_whole_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4, B.1
+    assert fsio.sha256_file(tmp_path / "file") == expected
+
+
+# Folders.
+
+
+def test_a_staged_folder_is_not_there_before_it_is_complete(tmp_path):
+    final = tmp_path / "runs" / "adapter"
+    with fsio.staged_folder(final) as staging:
+        (staging / "one").write_text("1")
+        assert not final.exists()
+    assert {path.name: path.read_text() for path in final.iterdir()} == {"one": "1"}
+    assert [path.name for path in final.parent.iterdir()] == ["adapter"]
+
+
+def test_a_staged_folder_is_for_its_owner(tmp_path):
+    with fsio.staged_folder(tmp_path / "adapter"):
+        pass
+    assert mode_of(tmp_path / "adapter") == 0o700
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_removes_the_staged_folder(tmp_path, error):
+    def fill():
+        with fsio.staged_folder(tmp_path / "adapter") as staging:
+            (staging / "one").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staged_folder_takes_the_place_of_an_empty_one(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with fsio.staged_folder(tmp_path / "adapter") as staging:
+        (staging / "one").write_text("1")
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["one"]
+
+
+def test_a_staged_folder_never_replaces_a_full_one(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "old").touch()
+
+    def fill():
+        with fsio.staged_folder(tmp_path / "adapter") as staging:
+            (staging / "new").touch()
+
+    with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/adapter: cannot be written: Directory not empty")):
+        fill()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["adapter", "adapter/old"]
+
+
+def test_a_disk_that_fails_at_the_end_leaves_no_folder(tmp_path, monkeypatch):
+    def fill():
+        with fsio.staged_folder(tmp_path / "adapter") as staging:
+            (staging / "one").touch()
+            monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+
+    with pytest.raises(DiskError, match="No space left on device"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staged_folder_reaches_the_disk_file_by_file(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    with fsio.staged_folder(tmp_path / "adapter") as staging:
+        (staging / "sub").mkdir()
+        for name in ("one", "sub/two"):
+            (staging / name).touch()
+        monkeypatch.setattr(os, "fsync", note)
+    assert sorted(synced) == sorted(["one", "sub", "two", staging.name, tmp_path.name])
+
+
+def test_a_made_folder_is_for_its_owner(tmp_path):
+    fsio.make_folder(tmp_path / "runs" / "tiny")
+    assert mode_of(tmp_path / "runs" / "tiny") == 0o700
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_disk_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/file/run: cannot be written: Not a directory")):
+        fsio.make_folder(tmp_path / "file" / "run")
+
+
+def test_a_readable_folder_has_the_modes_of_the_users_umask(tmp_path):
+    with fsio.staged_folder(tmp_path / "adapter") as staging:
+        (staging / "sub").mkdir(mode=0o700)
+        fsio.write_text(staging / "sub" / "one", "1")
+    before = os.umask(0o027)
+    try:
+        fsio.make_readable(tmp_path / "adapter")
+    finally:
+        after = os.umask(before)
+    modes = [mode_of(tmp_path / "adapter" / name) for name in (".", "sub", "sub/one")]
+    assert (modes, after) == ([0o750, 0o750, 0o640], 0o027)
+
+
+def test_removing_a_link_to_a_folder_leaves_the_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
+    (tmp_path / "link").symlink_to("folder")
+    fsio.remove_tree(tmp_path / "link")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/mine"]
+
+
+def test_removing_leftovers_leaves_what_has_its_name(tmp_path):
+    for name in (".tmp-adapter-12", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one").touch()
+    (tmp_path / ".tmp-run.json-12").touch()
+    fsio.remove_staging(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"QPREF_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"QPREF_CACHE": "~/a"}, "/home/me/a"),
+        ({"QPREF_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/qpref"),
+        ({"XDG_CACHE_HOME": ""}, "/home/me/.cache/qpref"),
+        ({}, "/home/me/.cache/qpref"),
+    ],
+    ids=str,
+)
+def test_the_cache_is_where_the_user_says(monkeypatch, environment, folder):
+    for name in ("QPREF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"HOME": "/home/me"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert str(fsio.cache_folder()) == folder
+
+
+# LineLog.
+
+
+def test_lines_are_there_as_soon_as_they_are_appended(tmp_path):
+    log = fsio.LineLog(tmp_path / "log")
+    log.append("one")
+    assert (tmp_path / "log").read_text() == "one\n"
+    log.append("zwei: ü")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwei: ü\n"
+    log.close()
+
+
+def test_the_size_of_a_log_is_in_bytes(tmp_path):
+    log = fsio.LineLog(tmp_path / "log")
+    log.append("ü")
+    assert log.size == 3
+    log.close()
+
+
+def test_a_log_is_for_its_owner(tmp_path):
+    fsio.LineLog(tmp_path / "log").close()
+    assert mode_of(tmp_path / "log") == 0o600
+
+
+@pytest.mark.parametrize(
+    ("keep", "content"),
+    [(None, "one\ntwo\nthr+"), (11, "one\ntwo\nthr+"), (8, "one\ntwo\n+"), (4, "one\n+"), (0, "+")],
+)
+def test_a_log_goes_on_after_the_bytes_it_is_to_keep(tmp_path, keep, content):
+    (tmp_path / "log").write_text("one\ntwo\nthr")
+    log = fsio.LineLog(tmp_path / "log", keep)
+    log.append("+")
+    log.close()
+    assert (tmp_path / "log").read_text() == content + "\n"
+
+
+def test_a_log_in_a_folder_that_is_not_there_is_a_disk_error(tmp_path):
+    with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/none/log: cannot be written: No such file")):
+        fsio.LineLog(tmp_path / "none" / "log")
+
+
+def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
+    log = fsio.LineLog(tmp_path / "log")
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+    with pytest.raises(DiskError) as caught:
+        log.append("one")
+    log.close()
+    assert str(caught.value) == (
+        f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and go on with --resume"
+    )
+
+
+# The lock.
+
+
+def hold_lock(folder):
+    """A process that holds the folder's lock until its input ends."""
+    process = python(
+        f"""
+        with fsio.locked(Path("{folder}")):
+            print("locked", flush=True)
+            sys.stdin.read()
+        """,
+        stdin=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = hold_lock(tmp_path)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_refused_and_told_the_first(tmp_path, holder):
+    with pytest.raises(RunLockedError) as caught, fsio.locked(tmp_path):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path}: another process is writing this run (pid {holder.pid} on {os.uname().nodename})"
+    )
+
+
+def test_a_refused_process_leaves_the_lock_held(tmp_path, holder):
+    for _ in range(2):
+        with pytest.raises(RunLockedError), fsio.locked(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "kill", "done"])
+def test_the_lock_is_free_however_its_holder_ended(tmp_path, holder, ended):
+    if ended:
+        holder.send_signal(ended)
+    holder.communicate()
+    with fsio.locked(tmp_path):
+        assert (tmp_path / "LOCK").read_text() == f"pid {os.getpid()} on {os.uname().nodename}\n"
+
+
+def test_an_error_inside_frees_the_lock(tmp_path):
+    with pytest.raises(KeyError), fsio.locked(tmp_path):
+        raise KeyError
+    with fsio.locked(tmp_path):
+        pass
+
+
+def test_the_lock_is_for_its_owner(tmp_path):
+    with fsio.locked(tmp_path):
+        assert mode_of(tmp_path / "LOCK") == 0o600

@@ -1,0 +1,314 @@
+"""The checks of a run's first batch: what they compare holds to the bit, and each refuses what it is for."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import qpref
+from qpref.data.load import load_pairs
+from qpref.data.pack import pack
+from qpref.data.tokenize import PairTokenizer
+from qpref.errors import DataError, PluginError, PolicyError
+from qpref.plan import Choice, make_plan
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.reference import ReferenceMemory
+from qpref.records import LossOutput, Source, TokenizedExample
+from qpref.train import invariants, optim, run
+from qpref.train.score import LossCaller, score_pairs
+
+FLOAT32 = {"model.quantization": "none", "model.dtype": "float32"}
+NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
+LN2_FLOAT32 = 0.6931471824645996
+"""The float32 nearest to the natural logarithm of 2."""
+
+
+@pytest.fixture
+def prepare(make_recipe, tmp_path: Path) -> Callable[..., run.Prepared]:
+    """`prepare({"loss.name": "ipo"})`: a run up to the point where training would start."""
+
+    def make(changes: dict[str, object] | None = None) -> run.Prepared:
+        plan = make_plan(make_recipe(changes), (), tmp_path / "run")
+        return run._prepare(plan, load_pairs(plan))
+
+    return make
+
+
+def first_training_row(folder: Path) -> dict[str, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(row for row in rows if row["split"] == "train")
+
+
+def first_losses(prepared: run.Prepared) -> list[float]:
+    """Each pair's loss in the first training step, as the loop computes it."""
+    train = prepared.plan.recipe.train
+    optim.seed_step(train.seed, 0)
+    prepared.policy.model.train()
+    places = optim.step_order(len(prepared.examples), train.batch_size, train.seed, 0)
+    batch = pack([prepared.examples[place] for place in places], prepared.policy.device)
+    return prepared.loss(score_pairs(prepared.policy, batch, ReferenceMemory())).losses.tolist()
+
+
+# S1: policy and reference are the same before the first step.
+
+
+@pytest.mark.parametrize("model", [FLOAT32, NF4], ids=["float32", "nf4"])
+def test_first_training_row_of_dpo_is_exactly_ln_2(make_recipe, tmp_path, model):
+    qpref.train(make_recipe(model | {"adapter.dropout": 0.1, "train.max_steps": 1}), output=tmp_path / "run")
+    assert first_training_row(tmp_path / "run")["loss"] == LN2_FLOAT32
+
+
+@pytest.mark.parametrize("model", [FLOAT32, NF4], ids=["float32", "nf4"])
+def test_first_training_row_of_ipo_is_exactly_the_square_of_1_over_2_beta(make_recipe, tmp_path, model):
+    recipe = make_recipe(model | {"loss.name": "ipo", "loss.beta": 0.25, "train.max_steps": 1})
+    qpref.train(recipe, output=tmp_path / "run")
+    assert first_training_row(tmp_path / "run")["loss"] == 4.0  # (1 / (2 * 0.25))^2
+
+
+@pytest.mark.parametrize("model", [FLOAT32, NF4], ids=["float32", "nf4"])
+def test_every_pair_of_the_first_step_starts_at_ln_2(prepare, model):
+    losses = first_losses(prepare(model | {"train.batch_size": 12, "train.tokens_per_microbatch": 5000}))
+    assert losses == [LN2_FLOAT32] * 12
+
+
+def test_every_pair_starts_at_ln_2_where_prompts_are_not_shared(prepare):
+    prepared = prepare(NF4 | {"train.batch_size": 12})
+    prepared.policy.share_prompts(False)
+    assert first_losses(prepared) == [LN2_FLOAT32] * 12
+
+
+def test_start_adapter_is_its_own_reference(make_base, make_recipe, tmp_path):
+    # C22: from a trained adapter the run starts at ln 2 too, since a frozen copy of it is the reference.
+    torch.manual_seed(3)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(make_base()), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "start")
+    qpref.train(make_recipe({"adapter.start": str(tmp_path / "start"), "train.max_steps": 1}), output=tmp_path / "run")
+    assert first_training_row(tmp_path / "run")["loss"] == LN2_FLOAT32
+
+
+def test_check_start_refuses_an_adapter_that_is_not_fresh(prepare):
+    prepared = prepare()
+    batch = invariants.first_batch(prepared.examples, prepared.policy)
+    for name, parameter in prepared.policy.trained_parameters().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    with pytest.raises(PolicyError, match=r"policy and reference differ by \d+\.\d+ nats on a token"):
+        invariants.check_start(prepared.policy, prepared.loss, batch)
+
+
+def test_check_start_refuses_one_element_of_one_adapter(prepare):
+    prepared = prepare()
+    batch = invariants.first_batch(prepared.examples, prepared.policy)
+    last = [value for name, value in prepared.policy.trained_parameters().items() if "lora_B" in name][-1]
+    with torch.no_grad():
+        last[0, 0] = 1.0
+    with pytest.raises(PolicyError, match="policy and reference differ"):
+        invariants.check_start(prepared.policy, prepared.loss, batch)
+
+
+def claiming(loss: LossCaller, starts_at: Callable[[object], float]) -> LossCaller:
+    record = replace(loss.choice.plugin.record, starts_at=starts_at)
+    return LossCaller(Choice(replace(loss.choice.plugin, record=record), loss.choice.options), loss.function)
+
+
+def check_start_of(prepared: run.Prepared, loss: LossCaller) -> None:
+    invariants.check_start(prepared.policy, loss, invariants.first_batch(prepared.examples, prepared.policy))
+
+
+def test_check_start_refuses_a_loss_that_starts_elsewhere_than_it_says(prepare):
+    prepared = prepare()
+    with pytest.raises(PolicyError, match=r"a pair's loss is 0\.693147; qpref 0\.1\.0 \[loss-dpo\] says 0\.500000"):
+        check_start_of(prepared, claiming(prepared.loss, lambda options: 0.5))
+
+
+def test_check_start_lets_a_loss_pass_that_names_no_start(prepare):
+    prepared = prepare()
+    record = replace(prepared.loss.choice.plugin.record, starts_at=None)
+    plugin = replace(prepared.loss.choice.plugin, record=record)
+    check_start_of(prepared, replace(prepared.loss, choice=Choice(plugin, prepared.loss.choice.options)))
+
+
+def test_check_start_names_the_loss_whose_starts_at_raises(prepare):
+    prepared = prepare()
+    with pytest.raises(PluginError, match=r"loss 'dpo' \(qpref 0\.1\.0 \[loss-dpo\]\) starts_at raised ZeroDivision"):
+        check_start_of(prepared, claiming(prepared.loss, lambda options: 1 / 0))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_check_start_refuses_a_pair_whose_loss_is_not_a_number(prepare, place):
+    prepared = prepare()
+
+    def holed(inputs):
+        losses = prepared.loss.function(inputs).losses.clone()
+        losses[place] = math.nan
+        return LossOutput(losses=losses, metrics={})
+
+    with pytest.raises(PolicyError, match="a pair's loss is nan"):
+        check_start_of(prepared, replace(prepared.loss, function=holed))
+
+
+def test_start_is_checked_without_the_rows_margin(make_recipe, tmp_path):
+    # With a margin m a pair starts at log(1 + exp(m)), which is no constant; the check leaves it out.
+    recipe = make_recipe({"train.max_steps": 1})
+    lines = [json.loads(line) | {"margin": 0.5} for line in Path(recipe["data"]["train"]).read_text().splitlines()]
+    Path(recipe["data"]["train"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    qpref.train(recipe, output=tmp_path / "run")
+    assert first_training_row(tmp_path / "run")["loss"] == pytest.approx(math.log(1 + math.exp(0.5)), rel=1e-6)
+
+
+def test_repacked_weights_are_refused(prepare):
+    # C31: bitsandbytes marks a weight that it has repacked for AVX512-BF16, whose product has no gradient.
+    prepared = prepare(NF4)
+    name = "base_model.model.model.layers.1.mlp.up_proj.base_layer"
+    prepared.policy.model.get_submodule(name).weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(PolicyError, match=f"repacked the weights of {name}"):
+        check_start_of(prepared, prepared.loss)
+
+
+# S2: every adapted layer gets a gradient.
+
+
+def backward(prepared: run.Prepared) -> None:
+    batch = invariants.first_batch(prepared.examples, prepared.policy)
+    completion_logprobs(prepared.policy, batch).values.sum().backward()
+
+
+def test_check_gradients_passes_after_a_backward_pass(prepare):
+    prepared = prepare(NF4)
+    backward(prepared)
+    invariants.check_gradients(prepared.policy)
+
+
+@pytest.mark.parametrize("gradient", ["none", "zero"])
+def test_check_gradients_names_the_layer_that_got_none(prepare, gradient):
+    prepared = prepare()
+    backward(prepared)
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
+    parameter = prepared.policy.trained_parameters()[name]
+    parameter.grad = None if gradient == "none" else torch.zeros_like(parameter)
+    with pytest.raises(PolicyError, match=f"1 of 14 adapted layers get no gradient, the first is {name}"):
+        invariants.check_gradients(prepared.policy)
+
+
+def test_run_stops_at_its_first_step_when_a_layer_gets_no_gradient(make_recipe, tmp_path, monkeypatch):
+    real = run.load_policy
+
+    def with_a_cut(recipe, base):
+        policy = real(recipe, base)
+        layer = policy.decoder.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda module, inputs, output: output.detach())
+        return policy
+
+    monkeypatch.setattr(run, "load_policy", with_a_cut)
+    with pytest.raises(PolicyError, match=r"adapted layers get no gradient, the first is .*layers\.0\.mlp"):
+        qpref.train(make_recipe(), output=tmp_path / "run")
+
+
+# S4: the first row is what a template should make.
+
+
+def example_of(prompt: list[int], *branches: list[int], truncated: bool = False) -> TokenizedExample:
+    return TokenizedExample(
+        prompt=array("i", prompt),
+        branches=tuple(array("i", branch) for branch in branches),
+        truncated=(truncated,) * len(branches),
+        weight=1.0,
+        margin=0.0,
+        source=Source(path="pairs.jsonl", line=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs() -> PairTokenizer:
+    """bos is <|im_start|>, 257; eos is <|im_end|>, 258, the only stop token."""
+    return PairTokenizer.of(make_tokenizer(), "chat", ())
+
+
+def test_special_tokens_are_what_these_tests_take_them_for(pairs):
+    assert (pairs.tokenizer.bos_token_id, pairs.stop_tokens) == (257, (258,))
+
+
+def test_first_row_with_one_bos_and_stop_tokens_passes(pairs):
+    invariants.check_first_row(pairs, example_of([257, 5, 6], [7, 258], [8, 258]))
+
+
+def test_prompt_of_bos_alone_passes(pairs):
+    invariants.check_first_row(pairs, example_of([257], [7, 258], [8, 258]))
+
+
+def test_double_bos_is_refused(pairs):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: the prompt starts with BOS twice"):
+        invariants.check_first_row(pairs, example_of([257, 257, 5], [7, 258], [8, 258]))
+
+
+@pytest.mark.parametrize("branches", [([7], [8, 258]), ([7, 258], [8])], ids=["chosen", "rejected"])
+def test_response_without_a_stop_token_is_refused(pairs, branches):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: a response doesn't end in a stop token"):
+        invariants.check_first_row(pairs, example_of([257, 5], *branches))
+
+
+def test_response_that_was_truncated_needs_no_stop_token(pairs):
+    invariants.check_first_row(pairs, example_of([257, 5], [7], [8], truncated=True))
+
+
+def test_run_refuses_a_template_that_doubles_bos(make_recipe, tmp_path):
+    doubling = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    make_tokenizer(doubling).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="BOS twice"):
+        qpref.train(make_recipe({"model.tokenizer": str(tmp_path / "tokenizer")}), output=tmp_path / "run")
+
+
+# The layout: packed log-probabilities are those of the model's own logits.
+
+
+def test_check_layout_passes_and_keeps_prompts_shared(prepare):
+    prepared = prepare()
+    invariants.check_layout(prepared.policy, prepared.examples[0])
+    assert prepared.policy.shares_prompts
+
+
+def test_check_layout_refuses_a_model_that_changes_its_logits(prepare):
+    prepared = prepare()
+    head = prepared.policy.model.get_output_embeddings()
+    real = head.forward
+    head.forward = types.MethodType(lambda module, hidden: real(hidden) * 1.25, head)
+    with pytest.raises(PolicyError, match=r"log-probabilities differ from the model's own logits: a token's is 0\.\d+"):
+        invariants.check_layout(prepared.policy, prepared.examples[0])
+
+
+@pytest.mark.parametrize("change", [{"scale": 1.25}, {"softcap": 0.2}], ids=["scale", "softcap"])
+def test_check_layout_refuses_a_head_that_the_model_does_not_have(prepare, change):
+    prepared = prepare()
+    prepared.policy.head = replace(prepared.policy.head, **change)
+    with pytest.raises(PolicyError, match="log-probabilities differ from the model's own logits"):
+        invariants.check_layout(prepared.policy, prepared.examples[0])
+
+
+def test_check_layout_refuses_a_scaled_bf16_head(prepare):
+    prepared = prepare(NF4)
+    prepared.policy.head = replace(prepared.policy.head, scale=3.0)
+    with pytest.raises(PolicyError, match=r"they are 0\.\d+ nats a token off on average"):
+        invariants.check_layout(prepared.policy, prepared.examples[0])
+
+
+def test_check_layout_leaves_the_mode_as_it_was(prepare):
+    prepared = prepare()
+    prepared.policy.model.train()
+    invariants.check_layout(prepared.policy, prepared.examples[0])
+    assert prepared.policy.model.training
