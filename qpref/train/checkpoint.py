@@ -98,6 +98,8 @@ def _entry(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
+    if path.is_symlink() or (path / "MANIFEST.json").is_symlink():
+        raise ValueError("it is a link, or its MANIFEST.json is")
     manifest = json.loads((path / "MANIFEST.json").read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")

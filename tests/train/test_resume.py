@@ -1,0 +1,708 @@
+"""A run that was killed and resumed is the run that never stopped, bit for bit; nothing bad is ever resumed from.
+
+`Killed` stands for the death of the process wherever a test needs it at an exact place: nothing catches it, and what is
+on the disk then is what a killed process leaves. Real processes die of real signals further down.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from conftest import preference_rows, write_jsonl
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import qpref
+from qpref import fsio
+from qpref.errors import CheckpointError, RecipeError, RunLockedError, StoppedBySignal
+from qpref.train import checkpoint, run
+from qpref.train.folder import claimed
+from qpref.train.metrics import Recorder
+
+STEPS = 6
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+FILES = ("adapter.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json", "MANIFEST.json")
+
+Recipe = dict[str, dict[str, object]]
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+@pytest.fixture(scope="module")
+def make_toy(make_base, tmp_path_factory) -> Callable[..., Recipe]:
+    """`make_toy(save_every=1)`: 2 epochs of 3 steps with dropout, a row every 2 steps, held-out rows every 3."""
+    folder = tmp_path_factory.mktemp("toy")
+    train = write_jsonl(folder / "train.jsonl", preference_rows(12))
+    heldout = write_jsonl(folder / "heldout.jsonl", preference_rows(4, start=100))
+
+    def make(**settings: object) -> Recipe:
+        return {
+            "model": {"base": str(make_base()), "quantization": "none", "dtype": "float32"},
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {"train": str(train), "heldout": str(heldout)},
+            "checks": {"too_short": "off"},
+            "loss": {"name": "dpo", "beta": 0.1},
+            "train": {
+                "learning_rate": 1e-3,
+                "batch_size": 4,
+                "epochs": 2,
+                "log_every": 2,
+                "eval_every": 3,
+                "save_every": 1,
+                "tokens_per_microbatch": 250,
+                "gradient_checkpointing": False,
+            }
+            | settings,
+            "sinks": [],
+        }
+
+    return make
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a run leaves behind, but for the time that it took."""
+
+    adapter: bytes
+    tensors: dict[str, bytes]
+    state: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def outcome(folder: Path) -> Outcome:
+    last = max((folder / "checkpoints").iterdir())
+    state = json.loads((last / "state.json").read_text())
+    return Outcome(
+        adapter=(folder / ADAPTER).read_bytes(),
+        tensors={path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))},
+        state={name: value for name, value in state.items() if name not in ("seconds", "metrics_bytes")},
+        rows=rows_of(folder),
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(make_toy, tmp_path_factory) -> Outcome:
+    return outcome(qpref.train(make_toy(), output=tmp_path_factory.mktemp("unbroken") / "run"))
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What qpref's log says, whatever handlers an earlier command has set."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    listener, log = Listener(), logging.getLogger("qpref")
+    level = log.level
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    yield lines
+    log.setLevel(level)
+    log.removeHandler(listener)
+
+
+def train_until(recipe: Recipe, folder: Path, deadly: Callable[[pytest.MonkeyPatch], None], **options: bool) -> None:
+    """Train until what `deadly` has laid in the way kills the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        deadly(patch)
+        with pytest.raises(Killed):
+            qpref.train(recipe, output=folder, **options)
+
+
+def after_save(step: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Death right after the checkpoint of `step` is on the disk."""
+    real = checkpoint.save_checkpoint
+
+    def save(folder: Path, current: checkpoint.Checkpoint, keep: int) -> Path:
+        path = real(folder, current, keep)
+        if current.step == step:
+            raise Killed
+        return path
+
+    return lambda patch: patch.setattr(checkpoint, "save_checkpoint", save)
+
+
+def after_row(number: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Death right after the row of that number (from 1) is on the disk, so before the step is saved."""
+    real, rows = Recorder.write, []
+
+    def write(recorder: Recorder, row: object) -> None:
+        real(recorder, row)
+        rows.append(row)
+        if len(rows) == number:
+            raise Killed
+
+    return lambda patch: patch.setattr(Recorder, "write", write)
+
+
+def writing(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Death when the JSON file of that name is about to be written."""
+    real = fsio.write_json
+
+    def write(path: Path, value: object) -> None:
+        if path.name == name:
+            raise Killed
+        real(path, value)
+
+    return lambda patch: patch.setattr(fsio, "write_json", write)
+
+
+# Killed at an exact place, resumed in the same process.
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_run_killed_after_a_save_ends_as_if_it_never_stopped(make_toy, unbroken, tmp_path, step):
+    # At odd steps a window of log_every = 2 is half full; at 6 nothing but the adapter is left to write.
+    train_until(make_toy(), tmp_path / "run", after_save(step))
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_run_killed_after_a_row_ends_as_if_it_never_stopped(make_toy, unbroken, tmp_path, number):
+    # Rows: held-out 0, train 2, held-out 3, train 4, train 6, held-out 6. Saves: after 3 and 6.
+    recipe = make_toy(save_every="epoch")
+    train_until(recipe, tmp_path / "run", after_row(number))
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+
+
+def test_run_killed_before_its_manifest_goes_on_from_the_save_before(make_toy, unbroken, tmp_path, said):
+    train_until(make_toy(), tmp_path / "run", after_save(2))
+    train_until(make_toy(), tmp_path / "run", writing("MANIFEST.json"), resume=True)
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert said.count("going on after step 2") == 2
+
+
+def test_run_killed_at_every_step_in_turn_ends_as_if_it_never_stopped(make_toy, unbroken, tmp_path):
+    train_until(make_toy(), tmp_path / "run", after_save(1))
+    for step in range(2, STEPS + 1):
+        train_until(make_toy(), tmp_path / "run", after_save(step), resume=True)
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+
+
+def test_8_bit_optimizer_resumes_to_the_bit(make_toy, tmp_path):
+    recipe = make_toy(optimizer="adamw_8bit")
+    recipe["adapter"]["rank"] = 64  # so that moments have the 4096 elements from which on they are 8-bit
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    train_until(recipe, tmp_path / "run", after_save(3))
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+
+
+def test_nf4_run_resumes_to_the_bit(make_toy, tmp_path):
+    recipe = make_toy(gradient_checkpointing=True)
+    recipe["model"] |= {"quantization": "nf4", "dtype": "bf16"}
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    train_until(recipe, tmp_path / "run", after_save(3))
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+
+
+def test_infinite_loss_in_a_half_full_window_survives_the_save(make_toy, tmp_path, monkeypatch):
+    # JSON has no infinity: the window's sum has to be saved all the same. Step 1 is spoilt, the row comes after step 2.
+    spoilt, real = [], run.LossCaller.__call__
+
+    def infinite_once(loss, inputs):
+        output = real(loss, inputs)
+        if torch.is_grad_enabled() and not spoilt:
+            spoilt.append(output)
+            return type(output)(losses=output.losses * torch.inf, metrics=output.metrics)
+        return output
+
+    monkeypatch.setattr(run.LossCaller, "__call__", infinite_once)
+    train_until(make_toy(), tmp_path / "run", after_save(1))
+    qpref.train(make_toy(), output=tmp_path / "run", resume=True)
+    assert [row["loss"] is None for row in rows_of(tmp_path / "run") if row["split"] == "train"] == [True, False, False]
+
+
+# Where there is nothing to resume.
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(make_toy, unbroken, tmp_path, said):
+    train_until(make_toy(save_every="epoch"), tmp_path / "run", after_row(2))
+    again = qpref.train(make_toy(), output=tmp_path / "run", resume=True)
+    assert f"{tmp_path / 'run'}: no checkpoint yet; starting from the beginning" in said
+    assert outcome(again) == unbroken
+
+
+def test_resume_of_a_folder_that_is_not_there_starts_from_the_beginning(make_toy, tmp_path, said):
+    qpref.train(make_toy(max_steps=1), output=tmp_path / "run", resume=True)
+    assert f"{tmp_path / 'run'}: no checkpoint yet; starting from the beginning" in said
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(make_toy, tmp_path, said):
+    folder = qpref.train(make_toy(), output=tmp_path / "run")
+
+    def stamps() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "LOCK"}
+
+    before = stamps()
+    qpref.train(make_toy(), output=folder, resume=True)
+    assert said[-1] == f"{folder}: this run is complete"
+    assert stamps() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_start_that_was_killed_before_its_run_json_is_in_nobodys_way(make_toy, unbroken, tmp_path, resume):
+    (tmp_path / "run").mkdir()  # one that the run has not made it does not remove either, as a killed one would not
+    train_until(make_toy(), tmp_path / "run", writing("run.json"))
+    (tmp_path / "run" / ".tmp-run.json-4321").write_text("{")
+    assert (tmp_path / "run" / "recipe.lock.toml").is_file()
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=resume)) == unbroken
+
+
+def test_overwrite_that_was_killed_can_be_repeated(make_toy, unbroken, tmp_path):
+    folder = qpref.train(make_toy(), output=tmp_path / "run")
+    (folder / "run.json").unlink()  # it goes first
+    assert outcome(qpref.train(make_toy(), output=folder, overwrite=True)) == unbroken
+
+
+def test_files_that_are_no_runs_are_left_alone_even_with_overwrite(make_toy, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years")
+    with pytest.raises(RecipeError, match="holds files and no run"):
+        qpref.train(make_toy(), output=tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
+
+
+def test_run_is_not_trained_over_without_a_word(make_toy, tmp_path):
+    folder = qpref.train(make_toy(max_steps=1), output=tmp_path / "run")
+    with pytest.raises(RecipeError, match="holds a run"):
+        qpref.train(make_toy(max_steps=1), output=folder)
+
+
+# Another run's checkpoint.
+
+
+@pytest.fixture(scope="module")
+def halfway(make_toy, tmp_path_factory) -> Path:
+    """A run killed after its fourth save: checkpoints 3 and 4. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("halfway") / "run"
+    train_until(make_toy(), folder, after_save(4))
+    return folder
+
+
+@pytest.fixture
+def stopped(halfway, tmp_path) -> Path:
+    return Path(shutil.copytree(halfway, tmp_path / "run"))
+
+
+def with_rate(recipe: Recipe, make_base, folder: Path) -> None:
+    recipe["train"]["learning_rate"] = 2e-3
+
+
+def with_beta(recipe: Recipe, make_base, folder: Path) -> None:
+    recipe["loss"]["beta"] = 0.2
+
+
+def with_row_changed(recipe: Recipe, make_base, folder: Path) -> None:
+    rows = preference_rows(12)
+    rows[7] |= {"chosen": "Eight."}
+    recipe["data"]["train"] = str(write_jsonl(folder / "changed.jsonl", rows))
+
+
+def with_weight_changed(recipe: Recipe, make_base, folder: Path) -> None:
+    rows = preference_rows(12)
+    rows[7] |= {"weight": 0.5}
+    recipe["data"]["train"] = str(write_jsonl(folder / "changed.jsonl", rows))
+
+
+def with_rows_in_another_order(recipe: Recipe, make_base, folder: Path) -> None:
+    recipe["data"]["train"] = str(write_jsonl(folder / "changed.jsonl", preference_rows(12)[::-1]))
+
+
+def with_other_heldout(recipe: Recipe, make_base, folder: Path) -> None:
+    recipe["data"]["heldout"] = str(write_jsonl(folder / "changed.jsonl", preference_rows(4, start=200)))
+
+
+def with_other_base(recipe: Recipe, make_base, folder: Path) -> None:
+    recipe["model"]["base"] = str(make_base(initializer_range=0.03))
+
+
+CHANGES = [
+    (with_rate, "recipe"),
+    (with_beta, "recipe"),
+    (with_row_changed, "training data"),
+    (with_weight_changed, "training data"),
+    (with_rows_in_another_order, "training data"),
+    (with_other_heldout, "held-out data"),
+    (with_other_base, "base model"),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES, ids=[change.__name__ for change, _ in CHANGES])
+def test_resume_with_something_else_is_refused_by_its_name(make_toy, make_base, stopped, tmp_path, change, named):
+    recipe = make_toy()
+    change(recipe, make_base, tmp_path)
+    with pytest.raises(CheckpointError) as refused:
+        qpref.train(recipe, output=stopped, resume=True)
+    assert refused.value.what == f"{stopped}/checkpoints/step-000004: was made with another {named}"
+
+
+def test_refusal_names_everything_that_changed(make_toy, make_base, stopped, tmp_path):
+    recipe = make_toy()
+    with_rate(recipe, make_base, tmp_path)
+    with_other_heldout(recipe, make_base, tmp_path)
+    with pytest.raises(CheckpointError, match="was made with another recipe and another held-out data"):
+        qpref.train(recipe, output=stopped, resume=True)
+
+
+def test_refused_resume_leaves_the_run_as_it_was(make_toy, make_base, stopped, tmp_path, unbroken):
+    recipe = make_toy()
+    with_rate(recipe, make_base, tmp_path)
+    with pytest.raises(CheckpointError):
+        qpref.train(recipe, output=stopped, resume=True)
+    assert outcome(qpref.train(make_toy(), output=stopped, resume=True)) == unbroken
+
+
+def test_resume_with_another_start_adapter_is_refused(make_toy, make_base, tmp_path):
+    # It is the reference: rows that have not been seen yet would get their scores from another one.
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(make_base()), config)
+        model.save_pretrained(tmp_path / f"start-{seed}")
+    recipe = make_toy()
+    recipe["adapter"]["start"] = str(tmp_path / "start-1")
+    train_until(recipe, tmp_path / "run", after_save(2))
+    recipe["adapter"]["start"] = str(tmp_path / "start-2")
+    with pytest.raises(CheckpointError, match="was made with another start adapter"):
+        qpref.train(recipe, output=tmp_path / "run", resume=True)
+
+
+def test_moved_files_and_other_sinks_do_not_hinder_a_resume(make_toy, stopped, tmp_path, unbroken):
+    recipe = make_toy()
+    for key in ("train", "heldout"):
+        recipe["data"][key] = str(shutil.copy(recipe["data"][key], tmp_path / f"moved-{key}.jsonl"))
+    recipe["model"]["base"] = str(shutil.copytree(recipe["model"]["base"], tmp_path / "moved-base"))
+    recipe["sinks"] = [{"name": "console"}]
+    assert outcome(qpref.train(recipe, output=stopped, resume=True)) == unbroken
+
+
+# Damaged checkpoints.
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def link_to_itself(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def take_from_the_one_before(path: Path) -> None:
+    shutil.copy(path.parent.with_name("step-000003") / path.name, path)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "first byte": lambda path: flip(path, 0),
+    "middle byte": lambda path: flip(path, path.stat().st_size // 2),
+    "last byte": lambda path: flip(path, -1),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "deleted": Path.unlink,
+    "a link": link_to_itself,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "from another checkpoint": take_from_the_one_before,
+}
+
+
+CASES = [(name, damage) for name in FILES for damage in DAMAGE]
+CASES.remove(("reference.safetensors", "from another checkpoint"))  # all rows were known by step 3: they are the same
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_damaged_checkpoint_is_passed_over_by_name(stopped, said, name, damage):
+    DAMAGE[damage](stopped / "checkpoints" / "step-000004" / name)
+    kept = checkpoint.load_newest(stopped / "checkpoints", {})
+    assert (kept.step, [line.partition(": ")[0] for line in said]) == (
+        3,
+        [f"{stopped}/checkpoints/step-000004 is passed over"],
+    )
+
+
+def test_no_flipped_bit_passes(stopped):
+    # One bit of every byte of the small files, and of 400 bytes spread over each of the large ones.
+    newest = stopped / "checkpoints" / "step-000004"
+    accepted, tried = [], 0
+    for name in FILES:
+        path = newest / name
+        size = path.stat().st_size
+        for place in range(0, size, max(1, size // 400) if name.endswith("safetensors") else 1):
+            flip(path, place, place % 8)
+            tried += 1
+            if checkpoint.load_newest(stopped / "checkpoints", {}).step == 4:
+                accepted.append((name, place))
+            flip(path, place, place % 8)
+    assert (accepted, tried > 2000) == ([], True)
+
+
+def test_renamed_checkpoint_is_passed_over(stopped):
+    (stopped / "checkpoints" / "step-000004").rename(stopped / "checkpoints" / "step-000009")
+    assert checkpoint.load_newest(stopped / "checkpoints", {}).step == 3
+
+
+def test_link_to_a_checkpoint_is_passed_over(stopped):
+    newest = stopped / "checkpoints" / "step-000004"
+    newest.rename(stopped / "elsewhere")
+    newest.symlink_to(stopped / "elsewhere")
+    assert checkpoint.load_newest(stopped / "checkpoints", {}).step == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "deleted"])
+def test_run_that_fell_back_ends_as_if_nothing_had_happened(make_toy, stopped, unbroken, said, damage):
+    DAMAGE[damage](stopped / "checkpoints" / "step-000004" / "optimizer.safetensors")
+    again = qpref.train(make_toy(), output=stopped, resume=True)
+    assert "going on after step 3" in said
+    assert outcome(again) == unbroken
+
+
+def test_resume_with_no_good_checkpoint_is_refused(make_toy, stopped):
+    for step in (3, 4):
+        flip(stopped / "checkpoints" / f"step-{step:06}" / "adapter.safetensors", 200)
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints verifies") as refused:
+        qpref.train(make_toy(), output=stopped, resume=True)
+    assert refused.value.exit_code == 4
+
+
+def test_metrics_are_cut_to_the_place_of_the_checkpoint(make_toy, stopped):
+    # What came after the save is written again, so each row stands once.
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "split": "train"}\n{"st')
+    qpref.train(make_toy(), output=stopped, resume=True)
+    steps = [(row["split"], row["step"]) for row in rows_of(stopped)]
+    assert steps == [("eval", 0), ("train", 2), ("eval", 3), ("train", 4), ("train", 6), ("eval", 6)]
+
+
+def test_metrics_shorter_than_at_the_checkpoint_are_refused(make_toy, stopped):
+    os.truncate(stopped / "metrics.jsonl", 10)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: is shorter than it was at step 4"):
+        qpref.train(make_toy(), output=stopped, resume=True)
+
+
+def test_leftovers_of_a_killed_save_are_removed(make_toy, stopped):
+    leftovers = [stopped / "checkpoints" / ".tmp-step-000005-4321", stopped / ".tmp-adapter-4321"]
+    for folder in leftovers:
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_bytes(b"half")
+    qpref.train(make_toy(), output=stopped, resume=True)
+    assert not any(folder.exists() for folder in leftovers)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [5, 6]), (2, [5, 6]), (4, [3, 4, 5, 6])])
+def test_rotation_keeps_the_newest_and_never_fewer_than_two(make_toy, tmp_path, keep, kept):
+    folder = qpref.train(make_toy(keep=keep), output=tmp_path / "run")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{step:06}" for step in kept]
+
+
+def test_bad_checkpoint_is_not_counted_among_those_kept(make_toy, stopped):
+    # 3 is good, 4 is bad. After the save of 6 alone, good ones are 3 and 6; a bad 4 between them would push 3 out.
+    flip(stopped / "checkpoints" / "step-000004" / "adapter.safetensors", 200)
+    qpref.train(make_toy(save_every="epoch"), output=stopped, resume=True)
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
+
+
+# Signals, in this process.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken, tmp_path, number):
+    # The row of step 2 brings the signal; saves are at 3 and 6, so the one of step 2 is the signal's.
+    recipe, real = make_toy(save_every="epoch"), Recorder.write
+
+    def write(recorder: Recorder, row: Any) -> None:
+        real(recorder, row)
+        if (row.split, row.step) == ("train", 2):
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "write", write)
+        with pytest.raises(StoppedBySignal, match="stopped after step 2, saved") as stop:
+            qpref.train(recipe, output=tmp_path / "run")
+    assert stop.value.exit_code == 128 + number
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+
+
+def test_second_interrupt_stops_at_once():
+    with run._stop_request() as requested:
+        signal.raise_signal(signal.SIGINT)
+        assert list(requested) == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_signal_handlers_are_put_back_after_training(make_toy, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    qpref.train(make_toy(max_steps=1), output=tmp_path / "run")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+# Real processes.
+
+PRELOADED = ["transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "qpref.cli.train", "qpref.train.run"]
+LONG = {"epochs": 14, "save_every": 1, "log_every": 1, "eval_every": 42}
+"""42 steps: time enough to be killed in."""
+
+
+def command(arguments: Sequence[str], output: Path) -> None:
+    """The `qpref` command, as the body of a process; both its streams go to `output`."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from qpref.cli import main
+
+    main(list(arguments))
+
+
+@dataclass
+class Child:
+    """A `qpref train` in a process of its own."""
+
+    process: Any
+    output: Path
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code and what it said."""
+        self.process.join(120)
+        return self.process.exitcode, self.output.read_text()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Callable[..., Child]:
+    """`start(recipe, folder, "--resume")`: a fresh process, forked from one that has only imported what it needs."""
+    folder = tmp_path_factory.mktemp("children")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    children: list[Child] = []
+
+    def make(recipe: Recipe, output: Path, *options: str) -> Child:
+        stem = folder / f"child-{len(children)}"
+        stem.with_suffix(".toml").write_text(tomli_w.dumps(recipe))
+        arguments = ["train", str(stem.with_suffix(".toml")), "--output", str(output), *options]
+        process = context.Process(target=command, args=(arguments, stem.with_suffix(".txt")))
+        process.start()
+        children.append(Child(process, stem.with_suffix(".txt")))
+        return children[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # As many threads as this process has, since sums depend on it, and none that spins on a busy machine.
+        patch.setenv("OMP_NUM_THREADS", "2")
+        patch.setenv("OMP_WAIT_POLICY", "passive")
+        yield make
+    for child in children:
+        child.process.kill()
+        child.process.join()
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 120) -> None:
+    """Until metrics.jsonl shows the row of `step`."""
+    deadline, path = time.monotonic() + timeout, folder / "metrics.jsonl"
+    while not (path.is_file() and f'{{"step": {step}, "split": "train"' in path.read_text()):
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def long_run(make_toy, start, tmp_path_factory) -> Outcome:
+    folder = tmp_path_factory.mktemp("long") / "run"
+    code, said = start(make_toy(**LONG), folder).wait()
+    assert code == 0, said
+    return outcome(folder)
+
+
+def test_process_killed_three_times_ends_as_if_it_never_stopped(make_toy, start, long_run, tmp_path):
+    recipe, options = make_toy(**LONG), []
+    for step in (4, 13, 25):
+        child = start(recipe, tmp_path / "run", *options)
+        wait_for_step(tmp_path / "run", step)
+        os.kill(child.process.pid, signal.SIGKILL)
+        assert child.wait()[0] == -signal.SIGKILL
+        options = ["--resume"]
+    code, said = start(recipe, tmp_path / "run", "--resume").wait()
+    assert (code, "going on after step" in said) == (0, True)
+    assert outcome(tmp_path / "run") == long_run
+
+
+def test_terminated_command_exits_143_saved_and_a_resume_completes_it(make_toy, start, long_run, tmp_path):
+    recipe = make_toy(**LONG)
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from qpref.cli import main; main()", "train", "recipe.toml", "--output", "run"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(tmp_path / "run", 5)
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == 143
+    stopped_after = max(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert f"error: stopped after step {stopped_after}, saved\nhint: go on with --resume\n" in said
+    code, said = start(recipe, tmp_path / "run", "--resume").wait()
+    assert (code, f"going on after step {stopped_after}\n" in said) == (0, True)
+    assert outcome(tmp_path / "run") == long_run
+
+
+def test_folder_that_another_process_holds_exits_7_by_its_pid(make_toy, start, tmp_path):
+    (tmp_path / "run").mkdir()
+    with fsio.locked(tmp_path / "run"):
+        code, said = start(make_toy(), tmp_path / "run").wait()
+    assert (code, f"another process is writing this run (pid {os.getpid()} on " in said) == (7, True)
+
+
+def test_lock_of_a_killed_process_holds_nobody_up(make_toy, start, tmp_path):
+    child = start(make_toy(**LONG), tmp_path / "run")
+    wait_for_step(tmp_path / "run", 2)
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.wait()
+    with claimed(tmp_path / "run", resume=True, overwrite=False) as folder:
+        assert folder.run_json.is_file()
+
+
+def test_loser_of_a_race_for_a_new_folder_leaves_it_to_the_winner(tmp_path, monkeypatch):
+    # The other process makes and locks the folder between our look at it and our own attempt.
+    real = fsio.make_folder
+
+    def make_after_the_other(path: Path, mode: int = 0o700) -> None:
+        real(path, mode)
+        descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    monkeypatch.setattr(fsio, "make_folder", make_after_the_other)
+    with pytest.raises(RunLockedError), claimed(tmp_path / "run", resume=False, overwrite=False):
+        pass
+    assert (tmp_path / "run" / "LOCK").is_file()
+
+
+def test_twelve_simultaneous_starts_are_one_run(make_toy, start, unbroken, tmp_path):
+    children = [start(make_toy(), tmp_path / "run") for _ in range(12)]
+    codes = sorted(child.wait()[0] for child in children)
+    # A late one may find the finished run, and refuse to train over it (2).
+    assert codes[0] == 0
+    assert set(codes[1:]) <= {2, 7}
+    assert outcome(tmp_path / "run") == unbroken
