@@ -26,7 +26,7 @@ from qpref.plan import Plan, make_plan
 from qpref.policy.source import resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.records import TokenizedExample
-from qpref.train.folder import RunFolder
+from qpref.training.folder import RunFolder
 
 
 def main() -> None:
@@ -66,9 +66,7 @@ def empty_model(path: Path) -> Any:
 
 
 @torch.no_grad()
-def margins(
-    model: Any, weights: dict[str, Tensor], base: TrainedBase, examples: Sequence[TokenizedExample]
-) -> Tensor:
+def margins(model: Any, weights: dict[str, Tensor], base: TrainedBase, examples: Sequence[TokenizedExample]) -> Tensor:
     """[pairs] log-probability of chosen less that of rejected, nats."""
     for key, weight in weights.items():
         model.get_parameter(base.names[key]).copy_(weight)

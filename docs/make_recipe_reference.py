@@ -1,6 +1,6 @@
 """Writes docs/recipe.md from the models that check a recipe, so that it cannot fall behind them.
 
-    python docs/make_recipe_reference.py
+python docs/make_recipe_reference.py
 """
 
 from __future__ import annotations

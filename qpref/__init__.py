@@ -1,7 +1,7 @@
 """qpref: preference training of 4-bit language models on one consumer GPU.
 
-import qpref
-run_folder = qpref.train("recipes/quickstart.toml", overrides=["train.epochs=2"])
+    import qpref
+    run_folder = qpref.train("recipes/quickstart.toml", overrides=["train.epochs=2"])
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
-
-# Before the function of the same name is made: a later import of the package would take that name from the function.
-import qpref.train  # noqa: F401
 
 __version__ = "0.1.0"
 __all__ = ["train"]
@@ -42,7 +39,7 @@ def train(
         QprefError: see `qpref.errors`; the message says what to do.
     """
     from qpref.plan import make_plan
-    from qpref.train.run import train_plan
+    from qpref.training.run import train_plan
 
     source = recipe if isinstance(recipe, Mapping) else Path(recipe)
     plan = make_plan(source, overrides, Path(output) if output is not None else None)

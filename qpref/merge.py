@@ -24,7 +24,7 @@ from qpref import fsio
 from qpref.errors import DiskError, MergeError, RecipeError
 from qpref.policy.load import DTYPES
 from qpref.policy.source import cached_sha256, shard_files
-from qpref.train.folder import RunFolder
+from qpref.training.folder import RunFolder
 
 log = logging.getLogger("qpref")
 

@@ -79,7 +79,7 @@ def tiny_config(family: str, **changes):
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_base(family="llama", dtype=torch.float32, **config)`: a folder with a tiny random model and its tokenizer."""
+    """`make_base(family="llama", dtype=torch.float32, **config)`: a folder with a tiny model and its tokenizer."""
     made: dict[str, Path] = {}
 
     def make(family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:

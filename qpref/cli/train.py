@@ -30,7 +30,7 @@ def command(
             click.echo(f"# {offer}")
         return
     from qpref.cli import quiet_transformers
-    from qpref.train.run import train_plan
+    from qpref.training.run import train_plan
 
     quiet_transformers()
     folder = train_plan(plan, resume=resume, overwrite=overwrite)

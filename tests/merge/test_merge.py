@@ -18,7 +18,7 @@ from qpref.plan import make_plan
 from qpref.policy.adapter import load_adapter_tensors
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.source import resolve_base
-from qpref.train.run import train_plan
+from qpref.training.run import train_plan
 
 PROMPT = list(range(20, 60))
 

@@ -24,7 +24,7 @@ from qpref.policy.logprobs import completion_logprobs, pair_logprobs
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
 from qpref.records import Group, Source, TokenizedExample
-from qpref.train.invariants import check_layout
+from qpref.training.invariants import check_layout
 
 FAMILIES = ("llama", "qwen", "mistral", "gemma3", "granite")
 WINDOW = 7  # of mistral's layers and of gemma3's first

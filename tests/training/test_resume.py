@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM
 import qpref
 from qpref import fsio
 from qpref.errors import CheckpointError, RecipeError, RunLockedError, StoppedBySignal
-from qpref.train import checkpoint, run
-from qpref.train.folder import claimed
-from qpref.train.metrics import Recorder
+from qpref.training import checkpoint, run
+from qpref.training.folder import claimed
+from qpref.training.metrics import Recorder
 
 STEPS = 6
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
@@ -564,7 +564,13 @@ def test_signal_handlers_are_put_back_after_training(make_toy, tmp_path):
 
 # Real processes.
 
-PRELOADED = ["transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "qpref.cli.train", "qpref.train.run"]
+PRELOADED = [
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "bitsandbytes",
+    "qpref.cli.train",
+    "qpref.training.run",
+]
 LONG = {"epochs": 14, "save_every": 1, "log_every": 1, "eval_every": 42}
 """42 steps: time enough to be killed in."""
 

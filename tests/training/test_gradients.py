@@ -23,10 +23,10 @@ from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory, as_reference
 from qpref.records import LossOutput, PairedInputs, TokenizedExample
-from qpref.train import optim, run
-from qpref.train.loop import Progress, Trainer
-from qpref.train.metrics import Recorder
-from qpref.train.score import LossCaller
+from qpref.training import optim, run
+from qpref.training.loop import Progress, Trainer
+from qpref.training.metrics import Recorder
+from qpref.training.score import LossCaller
 
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
 

@@ -24,9 +24,9 @@ from qpref.hooks.types import SinkContext
 from qpref.plan import make_plan
 from qpref.policy.reference import ReferenceMemory, row_keys
 from qpref.records import TokenizedExample
-from qpref.train import optim, run
-from qpref.train.loop import Progress, Trainer
-from qpref.train.metrics import Recorder
+from qpref.training import optim, run
+from qpref.training.loop import Progress, Trainer
+from qpref.training.metrics import Recorder
 
 BETA, RATE, CLIP, BATCH, STEPS = 0.1, 2e-3, 0.5, 4, 5
 TRL_LOSS = {"dpo": "sigmoid", "ipo": "ipo"}

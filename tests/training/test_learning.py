@@ -220,7 +220,7 @@ def test_python_call_trains_as_the_command_does(make_recipe, tmp_path):
 
 
 def test_python_call_works_twice_in_one_process(make_recipe, tmp_path):
-    # Importing the package qpref.train must not take the function's name.
+    # A subpackage of that name, once imported, would take the function's place.
     folders = [qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / name) for name in ("one", "two")]
     adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in folders]
     assert adapters[0] == adapters[1]

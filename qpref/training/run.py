@@ -30,11 +30,11 @@ from qpref.policy.reference import ReferenceMemory
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.records import TokenizedExample
-from qpref.train import checkpoint, invariants, optim
-from qpref.train.folder import RunFolder, claimed
-from qpref.train.loop import Progress, Trainer, refuse_empty_steps
-from qpref.train.metrics import Averages, Recorder
-from qpref.train.score import LossCaller
+from qpref.training import checkpoint, invariants, optim
+from qpref.training.folder import RunFolder, claimed
+from qpref.training.loop import Progress, Trainer, refuse_empty_steps
+from qpref.training.metrics import Averages, Recorder
+from qpref.training.score import LossCaller
 
 log = logging.getLogger("qpref")
 

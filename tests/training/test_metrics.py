@@ -22,9 +22,9 @@ from qpref.hooks.manager import Loaded, Offer
 from qpref.hooks.types import MetricSink, SinkContext
 from qpref.plan import Choice, make_plan
 from qpref.records import MetricRow
-from qpref.train import metrics
-from qpref.train.metrics import Averages, Recorder
-from qpref.train.run import train_plan
+from qpref.training import metrics
+from qpref.training.metrics import Averages, Recorder
+from qpref.training.run import train_plan
 
 SHARED_KEYS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
 LOGPS = ["logps/chosen", "logps/rejected"]

@@ -17,10 +17,10 @@ from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceMemory, frozen
 from qpref.recipe import Recipe
 from qpref.records import MetricRow, TokenizedExample
-from qpref.train import optim
-from qpref.train.invariants import check_gradients
-from qpref.train.metrics import Averages, Recorder
-from qpref.train.score import LossCaller, pair_metrics, score_pairs
+from qpref.training import optim
+from qpref.training.invariants import check_gradients
+from qpref.training.metrics import Averages, Recorder
+from qpref.training.score import LossCaller, pair_metrics, score_pairs
 
 log = logging.getLogger("qpref")
 

@@ -25,8 +25,8 @@ from qpref.plan import Choice, make_plan
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import LossOutput, Source, TokenizedExample
-from qpref.train import invariants, optim, run
-from qpref.train.score import LossCaller, score_pairs
+from qpref.training import invariants, optim, run
+from qpref.training.score import LossCaller, score_pairs
 
 FLOAT32 = {"model.quantization": "none", "model.dtype": "float32"}
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}

@@ -18,7 +18,7 @@ from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import PackedBatch, PairedInputs, TokenizedExample
-from qpref.train.score import LossCaller
+from qpref.training.score import LossCaller
 
 log = logging.getLogger("qpref")
 
