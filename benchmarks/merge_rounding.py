@@ -21,8 +21,9 @@ from torch import Tensor
 
 from qpref.data.load import load_pairs, tokenize_pairs
 from qpref.data.tokenize import PairTokenizer
-from qpref.merge import STORED, LoraDelta, TrainedBase
+from qpref.merge import STORED, TrainedBase
 from qpref.plan import Plan, make_plan
+from qpref.policy.delta import LoraDelta
 from qpref.policy.source import resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.records import TokenizedExample

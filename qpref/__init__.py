@@ -1,7 +1,7 @@
 """qpref: preference training of 4-bit language models on one consumer GPU.
 
-    import qpref
-    run_folder = qpref.train("recipes/quickstart.toml", overrides=["train.epochs=2"])
+import qpref
+run_folder = qpref.train("recipes/quickstart.toml", overrides=["train.epochs=2"])
 """
 
 from __future__ import annotations

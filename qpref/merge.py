@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qpref import fsio
 from qpref.errors import DiskError, MergeError, RecipeError
+from qpref.policy.delta import LoraDelta
 from qpref.policy.load import DTYPES
 from qpref.policy.source import cached_sha256, shard_files
 from qpref.training.folder import RunFolder
@@ -108,56 +109,6 @@ class Retention:
     @property
     def kept(self) -> float:
         return self.survived / self.learned if self.learned else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class LoraDelta:
-    """The adapter's matrices by module name, as in the base model."""
-
-    matrices: Mapping[str, tuple[Tensor, Tensor, float]]
-
-    @property
-    def modules(self) -> list[str]:
-        return list(self.matrices)
-
-    def of(self, module: str) -> Tensor:
-        """[out, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3)."""
-        down, up, scale = self.matrices[module]
-        return (up.float() @ down.float()) * scale
-
-    @classmethod
-    def read(cls, folder: Path) -> LoraDelta:
-        """Read PEFT's format.
-
-        Raises:
-            MergeError: a matrix lacks its partner, isn't finite, or all of the adapter is zero.
-        """
-        from peft import LoraConfig
-        from peft.utils.other import get_pattern_key
-        from safetensors.torch import load_file
-
-        config: Any = LoraConfig(**_lora_fields(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
-        matrices = {}
-        for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            down, up = tensors.pop(key), tensors.pop(key.replace("lora_A", "lora_B"), None)
-            if up is None or not bool(down.isfinite().all() & up.isfinite().all()):
-                raise MergeError(f"{folder}: the adapter of {module} is {'not finite' if up is not None else 'half'}")
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-            rank = down.shape[0]
-            matrices[module] = (down, up, alpha / (math.sqrt(rank) if config.use_rslora else rank))
-        if tensors:
-            raise MergeError(f"{folder}: holds more than LoRA matrices: {min(tensors)}")
-        if not any(bool(up.any()) for _, up, _ in matrices.values()):
-            raise MergeError(f"{folder}: every B matrix is zero; nothing was learned")
-        return cls(matrices)
-
-
-def _lora_fields(folder: Path) -> dict[str, Any]:
-    values = json.loads((folder / "adapter_config.json").read_text())
-    names = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
-    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpref.errors import PolicyError
 from qpref.policy import logprobs
@@ -187,11 +188,26 @@ def test_float32_products_are_not_rounded_to_bf16():
     assert (logits - hidden.double() @ weight.double().t()).abs().max() <= 1e-4  # bf16 factors are off by 0.1
 
 
-def test_float32_hidden_states_meet_a_bf16_head_unrounded():
-    generator = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(64, 256, generator=generator), torch.randn(512, 256, generator=generator).bfloat16()
-    logits = Head(weight, None, 1.0, None).logits(hidden, 0, 512)
-    assert (logits - hidden.double() @ weight.double().t()).abs().max() <= 1e-4
+class PrecisionOfProducts(TorchDispatchMode):
+    """Notes the process's setting for float32 products at each of them; a CPU without bf16 units ignores it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("left", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("right", [torch.float32, torch.bfloat16])
+def test_products_run_on_bf16_units_where_both_factors_hold_bf16_numbers(left, right):
+    head = make_head("plain", right)
+    with PrecisionOfProducts() as precision:
+        head.logits(make_rows(left)[0], 0, VOCABULARY)
+    assert (precision.seen == {"bf16"}) == (left == right == torch.bfloat16)
 
 
 def test_sides_are_dealt_in_turn():

@@ -18,7 +18,7 @@ from qpref.errors import PolicyError
 from qpref.policy.attention import NAME
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import Head, completion_logprobs
-from qpref.policy.reference import ReferenceMemory, as_reference, row_keys
+from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
 from qpref.records import PackedBatch, Source, TokenizedExample
@@ -152,9 +152,17 @@ def test_a_reference_pass_draws_no_random_number(load):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_reference_has_no_gradient(load):
+def test_a_frozen_policy_builds_no_graph(load):
     policy = load()
-    assert not reference_score(policy, pack(EXAMPLES, CPU)).requires_grad
+    with frozen(policy):
+        assert not completion_logprobs(policy, pack(EXAMPLES, CPU)).values.requires_grad
+
+
+def test_a_reference_pass_builds_no_graph(load):
+    policy = load()
+    with as_reference(policy):
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
 
 
 def state(policy: Policy) -> tuple[dict[str, bool], dict[str, bool]]:
@@ -351,11 +359,14 @@ def test_a_key_is_of_the_prompt_the_response_and_where_one_ends():
 
 
 def test_a_known_row_keeps_its_first_value_when_a_new_row_comes_with_it(load):
-    policy, memory = load({"model.dtype": "bf16"}), ReferenceMemory()
-    first = memory.logprobs(policy, pack(EXAMPLES[:1], CPU)).values
+    policy, memory = load(), ReferenceMemory()
+    memory.logprobs(policy, pack(EXAMPLES[:1], CPU))
+    for values in memory.rows.values():
+        values += 1  # as if first said in a batch of another shape, in bf16
+    known = torch.cat(list(memory.rows.values()))
     both = memory.logprobs(policy, pack(EXAMPLES[1::-1], CPU)).values
     assert memory.num_computed == 3
-    assert torch.equal(both[-len(first) :], first)
+    assert torch.equal(both[-len(known) :], known)
 
 
 def test_memory_survives_its_tensors_to_the_bit(load, tmp_path):

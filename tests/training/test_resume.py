@@ -6,6 +6,7 @@ on the disk then is what a killed process leaves. Real processes die of real sig
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from transformers import AutoModelForCausalLM
 
 import qpref
 from qpref import fsio
-from qpref.errors import CheckpointError, RecipeError, RunLockedError, StoppedBySignal
-from qpref.training import checkpoint, run
+from qpref.errors import CheckpointError, NonFiniteError, RecipeError, RunLockedError, StoppedBySignal
+from qpref.records import LossOutput
+from qpref.training import checkpoint, optim, run
 from qpref.training.folder import claimed
 from qpref.training.metrics import Recorder
 
@@ -228,13 +230,43 @@ def test_infinite_loss_in_a_half_full_window_survives_the_save(make_toy, tmp_pat
         output = real(loss, inputs)
         if torch.is_grad_enabled() and not spoilt:
             spoilt.append(output)
-            return type(output)(losses=output.losses * torch.inf, metrics=output.metrics)
+            return replace(output, losses=output.losses * torch.inf)
         return output
 
     monkeypatch.setattr(run.LossCaller, "__call__", infinite_once)
     train_until(make_toy(), tmp_path / "run", after_save(1))
     qpref.train(make_toy(), output=tmp_path / "run", resume=True)
     assert [row["loss"] is None for row in rows_of(tmp_path / "run") if row["split"] == "train"] == [True, False, False]
+
+
+def test_third_non_finite_step_in_a_row_stops_the_run_across_a_resume(make_toy, tmp_path, monkeypatch):
+    # Every step from the third on is spoilt; the run dies after the fourth and has one more before it gives up.
+    begun, real_seed, real_loss = [], optim.seed_step, run.LossCaller.__call__
+
+    def seed_step(seed: int, step: int) -> None:
+        begun.append(step)
+        real_seed(seed, step)
+
+    def spoilt(loss: Any, inputs: Any) -> LossOutput:
+        output = real_loss(loss, inputs)
+        bad = torch.is_grad_enabled() and begun[-1] >= 2
+        return replace(output, losses=output.losses * torch.nan) if bad else output
+
+    monkeypatch.setattr(optim, "seed_step", seed_step)
+    monkeypatch.setattr(run.LossCaller, "__call__", spoilt)
+    train_until(make_toy(), tmp_path / "run", after_save(4))
+    with pytest.raises(NonFiniteError, match="step 5: the gradient was not finite 3 times in a row"):
+        qpref.train(make_toy(), output=tmp_path / "run", resume=True)
+
+
+def test_seconds_go_on_over_a_resume(make_toy, tmp_path, monkeypatch):
+    # A first step of a second or more is still counted in the last row of a resumed run that takes far less.
+    real = optim.seed_step
+    monkeypatch.setattr(optim, "seed_step", lambda seed, step: (time.sleep(0 if step else 1.0), real(seed, step)))
+    train_until(make_toy(max_steps=2, log_every=1), tmp_path / "run", after_save(1))
+    qpref.train(make_toy(max_steps=2, log_every=1), output=tmp_path / "run", resume=True)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["seconds"] >= 1.0
 
 
 # Where there is nothing to resume.
@@ -448,15 +480,16 @@ def test_damaged_checkpoint_is_passed_over_by_name(stopped, said, name, damage):
 
 def test_no_flipped_bit_passes(stopped):
     # One bit of every byte of the small files, and of 400 bytes spread over each of the large ones.
-    newest = stopped / "checkpoints" / "step-000004"
+    shutil.rmtree(stopped / "checkpoints" / "step-000003")
     accepted, tried = [], 0
     for name in FILES:
-        path = newest / name
+        path = stopped / "checkpoints" / "step-000004" / name
         size = path.stat().st_size
         for place in range(0, size, max(1, size // 400) if name.endswith("safetensors") else 1):
             flip(path, place, place % 8)
             tried += 1
-            if checkpoint.load_newest(stopped / "checkpoints", {}).step == 4:
+            with contextlib.suppress(CheckpointError):
+                checkpoint.load_newest(stopped / "checkpoints", {})
                 accepted.append((name, place))
             flip(path, place, place % 8)
     assert (accepted, tried > 2000) == ([], True)
@@ -531,7 +564,7 @@ def test_bad_checkpoint_is_not_counted_among_those_kept(make_toy, stopped):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken, tmp_path, number):
+def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken, tmp_path, said, number):
     # The row of step 2 brings the signal; saves are at 3 and 6, so the one of step 2 is the signal's.
     recipe, real = make_toy(save_every="epoch"), Recorder.write
 
@@ -546,6 +579,7 @@ def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken
             qpref.train(recipe, output=tmp_path / "run")
     assert stop.value.exit_code == 128 + number
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert "going on after step 2" in said
 
 
 def test_second_interrupt_stops_at_once():
@@ -692,16 +726,17 @@ def test_lock_of_a_killed_process_holds_nobody_up(make_toy, start, tmp_path):
 
 def test_loser_of_a_race_for_a_new_folder_leaves_it_to_the_winner(tmp_path, monkeypatch):
     # The other process makes and locks the folder between our look at it and our own attempt.
-    real = fsio.make_folder
+    real, held = fsio.make_folder, []
 
     def make_after_the_other(path: Path, mode: int = 0o700) -> None:
         real(path, mode)
-        descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        held.append((path / "LOCK").open("w"))
+        fcntl.flock(held[0], fcntl.LOCK_EX)
 
     monkeypatch.setattr(fsio, "make_folder", make_after_the_other)
     with pytest.raises(RunLockedError), claimed(tmp_path / "run", resume=False, overwrite=False):
         pass
+    held[0].close()
     assert (tmp_path / "run" / "LOCK").is_file()
 
 
