@@ -39,7 +39,8 @@ def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
 
     tensors: dict[str, torch.Tensor] = {}
     if adapter.start is None:
-        config = _fresh_config(model, adapter)
+        layers = _target_layers(model, adapter.targets)
+        config = _fresh_config(adapter, _target_names(model, layers))
     else:
         config, tensors = _read_adapter(Path(adapter.start), adapter.dropout)
     torch.manual_seed(seed)
@@ -49,7 +50,9 @@ def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
             wrapped.add_adapter(REFERENCE, config)
     except ValueError as error:
         raise PolicyError(f"the adapter doesn't fit the base: {error}") from error
-    if adapter.start is not None:
+    if adapter.start is None:
+        _refuse_other_layers(wrapped, layers)
+    else:
         for name in (TRAINED, REFERENCE):
             load_adapter_tensors(wrapped, tensors, name, origin=adapter.start)
         wrapped.base_model.set_adapter(TRAINED)
@@ -88,14 +91,14 @@ def load_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], name: str
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
-def _fresh_config(model: Any, adapter: AdapterSection) -> Any:
+def _fresh_config(adapter: AdapterSection, names: list[str]) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=_targets(model, adapter.targets),
+        target_modules=names,
         use_rslora=adapter.rslora,
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         bias="none",
@@ -103,8 +106,8 @@ def _fresh_config(model: Any, adapter: AdapterSection) -> Any:
     )
 
 
-def _targets(model: Any, asked: str | list[str]) -> list[str]:
-    """Target names: short endings where they name the same layers, else whole names.
+def _target_layers(model: Any, asked: str | list[str]) -> set[str]:
+    """Whole names of the layers to adapt.
 
     Only linear layers inside the text decoder count: a vision tower has no gradient, and the output head is frozen.
     """
@@ -113,18 +116,33 @@ def _targets(model: Any, asked: str | list[str]) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     of_text = [name for name in linear if id(model.get_submodule(name)) in inside]
     if isinstance(asked, str):
-        chosen = of_text
-    else:
-        known = sorted({name.rpartition(".")[2] for name in of_text})
-        chosen = []
-        for ending in asked:
-            matching = [name for name in of_text if name == ending or name.endswith(f".{ending}")]
-            if not matching:
-                raise PolicyError(f"[adapter] targets: '{ending}' names no linear layer; it has {', '.join(known)}")
-            chosen += matching
-    endings = sorted({name.rpartition(".")[2] for name in chosen})
+        return set(of_text)
+    known = sorted({name.rpartition(".")[2] for name in of_text})
+    layers: set[str] = set()
+    for ending in asked:
+        matching = [name for name in of_text if name == ending or name.endswith(f".{ending}")]
+        if not matching:
+            raise PolicyError(f"[adapter] targets: '{ending}' names no linear layer; it has {', '.join(known)}")
+        layers.update(matching)
+    return layers
+
+
+def _target_names(model: Any, layers: set[str]) -> list[str]:
+    """What PEFT is told: short endings where they name just these layers, else whole names."""
+    endings = {name.rpartition(".")[2] for name in layers}
     hit = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    return endings if hit == set(chosen) else sorted(set(chosen))
+    return sorted(endings if hit == layers else layers)
+
+
+def _refuse_other_layers(model: Any, layers: set[str]) -> None:
+    """PEFT takes some names of mixture-of-experts models to mean their stacked experts (0.21: dots1, deepseek_v3)."""
+    adapted = {name.partition(".lora_")[0] for name, _ in model.base_model.model.named_parameters() if ".lora_" in name}
+    if adapted != layers:
+        missed = sorted(layers - adapted) or sorted(adapted - layers)
+        raise PolicyError(
+            f"PEFT adapts other layers of this model than were asked for, the first is {missed[0]}",
+            'name layers of the attention alone in [adapter] targets, for example targets = ["q_proj", "v_proj"]',
+        )
 
 
 def _read_adapter(folder: Path, dropout: float) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -89,6 +89,11 @@ def shared_prompt_attention(
     groups: Sequence[Group] | None = keywords.pop(LAYOUT, None)
     _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
     assert groups is not None
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16:
+        # The CPU's bf16 kernel compiles code for every new pair of lengths and keeps it, 1.7 MB each, and is no faster
+        # than float32 below 1,000 tokens (torch 2.13).
+        query, key, value = query.float(), key.float(), value.float()
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -100,7 +105,10 @@ def shared_prompt_attention(
         q = query[:, :, queries]
         plain = k.shape[2] == q.shape[2] and (sliding_window is None or sliding_window >= k.shape[2])
         mask = None if plain else _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scaling)
+        with torch.autocast(q.device.type, enabled=False):
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scaling
+            )
 
     outputs = []
     for group in groups:
@@ -112,7 +120,7 @@ def shared_prompt_attention(
             if length:
                 outputs.append(attend(branch, [prompt, branch]))
             start = branch.stop
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
 
 
 def _refuse_the_unknown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     device = choose_device(recipe.model.device)
     dtype = DTYPES[recipe.model.dtype]
     _refuse_wrong_dtype(recipe.model, device)
+    if device.type == "cpu":
+        _forget_compiled_products()
     model = load_base(recipe.model, base, device)
     _settle_4bit_layers(model, dtype)
     attention.register()
@@ -201,6 +204,15 @@ def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise PolicyError("[model] dtype: this GPU has no bf16", 'set dtype = "fp16"')
+
+
+def _forget_compiled_products() -> None:
+    """Let oneDNN keep the products of one micro-batch, not 1,024.
+
+    It compiles a product for each shape, 0.6 MB apiece, and every packed batch has a length of its own. Read once, at
+    the process's first product; whoever has set it is left alone.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _silence_dropout(config: Any) -> None:

@@ -184,3 +184,19 @@ def test_the_bases_own_dropouts_are_silenced(load, tmp_path):
     policy.share_prompts(False)
     first, second = (policy.decoder(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:peft")
+def test_layers_that_peft_takes_for_stacked_experts_are_refused(load, tmp_path):
+    """Dots1's shared experts and dense layers have the endings that PEFT rewrites to its experts' stacked weights."""
+    from transformers import AutoModelForCausalLM, Dots1Config
+
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = Dots1Config(**TINY, **experts, first_k_dense_replace=1, n_group=1, topk_group=1)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match="PEFT adapts other layers of this model than were asked for"):
+        load({"model.base": str(tmp_path)})
+    policy = load({"model.base": str(tmp_path), "adapter.targets": ["q_proj", "v_proj"]})
+    assert adapted(policy) == in_every_layer("q_proj", "v_proj")

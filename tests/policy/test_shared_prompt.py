@@ -359,6 +359,26 @@ def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent
     assert "sharing a prompt changes log-probabilities" in caplog.text
 
 
+def test_the_first_batch_finds_a_response_that_sees_the_other_however_little_it_changes(recurrent, caplog, monkeypatch):
+    monkeypatch.setattr("qpref.training.invariants.FLOAT32_TOLERANCE", 100.0)
+    policy = load(recurrent["lfm2"])
+    policy.share_prompts(True)
+    check_layout(policy, EXAMPLES[3])
+    assert not policy.shares_prompts
+    assert "one response sees the other" in caplog.text
+
+
+def test_a_mixture_of_experts_shares_prompts(tmp_path, caplog):
+    """Its experts compute other tokens beside a response's own, which moves scores by rounding; that is no leak."""
+    from transformers import MixtralConfig
+
+    policy = load(save_tiny(MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2), tmp_path))
+    check_layout(policy, EXAMPLES[3])
+    assert policy.shares_prompts
+    _, gradients = train_on(policy, 40, 1)
+    assert worst_gradient(gradients, ask_whole_rows(tmp_path, policy).gradients) <= TOLERANCE
+
+
 def test_the_first_batch_leaves_sharing_on_where_it_is_exact(answers, caplog):
     policy = load(answers["gemma3"][0])
     check_layout(policy, EXAMPLES[3])
@@ -395,6 +415,18 @@ def test_a_window_that_is_in_the_mask_alone_is_refused():
 
 def test_keywords_that_change_nothing_are_let_through():
     attend({"position_ids": torch.arange(3), "use_cache": False, "softcap": None}, layer_types=["full_attention"])
+
+
+def test_a_cpu_attends_in_float32_under_autocast():
+    """Its bf16 kernel keeps compiled code for each length it meets, and the last bits of its sums depend on it."""
+    states = torch.randn(3, 1, 2, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    module = SimpleNamespace(config=SimpleNamespace(), layer_idx=0)
+    layout = {LAYOUT: (Group(start=0, prompt=4, branches=(3, 2)),)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = shared_prompt_attention(module, *states, None, **layout)
+    wanted, _ = shared_prompt_attention(module, *states.float(), None, **layout)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.bfloat16())
 
 
 def test_weight_and_margin_follow_their_pair_through_a_packing():

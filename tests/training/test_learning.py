@@ -207,7 +207,7 @@ def test_python_call_trains_as_the_command_does(make_recipe, tmp_path):
         [sys.executable, "-c", "from qpref.cli import main; main()", *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},  # as many as in this process; sums depend on it
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as many as in this process; sums depend on it
     )
     assert done.returncode == 0, done.stderr
     qpref.train(recipe, output=tmp_path / "call")

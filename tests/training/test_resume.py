@@ -651,7 +651,7 @@ def start(tmp_path_factory) -> Callable[..., Child]:
 
     with pytest.MonkeyPatch.context() as patch:
         # As many threads as this process has, since sums depend on it, and none that spins on a busy machine.
-        patch.setenv("OMP_NUM_THREADS", "2")
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("OMP_WAIT_POLICY", "passive")
         yield make
     for child in children:
