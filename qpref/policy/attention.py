@@ -48,7 +48,9 @@ def reasons_against_sharing(model: PreTrainedModel) -> list[str]:
     reasons = []
     if not model._supports_attention_backend:
         reasons.append("its attention cannot be exchanged")
-    strange = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    # Some configs of transformers before 5.23 have the older name.
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    strange = set(kinds) - {"full_attention", "sliding_attention", "attention"}
     if strange:
         reasons.append(f"it has layers of the kind {', '.join(sorted(strange))}")
     return reasons

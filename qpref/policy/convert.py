@@ -17,11 +17,13 @@ from qpref.errors import PolicyError
 
 log = logging.getLogger("qpref")
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key: raise it when a conversion comes out differently."""
 
 PLAIN_PRE_TOKENIZERS = ("gpt-2", "default")
 DIGIT_PRE_TOKENIZERS = ("smollm",)
+SPECIAL_TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+"""transformers' name of a special token -> GGUF's of its id."""
 
 
 def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
@@ -71,22 +73,24 @@ def _tokenizer(path: Path, max_length: int) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.model_max_length = max_length
-    kind, word = _tokenizer_words(path)
-    if kind == "gpt2":
-        _repair_pre_tokenizer(tokenizer, word, path)
+    says = _tokenizer_fields(path)
+    if says.get("model") == "gpt2":
+        _repair_pre_tokenizer(tokenizer, str(says.get("pre", "default")), path)
+    for token, field in SPECIAL_TOKENS.items():
+        # transformers 5.17 forgets what the file says of its end token.
+        if field in says:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(says[field])))
     return tokenizer
 
 
-def _tokenizer_words(path: Path) -> tuple[str, str]:
-    """The file's words for its tokenizer's algorithm and its pre-tokenizer."""
+def _tokenizer_fields(path: Path) -> dict[str, Any]:
+    """What the file says of its tokenizer, its lists left out."""
     import gguf
 
+    wanted = ("model", "pre", *SPECIAL_TOKENS.values())
     fields = gguf.GGUFReader(path).fields
-
-    def word(name: str) -> str:
-        return str(fields[name].contents()) if name in fields else "default"
-
-    return word("tokenizer.ggml.model"), word("tokenizer.ggml.pre")
+    found = {name: fields.get(f"tokenizer.ggml.{name}") for name in wanted}
+    return {name: field.contents() for name, field in found.items() if field is not None}
 
 
 def _repair_pre_tokenizer(tokenizer: Any, word: str, path: Path) -> None:

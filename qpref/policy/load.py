@@ -123,6 +123,7 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
             quantization_config=_quantization(section, base),
             dtype=DTYPES[section.dtype],
             device_map={"": device},
+            attn_implementation=_own_attention(config),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -193,6 +194,11 @@ def _quantization(section: ModelSection, base: BaseFolder) -> Any:
         bnb_4bit_use_double_quant=section.double_quantization,
         bnb_4bit_compute_dtype=DTYPES[section.dtype],
     )
+
+
+def _own_attention(config: Any) -> str | None:
+    """Eager attention for capped scores: before transformers 5.23, sdpa left the cap out without a word."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:

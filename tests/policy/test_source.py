@@ -264,18 +264,21 @@ def gguf_tensors(model) -> dict[str, np.ndarray]:
 
 
 def add_gguf_tokenizer(writer, splitting: str) -> None:
-    """The byte-level tokenizer of the other tests, and one merge that tells how digits are split: "12"."""
+    """The byte-level tokenizer of the other tests, and merges that tell how digits are split.
+
+    Two merges, since transformers 5.17 takes a single one for a text.
+    """
     from gguf import TokenType
 
     plain = sorted(make_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    words = [word for word, _ in plain] + ["12"]
+    words = [word for word, _ in plain] + ["12", "34"]
     kinds = [TokenType.CONTROL if word.startswith("<|") else TokenType.NORMAL for word in words]
     unused = range(VOCABULARY - len(words))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splitting)
     writer.add_token_list(words + [f"<unused{number}>" for number in unused])
     writer.add_token_types(kinds + [TokenType.UNUSED for _ in unused])
-    writer.add_token_merges(["1 2"])
+    writer.add_token_merges(["1 2", "3 4"])
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
     writer.add_chat_template(CHAT_TEMPLATE)
