@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.data.load import load_pairs, tokenize_pairs
+from qpref.data.load import load_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge import STORED, TrainedBase
 from qpref.plan import Plan, make_plan
@@ -53,9 +53,9 @@ def main() -> None:
 def heldout_examples(plan: Plan) -> list[TokenizedExample]:
     base = resolve_base(plan.recipe.model)
     tokenizer = load_tokenizer(plan.recipe.model, base)
-    _, heldout = load_pairs(plan)
+    _, heldout = load_rows(plan)
     assert heldout is not None, "the run has no held-out pairs"
-    return tokenize_pairs(
+    return tokenize_rows(
         heldout, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)), plan.recipe.data
     )
 

@@ -23,6 +23,13 @@ A recipe is TOML. Unknown keys are errors. `--set table.key=value` changes one v
 recipe's folder. What a table of a plugin holds, beside `name`, is the plugin's own.
 """
 
+LOSS = """## [loss]
+
+`name` picks the loss; the other keys are its own. Several `[[loss]]` tables are added up, each times its `weight` (1
+unless given); all of pairs or all of single completions. Any option that is a number may change over the run:
+`beta = { start = 0.1, end = 0.3, schedule = "linear" }` (or `"cosine"`), from the first optimizer step to the last.
+"""
+
 
 def reference() -> str:
     """The whole page."""
@@ -31,6 +38,7 @@ def reference() -> str:
         model = field.annotation
         if isinstance(model, type) and issubclass(model, BaseModel) and table != "loss":
             parts.append(f"## [{table}]\n\n{model.__doc__}\n\n{_rows(model)}")
+    parts.append(LOSS)
     host = manager.PluginHost()
     titles = {"loss": '## [loss] name = "{}"', "check": "## [checks]: {}", "sink": '## [[sinks]] name = "{}"'}
     for offer in host.offers:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
+from qpref.hooks.types import PairedLoss
 from qpref.recipe import Problem, Recipe, check_document, problems_of, read_document, with_overrides
+from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
@@ -39,6 +41,19 @@ class Choice:
     options: Any
 
 
+@dataclass(frozen=True, slots=True)
+class LossChoice:
+    """A loss that the recipe chose, its options, which may change over the run, and its share of the sum."""
+
+    plugin: Loaded
+    options: Scheduled
+    weight: float = 1.0
+
+    def at(self, progress: float) -> Choice:
+        """The choice at `progress` of the run, 0 to 1."""
+        return Choice(self.plugin, self.options.at(progress))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that a run needs to know before it starts.
@@ -46,11 +61,12 @@ class Plan:
     Attributes:
         document: the recipe with overrides, as TOML data, defaults included and paths absolute.
         output: the run folder.
+        losses: one, or several that are added; all of pairs or all of single completions.
     """
 
     recipe: Recipe
     document: dict[str, Any]
-    loss: Choice
+    losses: tuple[LossChoice, ...]
     validators: tuple[Choice, ...]
     sinks: tuple[Choice, ...]
     train_reader: Loaded
@@ -60,16 +76,27 @@ class Plan:
     @property
     def plugins(self) -> list[Loaded]:
         readers = [self.train_reader] + ([self.heldout_reader] if self.heldout_reader else [])
-        return [choice.plugin for choice in (self.loss, *self.validators, *self.sinks)] + readers
+        chosen = [choice.plugin for choice in (*self.validators, *self.sinks)]
+        return [loss.plugin for loss in self.losses] + chosen + readers
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the losses are of pairs."""
+        return isinstance(self.losses[0].plugin.record, PairedLoss)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""
         decisive = {
             table: {key: value for key, value in self.document[table].items() if (table, key) not in FREE_TO_CHANGE}
-            for table in ("model", "adapter", "data", "loss", "train")
-        }
+            for table in ("model", "adapter", "data", "train")
+        } | {"loss": self.document["loss"]}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _table(loss: LossChoice) -> dict[str, Any]:
+    weight = {} if loss.weight == 1.0 else {"weight": loss.weight}
+    return {"name": loss.plugin.record.name} | weight | loss.options.document()
 
 
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
@@ -107,16 +134,17 @@ class _Resolution:
         checked = check_document(document)
         if isinstance(checked, list):
             self._problems += checked
-        loss = self._choose_named(manager.LOSS, document.get("loss"), "loss")
+        losses = self._losses(document.get("loss"))
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
         train_reader = self._reader(document.get("data"), "train")
         heldout_reader = self._reader(document.get("data"), "heldout")
-        if self._problems or isinstance(checked, list) or loss is None or train_reader is None:
+        if self._problems or isinstance(checked, list) or not losses or train_reader is None:
             raise self._error()
         recipe = self._with_absolute_paths(checked)
         full = recipe.model_dump(mode="json", exclude_none=True)
-        full["loss"] = {"name": recipe.loss.name} | loss.options.model_dump(mode="json", exclude_none=True)
+        tables = [_table(loss) for loss in losses]
+        full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
         full["checks"] = {}
         for check in validators:
             name, options = check.plugin.record.name, check.options.model_dump(mode="json", exclude_none=True)
@@ -128,13 +156,47 @@ class _Resolution:
         return Plan(
             recipe=recipe,
             document=full,
-            loss=loss,
+            losses=tuple(losses),
             validators=tuple(validators),
             sinks=tuple(sinks),
             train_reader=train_reader,
             heldout_reader=heldout_reader,
             output=self._output,
         )
+
+    def _losses(self, tables: Any) -> list[LossChoice]:
+        places = {"loss": tables} if isinstance(tables, dict) else {}
+        if isinstance(tables, list):
+            places = {f"loss.{place}": table for place, table in enumerate(tables)}
+        choices = [self._loss(table, where) for where, table in places.items()]
+        losses = [choice for choice in choices if choice]
+        if len({isinstance(loss.plugin.record, PairedLoss) for loss in losses}) > 1:
+            names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)
+            self._problems.append(Problem("loss", "", f"{names}: one is of pairs, another of single completions"))
+        return losses
+
+    def _loss(self, table: Any, where: str) -> LossChoice | None:
+        """A loss with its options, each number of which may be a table `{ start, end, schedule }`."""
+        if not isinstance(table, dict):
+            return None
+        values, schedules = dict(table), {}
+        weight = values.pop("weight", 1.0)
+        name = values.get("name")
+        plugin = self._load(manager.LOSS, name, where, "name") if isinstance(name, str) else None
+        if plugin is None:
+            return None
+        for key, value in table.items():
+            if isinstance(value, dict) and can_be_scheduled(plugin.record.options, key):
+                try:
+                    schedules[key] = Schedule.model_validate(value)
+                except ValidationError as error:
+                    self._problems += problems_of(error, Schedule, f"{where}.{key}")
+                    return None
+        first = self._choose_named(manager.LOSS, values | {key: value.start for key, value in schedules.items()}, where)
+        last = self._choose_named(manager.LOSS, values | {key: value.end for key, value in schedules.items()}, where)
+        if first is None or last is None or isinstance(weight, bool) or not isinstance(weight, int | float):
+            return None
+        return LossChoice(plugin, Scheduled(first.options, schedules), float(weight))
 
     def _validators(self, table: Any) -> list[Choice]:
         table = table if isinstance(table, dict) else {}

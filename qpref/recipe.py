@@ -10,7 +10,7 @@ import copy
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -177,11 +177,16 @@ class SinkSection(BaseModel):
 
 
 class LossSection(BaseModel):
-    """The loss; the other keys are the loss's own."""
+    """The loss, or with `[[loss]]` one of a weighted sum; the other keys are the loss's own."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="The loss's name.")
+    weight: float = Field(default=1.0, gt=0, description="Its share of the sum.")
+
+
+def _in_a_list(value: object) -> object:
+    return [value] if isinstance(value, dict) else value
 
 
 class Recipe(Section):
@@ -191,7 +196,7 @@ class Recipe(Section):
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     checks: dict[str, Any] = Field(default_factory=dict)
-    loss: LossSection
+    loss: Annotated[list[LossSection], Field(min_length=1), BeforeValidator(_in_a_list)]
     train: TrainSection = TrainSection()
     sinks: list[SinkSection] = [SinkSection(name="console")]
 
@@ -264,7 +269,11 @@ def check_document(document: Mapping[str, Any]) -> Recipe | list[Problem]:
     try:
         return Recipe.model_validate(dict(document))
     except ValidationError as error:
-        return problems_of(error, Recipe)
+        problems = problems_of(error, Recipe)
+        single = isinstance(document.get("loss"), dict)
+        return [
+            replace(problem, table="loss") if single and problem.table == "loss.0" else problem for problem in problems
+        ]
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], table: str = "") -> list[Problem]:

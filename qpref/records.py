@@ -70,13 +70,31 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnpairedExample:
+    """A prompt with one response and whether it is desirable.
+
+    Attributes:
+        label: whether the response is desirable.
+        weight: factor on this example's loss (the loop applies it, a loss never sees it).
+    """
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    label: bool
+    weight: float = 1.0
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedExample:
-    """One prompt and its branches (chosen, then rejected) as token ids.
+    """One prompt and its branches as token ids: chosen, then rejected; or one completion, with its mismatched partner
+    after it where the loss asks for one.
 
     Arrays of C ints rather than lists: a list of Python ints takes nine times the memory.
 
     Attributes:
         truncated: for each branch, whether its end, and so its stop token, was cut off.
+        label: whether the completion is desirable; None for a pair.
     """
 
     prompt: array[int]
@@ -84,6 +102,7 @@ class TokenizedExample:
     truncated: tuple[bool, ...]
     weight: float
     margin: float
+    label: bool | None = None
     source: Source
 
 
@@ -141,11 +160,14 @@ class TokenLogProbs:
 
     Attributes:
         values: [S] nats; float32 in a run, float64 under the conformance checks.
-        lengths: tokens of each sequence, all >= 1, adding up to S.
+        lengths: tokens of each sequence, adding up to S; at least 1 for a response, 0 for a prompt of one token.
+        log_sum_squares: [S] detached, log of the sum over the vocabulary of squared probabilities at each position;
+            None unless a loss needs it.
     """
 
     values: Tensor
     lengths: tuple[int, ...]
+    log_sum_squares: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -167,10 +189,15 @@ class TokenLogProbs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLogProbs:
-    """Log-probabilities of the chosen and of the rejected responses of the same N pairs."""
+    """Log-probabilities of the chosen and of the rejected responses of the same N pairs.
+
+    Attributes:
+        prompt: of the prompts' tokens, each but the first; None unless a loss needs it, and for a reference always.
+    """
 
     chosen: TokenLogProbs
     rejected: TokenLogProbs
+    prompt: TokenLogProbs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,13 +216,34 @@ class PairedInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnpairedInputs:
+    """What an unpaired loss sees.
+
+    Attributes:
+        policy: of the N completions, with gradient.
+        reference: of the same, without gradient; None where the loss doesn't need it.
+        mismatched_policy, mismatched_reference: of another example's completion after each prompt, without gradient;
+            None where the loss doesn't need them.
+        desirable: [N] bool.
+        class_counts: desirable and undesirable examples of the whole training set.
+    """
+
+    policy: TokenLogProbs
+    reference: TokenLogProbs | None
+    mismatched_policy: TokenLogProbs | None = None
+    mismatched_reference: TokenLogProbs | None = None
+    desirable: Tensor
+    class_counts: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """What a loss returns: one value per pair, never a mean (the loop divides, once, by the step's pairs).
+    """What a loss returns: one value per example, never a mean (the loop divides, once, by the step's examples).
 
     Attributes:
         losses: [N] with gradient.
-        metrics: name -> [N], detached. The field's names: rewards/chosen, rewards/rejected, rewards/margins,
-            rewards/accuracies.
+        metrics: name -> [N], detached, NaN where undefined for an example. The field's names: rewards/chosen,
+            rewards/rejected, rewards/margins, rewards/accuracies.
     """
 
     losses: Tensor

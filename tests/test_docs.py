@@ -42,4 +42,4 @@ def test_each_shipped_recipe_resolves_without_its_data_or_model(capsys):
     from qpref.plan import make_plan
 
     for recipe in sorted((ROOT / "recipes").glob("*.toml")):
-        assert make_plan(recipe).loss.plugin.record.name == "dpo"
+        assert make_plan(recipe).losses[0].plugin.record.name == "dpo"

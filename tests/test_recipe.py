@@ -182,7 +182,7 @@ def test_a_plugins_own_model_judges_its_options(tables, problem):
 
 
 def test_a_plugins_parsed_options_are_in_the_plan():
-    assert make_plan(recipe_with(loss={"beta": 0.5})).loss.options.beta == 0.5
+    assert make_plan(recipe_with(loss={"beta": 0.5})).losses[0].options.first.beta == 0.5
 
 
 def test_a_clash_of_plugins_is_no_mistake_of_the_recipe(offer_by_acme):

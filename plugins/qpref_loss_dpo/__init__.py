@@ -1,14 +1,21 @@
-"""Direct preference optimization."""
+"""Direct preference optimization, with the variants that change what goes into its sigmoid or weigh what comes out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
+from pydantic import ValidationInfo, field_validator
+from torch import Tensor, expm1
 from torch.nn.functional import logsigmoid
 
 from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
-from qpref.records import LossOutput, PairedInputs
+from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
+
+ALPHA = 0.5
+MAX_EXPONENT = 80.0
+MAX_LOG_WEIGHT = 40.0
 
 
 class DpoOptions(Options):
@@ -21,23 +28,126 @@ class DpoOptions(Options):
         "a response's log-probability. 0.1 lets the policy move far for a given margin, 0.5 holds it close. "
         "Usual: 0.1 to 0.5.",
     )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="The share of pairs whose labels are taken to be swapped (conservative DPO): above 0 the reward "
+        "margin is driven to a finite value instead of without end. Usual: 0 to 0.3.",
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
+        default="reverse_kl",
+        description="What holds the policy to the reference (f-DPO): reverse_kl: DPO as written; forward_kl: covers "
+        "all that the reference says; js: Jensen-Shannon, between the two; alpha: from one to the other by alpha.",
+    )
+    alpha: float = Field(
+        default=ALPHA,
+        description='For divergence = "alpha" alone: 0 is the forward KL, toward 1 it nears the reverse KL; 1 itself '
+        "is refused. The paper's alpha is 1 less this one.",
+    )
+    ld_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="The weight of the longer response's tokens beyond the length of the shorter one (LD-DPO): lower "
+        "makes answers shorter. 1 is plain DPO, and so is leaving it out. Usual: 0.3 to 0.6.",
+    )
+    wpo: bool = Field(
+        default=False,
+        description="Weigh each pair by how likely the policy itself is to write its responses (WPO), for data that "
+        "other models wrote.",
+    )
+
+    @field_validator("alpha")
+    @classmethod
+    def _only_where_it_means_something(cls, alpha: float, info: ValidationInfo) -> float:
+        divergence = info.data.get("divergence", "alpha")
+        if divergence != "alpha" and alpha != ALPHA:
+            raise ValueError(f'goes with divergence = "alpha", not "{divergence}"')
+        if abs(alpha - 1) < 0.01:
+            raise ValueError('must be 0.01 or more away from 1, where it is the reverse KL: divergence = "reverse_kl"')
+        return alpha
 
 
 def build(options: DpoOptions) -> Callable[[PairedInputs], LossOutput]:
-    """-log sigmoid(beta h - m), h the difference of the two log-ratios, m the row's margin.
+    """-(1 - eps) log sigmoid(z) - eps log sigmoid(-z), z = beta (f(D_chosen) - f(D_rejected)) - m.
 
-    Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", eq. 7.
+    D is a response's log-ratio of policy to reference, f(D) = D but for `divergence`, eps the label smoothing and m the
+    row's margin.
+
+    Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", eq. 7;
+    eps > 0: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3.
     """
+    eps = options.label_smoothing
 
     def dpo(inputs: PairedInputs) -> LossOutput:
         policy, reference = inputs.policy, inputs.reference
-        assert reference is not None  # needs = {"reference"}
-        chosen = options.beta * (policy.chosen.total - reference.chosen.total)
-        rejected = options.beta * (policy.rejected.total - reference.rejected.total)
-        losses = -logsigmoid(chosen - rejected - inputs.margin)
+        assert reference is not None  # needs has "reference"
+        shared = tuple(map(min, policy.chosen.lengths, policy.rejected.lengths))
+        chosen = options.beta * score(log_ratio(policy.chosen, reference.chosen, shared, options), options)
+        rejected = options.beta * score(log_ratio(policy.rejected, reference.rejected, shared, options), options)
+        z = chosen - rejected - inputs.margin
+        losses = -(1 - eps) * logsigmoid(z) - eps * logsigmoid(-z)
+        if options.wpo:
+            losses = losses * on_policy_weight(policy)
         return LossOutput(losses=losses, metrics=reward_metrics(chosen, rejected))
 
     return dpo
+
+
+def log_ratio(policy: TokenLogProbs, reference: TokenLogProbs, shared: Sequence[int], options: DpoOptions) -> Tensor:
+    """[N] summed log-ratio of each response; its tokens from `shared` on count `ld_alpha` times.
+
+    Liu et al. 2024, "Length Desensitization in Direct Preference Optimization".
+    """
+    if options.ld_alpha is None:
+        return policy.total - reference.total
+    return desensitized(policy, shared, options.ld_alpha) - desensitized(reference, shared, options.ld_alpha)
+
+
+def desensitized(scores: TokenLogProbs, shared: Sequence[int], ld_alpha: float) -> Tensor:
+    weights = scores.values.new_ones(scores.values.shape)
+    for weight, length in zip(weights.split(list(scores.lengths)), shared, strict=True):
+        weight[length:] = ld_alpha
+    return TokenLogProbs(values=scores.values * weights, lengths=scores.lengths).total
+
+
+def score(log_ratio: Tensor, options: DpoOptions) -> Tensor:
+    """f'(e^D) of the divergence, less its value at D = 0.
+
+    Wang et al. 2023, "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence
+    Constraints", table 1: reverse_kl D; forward_kl 1 - e^-D; js log 2 + log sigmoid(D);
+    alpha (e^((alpha - 1) D) - 1) / (alpha - 1). The argument of exp is capped at 80; beyond, the gradient is 0.
+    """
+    if options.divergence == "reverse_kl":
+        return log_ratio
+    if options.divergence == "js":
+        return math.log(2) + logsigmoid(log_ratio)
+    power = -1.0 if options.divergence == "forward_kl" else options.alpha - 1
+    return expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power
+
+
+def on_policy_weight(policy: PairLogProbs) -> Tensor:
+    """[N] exp(mean over tokens of (log p - log sum p^2)) of both responses, multiplied and detached.
+
+    Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2, with its sampled alignment.
+    Its logarithm is capped at 40, which no distribution over fewer than 10^17 tokens reaches.
+    """
+    return (aligned(policy.chosen) + aligned(policy.rejected)).clamp(max=MAX_LOG_WEIGHT).exp()
+
+
+def aligned(scores: TokenLogProbs) -> Tensor:
+    assert scores.log_sum_squares is not None  # needs has "log_sum_squares"
+    return TokenLogProbs(values=scores.values.detach() - scores.log_sum_squares, lengths=scores.lengths).mean
+
+
+def needs(options: DpoOptions) -> frozenset[str]:
+    return frozenset({"reference", "log_sum_squares"} if options.wpo else {"reference"})
+
+
+def starts_at(options: DpoOptions) -> float | None:
+    """log 2 whatever the divergence, each f(0) being 0; under WPO a pair's weight decides."""
+    return None if options.wpo else math.log(2)
 
 
 @hookimpl
@@ -45,7 +155,21 @@ def qpref_losses() -> Iterator[PairedLoss]:
     yield PairedLoss(
         name="dpo",
         summary="direct preference optimization (Rafailov et al. 2023)",
+        formula="-(1 - label_smoothing) log sigmoid(z) - label_smoothing log sigmoid(-z), "
+        "z = beta (D_chosen - D_rejected) - margin, D = log policy - log reference",
+        paper='Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", '
+        "eq. 7",
         options=DpoOptions,
         build=build,
-        starts_at=lambda options: math.log(2),
+        needs=needs,
+        starts_at=starts_at,
+        detaches=lambda options: bool(options.wpo),
+        variants=(
+            {"label_smoothing": 0.1},
+            {"divergence": "forward_kl"},
+            {"divergence": "js"},
+            {"divergence": "alpha", "alpha": ALPHA},
+            {"ld_alpha": 0.5},
+            {"wpo": True},
+        ),
     )

@@ -53,7 +53,13 @@ def qpref_losses() -> Iterator[PairedLoss]:
     yield PairedLoss(
         name="ipo",
         summary="identity preference optimization (Azar et al. 2023)",
+        formula="(h - margin - 1 / (2 beta))^2, h = D_chosen / n_chosen - D_rejected / n_rejected, "
+        "D = log policy - log reference, n = tokens",
+        paper='Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences", '
+        "eq. 17",
         options=IpoOptions,
         build=build,
         starts_at=lambda options: (1 / (2 * options.beta)) ** 2,
+        log_ratios_only=True,
+        variants=({"normalize": "sum"},),
     )

@@ -76,13 +76,11 @@ class ConsoleWriter:
 
 
 def _status(row: MetricRow, prefix: str) -> str:
-    def number(name: str) -> float:
-        return row.values.get(prefix + name, math.nan)
-
-    return (
-        f"loss {number('loss'):.4f}  margin {number('rewards/margins'):+.3f}  "
-        f"accuracy {number('rewards/accuracies'):.2f}"
-    )
+    """The row's loss, and its margin and accuracy where the loss defines them."""
+    parts = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "accuracy {:.2f}"}
+    values = {name: row.values.get(prefix + name, math.nan) for name in parts}
+    known = [name for name, value in values.items() if name == "loss" or not math.isnan(value)]
+    return "  ".join(parts[name].format(values[name]) for name in known)
 
 
 def _held_out_table(before: MetricRow, after: MetricRow) -> Table:
@@ -94,7 +92,7 @@ def _held_out_table(before: MetricRow, after: MetricRow) -> Table:
         values = [row.values.get(name, math.nan) for row in (before, after)]
         if not all(math.isnan(value) for value in values):
             table.add_row(label, *("-" if math.isnan(value) else f"{value:.3f}" for value in values))
-    if before.step == 0:
+    if before.step == 0 and before.values.get("eval_rewards/margins") == 0:
         table.caption = "at step 0 all rewards are 0, so the accuracy by reward is the one by log-probability"
         table.caption_justify = "left"
     return table

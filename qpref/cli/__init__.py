@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "Train an adapter by a recipe.",
     "merge": "Write base and adapter as one plain safetensors model.",
     "plugins": "List the installed plugins.",
+    "losses": "List, show and check the installed losses.",
 }
 
 

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from qpref.data.shapes import pair_of_row
+from qpref.data.shapes import is_unpaired, pair_of_row, unpaired_of_row
 from qpref.errors import DataError, PluginError, QprefError
 from qpref.hooks.manager import Loaded
 from qpref.plan import Choice
-from qpref.records import Finding, PreferencePair, Source, TokenizedExample
+from qpref.records import Finding, PreferencePair, Row, Source, TokenizedExample, UnpairedExample
 
 log = logging.getLogger("qpref")
 
 NUM_SHOWN = 20
 
-Placed = TypeVar("Placed", PreferencePair, TokenizedExample)
+CheckedRow = PreferencePair | UnpairedExample
+Placed = TypeVar("Placed", PreferencePair, UnpairedExample, CheckedRow, TokenizedExample)
 
 
 @dataclass(slots=True)
@@ -77,11 +78,18 @@ class DataReport:
             hint = 'drop the lines, or set [checks] identical = "warn"'
         if codes == {"too_long"}:
             hint = 'raise [data] max_length, or set [data] on_overflow = "drop" or "truncate"'
+        if codes == {"unpaired"}:
+            hint = "name a loss of single completions in [loss], or bring pairs; `qpref losses` lists both kinds"
         return hint
 
 
-def read_pairs(path: Path, reader: Loaded, validators: Sequence[Choice]) -> tuple[list[PreferencePair], DataReport]:
-    """All pairs of a file that are pairs, and the report so far; nothing is dropped for a validator's finding yet.
+def read_rows(
+    path: Path, reader: Loaded, validators: Sequence[Choice], pairs_alone: bool = True
+) -> tuple[list[CheckedRow], DataReport]:
+    """All rows of a file that are examples, and the report so far; nothing is dropped for a validator's finding yet.
+
+    Args:
+        pairs_alone: refuse single completions, which the loss cannot use.
 
     Raises:
         DataError: the file cannot be read.
@@ -90,21 +98,22 @@ def read_pairs(path: Path, reader: Loaded, validators: Sequence[Choice]) -> tupl
     if not path.is_file():
         raise DataError(f"{path}: " + ("no such file" if not path.exists() else "not a regular file"))
     report = DataReport(str(path))
-    pairs: list[PreferencePair] = []
+    examples: list[CheckedRow] = []
     try:
         for row in reader.record.read(path):
             report.read += 1
-            pair = row if isinstance(row, Finding) else pair_of_row(row)
-            if isinstance(pair, Finding):
-                report.findings.append(pair)
+            example = row if isinstance(row, Finding) else _example(row, pairs_alone)
+            if isinstance(example, Finding):
+                report.findings.append(example)
             else:
-                pairs.append(pair)
+                examples.append(example)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except QprefError:
         raise
     except (Exception, SystemExit) as error:
         raise PluginError(f"{reader.offer} failed on {path}: {type(error).__name__}: {error}") from error
+    pairs = [example for example in examples if isinstance(example, PreferencePair)]
     for validator in validators:
         try:
             findings = list(validator.plugin.record.check(validator.options, pairs))
@@ -113,4 +122,13 @@ def read_pairs(path: Path, reader: Loaded, validators: Sequence[Choice]) -> tupl
         if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
             raise PluginError(f"{validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
         report.findings += findings
-    return pairs, report
+    return examples, report
+
+
+def _example(row: Row, pairs_alone: bool) -> CheckedRow | Finding:
+    if not is_unpaired(row):
+        return pair_of_row(row)
+    if pairs_alone:
+        message = "a single completion with a label; the loss needs pairs (prompt, chosen, rejected)"
+        return Finding(code="unpaired", severity="error", message=message, source=row.source)
+    return unpaired_of_row(row)

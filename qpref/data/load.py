@@ -1,4 +1,4 @@
-"""A file of pairs -> tokenized examples, in two stages: what needs no model, then what needs its tokenizer."""
+"""A file of rows -> tokenized examples, in two stages: what needs no model, then what needs its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from qpref.data.check import DataReport, read_pairs
+from qpref.data.check import CheckedRow, DataReport, read_rows
+from qpref.data.shapes import unpair
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length
 from qpref.hooks.manager import Loaded
@@ -17,11 +18,13 @@ from qpref.records import Finding, PreferencePair, TokenizedExample
 
 log = logging.getLogger("qpref")
 
-CheckedPairs = tuple[list[PreferencePair], DataReport]
+CheckedRows = tuple[list[CheckedRow], DataReport]
 
 
-def load_pairs(plan: Plan) -> tuple[CheckedPairs, CheckedPairs | None]:
-    """The training and held-out pairs, checked as far as that goes without a model.
+def load_rows(plan: Plan) -> tuple[CheckedRows, CheckedRows | None]:
+    """The training and held-out examples, checked as far as that goes without a model.
+
+    Under a loss of single completions each pair becomes two of them.
 
     Raises:
         DataError: rows are refused, more than `[data] skip_bad` allows.
@@ -33,33 +36,48 @@ def load_pairs(plan: Plan) -> tuple[CheckedPairs, CheckedPairs | None]:
     return train, _load(Path(data.heldout), plan.heldout_reader, plan)
 
 
-def _load(path: Path, reader: Loaded, plan: Plan) -> CheckedPairs:
-    pairs, report = read_pairs(path, reader, plan.validators)
+def _load(path: Path, reader: Loaded, plan: Plan) -> CheckedRows:
+    rows, report = read_rows(path, reader, plan.validators, plan.is_paired)
     report.log_warnings()
     report.stop_on_errors(plan.recipe.data.skip_bad)
-    return report.keep(pairs), report
+    kept = report.keep(rows)
+    return (kept if plan.is_paired else _unpaired(kept, path, plan)), report
 
 
-def tokenize_pairs(checked: CheckedPairs, tokenizer: PairTokenizer, data: DataSection) -> list[TokenizedExample]:
-    """The kept pairs as token ids, within the recipe's lengths.
+def _unpaired(rows: list[CheckedRow], path: Path, plan: Plan) -> list[CheckedRow]:
+    pairs = sum(isinstance(row, PreferencePair) for row in rows)
+    if pairs:
+        log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
+                 path, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
+    examples: list[CheckedRow] = []
+    for row in rows:
+        examples += unpair(row) if isinstance(row, PreferencePair) else [row]
+    return examples
+
+
+def tokenize_rows(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> list[TokenizedExample]:
+    """The kept examples as token ids, within the recipe's lengths.
 
     Raises:
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
-    pairs, report = checked
+    rows, report = checked
     examples: list[TokenizedExample] = []
-    for example in tokenizer.tokenize(pairs):
+    dropped = set()
+    for example in tokenizer.tokenize(rows):
         fitted = example if isinstance(example, Finding) else fit_length(example, data)
         if isinstance(fitted, Finding):
             report.findings.append(fitted)
         elif fitted is None:
-            report.dropped += 1
+            dropped.add(example.source)
         else:
             examples.append(fitted)
+    report.dropped = len(dropped - {example.source for example in examples} - report.refused)
     report.stop_on_errors(data.skip_bad)
+    examples = report.keep(examples)
     num_cut = sum(any(example.truncated) for example in examples)
     if report.dropped or num_cut:
-        log.info("%s: of %d pairs, %d left out and %d cut for their length", report.path, report.read, report.dropped,
+        log.info("%s: of %d rows, %d left out and %d cut for their length", report.path, report.read, report.dropped,
                  num_cut)  # fmt: skip
     return examples
 
@@ -68,7 +86,7 @@ def fingerprint(examples: Sequence[TokenizedExample]) -> str:
     """SHA-256 of all that training reads of the examples, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr((len(example.prompt), example.weight, example.margin)).encode())
+        digest.update(repr((len(example.prompt), example.weight, example.margin, example.label)).encode())
         digest.update(example.prompt.tobytes())
         for branch in example.branches:
             digest.update(len(branch).to_bytes(4, "little") + branch.tobytes())

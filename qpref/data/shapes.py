@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qpref.records import Finding, Message, PreferencePair, Row
+from qpref.records import Finding, Message, PreferencePair, Row, UnpairedExample
 
 SIDES = ("prompt", "chosen", "rejected")
 ROLES = ("system", "user", "assistant")
@@ -17,6 +17,40 @@ class _BadRowError(ValueError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def is_unpaired(row: Row) -> bool:
+    """Whether a row is a single completion with a label, rather than a pair or an attempt at one."""
+    return row.values.get("completion") is not None and row.values.get("chosen") is None
+
+
+def unpaired_of_row(row: Row) -> UnpairedExample | Finding:
+    """A single completion, or why the row is none: `prompt` and `completion` as in a pair, `label` true or false."""
+    try:
+        missing = [side for side in ("prompt", "completion", "label") if row.values.get(side) is None]
+        if missing:
+            raise _BadRowError("not_an_example", f"not a labelled completion: no {' and no '.join(missing)}")
+        label = row.values["label"]
+        if label not in (0, 1) or isinstance(label, float):
+            raise _BadRowError("not_an_example", f"label: expected true or false, found {repr(label)[:40]}")
+        return UnpairedExample(
+            prompt=_conversation(row.values["prompt"], "prompt", "user"),
+            completion=_conversation(row.values["completion"], "completion", "assistant"),
+            label=bool(label),
+            weight=_number(row.values, "weight", 1.0, at_least=0.0),
+            source=row.source,
+        )
+    except _BadRowError as error:
+        return Finding(code=error.code, severity="error", message=str(error), source=row.source)
+
+
+def unpair(pair: PreferencePair) -> tuple[UnpairedExample, UnpairedExample]:
+    """A pair as two completions, the desirable one first; its margin has no meaning then."""
+    good, bad = (
+        UnpairedExample(prompt=pair.prompt, completion=completion, label=label, weight=pair.weight, source=pair.source)
+        for completion, label in ((pair.chosen, True), (pair.rejected, False))
+    )
+    return good, bad
 
 
 def pair_of_row(row: Row) -> PreferencePair | Finding:

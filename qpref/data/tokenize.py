@@ -1,4 +1,4 @@
-"""Pairs -> token ids, exactly as the trained model will meet them.
+"""Rows -> token ids, exactly as the trained model will meet them.
 
 The prompt is rendered and tokenized by itself, as it is at inference, and each response by itself, so both sides have
 the same prompt ids and a response's first token never swallows the prompt's last. The supervised span ends in exactly
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpref.records import Finding, Message, PreferencePair, TokenizedExample
+from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
 log = logging.getLogger("qpref")
 
@@ -48,52 +48,62 @@ class PairTokenizer:
             tokenizer, template == "chat" and has_template, tuple(end for end in ends if end is not None), control
         )
 
-    def tokenize(self, pairs: Iterable[PreferencePair]) -> Iterator[TokenizedExample | Finding]:
-        """Each pair's ids, or why it cannot be tokenized."""
-        for pair in pairs:
+    def tokenize(self, rows: Iterable[PreferencePair | UnpairedExample]) -> Iterator[TokenizedExample | Finding]:
+        """Each row's ids, or why it cannot be tokenized."""
+        for row in rows:
             try:
-                yield self._tokenize(pair)
+                yield self._tokenize(row)
             except _RefusedRowError as error:
-                yield Finding(code=error.code, severity="error", message=str(error), source=pair.source)
+                yield Finding(code=error.code, severity="error", message=str(error), source=row.source)
 
-    def _tokenize(self, pair: PreferencePair) -> TokenizedExample:
-        for message in (*pair.prompt, *pair.chosen, *pair.rejected):
-            if found := self.control.search(message.content):
-                raise _RefusedRowError("control_token", f"the text holds the control token {found[0]}")
-        prompt, chosen, rejected = self._rendered(pair)
+    def _tokenize(self, row: PreferencePair | UnpairedExample) -> TokenizedExample:
+        if isinstance(row, PreferencePair):
+            sides = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+            label, margin = None, row.margin
+        else:
+            sides = {"prompt": row.prompt, "completion": row.completion}
+            label, margin = row.label, 0.0
+        for turns in sides.values():
+            for message in turns:
+                if found := self.control.search(message.content):
+                    raise _RefusedRowError("control_token", f"the text holds the control token {found[0]}")
+        prompt, *responses = self._rendered(sides)
         prompt_ids = self._bos(prompt) + self._ids(prompt)
         if not prompt_ids:
             raise _RefusedRowError("empty", "the prompt has no tokens")
-        branches = tuple(array("i", self._with_stop(self._ids(text))) for text in (chosen, rejected))
+        branches = tuple(array("i", self._with_stop(self._ids(text))) for text in responses)
         return TokenizedExample(
             prompt=array("i", prompt_ids),
             branches=branches,
-            truncated=(False, False),
-            weight=pair.weight,
-            margin=pair.margin,
-            source=pair.source,
+            truncated=(False,) * len(branches),
+            weight=row.weight,
+            margin=margin,
+            label=label,
+            source=row.source,
         )
 
-    def _rendered(self, pair: PreferencePair) -> tuple[str, str, str]:
+    def _rendered(self, sides: dict[str, tuple[Message, ...]]) -> list[str]:
+        """The text of the prompt and of each response."""
         if not self.use_template:
-            if len(pair.prompt) > 1:
+            if len(sides["prompt"]) > 1:
                 raise _RefusedRowError("no_template", "a conversation needs a chat template")
-            return pair.prompt[0].content, pair.chosen[0].content, pair.rejected[0].content
+            return [turns[0].content for turns in sides.values()]
         from jinja2 import TemplateError
         from trl import apply_chat_template
 
-        sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         try:
             texts = apply_chat_template({side: _dicts(turns) for side, turns in sides.items()}, self.tokenizer)
-            asked = self.tokenizer.apply_chat_template(_dicts(pair.prompt), tokenize=False, add_generation_prompt=True)
+            asked = self.tokenizer.apply_chat_template(
+                _dicts(sides["prompt"]), tokenize=False, add_generation_prompt=True
+            )
         except TemplateError as error:
             raise _RefusedRowError("template", f"the chat template refuses it: {error}") from None
         if texts["prompt"] != asked:
             raise _RefusedRowError("template", "the chat template changes the prompt once a response follows")
-        for side in ("chosen", "rejected"):
+        for side in sides:
             if not texts[side].strip():
                 raise _RefusedRowError("empty", f"the chat template leaves nothing of {side}")
-        return texts["prompt"], texts["chosen"], texts["rejected"]
+        return [texts[side] for side in sides]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -29,7 +29,7 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
     prompt = example.prompt[-data.max_prompt_length :]
     room = data.max_length - len(prompt)
     branches = tuple(branch[:room] for branch in example.branches)
-    if branches[0] == branches[1]:
+    if example.label is None and branches[0] == branches[1]:
         return _refused(example, "identical", f"chosen and rejected are the same in their first {room} tokens")
     truncated = tuple(len(branch) > room for branch in example.branches)
     return replace(example, prompt=prompt, branches=branches, truncated=truncated)

@@ -17,8 +17,10 @@ from qpref.hooks.types import (
     Reader,
     SinkContext,
     SinkWriter,
+    UnpairedLoss,
     Validator,
     reward_metrics,
+    unpaired_reward_metrics,
 )
 
 if TYPE_CHECKING:
@@ -31,12 +33,14 @@ __all__ = [
     "Field",
     "Options",
     "PairedLoss",
+    "UnpairedLoss",
     "Validator",
     "MetricSink",
     "SinkContext",
     "SinkWriter",
     "Reader",
     "reward_metrics",
+    "unpaired_reward_metrics",
 ]
 
 

@@ -19,7 +19,7 @@ import pluggy
 
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import spec
-from qpref.hooks.types import MetricSink, PairedLoss, Reader, Validator
+from qpref.hooks.types import Loss, MetricSink, Reader, Validator
 
 GROUP = "qpref"
 
@@ -34,7 +34,7 @@ class Kind:
     record: type
 
 
-LOSS = Kind("loss", "loss", "qpref_losses", PairedLoss)
+LOSS = Kind("loss", "loss", "qpref_losses", Loss)
 CHECK = Kind("check", "validator", "qpref_validators", Validator)
 SINK = Kind("sink", "metric sink", "qpref_metric_sinks", MetricSink)
 READER = Kind("read", "reader", "qpref_readers", Reader)

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 import pluggy
 
-from qpref.hooks.types import MetricSink, PairedLoss, Reader, Validator
+from qpref.hooks.types import MetricSink, PairedLoss, Reader, UnpairedLoss, Validator
 
 hookspec = pluggy.HookspecMarker("qpref")
 
 
 @hookspec
-def qpref_losses() -> Iterable[PairedLoss]:  # type: ignore[empty-body]
+def qpref_losses() -> Iterable[PairedLoss | UnpairedLoss]:  # type: ignore[empty-body]
     """Offer losses. Fires when a recipe names one of them.
 
     The function that `build` returns has full power over the gradient. When it raises, or returns a wrong shape, a

@@ -2,39 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from qpref.records import Finding, LossOutput, MetricRow, PairedInputs, PreferencePair, Row
+from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LossFunction = Callable[[PairedInputs], LossOutput]
+Need = Literal["reference", "prompt", "log_sum_squares", "mismatched"]
+"""What may be computed for a loss beside the policy's log-probabilities of the responses:
+
+reference: the reference's log-probabilities of the same responses.
+prompt: the policy's log-probabilities of the prompt's tokens (`PairLogProbs.prompt`); paired losses.
+log_sum_squares: log of the sum of squared probabilities at each of the policy's response tokens.
+mismatched: log-probabilities of another example's completion after each prompt; unpaired losses.
+"""
+NEEDS: frozenset[str] = frozenset(get_args(Need))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairedLoss:
-    """A loss on preference pairs.
+class Loss:
+    """What every loss says of itself.
 
     Attributes:
         name: as in the recipe's `[loss] name`, and in the entry point's name after `loss-`.
         summary: one line for listings.
+        formula: the per-example loss in one line of plain text.
+        paper: where it comes from: authors, year, title, equation.
         options: the model of the other keys of `[loss]`.
-        build: options -> the loss function. Built once, before training; called for every micro-batch.
-        needs: what is computed for the loss beside the policy's log-probabilities; "reference" is all there is.
-        starts_at: options -> the loss of every pair while policy and reference are the same and the margin is 0;
-            checked on the first batch of every run. None where it isn't a constant.
+        build: options -> the loss function, which takes the inputs and returns one value per example. It holds no
+            state: it is built anew whenever a scheduled option changes.
+        needs: what is computed for the loss beside the policy's log-probabilities, or a function of the options that
+            says so; see `Need`.
+        scope: "example" where an example's loss depends on that example alone; "step" where the function has to see all
+            examples of an optimizer step at once. It gets them at once, whatever the micro-batches.
+        starts_at: options -> the loss of every example while policy and reference are the same and the margin is 0;
+            checked on the first batch of every run. None, or a function that returns None, where it isn't a constant.
+        log_ratios_only: whether the loss depends on policy and reference through their differences alone, so that the
+            same shift of both changes nothing; the conformance checks hold it to that.
+        detaches: options -> whether the loss detaches something that depends on the policy, such as a weight or a
+            baseline, so that its gradient is not the derivative of its value; the conformance checks then hold that
+            still in their finite differences. None where it never does.
+        variants: further options to check the loss with, each a table as in a recipe.
     """
 
     name: str
     summary: str
+    formula: str = ""
+    paper: str = ""
     options: type[Any]
-    build: Callable[[Any], LossFunction]
-    needs: frozenset[str] = frozenset({"reference"})
-    starts_at: Callable[[Any], float] | None = None
+    build: Callable[[Any], Callable[[Any], LossOutput]]
+    needs: frozenset[str] | Callable[[Any], frozenset[str]] = frozenset({"reference"})
+    scope: Literal["example", "step"] = "example"
+    starts_at: Callable[[Any], float | None] | None = None
+    log_ratios_only: bool = False
+    detaches: Callable[[Any], bool] | None = None
+    variants: Sequence[Mapping[str, object]] = ()
+
+    def needs_of(self, options: Any) -> frozenset[str]:
+        """What this loss needs with these options."""
+        return self.needs(options) if callable(self.needs) else frozenset(self.needs)
+
+
+class PairedLoss(Loss):
+    """A loss on preference pairs: `build(options)` takes `PairedInputs`."""
+
+    __slots__ = ()
+
+
+class UnpairedLoss(Loss):
+    """A loss on single completions, each desirable or undesirable: `build(options)` takes `UnpairedInputs`.
+
+    `starts_at` is the value of a desirable example, and of an undesirable one, while the classes are balanced.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +130,21 @@ class Reader:
     name: str
     summary: str
     read: Callable[[Path], Iterator[Row | Finding]]
+
+
+def unpaired_reward_metrics(rewards: Tensor, desirable: Tensor) -> dict[str, Tensor]:
+    """The field's reward metrics of single completions, detached: a desirable one counts as chosen.
+
+    Args:
+        rewards: [N] implicit rewards (nats times beta).
+        desirable: [N] bool.
+    """
+    rewards = rewards.detach()
+    undefined = rewards.new_full(rewards.shape, math.nan)
+    return {
+        "rewards/chosen": rewards.where(desirable, undefined),
+        "rewards/rejected": rewards.where(~desirable, undefined),
+    }
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

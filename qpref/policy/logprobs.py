@@ -102,27 +102,35 @@ def _bf16_products(exact: bool) -> Iterator[None]:
 
 
 class _ScoreTokens(torch.autograd.Function):
-    """hidden [S, width], tokens [S] -> log-probability of each token [S], float32."""
+    """hidden [S, width], tokens [S] -> log-probability of each token [S], float32, and log of the sum of squared
+    probabilities [S] without gradient (empty unless asked for)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, tokens: Tensor, head: Head, wants_squares: bool = False
+    ) -> tuple[Tensor, Tensor]:
         wants_slope = ctx.needs_input_grad[0]
         scored = [
-            _score_rows(part, wanted, head, wants_slope)
+            _score_rows(part, wanted, head, wants_slope, wants_squares)
             for part, wanted in zip(hidden.split(MAX_ROWS), tokens.split(MAX_ROWS), strict=True)
         ]
+        values, slopes, squares = zip(*scored, strict=True)
         if wants_slope:
-            ctx.save_for_backward(torch.cat([slope for _, slope in scored]).to(hidden.dtype))
-        return torch.cat([values for values, _ in scored])
+            ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))
+        joined = torch.cat(squares)
+        ctx.mark_non_differentiable(joined)
+        return torch.cat(values), joined
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return (gradients[0][:, None] * slopes).to(slopes.dtype), None, None
+        return (gradients[0][:, None] * slopes).to(slopes.dtype), None, None, None
 
 
-def _score_rows(hidden: Tensor, tokens: Tensor, head: Head, wants_slope: bool) -> tuple[Tensor, Tensor]:
-    """[rows] log-probabilities, and [rows, width] their slope: (onehot - softmax) @ weight.
+def _score_rows(
+    hidden: Tensor, tokens: Tensor, head: Head, wants_slope: bool, wants_squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[rows] log-probabilities, [rows, width] their slope: (onehot - softmax) @ weight, and [rows] log sum p^2.
 
     One pass over slices of the vocabulary, with the log-sum-exp and the slope's softmax part rescaled as slices come in
     (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
@@ -133,6 +141,7 @@ def _score_rows(hidden: Tensor, tokens: Tensor, head: Head, wants_slope: bool) -
     normalizer = torch.full_like(target, -torch.inf)
     expected = torch.zeros(hidden.shape if wants_slope else (), dtype=wide, device=hidden.device)
     chosen = torch.zeros_like(expected)
+    square_normalizer = torch.full_like(target, -torch.inf)
     width = max(1, TILE_ELEMENTS // len(tokens))
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, weight.shape[0], width):
@@ -151,7 +160,10 @@ def _score_rows(hidden: Tensor, tokens: Tensor, head: Head, wants_slope: bool) -
                 at_target = head.chain(torch.ones_like(target[inside]), target[inside])
                 chosen[inside] = at_target * weight[tokens[inside]]
             normalizer = joined
-    return (target - normalizer).squeeze(1), chosen - expected
+            if wants_squares:
+                square_normalizer = torch.logaddexp(square_normalizer, (2 * logits).logsumexp(1, keepdim=True))
+    squares = (square_normalizer - 2 * normalizer).squeeze(1) if wants_squares else target.new_empty(0)
+    return (target - normalizer).squeeze(1), chosen - expected, squares
 
 
 def _low_product(left: Tensor, right: Tensor) -> Tensor:
@@ -159,28 +171,54 @@ def _low_product(left: Tensor, right: Tensor) -> Tensor:
     return left.to(right.dtype) @ right if right.device.type == "cpu" else _product(left, right)
 
 
-def completion_logprobs(policy: Policy, batch: PackedBatch) -> TokenLogProbs:
+def completion_logprobs(
+    policy: Policy, batch: PackedBatch, *, prompts: bool = False, squares: bool = False
+) -> TokenLogProbs:
     """Score every response token of the batch under the policy as it stands (adapters on or off).
 
     Float32 nats whatever the model computes in. Sequence `i * K + k` of the result is branch k of example i.
+
+    Args:
+        prompts: score the prompts as well, each but its first token; they follow all branches.
+        squares: give `log_sum_squares` too.
     """
+    tokens, lengths = batch.score_token, batch.lengths
+    if prompts:
+        rest = [token for example in batch.examples for token in example.prompt[1:]]
+        tokens = torch.cat([tokens, torch.tensor(rest, dtype=tokens.dtype, device=tokens.device)])
+        lengths += tuple(len(example.prompt) - 1 for example in batch.examples)
     with policy.autocast():
-        hidden = _shared_hidden(policy, batch) if policy.shares_prompts else _row_hidden(policy, batch)
-    values = _ScoreTokens.apply(hidden, batch.score_token, policy.head)  # type: ignore[no-untyped-call]
-    return TokenLogProbs(values=values, lengths=batch.lengths)
+        compute = _shared_hidden if policy.shares_prompts else _row_hidden
+        hidden = compute(policy, batch, prompts)
+    values, log_sums = _ScoreTokens.apply(hidden, tokens, policy.head, squares)  # type: ignore[no-untyped-call]
+    return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
 
 
-def pair_logprobs(scores: TokenLogProbs) -> PairLogProbs:
-    """The scores of a batch of pairs, sorted by side."""
-    pieces = scores.values.split(list(scores.lengths))
+def sequences(scores: TokenLogProbs, chosen: slice) -> TokenLogProbs:
+    """Some of the sequences, such as every second one."""
+    lengths = scores.lengths[chosen]
 
-    def side(first: int) -> TokenLogProbs:
-        return TokenLogProbs(values=torch.cat(pieces[first::2]), lengths=scores.lengths[first::2])
+    def part(values: Tensor) -> Tensor:
+        pieces = values.split(list(scores.lengths))[chosen]
+        return torch.cat(pieces) if pieces else values[:0]
 
-    return PairLogProbs(chosen=side(0), rejected=side(1))
+    squares = scores.log_sum_squares
+    return TokenLogProbs(
+        values=part(scores.values), lengths=lengths, log_sum_squares=None if squares is None else part(squares)
+    )
 
 
-def _shared_hidden(policy: Policy, batch: PackedBatch) -> Tensor:
+def pair_logprobs(scores: TokenLogProbs, prompts: bool = False) -> PairLogProbs:
+    """The scores of a batch of pairs, sorted by side; with `prompts`, the last third are those of the prompts."""
+    branches = len(scores.lengths) * 2 // 3 if prompts else len(scores.lengths)
+    return PairLogProbs(
+        chosen=sequences(scores, slice(0, branches, 2)),
+        rejected=sequences(scores, slice(1, branches, 2)),
+        prompt=sequences(scores, slice(branches, None)) if prompts else None,
+    )
+
+
+def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one stream with each prompt once."""
     output = policy.decoder(
         input_ids=batch.input_ids[None],
@@ -189,10 +227,13 @@ def _shared_hidden(policy: Policy, batch: PackedBatch) -> Tensor:
         **{LAYOUT: batch.groups},
     )
     hidden: Tensor = output.last_hidden_state[0]
-    return hidden[batch.score_at]
+    if not prompts:
+        return hidden[batch.score_at]
+    inside = [place for group in batch.groups for place in range(group.start, group.start + group.prompt - 1)]
+    return hidden[torch.cat([batch.score_at, batch.score_at.new_tensor(inside)])]
 
 
-def _row_hidden(policy: Policy, batch: PackedBatch) -> Tensor:
+def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one row for each branch, padded on the right, under the model's own attention."""
     rows = [torch.tensor([*example.prompt, *branch[:-1]]) for example in batch.examples for branch in example.branches]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(batch.input_ids.device)
@@ -200,4 +241,7 @@ def _row_hidden(policy: Policy, batch: PackedBatch) -> Tensor:
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     hidden = policy.decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     pieces = [hidden[row, len(rows[row]) - length : len(rows[row])] for row, length in enumerate(batch.lengths)]
+    if prompts:
+        branches = len(batch.lengths) // len(batch.examples)
+        pieces += [hidden[place * branches, : len(example.prompt) - 1] for place, example in enumerate(batch.examples)]
     return torch.cat(pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
 from qpref.policy.attention import CannotShareError
 from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs, pair_logprobs
+from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import as_reference, frozen
-from qpref.records import PackedBatch, PairedInputs, TokenizedExample
-from qpref.training.score import LossCaller
+from qpref.records import PackedBatch, TokenizedExample
+from qpref.training.score import Objective
 
 log = logging.getLogger("qpref")
 
@@ -120,7 +121,7 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     return torch.cat(pieces)
 
 
-def check_start(policy: Policy, loss: LossCaller, batch: PackedBatch) -> None:
+def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
     """S1: before the first step policy and reference are the same, and the loss stands where its paper says.
 
     Both are computed in one layout, so only a real difference shows.
@@ -129,27 +130,27 @@ def check_start(policy: Policy, loss: LossCaller, batch: PackedBatch) -> None:
         PolicyError: they differ, so the reference is not what the policy starts from.
     """
     with frozen(policy):
-        scores = completion_logprobs(policy, batch)
+        scores = objective.score(policy, batch)
         with as_reference(policy):
             reference = completion_logprobs(policy, batch)
-        apart = (scores.values - reference.values).abs().max().item()
+        apart = (scores.values[: len(reference.values)] - reference.values).abs().max().item()
         if not apart <= START_TOLERANCE:
             raise PolicyError(
                 f"before training, policy and reference differ by {apart:.4f} nats on a token",
                 "an adapter that is not fresh has to be named in [adapter] start",
             )
         _refuse_repacked_weights(policy)
-        wanted = loss.starts_at()
-        if wanted is None:
-            return
-        zero_margin = torch.zeros_like(batch.margin)
-        sides = pair_logprobs(scores)
-        losses = loss(PairedInputs(policy=sides, reference=pair_logprobs(reference), margin=zero_margin)).losses
-    for value in losses.tolist():
-        if not math.isclose(value, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
-            raise PolicyError(
-                f"before training, a pair's loss is {value:.6f}; {loss.choice.plugin.offer} says {wanted:.6f}"
-            )
+        balanced = replace(objective, class_counts=(1, 1))
+        level = replace(batch, margin=torch.zeros_like(batch.margin))
+        inputs = balanced.inputs(level, scores, reference)
+        for caller in objective.callers:
+            wanted = caller.starts_at()
+            if wanted is None:
+                continue
+            for value in caller(inputs).losses.tolist():
+                if not math.isclose(value, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
+                    offer = caller.choice.plugin.offer
+                    raise PolicyError(f"before training, an example's loss is {value:.6f}; {offer} says {wanted:.6f}")
 
 
 def _refuse_repacked_weights(policy: Policy) -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceMemory, frozen
 from qpref.recipe import Recipe
-from qpref.records import MetricRow, TokenizedExample
+from qpref.records import MetricRow, PackedBatch, Source, TokenizedExample, TokenLogProbs
 from qpref.training import optim
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
-from qpref.training.score import LossCaller, pair_metrics, score_pairs
+from qpref.training.score import Inputs, Objective, example_metrics, joined_inputs, reference_scores
 
 log = logging.getLogger("qpref")
 
@@ -38,7 +39,7 @@ class Progress:
         tokens: tokens fed for training.
         seconds: wall time of training.
         nonfinite: steps in a row that were left out for a non-finite gradient.
-        averages: of the pairs since the last training row.
+        averages: of the examples since the last training row.
     """
 
     step: int = 0
@@ -58,11 +59,12 @@ class Trainer:
         recorder: where rows go.
         save: writes a checkpoint of the present state.
         should_stop: whether a signal asked the run to stop; looked at between steps.
+        suspicions: of the present step, which losses made values that are not finite; read where its gradient is not.
     """
 
     recipe: Recipe
     policy: Policy
-    loss: LossCaller
+    loss: Objective
     memory: ReferenceMemory | None
     optimizer: Any
     scaler: torch.amp.GradScaler
@@ -72,6 +74,7 @@ class Trainer:
     recorder: Recorder
     save: Callable[[], None]
     should_stop: Callable[[], bool]
+    suspicions: list[Tensor] = field(default_factory=list)
 
     @property
     def total_steps(self) -> int:
@@ -121,13 +124,16 @@ class Trainer:
         optim.seed_step(train.seed, step)
         places = optim.step_order(len(self.examples), train.batch_size, train.seed, step)
         self.policy.model.train()
+        self.suspicions.clear()
         self._compute_gradients([self.examples[place] for place in places])
         if step == 0:
             check_gradients(self.policy)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm).item()
         rate = optim.learning_rate(train, step, self.total_steps)
-        if math.isfinite(norm):
+        if not math.isfinite(norm):
+            self.loss.refuse_not_finite(torch.stack(self.suspicions).any(0), step + 1)
+        else:
             optim.set_learning_rate(self.optimizer, rate)
             self.scaler.step(self.optimizer)
         self._count_nonfinite(norm)
@@ -136,16 +142,52 @@ class Trainer:
         return norm, rate
 
     def _compute_gradients(self, examples: Sequence[TokenizedExample]) -> None:
-        """Accumulate the gradient of the weighted losses' sum over the step's pairs, divided once by their number."""
+        """Accumulate the gradient of the step's weighted losses' sum, divided once by the number of examples."""
         budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
-        for members in split_by_tokens(examples, budget, shared):
+        self.loss = self.loss.at(self.progress.step / max(1, self.total_steps - 1))
+        parts = split_by_tokens(examples, budget, shared)
+        self.progress.tokens += sum(num_fed_tokens(example, shared) for example in examples)
+        if self.loss.sees_whole_steps and len(parts) > 1:
+            self._compute_gradients_of_whole_step(parts)
+            return
+        for members in parts:
             batch = pack(members, self.policy.device)
-            inputs = score_pairs(self.policy, batch, self.memory)
-            output = self.loss(inputs)
-            objective = (output.losses * batch.weight).sum() / len(examples)
-            self.scaler.scale(objective).backward()
-            self.progress.averages.add(pair_metrics(inputs, output))
-            self.progress.tokens += sum(num_fed_tokens(example, shared) for example in members)
+            reference = reference_scores(self.policy, batch, self.memory)
+            inputs = self.loss.inputs(batch, self.loss.score(self.policy, batch), reference)
+            self._backward(inputs, batch.weight, len(examples))
+
+    def _compute_gradients_of_whole_step(self, parts: Sequence[Sequence[TokenizedExample]]) -> None:
+        """The same for a loss that has to see all examples at once, while only one micro-batch fits the memory.
+
+        All micro-batches are scored without a graph; the loss of all gives the slope of each token's log-probability;
+        each micro-batch is then scored again, under the same dropout, and its slopes passed back through it (Gao et al.
+        2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3).
+        """
+        batches = [pack(members, self.policy.device) for members in parts]
+        references = [reference_scores(self.policy, batch, self.memory) for batch in batches]
+        leaves = []
+        with torch.no_grad():
+            for place, batch in enumerate(batches):
+                leaves.append(self._score_again(batch, place))
+        for leaf in leaves:
+            leaf.values.requires_grad_()
+        triples = zip(batches, leaves, references, strict=True)
+        inputs = joined_inputs([self.loss.inputs(*triple) for triple in triples])
+        self._backward(inputs, torch.cat([batch.weight for batch in batches]), sum(map(len, parts)))
+        for place, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
+            self._score_again(batch, place).values.backward(leaf.values.grad)
+
+    def _score_again(self, batch: PackedBatch, place: int) -> TokenLogProbs:
+        """The policy's scores of a step's micro-batch, with the same dropout whenever it is asked."""
+        optim.seed_step(self.recipe.train.seed, self.progress.step, place)
+        return self.loss.score(self.policy, batch)
+
+    def _backward(self, inputs: Inputs, weight: Tensor, num_examples: int) -> None:
+        output = self.loss(inputs)
+        objective = (output.losses * weight).sum() / num_examples
+        self.scaler.scale(objective).backward()
+        self.suspicions.append(self.loss.not_finite(inputs, output))
+        self.progress.averages.add(example_metrics(inputs, output))
 
     def _count_nonfinite(self, norm: float) -> None:
         """fp16's scaling overflows now and then by design; that counts once the scale has nowhere left to fall."""
@@ -165,7 +207,8 @@ class Trainer:
 
     def _record_training(self, grad_norm: float, rate: float) -> None:
         progress = self.progress
-        values = progress.averages.means() | {"grad_norm": grad_norm, "learning_rate": rate}
+        means = _with_margin(progress.averages.means())
+        values = means | {"grad_norm": grad_norm, "learning_rate": rate}
         progress.averages.clear()
         self.recorder.write(
             MetricRow(
@@ -195,18 +238,69 @@ class Trainer:
         averages = Averages()
         with frozen(self.policy):
             for start in range(0, len(self.heldout), HELDOUT_WINDOW):
-                window = self.heldout[start : start + HELDOUT_WINDOW]
-                budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
-                for members in split_by_tokens(window, budget, shared):
-                    batch = pack(members, self.policy.device)
-                    inputs = score_pairs(self.policy, batch, self.memory)
-                    metrics = dict(pair_metrics(inputs, self.loss(inputs)))
-                    higher = (metrics["logps/chosen"] > metrics["logps/rejected"]).float()
-                    averages.add(metrics | {"logps/accuracies": higher})
-        means = averages.means()
+                averages.add(self._heldout_metrics(self.heldout[start : start + HELDOUT_WINDOW]))
+        means = _with_margin(averages.means())
         if self.progress.step == 0 and "rewards/accuracies" in means and self.memory is not None:
             means["rewards/accuracies"] = means["logps/accuracies"]
         return means
+
+    def _heldout_metrics(self, window: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+        """[N] metrics of some held-out examples, seen by the loss all at once. Completions that were one row's pair are
+        compared as one."""
+        budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
+        parts = split_by_tokens(window, budget, shared)
+        scored = []
+        for members in parts:
+            batch = pack(members, self.policy.device)
+            reference = reference_scores(self.policy, batch, self.memory)
+            scored.append(self.loss.inputs(batch, self.loss.score(self.policy, batch), reference))
+        inputs = joined_inputs(scored)
+        metrics = dict(example_metrics(inputs, self.loss(inputs)))
+        everywhere = list(range(len(window)))
+        better, worse = everywhere, everywhere
+        if not self.loss.is_paired:
+            better, worse = _pairs_among([example for members in parts for example in members])
+        if better:
+            metrics |= _accuracies(metrics, better, worse, self.loss.is_paired)
+        return metrics
+
+
+def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
+    """Places of the desirable and of the undesirable completions that came from the same rows."""
+    places: dict[tuple[Source, bool | None], int] = {
+        (example.source, example.label): place for place, example in enumerate(examples)
+    }
+    pairs = [
+        (place, places[source, False])
+        for (source, label), place in places.items()
+        if label and (source, False) in places
+    ]
+    return [good for good, _ in pairs], [bad for _, bad in pairs]
+
+
+def _accuracies(
+    metrics: Mapping[str, Tensor], better: list[int], worse: list[int], is_paired: bool
+) -> dict[str, Tensor]:
+    """[N] whether the better response scores higher, NaN beyond the pairs; a tie between rewards is half right."""
+
+    def higher(name: str) -> Tensor:
+        good, bad = metrics[f"{name}/chosen"][better], metrics[f"{name}/rejected"][worse]
+        values = torch.full_like(metrics["loss"], torch.nan)
+        half = 0.5 if name == "rewards" else 0.0
+        values[: len(better)] = ((good > bad) + half * (good == bad)).to(values.dtype)
+        return values
+
+    found = {"logps/accuracies": higher("logps")}
+    if not is_paired and "rewards/chosen" in metrics and "rewards/rejected" in metrics:
+        found["rewards/accuracies"] = higher("rewards")
+    return found
+
+
+def _with_margin(means: dict[str, float]) -> dict[str, float]:
+    """With the difference of the mean rewards as the margin, where a loss of single completions has none of its own."""
+    if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        return means
+    return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
 def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:
@@ -217,6 +311,6 @@ def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:
     """
     if num_examples < recipe.train.batch_size:
         raise RecipeError(
-            f"[train] batch_size is {recipe.train.batch_size}, and there are {num_examples} training pairs",
+            f"[train] batch_size is {recipe.train.batch_size}, and there are {num_examples} training examples",
             f"set batch_size to {num_examples} or less",
         )

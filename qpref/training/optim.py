@@ -118,15 +118,16 @@ def total_steps(train: TrainSection, num_examples: int) -> int:
     return planned if train.max_steps is None else min(planned, train.max_steps)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed every generator for one optimizer step.
+def seed_step(seed: int, step: int, microbatch: int = 0) -> None:
+    """Seed every generator for one optimizer step, or for one of its micro-batches.
 
     The step's dropout then depends on nothing that happened before it, so no generator's state has to be saved, and an
     evaluation or a cached reference in between changes nothing.
     """
     import numpy
 
-    number = random.Random(f"{seed}/{step}").getrandbits(32)
+    name = f"{seed}/{step}/{microbatch}" if microbatch else f"{seed}/{step}"
+    number = random.Random(name).getrandbits(32)
     random.seed(number)
     numpy.random.seed(number)
     torch.manual_seed(number)

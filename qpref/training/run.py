@@ -19,7 +19,8 @@ import tomli_w
 import torch
 
 from qpref import fsio
-from qpref.data.load import CheckedPairs, fingerprint, load_pairs, tokenize_pairs
+from qpref.data.load import CheckedRows, fingerprint, load_rows, tokenize_rows
+from qpref.data.mismatch import with_mismatched
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import CheckpointError, DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
@@ -34,7 +35,7 @@ from qpref.training import checkpoint, invariants, optim
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer, refuse_empty_steps
 from qpref.training.metrics import Averages, Recorder
-from qpref.training.score import LossCaller
+from qpref.training.score import Objective
 
 log = logging.getLogger("qpref")
 
@@ -49,7 +50,7 @@ class Prepared:
     base: BaseFolder
     tokenizer: Any
     policy: Policy
-    loss: LossCaller
+    loss: Objective
     examples: list[TokenizedExample]
     heldout: list[TokenizedExample]
     fingerprints: dict[str, str]
@@ -65,7 +66,7 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         if resume and folder.adapter.is_dir():
             log.info("%s: this run is complete", folder.path)
             return folder.path
-        checked = load_pairs(plan)
+        checked = load_rows(plan)
         try:
             prepared = _prepare(plan, checked)
             _train(prepared, folder, resume)
@@ -78,17 +79,21 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
     return plan.output
 
 
-def _prepare(plan: Plan, checked: tuple[CheckedPairs, CheckedPairs | None]) -> Prepared:
+def _prepare(plan: Plan, checked: tuple[CheckedRows, CheckedRows | None]) -> Prepared:
     recipe = plan.recipe
     base = resolve_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model, base)
     pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
-    examples = tokenize_pairs(checked[0], pairs, recipe.data)
-    heldout = tokenize_pairs(checked[1], pairs, recipe.data) if checked[1] else []
+    examples = tokenize_rows(checked[0], pairs, recipe.data)
+    heldout = tokenize_rows(checked[1], pairs, recipe.data) if checked[1] else []
+    loss = Objective.of(plan.losses, _class_counts(examples))
+    if "mismatched" in loss.needs:
+        seed, longest = recipe.train.seed, recipe.data.max_length
+        examples = with_mismatched(examples, seed, longest)
+        heldout = with_mismatched(heldout, seed, longest) if heldout else []
     refuse_empty_steps(recipe, len(examples))
     invariants.check_first_row(pairs, examples[0])
     policy = load_policy(recipe, base)
-    loss = LossCaller.of(plan.loss)
     invariants.check_layout(policy, examples[0])
     return Prepared(
         plan=plan,
@@ -108,6 +113,12 @@ def _prepare(plan: Plan, checked: tuple[CheckedPairs, CheckedPairs | None]) -> P
     )
 
 
+def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
+    """Desirable and undesirable examples."""
+    labels = [example.label for example in examples]
+    return labels.count(True), labels.count(False)
+
+
 def _start_digest(start: str | None) -> str:
     return "" if start is None else cached_sha256(Path(start) / "adapter_model.safetensors")
 
@@ -116,7 +127,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     plan, policy = prepared.plan, prepared.policy
     optimizer = optim.make_optimizer(plan.recipe.train, policy.trained_parameters().values(), policy.device)
     scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
-    progress, memory = Progress(), ReferenceMemory() if prepared.loss.needs_reference else None
+    progress, memory = Progress(), ReferenceMemory() if "reference" in prepared.loss.needs else None
     metrics_bytes = 0
     folder.remove_leftovers()
     kept = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
@@ -248,7 +259,7 @@ def _describe(prepared: Prepared, folder: RunFolder) -> None:
             "quantized_modules": policy.quantized_modules(),
             "shares_prompts": policy.shares_prompts,
             "fingerprints": prepared.fingerprints,
-            "pairs": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
+            "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
         },
     )
     fsio.make_folder(folder.checkpoints)

@@ -1,20 +1,23 @@
-"""One micro-batch from tokens to loss values: the policy's scores, the reference's, the loss plugin's verdict."""
+"""One micro-batch from tokens to loss values: the policy's scores, the reference's, the loss plugins' verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qpref.errors import PluginError
-from qpref.hooks.types import LossFunction
-from qpref.plan import Choice
+from qpref.hooks.types import NEEDS, PairedLoss
+from qpref.plan import Choice, LossChoice
 from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs, pair_logprobs
+from qpref.policy.logprobs import completion_logprobs, pair_logprobs, sequences
 from qpref.policy.reference import ReferenceMemory
-from qpref.records import LossOutput, PackedBatch, PairedInputs
+from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+
+Inputs = PairedInputs | UnpairedInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,43 +30,47 @@ class LossCaller:
     """
 
     choice: Choice
-    function: LossFunction
+    function: Any
 
     @classmethod
     def of(cls, choice: Choice) -> LossCaller:
-        unknown = choice.plugin.record.needs - {"reference"}
+        try:
+            unknown = choice.plugin.record.needs_of(choice.options) - NEEDS
+            function = choice.plugin.record.build(choice.options)
+        except (Exception, SystemExit) as error:
+            raise _broken(choice, f"build raised {type(error).__name__}: {error}") from error
         if unknown:
             raise PluginError(
                 f"{choice.plugin.offer} needs {', '.join(sorted(unknown))}, which this qpref doesn't have"
             )
-        try:
-            return cls(choice, choice.plugin.record.build(choice.options))
-        except (Exception, SystemExit) as error:
-            raise _broken(choice, f"build raised {type(error).__name__}: {error}") from error
+        return cls(choice, function)
 
     @property
-    def needs_reference(self) -> bool:
-        return "reference" in self.choice.plugin.record.needs
+    def needs(self) -> frozenset[str]:
+        needs: frozenset[str] = self.choice.plugin.record.needs_of(self.choice.options)
+        return needs
 
     def starts_at(self) -> float | None:
-        """The loss of a pair on which policy and reference are the same; None where that is no constant.
+        """The loss of an example on which policy and reference are the same; None where that is no constant.
 
         Raises:
             PluginError: the plugin raised instead of saying so.
         """
         starts_at = self.choice.plugin.record.starts_at
         try:
-            return None if starts_at is None else float(starts_at(self.choice.options))
+            value = None if starts_at is None else starts_at(self.choice.options)
+            return None if value is None else float(value)
         except (Exception, SystemExit) as error:
             raise _broken(self.choice, f"starts_at raised {type(error).__name__}: {error}") from error
 
-    def __call__(self, inputs: PairedInputs) -> LossOutput:
-        """The loss of each pair.
+    def __call__(self, inputs: Inputs) -> LossOutput:
+        """The loss of each example.
 
         Raises:
-            PluginError: the loss raised, or returned something other than one value a pair.
+            PluginError: the loss raised, or returned something other than one value an example.
         """
-        num_pairs = len(inputs.policy.chosen.lengths)
+        lengths = inputs.policy.chosen.lengths if isinstance(inputs, PairedInputs) else inputs.policy.lengths
+        num_examples = len(lengths)
         try:
             output = self.function(inputs)
         except torch.OutOfMemoryError:
@@ -72,18 +79,19 @@ class LossCaller:
             raise _broken(self.choice, f"raised {type(error).__name__}: {error}") from error
         if not isinstance(output, LossOutput):
             raise _broken(self.choice, f"returned {type(output).__name__}, not LossOutput")
-        if not isinstance(output.losses, Tensor) or output.losses.shape != (num_pairs,):
+        if not isinstance(output.losses, Tensor) or output.losses.shape != (num_examples,):
             shape = tuple(output.losses.shape) if isinstance(output.losses, Tensor) else type(output.losses).__name__
             raise _broken(
-                self.choice, f"returned losses of shape {shape} for {num_pairs} pairs; it has to be ({num_pairs},)"
+                self.choice,
+                f"returned losses of shape {shape} for {num_examples} examples; it has to be ({num_examples},)",
             )
         if torch.is_grad_enabled() and not output.losses.requires_grad:
             raise _broken(self.choice, "returned losses without a gradient")
         if not isinstance(output.metrics, Mapping):
             raise _broken(self.choice, f"returned metrics as {type(output.metrics).__name__}, not by name")
         for name, value in output.metrics.items():
-            if not isinstance(value, Tensor) or value.shape != (num_pairs,) or value.requires_grad:
-                raise _broken(self.choice, f"returned the metric {name} not as one detached value a pair")
+            if not isinstance(value, Tensor) or value.shape != (num_examples,) or value.requires_grad:
+                raise _broken(self.choice, f"returned the metric {name} not as one detached value an example")
         return output
 
 
@@ -92,20 +100,164 @@ def _broken(choice: Choice, what: str) -> PluginError:
     return PluginError(f"loss '{name}' ({choice.plugin.offer}) {what}", "report it to the plugin's author")
 
 
-def score_pairs(policy: Policy, batch: PackedBatch, memory: ReferenceMemory | None) -> PairedInputs:
-    """What a loss sees of a batch of pairs. The reference goes first: its pass leaves no graph behind.
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimized: one loss, or a weighted sum of several.
 
-    Args:
-        policy: in training mode with gradient, or frozen, as the caller has set it.
-        batch: pairs.
-        memory: where reference scores are kept; None for a loss that needs none.
+    Attributes:
+        choices: the losses, with options that may change over the run.
+        callers: the same, built for one moment of the run.
+        class_counts: desirable and undesirable training examples.
     """
-    reference = pair_logprobs(memory.logprobs(policy, batch)) if memory is not None else None
-    scores = pair_logprobs(completion_logprobs(policy, batch))
-    return PairedInputs(policy=scores, reference=reference, margin=batch.margin)
+
+    choices: tuple[LossChoice, ...]
+    callers: tuple[LossCaller, ...]
+    class_counts: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, choices: tuple[LossChoice, ...], class_counts: tuple[int, int] = (0, 0)) -> Objective:
+        return cls(choices, tuple(LossCaller.of(choice.at(0.0)) for choice in choices), class_counts)
+
+    def at(self, progress: float) -> Objective:
+        """The objective at `progress` of the run, 0 to 1; itself where nothing is on a schedule."""
+        if not any(choice.options.schedules for choice in self.choices):
+            return self
+        callers = tuple(LossCaller.of(choice.at(progress)) for choice in self.choices)
+        return Objective(self.choices, callers, self.class_counts)
+
+    @property
+    def is_paired(self) -> bool:
+        return isinstance(self.choices[0].plugin.record, PairedLoss)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(caller.needs for caller in self.callers))
+
+    @property
+    def sees_whole_steps(self) -> bool:
+        """Whether some loss has to see all examples of an optimizer step at once."""
+        return any(choice.plugin.record.scope == "step" for choice in self.choices)
+
+    def __call__(self, inputs: Inputs) -> LossOutput:
+        """The weighted sum for each example. The metrics are the first loss's, and each loss's own value besides."""
+        outputs = [caller(inputs) for caller in self.callers]
+        if len(outputs) == 1 and self.choices[0].weight == 1.0:
+            return outputs[0]
+        weighted = zip(self.choices, outputs, strict=True)
+        losses = torch.stack([choice.weight * output.losses for choice, output in weighted]).sum(0)
+        names = [caller.choice.plugin.record.name for caller in self.callers]
+        parts = {f"loss/{name}": output.losses.detach() for name, output in zip(names, outputs, strict=True)}
+        return LossOutput(losses=losses, metrics={**outputs[0].metrics, **parts})
+
+    def not_finite(self, inputs: Inputs, output: LossOutput) -> Tensor:
+        """[losses] bool: which of them made a value that isn't finite of log-probabilities that are."""
+        policy = inputs.policy
+        seen = [policy.chosen.values, policy.rejected.values] if isinstance(policy, PairLogProbs) else [policy.values]
+        names = [f"loss/{caller.choice.plugin.record.name}" for caller in self.callers]
+        parts = [output.metrics.get(name, output.losses).detach() for name in names]
+        is_good = torch.stack([values.detach().isfinite().all() for values in seen]).all()
+        return torch.stack([is_good & ~part.isfinite().all() for part in parts])
+
+    def refuse_not_finite(self, flags: Tensor, step: int) -> None:
+        """Stop where a loss was found out by `not_finite`.
+
+        Raises:
+            PluginError: names it.
+        """
+        for caller, bad in zip(self.callers, flags.tolist(), strict=True):
+            if bad:
+                raise _broken(
+                    caller.choice, f"returned a value that is not finite at step {step}, of log-probabilities that are"
+                )
+
+    def score(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
+        """The policy's scores of a batch, with all that the losses need of them."""
+        needs = self.needs
+        return completion_logprobs(policy, batch, prompts="prompt" in needs, squares="log_sum_squares" in needs)
+
+    def inputs(self, batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs | None) -> Inputs:
+        """What the losses see of a batch's scores."""
+        if self.is_paired:
+            return PairedInputs(
+                policy=pair_logprobs(scores, "prompt" in self.needs),
+                reference=None if reference is None else pair_logprobs(reference),
+                margin=batch.margin,
+            )
+        partners = "mismatched" in self.needs
+        step = 2 if partners else 1
+        own, others = slice(0, None, step), slice(1, None, step)
+        mismatched = sequences(scores, others) if partners else None
+        labels = [bool(example.label) for example in batch.examples]
+        return UnpairedInputs(
+            policy=sequences(scores, own),
+            reference=None if reference is None else sequences(reference, own),
+            mismatched_policy=None if mismatched is None else _detached(mismatched),
+            mismatched_reference=None if reference is None or not partners else sequences(reference, others),
+            desirable=torch.tensor(labels, device=scores.values.device),
+            class_counts=self.class_counts,
+        )
 
 
-def pair_metrics(inputs: PairedInputs, output: LossOutput) -> Mapping[str, Tensor]:
-    """[N] metrics of a batch: the loss's own, and what the core knows of any loss."""
-    chosen, rejected = inputs.policy.chosen.total.detach(), inputs.policy.rejected.total.detach()
+def _detached(scores: TokenLogProbs) -> TokenLogProbs:
+    return TokenLogProbs(values=scores.values.detach(), lengths=scores.lengths, log_sum_squares=scores.log_sum_squares)
+
+
+def reference_scores(policy: Policy, batch: PackedBatch, memory: ReferenceMemory | None) -> TokenLogProbs | None:
+    """The reference's scores, before the policy's: its pass leaves no graph behind. None for losses without one."""
+    return None if memory is None else memory.logprobs(policy, batch)
+
+
+def joined_inputs(parts: Sequence[Inputs]) -> Inputs:
+    """The inputs of several micro-batches as those of one batch."""
+    first = parts[0]
+    if isinstance(first, PairedInputs):
+        pairs = [part for part in parts if isinstance(part, PairedInputs)]
+        references = [part.reference for part in pairs if part.reference is not None]
+        return PairedInputs(
+            policy=_joined_pairs([part.policy for part in pairs]),
+            reference=_joined_pairs(references) if references else None,
+            margin=torch.cat([part.margin for part in pairs]),
+        )
+    singles = [part for part in parts if isinstance(part, UnpairedInputs)]
+    return UnpairedInputs(
+        policy=_joined([part.policy for part in singles]),
+        reference=_joined_or_none([part.reference for part in singles]),
+        mismatched_policy=_joined_or_none([part.mismatched_policy for part in singles]),
+        mismatched_reference=_joined_or_none([part.mismatched_reference for part in singles]),
+        desirable=torch.cat([part.desirable for part in singles]),
+        class_counts=first.class_counts,
+    )
+
+
+def _joined_pairs(parts: Sequence[PairLogProbs]) -> PairLogProbs:
+    return PairLogProbs(
+        chosen=_joined([part.chosen for part in parts]),
+        rejected=_joined([part.rejected for part in parts]),
+        prompt=_joined_or_none([part.prompt for part in parts]),
+    )
+
+
+def _joined_or_none(parts: Sequence[TokenLogProbs | None]) -> TokenLogProbs | None:
+    present = [part for part in parts if part is not None]
+    return _joined(present) if present else None
+
+
+def _joined(parts: Sequence[TokenLogProbs]) -> TokenLogProbs:
+    squares = [part.log_sum_squares for part in parts if part.log_sum_squares is not None]
+    return TokenLogProbs(
+        values=torch.cat([part.values for part in parts]),
+        lengths=tuple(length for part in parts for length in part.lengths),
+        log_sum_squares=torch.cat(squares) if squares else None,
+    )
+
+
+def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:
+    """[N] metrics of a batch: the losses' own, and what the core knows of any loss. NaN where undefined."""
+    if isinstance(inputs, PairedInputs):
+        chosen, rejected = inputs.policy.chosen.total.detach(), inputs.policy.rejected.total.detach()
+    else:
+        totals = inputs.policy.total.detach()
+        undefined = torch.full_like(totals, torch.nan)
+        chosen = totals.where(inputs.desirable, undefined)
+        rejected = totals.where(~inputs.desirable, undefined)
     return {"loss": output.losses.detach(), **output.metrics, "logps/chosen": chosen, "logps/rejected": rejected}

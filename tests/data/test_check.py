@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qpref.data.check import NUM_SHOWN, DataReport, read_pairs
+from qpref.data.check import NUM_SHOWN, DataReport, read_rows
 from qpref.errors import DataError, PluginError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
@@ -70,44 +70,44 @@ def log(caplog, monkeypatch):
 def test_counts_add_up(path):
     found = [finding(2), finding(2), finding(3, "warning"), finding(5)]
     read = rows(GOOD, GOOD, GOOD, {"prompt": "Why?"}, GOOD, finding(6), GOOD, GOOD)
-    _, report = read_pairs(path, read, [judge(*found)])
+    _, report = read_rows(path, read, [judge(*found)])
     report.dropped = 1
     # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
     assert (report.read, len(report.refused), report.dropped, report.kept) == (8, 4, 1, 3)
 
 
 def test_the_pairs_of_a_report_are_those_that_no_error_refuses(path):
-    pairs, report = read_pairs(path, rows(GOOD, GOOD, GOOD), [judge(finding(1), finding(2, "warning"))])
+    pairs, report = read_rows(path, rows(GOOD, GOOD, GOOD), [judge(finding(1), finding(2, "warning"))])
     assert [pair.source.line for pair in report.keep(pairs)] == [2, 3]
 
 
 def test_a_validator_sees_the_pairs_and_not_the_bad_rows(path):
     seen = []
     spy = validator(lambda options, pairs: seen.extend(pair.source.line for pair in pairs) or ())
-    read_pairs(path, rows(GOOD, {}, finding(3), GOOD), [spy])
+    read_rows(path, rows(GOOD, {}, finding(3), GOOD), [spy])
     assert seen == [1, 4]
 
 
 def test_every_validator_sees_all_pairs_whatever_another_finds(path):
     seen = []
     spy = validator(lambda options, pairs: seen.extend(pair.source.line for pair in pairs) or ())
-    read_pairs(path, rows(GOOD, GOOD), [judge(finding(1)), spy])
+    read_rows(path, rows(GOOD, GOOD), [judge(finding(1)), spy])
     assert seen == [1, 2]
 
 
 def test_findings_are_the_readers_then_each_validators(path):
-    _, report = read_pairs(path, rows(GOOD, finding(2)), [judge(finding(1)), judge(finding(1, code="worse"))])
+    _, report = read_rows(path, rows(GOOD, finding(2)), [judge(finding(1)), judge(finding(1, code="worse"))])
     assert [(one.source.line, one.code) for one in report.findings] == [(2, "bad"), (1, "bad"), (1, "worse")]
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}/none.x: no such file")):
-        read_pairs(tmp_path / "none.x", rows(), [])
+        read_rows(tmp_path / "none.x", rows(), [])
 
 
 def test_a_folder_is_no_data_file(tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}: not a regular file")):
-        read_pairs(tmp_path, rows(), [])
+        read_rows(tmp_path, rows(), [])
 
 
 def boom(*arguments):
@@ -126,13 +126,13 @@ def half_read(path):
 )
 def test_a_reader_that_raises_is_named(path, read, reason):
     with pytest.raises(PluginError) as caught:
-        read_pairs(path, reader(read), [])
+        read_rows(path, reader(read), [])
     assert str(caught.value) == f"acme 2.0 [read-x] failed on {path}: {reason}"
 
 
 def test_a_reader_that_yields_no_row_is_named(path):
     with pytest.raises(PluginError, match=re.escape(f"acme 2.0 [read-x] failed on {path}: AttributeError")):
-        read_pairs(path, rows("prompt,chosen"), [])
+        read_rows(path, rows("prompt,chosen"), [])
 
 
 def test_a_disk_that_fails_is_no_plugins_fault(path):
@@ -140,7 +140,7 @@ def test_a_disk_that_fails_is_no_plugins_fault(path):
         raise OSError(5, "Input/output error")
 
     with pytest.raises(DataError) as caught:
-        read_pairs(path, reader(unreadable), [])
+        read_rows(path, reader(unreadable), [])
     assert str(caught.value) == f"{path}: cannot be read: Input/output error"
 
 
@@ -156,7 +156,7 @@ def half_check(options, pairs):
 )
 def test_a_validator_that_raises_is_named(path, check, reason):
     with pytest.raises(PluginError) as caught:
-        read_pairs(path, rows(GOOD), [validator(check)])
+        read_rows(path, rows(GOOD), [validator(check)])
     assert str(caught.value) == f"acme 2.0 [check-v] failed: {reason}"
 
 

@@ -142,12 +142,12 @@ BROKEN = {
     ),
     "a hook that yields no record": (
         "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    yield 'bad'\n",
-        "qpref_losses yields str, not PairedLoss",
+        "qpref_losses yields str, not Loss",
     ),
     "a record of another kind": (
         "from qpref.hooks import Reader, hookimpl\n@hookimpl\ndef qpref_losses():\n"
         "    yield Reader(name='bad', summary='', read=iter)\n",
-        "qpref_losses yields Reader, not PairedLoss",
+        "qpref_losses yields Reader, not Loss",
     ),
     "a hook that returns what is no iterable": (
         "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    return 3\n",

@@ -1,4 +1,4 @@
-"""The loss `dpo` against eq. 7 of Rafailov et al. 2023, in 50-digit arithmetic that shares no code with the plugin."""
+"""The loss `dpo` against its papers' equations, in 50-digit arithmetic that shares no code with the plugin."""
 
 from __future__ import annotations
 
@@ -9,23 +9,38 @@ import random
 import mpmath
 import pytest
 import torch
+from pydantic import ValidationError
 
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
 from qpref_loss_dpo import DpoOptions, build, qpref_losses
 
 SIDES = ("policy chosen", "policy rejected", "reference chosen", "reference rejected")
+VARIANTS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.2},
+    "forward_kl": {"divergence": "forward_kl"},
+    "js": {"divergence": "js"},
+    "alpha 0.3": {"divergence": "alpha", "alpha": 0.3},
+    "alpha 1.5": {"divergence": "alpha", "alpha": 1.5},
+    "ld": {"ld_alpha": 0.4},
+    "wpo": {"wpo": True},
+    "all": {"label_smoothing": 0.1, "divergence": "alpha", "alpha": 0.6, "ld_alpha": 0.3, "wpo": True},
+}
+each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 
 
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
+def scores(pairs: list[dict], side: str, dtype: torch.dtype = torch.float64) -> TokenLogProbs:
+    def flat(side: str) -> torch.Tensor:
+        return torch.tensor([value for pair in pairs for value in pair[side]], dtype=dtype)
+
+    squares = flat(side.replace("policy", "squares")) if side.startswith("policy") else None
+    return TokenLogProbs(values=flat(side), lengths=tuple(len(pair[side]) for pair in pairs), log_sum_squares=squares)
 
 
 def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
-    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, and the margin."""
-    chosen, rejected, reference_chosen, reference_rejected = (
-        scores([pair[side] for pair in pairs], dtype) for side in SIDES
-    )
+    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, of log sum p^2 for the
+    policy's, and the margin."""
+    chosen, rejected, reference_chosen, reference_rejected = (scores(pairs, side, dtype) for side in SIDES)
     chosen.values.requires_grad_()
     rejected.values.requires_grad_()
     return PairedInputs(
@@ -43,38 +58,84 @@ def random_pair(rng: random.Random, longest: int = 40) -> dict:
         tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(length)]
         pair[f"policy {side}"] = tokens
         pair[f"reference {side}"] = [min(0.0, token + rng.gauss(0, 0.3)) for token in tokens]
+        pair[f"squares {side}"] = [max(2 * token, -11.0) * rng.random() for token in tokens]
     return pair
 
 
 def flat_pair(chosen: float, rejected: float, reference: float = -1.0, tokens: int = 1, margin: float = 0.0) -> dict:
     """A pair whose tokens have one log-probability on each side."""
-    values = (chosen, rejected, reference, reference)
-    return {side: [value] * tokens for side, value in zip(SIDES, values, strict=True)} | {"margin": margin}
+    values = {
+        side: [value] * tokens for side, value in zip(SIDES, (chosen, rejected, reference, reference), strict=True)
+    }
+    squares = {
+        f"squares {side}": [1.5 * max(values[f"policy {side}"][0], -11.0)] * tokens for side in ("chosen", "rejected")
+    }
+    return values | squares | {"margin": margin}
+
+
+def exact_score(log_ratio: mpmath.mpf, divergence: str, alpha: float) -> mpmath.mpf:
+    """f'(u) of Wang et al. 2023, table 1, at u = e^D, less f'(1); `alpha` is 1 less the paper's."""
+    u = mpmath.exp(log_ratio)
+    if divergence == "reverse_kl":
+        return mpmath.log(u)
+    if divergence == "forward_kl":
+        return 1 - 1 / u
+    if divergence == "js":
+        return mpmath.log(2 * u / (1 + u))
+    paper_alpha = 1 - mpmath.mpf(alpha)
+    return (1 - u**-paper_alpha) / paper_alpha
 
 
 @mpmath.workdps(50)
-def exact_loss(pair: dict, beta: float) -> mpmath.mpf:
-    """-log sigmoid(beta h - margin) = log(1 + exp(margin - beta h))."""
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = (
-        mpmath.fsum(map(mpmath.mpf, pair[side])) for side in SIDES
-    )
-    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
-    return mpmath.log1p(mpmath.exp(mpmath.mpf(pair["margin"]) - mpmath.mpf(beta) * h))
+def exact_weight(pair: dict) -> mpmath.mpf:
+    """Both responses' geometric means of p / sum p^2, multiplied."""
+    weight = mpmath.mpf(1)
+    for side in ("chosen", "rejected"):
+        tokens, squares = pair[f"policy {side}"], pair[f"squares {side}"]
+        weight *= mpmath.exp((mpmath.fsum(tokens) - mpmath.fsum(squares)) / len(tokens))
+    return weight
 
 
-def dpo(pairs: list[dict], beta: float = 0.1, dtype: torch.dtype = torch.float64) -> LossOutput:
-    return build(DpoOptions(beta=beta))(paired(pairs, dtype))
+@mpmath.workdps(50)
+def exact_loss(
+    pair: dict,
+    beta: float,
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> mpmath.mpf:
+    """(1 - eps) log(1 + e^-z) + eps log(1 + e^z), weighed under WPO; z is the difference of scores less the margin."""
+    shared = min(len(pair["policy chosen"]), len(pair["policy rejected"]))
+
+    def log_ratio(side: str) -> mpmath.mpf:
+        ratios = [
+            mpmath.mpf(p) - mpmath.mpf(q)
+            for p, q in zip(pair[f"policy {side}"], pair[f"reference {side}"], strict=True)
+        ]
+        return mpmath.fsum(ratios[:shared]) + mpmath.mpf(ld_alpha) * mpmath.fsum(ratios[shared:])
+
+    chosen, rejected = (exact_score(log_ratio(side), divergence, alpha) for side in ("chosen", "rejected"))
+    z = mpmath.mpf(beta) * (chosen - rejected) - mpmath.mpf(pair["margin"])
+    eps = mpmath.mpf(label_smoothing)
+    loss = (1 - eps) * mpmath.log1p(mpmath.exp(-z)) + eps * mpmath.log1p(mpmath.exp(z))
+    return loss * exact_weight(pair) if wpo else loss
 
 
-def test_dpo_is_equation_7_on_2000_random_pairs():
+def dpo(pairs: list[dict], beta: float = 0.1, dtype: torch.dtype = torch.float64, **options: object) -> LossOutput:
+    return build(DpoOptions(beta=beta, **options))(paired(pairs, dtype))
+
+
+@each_variant
+def test_dpo_is_its_equation_on_1000_random_pairs(options):
     rng = random.Random(1)
-    worst = 0.0
     for beta in (0.01, 0.1, 0.5, 2.0):
-        pairs = [random_pair(rng) for _ in range(500)]
-        for loss, pair in zip(dpo(pairs, beta).losses.tolist(), pairs, strict=True):
-            exact = exact_loss(pair, beta)
-            worst = max(worst, float(abs((mpmath.mpf(loss) - exact) / exact)))
-    assert worst <= 1e-6
+        pairs = [random_pair(rng, longest=16) for _ in range(250)]
+        for loss, pair in zip(dpo(pairs, beta, **options).losses.tolist(), pairs, strict=True):
+            exact = exact_loss(pair, beta, **options)
+            # Below 1e-300 no float64 holds six digits.
+            assert abs(mpmath.mpf(loss) - exact) <= 1e-6 * exact + mpmath.mpf("1e-300")
 
 
 def test_dpo_keeps_its_tail_in_float32():
@@ -83,10 +144,14 @@ def test_dpo_keeps_its_tail_in_float32():
     assert loss == pytest.approx(math.exp(-60), rel=1e-5, abs=0)
 
 
-def test_dpo_gradient_is_the_finite_difference():
+WITHOUT_WPO = {name: options for name, options in VARIANTS.items() if "wpo" not in options}
+
+
+@pytest.mark.parametrize("options", WITHOUT_WPO.values(), ids=WITHOUT_WPO.keys())
+def test_dpo_gradient_is_the_finite_difference(options):
     rng = random.Random(2)
     inputs = paired([random_pair(rng, longest=6) for _ in range(12)])
-    function = build(DpoOptions(beta=0.3))
+    function = build(DpoOptions(beta=0.3, **options))
 
     def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         policy = PairLogProbs(
@@ -99,20 +164,80 @@ def test_dpo_gradient_is_the_finite_difference():
     assert torch.autograd.gradcheck(losses, sides, eps=1e-6, rtol=1e-4, atol=1e-9)
 
 
+@each_variant
+def test_dpo_gradient_is_the_finite_difference_on_1000_random_pairs(options):
+    # Each pair's loss depends on its own tokens alone, so one random direction for all gives 1000 derivatives. WPO's
+    # weight is a constant to the gradient, so it is taken from the oracle rather than moved.
+    rng = random.Random(7)
+    pairs = [random_pair(rng, longest=20) for _ in range(1000)]
+    inputs = paired(pairs)
+    build(DpoOptions(beta=0.3, **options))(inputs).losses.sum().backward()
+    function = build(DpoOptions(beta=0.3, **options | {"wpo": False}))
+    weight = torch.tensor([float(exact_weight(pair)) if options.get("wpo") else 1.0 for pair in pairs])
+    torch.manual_seed(0)
+    sides = (inputs.policy.chosen, inputs.policy.rejected)
+    directions = [torch.randn_like(side.values) for side in sides]
+
+    def moved(step: float) -> torch.Tensor:
+        chosen, rejected = (
+            TokenLogProbs(values=side.values.detach() + step * direction, lengths=side.lengths)
+            for side, direction in zip(sides, directions, strict=True)
+        )
+        policy = PairLogProbs(chosen=chosen, rejected=rejected)
+        return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
+
+    slopes = sum(
+        TokenLogProbs(values=side.values.grad * direction, lengths=side.lengths).total
+        for side, direction in zip(sides, directions, strict=True)
+    )
+    differences = weight.double() * (moved(1e-5) - moved(-1e-5)) / 2e-5
+    torch.testing.assert_close(slopes, differences, rtol=1e-4, atol=1e-7)
+
+
+def test_dpo_wpo_weight_has_no_gradient():
+    # Were it part of the gradient, so would be log p of the weight: d(w L) = w dL + L dw.
+    inputs = {wpo: paired([flat_pair(-1.0, -3.0)]) for wpo in (False, True)}
+    for wpo, each in inputs.items():
+        build(DpoOptions(wpo=wpo))(each).losses.sum().backward()
+    plain, weighed = (each.policy.chosen.values.grad.item() for each in inputs.values())
+    # log p - log sum p^2 is -1 + 1.5 and -3 + 4.5
+    assert weighed == pytest.approx(plain * math.exp(0.5 + 1.5), rel=1e-12)
+    (record,) = qpref_losses()
+    assert [record.detaches(DpoOptions(wpo=wpo)) for wpo in inputs] == [False, True]
+
+
 EXTREMES = [
     flat_pair(chosen, rejected, reference, tokens)
     for chosen, rejected, reference in itertools.product((0.0, -1e-8, -1e-3, -1.0, -1e4), repeat=3)
     for tokens in (1, 4096)
 ]
+EXTREMES += [flat_pair(chosen, -1.0, margin=margin) for chosen in (0.0, -1.0, -1e4) for margin in (-1e4, 1e4)]
+# One token against many, so that LD-DPO has a tail
+EXTREMES += [
+    many | {side: one[side] for side in many if "chosen" in side}
+    for one, many in itertools.product(EXTREMES[0:250:50], EXTREMES[1:250:50])
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dpo_is_finite_with_a_finite_gradient_at_extremes(dtype):
-    inputs = paired(EXTREMES + [flat_pair(-1.0, -1.0, margin=margin) for margin in (-1e4, 1e4)], dtype)
-    losses = build(DpoOptions(beta=0.1))(inputs).losses
-    losses.sum().backward()
-    values = (losses, inputs.policy.chosen.values.grad, inputs.policy.rejected.values.grad)
-    assert all(bool(value.isfinite().all()) for value in values)
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
+def extremes(request):
+    return paired(EXTREMES, request.param)
+
+
+@each_variant
+def test_dpo_is_finite_with_a_finite_gradient_at_extremes(extremes, options):
+    losses = build(DpoOptions(beta=0.1, **options))(extremes).losses
+    sides = (extremes.policy.chosen.values, extremes.policy.rejected.values)
+    assert all(bool(value.isfinite().all()) for value in (losses, *torch.autograd.grad(losses.sum(), sides)))
+
+
+@pytest.mark.parametrize("options", [{"divergence": "forward_kl"}, {"divergence": "alpha", "alpha": 3.0}])
+def test_dpo_caps_the_argument_of_exp_at_80(options):
+    # forward_kl: D = -1e4 of the chosen gives 1 - e^80 for 1 - e^10000; alpha 3: D = 1e4 gives (e^80 - 1) / 2.
+    forward = options["divergence"] == "forward_kl"
+    pair = flat_pair(-1e4, -1.0) if forward else flat_pair(-1.0, -1e4, reference=-1e4)
+    reward = dpo([pair], beta=1.0, **options).metrics["rewards/chosen"].item()
+    assert reward == pytest.approx(-math.exp(80) if forward else math.exp(80) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(("margin", "loss"), [(1e4, 1e4), (-1e4, 0.0)])
@@ -127,17 +252,75 @@ def test_dpo_subtracts_the_rows_margin_from_the_reward_margin():
     assert loss == pytest.approx(math.log(1 + math.exp(-0.75)), rel=1e-12)
 
 
+def test_dpo_smoothing_takes_a_share_of_the_labels_as_swapped():
+    # z = 0.5 * 2 = 1: 0.75 log(1 + e^-1) + 0.25 log(1 + e)
+    loss = dpo([flat_pair(-1.0, -3.0)], beta=0.5, label_smoothing=0.25).losses.item()
+    assert loss == pytest.approx(0.75 * math.log(1 + math.exp(-1)) + 0.25 * math.log(1 + math.e), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "score"),
+    [
+        ({"divergence": "forward_kl"}, 2.0, 0.5),  # 1 - 1/2
+        ({"divergence": "js"}, 3.0, math.log(1.5)),  # log(2 * 3 / (1 + 3))
+        ({"divergence": "alpha"}, 4.0, 1.0),  # (4^-0.5 - 1) / -0.5
+        ({"divergence": "alpha", "alpha": 0.0}, 2.0, 0.5),  # the forward KL
+        ({"divergence": "alpha", "alpha": 2.0}, 3.0, 2.0),  # the chi-squared: 3 - 1
+    ],
+)
+def test_dpo_divergence_scores_the_probability_ratio(options, ratio, score):
+    # chosen has `ratio` times the reference's probability, rejected the same: z = 2 score
+    output = dpo([flat_pair(-5.0 + math.log(ratio), -5.0, reference=-5.0)], beta=2.0, **options)
+    rewards = [output.metrics[f"rewards/{name}"].item() for name in ("chosen", "rejected", "margins")]
+    assert rewards == pytest.approx([2 * score, 0.0, 2 * score], rel=1e-12)
+    assert output.losses.item() == pytest.approx(math.log(1 + math.exp(-2 * score)), rel=1e-12)
+
+
+def test_dpo_ld_alpha_weighs_the_tokens_beyond_the_shorter_response():
+    # chosen: 3 tokens, 1 nat up each, of which 1 is shared: 1 + 0.25 * 2; rejected: no change. Then the other way.
+    longer = flat_pair(-1.0, -2.0, reference=-2.0, tokens=3)
+    longer |= {key: value[:1] for key, value in longer.items() if "rejected" in key}
+    swapped = {
+        key.replace("chosen", "-").replace("rejected", "chosen").replace("-", "rejected"): value
+        for key, value in longer.items()
+    }
+    margins = dpo([longer, swapped], beta=0.5, ld_alpha=0.25).metrics["rewards/margins"].tolist()
+    assert margins == [0.5 * 1.5, -0.5 * 1.5]
+
+
+def test_dpo_ld_alpha_1_is_plain_dpo():
+    rng = random.Random(8)
+    pairs = [random_pair(rng) for _ in range(50)]
+    assert dpo(pairs, ld_alpha=1.0).losses.tolist() == pytest.approx(dpo(pairs).losses.tolist(), rel=1e-12)
+
+
+def test_dpo_wpo_weighs_by_both_responses_probabilities():
+    # chosen: log p -1 and -2, log sum p^2 -0.5 and -1, mean -0.75; rejected: -3 + 1.5; e^-2.25 in all; z = 0
+    pair = {
+        "policy chosen": [-1.0, -2.0],
+        "squares chosen": [-0.5, -1.0],
+        "reference chosen": [-1.0, -2.0],
+        "policy rejected": [-3.0],
+        "squares rejected": [-1.5],
+        "reference rejected": [-3.0],
+        "margin": 0.0,
+    }
+    assert dpo([pair], wpo=True).losses.item() == pytest.approx(math.exp(-2.25) * math.log(2), rel=1e-12)
+
+
 def test_dpo_sums_over_tokens():
     # Twice the tokens, each with the same log-ratio, are twice the log-ratio: h = 2 becomes 4.
     once, twice = dpo([flat_pair(-1.0, -3.0, tokens=1), flat_pair(-1.0, -3.0, tokens=2)], beta=0.5).losses.tolist()
     assert (once, twice) == pytest.approx((math.log(1 + math.exp(-1)), math.log(1 + math.exp(-2))), rel=1e-12)
 
 
-def test_dpo_of_a_pair_does_not_depend_on_its_batch():
+@each_variant
+def test_dpo_of_a_pair_does_not_depend_on_its_batch(options):
     rng = random.Random(3)
     pairs = [random_pair(rng) for _ in range(32)]
-    together = dpo(pairs, dtype=torch.float32).losses.tolist()
-    assert together == [dpo([pair], dtype=torch.float32).losses.item() for pair in pairs]
+    together = dpo(pairs, dtype=torch.float32, **options).losses.tolist()
+    alone = [dpo([pair], dtype=torch.float32, **options).losses.item() for pair in pairs]
+    assert together == alone
 
 
 def test_dpo_keeps_the_order_of_the_batch():
@@ -146,9 +329,10 @@ def test_dpo_keeps_the_order_of_the_batch():
     assert dpo(pairs[::-1]).losses.tolist() == dpo(pairs).losses.tolist()[::-1]
 
 
-def test_dpo_of_a_pair_survives_a_neighbour_that_is_not_a_number():
+@each_variant
+def test_dpo_of_a_pair_survives_a_neighbour_that_is_not_a_number(options):
     good, bad = flat_pair(-1.0, -3.0), flat_pair(math.nan, -3.0)
-    assert dpo([bad, good, bad]).losses[1].item() == dpo([good]).losses.item()
+    assert dpo([bad, good, bad], **options).losses[1].item() == dpo([good], **options).losses.item()
 
 
 def test_dpo_returns_one_loss_a_pair_with_a_gradient():
@@ -192,15 +376,54 @@ def test_dpo_gradient_is_beta_times_how_wrong_the_pair_is():
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])
-def test_dpo_starts_at_log_2_whatever_beta(beta):
+@pytest.mark.parametrize("options", WITHOUT_WPO.values(), ids=WITHOUT_WPO.keys())
+def test_dpo_starts_at_log_2_whatever_beta(beta, options):
     (record,) = qpref_losses()
     rng = random.Random(5)
     pair = random_pair(rng) | {"margin": 0.0}
     pair |= {"reference chosen": pair["policy chosen"], "reference rejected": pair["policy rejected"]}
-    loss = dpo([pair], beta).losses.item()
-    assert [loss, record.starts_at(DpoOptions(beta=beta))] == pytest.approx([math.log(2)] * 2, rel=1e-12)
+    loss = dpo([pair], beta, **options).losses.item()
+    assert [loss, record.starts_at(DpoOptions(beta=beta, **options))] == pytest.approx([math.log(2)] * 2, rel=1e-12)
 
 
-def test_dpo_asks_for_the_reference():
+def test_dpo_with_wpo_starts_at_no_constant():
     (record,) = qpref_losses()
-    assert record.needs == {"reference"}
+    assert record.starts_at(DpoOptions(wpo=True)) is None
+
+
+@pytest.mark.parametrize(("wpo", "needs"), [(False, {"reference"}), (True, {"reference", "log_sum_squares"})])
+def test_dpo_asks_for_the_reference_and_for_wpo_the_sums_of_squares(wpo, needs):
+    (record,) = qpref_losses()
+    assert record.needs_of(DpoOptions(wpo=wpo)) == needs
+
+
+def test_dpo_variants_cover_every_option_but_beta():
+    (record,) = qpref_losses()
+    assert all(DpoOptions.model_validate(variant) for variant in record.variants)
+    assert set().union(*record.variants) == set(DpoOptions.model_fields) - {"beta"}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"beta": 0.0}, "greater than 0"),
+        ({"label_smoothing": 0.5}, "less than 0.5"),
+        ({"label_smoothing": -0.1}, "greater than or equal to 0"),
+        ({"divergence": "kl"}, "reverse_kl"),
+        ({"divergence": "alpha", "alpha": 1.0}, 'divergence = "reverse_kl"'),
+        ({"divergence": "alpha", "alpha": 1.009}, "0.01 or more away from 1"),
+        ({"divergence": "js", "alpha": 0.3}, 'goes with divergence = "alpha", not "js"'),
+        ({"alpha": 0.3}, 'goes with divergence = "alpha", not "reverse_kl"'),
+        ({"ld_alpha": 1.1}, "less than or equal to 1"),
+        ({"ld_alpha": -0.1}, "greater than or equal to 0"),
+        ({"wpo": "yes"}, "valid boolean"),
+    ],
+)
+def test_dpo_refuses_options_out_of_range(options, problem):
+    with pytest.raises(ValidationError, match=problem):
+        DpoOptions.model_validate(options)
+
+
+def test_dpo_takes_the_default_alpha_with_any_divergence():
+    # A scheduled option has the model read back all of its own values.
+    assert DpoOptions.model_validate(DpoOptions(divergence="js").model_dump()).alpha == 0.5

@@ -71,9 +71,9 @@ def test_a_held_out_row_is_one_line(capsys):
     assert printed(capsys, row) == ["step 0/4  held-out  loss 0.5000  margin -2.000  accuracy 0.25"]
 
 
-def test_what_a_row_lacks_is_nan(capsys):
+def test_what_a_row_lacks_is_left_out(capsys):
     row = MetricRow(step=4, split="train", values={"loss": math.inf}, tokens=0, seconds=0.0)
-    assert printed(capsys, row) == ["step 4/4  loss inf  margin +nan  accuracy nan  0:00  lr nan"]
+    assert printed(capsys, row) == ["step 4/4  loss inf  0:00  lr nan"]
 
 
 @pytest.mark.parametrize(

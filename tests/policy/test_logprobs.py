@@ -67,21 +67,32 @@ def tile(request, monkeypatch):
 @pytest.mark.parametrize("kind", HEADS)
 def test_values_are_those_of_log_softmax(kind, tile):
     head, (hidden, tokens) = make_head(kind), make_rows()
-    values = _ScoreTokens.apply(hidden, tokens, head)
+    values = _ScoreTokens.apply(hidden, tokens, head)[0]
     assert (values - oracle(hidden, tokens, head)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("wants_slope", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_sums_of_squares_are_those_of_softmax(kind, wants_slope, tile):
+    head, (hidden, tokens) = make_head(kind), make_rows()
+    values, squares = _ScoreTokens.apply(hidden if wants_slope else hidden.detach(), tokens, head, True)
+    whole = torch.stack([oracle(hidden, torch.full_like(tokens, word), head) for word in range(VOCABULARY)])
+    assert (squares - (2 * whole).logsumexp(0)).abs().max() <= 1e-12
+    assert not squares.requires_grad
+    assert torch.equal(values, _ScoreTokens.apply(hidden, tokens, head)[0])
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_slopes_are_those_of_log_softmax(kind, tile):
     head, (hidden, tokens) = make_head(kind), make_rows()
-    found = slope(_ScoreTokens.apply(hidden, tokens, head), hidden)
+    found = slope(_ScoreTokens.apply(hidden, tokens, head)[0], hidden)
     assert (found - slope(oracle(hidden, tokens, head), hidden)).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_float32_keeps_float32_accuracy(kind, tile):
     head, (hidden, tokens) = make_head(kind, torch.float32), make_rows(torch.float32)
-    values = _ScoreTokens.apply(hidden, tokens, head)
+    values = _ScoreTokens.apply(hidden, tokens, head)[0]
     assert values.dtype == torch.float32
     assert (values - oracle(hidden, tokens, head)).abs().max() <= 1e-5
     assert (slope(values, hidden) - slope(oracle(hidden, tokens, head), hidden)).abs().max() <= 1e-5
@@ -90,7 +101,7 @@ def test_float32_keeps_float32_accuracy(kind, tile):
 def test_values_need_no_gradient():
     head, (hidden, tokens) = make_head("plain"), make_rows()
     with torch.no_grad():
-        values = _ScoreTokens.apply(hidden, tokens, head)
+        values = _ScoreTokens.apply(hidden, tokens, head)[0]
     assert not values.requires_grad
     assert (values - oracle(hidden, tokens, head)).abs().max() <= 1e-12
 
@@ -99,7 +110,7 @@ def test_values_need_no_gradient():
 def test_logits_of_any_size_keep_float32_accuracy(size):
     head, (hidden, tokens) = make_head("plain", torch.float32), make_rows(torch.float32)
     large = (hidden.detach() * size).requires_grad_()
-    values = _ScoreTokens.apply(large, tokens, head)
+    values = _ScoreTokens.apply(large, tokens, head)[0]
     largest = (large @ head.weight.t()).abs().max().clamp(min=1)
     assert (values - oracle(large, tokens, head)).abs().max() <= 1e-6 * largest
     assert (slope(values, large) - slope(oracle(large, tokens, head), large)).abs().max() <= 1e-6 * largest
@@ -108,12 +119,12 @@ def test_logits_of_any_size_keep_float32_accuracy(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_slope_has_the_dtype_of_the_hidden_states(dtype):
     head, (hidden, tokens) = make_head("plain", dtype), make_rows(dtype)
-    assert slope(_ScoreTokens.apply(hidden, tokens, head), hidden).dtype == dtype
+    assert slope(_ScoreTokens.apply(hidden, tokens, head)[0], hidden).dtype == dtype
 
 
 def test_a_value_has_no_slope_in_another_row(tile):
     head, (hidden, tokens) = make_head("bias, scale and cap"), make_rows()
-    values = _ScoreTokens.apply(hidden, tokens, head)
+    values = _ScoreTokens.apply(hidden, tokens, head)[0]
     for row in range(ROWS):
         (felt,) = torch.autograd.grad(values[row], hidden, retain_graph=True)
         assert (felt.abs().amax(1) > 0).nonzero().tolist() == [[row]]
@@ -121,8 +132,8 @@ def test_a_value_has_no_slope_in_another_row(tile):
 
 def test_a_row_by_itself_has_the_value_that_it_has_among_others(tile):
     head, (hidden, tokens) = make_head("bias, scale and cap"), make_rows()
-    together = _ScoreTokens.apply(hidden, tokens, head)
-    alone = torch.cat([_ScoreTokens.apply(hidden[i : i + 1], tokens[i : i + 1], head) for i in range(ROWS)])
+    together = _ScoreTokens.apply(hidden, tokens, head)[0]
+    alone = torch.cat([_ScoreTokens.apply(hidden[i : i + 1], tokens[i : i + 1], head)[0] for i in range(ROWS)])
     assert (together - alone).abs().max() <= 1e-12
 
 
@@ -147,14 +158,14 @@ def large_bf16() -> tuple[Tensor, Tensor, Head, Tensor, Tensor]:
 def test_bf16_sums_over_1024_tokens_are_within_a_thousandth_of_a_nat(large_bf16):
     hidden, tokens, head, wanted, _ = large_bf16
     with torch.autocast("cpu", torch.bfloat16):
-        values = _ScoreTokens.apply(hidden, tokens, head)
+        values = _ScoreTokens.apply(hidden, tokens, head)[0]
     assert values.dtype == torch.float32
     assert abs(values.double().sum() - wanted.sum()) <= 1e-3
 
 
 def test_bf16_slopes_are_within_bf16_rounding(large_bf16):
     hidden, tokens, head, _, expected = large_bf16
-    found = torch.autograd.grad(_ScoreTokens.apply(hidden, tokens, head).sum(), hidden)[0].double()
+    found = torch.autograd.grad(_ScoreTokens.apply(hidden, tokens, head)[0].sum(), hidden)[0].double()
     wanted = head.weight[tokens].double() - expected
     # Rounding to bf16's 8 binary places moves a number by 2^-9 of itself at most. Three roundings: the slope itself,
     # the probabilities of the slices, and their mean of weights.

@@ -49,8 +49,8 @@ def qpref(python, *arguments, **environment):
     )
 
 
-def hinge_lines(listing):
-    return [line.split() for line in listing.splitlines() if "hinge" in line]
+def its_lines(listing):
+    return [line.split() for line in listing.splitlines() if "squared_hinge" in line]
 
 
 def test_it_imports_what_a_plugin_may_import_and_nothing_else():
@@ -67,17 +67,17 @@ def test_it_imports_what_a_plugin_may_import_and_nothing_else():
 def test_it_is_listed_with_its_distribution(python):
     done = qpref(python, "plugins")
     assert (done.returncode, done.stderr) == (0, "")
-    assert hinge_lines(done.stdout) == [["loss", "hinge", "qpref-hinge", "0.1.0", "loss-hinge"]]
+    assert its_lines(done.stdout) == [["loss", "squared_hinge", "qpref-hinge", "0.1.0", "loss-squared_hinge"]]
 
 
 def test_it_is_not_listed_where_it_is_disabled(python):
-    assert hinge_lines(qpref(python, "plugins", QPREF_DISABLE="qpref-hinge:loss-hinge").stdout) == []
+    assert its_lines(qpref(python, "plugins", QPREF_DISABLE="qpref-hinge:loss-squared_hinge").stdout) == []
 
 
 @pytest.fixture(scope="module")
 def trained(python, tmp_path_factory, make_base):
     """The run folder of two steps with it, both on the same four pairs."""
-    folder = tmp_path_factory.mktemp("hinge")
+    folder = tmp_path_factory.mktemp("squared_hinge")
     pairs = [
         {
             "prompt": f"What comes after {number}?",
@@ -96,7 +96,7 @@ def trained(python, tmp_path_factory, make_base):
         "sinks": [],
     }
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))
-    overrides = ["--set", "loss.name=hinge", "--set", "train.max_steps=2"]
+    overrides = ["--set", "loss.name=squared_hinge", "--set", "train.max_steps=2"]
     done = qpref(python, "train", folder / "recipe.toml", "--output", folder / "run", *overrides)
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -108,7 +108,7 @@ def training_rows(run):
 
 
 def test_its_training_starts_at_exactly_1(trained):
-    # Policy and reference are the same before the first step: relu(1 - beta * 0).
+    # Policy and reference are the same before the first step: relu(1 - beta * 0)^2.
     assert training_rows(trained)[0]["loss"] == 1.0
 
 

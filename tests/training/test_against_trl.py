@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, preference_rows, write_jsonl
 
-from qpref.data.load import load_pairs
+from qpref.data.load import load_rows
 from qpref.hooks.types import SinkContext
 from qpref.plan import make_plan
 from qpref.policy.reference import ReferenceMemory, row_keys
@@ -74,7 +74,7 @@ def prepare(loss: str, base: Path, folder: Path) -> run.Prepared:
         "sinks": [],
     }
     plan = make_plan(recipe, (), folder / "run")
-    prepared = run._prepare(plan, load_pairs(plan))
+    prepared = run._prepare(plan, load_rows(plan))
     torch.manual_seed(5)
     for name, parameter in prepared.policy.trained_parameters().items():
         if "lora_B" in name:

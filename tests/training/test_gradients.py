@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qpref
-from qpref.data.load import load_pairs
+from qpref.data.load import load_rows
 from qpref.data.pack import pack, split_by_tokens
-from qpref.errors import NonFiniteError
+from qpref.errors import NonFiniteError, PluginError
 from qpref.hooks.types import SinkContext
 from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
@@ -26,7 +26,7 @@ from qpref.records import LossOutput, PairedInputs, TokenizedExample
 from qpref.training import optim, run
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
-from qpref.training.score import LossCaller
+from qpref.training.score import LossCaller, Objective
 
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
 
@@ -40,7 +40,7 @@ def make_trainer(make_recipe, tmp_path: Path):
         folder = tmp_path / f"run-{len(made)}"
         folder.mkdir()
         plan = make_plan(make_recipe(changes), (), folder)
-        prepared = run._prepare(plan, load_pairs(plan))
+        prepared = run._prepare(plan, load_rows(plan))
         if moved:
             torch.manual_seed(5)
             for name, parameter in prepared.policy.trained_parameters().items():
@@ -226,70 +226,85 @@ def test_policy_does_move(make_trainer):
     assert (completion_logprobs(trainer.policy, probe).values - before).abs().max().item() > 0.1
 
 
-def with_faults(loss: LossCaller, fault: Callable[[Tensor], Tensor], calls: Sequence[int]) -> LossCaller:
+def with_faults(loss: Objective, fault: Callable[[Tensor], Tensor], calls: Sequence[int]) -> Objective:
     """A loss whose first pair is spoilt by `fault` in the calls of those numbers, counted from 0."""
     number = iter(range(10**9))
+    (caller,) = loss.callers
 
     def spoilt(inputs: PairedInputs) -> LossOutput:
-        output = loss.function(inputs)
+        output = caller.function(inputs)
         if next(number) not in calls:
             return output
         first = torch.zeros_like(output.losses, dtype=torch.bool)
         first[0] = True
         return replace(output, losses=torch.where(first, fault(output.losses), output.losses))
 
-    return LossCaller(loss.choice, spoilt)
+    return replace(loss, callers=(LossCaller(caller.choice, spoilt),))
+
+
+def steep(losses: Tensor) -> Tensor:
+    """The same values, with a slope that is not finite, as an overflow in the backward pass leaves it."""
+    return losses + (losses - losses.detach()).sqrt()
 
 
 FAULTS = {
     "nan": lambda losses: losses * torch.nan,
     "inf": lambda losses: losses * torch.inf,
     "-inf": lambda losses: losses * -torch.inf,
-    "a slope that is not finite": lambda losses: losses + (losses - losses.detach()).sqrt(),
 }
+WHOLE_STEPS = {"train.tokens_per_microbatch": 10_000, "data.heldout": None}
+
+
+def everything(trainer: Trainer) -> list[list[float]]:
+    tensors, _ = optim.optimizer_tensors(trainer.optimizer)
+    return [value.tolist() for value in (*trainer.policy.trained_parameters().values(), *tensors.values())]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_step_with_a_non_finite_pair_changes_nothing(make_trainer, fault):
-    trainer = make_trainer({"train.tokens_per_microbatch": 10_000}, moved=True)
+def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_changes_nothing(make_trainer, fault):
+    trainer = make_trainer(WHOLE_STEPS, moved=True)
     trainer._step()
     trainer.progress.step += 1
-    parameters = trainer.policy.trained_parameters()
-
-    def snapshot() -> list[list[float]]:
-        tensors, _ = optim.optimizer_tensors(trainer.optimizer)
-        return [value.tolist() for value in (*parameters.values(), *tensors.values())]
-
-    before = snapshot()
+    before = everything(trainer)
     trainer.loss = with_faults(trainer.loss, FAULTS[fault], calls=[0])
+    with pytest.raises(
+        PluginError, match=r"loss 'dpo' \(qpref .* \[loss-dpo\]\) returned a value that is not finite at step 2"
+    ):
+        trainer._step()
+    assert everything(trainer) == before
+
+
+def test_step_with_a_non_finite_gradient_changes_nothing(make_trainer):
+    trainer = make_trainer(WHOLE_STEPS, moved=True)
     trainer._step()
-    assert snapshot() == before
+    trainer.progress.step += 1
+    before = everything(trainer)
+    trainer.loss = with_faults(trainer.loss, steep, calls=[0])
+    trainer._step()
+    assert everything(trainer) == before
 
 
 def test_training_goes_on_after_two_non_finite_steps(make_trainer):
-    trainer = make_trainer({"train.tokens_per_microbatch": 10_000, "train.epochs": 3, "data.heldout": None}, moved=True)
-    trainer.loss = with_faults(trainer.loss, FAULTS["nan"], calls=[1, 2, 4, 5, 7])
+    trainer = make_trainer(WHOLE_STEPS | {"train.epochs": 3}, moved=True)
+    trainer.loss = with_faults(trainer.loss, steep, calls=[1, 2, 4, 5, 7])
     assert trainer.run()
     assert all(bool(value.isfinite().all()) for value in trainer.policy.trained_parameters().values())
 
 
 def test_third_non_finite_step_in_a_row_stops_the_run(make_trainer):
-    trainer = make_trainer({"train.tokens_per_microbatch": 10_000, "train.epochs": 3, "data.heldout": None}, moved=True)
-    trainer.loss = with_faults(trainer.loss, FAULTS["inf"], calls=[1, 3, 4, 5])
+    trainer = make_trainer(WHOLE_STEPS | {"train.epochs": 3}, moved=True)
+    trainer.loss = with_faults(trainer.loss, steep, calls=[1, 3, 4, 5])
     with pytest.raises(NonFiniteError, match="step 6: the gradient was not finite 3 times in a row") as stopped:
         trainer.run()
     assert stopped.value.exit_code == 9
 
 
 def test_non_finite_step_stands_as_null_in_the_metrics(make_trainer, tmp_path):
-    trainer = make_trainer({"train.tokens_per_microbatch": 10_000, "data.heldout": None}, moved=True)
-    trainer.loss = with_faults(trainer.loss, FAULTS["inf"], calls=[1])
+    trainer = make_trainer(WHOLE_STEPS, moved=True)
+    trainer.loss = with_faults(trainer.loss, steep, calls=[1])
     trainer.run()
     rows = [json.loads(line) for line in (tmp_path / "run-0" / "metrics.jsonl").read_text().splitlines()]
-    assert {name: [row["step"] for row in rows if row[name] is None] for name in ("loss", "grad_norm")} == {
-        "loss": [2],
-        "grad_norm": [2],
-    }
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [2]
 
 
 PLUGIN = """
@@ -306,10 +321,11 @@ def build(options):
     calls = []
 
     def bursting(inputs):
-        # A loss that becomes infinite from the third training step on.
+        # A loss whose slope becomes infinite from the third training step on.
         calls.append(torch.is_grad_enabled())
         losses = -inputs.policy.chosen.mean + inputs.policy.rejected.mean
-        return LossOutput(losses=losses * (float("inf") if sum(calls) > 2 else 1.0), metrics={})
+        steep = losses + (losses - losses.detach()).sqrt()
+        return LossOutput(losses=steep if sum(calls) > 2 else losses, metrics={})
 
     return bursting
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qpref
-from qpref.data.load import load_pairs
+from qpref.data.load import load_rows
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PluginError, PolicyError
@@ -26,7 +26,7 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import LossOutput, Source, TokenizedExample
 from qpref.training import invariants, optim, run
-from qpref.training.score import LossCaller, score_pairs
+from qpref.training.score import LossCaller, Objective
 
 FLOAT32 = {"model.quantization": "none", "model.dtype": "float32"}
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
@@ -40,7 +40,7 @@ def prepare(make_recipe, tmp_path: Path) -> Callable[..., run.Prepared]:
 
     def make(changes: dict[str, object] | None = None) -> run.Prepared:
         plan = make_plan(make_recipe(changes), (), tmp_path / "run")
-        return run._prepare(plan, load_pairs(plan))
+        return run._prepare(plan, load_rows(plan))
 
     return make
 
@@ -57,7 +57,9 @@ def first_losses(prepared: run.Prepared) -> list[float]:
     prepared.policy.model.train()
     places = optim.step_order(len(prepared.examples), train.batch_size, train.seed, 0)
     batch = pack([prepared.examples[place] for place in places], prepared.policy.device)
-    return prepared.loss(score_pairs(prepared.policy, batch, ReferenceMemory())).losses.tolist()
+    reference = ReferenceMemory().logprobs(prepared.policy, batch)
+    inputs = prepared.loss.inputs(batch, prepared.loss.score(prepared.policy, batch), reference)
+    return prepared.loss(inputs).losses.tolist()
 
 
 # S1: policy and reference are the same before the first step.
@@ -122,32 +124,33 @@ def test_check_start_refuses_one_element_of_one_adapter(prepare):
         invariants.check_start(prepared.policy, prepared.loss, batch)
 
 
-def claiming(loss: LossCaller, starts_at: Callable[[object], float]) -> LossCaller:
-    record = replace(loss.choice.plugin.record, starts_at=starts_at)
-    return LossCaller(Choice(replace(loss.choice.plugin, record=record), loss.choice.options), loss.function)
+def changed(loss: Objective, function: Callable[..., LossOutput] | None = None, **record: object) -> Objective:
+    """The objective with another loss function, or with other fields in its loss's record."""
+    (caller,) = loss.callers
+    plugin = replace(caller.choice.plugin, record=replace(caller.choice.plugin.record, **record))
+    return replace(loss, callers=(LossCaller(Choice(plugin, caller.choice.options), function or caller.function),))
 
 
-def check_start_of(prepared: run.Prepared, loss: LossCaller) -> None:
+def check_start_of(prepared: run.Prepared, loss: Objective) -> None:
     invariants.check_start(prepared.policy, loss, invariants.first_batch(prepared.examples, prepared.policy))
 
 
 def test_check_start_refuses_a_loss_that_starts_elsewhere_than_it_says(prepare):
     prepared = prepare()
-    with pytest.raises(PolicyError, match=r"a pair's loss is 0\.693147; qpref 0\.1\.0 \[loss-dpo\] says 0\.500000"):
-        check_start_of(prepared, claiming(prepared.loss, lambda options: 0.5))
+    with pytest.raises(PolicyError, match=r"an example's loss is 0\.693147; qpref 0\.1\.0 \[loss-dpo\] says 0\.500000"):
+        check_start_of(prepared, changed(prepared.loss, starts_at=lambda options: 0.5))
 
 
 def test_check_start_lets_a_loss_pass_that_names_no_start(prepare):
     prepared = prepare()
-    record = replace(prepared.loss.choice.plugin.record, starts_at=None)
-    plugin = replace(prepared.loss.choice.plugin, record=record)
-    check_start_of(prepared, replace(prepared.loss, choice=Choice(plugin, prepared.loss.choice.options)))
+    check_start_of(prepared, changed(prepared.loss, starts_at=None))
+    check_start_of(prepared, changed(prepared.loss, starts_at=lambda options: None))
 
 
 def test_check_start_names_the_loss_whose_starts_at_raises(prepare):
     prepared = prepare()
     with pytest.raises(PluginError, match=r"loss 'dpo' \(qpref 0\.1\.0 \[loss-dpo\]\) starts_at raised ZeroDivision"):
-        check_start_of(prepared, claiming(prepared.loss, lambda options: 1 / 0))
+        check_start_of(prepared, changed(prepared.loss, starts_at=lambda options: 1 / 0))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -155,12 +158,12 @@ def test_check_start_refuses_a_pair_whose_loss_is_not_a_number(prepare, place):
     prepared = prepare()
 
     def holed(inputs):
-        losses = prepared.loss.function(inputs).losses.clone()
+        losses = prepared.loss.callers[0].function(inputs).losses.clone()
         losses[place] = math.nan
         return LossOutput(losses=losses, metrics={})
 
-    with pytest.raises(PolicyError, match="a pair's loss is nan"):
-        check_start_of(prepared, replace(prepared.loss, function=holed))
+    with pytest.raises(PolicyError, match="an example's loss is nan"):
+        check_start_of(prepared, changed(prepared.loss, holed))
 
 
 def test_start_is_checked_without_the_rows_margin(make_recipe, tmp_path):

@@ -25,7 +25,7 @@ def heldout_rows(folder: Path) -> list[dict]:
 # Learning.
 
 
-@pytest.fixture(scope="module", params=["dpo", "ipo"])
+@pytest.fixture(scope="module", params=["dpo", "ipo", "orpo", "kto"])
 def learned(request, make_base, tmp_path_factory) -> list[dict]:
     """Held-out rows of an NF4 bf16 run: 48 pairs in which the calm answer is preferred, 24 steps; 40 pairs held out."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -52,10 +52,11 @@ def test_held_out_accuracy_was_not_there_from_the_start(learned):
     assert learned[0]["eval_logps/accuracies"] < 0.95
 
 
-def test_held_out_margin_rises_with_every_epoch(learned):
+def test_held_out_margin_rises_with_every_epoch(learned, request):
     margins = [row["eval_rewards/margins"] for row in learned]
-    assert margins[0] == 0.0
     assert margins == sorted(set(margins))
+    if "orpo" not in request.node.name:  # whose rewards are no differences from a reference
+        assert margins[0] == 0.0
 
 
 def test_held_out_loss_falls(learned):
@@ -97,15 +98,15 @@ BROKEN = {
     "returns nothing": ("return None", "returned NoneType, not LossOutput"),
     "returns a mean": (
         "return LossOutput(losses=losses.mean(), metrics={})",
-        "returned losses of shape () for 2 pairs; it has to be (2,)",
+        "returned losses of shape () for 2 examples; it has to be (2,)",
     ),
     "returns a column": (
         "return LossOutput(losses=losses[:, None], metrics={})",
-        "returned losses of shape (2, 1) for 2 pairs; it has to be (2,)",
+        "returned losses of shape (2, 1) for 2 examples; it has to be (2,)",
     ),
     "returns a list": (
         "return LossOutput(losses=losses.tolist(), metrics={})",
-        "returned losses of shape list for 2 pairs; it has to be (2,)",
+        "returned losses of shape list for 2 examples; it has to be (2,)",
     ),
     "returns a detached value": (
         "return LossOutput(losses=losses.detach(), metrics={})",
@@ -113,15 +114,15 @@ BROKEN = {
     ),
     "attaches a metric": (
         "return LossOutput(losses=losses, metrics={'odd/loss': losses})",
-        "returned the metric odd/loss not as one detached value a pair",
+        "returned the metric odd/loss not as one detached value an example",
     ),
     "averages a metric": (
         "return LossOutput(losses=losses, metrics={'odd/loss': losses.detach().mean()})",
-        "returned the metric odd/loss not as one detached value a pair",
+        "returned the metric odd/loss not as one detached value an example",
     ),
     "gives a metric as a number": (
         "return LossOutput(losses=losses, metrics={'odd/loss': 0.5})",
-        "returned the metric odd/loss not as one detached value a pair",
+        "returned the metric odd/loss not as one detached value an example",
     ),
     "gives no metrics": (
         "return LossOutput(losses=losses, metrics=None)",

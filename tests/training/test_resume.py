@@ -33,7 +33,7 @@ import qpref
 from qpref import fsio
 from qpref.errors import CheckpointError, NonFiniteError, RecipeError, RunLockedError, StoppedBySignal
 from qpref.records import LossOutput
-from qpref.training import checkpoint, optim, run
+from qpref.training import checkpoint, optim, run, score
 from qpref.training.folder import claimed
 from qpref.training.metrics import Recorder
 
@@ -222,38 +222,40 @@ def test_nf4_run_resumes_to_the_bit(make_toy, tmp_path):
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
 
 
-def test_infinite_loss_in_a_half_full_window_survives_the_save(make_toy, tmp_path, monkeypatch):
+def test_infinite_metric_in_a_half_full_window_survives_the_save(make_toy, tmp_path, monkeypatch):
     # JSON has no infinity: the window's sum has to be saved all the same. Step 1 is spoilt, the row comes after step 2.
-    spoilt, real = [], run.LossCaller.__call__
+    spoilt, real = [], score.LossCaller.__call__
 
     def infinite_once(loss, inputs):
         output = real(loss, inputs)
         if torch.is_grad_enabled() and not spoilt:
             spoilt.append(output)
-            return replace(output, losses=output.losses * torch.inf)
+            return replace(output, metrics={**output.metrics, "rewards/chosen": output.losses.detach() * torch.inf})
         return output
 
-    monkeypatch.setattr(run.LossCaller, "__call__", infinite_once)
+    monkeypatch.setattr(score.LossCaller, "__call__", infinite_once)
     train_until(make_toy(), tmp_path / "run", after_save(1))
     qpref.train(make_toy(), output=tmp_path / "run", resume=True)
-    assert [row["loss"] is None for row in rows_of(tmp_path / "run") if row["split"] == "train"] == [True, False, False]
+    rewards = [row["rewards/chosen"] for row in rows_of(tmp_path / "run") if row["split"] == "train"]
+    assert [reward is None for reward in rewards] == [True, False, False]
 
 
 def test_third_non_finite_step_in_a_row_stops_the_run_across_a_resume(make_toy, tmp_path, monkeypatch):
     # Every step from the third on is spoilt; the run dies after the fourth and has one more before it gives up.
-    begun, real_seed, real_loss = [], optim.seed_step, run.LossCaller.__call__
+    begun, real_seed, real_loss = [], optim.seed_step, score.LossCaller.__call__
 
-    def seed_step(seed: int, step: int) -> None:
+    def seed_step(seed: int, step: int, microbatch: int = 0) -> None:
         begun.append(step)
-        real_seed(seed, step)
+        real_seed(seed, step, microbatch)
 
     def spoilt(loss: Any, inputs: Any) -> LossOutput:
         output = real_loss(loss, inputs)
         bad = torch.is_grad_enabled() and begun[-1] >= 2
-        return replace(output, losses=output.losses * torch.nan) if bad else output
+        steep = output.losses + (output.losses - output.losses.detach()).sqrt()
+        return replace(output, losses=steep) if bad else output
 
     monkeypatch.setattr(optim, "seed_step", seed_step)
-    monkeypatch.setattr(run.LossCaller, "__call__", spoilt)
+    monkeypatch.setattr(score.LossCaller, "__call__", spoilt)
     train_until(make_toy(), tmp_path / "run", after_save(4))
     with pytest.raises(NonFiniteError, match="step 5: the gradient was not finite 3 times in a row"):
         qpref.train(make_toy(), output=tmp_path / "run", resume=True)

@@ -1,4 +1,4 @@
-"""The hinge loss on the reward margin."""
+"""The squared hinge loss on the reward margin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
 
 
-class HingeOptions(Options):
-    """Options of the loss `hinge`."""
+class SquaredHingeOptions(Options):
+    """Options of the loss `squared_hinge`."""
 
     beta: float = Field(
         default=0.1,
@@ -21,30 +21,33 @@ class HingeOptions(Options):
     )
 
 
-def build(options: HingeOptions) -> Callable[[PairedInputs], LossOutput]:
-    """relu(1 - (beta h - m)), h the difference of the two log-ratios, m the row's margin.
+def build(options: SquaredHingeOptions) -> Callable[[PairedInputs], LossOutput]:
+    """relu(1 - (beta h - m))^2, h the difference of the two log-ratios, m the row's margin.
 
-    Liu et al. 2024, "Statistical Rejection Sampling Improves Preference Optimization" (hinge-norm), after Zhao et al.
-    2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback".
+    The square of the hinge of Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback": a pair
+    that is nearly done pulls less than one that is far from it.
     """
 
-    def hinge(inputs: PairedInputs) -> LossOutput:
+    def squared_hinge(inputs: PairedInputs) -> LossOutput:
         policy, reference = inputs.policy, inputs.reference
         assert reference is not None  # needs = {"reference"}
         chosen = options.beta * (policy.chosen.total - reference.chosen.total)
         rejected = options.beta * (policy.rejected.total - reference.rejected.total)
-        losses = relu(1 - (chosen - rejected - inputs.margin))
+        losses = relu(1 - (chosen - rejected - inputs.margin)).square()
         return LossOutput(losses=losses, metrics=reward_metrics(chosen, rejected))
 
-    return hinge
+    return squared_hinge
 
 
 @hookimpl
 def qpref_losses() -> Iterator[PairedLoss]:
     yield PairedLoss(
-        name="hinge",
-        summary="hinge on the reward margin (Zhao et al. 2023, Liu et al. 2024)",
-        options=HingeOptions,
+        name="squared_hinge",
+        summary="squared hinge on the reward margin",
+        formula="relu(1 - beta h)^2",
+        paper='the square of the hinge of Zhao et al. 2023, "SLiC-HF"',
+        options=SquaredHingeOptions,
         build=build,
         starts_at=lambda options: 1.0,
+        log_ratios_only=True,
     )

@@ -1,0 +1,419 @@
+"""What lies between losses and the loop: steps that are seen whole, single completions, mixtures, schedules, extras."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import preference_rows, write_jsonl
+
+import qpref
+from qpref.data.load import load_rows
+from qpref.data.mismatch import with_mismatched
+from qpref.data.pack import pack
+from qpref.errors import DataError, RecipeError
+from qpref.hooks.types import SinkContext
+from qpref.plan import make_plan
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.reference import ReferenceMemory
+from qpref.records import Source, TokenizedExample
+from qpref.training import optim, run
+from qpref.training.loop import Progress, Trainer
+from qpref.training.metrics import Recorder
+
+STEP_LOSSES = {
+    "kto": {"name": "kto"},
+    "bco_pair": {"name": "bco_pair", "baseline": "step"},
+    "aot": {"name": "aot"},
+    "aot_unpaired": {"name": "aot_unpaired"},
+}
+
+
+def unpaired_rows(count: int, start: int = 0, label: bool | None = None) -> list[dict[str, object]]:
+    """Single completions, calm ones desirable; every other one, unless all are to have one label."""
+    rows = []
+    for number, row in enumerate(preference_rows(count, start)):
+        desirable = number % 2 == 0 if label is None else label
+        side = "chosen" if desirable else "rejected"
+        rows.append({"prompt": row["prompt"], "completion": row[side], "label": desirable})
+    return rows
+
+
+@pytest.fixture
+def make_trainer(make_recipe, tmp_path: Path):
+    """`make_trainer(changes)`: a trainer whose adapter is away from its start, so that every gradient is there."""
+    made = []
+
+    def make(changes: dict[str, object] | None = None, loss: object = None) -> Trainer:
+        folder = tmp_path / f"run-{len(made)}"
+        folder.mkdir()
+        recipe = make_recipe(changes) | ({"loss": loss} if loss else {})
+        plan = make_plan(recipe, (), folder)
+        prepared = run._prepare(plan, load_rows(plan))
+        torch.manual_seed(5)
+        for name, parameter in prepared.policy.trained_parameters().items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        parameters = prepared.policy.trained_parameters().values()
+        context = SinkContext(run_folder=folder, first_step=0, total_steps=1)
+        made.append(Recorder(folder / "metrics.jsonl", 0, (), context))
+        return Trainer(
+            recipe=plan.recipe,
+            policy=prepared.policy,
+            loss=prepared.loss,
+            memory=ReferenceMemory() if "reference" in prepared.loss.needs else None,
+            optimizer=optim.make_optimizer(plan.recipe.train, parameters, prepared.policy.device),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            examples=prepared.examples,
+            heldout=prepared.heldout,
+            progress=Progress(),
+            recorder=made[-1],
+            save=lambda: None,
+            should_stop=lambda: False,
+        )
+
+    yield make
+    for recorder in made:
+        recorder.close()
+
+
+def gradients_of_step(trainer: Trainer) -> dict[str, torch.Tensor]:
+    trainer.policy.model.train()
+    trainer._compute_gradients(trainer.examples[: trainer.recipe.train.batch_size])
+    return {name: value.grad.clone() for name, value in trainer.policy.trained_parameters().items()}
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+# Losses that see a whole optimizer step.
+
+
+@pytest.mark.parametrize("loss", STEP_LOSSES)
+def test_micro_batches_give_the_gradient_of_the_whole_step(make_trainer, loss):
+    whole = make_trainer({"train.tokens_per_microbatch": 100_000, "train.batch_size": 8}, STEP_LOSSES[loss])
+    pieces = make_trainer({"train.tokens_per_microbatch": 1, "train.batch_size": 8}, STEP_LOSSES[loss])
+    assert_close(gradients_of_step(pieces), gradients_of_step(whole))
+    assert pieces.progress.averages.means() == pytest.approx(whole.progress.averages.means(), rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("changes", [{"adapter.dropout": 0.5}, {"train.gradient_checkpointing": True}], ids=str)
+def test_both_passes_over_a_micro_batch_are_the_same(make_trainer, monkeypatch, changes):
+    trainer = make_trainer({"train.tokens_per_microbatch": 1, "train.batch_size": 4} | changes, STEP_LOSSES["kto"])
+    passes, score = [], Trainer._score_again
+
+    def noted(self, batch, place):
+        passes.append(score(self, batch, place))
+        return passes[-1]
+
+    monkeypatch.setattr(Trainer, "_score_again", noted)
+    gradients_of_step(trainer)
+    assert len(passes) == 8
+    for first, second in zip(passes[:4], passes[4:], strict=True):
+        assert torch.equal(first.values.detach(), second.values.detach())
+
+
+def test_dropout_differs_between_the_micro_batches_of_a_step():
+    def draw(microbatch: int) -> list[float]:
+        optim.seed_step(0, 3, microbatch)
+        return torch.rand(4).tolist()
+
+    assert draw(0) == draw(0)
+    assert len({tuple(draw(place)) for place in range(4)}) == 4
+
+
+# Single completions.
+
+
+@pytest.mark.parametrize("budget", [1, 100_000])
+@pytest.mark.parametrize("label", [None, True, False], ids=["both classes", "all desirable", "all undesirable"])
+def test_unpaired_data_train_at_any_micro_batch_and_balance(make_recipe, tmp_path, label, budget):
+    rows = write_jsonl(tmp_path / "unpaired.jsonl", unpaired_rows(12, label=label))
+    heldout = write_jsonl(tmp_path / "held.jsonl", unpaired_rows(4, start=100))
+    changes = {"data.train": str(rows), "data.heldout": str(heldout), "train.tokens_per_microbatch": budget}
+    folder = qpref.train(make_recipe(changes) | {"loss": {"name": "kto"}}, output=tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["split"] == "train"]
+    assert all(line["loss"] is not None and line["grad_norm"] > 0 for line in trained)
+    if label is None:
+        assert trained[0]["loss"] == 0.5
+    assert lines[0]["eval_loss"] == 0.5
+    assert lines[-1]["eval_loss"] < 0.5
+
+
+def test_pairs_become_completions_and_the_run_says_so(make_recipe, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="qpref"):
+        plan = make_plan(make_recipe() | {"loss": {"name": "kto"}}, (), tmp_path / "run")
+        (rows, report), _ = load_rows(plan)
+    assert "the loss 'kto' is of single completions; 12 pairs become 24 of them" in caplog.text
+    assert [row.label for row in rows[:4]] == [True, False, True, False]
+    assert (report.read, report.kept) == (12, 12)
+
+
+def test_completions_under_a_loss_of_pairs_are_refused_by_place(make_recipe, tmp_path):
+    rows = write_jsonl(tmp_path / "unpaired.jsonl", preference_rows(4) + unpaired_rows(1))
+    with pytest.raises(
+        DataError, match=r"unpaired\.jsonl:5: a single completion with a label; the loss needs pairs"
+    ) as stop:
+        qpref.train(make_recipe({"data.train": str(rows)}), output=tmp_path / "run")
+    assert stop.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "good"}, "label: expected true or false, found 'good'"),
+        ({"label": 1.0}, "label: expected true or false, found 1.0"),
+        ({"label": None}, "not a labelled completion: no label"),
+        ({"completion": " "}, "completion is empty"),
+        ({"weight": -1}, "weight: expected a number, found -1"),
+    ],
+)
+def test_bad_completion_is_named_by_file_and_line(make_recipe, tmp_path, change, message):
+    good = unpaired_rows(4)
+    rows = write_jsonl(tmp_path / "unpaired.jsonl", [*good, good[0] | change])
+    recipe = make_recipe({"data.train": str(rows)}) | {"loss": {"name": "kto"}}
+    with pytest.raises(DataError) as stopped:
+        qpref.train(recipe, output=tmp_path / "run")
+    assert f"unpaired.jsonl:5: {message}" in stopped.value.what
+
+
+def test_class_counts_are_those_of_the_training_set(make_trainer, tmp_path):
+    rows = write_jsonl(tmp_path / "unpaired.jsonl", unpaired_rows(5) + unpaired_rows(4, start=50, label=True))
+    trainer = make_trainer({"data.train": str(rows)}, {"name": "kto"})
+    assert trainer.loss.class_counts == (7, 2)
+
+
+def test_held_out_completions_of_one_pair_are_compared(make_trainer):
+    trainer = make_trainer(None, {"name": "kto"})
+    trainer.progress.step = 1
+    means = trainer.heldout_means()
+    chosen = make_trainer({"loss.name": "dpo"})
+    chosen.progress.step = 1
+    wanted = chosen.heldout_means()
+    for name in ("logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "logps/accuracies"):
+        assert means[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+def make_example(prompt: int, completion: list[int], line: int = 1) -> TokenizedExample:
+    return TokenizedExample(
+        prompt=array("i", [prompt] * 3),
+        branches=(array("i", completion),),
+        truncated=(False,),
+        weight=1.0,
+        margin=0.0,
+        label=True,
+        source=Source(path="made", line=line),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_partner_is_of_another_prompt_and_fixed_by_the_seed(seed):
+    examples = [make_example(number // 5, [number, 7]) for number in range(17)]
+    joined = with_mismatched(examples, seed, 64)
+    assert [example.branches[0] for example in joined] == [example.branches[0] for example in examples]
+    assert all(example.branches[1][0] // 5 != example.prompt[0] for example in joined)
+    assert [example.branches for example in with_mismatched(examples, seed, 64)] == [
+        example.branches for example in joined
+    ]
+
+
+def test_partners_are_spread_over_the_data():
+    joined = with_mismatched([make_example(number, [number]) for number in range(50)], 0, 64)
+    assert len({example.branches[1][0] for example in joined}) == 50
+
+
+def test_partner_is_cut_to_the_longest_length():
+    joined = with_mismatched([make_example(1, [1, 2, 3, 4]), make_example(2, [5])], 0, 5)
+    assert joined[1].branches[1] == array("i", [1, 2])
+    assert joined[1].truncated == (False, True)
+
+
+def test_one_prompt_alone_has_no_partners():
+    with pytest.raises(DataError, match="all examples have the same prompt"):
+        with_mismatched([make_example(1, [1]), make_example(1, [2])], 0, 64)
+
+
+# Prompts' log-probabilities and sums of squares.
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "rows"])
+def test_prompts_and_squares_are_those_of_all_logits(make_trainer, shared):
+    trainer = make_trainer()
+    policy, examples = trainer.policy, trainer.examples[:3]
+    policy.model.eval()
+    policy.share_prompts(shared)
+    scores = completion_logprobs(policy, pack(examples, policy.device), prompts=True, squares=True)
+    model = policy.model.get_base_model()
+    policy.share_prompts(False)
+    tokens, squares = [], []
+    prompts, prompt_squares = [], []
+    for example in examples:
+        for place, branch in enumerate(example.branches):
+            ids = torch.tensor([[*example.prompt, *branch]])
+            full = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            picked = full[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
+            sums = full.exp().square().sum(-1).log()[:-1]
+            start = len(example.prompt) - 1
+            tokens.append(picked[start:])
+            squares.append(sums[start:])
+            if place == 0:
+                prompts.append(picked[:start])
+                prompt_squares.append(sums[:start])
+    assert scores.lengths == tuple(map(len, tokens + prompts))
+    torch.testing.assert_close(scores.values.double(), torch.cat(tokens + prompts), atol=1e-5, rtol=0)
+    assert scores.log_sum_squares is not None
+    torch.testing.assert_close(scores.log_sum_squares.double(), torch.cat(squares + prompt_squares), atol=1e-5, rtol=0)
+    assert not scores.log_sum_squares.requires_grad
+
+
+def test_prompts_have_gradients(make_trainer):
+    trainer = make_trainer(None, {"name": "orpo", "nll": "all"})
+    alone = make_trainer(None, {"name": "orpo", "nll": "response"})
+    first, second = gradients_of_step(trainer), gradients_of_step(alone)
+    assert any((first[name] - second[name]).abs().max() > 1e-3 * first[name].abs().max() for name in first)
+
+
+def test_a_loss_without_reference_computes_none(make_recipe, tmp_path):
+    recipe = make_recipe({"train.save_every": 1}) | {"loss": {"name": "orpo"}}
+    folder = qpref.train(recipe, output=tmp_path / "run")
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    assert not (newest / "reference.safetensors").exists()
+
+
+# Mixtures.
+
+
+def test_mixture_is_the_weighted_sum(make_trainer):
+    tables = [{"name": "dpo", "weight": 0.25, "beta": 0.2}, {"name": "sft", "weight": 2.0}, {"name": "orpo"}]
+    mixed = gradients_of_step(make_trainer(None, tables))
+    parts = [gradients_of_step(make_trainer(None, {**table, "weight": 1.0})) for table in tables]
+    weights = [table.get("weight", 1.0) for table in tables]
+    wanted = {name: sum(weight * part[name] for weight, part in zip(weights, parts, strict=True)) for name in mixed}
+    assert_close(mixed, wanted)
+
+
+def test_mixture_reports_each_loss(make_recipe, tmp_path):
+    tables = [{"name": "dpo", "weight": 0.5}, {"name": "sft", "weight": 0.25}]
+    folder = qpref.train(make_recipe() | {"loss": tables}, output=tmp_path / "run")
+    row = next(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
+    assert row["loss/dpo"] == pytest.approx(math.log(2), rel=1e-5)
+    assert row["loss"] == pytest.approx(0.5 * row["loss/dpo"] + 0.25 * row["loss/sft"], rel=1e-5)
+    assert "rewards/margins" in row
+
+
+def test_mixture_in_toml_and_its_lock_file_resolve_to_the_same(make_recipe, tmp_path):
+    tables = [{"name": "dpo", "beta": {"start": 0.1, "end": 0.3}}, {"name": "sft", "weight": 0.25}]
+    plan = make_plan(make_recipe() | {"loss": tables}, (), tmp_path / "run")
+    again = make_plan(plan.document, (), tmp_path / "run")
+    assert [(loss.options, loss.weight) for loss in again.losses] == [
+        (loss.options, loss.weight) for loss in plan.losses
+    ]
+    assert again.fingerprint == plan.fingerprint
+
+
+def test_pairs_and_completions_do_not_mix(make_recipe, tmp_path):
+    with pytest.raises(RecipeError, match="'dpo' and 'kto': one is of pairs, another of single completions"):
+        make_plan(make_recipe() | {"loss": [{"name": "dpo"}, {"name": "kto"}]}, (), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "dpo", "weight": 0}, "[loss] weight: expected greater than 0, got 0"),
+        ([{"name": "dpo"}, {"name": "sft", "weight": -1}], "[loss.1] weight: expected greater than 0, got -1"),
+        ([{"name": "dpo"}, {"name": "stf"}], "[loss.1] name: no loss 'stf' is installed; did you mean 'sft'?"),
+        ([{"beta": 1}], "[loss.0] name: missing"),
+        ({"name": "dpo", "beta": {"start": 0.1}}, "[loss.beta] end: missing"),
+        ({"name": "dpo", "beta": {"start": 0.1, "end": 0}}, "[loss] beta: expected greater than 0, got 0"),
+        (
+            {"name": "dpo", "beta": {"start": 0.1, "end": 0.2, "schedule": "steps"}},
+            "[loss.beta] schedule: expected 'linear' or 'cosine', got 'steps'",
+        ),
+        ({"name": "ipo", "normalize": {"start": 0, "end": 1}}, "[loss] normalize: expected 'mean' or 'sum'"),
+    ],
+    ids=str,
+)
+def test_mistake_in_a_loss_table_is_named(make_recipe, tmp_path, loss, message):
+    with pytest.raises(RecipeError) as stopped:
+        make_plan(make_recipe() | {"loss": loss}, (), tmp_path / "run")
+    assert message in stopped.value.what
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("linear", [0.1, 0.14, 0.18, 0.22, 0.26, 0.3]),
+        ("cosine", [0.2 - 0.1 * math.cos(math.pi * step / 5) for step in range(6)]),
+    ],
+)
+def test_scheduled_beta_is_what_the_loss_gets(make_trainer, kind, wanted):
+    beta = {"start": 0.1, "end": 0.3, "schedule": kind}
+    trainer = make_trainer({"train.epochs": 2, "data.heldout": None}, {"name": "dpo", "beta": beta})
+    seen = []
+    for _ in range(trainer.total_steps):
+        trainer._step()
+        seen.append(trainer.loss.callers[0].choice.options.beta)
+        trainer.progress.step += 1
+    assert seen == pytest.approx(wanted, rel=1e-12)
+    assert (seen[0], seen[-1]) == (0.1, 0.3)
+
+
+def test_scheduled_run_resumes_to_the_bit(make_recipe, tmp_path):
+    beta = {"start": 0.1, "end": 0.5}
+    recipe = make_recipe({"train.epochs": 2, "train.save_every": 2}) | {"loss": {"name": "dpo", "beta": beta}}
+    straight = qpref.train(recipe, output=tmp_path / "straight")
+    broken = qpref.train(recipe, output=tmp_path / "broken")
+    (broken / "adapter" / "adapter_model.safetensors").unlink()
+    for path in (broken / "adapter").iterdir():
+        path.unlink()
+    (broken / "adapter").rmdir()
+    newest = sorted((broken / "checkpoints").iterdir())[-1]
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    qpref.train(recipe, output=broken, resume=True)
+    name = Path("adapter") / "adapter_model.safetensors"
+    assert (broken / name).read_bytes() == (straight / name).read_bytes()
+
+
+# The core knows no loss.
+
+
+def names_and_texts(path: Path) -> set[str]:
+    """Every name and every text in a module, docstrings aside."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            found.add(node.value)
+        for field in ("id", "attr", "name", "arg", "module", "asname"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                found.add(value)
+    return found
+
+
+def test_the_core_knows_no_loss_by_name():
+    core = Path(qpref.__file__).parent
+    for path in sorted(core.rglob("*.py")):
+        for text in names_and_texts(path):
+            words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+            assert not {"dpo", "ipo", "orpo", "kto", "simpo"} & set(words), f"{path}: {text!r}"
