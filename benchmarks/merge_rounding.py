@@ -53,6 +53,8 @@ def main() -> None:
 def heldout_examples(plan: Plan) -> list[TokenizedExample]:
     base = resolve_base(plan.recipe.model)
     tokenizer = load_tokenizer(plan.recipe.model, base)
+    if not plan.is_paired:
+        raise SystemExit("this measurement is of pairs, and the run's loss is of single completions")
     _, heldout = load_rows(plan)
     assert heldout is not None, "the run has no held-out pairs"
     return tokenize_rows(

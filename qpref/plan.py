@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
-from qpref.hooks.types import PairedLoss
+from qpref.hooks.types import PairedLoss, UnpairedLoss
 from qpref.recipe import Problem, Recipe, check_document, problems_of, read_document, with_overrides
 from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
@@ -185,6 +185,7 @@ class _Resolution:
         plugin = self._load(manager.LOSS, name, where, "name") if isinstance(name, str) else None
         if plugin is None:
             return None
+        self._refuse_odd_loss(plugin)
         for key, value in table.items():
             if isinstance(value, dict) and can_be_scheduled(plugin.record.options, key):
                 try:
@@ -193,10 +194,24 @@ class _Resolution:
                     self._problems += problems_of(error, Schedule, f"{where}.{key}")
                     return None
         first = self._choose_named(manager.LOSS, values | {key: value.start for key, value in schedules.items()}, where)
+        noted = len(self._problems)
         last = self._choose_named(manager.LOSS, values | {key: value.end for key, value in schedules.items()}, where)
+        if first is not None:
+            ends = [replace(problem, message=f"{problem.message} (its end)") for problem in self._problems[noted:]]
+            self._problems[noted:] = ends
         if first is None or last is None or isinstance(weight, bool) or not isinstance(weight, int | float):
             return None
         return LossChoice(plugin, Scheduled(first.options, schedules), float(weight))
+
+    def _refuse_odd_loss(self, plugin: Loaded) -> None:
+        if not isinstance(plugin.record, PairedLoss | UnpairedLoss):
+            raise PluginError(
+                f"{plugin.offer}: a {type(plugin.record).__name__}, neither a PairedLoss nor an UnpairedLoss",
+                "report it to its author",
+            )
+        taken = {"name", "weight"} & set(getattr(plugin.record.options, "model_fields", ()))
+        if taken:
+            raise PluginError(f"{plugin.offer}: its option {min(taken)} is the recipe's own", "report it to its author")
 
     def _validators(self, table: Any) -> list[Choice]:
         table = table if isinstance(table, dict) else {}

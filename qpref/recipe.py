@@ -284,7 +284,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], table: str = "")
     problems: dict[tuple[str, str], Problem] = {}
     for detail in error.errors():
         place, owner = _place(detail["loc"], model)
-        message = _in_words(detail, place, owner)
+        message = _in_words(detail, [table, *place] if table else place, owner)
         if detail["type"] == "extra_forbidden":
             place.append(str(detail["loc"][-1]))
         where = ([table] if table else []) + place
@@ -336,6 +336,8 @@ def _in_words(detail: Any, place: Sequence[str], owner: type[BaseModel]) -> str:
         return refused.get(key) or "unknown key" + did_you_mean(key, list(owner.model_fields))
     if kind == "missing":
         return "missing" if len(place) > 1 else "missing; every recipe has it"
+    if place == ["loss"] and kind in ("list_type", "too_short"):
+        return f"expected a table, got {detail['input']!r}"
     if kind in ("model_type", "dict_type"):
         return f"expected a table, got {detail['input']!r}"
     if kind == "string_too_short":

@@ -22,7 +22,8 @@ class Schedule(BaseModel):
     def at(self, progress: float) -> float:
         """The value at `progress` of the run, 0 to 1; exactly `start` and `end` at its ends."""
         done = progress if self.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-        return self.start * (1 - done) + self.end * done
+        value = self.start * (1 - done) + self.end * done
+        return min(max(value, min(self.start, self.end)), max(self.start, self.end))  # rounding could lead out
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from qpref.hooks import Options, PairedLoss, UnpairedLoss
-from qpref.hooks.types import NEEDS, Loss
+from qpref.hooks.types import Loss
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
 
 __all__ = ["RULES", "BrokenRule", "NotApplicable", "Result", "assert_conforms", "check_loss", "options_tables"]
@@ -306,14 +306,17 @@ def _record(record: Loss, options: Any) -> None:
     bare = [name for name, field in fields.items() if not (field.description or "").strip()]
     if bare:
         raise BrokenRule(f"no description of the option {', '.join(bare)}")
-    if record.scope not in ("example", "step"):
-        raise BrokenRule(f"its scope is {record.scope!r}, not 'example' or 'step'")
+    scope = _attempt("scope", record.scope_of, options)
+    if scope not in ("example", "step"):
+        raise BrokenRule(f"its scope is {scope!r}, not 'example' or 'step'")
+    if taken := {"name", "weight"} & set(fields):
+        raise BrokenRule(f"its option {min(taken)} is the recipe's own key")
 
 
 def _needs(record: Loss, options: Any) -> None:
     """It declares needs that exist for its kind, and does without the others."""
     needs = _declared_needs(record, options)
-    known = NEEDS - ({"mismatched"} if isinstance(record, PairedLoss) else {"prompt"})
+    known = record.may_need
     unknown = sorted(map(str, needs - known))
     if unknown:
         raise BrokenRule(f"declares {', '.join(unknown)}; this kind of loss may need {', '.join(sorted(known))}")
@@ -531,9 +534,9 @@ def _independence(record: Loss, options: Any) -> None:
     order = [4, 2, 0, 5, 1, 3]
     permuted = built.values([examples[place] for place in order])
     # A sum over the step may be taken in another order.
-    if not _same(permuted, together[order], 1e-12 if record.scope == "example" else 1e-9):
+    if not _same(permuted, together[order], 1e-12 if record.scope_of(options) == "example" else 1e-9):
         raise BrokenRule(f"in another order, {_list(together[order])} become {_list(permuted)}")
-    if record.scope == "step":
+    if record.scope_of(options) == "step":
         return
     alone = torch.cat([built.values([example]) for example in examples])
     if not _same(alone, together, 1e-12):

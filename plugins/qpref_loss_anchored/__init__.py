@@ -177,7 +177,7 @@ def qpref_losses() -> Iterator[PairedLoss]:
         paper="Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, reward shift",
         options=BcoPairOptions,
         build=build_bco_pair,
-        scope="step",
+        scope=lambda options: "step" if options.baseline == "step" else "example",
         starts_at=lambda options: 2 * math.log(2),
         log_ratios_only=True,
         detaches=lambda options: bool(options.baseline == "step"),

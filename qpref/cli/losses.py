@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from qpref.testing import Result
 
 
+SCOPES = {"example": "example by example", "step": "all examples of a step at once"}
+
+
 @click.group("losses", invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 @click.pass_context
@@ -75,7 +78,7 @@ def _facts(record: Any) -> dict[str, str]:
         "formula": record.formula,
         "paper": record.paper,
         "needs": _by_options(tables, needs),
-        "scope": {"example": "example by example", "step": "all examples of a step at once"}[record.scope],
+        "scope": _by_options(tables, [SCOPES[record.scope_of(options)] for _, options in tables]),
         "starts at": _by_options(tables, ["no constant" if start is None else f"{start:.6g}" for start in starts]),
     }
 

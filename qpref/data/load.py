@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def _unpaired(rows: list[CheckedRow], path: Path, plan: Plan) -> list[CheckedRow
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
                  path, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
+    if any(isinstance(row, PreferencePair) and row.margin for row in rows):
+        log.warning("%s: the rows' margins have no meaning for single completions and are left out", path)
     examples: list[CheckedRow] = []
     for row in rows:
         examples += unpair(row) if isinstance(row, PreferencePair) else [row]
@@ -72,14 +75,25 @@ def tokenize_rows(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSect
             dropped.add(example.source)
         else:
             examples.append(fitted)
-    report.dropped = len(dropped - {example.source for example in examples} - report.refused)
+    report.findings += _contradictions(examples)
+    report.dropped = len(dropped - report.refused)
     report.stop_on_errors(data.skip_bad)
-    examples = report.keep(examples)
-    num_cut = sum(any(example.truncated) for example in examples)
+    examples = [example for example in report.keep(examples) if example.source not in dropped]
+    num_cut = len({example.source for example in examples if any(example.truncated)})
     if report.dropped or num_cut:
         log.info("%s: of %d rows, %d left out and %d cut for their length", report.path, report.read, report.dropped,
                  num_cut)  # fmt: skip
     return examples
+
+
+def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
+    """Pairs that became completions and, cut to length, say the same with both labels."""
+    findings = []
+    for good, bad in itertools.pairwise(examples):
+        if good.source == bad.source and good.label and not bad.label and good.branches == bad.branches:
+            message = f"chosen and rejected are the same in their first {len(good.branches[0])} tokens"
+            findings.append(Finding(code="identical", severity="error", message=message, source=good.source))
+    return findings
 
 
 def fingerprint(examples: Sequence[TokenizedExample]) -> str:

@@ -13,6 +13,9 @@ from dataclasses import replace
 from qpref.errors import DataError
 from qpref.records import TokenizedExample
 
+MAX_SEARCH = 1000
+"""How far ahead a partner is looked for whose completion differs too, before an equal one of another prompt will do."""
+
 
 def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length: int) -> list[TokenizedExample]:
     """The examples, each with a second branch: the completion of the next one, in a seeded order, of another prompt.
@@ -36,7 +39,15 @@ def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length:
         partners[order[place]] = following
     if following is None:
         raise DataError("all examples have the same prompt, and the loss needs completions of other prompts")
+    for here, place in enumerate(order):
+        if partners[place].branches[0] == around[here].branches[0]:  # type: ignore[union-attr]
+            ahead = (around[(here + step) % len(order)] for step in range(1, min(len(order), MAX_SEARCH)))
+            partners[place] = next((other for other in ahead if _differ(other, around[here])), partners[place])
     return [_joined(example, partner, max_length) for example, partner in zip(examples, partners, strict=True)]
+
+
+def _differ(one: TokenizedExample, other: TokenizedExample) -> bool:
+    return one.prompt != other.prompt and one.branches[0] != other.branches[0]
 
 
 def _joined(example: TokenizedExample, partner: TokenizedExample | None, max_length: int) -> TokenizedExample:

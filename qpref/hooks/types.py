@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row
 
@@ -21,6 +21,7 @@ prompt: the policy's log-probabilities of the prompt's tokens (`PairLogProbs.pro
 log_sum_squares: log of the sum of squared probabilities at each of the policy's response tokens.
 mismatched: log-probabilities of another example's completion after each prompt; unpaired losses.
 """
+Scope = Literal["example", "step"]
 NEEDS: frozenset[str] = frozenset(get_args(Need))
 
 
@@ -39,7 +40,8 @@ class Loss:
         needs: what is computed for the loss beside the policy's log-probabilities, or a function of the options that
             says so; see `Need`.
         scope: "example" where an example's loss depends on that example alone; "step" where the function has to see all
-            examples of an optimizer step at once. It gets them at once, whatever the micro-batches.
+            examples of an optimizer step at once, or a function of the options that says so. It gets them at once,
+            whatever the micro-batches.
         starts_at: options -> the loss of every example while policy and reference are the same and the margin is 0;
             checked on the first batch of every run. None, or a function that returns None, where it isn't a constant.
         log_ratios_only: whether the loss depends on policy and reference through their differences alone, so that the
@@ -50,6 +52,8 @@ class Loss:
         variants: further options to check the loss with, each a table as in a recipe.
     """
 
+    may_need: ClassVar[frozenset[str]] = NEEDS
+
     name: str
     summary: str
     formula: str = ""
@@ -57,7 +61,7 @@ class Loss:
     options: type[Any]
     build: Callable[[Any], Callable[[Any], LossOutput]]
     needs: frozenset[str] | Callable[[Any], frozenset[str]] = frozenset({"reference"})
-    scope: Literal["example", "step"] = "example"
+    scope: Scope | Callable[[Any], Scope] = "example"
     starts_at: Callable[[Any], float | None] | None = None
     log_ratios_only: bool = False
     detaches: Callable[[Any], bool] | None = None
@@ -67,11 +71,16 @@ class Loss:
         """What this loss needs with these options."""
         return self.needs(options) if callable(self.needs) else frozenset(self.needs)
 
+    def scope_of(self, options: Any) -> Scope:
+        """What this loss has to see at once with these options."""
+        return self.scope(options) if callable(self.scope) else self.scope
+
 
 class PairedLoss(Loss):
     """A loss on preference pairs: `build(options)` takes `PairedInputs`."""
 
     __slots__ = ()
+    may_need: ClassVar[frozenset[str]] = NEEDS - {"mismatched"}
 
 
 class UnpairedLoss(Loss):
@@ -81,6 +90,7 @@ class UnpairedLoss(Loss):
     """
 
     __slots__ = ()
+    may_need: ClassVar[frozenset[str]] = NEEDS - {"prompt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,13 @@ from qpref.records import MetricRow, PackedBatch, Source, TokenizedExample, Toke
 from qpref.training import optim
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
-from qpref.training.score import Inputs, Objective, example_metrics, joined_inputs, reference_scores
+from qpref.training.score import Inputs, Objective, example_metrics, joined_inputs, progress, reference_scores
 
 log = logging.getLogger("qpref")
 
 MAX_NONFINITE_STEPS = 3
 HELDOUT_WINDOW = 256
-"""Held-out pairs that are packed together; bounds the packing's quadratic search."""
+"""Held-out examples that are packed together; bounds the packing's quadratic search."""
 
 
 @dataclass(slots=True)
@@ -144,7 +144,7 @@ class Trainer:
     def _compute_gradients(self, examples: Sequence[TokenizedExample]) -> None:
         """Accumulate the gradient of the step's weighted losses' sum, divided once by the number of examples."""
         budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
-        self.loss = self.loss.at(self.progress.step / max(1, self.total_steps - 1))
+        self.loss = self.loss.at(progress(self.progress.step, self.total_steps))
         parts = split_by_tokens(examples, budget, shared)
         self.progress.tokens += sum(num_fed_tokens(example, shared) for example in examples)
         if self.loss.sees_whole_steps and len(parts) > 1:
@@ -237,10 +237,11 @@ class Trainer:
         """
         averages = Averages()
         with frozen(self.policy):
-            for start in range(0, len(self.heldout), HELDOUT_WINDOW):
-                averages.add(self._heldout_metrics(self.heldout[start : start + HELDOUT_WINDOW]))
+            for window in _windows(self.heldout):
+                averages.add(self._heldout_metrics(window))
         means = _with_margin(averages.means())
-        if self.progress.step == 0 and "rewards/accuracies" in means and self.memory is not None:
+        known = {"rewards/accuracies", "logps/accuracies"} <= means.keys()
+        if self.progress.step == 0 and known and self.memory is not None:
             means["rewards/accuracies"] = means["logps/accuracies"]
         return means
 
@@ -263,6 +264,17 @@ class Trainer:
         if better:
             metrics |= _accuracies(metrics, better, worse, self.loss.is_paired)
         return metrics
+
+
+def _windows(examples: Sequence[TokenizedExample]) -> Iterator[Sequence[TokenizedExample]]:
+    """Held-out examples that are packed together; completions of one row stay in one window."""
+    start = 0
+    while start < len(examples):
+        stop = min(start + HELDOUT_WINDOW, len(examples))
+        while stop < len(examples) and examples[stop].source == examples[stop - 1].source:
+            stop += 1
+        yield examples[start:stop]
+        start = stop
 
 
 def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:

@@ -89,9 +89,11 @@ def _prepare(plan: Plan, checked: tuple[CheckedRows, CheckedRows | None]) -> Pre
     loss = Objective.of(plan.losses, _class_counts(examples))
     if "mismatched" in loss.needs:
         seed, longest = recipe.train.seed, recipe.data.max_length
+        # A held-out file may have one prompt alone, so its partners come from all examples.
+        heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
         examples = with_mismatched(examples, seed, longest)
-        heldout = with_mismatched(heldout, seed, longest) if heldout else []
     refuse_empty_steps(recipe, len(examples))
+    loss.refuse_bad_schedule(optim.total_steps(recipe.train, len(examples)))
     invariants.check_first_row(pairs, examples[0])
     policy = load_policy(recipe, base)
     invariants.check_layout(policy, examples[0])

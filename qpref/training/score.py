@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from qpref.errors import PluginError
-from qpref.hooks.types import NEEDS, PairedLoss
+from qpref.errors import PluginError, RecipeError
+from qpref.hooks.types import PairedLoss
 from qpref.plan import Choice, LossChoice
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs, sequences
@@ -34,14 +35,16 @@ class LossCaller:
 
     @classmethod
     def of(cls, choice: Choice) -> LossCaller:
+        record = choice.plugin.record
         try:
-            unknown = choice.plugin.record.needs_of(choice.options) - NEEDS
+            unknown = record.needs_of(choice.options) - record.may_need
             function = choice.plugin.record.build(choice.options)
         except (Exception, SystemExit) as error:
             raise _broken(choice, f"build raised {type(error).__name__}: {error}") from error
         if unknown:
+            kind = "pairs" if isinstance(record, PairedLoss) else "single completions"
             raise PluginError(
-                f"{choice.plugin.offer} needs {', '.join(sorted(unknown))}, which this qpref doesn't have"
+                f"{choice.plugin.offer} needs {', '.join(sorted(unknown))}, which this qpref doesn't have for {kind}"
             )
         return cls(choice, function)
 
@@ -134,9 +137,37 @@ class Objective:
         return frozenset().union(*(caller.needs for caller in self.callers))
 
     @property
+    def _part_names(self) -> list[str]:
+        """Metric names of the losses' own values; losses of one name are told apart by their place."""
+        names = [caller.choice.plugin.record.name for caller in self.callers]
+        return [
+            f"loss/{name}" if names.count(name) == 1 else f"loss/{name}.{place}" for place, name in enumerate(names)
+        ]
+
+    def refuse_bad_schedule(self, total_steps: int) -> None:
+        """Build every loss for every step ahead, so that no option leaves its range in the middle of a run.
+
+        Raises:
+            RecipeError: one does, or what a loss needs changes on the way.
+        """
+        for step in range(total_steps):
+            try:
+                ahead = self.at(progress(step, total_steps))
+            except ValidationError as error:
+                reason = error.errors()[0]
+                raise RecipeError(
+                    f"[loss] {reason['loc'][-1]}: at step {step + 1} of its schedule: {reason['msg']}"
+                ) from None
+            if ahead is self:
+                return
+            if ahead.needs != self.needs:
+                raise RecipeError(f"[loss] what the loss needs changes at step {step + 1} of its schedule")
+
+    @property
     def sees_whole_steps(self) -> bool:
         """Whether some loss has to see all examples of an optimizer step at once."""
-        return any(choice.plugin.record.scope == "step" for choice in self.choices)
+        choices = [caller.choice for caller in self.callers]
+        return any(choice.plugin.record.scope_of(choice.options) == "step" for choice in choices)
 
     def __call__(self, inputs: Inputs) -> LossOutput:
         """The weighted sum for each example. The metrics are the first loss's, and each loss's own value besides."""
@@ -145,17 +176,13 @@ class Objective:
             return outputs[0]
         weighted = zip(self.choices, outputs, strict=True)
         losses = torch.stack([choice.weight * output.losses for choice, output in weighted]).sum(0)
-        names = [caller.choice.plugin.record.name for caller in self.callers]
-        parts = {f"loss/{name}": output.losses.detach() for name, output in zip(names, outputs, strict=True)}
+        parts = {name: output.losses.detach() for name, output in zip(self._part_names, outputs, strict=True)}
         return LossOutput(losses=losses, metrics={**outputs[0].metrics, **parts})
 
     def not_finite(self, inputs: Inputs, output: LossOutput) -> Tensor:
         """[losses] bool: which of them made a value that isn't finite of log-probabilities that are."""
-        policy = inputs.policy
-        seen = [policy.chosen.values, policy.rejected.values] if isinstance(policy, PairLogProbs) else [policy.values]
-        names = [f"loss/{caller.choice.plugin.record.name}" for caller in self.callers]
-        parts = [output.metrics.get(name, output.losses).detach() for name in names]
-        is_good = torch.stack([values.detach().isfinite().all() for values in seen]).all()
+        parts = [output.metrics.get(name, output.losses).detach() for name in self._part_names]
+        is_good = torch.stack([values.detach().isfinite().all() for values in _tensors(inputs)]).all()
         return torch.stack([is_good & ~part.isfinite().all() for part in parts])
 
     def refuse_not_finite(self, flags: Tensor, step: int) -> None:
@@ -196,6 +223,19 @@ class Objective:
             desirable=torch.tensor(labels, device=scores.values.device),
             class_counts=self.class_counts,
         )
+
+
+def progress(step: int, total_steps: int) -> float:
+    """Where optimizer step `step` (from 0) stands in the run: 0 for the first, 1 for the last."""
+    return step / max(1, total_steps - 1)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """All tensors of numbers in nested records."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    names = getattr(type(value), "__dataclass_fields__", ())
+    return [tensor for name in names for tensor in _tensors(getattr(value, name))]
 
 
 def _detached(scores: TokenLogProbs) -> TokenLogProbs:

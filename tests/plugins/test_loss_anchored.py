@@ -278,7 +278,9 @@ def test_bco_pair_refuses_an_unknown_baseline():
 def test_anchored_record_says_what_it_needs(name):
     record = RECORDS[name]
     assert record.needs_of(record.options()) == {"reference"}
-    assert record.scope == ("step" if name == "bco_pair" else "example")
+    assert record.scope_of(record.options()) == "example"
+    if name == "bco_pair":
+        assert record.scope_of(record.options(baseline="step")) == "step"
     assert record.formula
     assert record.paper
     assert all(record.options(**variant) for variant in record.variants)

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import Source, TokenizedExample
+from qpref.schedule import Schedule
 from qpref.training import optim, run
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
@@ -236,6 +238,66 @@ def test_partner_is_cut_to_the_longest_length():
     assert joined[1].truncated == (False, True)
 
 
+def test_partner_says_something_else_where_it_can():
+    """Of yes and no alone: never its own answer, though half of all others say the same."""
+    joined = with_mismatched([make_example(number, [number % 2]) for number in range(40)], 0, 64)
+    assert all(example.branches[0] != example.branches[1] for example in joined)
+
+
+def test_partner_of_another_prompt_will_do_where_all_say_the_same():
+    joined = with_mismatched([make_example(number, [7]) for number in range(10)], 0, 64)
+    assert all(example.branches[1] == array("i", [7]) for example in joined)
+
+
+def test_held_out_file_of_one_prompt_has_partners(make_recipe, tmp_path):
+    heldout = write_jsonl(tmp_path / "held.jsonl", unpaired_rows(1, start=100))
+    recipe = make_recipe({"data.heldout": str(heldout), "train.max_steps": 1}) | {"loss": {"name": "kto"}}
+    qpref.train(recipe, output=tmp_path / "run")
+
+
+def test_pair_of_which_one_side_is_too_long_is_left_out_whole(make_trainer, tmp_path, caplog):
+    rows = preference_rows(12)
+    rows[3]["chosen"] = "It is four. " * 30
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    with caplog.at_level("INFO", logger="qpref"):
+        trainer = make_trainer({"data.train": str(data), "data.on_overflow": "drop"}, {"name": "kto"})
+    assert trainer.loss.class_counts == (11, 11)
+    assert "of 12 rows, 1 left out and 0 cut for their length" in caplog.text
+
+
+def test_cut_rows_are_counted_once(make_trainer, tmp_path, caplog):
+    rows = preference_rows(12)
+    rows[3] |= {"chosen": "It is four. " * 30, "rejected": "NOT ME! " * 40}
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    with caplog.at_level("INFO", logger="qpref"):
+        make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
+    assert "of 12 rows, 0 left out and 1 cut for their length" in caplog.text
+
+
+def test_pair_that_cutting_makes_the_same_is_refused_as_completions_too(make_recipe, tmp_path):
+    rows = preference_rows(8)
+    rows[3] |= {"chosen": "It is four. " * 40 + "Yes.", "rejected": "It is four. " * 40 + "NO!"}
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    recipe = make_recipe({"data.train": str(data), "data.on_overflow": "truncate"}) | {"loss": {"name": "kto"}}
+    with pytest.raises(DataError, match=r"long\.jsonl:4: chosen and rejected are the same in their first \d+ tokens"):
+        qpref.train(recipe, output=tmp_path / "run")
+
+
+def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp_path, caplog):
+    data = write_jsonl(tmp_path / "margins.jsonl", [row | {"margin": 0.5} for row in preference_rows(4)])
+    load_rows(make_plan(make_recipe({"data.train": str(data)}) | {"loss": {"name": "kto"}}, (), tmp_path / "run"))
+    assert "margins.jsonl: the rows' margins have no meaning for single completions" in caplog.text
+
+
+def test_completions_of_a_row_stay_in_one_held_out_window(make_trainer, monkeypatch):
+    trainer = make_trainer(None, {"name": "kto"})
+    wanted = trainer.heldout_means()
+    monkeypatch.setattr("qpref.training.loop.HELDOUT_WINDOW", 1)
+    found = trainer.heldout_means()
+    assert found["logps/accuracies"] == wanted["logps/accuracies"]
+    assert found["rewards/chosen"] == pytest.approx(wanted["rewards/chosen"], rel=1e-4)
+
+
 def test_one_prompt_alone_has_no_partners():
     with pytest.raises(DataError, match="all examples have the same prompt"):
         with_mismatched([make_example(1, [1]), make_example(1, [2])], 0, 64)
@@ -309,6 +371,26 @@ def test_mixture_reports_each_loss(make_recipe, tmp_path):
     assert "rewards/margins" in row
 
 
+def test_losses_of_one_name_are_told_apart(make_recipe, tmp_path):
+    tables = [{"name": "ipo", "beta": 0.1}, {"name": "ipo", "beta": 0.5}]
+    folder = qpref.train(make_recipe() | {"loss": tables}, output=tmp_path / "run")
+    row = next(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
+    assert (row["loss/ipo.0"], row["loss/ipo.1"]) == (pytest.approx(25.0), pytest.approx(1.0))
+
+
+def test_a_loss_is_not_blamed_for_scores_that_are_not_finite(make_trainer):
+    trainer = make_trainer(None, {"name": "kto"})
+    batch = pack(trainer.examples[:2], trainer.policy.device)
+    scores = trainer.loss.score(trainer.policy, batch)
+    spoilt = replace(scores, values=scores.values.detach().clone().requires_grad_())
+    with torch.no_grad():
+        spoilt.values[-1] = torch.nan  # of a mismatched completion
+    inputs = trainer.loss.inputs(batch, spoilt, replace(scores, values=scores.values.detach()))
+    output = trainer.loss(inputs)
+    assert not output.losses.isfinite().any()
+    assert not trainer.loss.not_finite(inputs, output).any()
+
+
 def test_mixture_in_toml_and_its_lock_file_resolve_to_the_same(make_recipe, tmp_path):
     tables = [{"name": "dpo", "beta": {"start": 0.1, "end": 0.3}}, {"name": "sft", "weight": 0.25}]
     plan = make_plan(make_recipe() | {"loss": tables}, (), tmp_path / "run")
@@ -337,6 +419,12 @@ def test_pairs_and_completions_do_not_mix(make_recipe, tmp_path):
             {"name": "dpo", "beta": {"start": 0.1, "end": 0.2, "schedule": "steps"}},
             "[loss.beta] schedule: expected 'linear' or 'cosine', got 'steps'",
         ),
+        (
+            {"name": "dpo", "beta": {"start": 0.1, "end": -1}},
+            "[loss] beta: expected greater than 0, got -1.0 (its end)",
+        ),
+        ([], "[loss] expected a table, got []"),
+        ("dpo", "[loss] expected a table, got 'dpo'"),
         ({"name": "ipo", "normalize": {"start": 0, "end": 1}}, "[loss] normalize: expected 'mean' or 'sum'"),
     ],
     ids=str,
@@ -367,6 +455,24 @@ def test_scheduled_beta_is_what_the_loss_gets(make_trainer, kind, wanted):
         trainer.progress.step += 1
     assert seen == pytest.approx(wanted, rel=1e-12)
     assert (seen[0], seen[-1]) == (0.1, 0.3)
+
+
+def test_schedule_that_leaves_an_options_range_on_the_way_is_refused_before_training(make_recipe, tmp_path):
+    """alpha = 1 is refused by the loss itself; both ends are good, and the middle of three steps is not."""
+    loss = {"name": "dpo", "divergence": "alpha", "alpha": {"start": 0.5, "end": 1.5}}
+    with pytest.raises(RecipeError, match=r"\[loss\] alpha: at step 2 of its schedule"):
+        qpref.train(make_recipe() | {"loss": loss}, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_schedule_stays_between_its_ends(kind):
+    for start, end in ((0.1, 0.3), (40.0, 40.0), (0.7, 0.1)):
+        schedule = Schedule(start=start, end=end, schedule=kind)
+        values = [schedule.at(step / 97) for step in range(98)]
+        assert (values[0], values[-1]) == (start, end)
+        assert min(start, end) <= min(values) <= max(values) <= max(start, end)
+        assert values in (sorted(values), sorted(values, reverse=True))
 
 
 def test_scheduled_run_resumes_to_the_bit(make_recipe, tmp_path):
