@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qpref.errors import RecipeError
 
 
 class Schedule(BaseModel):
@@ -39,11 +41,21 @@ class Scheduled:
     schedules: Mapping[str, Schedule]
 
     def at(self, progress: float) -> Any:
-        """The options at `progress` of the run, 0 to 1, checked like any recipe's."""
+        """The options at `progress` of the run, 0 to 1, checked like any recipe's.
+
+        Raises:
+            RecipeError: a value between the ends is out of its option's range.
+        """
         if not self.schedules:
             return self.first
         changed = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
-        return type(self.first).model_validate(self.first.model_dump() | changed)
+        try:
+            return type(self.first).model_validate(self.first.model_dump() | changed)
+        except ValidationError as error:
+            reason = error.errors()[0]
+            name = reason["loc"][0] if reason["loc"] else next(iter(changed))
+            message = reason["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"[loss] {name}: after {progress:.0%} of its schedule: {message}") from None
 
     def document(self) -> dict[str, Any]:
         """The options as TOML data."""

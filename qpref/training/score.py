@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from qpref.errors import PluginError, RecipeError
@@ -151,13 +150,7 @@ class Objective:
             RecipeError: one does, or what a loss needs changes on the way.
         """
         for step in range(total_steps):
-            try:
-                ahead = self.at(progress(step, total_steps))
-            except ValidationError as error:
-                reason = error.errors()[0]
-                raise RecipeError(
-                    f"[loss] {reason['loc'][-1]}: at step {step + 1} of its schedule: {reason['msg']}"
-                ) from None
+            ahead = self.at(progress(step, total_steps))
             if ahead is self:
                 return
             if ahead.needs != self.needs:

@@ -460,7 +460,9 @@ def test_scheduled_beta_is_what_the_loss_gets(make_trainer, kind, wanted):
 def test_schedule_that_leaves_an_options_range_on_the_way_is_refused_before_training(make_recipe, tmp_path):
     """alpha = 1 is refused by the loss itself; both ends are good, and the middle of three steps is not."""
     loss = {"name": "dpo", "divergence": "alpha", "alpha": {"start": 0.5, "end": 1.5}}
-    with pytest.raises(RecipeError, match=r"\[loss\] alpha: at step 2 of its schedule"):
+    with pytest.raises(
+        RecipeError, match=r"\[loss\] alpha: after 50% of its schedule: must be 0\.01 or more away from 1"
+    ):
         qpref.train(make_recipe() | {"loss": loss}, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
