@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
@@ -10,56 +9,36 @@ import random
 import pydantic
 import pytest
 import torch
+from loss_cases import (
+    SIDES,
+    all_finite,
+    extremes,
+    finite_difference,
+    flat_pair,
+    log_sigmoid,
+    nearby,
+    paired,
+    random_tokens,
+    runner,
+    untrained,
+)
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
 from qpref_loss_anchored import qpref_losses
 
-SIDES = ("policy chosen", "policy rejected", "reference chosen", "reference rejected")
 RECORDS = {record.name: record for record in qpref_losses()}
-
-
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
-
-
-def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
-    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, and the margin."""
-    chosen, rejected, reference_chosen, reference_rejected = (
-        scores([pair[side] for pair in pairs], dtype) for side in SIDES
-    )
-    chosen.values.requires_grad_()
-    rejected.values.requires_grad_()
-    return PairedInputs(
-        policy=PairLogProbs(chosen=chosen, rejected=rejected),
-        reference=PairLogProbs(chosen=reference_chosen, rejected=reference_rejected),
-        margin=torch.tensor([pair["margin"] for pair in pairs], dtype=dtype),
-    )
 
 
 def random_pair(rng: random.Random, longest: int = 12) -> dict:
     """Log-probabilities from -1e-8 to -20, a reference near the policy, a margin in half of the pairs."""
     pair: dict = {"margin": rng.choice([0.0, rng.uniform(-3, 3)])}
     for side in ("chosen", "rejected"):
-        tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(rng.randint(1, longest))]
+        tokens = random_tokens(rng, rng.randint(1, longest))
         pair[f"policy {side}"] = tokens
-        pair[f"reference {side}"] = [min(0.0, token + rng.gauss(0, 0.3)) for token in tokens]
+        pair[f"reference {side}"] = nearby(rng, tokens)
     return pair
 
 
-def flat_pair(chosen: float, rejected: float, reference: float = -1.0, tokens: int = 1, margin: float = 0.0) -> dict:
-    """A pair whose tokens have one log-probability on each side."""
-    values = (chosen, rejected, reference, reference)
-    return {side: [value] * tokens for side, value in zip(SIDES, values, strict=True)} | {"margin": margin}
-
-
-def run(name: str, pairs: list[dict], dtype: torch.dtype = torch.float64, **options: object) -> LossOutput:
-    record = RECORDS[name]
-    return record.build(record.options(**options))(paired(pairs, dtype))
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+run = runner(RECORDS)
 
 
 def sigmoid(x: float) -> float:
@@ -125,24 +104,9 @@ def test_anchored_gradient_is_the_finite_difference_on_1000_random_pairs(name, o
         for pair, gradient in zip(pairs, scored.values.grad.split(list(scored.lengths)), strict=True):
             token = rng.randrange(len(gradient))
             slope = finite_difference(
-                lambda moved: exact_loss(name, moved, options["beta"], delta), pair, f"policy {side}", token
+                lambda moved: exact_loss(name, moved, options["beta"], delta), pair, f"policy {side}", token, 1e-4
             )
             assert gradient[token].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
-
-
-def finite_difference(function, pair: dict, side: str, token: int, step: float = 1e-4) -> float:
-    """The central difference of a function of a pair in one of its tokens."""
-    up, down = (pair | {side: [*pair[side]]} for _ in range(2))
-    up[side][token] += step
-    down[side][token] -= step
-    return (function(up) - function(down)) / (2 * step)
-
-
-@functools.cache
-def extremes(dtype: torch.dtype) -> PairedInputs:
-    levels = (0.0, -1e-8, -1e-3, -1.0, -1e4)
-    pairs = [flat_pair(*values, tokens) for values in itertools.product(levels, repeat=3) for tokens in (1, 4096)]
-    return paired(pairs + [flat_pair(-1.0, -2.0, margin=margin) for margin in (-1e4, 1e4)], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -151,8 +115,7 @@ def test_anchored_loss_is_finite_with_a_finite_gradient_at_extremes(name, option
     inputs = extremes(dtype)
     record = RECORDS[name]
     losses = record.build(record.options(**options))(inputs).losses
-    gradients = torch.autograd.grad(losses.sum(), (inputs.policy.chosen.values, inputs.policy.rejected.values))
-    assert all(bool(value.isfinite().all()) for value in (losses, *gradients))
+    assert all_finite(losses, inputs)
 
 
 def test_nca_pair_by_hand():
@@ -211,9 +174,7 @@ def test_anchored_tail_is_kept_in_float32(name, chosen, rejected):
 @every_case
 def test_anchored_loss_starts_where_its_record_says(name, options):
     rng = random.Random(3)
-    pairs = [random_pair(rng) | {"margin": 0.0} for _ in range(8)]
-    for pair, side in itertools.product(pairs, ("chosen", "rejected")):
-        pair[f"reference {side}"] = pair[f"policy {side}"]
+    pairs = [untrained(random_pair(rng)) for _ in range(8)]
     start = RECORDS[name].starts_at(RECORDS[name].options(**options))
     assert run(name, pairs, **options).losses.tolist() == pytest.approx([start] * 8, rel=1e-12)
 

@@ -10,61 +10,25 @@ import random
 import pydantic
 import pytest
 import torch
+from loss_cases import all_finite, extremes, flat_pair, paired, random_tokens, runner, smoothed, untrained
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
 from qpref_loss_aot import qpref_losses
 
-SIDES = ("policy chosen", "policy rejected", "reference chosen", "reference rejected")
 WHO, KINDS = ("policy", "reference"), ("chosen", "rejected")
 RECORDS = {record.name: record for record in qpref_losses()}
-
-
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
-
-
-def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
-    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, and the margin."""
-    chosen, rejected, reference_chosen, reference_rejected = (
-        scores([pair[side] for pair in pairs], dtype) for side in SIDES
-    )
-    chosen.values.requires_grad_()
-    rejected.values.requires_grad_()
-    return PairedInputs(
-        policy=PairLogProbs(chosen=chosen, rejected=rejected),
-        reference=PairLogProbs(chosen=reference_chosen, rejected=reference_rejected),
-        margin=torch.tensor([pair["margin"] for pair in pairs], dtype=dtype),
-    )
 
 
 def random_pair(rng: random.Random, longest: int = 12) -> dict:
     """Log-probabilities from -1e-8 to -20, a reference that ranks otherwise, a margin in half of the pairs."""
     pair: dict = {"margin": rng.choice([0.0, rng.uniform(-3, 3)])}
     for side in ("chosen", "rejected"):
-        tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(rng.randint(1, longest))]
+        tokens = random_tokens(rng, rng.randint(1, longest))
         pair[f"policy {side}"] = tokens
         pair[f"reference {side}"] = [token * rng.uniform(0, 2) for token in tokens]
     return pair
 
 
-def flat_pair(chosen: float, rejected: float, reference: float = -1.0, tokens: int = 1, margin: float = 0.0) -> dict:
-    """A pair whose tokens have one log-probability on each side."""
-    values = (chosen, rejected, reference, reference)
-    return {side: [value] * tokens for side, value in zip(SIDES, values, strict=True)} | {"margin": margin}
-
-
-def run(name: str, pairs: list[dict], dtype: torch.dtype = torch.float64, **options: object) -> LossOutput:
-    record = RECORDS[name]
-    return record.build(record.options(**options))(paired(pairs, dtype))
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-
-def sigmoid(x: float) -> float:
-    return math.exp(log_sigmoid(x))
+run = runner(RECORDS)
 
 
 def total(pair: dict, side: str) -> float:
@@ -84,7 +48,7 @@ def exact_losses(name: str, pairs: list[dict], beta: float, label_smoothing: flo
     losses = [math.nan] * len(pairs)
     for place, row in enumerate(sorted(range(len(pairs)), key=upper.__getitem__)):
         x = beta * (upper[row] - sorted(lower)[place]) - pairs[row]["margin"]
-        losses[row] = -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+        losses[row] = smoothed(x, label_smoothing)
     return losses
 
 
@@ -144,21 +108,13 @@ def finite_difference(function, pairs: list[dict], row: int, side: str, token: i
     return (values[0] - values[1]) / (2 * step)
 
 
-@functools.cache
-def extremes(dtype: torch.dtype) -> PairedInputs:
-    levels = (0.0, -1e-8, -1e-3, -1.0, -1e4)
-    pairs = [flat_pair(*values, tokens) for values in itertools.product(levels, repeat=3) for tokens in (1, 4096)]
-    return paired(pairs + [flat_pair(-1.0, -2.0, margin=margin) for margin in (-1e4, 1e4)], dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_case
 def test_aot_is_finite_with_a_finite_gradient_at_extremes(name, options, dtype):
     inputs = extremes(dtype)
     record = RECORDS[name]
     losses = record.build(record.options(**options))(inputs).losses
-    gradients = torch.autograd.grad(losses.sum(), (inputs.policy.chosen.values, inputs.policy.rejected.values))
-    assert all(bool(value.isfinite().all()) for value in (losses, *gradients))
+    assert all_finite(losses, inputs)
     assert losses.dtype == dtype
 
 
@@ -229,9 +185,7 @@ def test_aot_keeps_the_order_of_the_step(name):
 @every_case
 def test_aot_starts_at_log_2(name, options):
     rng = random.Random(6)
-    pairs = [random_pair(rng) | {"margin": 0.0} for _ in range(8)]
-    for pair, side in itertools.product(pairs, ("chosen", "rejected")):
-        pair[f"reference {side}"] = pair[f"policy {side}"]
+    pairs = [untrained(random_pair(rng)) for _ in range(8)]
     assert run(name, pairs, **options).losses.tolist() == pytest.approx([math.log(2)] * 8, rel=1e-12)
     assert RECORDS[name].starts_at(RECORDS[name].options(**options)) == math.log(2)
 

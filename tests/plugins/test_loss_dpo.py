@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 import random
 
+import loss_cases
 import mpmath
 import pytest
 import torch
+from loss_cases import (
+    all_finite,
+    directional_slopes,
+    extreme_margins,
+    extreme_pairs,
+    losses_at,
+    nearby,
+    random_tokens,
+    scores,
+    untrained,
+)
 from pydantic import ValidationError
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
+from qpref.records import LossOutput, PairedInputs, PairLogProbs
 from qpref_loss_dpo import DpoOptions, build, qpref_losses
 
-SIDES = ("policy chosen", "policy rejected", "reference chosen", "reference rejected")
 VARIANTS = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.2},
@@ -29,25 +42,18 @@ VARIANTS = {
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 
 
-def scores(pairs: list[dict], side: str, dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    def flat(side: str) -> torch.Tensor:
-        return torch.tensor([value for pair in pairs for value in pair[side]], dtype=dtype)
-
-    squares = flat(side.replace("policy", "squares")) if side.startswith("policy") else None
-    return TokenLogProbs(values=flat(side), lengths=tuple(len(pair[side]) for pair in pairs), log_sum_squares=squares)
-
-
 def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
-    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, of log sum p^2 for the
+    """Inputs from one dict a pair: a list of token log-probabilities for each side, of log sum p^2 for the
     policy's, and the margin."""
-    chosen, rejected, reference_chosen, reference_rejected = (scores(pairs, side, dtype) for side in SIDES)
-    chosen.values.requires_grad_()
-    rejected.values.requires_grad_()
-    return PairedInputs(
-        policy=PairLogProbs(chosen=chosen, rejected=rejected),
-        reference=PairLogProbs(chosen=reference_chosen, rejected=reference_rejected),
-        margin=torch.tensor([pair["margin"] for pair in pairs], dtype=dtype),
-    )
+    plain = loss_cases.paired(pairs, dtype)
+    policy = {
+        side: dataclasses.replace(
+            getattr(plain.policy, side),
+            log_sum_squares=scores([pair[f"squares {side}"] for pair in pairs], dtype).values,
+        )
+        for side in ("chosen", "rejected")
+    }
+    return dataclasses.replace(plain, policy=PairLogProbs(**policy))
 
 
 def random_pair(rng: random.Random, longest: int = 40) -> dict:
@@ -55,22 +61,20 @@ def random_pair(rng: random.Random, longest: int = 40) -> dict:
     lengths = {"chosen": rng.randint(1, longest), "rejected": rng.randint(1, longest)}
     pair: dict = {"margin": rng.choice([0.0, rng.uniform(-3, 3)])}
     for side, length in lengths.items():
-        tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(length)]
+        tokens = random_tokens(rng, length)
         pair[f"policy {side}"] = tokens
-        pair[f"reference {side}"] = [min(0.0, token + rng.gauss(0, 0.3)) for token in tokens]
+        pair[f"reference {side}"] = nearby(rng, tokens)
         pair[f"squares {side}"] = [max(2 * token, -11.0) * rng.random() for token in tokens]
     return pair
 
 
-def flat_pair(chosen: float, rejected: float, reference: float = -1.0, tokens: int = 1, margin: float = 0.0) -> dict:
-    """A pair whose tokens have one log-probability on each side."""
-    values = {
-        side: [value] * tokens for side, value in zip(SIDES, (chosen, rejected, reference, reference), strict=True)
+def flat_pair(*values: float, **options: float) -> dict:
+    """A pair whose tokens have one log-probability on each side, and one log sum p^2."""
+    pair = loss_cases.flat_pair(*values, **options)
+    return pair | {
+        f"squares {side}": [1.5 * max(token, -11.0) for token in pair[f"policy {side}"]]
+        for side in ("chosen", "rejected")
     }
-    squares = {
-        f"squares {side}": [1.5 * max(values[f"policy {side}"][0], -11.0)] * tokens for side in ("chosen", "rejected")
-    }
-    return values | squares | {"margin": margin}
 
 
 def exact_score(log_ratio: mpmath.mpf, divergence: str, alpha: float) -> mpmath.mpf:
@@ -153,15 +157,10 @@ def test_dpo_gradient_is_the_finite_difference(options):
     inputs = paired([random_pair(rng, longest=6) for _ in range(12)])
     function = build(DpoOptions(beta=0.3, **options))
 
-    def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        policy = PairLogProbs(
-            chosen=TokenLogProbs(values=chosen, lengths=inputs.policy.chosen.lengths),
-            rejected=TokenLogProbs(values=rejected, lengths=inputs.policy.rejected.lengths),
-        )
-        return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
-
     sides = (inputs.policy.chosen.values, inputs.policy.rejected.values)
-    assert torch.autograd.gradcheck(losses, sides, eps=1e-6, rtol=1e-4, atol=1e-9)
+    assert torch.autograd.gradcheck(
+        functools.partial(losses_at, function, inputs), sides, eps=1e-6, rtol=1e-4, atol=1e-9
+    )
 
 
 @each_variant
@@ -174,24 +173,8 @@ def test_dpo_gradient_is_the_finite_difference_on_1000_random_pairs(options):
     build(DpoOptions(beta=0.3, **options))(inputs).losses.sum().backward()
     function = build(DpoOptions(beta=0.3, **options | {"wpo": False}))
     weight = torch.tensor([float(exact_weight(pair)) if options.get("wpo") else 1.0 for pair in pairs])
-    torch.manual_seed(0)
-    sides = (inputs.policy.chosen, inputs.policy.rejected)
-    directions = [torch.randn_like(side.values) for side in sides]
-
-    def moved(step: float) -> torch.Tensor:
-        chosen, rejected = (
-            TokenLogProbs(values=side.values.detach() + step * direction, lengths=side.lengths)
-            for side, direction in zip(sides, directions, strict=True)
-        )
-        policy = PairLogProbs(chosen=chosen, rejected=rejected)
-        return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
-
-    slopes = sum(
-        TokenLogProbs(values=side.values.grad * direction, lengths=side.lengths).total
-        for side, direction in zip(sides, directions, strict=True)
-    )
-    differences = weight.double() * (moved(1e-5) - moved(-1e-5)) / 2e-5
-    torch.testing.assert_close(slopes, differences, rtol=1e-4, atol=1e-7)
+    slopes, differences = directional_slopes(function, inputs, step=1e-5)
+    torch.testing.assert_close(slopes, weight.double() * differences, rtol=1e-4, atol=1e-7)
 
 
 def test_dpo_wpo_weight_has_no_gradient():
@@ -206,12 +189,7 @@ def test_dpo_wpo_weight_has_no_gradient():
     assert [record.detaches(DpoOptions(wpo=wpo)) for wpo in inputs] == [False, True]
 
 
-EXTREMES = [
-    flat_pair(chosen, rejected, reference, tokens)
-    for chosen, rejected, reference in itertools.product((0.0, -1e-8, -1e-3, -1.0, -1e4), repeat=3)
-    for tokens in (1, 4096)
-]
-EXTREMES += [flat_pair(chosen, -1.0, margin=margin) for chosen in (0.0, -1.0, -1e4) for margin in (-1e4, 1e4)]
+EXTREMES = extreme_pairs(flat_pair) + extreme_margins(flat_pair)
 # One token against many, so that LD-DPO has a tail
 EXTREMES += [
     many | {side: one[side] for side in many if "chosen" in side}
@@ -227,8 +205,7 @@ def extremes(request):
 @each_variant
 def test_dpo_is_finite_with_a_finite_gradient_at_extremes(extremes, options):
     losses = build(DpoOptions(beta=0.1, **options))(extremes).losses
-    sides = (extremes.policy.chosen.values, extremes.policy.rejected.values)
-    assert all(bool(value.isfinite().all()) for value in (losses, *torch.autograd.grad(losses.sum(), sides)))
+    assert all_finite(losses, extremes)
 
 
 @pytest.mark.parametrize("options", [{"divergence": "forward_kl"}, {"divergence": "alpha", "alpha": 3.0}])
@@ -380,8 +357,7 @@ def test_dpo_gradient_is_beta_times_how_wrong_the_pair_is():
 def test_dpo_starts_at_log_2_whatever_beta(beta, options):
     (record,) = qpref_losses()
     rng = random.Random(5)
-    pair = random_pair(rng) | {"margin": 0.0}
-    pair |= {"reference chosen": pair["policy chosen"], "reference rejected": pair["policy rejected"]}
+    pair = untrained(random_pair(rng))
     loss = dpo([pair], beta, **options).losses.item()
     assert [loss, record.starts_at(DpoOptions(beta=beta, **options))] == pytest.approx([math.log(2)] * 2, rel=1e-12)
 

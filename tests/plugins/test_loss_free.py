@@ -10,17 +10,13 @@ import random
 import pydantic
 import pytest
 import torch
+from loss_cases import finite_difference, random_tokens, runner, scores, smoothed
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
+from qpref.records import PairedInputs, PairLogProbs
 from qpref_loss_free import qpref_losses
 
 SIDES = ("chosen", "rejected")
 RECORDS = {record.name: record for record in qpref_losses()}
-
-
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
 
 
 def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
@@ -37,7 +33,7 @@ def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInput
 
 def random_pair(rng: random.Random, longest: int = 12) -> dict:
     """Log-probabilities from -1e-8 to -20, a margin in half of the pairs."""
-    tokens = {side: [-(10 ** rng.uniform(-8, 1.3)) for _ in range(rng.randint(1, longest))] for side in SIDES}
+    tokens = {side: random_tokens(rng, rng.randint(1, longest)) for side in SIDES}
     return tokens | {"margin": rng.choice([0.0, rng.uniform(-3, 3)])}
 
 
@@ -46,13 +42,7 @@ def flat_pair(chosen: float, rejected: float, tokens: int = 1, margin: float = 0
     return {"chosen": [chosen] * tokens, "rejected": [rejected] * tokens, "margin": margin}
 
 
-def run(name: str, pairs: list[dict], dtype: torch.dtype = torch.float64, **options: object) -> LossOutput:
-    record = RECORDS[name]
-    return record.build(record.options(**options))(paired(pairs, dtype))
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+run = runner(RECORDS, paired)
 
 
 def mean(tokens: list[float]) -> float:
@@ -62,10 +52,6 @@ def mean(tokens: list[float]) -> float:
 def shaped(tokens: list[float], alpha: float) -> float:
     """(1 - p^-alpha) / alpha with p^-alpha at most e^80; log p for alpha = 0."""
     return mean(tokens) if alpha == 0 else -math.expm1(min(80.0, -alpha * mean(tokens))) / alpha
-
-
-def smoothed(x: float, label_smoothing: float) -> float:
-    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 
 
 def exact_loss(name: str, pair: dict, options: dict) -> float:
@@ -127,17 +113,9 @@ def test_free_gradient_is_the_finite_difference_on_1000_random_pairs(name, optio
     for side, log_probs, values in zip(SIDES, scored, gradients, strict=True):
         for pair, gradient in zip(pairs, values.split(list(log_probs.lengths)), strict=True):
             token = rng.randrange(len(gradient))
-            slope = finite_difference(lambda moved: exact_loss(name, moved, options), pair, side, token)
+            slope = finite_difference(lambda moved: exact_loss(name, moved, options), pair, side, token, 1e-5)
             rounding = 1e-10 * abs(exact_loss(name, pair, options))  # of float64, over twice the step
             assert gradient[token].item() == pytest.approx(slope, rel=1e-5, abs=max(1e-8, rounding))
-
-
-def finite_difference(function, pair: dict, side: str, token: int, step: float = 1e-5) -> float:
-    """The central difference of a function of a pair in one of its tokens."""
-    up, down = (pair | {side: [*pair[side]]} for _ in range(2))
-    up[side][token] += step
-    down[side][token] -= step
-    return (function(up) - function(down)) / (2 * step)
 
 
 @functools.cache

@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import random
 
 import mpmath
 import pytest
 import torch
+from loss_cases import (
+    SIDES,
+    all_finite,
+    exact_total,
+    extreme_pairs,
+    flat_pair,
+    losses_at,
+    paired,
+    random_pair,
+    untrained,
+)
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
+from qpref.records import LossOutput
 from qpref_loss_ipo import IpoOptions, build, qpref_losses
-
-SIDES = ("policy chosen", "policy rejected", "reference chosen", "reference rejected")
-
-
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
-
-
-def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
-    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, and the margin."""
-    chosen, rejected, reference_chosen, reference_rejected = (
-        scores([pair[side] for pair in pairs], dtype) for side in SIDES
-    )
-    chosen.values.requires_grad_()
-    rejected.values.requires_grad_()
-    return PairedInputs(
-        policy=PairLogProbs(chosen=chosen, rejected=rejected),
-        reference=PairLogProbs(chosen=reference_chosen, rejected=reference_rejected),
-        margin=torch.tensor([pair["margin"] for pair in pairs], dtype=dtype),
-    )
-
-
-def random_pair(rng: random.Random, longest: int = 40) -> dict:
-    """Log-probabilities from -1e-8 to -20, a reference near the policy, a margin in half of the pairs."""
-    lengths = {"chosen": rng.randint(1, longest), "rejected": rng.randint(1, longest)}
-    pair: dict = {"margin": rng.choice([0.0, rng.uniform(-3, 3)])}
-    for side, length in lengths.items():
-        tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(length)]
-        pair[f"policy {side}"] = tokens
-        pair[f"reference {side}"] = [min(0.0, token + rng.gauss(0, 0.3)) for token in tokens]
-    return pair
-
-
-def flat_pair(chosen: float, rejected: float, reference: float = -1.0, tokens: int = 1, margin: float = 0.0) -> dict:
-    """A pair whose tokens have one log-probability on each side."""
-    values = (chosen, rejected, reference, reference)
-    return {side: [value] * tokens for side, value in zip(SIDES, values, strict=True)} | {"margin": margin}
 
 
 @mpmath.workdps(50)
@@ -57,9 +30,7 @@ def exact_loss(pair: dict, beta: float, normalize: str) -> mpmath.mpf:
     """(h - margin - 1 / (2 beta))^2; each side's log-ratio is divided by its own number of tokens, or not."""
 
     def log_ratio(side: str) -> mpmath.mpf:
-        ratio = mpmath.fsum(map(mpmath.mpf, pair[f"policy {side}"])) - mpmath.fsum(
-            map(mpmath.mpf, pair[f"reference {side}"])
-        )
+        ratio = exact_total(pair[f"policy {side}"]) - exact_total(pair[f"reference {side}"])
         return ratio / len(pair[f"policy {side}"]) if normalize == "mean" else ratio
 
     h = log_ratio("chosen") - log_ratio("rejected")
@@ -90,32 +61,18 @@ def test_ipo_gradient_is_the_finite_difference(normalize):
     inputs = paired([random_pair(rng, longest=6) for _ in range(12)])
     function = build(IpoOptions(beta=0.3, normalize=normalize))
 
-    def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        policy = PairLogProbs(
-            chosen=TokenLogProbs(values=chosen, lengths=inputs.policy.chosen.lengths),
-            rejected=TokenLogProbs(values=rejected, lengths=inputs.policy.rejected.lengths),
-        )
-        return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
-
     sides = (inputs.policy.chosen.values, inputs.policy.rejected.values)
-    assert torch.autograd.gradcheck(losses, sides, eps=1e-6, rtol=1e-4, atol=1e-6)
-
-
-EXTREMES = [
-    flat_pair(chosen, rejected, reference, tokens)
-    for chosen, rejected, reference in itertools.product((0.0, -1e-8, -1e-3, -1.0, -1e4), repeat=3)
-    for tokens in (1, 4096)
-]
+    assert torch.autograd.gradcheck(
+        functools.partial(losses_at, function, inputs), sides, eps=1e-6, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ipo_is_finite_with_a_finite_gradient_at_extremes(dtype, normalize):
-    inputs = paired(EXTREMES + [flat_pair(-1.0, -1.0, margin=margin) for margin in (-1e4, 1e4)], dtype)
+    inputs = paired(extreme_pairs() + [flat_pair(-1.0, -1.0, margin=margin) for margin in (-1e4, 1e4)], dtype)
     losses = build(IpoOptions(beta=0.1, normalize=normalize))(inputs).losses
-    losses.sum().backward()
-    values = (losses, inputs.policy.chosen.values.grad, inputs.policy.rejected.values.grad)
-    assert all(bool(value.isfinite().all()) for value in values)
+    assert all_finite(losses, inputs)
 
 
 def test_ipo_drives_the_log_ratio_margin_to_1_over_2_beta_and_no_further():
@@ -207,8 +164,7 @@ def test_ipo_metrics_are_detached():
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
 def test_ipo_starts_at_the_square_of_1_over_2_beta(beta, normalize):
     (record,) = qpref_losses()
-    pair = random_pair(random.Random(6)) | {"margin": 0.0}
-    pair |= {"reference chosen": pair["policy chosen"], "reference rejected": pair["policy rejected"]}
+    pair = untrained(random_pair(random.Random(6)))
     loss = ipo([pair], beta, normalize).losses.item()
     assert [loss, record.starts_at(IpoOptions(beta=beta))] == pytest.approx([1 / (4 * beta**2)] * 2, rel=1e-12)
 

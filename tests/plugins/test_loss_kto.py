@@ -10,10 +10,11 @@ from fractions import Fraction
 import mpmath
 import pytest
 import torch
+from loss_cases import exact_total, nudged, random_tokens, scores
 from pydantic import ValidationError
 
 from qpref.hooks.types import UnpairedLoss
-from qpref.records import LossOutput, TokenLogProbs, UnpairedInputs
+from qpref.records import LossOutput, UnpairedInputs
 from qpref_loss_kto import class_weights, qpref_losses
 
 SIDES = ("policy", "reference", "mismatched_policy", "mismatched_reference")
@@ -24,11 +25,6 @@ LOSSES = ("kto", "apo_zero_unpaired")
 def record(name: str) -> UnpairedLoss:
     (found,) = (loss for loss in qpref_losses() if loss.name == name)
     return found
-
-
-def scores(rows: list[list[float]], dtype: torch.dtype) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
 
 
 def unpaired(
@@ -45,7 +41,7 @@ def random_example(rng: random.Random, longest: int = 40, drift: float = 0.0) ->
     """Log-probabilities from -1e-8 to -20, a reference near the policy; drift sets where kl lies."""
     example: dict = {"label": rng.random() < 0.5}
     for prefix, off in (("", 0.0), ("mismatched_", drift)):
-        tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(rng.randint(1, longest))]
+        tokens = random_tokens(rng, rng.randint(1, longest))
         example[f"{prefix}policy"] = tokens
         example[f"{prefix}reference"] = [min(0.0, token - off + rng.gauss(0, 0.3)) for token in tokens]
     return example
@@ -59,17 +55,13 @@ def flat_example(
     return {side: [value] * tokens for side, value in zip(SIDES, values, strict=True)} | {"label": label}
 
 
-def total(tokens: list[float]) -> mpmath.mpf:
-    return mpmath.fsum(map(mpmath.mpf, tokens))
-
-
 def one_minus_sigmoid(x: mpmath.mpf) -> mpmath.mpf:
     return 1 / (1 + mpmath.exp(x))
 
 
 @mpmath.workdps(50)
 def exact_kl(examples: list[dict]) -> mpmath.mpf:
-    ratios = [total(row["mismatched_policy"]) - total(row["mismatched_reference"]) for row in examples]
+    ratios = [exact_total(row["mismatched_policy"]) - exact_total(row["mismatched_reference"]) for row in examples]
     return max(mpmath.mpf(0), mpmath.fsum(ratios) / len(ratios))
 
 
@@ -81,7 +73,8 @@ def exact_losses(
     kl = exact_kl(examples) if name == "kto" else mpmath.mpf(0)
     losses = []
     for example in examples:
-        reward, factor = total(example["policy"]) - total(example["reference"]), weights[0 if example["label"] else 1]
+        reward = exact_total(example["policy"]) - exact_total(example["reference"])
+        factor = weights[0 if example["label"] else 1]
         distance = reward - kl if example["label"] else kl - reward
         exact_factor = mpmath.mpf(factor.numerator) / factor.denominator
         losses.append(exact_factor * one_minus_sigmoid(mpmath.mpf(beta) * distance))
@@ -141,16 +134,11 @@ def test_gradient_is_the_central_difference_on_1000_random_examples(name):
     compute(name, inputs, **options).losses.sum().backward()
     for place in range(3):
         up, down = (
-            compute(name, unpaired([nudged(row, place, step) for row in examples], class_counts=(2, 3)), **options)
-            for step in (1e-6, -1e-6)
+            [row | {"policy": nudged(row["policy"], place, step)} for row in examples] for step in (1e-6, -1e-6)
         )
-        measured = ((up.losses - down.losses) / 2e-6).detach()
+        up, down = (compute(name, unpaired(rows, class_counts=(2, 3)), **options).losses for rows in (up, down))
+        measured = ((up - down) / 2e-6).detach()
         torch.testing.assert_close(inputs.policy.values.grad.view(1000, 3)[:, place], measured, rtol=1e-4, atol=1e-8)
-
-
-def nudged(example: dict, place: int, step: float) -> dict:
-    tokens = [token + step * (number == place) for number, token in enumerate(example["policy"])]
-    return example | {"policy": tokens}
 
 
 EXTREMES = [

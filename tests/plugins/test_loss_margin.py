@@ -5,7 +5,7 @@ z is beta h less the row's margin, h the difference of the two responses' log-ra
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -13,13 +13,24 @@ from collections.abc import Callable
 import mpmath
 import pytest
 import torch
+from loss_cases import (
+    SIDES,
+    all_finite,
+    directional_slopes,
+    extreme_margins,
+    extreme_pairs,
+    flat_pair,
+    losses_at,
+    paired,
+    random_pair,
+    untrained,
+)
 from pydantic import ValidationError
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
+from qpref.records import LossOutput, PairedInputs
 from qpref_loss_margin import qpref_losses
 
 RECORDS = {record.name: record for record in qpref_losses()}
-SIDES = ("policy chosen", "policy rejected", "reference chosen", "reference rejected")
 CASES = [
     ("hinge", {}),
     ("robust", {}),
@@ -38,42 +49,6 @@ each_case = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=[" ".join([name, *map(str, options.values())]) for name, options in CASES]
 )
 each_loss = pytest.mark.parametrize("name", RECORDS)
-
-
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
-
-
-def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
-    """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES, and the margin."""
-    chosen, rejected, reference_chosen, reference_rejected = (
-        scores([pair[side] for pair in pairs], dtype) for side in SIDES
-    )
-    chosen.values.requires_grad_()
-    rejected.values.requires_grad_()
-    return PairedInputs(
-        policy=PairLogProbs(chosen=chosen, rejected=rejected),
-        reference=PairLogProbs(chosen=reference_chosen, rejected=reference_rejected),
-        margin=torch.tensor([pair["margin"] for pair in pairs], dtype=dtype),
-    )
-
-
-def random_pair(rng: random.Random, longest: int = 40) -> dict:
-    """Log-probabilities from -1e-8 to -20, a reference near the policy, a margin in half of the pairs."""
-    lengths = {"chosen": rng.randint(1, longest), "rejected": rng.randint(1, longest)}
-    pair: dict = {"margin": rng.choice([0.0, rng.uniform(-3, 3)])}
-    for side, length in lengths.items():
-        tokens = [-(10 ** rng.uniform(-8, 1.3)) for _ in range(length)]
-        pair[f"policy {side}"] = tokens
-        pair[f"reference {side}"] = [min(0.0, token + rng.gauss(0, 0.3)) for token in tokens]
-    return pair
-
-
-def flat_pair(chosen: float, rejected: float, reference: float = -1.0, tokens: int = 1, margin: float = 0.0) -> dict:
-    """A pair whose tokens have one log-probability on each side."""
-    values = (chosen, rejected, reference, reference)
-    return {side: [value] * tokens for side, value in zip(SIDES, values, strict=True)} | {"margin": margin}
 
 
 def built(name: str, options: dict) -> Callable[[PairedInputs], LossOutput]:
@@ -151,23 +126,8 @@ def test_gradient_is_the_finite_difference_on_1000_random_pairs(name, options):
     inputs = paired([random_pair(rng, longest=20) for _ in range(1000)])
     function = built(name, options)
     function(inputs).losses.sum().backward()
-    torch.manual_seed(0)
-    sides = (inputs.policy.chosen, inputs.policy.rejected)
-    directions = [torch.randn_like(side.values) for side in sides]
-
-    def moved(step: float) -> torch.Tensor:
-        chosen, rejected = (
-            TokenLogProbs(values=side.values.detach() + step * direction, lengths=side.lengths)
-            for side, direction in zip(sides, directions, strict=True)
-        )
-        policy = PairLogProbs(chosen=chosen, rejected=rejected)
-        return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
-
-    slopes = sum(
-        TokenLogProbs(values=side.values.grad * direction, lengths=side.lengths).total
-        for side, direction in zip(sides, directions, strict=True)
-    )
-    torch.testing.assert_close(slopes, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-4, atol=1e-7)
+    slopes, differences = directional_slopes(function, inputs, step=1e-6)
+    torch.testing.assert_close(slopes, differences, rtol=1e-4, atol=1e-7)
 
 
 @each_case
@@ -176,36 +136,22 @@ def test_gradient_of_every_token_is_the_finite_difference(name, options):
     inputs = paired([random_pair(rng, longest=5) for _ in range(12)])
     function = built(name, options)
 
-    def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        policy = PairLogProbs(
-            chosen=TokenLogProbs(values=chosen, lengths=inputs.policy.chosen.lengths),
-            rejected=TokenLogProbs(values=rejected, lengths=inputs.policy.rejected.lengths),
-        )
-        return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
-
     sides = (inputs.policy.chosen.values, inputs.policy.rejected.values)
-    assert torch.autograd.gradcheck(losses, sides, eps=1e-6, rtol=1e-4, atol=1e-7)
-
-
-EXTREMES = [
-    flat_pair(chosen, rejected, reference, tokens)
-    for chosen, rejected, reference in itertools.product((0.0, -1e-8, -1e-3, -1.0, -1e4), repeat=3)
-    for tokens in (1, 4096)
-]
-EXTREMES += [flat_pair(chosen, -1.0, margin=margin) for chosen in (0.0, -1.0, -1e4) for margin in (-1e4, 1e4)]
+    assert torch.autograd.gradcheck(
+        functools.partial(losses_at, function, inputs), sides, eps=1e-6, rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
 def extremes(request):
-    return paired(EXTREMES, request.param)
+    return paired(extreme_pairs() + extreme_margins(), request.param)
 
 
 @each_case
 def test_loss_is_finite_with_a_finite_gradient_at_extremes(extremes, name, options):
     losses = built(name, options)(extremes).losses
-    sides = (extremes.policy.chosen.values, extremes.policy.rejected.values)
     assert losses.dtype == extremes.margin.dtype
-    assert all(bool(value.isfinite().all()) for value in (losses, *torch.autograd.grad(losses.sum(), sides)))
+    assert all_finite(losses, extremes)
 
 
 @pytest.mark.parametrize(
@@ -353,8 +299,7 @@ def test_rewards_are_beta_times_the_log_ratios(name):
 
 @each_case
 def test_loss_starts_where_its_record_says(name, options):
-    pair = random_pair(random.Random(6)) | {"margin": 0.0}
-    pair |= {"reference chosen": pair["policy chosen"], "reference rejected": pair["policy rejected"]}
+    pair = untrained(random_pair(random.Random(6)))
     record = RECORDS[name]
     if name == "rpo":
         assert record.starts_at is None

@@ -9,30 +9,28 @@ import random
 import mpmath
 import pytest
 import torch
+from loss_cases import all_finite, exact_total, nudged, random_tokens, scores
 from pydantic import ValidationError
 
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
+from qpref.records import LossOutput, PairedInputs, PairLogProbs
 from qpref_loss_orpo import OrpoOptions, build, log1mexp, qpref_losses
 
 SIDES = ("chosen", "rejected", "prompt")
 BETAS = (0.01, 0.1, 0.5, 2.0)
 
 
-def scores(rows: list[list[float]], dtype: torch.dtype = torch.float64) -> TokenLogProbs:
-    values = torch.tensor([value for row in rows for value in row], dtype=dtype).requires_grad_()
-    return TokenLogProbs(values=values, lengths=tuple(map(len, rows)))
-
-
 def paired(pairs: list[dict], dtype: torch.dtype = torch.float64) -> PairedInputs:
     """Inputs from one dict a pair: a list of token log-probabilities for each of SIDES."""
-    policy = PairLogProbs(**{side: scores([pair[side] for pair in pairs], dtype) for side in SIDES})
-    return PairedInputs(policy=policy, reference=None, margin=torch.zeros(len(pairs), dtype=dtype))
+    policy = {side: scores([pair[side] for pair in pairs], dtype) for side in SIDES}
+    for side in policy.values():
+        side.values.requires_grad_()
+    return PairedInputs(policy=PairLogProbs(**policy), reference=None, margin=torch.zeros(len(pairs), dtype=dtype))
 
 
 def random_pair(rng: random.Random, longest: int = 40) -> dict:
     """Log-probabilities from -1e-8 to -20, so that a short response may be certain; the prompt may have one token."""
     lengths = {"chosen": rng.randint(1, longest), "rejected": rng.randint(1, longest), "prompt": rng.randint(0, 20)}
-    return {side: [-(10 ** rng.uniform(-8, 1.3)) for _ in range(length)] for side, length in lengths.items()}
+    return {side: random_tokens(rng, length) for side, length in lengths.items()}
 
 
 def flat_pair(chosen: float, rejected: float, tokens: int = 1, prompt: float = -1.0) -> dict:
@@ -40,7 +38,7 @@ def flat_pair(chosen: float, rejected: float, tokens: int = 1, prompt: float = -
 
 
 def mean(tokens: list[float]) -> mpmath.mpf:
-    return mpmath.fsum(map(mpmath.mpf, tokens)) / len(tokens)
+    return exact_total(tokens) / len(tokens)
 
 
 @mpmath.workdps(50)
@@ -110,10 +108,6 @@ def test_orpo_gradient_is_the_central_difference_on_1000_random_pairs(nll):
         torch.testing.assert_close(slopes.view(1000, 3)[:, place], measured.detach(), rtol=1e-4, atol=1e-8)
 
 
-def nudged(tokens: list[float], place: int, step: float) -> list[float]:
-    return [token + step * (number == place) for number, token in enumerate(tokens)]
-
-
 EXTREMES = [
     flat_pair(chosen, rejected, tokens, prompt)
     for chosen, rejected, prompt in itertools.product((0.0, -1e-8, -1e-6, -1e-3, -1.0, -1e4), repeat=3)
@@ -127,9 +121,7 @@ EXTREMES = [
 def test_orpo_is_finite_with_a_finite_gradient_at_extremes(dtype, nll):
     inputs = paired(EXTREMES, dtype)
     losses = build(OrpoOptions(nll=nll))(inputs).losses
-    losses.sum().backward()
-    values = (losses, inputs.policy.chosen.values.grad, inputs.policy.rejected.values.grad)
-    assert all(bool(value.isfinite().all()) for value in values)
+    assert all_finite(losses, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
