@@ -19,7 +19,7 @@ from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import PackedBatch, TokenizedExample
-from qpref.training.score import Objective
+from qpref.training.objective import Objective
 
 log = logging.getLogger("qpref")
 

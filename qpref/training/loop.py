@@ -19,9 +19,10 @@ from qpref.policy.reference import ReferenceMemory, frozen
 from qpref.recipe import Recipe
 from qpref.records import MetricRow, PackedBatch, Source, TokenizedExample, TokenLogProbs
 from qpref.training import optim
+from qpref.training.inputs import Inputs, example_metrics, joined_inputs
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
-from qpref.training.score import Inputs, Objective, example_metrics, joined_inputs, progress, reference_scores
+from qpref.training.objective import Objective, progress
 
 log = logging.getLogger("qpref")
 
@@ -152,7 +153,7 @@ class Trainer:
             return
         for members in parts:
             batch = pack(members, self.policy.device)
-            reference = reference_scores(self.policy, batch, self.memory)
+            reference = self._reference(batch)
             inputs = self.loss.inputs(batch, self.loss.score(self.policy, batch), reference)
             self._backward(inputs, batch.weight, len(examples))
 
@@ -164,7 +165,7 @@ class Trainer:
         2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3).
         """
         batches = [pack(members, self.policy.device) for members in parts]
-        references = [reference_scores(self.policy, batch, self.memory) for batch in batches]
+        references = [self._reference(batch) for batch in batches]
         leaves = []
         with torch.no_grad():
             for place, batch in enumerate(batches):
@@ -176,6 +177,10 @@ class Trainer:
         self._backward(inputs, torch.cat([batch.weight for batch in batches]), sum(map(len, parts)))
         for place, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
             self._score_again(batch, place).values.backward(leaf.values.grad)
+
+    def _reference(self, batch: PackedBatch) -> TokenLogProbs | None:
+        """The reference's scores, before the policy's: its pass leaves no graph behind. None for losses without one."""
+        return None if self.memory is None else self.memory.logprobs(self.policy, batch)
 
     def _score_again(self, batch: PackedBatch, place: int) -> TokenLogProbs:
         """The policy's scores of a step's micro-batch, with the same dropout whenever it is asked."""
@@ -253,7 +258,7 @@ class Trainer:
         scored = []
         for members in parts:
             batch = pack(members, self.policy.device)
-            reference = reference_scores(self.policy, batch, self.memory)
+            reference = self._reference(batch)
             scored.append(self.loss.inputs(batch, self.loss.score(self.policy, batch), reference))
         inputs = joined_inputs(scored)
         metrics = dict(example_metrics(inputs, self.loss(inputs)))

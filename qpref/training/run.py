@@ -35,7 +35,7 @@ from qpref.training import checkpoint, invariants, optim
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer, refuse_empty_steps
 from qpref.training.metrics import Averages, Recorder
-from qpref.training.score import Objective
+from qpref.training.objective import Objective
 
 log = logging.getLogger("qpref")
 

@@ -26,7 +26,7 @@ from qpref.records import LossOutput, PairedInputs, TokenizedExample
 from qpref.training import optim, run
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
-from qpref.training.score import LossCaller, Objective
+from qpref.training.objective import LossCaller, Objective
 
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
 

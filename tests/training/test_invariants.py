@@ -26,7 +26,7 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import LossOutput, Source, TokenizedExample
 from qpref.training import invariants, optim, run
-from qpref.training.score import LossCaller, Objective
+from qpref.training.objective import LossCaller, Objective
 
 FLOAT32 = {"model.quantization": "none", "model.dtype": "float32"}
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}

@@ -33,7 +33,7 @@ import qpref
 from qpref import fsio
 from qpref.errors import CheckpointError, NonFiniteError, RecipeError, RunLockedError, StoppedBySignal
 from qpref.records import LossOutput
-from qpref.training import checkpoint, optim, run, score
+from qpref.training import checkpoint, objective, optim, run
 from qpref.training.folder import claimed
 from qpref.training.metrics import Recorder
 
@@ -224,7 +224,7 @@ def test_nf4_run_resumes_to_the_bit(make_toy, tmp_path):
 
 def test_infinite_metric_in_a_half_full_window_survives_the_save(make_toy, tmp_path, monkeypatch):
     # JSON has no infinity: the window's sum has to be saved all the same. Step 1 is spoilt, the row comes after step 2.
-    spoilt, real = [], score.LossCaller.__call__
+    spoilt, real = [], objective.LossCaller.__call__
 
     def infinite_once(loss, inputs):
         output = real(loss, inputs)
@@ -233,7 +233,7 @@ def test_infinite_metric_in_a_half_full_window_survives_the_save(make_toy, tmp_p
             return replace(output, metrics={**output.metrics, "rewards/chosen": output.losses.detach() * torch.inf})
         return output
 
-    monkeypatch.setattr(score.LossCaller, "__call__", infinite_once)
+    monkeypatch.setattr(objective.LossCaller, "__call__", infinite_once)
     train_until(make_toy(), tmp_path / "run", after_save(1))
     qpref.train(make_toy(), output=tmp_path / "run", resume=True)
     rewards = [row["rewards/chosen"] for row in rows_of(tmp_path / "run") if row["split"] == "train"]
@@ -242,7 +242,7 @@ def test_infinite_metric_in_a_half_full_window_survives_the_save(make_toy, tmp_p
 
 def test_third_non_finite_step_in_a_row_stops_the_run_across_a_resume(make_toy, tmp_path, monkeypatch):
     # Every step from the third on is spoilt; the run dies after the fourth and has one more before it gives up.
-    begun, real_seed, real_loss = [], optim.seed_step, score.LossCaller.__call__
+    begun, real_seed, real_loss = [], optim.seed_step, objective.LossCaller.__call__
 
     def seed_step(seed: int, step: int, microbatch: int = 0) -> None:
         begun.append(step)
@@ -255,7 +255,7 @@ def test_third_non_finite_step_in_a_row_stops_the_run_across_a_resume(make_toy, 
         return replace(output, losses=steep) if bad else output
 
     monkeypatch.setattr(optim, "seed_step", seed_step)
-    monkeypatch.setattr(score.LossCaller, "__call__", spoilt)
+    monkeypatch.setattr(objective.LossCaller, "__call__", spoilt)
     train_until(make_toy(), tmp_path / "run", after_save(4))
     with pytest.raises(NonFiniteError, match="step 5: the gradient was not finite 3 times in a row"):
         qpref.train(make_toy(), output=tmp_path / "run", resume=True)

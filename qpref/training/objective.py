@@ -1,8 +1,8 @@
-"""One micro-batch from tokens to loss values: the policy's scores, the reference's, the loss plugins' verdict."""
+"""What is minimized: the loss plugins that a recipe chose, called and held to their contract."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,9 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks.types import PairedLoss
 from qpref.plan import Choice, LossChoice
 from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs, pair_logprobs, sequences
-from qpref.policy.reference import ReferenceMemory
-from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
-
-Inputs = PairedInputs | UnpairedInputs
+from qpref.policy.logprobs import completion_logprobs
+from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
+from qpref.training.inputs import Inputs, paired_inputs, tensors_of, unpaired_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +173,7 @@ class Objective:
     def not_finite(self, inputs: Inputs, output: LossOutput) -> Tensor:
         """[losses] bool: which of them made a value that isn't finite of log-probabilities that are."""
         parts = [output.metrics.get(name, output.losses).detach() for name in self._part_names]
-        is_good = torch.stack([values.detach().isfinite().all() for values in _tensors(inputs)]).all()
+        is_good = torch.stack([values.detach().isfinite().all() for values in tensors_of(inputs)]).all()
         return torch.stack([is_good & ~part.isfinite().all() for part in parts])
 
     def refuse_not_finite(self, flags: Tensor, step: int) -> None:
@@ -198,99 +196,11 @@ class Objective:
     def inputs(self, batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs | None) -> Inputs:
         """What the losses see of a batch's scores."""
         if self.is_paired:
-            return PairedInputs(
-                policy=pair_logprobs(scores, "prompt" in self.needs),
-                reference=None if reference is None else pair_logprobs(reference),
-                margin=batch.margin,
-            )
+            return paired_inputs(batch, scores, reference, prompts="prompt" in self.needs)
         partners = "mismatched" in self.needs
-        step = 2 if partners else 1
-        own, others = slice(0, None, step), slice(1, None, step)
-        mismatched = sequences(scores, others) if partners else None
-        labels = [bool(example.label) for example in batch.examples]
-        return UnpairedInputs(
-            policy=sequences(scores, own),
-            reference=None if reference is None else sequences(reference, own),
-            mismatched_policy=None if mismatched is None else _detached(mismatched),
-            mismatched_reference=None if reference is None or not partners else sequences(reference, others),
-            desirable=torch.tensor(labels, device=scores.values.device),
-            class_counts=self.class_counts,
-        )
+        return unpaired_inputs(batch, scores, reference, self.class_counts, partners=partners)
 
 
 def progress(step: int, total_steps: int) -> float:
     """Where optimizer step `step` (from 0) stands in the run: 0 for the first, 1 for the last."""
     return step / max(1, total_steps - 1)
-
-
-def _tensors(value: object) -> list[Tensor]:
-    """All tensors of numbers in nested records."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    names = getattr(type(value), "__dataclass_fields__", ())
-    return [tensor for name in names for tensor in _tensors(getattr(value, name))]
-
-
-def _detached(scores: TokenLogProbs) -> TokenLogProbs:
-    return TokenLogProbs(values=scores.values.detach(), lengths=scores.lengths, log_sum_squares=scores.log_sum_squares)
-
-
-def reference_scores(policy: Policy, batch: PackedBatch, memory: ReferenceMemory | None) -> TokenLogProbs | None:
-    """The reference's scores, before the policy's: its pass leaves no graph behind. None for losses without one."""
-    return None if memory is None else memory.logprobs(policy, batch)
-
-
-def joined_inputs(parts: Sequence[Inputs]) -> Inputs:
-    """The inputs of several micro-batches as those of one batch."""
-    first = parts[0]
-    if isinstance(first, PairedInputs):
-        pairs = [part for part in parts if isinstance(part, PairedInputs)]
-        references = [part.reference for part in pairs if part.reference is not None]
-        return PairedInputs(
-            policy=_joined_pairs([part.policy for part in pairs]),
-            reference=_joined_pairs(references) if references else None,
-            margin=torch.cat([part.margin for part in pairs]),
-        )
-    singles = [part for part in parts if isinstance(part, UnpairedInputs)]
-    return UnpairedInputs(
-        policy=_joined([part.policy for part in singles]),
-        reference=_joined_or_none([part.reference for part in singles]),
-        mismatched_policy=_joined_or_none([part.mismatched_policy for part in singles]),
-        mismatched_reference=_joined_or_none([part.mismatched_reference for part in singles]),
-        desirable=torch.cat([part.desirable for part in singles]),
-        class_counts=first.class_counts,
-    )
-
-
-def _joined_pairs(parts: Sequence[PairLogProbs]) -> PairLogProbs:
-    return PairLogProbs(
-        chosen=_joined([part.chosen for part in parts]),
-        rejected=_joined([part.rejected for part in parts]),
-        prompt=_joined_or_none([part.prompt for part in parts]),
-    )
-
-
-def _joined_or_none(parts: Sequence[TokenLogProbs | None]) -> TokenLogProbs | None:
-    present = [part for part in parts if part is not None]
-    return _joined(present) if present else None
-
-
-def _joined(parts: Sequence[TokenLogProbs]) -> TokenLogProbs:
-    squares = [part.log_sum_squares for part in parts if part.log_sum_squares is not None]
-    return TokenLogProbs(
-        values=torch.cat([part.values for part in parts]),
-        lengths=tuple(length for part in parts for length in part.lengths),
-        log_sum_squares=torch.cat(squares) if squares else None,
-    )
-
-
-def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:
-    """[N] metrics of a batch: the losses' own, and what the core knows of any loss. NaN where undefined."""
-    if isinstance(inputs, PairedInputs):
-        chosen, rejected = inputs.policy.chosen.total.detach(), inputs.policy.rejected.total.detach()
-    else:
-        totals = inputs.policy.total.detach()
-        undefined = torch.full_like(totals, torch.nan)
-        chosen = totals.where(inputs.desirable, undefined)
-        rejected = totals.where(~inputs.desirable, undefined)
-    return {"loss": output.losses.detach(), **output.metrics, "logps/chosen": chosen, "logps/rejected": rejected}

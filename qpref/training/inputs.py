@@ -1,0 +1,125 @@
+"""What losses see of a micro-batch's scores, of several at once, and what the core itself says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qpref.policy.logprobs import pair_logprobs, sequences
+from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+
+Inputs = PairedInputs | UnpairedInputs
+
+
+def paired_inputs(
+    batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs | None, prompts: bool
+) -> PairedInputs:
+    """The inputs of a paired loss.
+
+    Args:
+        scores: the policy's, of both branches of each example, then of the prompts where `prompts` says so.
+        reference: the same of the reference, without prompts.
+    """
+    return PairedInputs(
+        policy=pair_logprobs(scores, prompts),
+        reference=None if reference is None else pair_logprobs(reference),
+        margin=batch.margin,
+    )
+
+
+def unpaired_inputs(
+    batch: PackedBatch,
+    scores: TokenLogProbs,
+    reference: TokenLogProbs | None,
+    class_counts: tuple[int, int],
+    partners: bool,
+) -> UnpairedInputs:
+    """The inputs of an unpaired loss.
+
+    Args:
+        scores: the policy's, of each example's completion, and of its mismatched partner where `partners` says so.
+        reference: the same of the reference.
+        class_counts: desirable and undesirable training examples.
+    """
+    step = 2 if partners else 1
+    own, others = slice(0, None, step), slice(1, None, step)
+    mismatched = sequences(scores, others) if partners else None
+    labels = [bool(example.label) for example in batch.examples]
+    return UnpairedInputs(
+        policy=sequences(scores, own),
+        reference=None if reference is None else sequences(reference, own),
+        mismatched_policy=None if mismatched is None else _detached(mismatched),
+        mismatched_reference=None if reference is None or not partners else sequences(reference, others),
+        desirable=torch.tensor(labels, device=scores.values.device),
+        class_counts=class_counts,
+    )
+
+
+def _detached(scores: TokenLogProbs) -> TokenLogProbs:
+    return TokenLogProbs(values=scores.values.detach(), lengths=scores.lengths, log_sum_squares=scores.log_sum_squares)
+
+
+def joined_inputs(parts: Sequence[Inputs]) -> Inputs:
+    """The inputs of several micro-batches as those of one batch."""
+    first = parts[0]
+    if isinstance(first, PairedInputs):
+        pairs = [part for part in parts if isinstance(part, PairedInputs)]
+        references = [part.reference for part in pairs if part.reference is not None]
+        return PairedInputs(
+            policy=_joined_pairs([part.policy for part in pairs]),
+            reference=_joined_pairs(references) if references else None,
+            margin=torch.cat([part.margin for part in pairs]),
+        )
+    singles = [part for part in parts if isinstance(part, UnpairedInputs)]
+    return UnpairedInputs(
+        policy=_joined([part.policy for part in singles]),
+        reference=_joined_or_none([part.reference for part in singles]),
+        mismatched_policy=_joined_or_none([part.mismatched_policy for part in singles]),
+        mismatched_reference=_joined_or_none([part.mismatched_reference for part in singles]),
+        desirable=torch.cat([part.desirable for part in singles]),
+        class_counts=first.class_counts,
+    )
+
+
+def _joined_pairs(parts: Sequence[PairLogProbs]) -> PairLogProbs:
+    return PairLogProbs(
+        chosen=_joined([part.chosen for part in parts]),
+        rejected=_joined([part.rejected for part in parts]),
+        prompt=_joined_or_none([part.prompt for part in parts]),
+    )
+
+
+def _joined_or_none(parts: Sequence[TokenLogProbs | None]) -> TokenLogProbs | None:
+    present = [part for part in parts if part is not None]
+    return _joined(present) if present else None
+
+
+def _joined(parts: Sequence[TokenLogProbs]) -> TokenLogProbs:
+    squares = [part.log_sum_squares for part in parts if part.log_sum_squares is not None]
+    return TokenLogProbs(
+        values=torch.cat([part.values for part in parts]),
+        lengths=tuple(length for part in parts for length in part.lengths),
+        log_sum_squares=torch.cat(squares) if squares else None,
+    )
+
+
+def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:
+    """[N] metrics of a batch: the losses' own, and what the core knows of any loss. NaN where undefined."""
+    if isinstance(inputs, PairedInputs):
+        chosen, rejected = inputs.policy.chosen.total.detach(), inputs.policy.rejected.total.detach()
+    else:
+        totals = inputs.policy.total.detach()
+        undefined = torch.full_like(totals, torch.nan)
+        chosen = totals.where(inputs.desirable, undefined)
+        rejected = totals.where(~inputs.desirable, undefined)
+    return {"loss": output.losses.detach(), **output.metrics, "logps/chosen": chosen, "logps/rejected": rejected}
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """All tensors of numbers in nested records."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    names = getattr(type(value), "__dataclass_fields__", ())
+    return [tensor for name in names for tensor in tensors_of(getattr(value, name))]
