@@ -60,7 +60,7 @@ class Trainer:
         recorder: where rows go.
         save: writes a checkpoint of the present state.
         should_stop: whether a signal asked the run to stop; looked at between steps.
-        suspicions: of the present step, which losses made values that are not finite; read where its gradient is not.
+        suspicions: of the present step, which losses made values that are not finite.
     """
 
     recipe: Recipe
@@ -130,11 +130,11 @@ class Trainer:
         if step == 0:
             check_gradients(self.policy)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm).item()
+        length = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm)
+        norm, *faults = torch.cat([length[None], torch.stack(self.suspicions).any(0)]).tolist()  # one copy to the host
+        self.loss.refuse_not_finite(faults, step + 1)
         rate = optim.learning_rate(train, step, self.total_steps)
-        if not math.isfinite(norm):
-            self.loss.refuse_not_finite(torch.stack(self.suspicions).any(0), step + 1)
-        else:
+        if math.isfinite(norm):
             optim.set_learning_rate(self.optimizer, rate)
             self.scaler.step(self.optimizer)
         self._count_nonfinite(norm)

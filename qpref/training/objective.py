@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,13 +176,13 @@ class Objective:
         is_good = torch.stack([values.detach().isfinite().all() for values in tensors_of(inputs)]).all()
         return torch.stack([is_good & ~part.isfinite().all() for part in parts])
 
-    def refuse_not_finite(self, flags: Tensor, step: int) -> None:
-        """Stop where a loss was found out by `not_finite`.
+    def refuse_not_finite(self, faults: Sequence[float], step: int) -> None:
+        """Stop where `not_finite` found a loss out; `faults` has a number for each, 0 for a good one.
 
         Raises:
             PluginError: names it.
         """
-        for caller, bad in zip(self.callers, flags.tolist(), strict=True):
+        for caller, bad in zip(self.callers, faults, strict=True):
             if bad:
                 raise _broken(
                     caller.choice, f"returned a value that is not finite at step {step}, of log-probabilities that are"

@@ -251,6 +251,7 @@ FAULTS = {
     "nan": lambda losses: losses * torch.nan,
     "inf": lambda losses: losses * torch.inf,
     "-inf": lambda losses: losses * -torch.inf,
+    "nan, with a slope that is finite": lambda losses: losses + (losses * torch.nan).detach(),
 }
 WHOLE_STEPS = {"train.tokens_per_microbatch": 10_000, "data.heldout": None}
 
