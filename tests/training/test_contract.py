@@ -1,4 +1,4 @@
-"""A run learns what its data prefer; a loss that breaks its contract ends it by name."""
+"""A loss that breaks its contract ends a run by name, whichever way the run was started."""
 
 from __future__ import annotations
 
@@ -10,60 +10,9 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-import torch
-from conftest import preference_rows, write_jsonl
 
 import qpref
 from qpref.errors import PluginError
-
-
-def heldout_rows(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["split"] == "eval"]
-
-
-# Learning.
-
-
-@pytest.fixture(scope="module", params=["dpo", "ipo", "orpo", "kto"])
-def learned(request, make_base, tmp_path_factory) -> list[dict]:
-    """Held-out rows of an NF4 bf16 run: 48 pairs in which the calm answer is preferred, 24 steps; 40 pairs held out."""
-    folder = tmp_path_factory.mktemp(request.param)
-    recipe = {
-        "model": {"base": str(make_base(dtype=torch.bfloat16)), "quantization": "nf4", "dtype": "bf16"},
-        "adapter": {"rank": 8, "alpha": 16},
-        "data": {
-            "train": str(write_jsonl(folder / "train.jsonl", preference_rows(48))),
-            "heldout": str(write_jsonl(folder / "heldout.jsonl", preference_rows(40, start=200))),
-        },
-        "checks": {"too_short": "off"},
-        "loss": {"name": request.param, "beta": 0.1},
-        "train": {"learning_rate": 3e-3, "batch_size": 8, "epochs": 4, "eval_every": "epoch"},
-        "sinks": [],
-    }
-    return heldout_rows(qpref.train(recipe, output=folder / "run"))
-
-
-def test_held_out_accuracy_reaches_95_percent(learned):
-    assert learned[-1]["eval_rewards/accuracies"] >= 0.95
-
-
-def test_held_out_accuracy_was_not_there_from_the_start(learned):
-    assert learned[0]["eval_logps/accuracies"] < 0.95
-
-
-def test_held_out_margin_rises_with_every_epoch(learned, request):
-    margins = [row["eval_rewards/margins"] for row in learned]
-    assert margins == sorted(set(margins))
-    if "orpo" not in request.node.name:  # whose rewards are no differences from a reference
-        assert margins[0] == 0.0
-
-
-def test_held_out_loss_falls(learned):
-    assert learned[-1]["eval_loss"] < learned[0]["eval_loss"]
-
-
-# A loss that breaks its contract.
 
 PLUGIN = """
 import sys
