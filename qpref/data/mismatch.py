@@ -6,6 +6,7 @@ partner is fixed for the whole run, so its reference scores are computed once.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from qpref.errors import DataError
 from qpref.records import TokenizedExample
 
 MAX_SEARCH = 1000
-"""How far ahead a partner is looked for whose completion differs too, before an equal one of another prompt will do."""
+"""Examples of other prompts among which a different completion is looked for, before an equal one will do."""
 
 
 def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length: int) -> list[TokenizedExample]:
@@ -28,30 +29,25 @@ def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length:
     order = list(range(len(examples)))
     random.Random(f"{seed}/mismatched").shuffle(order)
     around = [examples[place] for place in order]
-    partners: list[TokenizedExample | None] = [None] * len(examples)
-    following: TokenizedExample | None = None
-    # Twice round, backwards: the nearest one ahead whose prompt differs is the last that was met, or the one before.
-    for turn in range(2 * len(order) - 1, -1, -1):
-        place = turn % len(order)
-        current, after = around[place], around[(place + 1) % len(order)]
-        if after.prompt != current.prompt:
-            following = after
-        partners[order[place]] = following
-    if following is None:
-        raise DataError("all examples have the same prompt, and the loss needs completions of other prompts")
+    joined = list(examples)
     for here, place in enumerate(order):
-        if partners[place].branches[0] == around[here].branches[0]:  # type: ignore[union-attr]
-            ahead = (around[(here + step) % len(order)] for step in range(1, min(len(order), MAX_SEARCH)))
-            partners[place] = next((other for other in ahead if _differ(other, around[here])), partners[place])
-    return [_joined(example, partner, max_length) for example, partner in zip(examples, partners, strict=True)]
+        joined[place] = _joined(around[here], _partner(around, here), max_length)
+    return joined
 
 
-def _differ(one: TokenizedExample, other: TokenizedExample) -> bool:
-    return one.prompt != other.prompt and one.branches[0] != other.branches[0]
+def _partner(around: Sequence[TokenizedExample], here: int) -> TokenizedExample:
+    """The next example of another prompt, one that says something else where there is such a one near."""
+    own = around[here]
+    ahead = (around[(here + step) % len(around)] for step in range(1, len(around)))
+    others = (example for example in ahead if example.prompt != own.prompt)
+    near = list(itertools.islice(others, 1))
+    if not near:
+        raise DataError("all examples have the same prompt, and the loss needs completions of other prompts")
+    candidates = itertools.chain(near, itertools.islice(others, MAX_SEARCH))
+    return next((example for example in candidates if example.branches[0] != own.branches[0]), near[0])
 
 
-def _joined(example: TokenizedExample, partner: TokenizedExample | None, max_length: int) -> TokenizedExample:
-    assert partner is not None
+def _joined(example: TokenizedExample, partner: TokenizedExample, max_length: int) -> TokenizedExample:
     room = max_length - len(example.prompt)
     mismatched = partner.branches[0][:room]
     return replace(

@@ -7,7 +7,7 @@ attends segment by segment, with the keys and values of the prompt gathered befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -92,10 +92,7 @@ def shared_prompt_attention(
     _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
     assert groups is not None
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype == torch.bfloat16:
-        # The CPU's bf16 kernel compiles code for every new pair of lengths and keeps it, 1.7 MB each, and is no faster
-        # than float32 below 1,000 tokens (torch 2.13).
-        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = (_widened(states) for states in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -107,22 +104,32 @@ def shared_prompt_attention(
         q = query[:, :, queries]
         plain = k.shape[2] == q.shape[2] and (sliding_window is None or sliding_window >= k.shape[2])
         mask = None if plain else _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):  # it would narrow again what was widened
             return scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scaling
             )
 
-    outputs = []
+    outputs = torch.cat([attend(*spans) for spans in _segments(groups)], dim=2)
+    return outputs.transpose(1, 2).to(dtype).contiguous(), None
+
+
+def _segments(groups: Sequence[Group]) -> Iterator[tuple[slice, list[slice]]]:
+    """Each stretch of the stream that attends as one, in the stream's order, and the stretches that it attends to."""
     for group in groups:
         prompt = slice(group.start, group.start + group.prompt)
-        outputs.append(attend(prompt, [prompt]))
+        yield prompt, [prompt]
         start = prompt.stop
         for length in group.branches:
             branch = slice(start, start + length)
             if length:
-                outputs.append(attend(branch, [prompt, branch]))
+                yield branch, [prompt, branch]
             start = branch.stop
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+
+
+def _widened(states: Tensor) -> Tensor:
+    """bf16 as float32 on a CPU: its bf16 kernel compiles code for every new pair of lengths and keeps it, 1.7 MB each,
+    and is no faster below 1,000 tokens (torch 2.13)."""
+    return states.float() if states.device.type == "cpu" and states.dtype == torch.bfloat16 else states
 
 
 def _refuse_the_unknown(

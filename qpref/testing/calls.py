@@ -1,0 +1,139 @@
+"""Calls a loss as the core calls it; whatever goes wrong breaks the rule that is being checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpref.hooks import PairedLoss
+from qpref.hooks.types import Loss
+from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+from qpref.testing.examples import Example
+
+
+class BrokenRule(AssertionError):
+    """What a loss does that its contract rules out."""
+
+
+class NotApplicable(Exception):
+    """Why a rule says nothing about a loss with these options."""
+
+
+def _tokens(pieces: Sequence[Tensor], dtype: torch.dtype, sums: Sequence[Tensor] | None = None) -> TokenLogProbs:
+    return TokenLogProbs(
+        values=torch.cat(list(pieces)).to(dtype),
+        lengths=tuple(map(len, pieces)),
+        log_sum_squares=None if sums is None else torch.cat(list(sums)).to(dtype),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Inputs as the core would make them of examples, and the tensors that gradients are taken of, by name."""
+
+    inputs: Any
+    leaves: Mapping[str, Tensor]
+
+
+def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype) -> Given:
+    policy, reference = [], []
+    for side in ([example.first for example in examples], [example.second for example in examples]):
+        sums = [scores.log_sum_squares for scores in side] if "log_sum_squares" in needs else None
+        policy.append(_tokens([scores.policy for scores in side], dtype, sums))
+        reference.append(_tokens([scores.reference for scores in side], dtype))
+    prompt = _tokens([example.prompt for example in examples], dtype) if "prompt" in needs else None
+    leaves = {"chosen": policy[0].values, "rejected": policy[1].values}
+    leaves |= {} if prompt is None else {"prompt": prompt.values}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    inputs = PairedInputs(
+        policy=PairLogProbs(chosen=policy[0], rejected=policy[1], prompt=prompt),
+        reference=PairLogProbs(chosen=reference[0], rejected=reference[1]) if "reference" in needs else None,
+        margin=torch.tensor([example.margin for example in examples], dtype=dtype),
+    )
+    return Given(inputs, leaves)
+
+
+def _unpaired(
+    examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype, class_counts: tuple[int, int]
+) -> Given:
+    own, other = [example.first for example in examples], [example.second for example in examples]
+    sums = [scores.log_sum_squares for scores in own] if "log_sum_squares" in needs else None
+    policy = _tokens([scores.policy for scores in own], dtype, sums)
+    policy.values.requires_grad_()
+    mismatched, reference = "mismatched" in needs, "reference" in needs
+    inputs = UnpairedInputs(
+        policy=policy,
+        reference=_tokens([scores.reference for scores in own], dtype) if reference else None,
+        mismatched_policy=_tokens([scores.policy for scores in other], dtype) if mismatched else None,
+        mismatched_reference=_tokens([s.reference for s in other], dtype) if mismatched and reference else None,
+        desirable=torch.tensor([example.desirable for example in examples]),
+        class_counts=class_counts,
+    )
+    return Given(inputs, {"completion": policy.values})
+
+
+class Built:
+    """A loss with its options set, called as the core calls it."""
+
+    def __init__(self, record: Loss, options: Any) -> None:
+        self.paired = isinstance(record, PairedLoss)
+        self.needs = declared_needs(record, options)
+        self._function = attempt("build", record.build, options)
+
+    def given(
+        self,
+        examples: Sequence[Example],
+        dtype: torch.dtype = torch.float64,
+        class_counts: tuple[int, int] = (8, 8),
+        needs: frozenset[str] | None = None,
+    ) -> Given:
+        needs = self.needs if needs is None else needs
+        return _paired(examples, needs, dtype) if self.paired else _unpaired(examples, needs, dtype, class_counts)
+
+    def __call__(self, given: Given) -> LossOutput:
+        num_examples = len(given.inputs.margin if self.paired else given.inputs.desirable)
+        output = attempt("the loss", self._function, given.inputs)
+        if not isinstance(output, LossOutput):
+            raise BrokenRule(f"returns {type(output).__name__}, not LossOutput")
+        if not isinstance(output.losses, Tensor) or output.losses.shape != (num_examples,):
+            shape = tuple(output.losses.shape) if isinstance(output.losses, Tensor) else type(output.losses).__name__
+            raise BrokenRule(f"returns losses of shape {shape}, not ({num_examples},)")
+        if torch.is_grad_enabled() and not output.losses.requires_grad:
+            raise BrokenRule("returns losses without a gradient")
+        return output
+
+    def values(self, examples: Sequence[Example]) -> Tensor:
+        """[N] losses of the examples."""
+        return self(self.given(examples)).losses.detach()
+
+    def gradient(self, given: Given, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """[N] losses, and the gradient of their weighted sum in each of the leaves."""
+        losses = self(given).losses
+        leaves = list(given.leaves.values())
+        gradients = attempt(
+            "its gradient",
+            torch.autograd.grad,
+            (losses * weights).sum(),
+            leaves,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return losses.detach(), gradients
+
+
+def attempt(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a foreign function returns; whatever it raises breaks the rule."""
+    try:
+        return function(*arguments, **named)
+    except (Exception, SystemExit) as error:
+        raise BrokenRule(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def declared_needs(record: Loss, options: Any) -> frozenset[str]:
+    needs: frozenset[str] = attempt("needs", lambda: frozenset(record.needs_of(options)))
+    return needs

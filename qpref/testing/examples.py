@@ -1,0 +1,118 @@
+"""Random and extreme examples: the log-probabilities that a loss is called with."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEVELS = (0.0, -1e-8, -1.0, -1e4)
+"""Log-probabilities of a token at which value and gradient have to be finite."""
+
+
+LONGEST = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Log-probabilities of one sequence's tokens."""
+
+    policy: Tensor
+    reference: Tensor
+    log_sum_squares: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A pair: first is chosen, second rejected. A single completion: first is its own, second the mismatched one."""
+
+    first: Scores
+    second: Scores
+    prompt: Tensor
+    margin: float = 0.0
+    desirable: bool = True
+
+    def __str__(self) -> str:
+        sides = [
+            f"{side.policy[0]:g} (reference {side.reference[0]:g}, {len(side.policy)} tokens)"
+            for side in (self.first, self.second)
+        ]
+        label = "desirable" if self.desirable else "undesirable"
+        return f"log-probabilities {sides[0]} and {sides[1]}, margin {self.margin:g}, {label}"
+
+
+class Draws:
+    """Random examples, the same at each start: a reference near the policy, responses of 1 to 4 tokens."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def scores(self, num_tokens: int) -> Scores:
+        uniform = torch.rand(num_tokens, dtype=torch.float64, generator=self._generator)
+        normal = torch.randn(num_tokens, dtype=torch.float64, generator=self._generator)
+        policy = -0.05 - 3 * uniform
+        return Scores(
+            policy=policy, reference=(policy + 0.5 * normal).clamp(max=-0.01), log_sum_squares=policy * uniform.flip(0)
+        )
+
+    def examples(self, count: int) -> list[Example]:
+        return [
+            Example(
+                first=self.scores(1 + number % 3),
+                second=self.scores(4 - number % 4),
+                prompt=self.scores(1 + number % 2).policy,
+                margin=(0.0, 0.7, -0.4)[number % 3],
+                desirable=number % 2 == 0,
+            )
+            for number in range(count)
+        ]
+
+
+def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
+    # A sure token leaves nothing to the rest of the vocabulary; an impossible one leaves it all to a single other.
+    sums = -1.5 if policy == -1.0 else 0.0
+    values = torch.tensor([policy, reference, sums], dtype=torch.float64)
+    return Scores(
+        policy=values[0].repeat(num_tokens),
+        reference=values[1].repeat(num_tokens),
+        log_sum_squares=values[2].repeat(num_tokens),
+    )
+
+
+def extreme_pairs() -> list[list[Example]]:
+    margins = itertools.cycle((0.0, 1e4, -1e4))
+    lengths = itertools.cycle(((LONGEST, 1), (1, LONGEST), (LONGEST, LONGEST), (LONGEST, 1), (1, LONGEST)))
+    short: list[Example] = []
+    long: list[Example] = []
+    for chosen, chosen_reference, rejected, rejected_reference in itertools.product(LEVELS, repeat=4):
+        first, second = _level(chosen, chosen_reference), _level(rejected, rejected_reference)
+        short.append(Example(first=first, second=second, prompt=first.policy, margin=next(margins)))
+    for (chosen, rejected), reference in itertools.product(itertools.product(LEVELS, repeat=2), (None, -1.0)):
+        num_chosen, num_rejected = next(lengths)
+        first = _level(chosen, chosen if reference is None else reference, num_chosen)
+        second = _level(rejected, rejected if reference is None else reference, num_rejected)
+        long.append(Example(first=first, second=second, prompt=second.policy, margin=next(margins)))
+    return [short, long]
+
+
+def extreme_completions(mismatched: bool) -> list[list[Example]]:
+    """Batches of both classes and of one; each with one extreme of the mismatched completions, which are averaged."""
+    batches: list[list[Example]] = []
+    partners = list(itertools.product(LEVELS, repeat=2)) if mismatched else [(-1.0, -1.0)]
+    for levels, classes in itertools.product(partners, ((True, False), (True,), (False,))):
+        length = LONGEST if len(batches) % 8 == 0 else 1
+        partner = _level(levels[0], levels[1], length)
+        batches.append(
+            [
+                Example(
+                    first=_level(policy, reference, length),
+                    second=partner,
+                    prompt=partner.policy[:1],
+                    desirable=desirable,
+                )
+                for policy, reference, desirable in itertools.product(LEVELS, LEVELS, classes)
+            ]
+        )
+    return batches
