@@ -419,9 +419,9 @@ def test_keywords_that_change_nothing_are_let_through():
 
 def test_a_cpu_attends_in_float32_under_autocast():
     """Its bf16 kernel keeps compiled code for each length it meets, and the last bits of its sums depend on it."""
-    states = torch.randn(3, 1, 2, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    states = torch.randn(3, 1, 2, 90, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     module = SimpleNamespace(config=SimpleNamespace(), layer_idx=0)
-    layout = {LAYOUT: (Group(start=0, prompt=4, branches=(3, 2)),)}
+    layout = {LAYOUT: (Group(start=0, prompt=40, branches=(30, 20)),)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _ = shared_prompt_attention(module, *states, None, **layout)
     wanted, _ = shared_prompt_attention(module, *states.float(), None, **layout)
