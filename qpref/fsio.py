@@ -170,8 +170,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class LineLog:
-    """A file of lines that only grows; each line reaches the disk before `append` returns.
+class AppendLog:
+    """A file that only grows.
 
     Args:
         path: the file; made where it isn't there.
@@ -188,12 +188,17 @@ class LineLog:
                 self._file.truncate(keep)
             os.fsync(descriptor)
 
-    def append(self, line: str) -> None:
+    def append(self, data: bytes, durable: bool = True) -> None:
+        """Write at the end; where `durable`, all that was written so far is on the disk on return."""
         with disk_errors(self._path):
-            left = line.encode() + b"\n"
+            left = memoryview(data)
             while left:
                 left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+            if durable:
+                os.fsync(self._file.fileno())
+
+    def append_line(self, line: str) -> None:
+        self.append(line.encode() + b"\n")
 
     @property
     def size(self) -> int:
@@ -202,6 +207,12 @@ class LineLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def touch(path: Path) -> None:
+    """Note that a file of the cache was used just now."""
+    with disk_errors(path):
+        os.utime(path)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ DEFAULT_VALIDATOR = "pairs"
 
 FREE_TO_CHANGE = {
     # Where things lie; their contents have fingerprints of their own.
-    *(("model", key) for key in ("base", "sha256", "tokenizer", "device")),
+    *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
     *(("data", key) for key in ("train", "heldout", "reader", "skip_bad")),
     ("adapter", "start"),
     # How it is computed and how often it is told or saved.

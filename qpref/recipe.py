@@ -50,6 +50,11 @@ class ModelSection(Section):
         "log-softmax, sums and losses are float32 always.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the first GPU, else the CPU.")
+    memory: str | None = Field(
+        default=None,
+        pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|MB|GB)$",
+        description="What the settings `auto` may fill, such as `8GiB`; default: what the device has free.",
+    )
 
 
 class AdapterSection(Section):
@@ -137,6 +142,21 @@ def _steps_or_epoch(value: object) -> object:
 Every = Annotated[int | str, BeforeValidator(_steps_or_epoch)]
 
 
+class ReferenceSection(Section):
+    """What the reference model has said of the data; no setting here changes what it says, beyond rounding."""
+
+    cache: bool = Field(
+        default=True,
+        description="Keep its log-probabilities in the cache folder, by content: later runs on the same base and data "
+        "reuse them, whatever their loss, beta or learning rate.",
+    )
+    fill: Literal["lazy", "before"] = Field(
+        default="lazy",
+        description="lazy: compute them at a row's first use, in the policy's own layout, so that rewards start at "
+        "exactly 0. before: all in one pass before training, sorted by length, in large batches.",
+    )
+
+
 class TrainSection(Section):
     """The optimization."""
 
@@ -147,11 +167,14 @@ class TrainSection(Section):
     max_steps: int | None = Field(default=None, ge=1, description="Stop after so many optimizer steps.")
     warmup_ratio: float = Field(default=0.1, ge=0, le=1, description="Share of the steps over which the rate rises.")
     batch_size: int = Field(default=16, ge=1, description="Pairs per optimizer step, whatever the micro-batch.")
-    tokens_per_microbatch: int = Field(
-        default=4096, ge=1, description="Tokens that are computed at once. Changes memory and speed, never the result."
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Tokens that are computed at once: memory and speed, never the result. auto: what fits the memory.",
     )
-    gradient_checkpointing: bool = Field(
-        default=True, description="Recompute activations in the backward pass: about a third slower, far less memory."
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Recompute activations in the backward pass: slower, far less memory. auto: in as few layers as "
+        "the memory asks for; a number: in so many layers; true: in all; false: in none.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="The rate after warmup.")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
@@ -197,6 +220,7 @@ class Recipe(Section):
     data: DataSection
     checks: dict[str, Any] = Field(default_factory=dict)
     loss: Annotated[list[LossSection], Field(min_length=1), BeforeValidator(_in_a_list)]
+    reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     sinks: list[SinkSection] = [SinkSection(name="console")]
 

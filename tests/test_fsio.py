@@ -324,27 +324,27 @@ def test_the_cache_is_where_the_user_says(monkeypatch, environment, folder):
     assert str(fsio.cache_folder()) == folder
 
 
-# LineLog.
+# AppendLog.
 
 
 def test_lines_are_there_as_soon_as_they_are_appended(tmp_path):
-    log = fsio.LineLog(tmp_path / "log")
-    log.append("one")
+    log = fsio.AppendLog(tmp_path / "log")
+    log.append_line("one")
     assert (tmp_path / "log").read_text() == "one\n"
-    log.append("zwei: ü")
+    log.append_line("zwei: ü")
     assert (tmp_path / "log").read_text(encoding="utf-8") == "one\nzwei: ü\n"
     log.close()
 
 
 def test_the_size_of_a_log_is_in_bytes(tmp_path):
-    log = fsio.LineLog(tmp_path / "log")
-    log.append("ü")
+    log = fsio.AppendLog(tmp_path / "log")
+    log.append_line("ü")
     assert log.size == 3
     log.close()
 
 
 def test_a_log_is_for_its_owner(tmp_path):
-    fsio.LineLog(tmp_path / "log").close()
+    fsio.AppendLog(tmp_path / "log").close()
     assert mode_of(tmp_path / "log") == 0o600
 
 
@@ -354,22 +354,22 @@ def test_a_log_is_for_its_owner(tmp_path):
 )
 def test_a_log_goes_on_after_the_bytes_it_is_to_keep(tmp_path, keep, content):
     (tmp_path / "log").write_text("one\ntwo\nthr")
-    log = fsio.LineLog(tmp_path / "log", keep)
-    log.append("+")
+    log = fsio.AppendLog(tmp_path / "log", keep)
+    log.append_line("+")
     log.close()
     assert (tmp_path / "log").read_text() == content + "\n"
 
 
 def test_a_log_in_a_folder_that_is_not_there_is_a_disk_error(tmp_path):
     with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/none/log: cannot be written: No such file")):
-        fsio.LineLog(tmp_path / "none" / "log")
+        fsio.AppendLog(tmp_path / "none" / "log")
 
 
 def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
-    log = fsio.LineLog(tmp_path / "log")
+    log = fsio.AppendLog(tmp_path / "log")
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
     with pytest.raises(DiskError) as caught:
-        log.append("one")
+        log.append_line("one")
     log.close()
     assert str(caught.value) == (
         f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and go on with --resume"

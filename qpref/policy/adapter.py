@@ -37,12 +37,15 @@ def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
     """
     from peft import get_peft_model
 
+    from qpref.policy.lora import CUSTOM_MODULES
+
     tensors: dict[str, torch.Tensor] = {}
     if adapter.start is None:
         layers = _target_layers(model, adapter.targets)
         config = _fresh_config(adapter, _target_names(model, layers))
     else:
         config, tensors = _read_adapter(Path(adapter.start), adapter.dropout)
+    config._register_custom_module(CUSTOM_MODULES)
     torch.manual_seed(seed)
     try:
         wrapped = get_peft_model(model, config, adapter_name=TRAINED)

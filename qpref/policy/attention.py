@@ -2,13 +2,15 @@
 
 Registered with transformers' attention registry, so no model is patched; the stream's layout reaches the function as a
 keyword through the decoder layers. No mask is made for it (a [T, T] one would cost more than it says): the function
-attends segment by segment, with the keys and values of the prompt gathered before those of the branch.
+attends stretch by stretch, with the keys and values of the prompt gathered before those of the branch: on a GPU all
+stretches in one call (see `varlen`), elsewhere one call each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,9 +19,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qpref.policy import varlen
 from qpref.records import Group
 
-NAME = "qpref_shared_prompt"
+STRETCHES = "qpref_stretches"
+"""The path that works everywhere: one call of torch's scaled dot product for each stretch."""
+KERNELS: dict[str, varlen.Kernel] = {
+    "qpref_varlen_torch": varlen.torch_kernel,
+    "qpref_varlen_flash_attn": varlen.flash_attn_kernel,
+}
+"""The paths for GPUs, the preferred one first."""
 LAYOUT = "qpref_groups"
 """The keyword that carries the layout through the model."""
 
@@ -33,13 +42,16 @@ class CannotShareError(Exception):
 
 
 def register() -> None:
-    """Make the attention known to transformers under `NAME`; again is harmless."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prompt_attention)
+    """Make the attention known to transformers, under a name for each path; again is harmless."""
+    for name in (STRETCHES, *KERNELS):
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(shared_prompt_attention, kernel=KERNELS.get(name)))
 
 
-def use_shared_attention(model: PreTrainedModel, shared: bool, own: str) -> None:
-    """Switch the model between this attention and its own implementation `own`."""
-    model.set_attn_implementation(NAME if shared else own)
+def sharing_paths(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the paths that may work here, the fastest first. The first batch of a run says which do."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return (STRETCHES,)
+    return (*(name for name in KERNELS if "flash_attn" not in name or find_spec("flash_attn")), STRETCHES)
 
 
 def reasons_against_sharing(model: PreTrainedModel) -> list[str]:
@@ -67,6 +79,7 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    kernel: varlen.Kernel | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, over one stream.
@@ -80,6 +93,7 @@ def shared_prompt_attention(
         dropout: on the attention weights.
         sliding_window: positions that a token sees, itself included; None for all before it.
         is_causal: None, or what the model says of itself.
+        kernel: computes all stretches in one call; None for a call each.
         keywords: must hold the layout; anything that isn't known to be harmless is refused.
 
     Returns:
@@ -91,6 +105,10 @@ def shared_prompt_attention(
     groups: Sequence[Group] | None = keywords.pop(LAYOUT, None)
     _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
     assert groups is not None
+    if kernel is not None:
+        if dropout:
+            raise CannotShareError("its attention has dropout")
+        return varlen.attend(kernel, query, key, value, groups, scaling, sliding_window), None
     dtype = query.dtype
     query, key, value = (_widened(states) for states in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
@@ -109,11 +127,11 @@ def shared_prompt_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scaling
             )
 
-    outputs = torch.cat([attend(*spans) for spans in _segments(groups)], dim=2)
+    outputs = torch.cat([attend(*spans) for spans in _stretches(groups)], dim=2)
     return outputs.transpose(1, 2).to(dtype).contiguous(), None
 
 
-def _segments(groups: Sequence[Group]) -> Iterator[tuple[slice, list[slice]]]:
+def _stretches(groups: Sequence[Group]) -> Iterator[tuple[slice, list[slice]]]:
     """Each stretch of the stream that attends as one, in the stream's order, and the stretches that it attends to."""
     for group in groups:
         prompt = slice(group.start, group.start + group.prompt)

@@ -35,7 +35,9 @@ class Policy:
         dtype: what the base computes in.
         starts_from_adapter: the reference is a frozen copy of the start adapter, not the bare base.
         own_attention: name of the attention that the model came with.
-        shares_prompts: batches are computed as one stream with each prompt once, else as one row for each branch.
+        sharing_paths: names of the attention paths that compute each prompt once, the fastest first; none where the
+            model's config speaks against it.
+        attention: name of the one in use.
     """
 
     model: Any
@@ -45,7 +47,8 @@ class Policy:
     dtype: torch.dtype
     starts_from_adapter: bool
     own_attention: str
-    shares_prompts: bool
+    sharing_paths: tuple[str, ...]
+    attention: str
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the forward pass runs under: LoRA's float32 weights take part in 16-bit products."""
@@ -57,10 +60,40 @@ class Policy:
         """The trained adapter's tensors by name, in a fixed order."""
         return {name: value for name, value in self.model.named_parameters() if is_trained(name)}
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether batches are computed as one stream with each prompt once, else as one row for each branch."""
+        return self.attention != self.own_attention
+
     def share_prompts(self, shared: bool) -> None:
-        """Compute each prompt once, or fall back to whole rows under the model's own attention."""
-        attention.use_shared_attention(self.model.get_base_model(), shared, self.own_attention)
-        self.shares_prompts = shared
+        """Compute each prompt once, by the fastest path; or fall back to whole rows under the model's own attention."""
+        self.use_attention(self.sharing_paths[0] if shared else self.own_attention)
+
+    def use_attention(self, name: str) -> None:
+        """Switch to one of the sharing paths, or to the model's own attention."""
+        self.model.get_base_model().set_attn_implementation(name)
+        self.attention = name
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers that can be checkpointed."""
+        return len(self._layers())
+
+    @property
+    def checkpointed_layers(self) -> int:
+        return sum(layer.gradient_checkpointing for layer in self._layers())
+
+    def checkpoint_layers(self, count: int) -> None:
+        """Recompute the first `count` decoder layers' activations in the backward pass; the others keep theirs."""
+        if count:
+            _enable_checkpointing(self.model.get_base_model())
+        for place, layer in enumerate(self._layers()):
+            layer.gradient_checkpointing = place < count
+
+    def _layers(self) -> list[Any]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def quantized_modules(self) -> list[str]:
         """Names, as in the base model, of the layers whose weights are 4-bit."""
@@ -86,8 +119,9 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     attention.register()
     own = model.config._attn_implementation
     wrapped = add_adapters(model, recipe.adapter, recipe.train.seed)
-    if recipe.train.gradient_checkpointing:
-        _enable_checkpointing(model)
+    reasons = attention.reasons_against_sharing(model)
+    for reason in reasons:
+        log.warning("prompts are computed once for each response, not once a pair: %s", reason)
     policy = Policy(
         model=wrapped,
         decoder=model.get_decoder(),
@@ -96,13 +130,19 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
         dtype=dtype,
         starts_from_adapter=recipe.adapter.start is not None,
         own_attention=own,
-        shares_prompts=False,
+        sharing_paths=() if reasons else attention.sharing_paths(device, dtype),
+        attention=own,
     )
-    reasons = attention.reasons_against_sharing(model)
-    for reason in reasons:
-        log.warning("prompts are computed once for each response, not once a pair: %s", reason)
     policy.share_prompts(not reasons)
+    policy.checkpoint_layers(checkpointed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
     return policy
+
+
+def checkpointed_layers(setting: bool | int | str, num_layers: int) -> int:
+    """How many layers the recipe's setting means; all of them where it leaves the choice to the memory."""
+    if isinstance(setting, bool | str):
+        return num_layers if setting else 0
+    return min(setting, num_layers)
 
 
 def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:

@@ -13,9 +13,8 @@ from torch import Tensor
 from qpref.policy.adapter import REFERENCE, TRAINED
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.reference_cache import KEY_BYTES, ReferenceCache
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
-
-KEY_BYTES = 16
 
 
 @contextmanager
@@ -58,24 +57,45 @@ class ReferenceMemory:
     In the first epoch policy and reference so see the same packed stream, and a fresh adapter's rewards are exactly 0.
 
     Attributes:
-        rows: key of prompt and response -> [tokens] float32 nats on the CPU.
+        cache: the rows of earlier runs, to which this one adds; None to go without.
+        rows: key of prompt and response -> [tokens] float32 nats on the CPU, of what this run has used so far.
         num_computed: examples that the reference model has scored, of any kind.
     """
 
+    cache: ReferenceCache | None = None
     rows: dict[bytes, Tensor] = field(default_factory=dict)
     num_computed: int = 0
 
     def logprobs(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
-        """The reference's scores of a batch, from memory where all its rows are known."""
+        """The reference's scores of a batch, from memory or disk where all its rows are known."""
         keys = [key for example in batch.examples for key in row_keys(example)]
-        if not all(key in self.rows for key in keys):
-            with as_reference(policy):
-                scores = completion_logprobs(policy, batch)
-            self.num_computed += len(batch.examples)
-            for key, values in zip(keys, scores.values.cpu().split(list(batch.lengths)), strict=True):
-                self.rows.setdefault(key, values.clone())
+        num_known = sum(self.known(key) for key in keys)
+        if num_known < len(keys):
+            self._compute(policy, batch, keys)
         values = torch.cat([self.rows[key] for key in keys]).to(policy.device)
         return TokenLogProbs(values=values, lengths=batch.lengths)
+
+    def has(self, key: bytes) -> bool:
+        """Whether a row's scores are in memory or on disk."""
+        return key in self.rows or (self.cache is not None and key in self.cache)
+
+    def known(self, key: bytes) -> bool:
+        """Whether a row's scores are in memory; brings them there from the disk."""
+        if key not in self.rows and self.cache is not None:
+            values = self.cache.get(key)
+            if values is not None:
+                self.rows[key] = values
+        return key in self.rows
+
+    def _compute(self, policy: Policy, batch: PackedBatch, keys: Sequence[bytes]) -> None:
+        with as_reference(policy):
+            scores = completion_logprobs(policy, batch)
+        self.num_computed += len(batch.examples)
+        pieces = dict(zip(keys, scores.values.cpu().split(list(batch.lengths)), strict=True))
+        new = {key: values.clone() for key, values in pieces.items() if key not in self.rows}
+        self.rows |= new
+        if self.cache is not None:
+            self.cache.add(new)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All rows as three flat tensors, for a checkpoint."""
@@ -86,12 +106,12 @@ class ReferenceMemory:
             "values": torch.cat(list(self.rows.values())) if self.rows else torch.empty(0),
         }
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> ReferenceMemory:
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `to_tensors` gave."""
         keys = tensors["keys"].numpy().tobytes()
         pieces: Sequence[Tensor] = tensors["values"].split(tensors["lengths"].tolist())
         places = range(0, len(keys), KEY_BYTES)
-        return cls({keys[place : place + KEY_BYTES]: values for place, values in zip(places, pieces, strict=True)})
+        self.rows = {keys[place : place + KEY_BYTES]: values for place, values in zip(places, pieces, strict=True)}
 
 
 def row_keys(example: TokenizedExample) -> list[bytes]:

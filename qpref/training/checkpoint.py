@@ -20,7 +20,7 @@ from qpref.errors import CheckpointError
 
 log = logging.getLogger("qpref")
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step-(\d{6,})")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qpref import fsio
 from qpref.errors import RecipeError
@@ -38,6 +40,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    def description(self) -> dict[str, Any]:
+        """What run.json says."""
+        return dict(json.loads(self.run_json.read_text()))
 
     def clear(self) -> None:
         """Remove the run, whatever it is, but for the lock. run.json goes first: without it there is no run."""

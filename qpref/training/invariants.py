@@ -14,11 +14,11 @@ from torch import Tensor
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
-from qpref.policy.attention import CannotShareError
+from qpref.policy.attention import STRETCHES, CannotShareError
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import as_reference, frozen
-from qpref.records import PackedBatch, TokenizedExample
+from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
+from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.objective import Objective
 
 log = logging.getLogger("qpref")
@@ -29,6 +29,10 @@ LAYOUT_TOLERANCE = 0.1
 """The same in 16-bit types, as a mean over tokens, between two batch layouts (0.04 measured on SmolLM2-135M)."""
 LOGITS_TOLERANCE = 0.1
 """The same between our head and the model's own logits, which it rounds to 16 bits (0.03 measured)."""
+CACHE_TOLERANCE = 0.02
+"""The same between what the cache holds and what another batch's layout gives."""
+SLOPE_TOLERANCE = 0.05
+"""Relative difference of gradients between two attention kernels in 16-bit types."""
 START_TOLERANCE = 1e-4
 
 
@@ -55,34 +59,61 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
         PolicyError: even whole rows differ: the model does something to its logits that qpref doesn't know.
     """
     batch = pack([example], policy.device)
-    shares = policy.shares_prompts
     with frozen(policy):
-        policy.share_prompts(False)
+        policy.use_attention(policy.own_attention)
         rows = completion_logprobs(policy, batch).values
         if reason := _difference(rows, _plain_logprobs(policy, example), policy, LOGITS_TOLERANCE):
             raise PolicyError(
                 f"log-probabilities differ from the model's own logits: {reason}",
                 "this architecture changes its logits in a way that qpref doesn't know; please report it",
             )
-        policy.share_prompts(shares)
-        if shares and (reason := _sharing_fault(policy, batch, rows)):
-            log.warning("prompts are computed once for each response, not once a pair: %s", reason)
-            policy.share_prompts(False)
+        for path in policy.sharing_paths:
+            policy.use_attention(path)
+            reason = _sharing_fault(policy, batch, rows)
+            if reason is None:
+                log.info("attention: %s, each prompt computed once", path)
+                return
+            if path == policy.sharing_paths[-1]:
+                log.warning("prompts are computed once for each response, not once a pair: %s", reason)
+            else:
+                log.warning("attention %s is not used: %s", path, reason)
+        policy.use_attention(policy.own_attention)
 
 
 def _sharing_fault(policy: Policy, batch: PackedBatch, rows: Tensor) -> str | None:
+    """What is wrong with the sharing path in use; None where its values and its gradients are right."""
     try:
         values = completion_logprobs(policy, batch).values
         if reason := _difference(values, rows, policy, LAYOUT_TOLERANCE):
             return f"sharing a prompt changes log-probabilities: {reason}"
-        return "one response sees the other" if _sees_sibling(policy, batch) else None
+        slope = _slope_of_second(policy, batch)
+        group = batch.groups[0]
+        first = group.start + group.prompt
+        if bool(slope[first : first + group.branches[0]].any()):
+            return "one response sees the other"
+        return None if policy.attention == STRETCHES else _kernel_fault(policy, batch, slope)
     except CannotShareError as error:
         return str(error)
+    except (RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or policy.attention == STRETCHES:
+            raise
+        return str(error).strip().splitlines()[0]
 
 
-def _sees_sibling(policy: Policy, batch: PackedBatch) -> bool:
-    """Whether the second response's scores depend on the first's tokens. A gradient of exactly 0 says that they don't;
-    the scores themselves may move by rounding, where a mixture's experts compute other tokens beside them."""
+def _kernel_fault(policy: Policy, batch: PackedBatch, slope: Tensor) -> str | None:
+    """What is wrong with a kernel's backward pass, by that of the plain path on the same stream."""
+    path = policy.attention
+    policy.use_attention(STRETCHES)
+    expected = _slope_of_second(policy, batch)
+    policy.use_attention(path)
+    apart = ((slope - expected).norm() / expected.norm()).item()
+    return None if apart <= SLOPE_TOLERANCE else f"its gradients are off by {apart:.1%}"
+
+
+def _slope_of_second(policy: Policy, batch: PackedBatch) -> Tensor:
+    """[T, width] float32: how the second response's score depends on each token's embedding. Exactly 0 at the first
+    response's tokens says that it doesn't see them; the scores themselves may move by rounding, where a mixture's
+    experts compute other tokens beside them."""
     embedded: list[Tensor] = []
 
     def catch(*call: Any) -> None:
@@ -95,9 +126,7 @@ def _sees_sibling(policy: Policy, batch: PackedBatch) -> bool:
             (slope,) = torch.autograd.grad(values[batch.lengths[0] :].sum(), embedded[0])
     finally:
         hook.remove()
-    group = batch.groups[0]
-    first = group.start + group.prompt
-    return bool(slope[0, first : first + group.branches[0]].any())
+    return slope[0].float()
 
 
 def _difference(values: Tensor, expected: Tensor, policy: Policy, low_precision_tolerance: float) -> str | None:
@@ -121,13 +150,18 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     return torch.cat(pieces)
 
 
-def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
+def check_start(
+    policy: Policy, objective: Objective, batch: PackedBatch, memory: ReferenceMemory | None = None
+) -> None:
     """S1: before the first step policy and reference are the same, and the loss stands where its paper says.
 
     Both are computed in one layout, so only a real difference shows.
 
+    Args:
+        memory: what is known of the reference; compared with what is computed here.
+
     Raises:
-        PolicyError: they differ, so the reference is not what the policy starts from.
+        PolicyError: they differ, so the reference is not what the policy starts from; or the cache's differs.
     """
     with frozen(policy):
         scores = objective.score(policy, batch)
@@ -140,6 +174,8 @@ def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> Non
                 "an adapter that is not fresh has to be named in [adapter] start",
             )
         _refuse_repacked_weights(policy)
+        if memory is not None:
+            _compare_cached(policy, memory, batch, reference)
         balanced = replace(objective, class_counts=(1, 1))
         level = replace(batch, margin=torch.zeros_like(batch.margin))
         inputs = balanced.inputs(level, scores, reference)
@@ -151,6 +187,36 @@ def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> Non
                 if not math.isclose(value, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
                     offer = caller.choice.plugin.offer
                     raise PolicyError(f"before training, an example's loss is {value:.6f}; {offer} says {wanted:.6f}")
+
+
+def check_cached_reference(policy: Policy, memory: ReferenceMemory, batch: PackedBatch) -> None:
+    """Compute a batch of the reference anew and compare it with the cache's.
+
+    Raises:
+        PolicyError: they differ, so no row of the cache can be trusted.
+    """
+    if memory.cache is not None:
+        with as_reference(policy):
+            _compare_cached(policy, memory, batch, completion_logprobs(policy, batch))
+
+
+def _compare_cached(policy: Policy, memory: ReferenceMemory, batch: PackedBatch, computed: TokenLogProbs) -> None:
+    keys = [key for example in batch.examples for key in row_keys(example)]
+    pairs = [
+        (memory.rows[key], values)
+        for key, values in zip(keys, computed.values.cpu().split(list(computed.lengths)), strict=True)
+        if memory.known(key)
+    ]
+    if memory.cache is None or not pairs:
+        return
+    cached, fresh = (torch.cat(side) for side in zip(*pairs, strict=True))
+    if reason := _difference(cached, fresh, policy, CACHE_TOLERANCE):
+        raise PolicyError(
+            f"{memory.cache.folder}: the cached reference is not this one's: {reason}",
+            "`qpref cache clear reference` removes it; it is computed anew then",
+        )
+    log.info("reference: one batch computed again agrees with the cache, %.4f nats a token apart on average",
+             (cached - fresh).abs().mean().item())  # fmt: skip
 
 
 def _refuse_repacked_weights(policy: Policy) -> None:

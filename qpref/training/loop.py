@@ -23,6 +23,7 @@ from qpref.training.inputs import Inputs, example_metrics, joined_inputs
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
 from qpref.training.objective import Objective, progress
+from qpref.training.room import make_room
 
 log = logging.getLogger("qpref")
 
@@ -40,6 +41,7 @@ class Progress:
         tokens: tokens fed for training.
         seconds: wall time of training.
         nonfinite: steps in a row that were left out for a non-finite gradient.
+        budget: tokens per micro-batch in force; a step that runs out of memory halves it.
         averages: of the examples since the last training row.
     """
 
@@ -47,6 +49,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     nonfinite: int = 0
+    budget: int = 0
     averages: Averages = field(default_factory=Averages)
 
 
@@ -61,6 +64,7 @@ class Trainer:
         save: writes a checkpoint of the present state.
         should_stop: whether a signal asked the run to stop; looked at between steps.
         suspicions: of the present step, which losses made values that are not finite.
+        heldout_budget: tokens per micro-batch of held-out rows; theirs alone is halved when they run out of memory.
     """
 
     recipe: Recipe
@@ -76,6 +80,13 @@ class Trainer:
     save: Callable[[], None]
     should_stop: Callable[[], bool]
     suspicions: list[Tensor] = field(default_factory=list)
+    heldout_budget: int = 0
+
+    def __post_init__(self) -> None:
+        asked = self.recipe.train.tokens_per_microbatch
+        if not self.progress.budget and isinstance(asked, int):
+            self.progress.budget = asked
+        self.heldout_budget = self.progress.budget
 
     @property
     def total_steps(self) -> int:
@@ -125,7 +136,6 @@ class Trainer:
         optim.seed_step(train.seed, step)
         places = optim.step_order(len(self.examples), train.batch_size, train.seed, step)
         self.policy.model.train()
-        self.suspicions.clear()
         self._compute_gradients([self.examples[place] for place in places])
         if step == 0:
             check_gradients(self.policy)
@@ -143,21 +153,36 @@ class Trainer:
         return norm, rate
 
     def _compute_gradients(self, examples: Sequence[TokenizedExample]) -> None:
-        """Accumulate the gradient of the step's weighted losses' sum, divided once by the number of examples."""
-        budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
-        self.loss = self.loss.at(progress(self.progress.step, self.total_steps))
-        parts = split_by_tokens(examples, budget, shared)
-        self.progress.tokens += sum(num_fed_tokens(example, shared) for example in examples)
-        if self.loss.sees_whole_steps and len(parts) > 1:
-            self._compute_gradients_of_whole_step(parts)
-            return
-        for members in parts:
-            batch = pack(members, self.policy.device)
-            reference = self._reference(batch)
-            inputs = self.loss.inputs(batch, self.loss.score(self.policy, batch), reference)
-            self._backward(inputs, batch.weight, len(examples))
+        """Accumulate the gradient of the step's weighted losses' sum, divided once by the number of examples.
 
-    def _compute_gradients_of_whole_step(self, parts: Sequence[Sequence[TokenizedExample]]) -> None:
+        A step that runs out of memory is repeated in smaller micro-batches: the same examples, the same divisor.
+        """
+        self.loss = self.loss.at(progress(self.progress.step, self.total_steps))
+        while (metrics := self._try_gradients(examples)) is None:
+            self.progress.budget = make_room(self.policy, examples, self.progress.budget)
+        self.progress.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
+        for values in metrics:
+            self.progress.averages.add(values)
+
+    def _try_gradients(self, examples: Sequence[TokenizedExample]) -> list[Mapping[str, Tensor]] | None:
+        """The metrics of each micro-batch; None, and no gradient, where the memory didn't suffice."""
+        parts = split_by_tokens(examples, self.progress.budget, self.policy.shares_prompts)
+        self.suspicions.clear()
+        try:
+            if self.loss.sees_whole_steps and len(parts) > 1:
+                return [self._backward_whole_step(parts)]
+            return [self._backward_part(members, len(examples)) for members in parts]
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            return None
+
+    def _backward_part(self, members: Sequence[TokenizedExample], num_examples: int) -> Mapping[str, Tensor]:
+        batch = pack(members, self.policy.device)
+        reference = self._reference(batch)
+        inputs = self.loss.inputs(batch, self.loss.score(self.policy, batch), reference)
+        return self._backward(inputs, batch.weight, num_examples)
+
+    def _backward_whole_step(self, parts: Sequence[Sequence[TokenizedExample]]) -> Mapping[str, Tensor]:
         """The same for a loss that has to see all examples at once, while only one micro-batch fits the memory.
 
         All micro-batches are scored without a graph; the loss of all gives the slope of each token's log-probability;
@@ -174,9 +199,11 @@ class Trainer:
             leaf.values.requires_grad_()
         triples = zip(batches, leaves, references, strict=True)
         inputs = joined_inputs([self.loss.inputs(*triple) for triple in triples])
-        self._backward(inputs, torch.cat([batch.weight for batch in batches]), sum(map(len, parts)))
+        weight = torch.cat([batch.weight for batch in batches])
+        metrics = self._backward(inputs, weight, len(weight))
         for place, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
             self._score_again(batch, place).values.backward(leaf.values.grad)
+        return metrics
 
     def _reference(self, batch: PackedBatch) -> TokenLogProbs | None:
         """The reference's scores, before the policy's: its pass leaves no graph behind. None for losses without one."""
@@ -187,12 +214,12 @@ class Trainer:
         optim.seed_step(self.recipe.train.seed, self.progress.step, place)
         return self.loss.score(self.policy, batch)
 
-    def _backward(self, inputs: Inputs, weight: Tensor, num_examples: int) -> None:
+    def _backward(self, inputs: Inputs, weight: Tensor, num_examples: int) -> Mapping[str, Tensor]:
         output = self.loss(inputs)
         objective = (output.losses * weight).sum() / num_examples
         self.scaler.scale(objective).backward()
         self.suspicions.append(self.loss.not_finite(inputs, output))
-        self.progress.averages.add(example_metrics(inputs, output))
+        return example_metrics(inputs, output)
 
     def _count_nonfinite(self, norm: float) -> None:
         """fp16's scaling overflows now and then by design; that counts once the scale has nowhere left to fall."""
@@ -243,18 +270,25 @@ class Trainer:
         averages = Averages()
         with frozen(self.policy):
             for window in _windows(self.heldout):
-                averages.add(self._heldout_metrics(window))
+                while (metrics := self._try_heldout(window)) is None:
+                    self.heldout_budget = make_room(self.policy, window, self.heldout_budget)
+                averages.add(metrics)
         means = _with_margin(averages.means())
         known = {"rewards/accuracies", "logps/accuracies"} <= means.keys()
         if self.progress.step == 0 and known and self.memory is not None:
             means["rewards/accuracies"] = means["logps/accuracies"]
         return means
 
+    def _try_heldout(self, window: Sequence[TokenizedExample]) -> dict[str, Tensor] | None:
+        try:
+            return self._heldout_metrics(window)
+        except torch.OutOfMemoryError:
+            return None
+
     def _heldout_metrics(self, window: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         """[N] metrics of some held-out examples, seen by the loss all at once. Completions that were one row's pair are
         compared as one."""
-        budget, shared = self.recipe.train.tokens_per_microbatch, self.policy.shares_prompts
-        parts = split_by_tokens(window, budget, shared)
+        parts = split_by_tokens(window, self.heldout_budget, self.policy.shares_prompts)
         scored = []
         for members in parts:
             batch = pack(members, self.policy.device)

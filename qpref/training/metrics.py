@@ -71,7 +71,7 @@ class Recorder:
     """
 
     def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
-        self._lines = fsio.LineLog(path, keep)
+        self._lines = fsio.AppendLog(path, keep)
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
 
     @property
@@ -82,7 +82,7 @@ class Recorder:
     def write(self, row: MetricRow) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in row.values.items()}
         flat = {"step": row.step, "split": row.split} | values | {"tokens": row.tokens, "seconds": row.seconds}
-        self._lines.append(json.dumps(flat, allow_nan=False))
+        self._lines.append_line(json.dumps(flat, allow_nan=False))
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # its own, in case it changes them
 

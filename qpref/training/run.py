@@ -7,7 +7,7 @@ import logging
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,8 +30,8 @@ from qpref.policy.load import Policy, load_policy
 from qpref.policy.reference import ReferenceMemory
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.records import TokenizedExample
-from qpref.training import checkpoint, invariants, optim
+from qpref.records import PackedBatch, TokenizedExample
+from qpref.training import checkpoint, invariants, optim, references
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer, refuse_empty_steps
 from qpref.training.metrics import Averages, Recorder
@@ -129,22 +129,26 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     plan, policy = prepared.plan, prepared.policy
     optimizer = optim.make_optimizer(plan.recipe.train, policy.trained_parameters().values(), policy.device)
     scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
-    progress, memory = Progress(), ReferenceMemory() if "reference" in prepared.loss.needs else None
+    progress = Progress()
     metrics_bytes = 0
     folder.remove_leftovers()
     kept = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
     if kept is not None:
+        memory = _open_memory(prepared, folder.description().get("reference_cache"))
         _restore(kept, policy, optimizer, scaler, progress)
-        memory = ReferenceMemory.from_tensors(kept.tensors["reference"]) if memory is not None else None
+        if memory is not None:
+            memory.restore(kept.tensors["reference"])
+            invariants.check_cached_reference(policy, memory, _first_batch(prepared))
         metrics_bytes = _metrics_bytes(kept, folder)
         checkpoint.remove_newer(folder.checkpoints, progress.step)
         log.info("going on after step %d", progress.step)
     else:
         if resume:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
-        _check_start(prepared)
+        memory = _open_memory(prepared, None)
+        invariants.check_start(policy, prepared.loss, _first_batch(prepared), memory)
         folder.clear()
-        _describe(prepared, folder)
+        _describe(prepared, folder, memory)
 
     total = optim.total_steps(plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=progress.step, total_steps=total)
@@ -173,17 +177,36 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
             finished = trainer.run()
         finally:
             recorder.close()
+            if memory is not None and memory.cache is not None:
+                memory.cache.close()
     if not finished:
         raise StoppedBySignal(f"stopped after step {progress.step}, saved", "go on with --resume", requested[0])
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
 
 
-def _check_start(prepared: Prepared) -> None:
+def _first_batch(prepared: Prepared) -> PackedBatch:
     train = prepared.plan.recipe.train
     places = optim.step_order(len(prepared.examples), train.batch_size, train.seed, 0)
-    batch = invariants.first_batch([prepared.examples[place] for place in places], prepared.policy)
-    invariants.check_start(prepared.policy, prepared.loss, batch)
+    return invariants.first_batch([prepared.examples[place] for place in places], prepared.policy)
+
+
+def _open_memory(prepared: Prepared, before: Mapping[str, Any] | None) -> ReferenceMemory | None:
+    """What is known of the reference, and says how much; None for losses without one.
+
+    Args:
+        before: what run.json says of the cache, for a run that goes on.
+    """
+    if "reference" not in prepared.loss.needs:
+        return None
+    recipe, everything = prepared.plan.recipe, [*prepared.examples, *prepared.heldout]
+    if not recipe.reference.cache:
+        return ReferenceMemory()
+    digest = prepared.fingerprints["start adapter"]
+    memory = ReferenceMemory(references.open_cache(recipe, prepared.base, digest, prepared.policy, before))
+    known, asked = references.count_known(memory, everything)
+    log.info("reference: %d of %d responses are in the cache (%.0f %%)", known, asked, 100 * known / asked)
+    return memory
 
 
 def _capture(
@@ -200,6 +223,8 @@ def _capture(
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "nonfinite": progress.nonfinite,
+        "budget": progress.budget,
+        "checkpointed_layers": prepared.policy.checkpointed_layers,
         "sums": {name: total.hex() for name, total in progress.averages.sums.items()},  # JSON has no infinity
         "counts": progress.averages.counts,
         "optimizer": numbers,
@@ -227,6 +252,8 @@ def _restore(
     scaler.load_state_dict(kept.state["scaler"])
     progress.step, progress.tokens = kept.step, kept.state["tokens"]
     progress.seconds, progress.nonfinite = kept.state["seconds"], kept.state["nonfinite"]
+    progress.budget = kept.state["budget"]
+    policy.checkpoint_layers(kept.state["checkpointed_layers"])
     sums = {name: float.fromhex(total) for name, total in kept.state["sums"].items()}
     progress.averages = Averages(sums, kept.state["counts"])
 
@@ -241,7 +268,7 @@ def _metrics_bytes(kept: checkpoint.Checkpoint, folder: RunFolder) -> int:
     return wanted
 
 
-def _describe(prepared: Prepared, folder: RunFolder) -> None:
+def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | None) -> None:
     """Write down what this run is: the resolved recipe, and run.json with what it was made of."""
     plan, policy = prepared.plan, prepared.policy
     fsio.write_text(folder.recipe, tomli_w.dumps(plan.document))
@@ -259,7 +286,9 @@ def _describe(prepared: Prepared, folder: RunFolder) -> None:
             "dtype": plan.recipe.model.dtype,
             "double_quantization": plan.recipe.model.double_quantization,
             "quantized_modules": policy.quantized_modules(),
+            "attention": policy.attention,
             "shares_prompts": policy.shares_prompts,
+            "reference_cache": references.describe(memory.cache) if memory and memory.cache else None,
             "fingerprints": prepared.fingerprints,
             "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
         },

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qpref.data.pack import pack
 from qpref.errors import PolicyError
-from qpref.policy.attention import NAME
+from qpref.policy.attention import STRETCHES
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import Head, completion_logprobs
 from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
@@ -91,7 +91,7 @@ def bare_base(policy: Policy, base: str, **settings) -> Policy:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, **settings)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(STRETCHES)
     return replace(policy, model=model, decoder=model.get_decoder(), head=Head.of(model))
 
 
@@ -373,11 +373,14 @@ def test_memory_survives_its_tensors_to_the_bit(load, tmp_path):
     policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceMemory()
     said = memory.logprobs(policy, batch)
     save_file(memory.to_tensors(), tmp_path / "memory.safetensors")
-    restored = ReferenceMemory.from_tensors(load_file(tmp_path / "memory.safetensors"))
+    restored = ReferenceMemory()
+    restored.restore(load_file(tmp_path / "memory.safetensors"))
     assert list(restored.rows) == list(memory.rows)
     assert torch.equal(restored.logprobs(policy, batch).values, said.values)
     assert restored.num_computed == 0
 
 
 def test_an_empty_memory_survives_its_tensors():
-    assert ReferenceMemory.from_tensors(ReferenceMemory().to_tensors()).rows == {}
+    restored = ReferenceMemory()
+    restored.restore(ReferenceMemory().to_tensors())
+    assert restored.rows == {}

@@ -18,7 +18,7 @@ from conftest import TINY, make_tokenizer
 from torch.nn.functional import logsigmoid
 
 from qpref.data.pack import pack, split_by_tokens
-from qpref.policy.attention import LAYOUT, CannotShareError, shared_prompt_attention
+from qpref.policy.attention import LAYOUT, STRETCHES, CannotShareError, shared_prompt_attention
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs
 from qpref.policy.source import resolve_base
@@ -353,7 +353,7 @@ def test_recurrent_layers_have_the_right_gradients(kind, recurrent):
 
 def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent, caplog):
     policy = load(recurrent["lfm2"])
-    policy.share_prompts(True)
+    policy.sharing_paths = (STRETCHES,)  # as if its config had said nothing
     check_layout(policy, EXAMPLES[3])
     assert not policy.shares_prompts
     assert "sharing a prompt changes log-probabilities" in caplog.text
@@ -362,7 +362,7 @@ def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent
 def test_the_first_batch_finds_a_response_that_sees_the_other_however_little_it_changes(recurrent, caplog, monkeypatch):
     monkeypatch.setattr("qpref.training.invariants.FLOAT32_TOLERANCE", 100.0)
     policy = load(recurrent["lfm2"])
-    policy.share_prompts(True)
+    policy.sharing_paths = (STRETCHES,)  # as if its config had said nothing
     check_layout(policy, EXAMPLES[3])
     assert not policy.shares_prompts
     assert "one response sees the other" in caplog.text

@@ -1,0 +1,127 @@
+"""A frozen linear layer and its LoRA adapter as one autograd function.
+
+PEFT computes them as a chain of operations: it clones the base's result, casts the input to float32 and back, and
+keeps the scaled low-rank result beside it. Here the low-rank product is added into the base's result in place, the
+input and one [T, rank] matrix are all that is kept for the backward pass, and the 4-bit weight is dequantized once in
+each pass. The layers are PEFT's own, with this in place of their forward pass, and anything that it doesn't cover
+(several adapters at once, adapters off) goes PEFT's way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x [..., in], A [rank, in], B [out, rank] -> base(x) + scaling * dropout(x) A^T B^T (Hu et al. 2021, eq. 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float, dropout: float) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, x.shape[-1])
+            kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+            low = _dropped(flat, kept, dropout) @ a.to(x.dtype).t()
+            result: Tensor = base(flat)
+            result.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(flat, low, a, b, kept)
+            ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b, kept = ctx.saved_tensors
+        shape = (*gradients[0].shape[:-1], x.shape[-1])
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            low_gradient = (gradient @ b.to(x.dtype)).mul_(ctx.scaling)
+            slope_b = _float32_product(gradient.t(), low).mul_(ctx.scaling)
+            slope_a = _float32_product(low_gradient.t(), _dropped(x, kept, ctx.dropout))
+            slope_x = None
+            if ctx.needs_input_grad[0]:
+                slope_x = gradient @ dense_weight(ctx.base, x.dtype)
+                if kept is None:
+                    slope_x.addmm_(low_gradient, a.to(x.dtype))
+                else:
+                    slope_x += _dropped(low_gradient @ a.to(x.dtype), kept, ctx.dropout)
+                slope_x = slope_x.view(shape)
+        return slope_x, slope_a.to(a.dtype), slope_b.to(b.dtype), None, None, None
+
+
+def _dropped(x: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
+    return x if kept is None else x * kept / (1 - dropout)
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """A gradient of float32 weights: not rounded to 16 bits on a GPU (a CPU has no such product)."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def dense_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """[out, in] the layer's weight as it takes part in products."""
+    layer: Any = base
+    dense: Tensor = layer.weight
+    if isinstance(base, Linear4bit):
+        dense = dequantize_4bit(layer.weight, layer.weight.quant_state)
+    return dense.to(dtype)
+
+
+class _Fused:
+    """The forward pass of both layers below."""
+
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        layer: Any = self
+        name = _only_adapter(layer)
+        if name is None or args or keywords:
+            result: Tensor = super().forward(x, *args, **keywords)  # type: ignore[misc]
+            return result
+        base = layer.base_layer
+        dropout = layer.lora_dropout[name]
+        adapted: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+            x.to(compute_dtype(base, x)),
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            base,
+            layer.scaling[name],
+            dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+        return adapted
+
+
+class FusedLinear4bit(_Fused, PeftLinear4bit):  # type: ignore[misc]
+    """PEFT's LoRA layer over an NF4 base."""
+
+
+class FusedLinear(_Fused, PeftLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer over a base that isn't quantized."""
+
+
+CUSTOM_MODULES = {Linear4bit: FusedLinear4bit, nn.Linear: FusedLinear}
+"""What PEFT is told to wrap each kind of layer in; Linear4bit stands first, because it is an nn.Linear too."""
+
+
+def _only_adapter(layer: Any) -> str | None:
+    """The one plain adapter that this layer adds at the moment; None where PEFT's own way has to be taken."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name: str = layer.active_adapters[0]
+    plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
+    return name if plain else None
+
+
+def compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
+    """What the layer multiplies in: autocast's type where it is on, else the base's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    weight: Any = base
+    own: torch.dtype | None = weight.compute_dtype if isinstance(base, Linear4bit) else weight.weight.dtype
+    return own or x.dtype

@@ -1,0 +1,187 @@
+"""Reference log-probabilities on disk, by content, for all runs of a machine.
+
+A folder for each reference (base weights, config, quantization, type, attention), in it one append-only shard for each
+run that found something new. A run sees the shards as they were when it started and what it adds itself: what another
+run adds meanwhile doesn't reach it, so that a resumed run reads what it would have read without the interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from qpref import fsio
+from qpref.errors import DiskError
+
+log = logging.getLogger("qpref")
+
+FORMAT = 1
+"""Part of every reference's key: raise it when the same tokens are scored differently."""
+
+KEY_BYTES = 16
+HEADER = struct.Struct(f"<{KEY_BYTES}sII")
+"""Of a record: the row's key, the number of its tokens, and a checksum of these and of the values that follow."""
+SYNC_EVERY = 64
+"""Appends between two that wait for the disk. A killed process loses none either way; a power cut may lose so many."""
+LIMIT_BYTES = 20 * 2**30
+"""What all shards may take together, unless QPREF_REFERENCE_CACHE_BYTES says otherwise: 13 million pairs whose two
+responses have 400 tokens together."""
+
+
+def root() -> Path:
+    return fsio.cache_folder() / "reference"
+
+
+def size_limit() -> int:
+    """Bytes that the shards of all references may take together."""
+    return int(os.environ.get("QPREF_REFERENCE_CACHE_BYTES", LIMIT_BYTES))
+
+
+def folder_of(reference: Mapping[str, Any]) -> Path:
+    """The folder of a reference, named by a hash of all that decides what it says of a row's tokens."""
+    content = json.dumps({"format": FORMAT, **reference}, sort_keys=True)
+    return root() / hashlib.blake2b(content.encode(), digest_size=KEY_BYTES).hexdigest()
+
+
+@dataclass(slots=True)
+class ReferenceCache:
+    """The shards that one run reads, and the one that it writes.
+
+    Attributes:
+        folder: of this reference.
+        run: the run's id, the name of its own shard.
+        seen: shard name -> bytes of it that this run reads; its own isn't among them.
+    """
+
+    folder: Path
+    run: str
+    seen: dict[str, int]
+    _places: dict[bytes, tuple[mmap.mmap, int, int]] = field(default_factory=dict)
+    _own: fsio.AppendLog | None = None
+    _appends: int = 0
+
+    @classmethod
+    def open(cls, folder: Path, run: str, seen: Mapping[str, int] | None = None) -> ReferenceCache:
+        """Read the folder's shards.
+
+        Args:
+            seen: what a run that goes on saw at its start; None takes all that is there.
+        """
+        fsio.make_folder(folder)
+        own = folder / f"{run}.shard"
+        if seen is None:
+            paths = sorted(path for path in folder.glob("*.shard") if path != own)
+            seen = {path.name: path.stat().st_size for path in paths}
+        cache = cls(folder, run, dict(seen))
+        for name, size in seen.items():
+            cache._read(folder / name, size)
+        if own.is_file():
+            kept = cache._read(own, own.stat().st_size)
+            cache._own = fsio.AppendLog(own, kept)  # cuts off what a killed process wrote half
+        return cache
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def get(self, key: bytes) -> Tensor | None:
+        """[tokens] float32 nats of a row, or None."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        data, start, count = place
+        return torch.from_numpy(numpy.frombuffer(data, "<f4", count, start).copy())
+
+    def add(self, rows: Mapping[bytes, Tensor]) -> None:
+        """Append rows to the run's own shard. A disk that refuses is warned of once; the run goes on without."""
+        records = b"".join(_record(key, values) for key, values in rows.items())
+        if not records or self._appends < 0:
+            return
+        try:
+            if self._own is None:
+                self._own = fsio.AppendLog(self.folder / f"{self.run}.shard")
+            self._own.append(records, durable=self._appends % SYNC_EVERY == 0)
+            self._appends += 1
+        except DiskError as error:
+            log.warning("the reference cache is not written any more: %s", error.what)
+            self._appends = -1
+
+    def close(self) -> None:
+        if self._own is not None:
+            if self._appends > 0:
+                self._own.append(b"")
+            self._own.close()
+            self._own = None
+
+    def _read(self, path: Path, size: int) -> int:
+        """Note where the rows of a shard's first `size` bytes stand; returns the bytes that are whole records."""
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                data = mmap.mmap(file.fileno(), min(size, found), access=mmap.ACCESS_READ) if min(size, found) else None
+            fsio.touch(path)
+        except (OSError, DiskError):
+            found, data = 0, None
+        end = 0
+        for key, start, count in _records(data) if data else ():
+            self._places.setdefault(key, (data, start, count))  # type: ignore[arg-type]
+            end = start + 4 * count
+        if end < size:
+            log.warning("%s: %d of %d bytes are no whole records and are passed over", path, size - end, size)
+        return end
+
+
+def _record(key: bytes, values: Tensor) -> bytes:
+    content = values.detach().to("cpu", torch.float32).numpy().astype("<f4").tobytes()
+    count = len(content) // 4
+    return HEADER.pack(key, count, _checksum(key, content)) + content
+
+
+def _checksum(key: bytes, content: bytes | memoryview) -> int:
+    return zlib.crc32(content, zlib.crc32(key + struct.pack("<I", len(content) // 4)))
+
+
+def _records(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
+    """Key, byte offset of the values, and their number, up to the first record that isn't whole."""
+    place = 0
+    with memoryview(data) as view:
+        while place + HEADER.size <= len(view):
+            key, count, checksum = HEADER.unpack_from(view, place)
+            start = place + HEADER.size
+            place = start + 4 * count
+            if place > len(view) or _checksum(key, view[start:place]) != checksum:
+                return
+            yield key, start, count
+
+
+def shrink(limit: int, keep: Path | None = None) -> int:
+    """Remove the shards that were used longest ago until all take at most `limit` bytes; returns the bytes freed.
+
+    Args:
+        keep: a reference's folder that is in use.
+    """
+    shards = [(path.stat().st_mtime, path.stat().st_size, path) for path in root().glob("*/*.shard")]
+    excess = sum(size for _, size, _ in shards) - limit
+    freed = 0
+    for _, size, path in sorted(shards):
+        if freed >= excess:
+            break
+        if path.parent != keep:
+            fsio.remove_tree(path)
+            freed += size
+    return freed

@@ -1,0 +1,71 @@
+"""What a run does about its reference before training: opens the cache, says how much is known, fills in the rest."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qpref.data.pack import num_fed_tokens, pack
+from qpref.policy import reference_cache
+from qpref.policy.load import Policy
+from qpref.policy.reference import ReferenceMemory, row_keys
+from qpref.policy.reference_cache import ReferenceCache
+from qpref.policy.source import BaseFolder
+from qpref.recipe import Recipe
+from qpref.records import TokenizedExample
+
+log = logging.getLogger("qpref")
+
+BATCH_FACTOR = 4
+"""A pass without gradients keeps no activations, so it takes more tokens at once than training."""
+
+
+def open_cache(
+    recipe: Recipe, base: BaseFolder, start_digest: str, policy: Policy, before: Mapping[str, Any] | None
+) -> ReferenceCache:
+    """The cache of this reference.
+
+    Args:
+        start_digest: SHA-256 of the start adapter, or nothing.
+        before: `describe`'s answer at the start of a run that goes on.
+    """
+    folder = reference_cache.folder_of(
+        {
+            "weights": base.weights,
+            "config": base.config,
+            "quantization": [recipe.model.quantization, recipe.model.double_quantization],
+            "dtype": recipe.model.dtype,
+            "device": policy.device.type,
+            "attention": policy.attention,
+            "start": start_digest,
+        }
+    )
+    reference_cache.shrink(reference_cache.size_limit(), keep=folder)
+    if before is None:
+        return ReferenceCache.open(folder, uuid.uuid4().hex)
+    return ReferenceCache.open(folder, before["run"], before["seen"])
+
+
+def describe(cache: ReferenceCache) -> dict[str, Any]:
+    """For run.json: what a resumed run has to know to read the same rows."""
+    return {"run": cache.run, "seen": cache.seen}
+
+
+def count_known(memory: ReferenceMemory, examples: Sequence[TokenizedExample]) -> tuple[int, int]:
+    """Responses whose scores are known, and all responses."""
+    found = [memory.has(key) for example in examples for key in row_keys(example)]
+    return sum(found), len(found)
+
+
+def fill(memory: ReferenceMemory, policy: Policy, examples: Sequence[TokenizedExample], tokens: int) -> None:
+    """Score what isn't known yet in one pass, the longest first, at most `tokens` of one length in a batch."""
+    todo = [example for example in examples if not all(memory.has(key) for key in row_keys(example))]
+    todo.sort(key=lambda example: -num_fed_tokens(example, policy.shares_prompts))
+    log.info("reference: scoring %d examples before training", len(todo))
+    done = 0
+    while done < len(todo):
+        count = max(1, tokens // num_fed_tokens(todo[done], policy.shares_prompts))
+        memory.logprobs(policy, pack(todo[done : done + count], policy.device))
+        done += count
