@@ -45,6 +45,7 @@ def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
         config = _fresh_config(adapter, _target_names(model, layers))
     else:
         config, tensors = _read_adapter(Path(adapter.start), adapter.dropout)
+    _refuse_tied_head(model, config)
     config._register_custom_module(CUSTOM_MODULES)
     torch.manual_seed(seed)
     try:
@@ -79,7 +80,7 @@ def load_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], name: str
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted = get_peft_model_state_dict(model, adapter_name=name)
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     missing, unknown = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unknown:
         first = f"lacks {missing[0]}" if missing else f"has {unknown[0]}"
@@ -112,14 +113,16 @@ def _fresh_config(adapter: AdapterSection, names: list[str]) -> Any:
 def _target_layers(model: Any, asked: str | list[str]) -> set[str]:
     """Whole names of the layers to adapt.
 
-    Only linear layers inside the text decoder count: a vision tower has no gradient, and the output head is frozen.
+    Only linear layers inside the text decoder count, for a vision tower has no gradient; and the output head, where it
+    is named.
     """
-    decoder = model.get_decoder()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     inside = {id(module) for module in decoder.modules()}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     of_text = [name for name in linear if id(model.get_submodule(name)) in inside]
     if isinstance(asked, str):
         return set(of_text)
+    of_text += [name for name in linear if model.get_submodule(name) is head]
     known = sorted({name.rpartition(".")[2] for name in of_text})
     layers: set[str] = set()
     for ending in asked:
@@ -145,6 +148,18 @@ def _refuse_other_layers(model: Any, layers: set[str]) -> None:
         raise PolicyError(
             f"PEFT adapts other layers of this model than were asked for, the first is {missed[0]}",
             'name layers of the attention alone in [adapter] targets, for example targets = ["q_proj", "v_proj"]',
+        )
+
+
+def _refuse_tied_head(model: Any, config: Any) -> None:
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is head]
+    asked = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    hit = any(name == target or name.endswith(f".{target}") for name in names for target in asked)
+    if hit and head.weight is model.get_input_embeddings().weight:
+        raise PolicyError(
+            "the adapter is on an output head that shares its weight with the embeddings; merged, it would change both",
+            "leave the head out of [adapter] targets",
         )
 
 

@@ -3,7 +3,8 @@
 The output head runs on the scored positions alone, a slice of the vocabulary at a time, so no [T, vocabulary] matrix
 ever exists. Each scored token's log-probability depends on one row of hidden states, so its whole gradient is one row
 too: the forward pass computes that row while it has the slice's logits, and the backward pass is a multiplication. That
-is two matrix products with the vocabulary where recomputing a tile would take three.
+is two matrix products with the vocabulary where recomputing a tile would take three. Only an adapter on the head itself
+needs the slices again in the backward pass, for the gradient of its B matrix.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class Head:
         bias: [vocabulary], or None.
         scale: factor on the logits.
         softcap: logits become softcap * tanh(logits / softcap); None for no cap.
+        adapted: PEFT's LoRA layer around it; None for a head without an adapter.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    adapted: Any = None
 
     @classmethod
     def of(cls, model: Any) -> Head:
@@ -52,17 +55,31 @@ class Head:
             PolicyError: the head isn't a plain linear layer.
         """
         module, config = model.get_output_embeddings(), model.config.get_text_config()
-        if type(module) is not nn.Linear:
-            raise PolicyError(f"the output head is a {type(module).__name__}; qpref needs a plain linear layer")
+        plain = getattr(module, "base_layer", module)
+        if type(plain) is not nn.Linear:
+            raise PolicyError(f"the output head is a {type(plain).__name__}; qpref needs a plain linear layer")
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         # RecurrentGemma's word is the second one.
         caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
-        return cls(module.weight, module.bias, scale, caps[0] or caps[1])
+        return cls(plain.weight, plain.bias, scale, caps[0] or caps[1], None if plain is module else module)
 
-    def logits(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+    def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """[rows, rank] float32 what the head's adapter makes of hidden states, and its B [vocabulary, rank]; nothing
+        where there is none or it is off."""
+        if self.adapted is None or self.adapted.disable_adapters:
+            return None, None
+        (name,) = self.adapted.active_adapters
+        a, b = self.adapted.lora_A[name].weight, self.adapted.lora_B[name].weight
+        return self.adapted.lora_dropout[name](hidden).to(a.dtype) @ a.t() * self.adapted.scaling[name], b
+
+    def logits(
+        self, hidden: Tensor, start: int, stop: int, low: Tensor | None = None, b: Tensor | None = None
+    ) -> Tensor:
         """[rows, stop - start] logits of a slice of the vocabulary, accumulated and returned in float32."""
         logits = _product(hidden, self.weight[start:stop].t())
+        if low is not None and b is not None:
+            logits.addmm_(low.to(logits.dtype), b[start:stop].t().to(logits.dtype))
         if self.bias is not None:
             logits += self.bias[start:stop]
         if self.scale != 1.0:
@@ -101,53 +118,95 @@ def _bf16_products(exact: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some scored positions: hidden [R, width], the head's adapter's low [R, rank] and b [vocabulary, rank] or neither,
+    tokens [R]."""
+
+    hidden: Tensor
+    low: Tensor | None
+    b: Tensor | None
+    tokens: Tensor
+
+    def split(self) -> list[_Rows]:
+        lows = [None] * len(self.tokens) if self.low is None else self.low.split(MAX_ROWS)
+        parts = zip(self.hidden.split(MAX_ROWS), lows, self.tokens.split(MAX_ROWS), strict=False)
+        return [_Rows(hidden, low, self.b, tokens) for hidden, low, tokens in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Of R rows: values [R] log-probabilities; slope [R, width] and low_slope [R, rank] their gradients, empty unless
+    asked for; squares [R] log of the sum of squared probabilities, empty unless asked for; normalizer [R, 1] the
+    logits' log-sum-exp."""
+
+    values: Tensor
+    slope: Tensor
+    low_slope: Tensor
+    squares: Tensor
+    normalizer: Tensor
+
+
 class _ScoreTokens(torch.autograd.Function):
     """hidden [S, width], tokens [S] -> log-probability of each token [S], float32, and log of the sum of squared
-    probabilities [S] without gradient (empty unless asked for)."""
+    probabilities [S] without gradient (empty unless asked for). The head's adapter adds low [S, rank] @ b^T
+    [rank, vocabulary] to the logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, tokens: Tensor, head: Head, wants_squares: bool = False
+        ctx: Any,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: Head,
+        wants_squares: bool = False,
+        low: Tensor | None = None,
+        b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        wants_slope = ctx.needs_input_grad[0]
-        scored = [
-            _score_rows(part, wanted, head, wants_slope, wants_squares)
-            for part, wanted in zip(hidden.split(MAX_ROWS), tokens.split(MAX_ROWS), strict=True)
-        ]
-        values, slopes, squares = zip(*scored, strict=True)
+        wants_slope = any(ctx.needs_input_grad)
+        parts = [_score_rows(rows, head, wants_slope, wants_squares) for rows in _Rows(hidden, low, b, tokens).split()]
         if wants_slope:
-            ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))
-        joined = torch.cat(squares)
-        ctx.mark_non_differentiable(joined)
-        return torch.cat(values), joined
+            slopes = torch.cat([part.slope for part in parts]).to(hidden.dtype)
+            of_head: tuple[Tensor | None, ...] = ()
+            if low is not None:
+                low_slopes = torch.cat([part.low_slope for part in parts])
+                of_head = (low_slopes, hidden, low, b, tokens, torch.cat([part.normalizer for part in parts]))
+            ctx.save_for_backward(slopes, *of_head)
+            ctx.head = head
+        squares = torch.cat([part.squares for part in parts])
+        ctx.mark_non_differentiable(squares)
+        return torch.cat([part.values for part in parts]), squares
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return (gradients[0][:, None] * slopes).to(slopes.dtype), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, *of_head = ctx.saved_tensors
+        above = gradients[0][:, None]
+        low_slope = b_slope = None
+        if of_head:
+            low_slopes, hidden, low, b, tokens, normalizer = of_head
+            low_slope = above * low_slopes
+            b_slope = _slope_of_b(_Rows(hidden, low, b, tokens), ctx.head, normalizer, above)
+        return (above * slopes).to(slopes.dtype), None, None, None, low_slope, b_slope
 
 
-def _score_rows(
-    hidden: Tensor, tokens: Tensor, head: Head, wants_slope: bool, wants_squares: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[rows] log-probabilities, [rows, width] their slope: (onehot - softmax) @ weight, and [rows] log sum p^2.
+def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool) -> _Scored:
+    """One pass over slices of the vocabulary, with the log-sum-exp and the slope's softmax part rescaled as slices come
+    in (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
 
-    One pass over slices of the vocabulary, with the log-sum-exp and the slope's softmax part rescaled as slices come in
-    (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
+    The slope is (onehot - softmax) @ weight, and the adapter's (onehot - softmax) @ b.
     """
-    weight, rows = head.weight, torch.arange(len(tokens), device=tokens.device)
+    weight, tokens, hidden = head.weight, rows.tokens, rows.hidden
+    numbers = torch.arange(len(tokens), device=tokens.device)
     wide = torch.promote_types(weight.dtype, torch.float32)
     target = torch.empty(len(tokens), 1, dtype=wide, device=hidden.device)
     normalizer = torch.full_like(target, -torch.inf)
-    expected = torch.zeros(hidden.shape if wants_slope else (), dtype=wide, device=hidden.device)
-    chosen = torch.zeros_like(expected)
+    factors = [weight] if rows.b is None else [weight, rows.b]
+    expected = [target.new_zeros(len(tokens), factor.shape[1]) for factor in factors] if wants_slope else []
+    chosen = [torch.zeros_like(part) for part in expected]
     square_normalizer = torch.full_like(target, -torch.inf)
-    width = max(1, TILE_ELEMENTS // len(tokens))
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, weight.shape[0], width):
-            stop = min(start + width, weight.shape[0])
-            logits = head.logits(hidden, start, stop)
-            inside = rows[(tokens >= start) & (tokens < stop)]
+        for start, stop in _slices(head, len(tokens)):
+            logits = head.logits(rows.hidden, start, stop, rows.low, rows.b)
+            inside = numbers[(tokens >= start) & (tokens < stop)]
             places = tokens[inside, None] - start
             target[inside] = logits[inside].gather(1, places)
             part = logits.log_softmax(1)
@@ -156,14 +215,50 @@ def _score_rows(
             if wants_slope:
                 change = head.chain(part.exp_(), logits)
                 share = (part_normalizer - joined).exp_()
-                expected.mul_((normalizer - joined).exp_()).add_(_low_product(change, weight[start:stop]) * share)
+                rest = (normalizer - joined).exp_()
                 at_target = head.chain(torch.ones_like(target[inside]), target[inside])
-                chosen[inside] = at_target * weight[tokens[inside]]
+                for factor, mean, own in zip(factors, expected, chosen, strict=True):
+                    mean.mul_(rest).add_(_low_product(change, factor[start:stop]) * share)
+                    own[inside] = at_target * factor[tokens[inside]]
             normalizer = joined
             if wants_squares:
                 square_normalizer = torch.logaddexp(square_normalizer, (2 * logits).logsumexp(1, keepdim=True))
-    squares = (square_normalizer - 2 * normalizer).squeeze(1) if wants_squares else target.new_empty(0)
-    return (target - normalizer).squeeze(1), chosen - expected, squares
+    slopes = [own - mean for own, mean in zip(chosen, expected, strict=True)]
+    nothing = target.new_empty(0)
+    return _Scored(
+        values=(target - normalizer).squeeze(1),
+        slope=slopes[0] if slopes else nothing,
+        low_slope=slopes[1] if len(slopes) > 1 else nothing,
+        squares=(square_normalizer - 2 * normalizer).squeeze(1) if wants_squares else nothing,
+        normalizer=normalizer,
+    )
+
+
+def _slope_of_b(everything: _Rows, head: Head, normalizer: Tensor, above: Tensor) -> Tensor:
+    """[vocabulary, rank] gradient of the adapter's B: (onehot - softmax)^T @ low, each row times what comes from
+    `above` [S, 1]. The slices of logits are computed once more."""
+    assert everything.b is not None
+    total = torch.zeros_like(everything.b)
+    pieces = zip(everything.split(), normalizer.split(MAX_ROWS), above.split(MAX_ROWS), strict=True)
+    with torch.autocast(above.device.type, enabled=False):
+        for rows, norm, factor in pieces:
+            assert rows.low is not None
+            numbers = torch.arange(len(rows.tokens), device=above.device)
+            for start, stop in _slices(head, len(rows.tokens)):
+                logits = head.logits(rows.hidden, start, stop, rows.low, rows.b)
+                inside = numbers[(rows.tokens >= start) & (rows.tokens < stop)]
+                change = (logits - norm).exp_().neg_()
+                change[inside, rows.tokens[inside] - start] += 1
+                change = head.chain(change, logits).mul_(factor)
+                total[start:stop] += change.t().to(total.dtype) @ rows.low.to(total.dtype)
+    return total
+
+
+def _slices(head: Head, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Slices of the vocabulary whose logits exist at a time."""
+    width = max(1, TILE_ELEMENTS // num_rows)
+    size = head.weight.shape[0]
+    return ((start, min(start + width, size)) for start in range(0, size, width))
 
 
 def _low_product(left: Tensor, right: Tensor) -> Tensor:
@@ -190,7 +285,9 @@ def completion_logprobs(
     with policy.autocast():
         compute = _shared_hidden if policy.shares_prompts else _row_hidden
         hidden = compute(policy, batch, prompts)
-    values, log_sums = _ScoreTokens.apply(hidden, tokens, policy.head, squares)  # type: ignore[no-untyped-call]
+    values, log_sums = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
+        hidden, tokens, policy.head, squares, *policy.head.low_rank(hidden)
+    )
     return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
 
 

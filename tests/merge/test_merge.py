@@ -72,6 +72,14 @@ def test_merged_logits_equal_the_trained_policys(train, make_base, tmp_path, fam
     assert (merged_logits(tmp_path / "out") - expected).abs().max() < 1e-4
 
 
+def test_an_adapter_on_the_head_is_merged(train, tmp_path):
+    run = train(**{"adapter.targets": ["v_proj", "lm_head"]})
+    merge_run(run, tmp_path / "out", "float32")
+    policy = trained_policy(run)
+    assert policy.trained_parameters()["base_model.model.lm_head.lora_B.default.weight"].abs().max() > 0.01
+    assert (merged_logits(tmp_path / "out") - logits_of(policy.model)).abs().max() < 1e-4
+
+
 def test_a_bf16_run_merges_onto_its_own_dequantized_weights(train, make_base, tmp_path):
     run = train(make_base(), **{"model.quantization": "nf4", "model.dtype": "bf16"})
     merge_run(run, tmp_path / "out", "float32")

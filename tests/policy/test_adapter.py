@@ -94,13 +94,17 @@ def test_an_unknown_ending_is_named_with_the_known_ones(load):
         load({"adapter.targets": ["q_proj", "query"]})
     assert str(caught.value) == (
         "[adapter] targets: 'query' names no linear layer; "
-        "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+        "it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     )
 
 
-def test_the_head_cannot_be_asked_for(load):
-    with pytest.raises(PolicyError, match="'lm_head' names no linear layer"):
-        load({"adapter.targets": ["lm_head"]})
+def test_the_head_is_adapted_where_it_is_asked_for(load):
+    assert adapted(load({"adapter.targets": ["q_proj", "lm_head"]})) == in_every_layer("q_proj") | {"lm_head"}
+
+
+def test_a_tied_head_cannot_be_asked_for(load, make_base):
+    with pytest.raises(PolicyError, match="an output head that shares its weight with the embeddings"):
+        load({"adapter.targets": ["lm_head"], "model.base": str(make_base("qwen"))})
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

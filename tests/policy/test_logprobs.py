@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +137,45 @@ def test_a_row_by_itself_has_the_value_that_it_has_among_others(tile):
     together = _ScoreTokens.apply(hidden, tokens, head)[0]
     alone = torch.cat([_ScoreTokens.apply(hidden[i : i + 1], tokens[i : i + 1], head)[0] for i in range(ROWS)])
     assert (together - alone).abs().max() <= 1e-12
+
+
+def make_adapter(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """What a head's adapter makes of the rows, and its B."""
+    generator = torch.Generator().manual_seed(2)
+    low, b = (torch.randn(size, 3, dtype=torch.float64, generator=generator) for size in (ROWS, VOCABULARY))
+    return low.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+
+
+def adapted_oracle(hidden: Tensor, tokens: Tensor, head: Head, low: Tensor, b: Tensor) -> Tensor:
+    """The adapter as more columns of hidden states and weights."""
+    wide = replace(head, weight=torch.cat([head.weight, b], dim=1))
+    return oracle(torch.cat([hidden, low], dim=1), tokens, wide)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_with_an_adapter_scores_and_learns_as_one_matrix_would(kind, tile):
+    head, (hidden, tokens), (low, b) = make_head(kind), make_rows(), make_adapter()
+    factors = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+    values, squares = _ScoreTokens.apply(hidden, tokens, head, True, low, b)
+    wanted = adapted_oracle(hidden, tokens, head, low, b)
+    assert (values - wanted).abs().max() <= 1e-12
+    words = [torch.full_like(tokens, word) for word in range(VOCABULARY)]
+    whole = torch.stack([adapted_oracle(hidden, word, head, low, b) for word in words])
+    assert (squares - (2 * whole).logsumexp(0)).abs().max() <= 1e-12
+    found = torch.autograd.grad((values * factors).sum(), (hidden, low, b))
+    expected = torch.autograd.grad((wanted * factors).sum(), (hidden, low, b))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-12
+
+
+def test_float32_gradients_of_a_heads_adapter_keep_float32_accuracy(tile):
+    head, (hidden, tokens) = make_head("bias, scale and cap", torch.float32), make_rows(torch.float32)
+    low, b = make_adapter(torch.float32)
+    values = _ScoreTokens.apply(hidden, tokens, head, False, low, b)[0]
+    found = torch.autograd.grad(values.sum(), (low, b))
+    expected = torch.autograd.grad(adapted_oracle(hidden, tokens, head, low, b).sum(), (low, b))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @pytest.fixture(scope="module")

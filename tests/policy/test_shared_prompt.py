@@ -60,12 +60,12 @@ LENGTHS = ((1, 1, 6), (11, 1, 1), (5, 9, 2), (17, 4, 13), (3, 12, 1), (8, 2, 7))
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate(LENGTHS, start=1)]
 
 
-def load(base: Path, checkpointing: bool = False) -> Policy:
+def load(base: Path, checkpointing: bool = False, targets: str | list[str] = "all-linear") -> Policy:
     """A policy whose adapters are not fresh: every B is random."""
     recipe = Recipe.model_validate(
         {
             "model": {"base": str(base), "quantization": "none", "dtype": "float32"},
-            "adapter": {"rank": RANK, "alpha": ALPHA},
+            "adapter": {"rank": RANK, "alpha": ALPHA, "targets": targets},
             "data": {"train": "none"},
             "loss": {"name": "none"},
             "train": {"gradient_checkpointing": checkpointing},
@@ -229,6 +229,17 @@ def test_fallback_rows_have_the_gradients_of_whole_rows(family, checkpointing, a
     policy = load(base, checkpointing)
     policy.share_prompts(False)
     _, gradients = train_on(policy, 40, 3)
+    assert worst_gradient(gradients, wanted.gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_an_adapter_on_the_head_learns_what_it_would_on_whole_rows(budget, answers):
+    base, _ = answers["llama"]
+    policy = load(base, targets=["v_proj", "lm_head"])
+    wanted = ask_whole_rows(base, policy)
+    assert worst_logprob(policy, wanted.logprobs) <= TOLERANCE
+    _, gradients = train_on(policy, budget, None)
+    assert "base_model.model.lm_head.lora_A.default.weight" in gradients
     assert worst_gradient(gradients, wanted.gradients) <= TOLERANCE
 
 
