@@ -35,6 +35,16 @@ def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length:
     return joined
 
 
+def alone(example: TokenizedExample) -> TokenizedExample:
+    """The example without its partner."""
+    return replace(example, branches=example.branches[:1], truncated=example.truncated[:1])
+
+
+def partner_alone(example: TokenizedExample) -> TokenizedExample:
+    """The example's prompt with its partner's completion alone."""
+    return replace(example, branches=example.branches[1:], truncated=example.truncated[1:])
+
+
 def _partner(around: Sequence[TokenizedExample], here: int) -> TokenizedExample:
     """The next example of another prompt, one that says something else where there is such a one near."""
     own = around[here]

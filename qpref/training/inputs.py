@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qpref.policy.logprobs import pair_logprobs, sequences
+from qpref.policy.logprobs import pair_logprobs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
 
 Inputs = PairedInputs | UnpairedInputs
@@ -29,29 +30,35 @@ def paired_inputs(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Mismatched:
+    """What policy and reference say of the mismatched completions of a batch's examples."""
+
+    policy: TokenLogProbs
+    reference: TokenLogProbs | None
+
+
 def unpaired_inputs(
     batch: PackedBatch,
     scores: TokenLogProbs,
     reference: TokenLogProbs | None,
     class_counts: tuple[int, int],
-    partners: bool,
+    mismatched: Mismatched | None,
 ) -> UnpairedInputs:
     """The inputs of an unpaired loss.
 
     Args:
-        scores: the policy's, of each example's completion, and of its mismatched partner where `partners` says so.
+        scores: the policy's, of each example's completion.
         reference: the same of the reference.
         class_counts: desirable and undesirable training examples.
+        mismatched: of the same examples' partners; None where the loss doesn't need them.
     """
-    step = 2 if partners else 1
-    own, others = slice(0, None, step), slice(1, None, step)
-    mismatched = sequences(scores, others) if partners else None
     labels = [bool(example.label) for example in batch.examples]
     return UnpairedInputs(
-        policy=sequences(scores, own),
-        reference=None if reference is None else sequences(reference, own),
-        mismatched_policy=None if mismatched is None else _detached(mismatched),
-        mismatched_reference=None if reference is None or not partners else sequences(reference, others),
+        policy=scores,
+        reference=reference,
+        mismatched_policy=None if mismatched is None else _detached(mismatched.policy),
+        mismatched_reference=None if mismatched is None else mismatched.reference,
         desirable=torch.tensor(labels, device=scores.values.device),
         class_counts=class_counts,
     )

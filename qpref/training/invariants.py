@@ -16,9 +16,10 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
 from qpref.policy.attention import STRETCHES, CannotShareError
 from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.logprobs import completion_logprobs, sequences
 from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
+from qpref.training.inputs import Mismatched
 from qpref.training.objective import Objective
 
 log = logging.getLogger("qpref")
@@ -178,7 +179,12 @@ def check_start(
             _compare_cached(policy, memory, batch, reference)
         balanced = replace(objective, class_counts=(1, 1))
         level = replace(batch, margin=torch.zeros_like(batch.margin))
-        inputs = balanced.inputs(level, scores, reference)
+        mismatched = None
+        if objective.needs_mismatched:
+            own, partners = slice(0, None, 2), slice(1, None, 2)
+            mismatched = Mismatched(sequences(scores, partners), sequences(reference, partners))
+            scores, reference = sequences(scores, own), sequences(reference, own)
+        inputs = balanced.inputs(level, scores, reference, mismatched)
         for caller in objective.callers:
             wanted = caller.starts_at()
             if wanted is None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.data.mismatch import alone, partner_alone
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.load import Policy
@@ -19,7 +20,7 @@ from qpref.policy.reference import ReferenceMemory, frozen
 from qpref.recipe import Recipe
 from qpref.records import MetricRow, PackedBatch, Source, TokenizedExample, TokenLogProbs
 from qpref.training import optim
-from qpref.training.inputs import Inputs, example_metrics, joined_inputs
+from qpref.training.inputs import Inputs, Mismatched, example_metrics, joined_inputs
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
 from qpref.training.objective import Objective, progress
@@ -177,10 +178,14 @@ class Trainer:
             return None
 
     def _backward_part(self, members: Sequence[TokenizedExample], num_examples: int) -> Mapping[str, Tensor]:
-        batch = pack(members, self.policy.device)
-        reference = self._reference(batch)
-        inputs = self.loss.inputs(batch, self.loss.score(self.policy, batch), reference)
+        batch, inputs = self._score(members)
         return self._backward(inputs, batch.weight, num_examples)
+
+    def _score(self, members: Sequence[TokenizedExample]) -> tuple[PackedBatch, Inputs]:
+        """A micro-batch and what the loss sees of it."""
+        batch, mismatched = self._pack(members), self._mismatched(members)
+        reference = self._reference(batch)
+        return batch, self.loss.inputs(batch, self.loss.score(self.policy, batch), reference, mismatched)
 
     def _backward_whole_step(self, parts: Sequence[Sequence[TokenizedExample]]) -> Mapping[str, Tensor]:
         """The same for a loss that has to see all examples at once, while only one micro-batch fits the memory.
@@ -189,7 +194,8 @@ class Trainer:
         each micro-batch is then scored again, under the same dropout, and its slopes passed back through it (Gao et al.
         2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3).
         """
-        batches = [pack(members, self.policy.device) for members in parts]
+        batches = [self._pack(members) for members in parts]
+        mismatched = [self._mismatched(members) for members in parts]
         references = [self._reference(batch) for batch in batches]
         leaves = []
         with torch.no_grad():
@@ -197,13 +203,27 @@ class Trainer:
                 leaves.append(self._score_again(batch, place))
         for leaf in leaves:
             leaf.values.requires_grad_()
-        triples = zip(batches, leaves, references, strict=True)
-        inputs = joined_inputs([self.loss.inputs(*triple) for triple in triples])
+        scored = zip(batches, leaves, references, mismatched, strict=True)
+        inputs = joined_inputs([self.loss.inputs(*one) for one in scored])
         weight = torch.cat([batch.weight for batch in batches])
         metrics = self._backward(inputs, weight, len(weight))
         for place, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
             self._score_again(batch, place).values.backward(leaf.values.grad)
         return metrics
+
+    def _pack(self, members: Sequence[TokenizedExample]) -> PackedBatch:
+        """The examples as one stream, their mismatched partners left out."""
+        if self.loss.needs_mismatched:
+            members = [alone(example) for example in members]
+        return pack(members, self.policy.device)
+
+    def _mismatched(self, members: Sequence[TokenizedExample]) -> Mismatched | None:
+        """The scores of the examples' mismatched partners, without a graph; None for losses that don't need them."""
+        if not self.loss.needs_mismatched:
+            return None
+        batch = pack([partner_alone(example) for example in members], self.policy.device)
+        with torch.no_grad():
+            return Mismatched(self.loss.score(self.policy, batch), self._reference(batch))
 
     def _reference(self, batch: PackedBatch) -> TokenLogProbs | None:
         """The reference's scores, before the policy's: its pass leaves no graph behind. None for losses without one."""
@@ -289,12 +309,7 @@ class Trainer:
         """[N] metrics of some held-out examples, seen by the loss all at once. Completions that were one row's pair are
         compared as one."""
         parts = split_by_tokens(window, self.heldout_budget, self.policy.shares_prompts)
-        scored = []
-        for members in parts:
-            batch = pack(members, self.policy.device)
-            reference = self._reference(batch)
-            scored.append(self.loss.inputs(batch, self.loss.score(self.policy, batch), reference))
-        inputs = joined_inputs(scored)
+        inputs = joined_inputs([self._score(members)[1] for members in parts])
         metrics = dict(example_metrics(inputs, self.loss(inputs)))
         everywhere = list(range(len(window)))
         better, worse = everywhere, everywhere

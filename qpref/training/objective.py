@@ -15,7 +15,7 @@ from qpref.plan import Choice, LossChoice
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
-from qpref.training.inputs import Inputs, paired_inputs, tensors_of, unpaired_inputs
+from qpref.training.inputs import Inputs, Mismatched, paired_inputs, tensors_of, unpaired_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +193,22 @@ class Objective:
         needs = self.needs
         return completion_logprobs(policy, batch, prompts="prompt" in needs, squares="log_sum_squares" in needs)
 
-    def inputs(self, batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs | None) -> Inputs:
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether examples have a mismatched partner, which is scored by itself: no gradient flows through it."""
+        return "mismatched" in self.needs
+
+    def inputs(
+        self,
+        batch: PackedBatch,
+        scores: TokenLogProbs,
+        reference: TokenLogProbs | None,
+        mismatched: Mismatched | None = None,
+    ) -> Inputs:
         """What the losses see of a batch's scores."""
         if self.is_paired:
             return paired_inputs(batch, scores, reference, prompts="prompt" in self.needs)
-        partners = "mismatched" in self.needs
-        return unpaired_inputs(batch, scores, reference, self.class_counts, partners=partners)
+        return unpaired_inputs(batch, scores, reference, self.class_counts, mismatched)
 
 
 def progress(step: int, total_steps: int) -> float:

@@ -15,7 +15,7 @@ from conftest import preference_rows, write_jsonl
 
 import qpref
 from qpref.data.load import load_rows
-from qpref.data.mismatch import with_mismatched
+from qpref.data.mismatch import alone, partner_alone, with_mismatched
 from qpref.data.pack import pack
 from qpref.errors import DataError, RecipeError
 from qpref.hooks.types import SinkContext
@@ -25,6 +25,7 @@ from qpref.policy.reference import ReferenceMemory
 from qpref.records import Source, TokenizedExample
 from qpref.schedule import Schedule
 from qpref.training import optim, run
+from qpref.training.inputs import Mismatched
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
 
@@ -381,12 +382,15 @@ def test_losses_of_one_name_are_told_apart(make_recipe, tmp_path):
 
 def test_a_loss_is_not_blamed_for_scores_that_are_not_finite(make_trainer):
     trainer = make_trainer(None, {"name": "kto"})
-    batch = pack(trainer.examples[:2], trainer.policy.device)
-    scores = trainer.loss.score(trainer.policy, batch)
-    spoilt = replace(scores, values=scores.values.detach().clone().requires_grad_())
+    own, partners = (
+        pack([side(example) for example in trainer.examples[:2]], trainer.policy.device)
+        for side in (alone, partner_alone)
+    )
+    scores, spoilt = (trainer.loss.score(trainer.policy, batch) for batch in (own, partners))
+    reference, other = (replace(said, values=said.values.detach().clone()) for said in (scores, spoilt))
     with torch.no_grad():
-        spoilt.values[-1] = torch.nan  # of a mismatched completion
-    inputs = trainer.loss.inputs(batch, spoilt, replace(scores, values=scores.values.detach()))
+        spoilt.values[-1] = torch.nan
+    inputs = trainer.loss.inputs(own, scores, reference, Mismatched(spoilt, other))
     assert not inputs.mismatched_policy.values.requires_grad
     output = trainer.loss(inputs)
     assert not output.losses.isfinite().any()
