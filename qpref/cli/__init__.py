@@ -14,9 +14,11 @@ from qpref import __version__
 from qpref.errors import QprefError
 
 COMMANDS = {
+    "plan": "Predict a recipe's memory, work and steps before any is spent.",
     "train": "Train an adapter by a recipe.",
     "merge": "Write base and adapter as one plain safetensors model.",
     "plugins": "List the installed plugins.",
+    "cache": "List or clear what is kept on this machine.",
     "losses": "List, show and check the installed losses.",
 }
 

@@ -98,12 +98,15 @@ class ReferenceMemory:
             self.cache.add(new)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """All rows as three flat tensors, for a checkpoint."""
-        keys = b"".join(self.rows)
+        """All rows as three flat tensors, for a checkpoint; in the keys' order, whatever came first."""
+        keys = sorted(self.rows)
+        joined = b"".join(keys)
         return {
-            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8) if keys else torch.empty(0, dtype=torch.uint8),
-            "lengths": torch.tensor([len(values) for values in self.rows.values()], dtype=torch.int32),
-            "values": torch.cat(list(self.rows.values())) if self.rows else torch.empty(0),
+            "keys": torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+            if keys
+            else torch.empty(0, dtype=torch.uint8),
+            "lengths": torch.tensor([len(self.rows[key]) for key in keys], dtype=torch.int32),
+            "values": torch.cat([self.rows[key] for key in keys]) if keys else torch.empty(0),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

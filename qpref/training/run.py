@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,41 +18,22 @@ import tomli_w
 import torch
 
 from qpref import fsio
-from qpref.data.load import CheckedRows, fingerprint, load_rows, tokenize_rows
-from qpref.data.mismatch import with_mismatched
-from qpref.data.tokenize import PairTokenizer
-from qpref.errors import CheckpointError, DeviceMemoryError, PolicyError, StoppedBySignal
+from qpref.data.load import load_rows
+from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.plan import Plan
 from qpref.policy.adapter import TRAINED
-from qpref.policy.load import Policy, load_policy
 from qpref.policy.reference import ReferenceMemory
-from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
-from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.records import PackedBatch, TokenizedExample
-from qpref.training import checkpoint, invariants, optim, references
+from qpref.records import PackedBatch
+from qpref.training import checkpoint, invariants, optim, references, snapshot
 from qpref.training.folder import RunFolder, claimed
-from qpref.training.loop import Progress, Trainer, refuse_empty_steps
-from qpref.training.metrics import Averages, Recorder
-from qpref.training.objective import Objective
+from qpref.training.loop import Progress, Trainer
+from qpref.training.metrics import Recorder
+from qpref.training.prepare import Prepared, prepare
 
 log = logging.getLogger("qpref")
 
 VERSIONED = ("qpref", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "trl")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a run has once everything that can be refused has been."""
-
-    plan: Plan
-    base: BaseFolder
-    tokenizer: Any
-    policy: Policy
-    loss: Objective
-    examples: list[TokenizedExample]
-    heldout: list[TokenizedExample]
-    fingerprints: dict[str, str]
 
 
 def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -68,61 +48,14 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
             return folder.path
         checked = load_rows(plan)
         try:
-            prepared = _prepare(plan, checked)
+            prepared = prepare(plan, checked)
             _train(prepared, folder, resume)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 "the device ran out of memory",
-                "lower [train] tokens_per_microbatch or [data] max_length, or set gradient_checkpointing = true; "
-                "go on with --resume where checkpoints exist",
+                "`qpref plan` says what needs how much; go on with --resume where checkpoints exist",
             ) from error
     return plan.output
-
-
-def _prepare(plan: Plan, checked: tuple[CheckedRows, CheckedRows | None]) -> Prepared:
-    recipe = plan.recipe
-    base = resolve_base(recipe.model)
-    tokenizer = load_tokenizer(recipe.model, base)
-    pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
-    examples = tokenize_rows(checked[0], pairs, recipe.data)
-    heldout = tokenize_rows(checked[1], pairs, recipe.data) if checked[1] else []
-    loss = Objective.of(plan.losses, _class_counts(examples))
-    if "mismatched" in loss.needs:
-        seed, longest = recipe.train.seed, recipe.data.max_length
-        # A held-out file may have one prompt alone, so its partners come from all examples.
-        heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
-        examples = with_mismatched(examples, seed, longest)
-    refuse_empty_steps(recipe, len(examples))
-    loss.refuse_bad_schedule(optim.total_steps(recipe.train, len(examples)))
-    invariants.check_first_row(pairs, examples[0])
-    policy = load_policy(recipe, base)
-    invariants.check_layout(policy, examples[0])
-    return Prepared(
-        plan=plan,
-        base=base,
-        tokenizer=tokenizer,
-        policy=policy,
-        loss=loss,
-        examples=examples,
-        heldout=heldout,
-        fingerprints={
-            "recipe": plan.fingerprint,
-            "base model": json.dumps(base.weights, sort_keys=True),
-            "training data": fingerprint(examples),
-            "held-out data": fingerprint(heldout),
-            "start adapter": _start_digest(recipe.adapter.start),
-        },
-    )
-
-
-def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
-    """Desirable and undesirable examples."""
-    labels = [example.label for example in examples]
-    return labels.count(True), labels.count(False)
-
-
-def _start_digest(start: str | None) -> str:
-    return "" if start is None else cached_sha256(Path(start) / "adapter_model.safetensors")
 
 
 def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
@@ -135,11 +68,11 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     kept = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
     if kept is not None:
         memory = _open_memory(prepared, folder.description().get("reference_cache"))
-        _restore(kept, policy, optimizer, scaler, progress)
+        snapshot.restore(kept, prepared, optimizer, scaler, progress)
         if memory is not None:
             memory.restore(kept.tensors["reference"])
             invariants.check_cached_reference(policy, memory, _first_batch(prepared))
-        metrics_bytes = _metrics_bytes(kept, folder)
+        metrics_bytes = snapshot.metrics_bytes(kept, folder)
         checkpoint.remove_newer(folder.checkpoints, progress.step)
         log.info("going on after step %d", progress.step)
     else:
@@ -147,15 +80,16 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
         memory = _open_memory(prepared, None)
         invariants.check_start(policy, prepared.loss, _first_batch(prepared), memory)
+        progress.budget = snapshot.settled(prepared)
         folder.clear()
-        _describe(prepared, folder, memory)
+        _describe(prepared, folder, memory, progress.budget)
 
     total = optim.total_steps(plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=progress.step, total_steps=total)
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
 
     def save() -> None:
-        current = _capture(prepared, optimizer, scaler, progress, memory, recorder.size)
+        current = snapshot.capture(prepared, optimizer, scaler, progress, memory, recorder.size)
         checkpoint.save_checkpoint(folder.checkpoints, current, plan.recipe.train.keep)
 
     with _stop_request() as requested:
@@ -209,66 +143,7 @@ def _open_memory(prepared: Prepared, before: Mapping[str, Any] | None) -> Refere
     return memory
 
 
-def _capture(
-    prepared: Prepared,
-    optimizer: Any,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    memory: ReferenceMemory | None,
-    metrics_bytes: int,
-) -> checkpoint.Checkpoint:
-    tensors, numbers = optim.optimizer_tensors(optimizer)
-    progress.averages.settle()
-    state = {
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "nonfinite": progress.nonfinite,
-        "budget": progress.budget,
-        "checkpointed_layers": prepared.policy.checkpointed_layers,
-        "sums": {name: total.hex() for name, total in progress.averages.sums.items()},  # JSON has no infinity
-        "counts": progress.averages.counts,
-        "optimizer": numbers,
-        "scaler": scaler.state_dict(),
-        "metrics_bytes": metrics_bytes,
-        "fingerprints": prepared.fingerprints,
-    }
-    adapter = {name: parameter.detach() for name, parameter in prepared.policy.trained_parameters().items()}
-    files = {"adapter": adapter, "optimizer": tensors}
-    if memory is not None:
-        files["reference"] = memory.to_tensors()
-    return checkpoint.Checkpoint(step=progress.step, state=state, tensors=files)
-
-
-def _restore(
-    kept: checkpoint.Checkpoint, policy: Policy, optimizer: Any, scaler: torch.amp.GradScaler, progress: Progress
-) -> None:
-    parameters, saved = policy.trained_parameters(), kept.tensors["adapter"]
-    if set(parameters) != set(saved):
-        raise CheckpointError(f"step {kept.step}: its adapter has other layers than this run's")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    optim.restore_optimizer(optimizer, kept.tensors["optimizer"], kept.state["optimizer"])
-    scaler.load_state_dict(kept.state["scaler"])
-    progress.step, progress.tokens = kept.step, kept.state["tokens"]
-    progress.seconds, progress.nonfinite = kept.state["seconds"], kept.state["nonfinite"]
-    progress.budget = kept.state["budget"]
-    policy.checkpoint_layers(kept.state["checkpointed_layers"])
-    sums = {name: float.fromhex(total) for name, total in kept.state["sums"].items()}
-    progress.averages = Averages(sums, kept.state["counts"])
-
-
-def _metrics_bytes(kept: checkpoint.Checkpoint, folder: RunFolder) -> int:
-    wanted = int(kept.state["metrics_bytes"])
-    if not folder.metrics.is_file() or folder.metrics.stat().st_size < wanted:
-        raise CheckpointError(
-            f"{folder.metrics}: is shorter than it was at step {kept.step}",
-            "restore it, or start anew with --overwrite",
-        )
-    return wanted
-
-
-def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | None) -> None:
+def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | None, budget: int) -> None:
     """Write down what this run is: the resolved recipe, and run.json with what it was made of."""
     plan, policy = prepared.plan, prepared.policy
     fsio.write_text(folder.recipe, tomli_w.dumps(plan.document))
@@ -286,6 +161,8 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | N
             "dtype": plan.recipe.model.dtype,
             "double_quantization": plan.recipe.model.double_quantization,
             "quantized_modules": policy.quantized_modules(),
+            "tokens_per_microbatch": budget,
+            "checkpointed_layers": policy.checkpointed_layers,
             "attention": policy.attention,
             "shares_prompts": policy.shares_prompts,
             "reference_cache": references.describe(memory.cache) if memory and memory.cache else None,

@@ -24,9 +24,11 @@ from qpref.hooks.types import SinkContext
 from qpref.plan import make_plan
 from qpref.policy.reference import ReferenceMemory, row_keys
 from qpref.records import TokenizedExample
-from qpref.training import optim, run
+from qpref.training import optim
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
+from qpref.training.prepare import Prepared
+from qpref.training.prepare import prepare as prepare_plan
 
 BETA, RATE, CLIP, BATCH, STEPS = 0.1, 2e-3, 0.5, 4, 5
 TRL_LOSS = {"dpo": "sigmoid", "ipo": "ipo"}
@@ -49,7 +51,7 @@ class Trajectories:
     trl_ids: list[tuple[list[int], list[int], list[int]]]
 
 
-def prepare(loss: str, base: Path, folder: Path) -> run.Prepared:
+def prepare(loss: str, base: Path, folder: Path) -> Prepared:
     # TRL scores all that the template puts after a response; without the newline there both score the same tokens.
     make_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")).save_pretrained(folder / "tokenizer")
     recipe = {
@@ -74,7 +76,7 @@ def prepare(loss: str, base: Path, folder: Path) -> run.Prepared:
         "sinks": [],
     }
     plan = make_plan(recipe, (), folder / "run")
-    prepared = run._prepare(plan, load_rows(plan))
+    prepared = prepare_plan(plan, load_rows(plan))
     torch.manual_seed(5)
     for name, parameter in prepared.policy.trained_parameters().items():
         if "lora_B" in name:
@@ -82,7 +84,7 @@ def prepare(loss: str, base: Path, folder: Path) -> run.Prepared:
     return prepared
 
 
-def train_ours(prepared: run.Prepared, folder: Path) -> tuple[list[dict[str, float]], ReferenceMemory]:
+def train_ours(prepared: Prepared, folder: Path) -> tuple[list[dict[str, float]], ReferenceMemory]:
     policy, memory = prepared.policy, ReferenceMemory()
     train = prepared.plan.recipe.train
     context = SinkContext(run_folder=folder, first_step=0, total_steps=STEPS)

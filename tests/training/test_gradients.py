@@ -23,10 +23,11 @@ from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory, as_reference
 from qpref.records import LossOutput, PairedInputs, TokenizedExample
-from qpref.training import optim, run
+from qpref.training import optim
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.objective import LossCaller, Objective
+from qpref.training.prepare import prepare
 
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
 
@@ -40,7 +41,7 @@ def make_trainer(make_recipe, tmp_path: Path):
         folder = tmp_path / f"run-{len(made)}"
         folder.mkdir()
         plan = make_plan(make_recipe(changes), (), folder)
-        prepared = run._prepare(plan, load_rows(plan))
+        prepared = prepare(plan, load_rows(plan))
         if moved:
             torch.manual_seed(5)
             for name, parameter in prepared.policy.trained_parameters().items():

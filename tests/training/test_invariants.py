@@ -25,8 +25,11 @@ from qpref.plan import Choice, make_plan
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import LossOutput, Source, TokenizedExample
-from qpref.training import invariants, optim, run
+from qpref.training import invariants, optim
+from qpref.training import prepare as prepare_module
 from qpref.training.objective import LossCaller, Objective
+from qpref.training.prepare import Prepared
+from qpref.training.prepare import prepare as prepare_plan
 
 FLOAT32 = {"model.quantization": "none", "model.dtype": "float32"}
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
@@ -35,12 +38,12 @@ LN2_FLOAT32 = 0.6931471824645996
 
 
 @pytest.fixture
-def prepare(make_recipe, tmp_path: Path) -> Callable[..., run.Prepared]:
+def prepare(make_recipe, tmp_path: Path) -> Callable[..., Prepared]:
     """`prepare({"loss.name": "ipo"})`: a run up to the point where training would start."""
 
-    def make(changes: dict[str, object] | None = None) -> run.Prepared:
+    def make(changes: dict[str, object] | None = None) -> Prepared:
         plan = make_plan(make_recipe(changes), (), tmp_path / "run")
-        return run._prepare(plan, load_rows(plan))
+        return prepare_plan(plan, load_rows(plan))
 
     return make
 
@@ -50,7 +53,7 @@ def first_training_row(folder: Path) -> dict[str, float]:
     return next(row for row in rows if row["split"] == "train")
 
 
-def first_losses(prepared: run.Prepared) -> list[float]:
+def first_losses(prepared: Prepared) -> list[float]:
     """Each pair's loss in the first training step, as the loop computes it."""
     train = prepared.plan.recipe.train
     optim.seed_step(train.seed, 0)
@@ -131,7 +134,7 @@ def changed(loss: Objective, function: Callable[..., LossOutput] | None = None, 
     return replace(loss, callers=(LossCaller(Choice(plugin, caller.choice.options), function or caller.function),))
 
 
-def check_start_of(prepared: run.Prepared, loss: Objective) -> None:
+def check_start_of(prepared: Prepared, loss: Objective) -> None:
     invariants.check_start(prepared.policy, loss, invariants.first_batch(prepared.examples, prepared.policy))
 
 
@@ -187,7 +190,7 @@ def test_repacked_weights_are_refused(prepare):
 # S2: every adapted layer gets a gradient.
 
 
-def backward(prepared: run.Prepared) -> None:
+def backward(prepared: Prepared) -> None:
     batch = invariants.first_batch(prepared.examples, prepared.policy)
     completion_logprobs(prepared.policy, batch).values.sum().backward()
 
@@ -210,7 +213,7 @@ def test_check_gradients_names_the_layer_that_got_none(prepare, gradient):
 
 
 def test_run_stops_at_its_first_step_when_a_layer_gets_no_gradient(make_recipe, tmp_path, monkeypatch):
-    real = run.load_policy
+    real = prepare_module.load_policy
 
     def with_a_cut(recipe, base):
         policy = real(recipe, base)
@@ -218,7 +221,7 @@ def test_run_stops_at_its_first_step_when_a_layer_gets_no_gradient(make_recipe, 
         layer.register_forward_hook(lambda module, inputs, output: output.detach())
         return policy
 
-    monkeypatch.setattr(run, "load_policy", with_a_cut)
+    monkeypatch.setattr(prepare_module, "load_policy", with_a_cut)
     with pytest.raises(PolicyError, match=r"adapted layers get no gradient, the first is .*layers\.0\.mlp"):
         qpref.train(make_recipe(), output=tmp_path / "run")
 

@@ -24,10 +24,11 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import Source, TokenizedExample
 from qpref.schedule import Schedule
-from qpref.training import optim, run
+from qpref.training import optim
 from qpref.training.inputs import Mismatched
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
+from qpref.training.prepare import prepare
 
 STEP_LOSSES = {
     "kto": {"name": "kto"},
@@ -57,7 +58,7 @@ def make_trainer(make_recipe, tmp_path: Path):
         folder.mkdir()
         recipe = make_recipe(changes) | ({"loss": loss} if loss else {})
         plan = make_plan(recipe, (), folder)
-        prepared = run._prepare(plan, load_rows(plan))
+        prepared = prepare(plan, load_rows(plan))
         torch.manual_seed(5)
         for name, parameter in prepared.policy.trained_parameters().items():
             if "lora_B" in name:

@@ -1,0 +1,85 @@
+"""`qpref cache`"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+KINDS = {
+    "models": "converted base models; finished runs need theirs for a merge",
+    "pypi": "files out of wheels",
+    "reference": "reference log-probabilities",
+    "sha256": "hashes of large files",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing in the cache; `last_used` as an ISO date and time."""
+
+    kind: str
+    name: str
+    num_bytes: int
+    last_used: str
+
+
+@click.group("cache", invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """List what qpref keeps on this machine, and how much room it takes.
+
+    The folder is $QPREF_CACHE, else qpref in the user's cache folder. Reference log-probabilities are bounded
+    ($QPREF_REFERENCE_CACHE_BYTES, 20 GiB unless set): what was used longest ago goes first.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from qpref.fsio import cache_folder
+
+    entries = list(_entries(cache_folder()))
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        return
+    for kind, what in KINDS.items():
+        found = [entry for entry in entries if entry.kind == kind]
+        size = sum(entry.num_bytes for entry in found)
+        click.echo(f"{kind:10} {_size(size):>10}  {what}")
+        if kind != "sha256":
+            for entry in found:
+                click.echo(f"{'':10} {_size(entry.num_bytes):>10}  {entry.name}, last used {entry.last_used[:16]}")
+    click.echo(f"{'all':10} {_size(sum(entry.num_bytes for entry in entries)):>10}  {cache_folder()}")
+
+
+@command.command("clear")
+@click.argument("kinds", nargs=-1, required=True, type=click.Choice(list(KINDS)))
+def clear(kinds: tuple[str, ...]) -> None:
+    """Remove everything of the KINDS named; what is needed again is fetched or computed again."""
+    from qpref import fsio
+
+    for kind in dict.fromkeys(kinds):
+        folder = fsio.cache_folder() / kind
+        freed = sum(_bytes(path) for path in folder.glob("*"))
+        if folder.is_dir():
+            fsio.remove_tree(folder)
+        click.echo(f"{kind}: {_size(freed)} freed")
+
+
+def _entries(cache: Path) -> Iterator[Entry]:
+    for kind in KINDS:
+        for path in sorted((cache / kind).glob("*")):
+            times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
+            used = datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
+            yield Entry(kind, path.name, _bytes(path), used)
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
