@@ -162,7 +162,8 @@ def planned_data(plan: Plan) -> PlannedData:
         kind = "pair" if plan.is_paired else "completion"
         said = f"{data.train}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
         return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
-    (rows, _), _ = load_rows(replace(plan, heldout_reader=None))
+    checked, _ = load_rows(replace(plan, heldout_reader=None))
+    rows = list(checked.rows())
     return _tokenized(plan, rows) or _estimated(plan, rows)
 
 

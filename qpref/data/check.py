@@ -1,15 +1,15 @@
-"""Reads a file of pairs, runs the validators over it, and says which rows are refused and why."""
+"""Reads a file of rows, runs the validators over it, and says which are refused and why; keeps none of them."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from qpref.data.shapes import is_unpaired, pair_of_row, unpaired_of_row
+from qpref.data.shapes import is_unpaired, pair_of_row, unpair, unpaired_of_row
 from qpref.errors import DataError, PluginError, QprefError
 from qpref.hooks.manager import Loaded
 from qpref.plan import Choice
@@ -83,10 +83,83 @@ class DataReport:
         return hint
 
 
-def read_rows(
-    path: Path, reader: Loaded, validators: Sequence[Choice], pairs_alone: bool = True
-) -> tuple[list[CheckedRow], DataReport]:
-    """All rows of a file that are examples, and the report so far; nothing is dropped for a validator's finding yet.
+@dataclass(slots=True, kw_only=True)
+class CheckedFile:
+    """A file whose rows have all been looked at. They aren't kept: whoever wants them reads the file again.
+
+    Attributes:
+        pairs_alone: refuse single completions, which the loss cannot use.
+        as_singles: give each pair as the two single completions that it holds.
+        report: what was found so far.
+    """
+
+    path: Path
+    reader: Loaded
+    pairs_alone: bool = True
+    as_singles: bool = False
+    report: DataReport
+    _stamp: tuple[int, int, int] | None = None
+
+    def rows(self) -> Iterator[CheckedRow]:
+        """The rows that no error refuses, in the file's order.
+
+        Raises:
+            DataError: the file has changed since it was read first.
+        """
+        refused = self.report.refused
+        for example in self._examples():
+            if isinstance(example, Finding) or example.source in refused:
+                continue
+            if self.as_singles and isinstance(example, PreferencePair):
+                yield from unpair(example)
+            else:
+                yield example
+
+    def check(self, validators: Sequence[Choice]) -> None:
+        """Read the file and run the validators over it, once for each; nothing is dropped for what they find yet.
+
+        Raises:
+            DataError: the file cannot be read.
+            PluginError: the reader or a validator raised.
+        """
+        rows = self._counted()
+        for validator in validators:
+            found = _findings(validator, (example for example in rows if isinstance(example, PreferencePair)))
+            deque(rows, 0)  # it may have stopped early
+            self.report.findings += found
+            rows = self._examples()
+        if not validators:
+            deque(rows, 0)
+
+    def _counted(self) -> Iterator[CheckedRow | Finding]:
+        for example in self._examples():
+            self.report.read += 1
+            if isinstance(example, Finding):
+                self.report.findings.append(example)
+            yield example
+
+    def _examples(self) -> Iterator[CheckedRow | Finding]:
+        """Each row as an example, or why it is none."""
+        stamp = _stamp(self.path)
+        self._stamp = self._stamp or stamp
+        yield from self._read()
+        if not self._stamp == stamp == _stamp(self.path):
+            raise DataError(f"{self.path}: has changed while it was read", "start again once nothing writes to it")
+
+    def _read(self) -> Iterator[CheckedRow | Finding]:
+        try:
+            for row in self.reader.record.read(self.path):
+                yield row if isinstance(row, Finding) else _example(row, self.pairs_alone)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+        except QprefError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{self.reader.offer} failed on {self.path}: {type(error).__name__}: {error}") from error
+
+
+def read_rows(path: Path, reader: Loaded, validators: Sequence[Choice], pairs_alone: bool = True) -> CheckedFile:
+    """Look at all rows of a file, none of which stays in memory.
 
     Args:
         pairs_alone: refuse single completions, which the loss cannot use.
@@ -97,32 +170,26 @@ def read_rows(
     """
     if not path.is_file():
         raise DataError(f"{path}: " + ("no such file" if not path.exists() else "not a regular file"))
-    report = DataReport(str(path))
-    examples: list[CheckedRow] = []
+    checked = CheckedFile(path=path, reader=reader, pairs_alone=pairs_alone, report=DataReport(str(path)))
+    checked.check(validators)
+    return checked
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _findings(validator: Choice, pairs: Iterable[PreferencePair]) -> list[Finding]:
     try:
-        for row in reader.record.read(path):
-            report.read += 1
-            example = row if isinstance(row, Finding) else _example(row, pairs_alone)
-            if isinstance(example, Finding):
-                report.findings.append(example)
-            else:
-                examples.append(example)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        findings = list(validator.plugin.record.check(validator.options, pairs))
     except QprefError:
-        raise
+        raise  # the reader's
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{reader.offer} failed on {path}: {type(error).__name__}: {error}") from error
-    pairs = [example for example in examples if isinstance(example, PreferencePair)]
-    for validator in validators:
-        try:
-            findings = list(validator.plugin.record.check(validator.options, pairs))
-        except (Exception, SystemExit) as error:
-            raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
-        if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
-            raise PluginError(f"{validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
-        report.findings += findings
-    return examples, report
+        raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
+    if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
+        raise PluginError(f"{validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
+    return findings
 
 
 def _example(row: Row, pairs_alone: bool) -> CheckedRow | Finding:

@@ -8,8 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from qpref.data.check import CheckedRow, DataReport, read_rows
-from qpref.data.shapes import unpair
+from qpref.data.check import CheckedFile, read_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length
 from qpref.hooks.manager import Loaded
@@ -19,11 +18,9 @@ from qpref.records import Finding, PreferencePair, TokenizedExample
 
 log = logging.getLogger("qpref")
 
-CheckedRows = tuple[list[CheckedRow], DataReport]
 
-
-def load_rows(plan: Plan) -> tuple[CheckedRows, CheckedRows | None]:
-    """The training and held-out examples, checked as far as that goes without a model.
+def load_rows(plan: Plan) -> tuple[CheckedFile, CheckedFile | None]:
+    """The training and held-out files, checked as far as that goes without a model.
 
     Under a loss of single completions each pair becomes two of them.
 
@@ -37,37 +34,39 @@ def load_rows(plan: Plan) -> tuple[CheckedRows, CheckedRows | None]:
     return train, _load(Path(data.heldout), plan.heldout_reader, plan)
 
 
-def _load(path: Path, reader: Loaded, plan: Plan) -> CheckedRows:
-    rows, report = read_rows(path, reader, plan.validators, plan.is_paired)
-    report.log_warnings()
-    report.stop_on_errors(plan.recipe.data.skip_bad)
-    kept = report.keep(rows)
-    return (kept if plan.is_paired else _unpaired(kept, path, plan)), report
+def _load(path: Path, reader: Loaded, plan: Plan) -> CheckedFile:
+    checked = read_rows(path, reader, plan.validators, plan.is_paired)
+    checked.report.log_warnings()
+    checked.report.stop_on_errors(plan.recipe.data.skip_bad)
+    if not plan.is_paired:
+        _explain_singles(checked, plan)
+        checked.as_singles = True
+    return checked
 
 
-def _unpaired(rows: list[CheckedRow], path: Path, plan: Plan) -> list[CheckedRow]:
-    pairs = sum(isinstance(row, PreferencePair) for row in rows)
+def _explain_singles(checked: CheckedFile, plan: Plan) -> None:
+    pairs, margins = 0, False
+    for row in checked.rows():
+        if isinstance(row, PreferencePair):
+            pairs += 1
+            margins |= bool(row.margin)
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
-                 path, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
-    if any(isinstance(row, PreferencePair) and row.margin for row in rows):
-        log.warning("%s: the rows' margins have no meaning for single completions and are left out", path)
-    examples: list[CheckedRow] = []
-    for row in rows:
-        examples += unpair(row) if isinstance(row, PreferencePair) else [row]
-    return examples
+                 checked.path, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
+    if margins:
+        log.warning("%s: the rows' margins have no meaning for single completions and are left out", checked.path)
 
 
-def tokenize_rows(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> list[TokenizedExample]:
-    """The kept examples as token ids, within the recipe's lengths.
+def tokenize_rows(checked: CheckedFile, tokenizer: PairTokenizer, data: DataSection) -> list[TokenizedExample]:
+    """The kept examples as token ids, within the recipe's lengths; their texts pass through one at a time.
 
     Raises:
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
-    rows, report = checked
+    report = checked.report
     examples: list[TokenizedExample] = []
     dropped = set()
-    for example in tokenizer.tokenize(rows):
+    for example in tokenizer.tokenize(checked.rows()):
         fitted = example if isinstance(example, Finding) else fit_length(example, data)
         if isinstance(fitted, Finding):
             report.findings.append(fitted)

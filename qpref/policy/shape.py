@@ -167,8 +167,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     tied = bool(config.tie_word_embeddings)
     ends = embedding.numel() + (0 if tied else head.numel())
     linear = sum(linear.numel for layer in layers for linear in layer.linears)
-    total = sum(value.numel() for value in {id(value): value for value in model.parameters()}.values())
-    total -= head.numel() if tied and head is not embedding else 0
+    total = sum(value.numel() for value in model.parameters())
     capped = bool(getattr(config, "attn_logit_softcapping", None))
     return ModelShape(
         origin=found.origin,

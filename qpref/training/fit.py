@@ -145,7 +145,7 @@ def choose(shape: ModelShape, settings: Settings, limit_bytes: int, data: Worklo
 
 def needed(shape: ModelShape, settings: Settings, data: Workload, tokens: int, layers: int) -> Memory:
     """Memory for micro-batches of so many tokens; an example that is longer has one of its own."""
-    streams = [data.typical.of_tokens(max(tokens, data.longest.tokens)), data.longest]
+    streams = [data.typical.of_tokens(tokens), data.longest]
     parts = [memory(shape, settings.setup, stream, layers) for stream in streams]
     return _corrected(max(parts, key=lambda part: part.total), settings.correction)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref.data.load import CheckedRows, fingerprint, tokenize_rows
+from qpref.data.check import CheckedFile
+from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
 from qpref.data.tokenize import PairTokenizer
 from qpref.plan import Plan
@@ -41,7 +42,7 @@ class Prepared:
     fingerprints: dict[str, str]
 
 
-def prepare(plan: Plan, checked: tuple[CheckedRows, CheckedRows | None]) -> Prepared:
+def prepare(plan: Plan, checked: tuple[CheckedFile, CheckedFile | None]) -> Prepared:
     """Tokenize the checked rows and load the policy.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def settle(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[Tokeni
     asked = recipe.train.tokens_per_microbatch, recipe.train.gradient_checkpointing
     if "auto" not in asked:
         return int(asked[0])
-    shape = model_shape(recipe.model, recipe.adapter, str(base))
+    shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
     settings = Settings.of(recipe, Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape), shape)
     data = Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
     fit = choose(shape, settings, limit, data)

@@ -70,15 +70,58 @@ def log(caplog, monkeypatch):
 def test_counts_add_up(path):
     found = [finding(2), finding(2), finding(3, "warning"), finding(5)]
     read = rows(GOOD, GOOD, GOOD, {"prompt": "Why?"}, GOOD, finding(6), GOOD, GOOD)
-    _, report = read_rows(path, read, [judge(*found)])
+    report = read_rows(path, read, [judge(*found)]).report
     report.dropped = 1
     # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
     assert (report.read, len(report.refused), report.dropped, report.kept) == (8, 4, 1, 3)
 
 
 def test_the_pairs_of_a_report_are_those_that_no_error_refuses(path):
-    pairs, report = read_rows(path, rows(GOOD, GOOD, GOOD), [judge(finding(1), finding(2, "warning"))])
-    assert [pair.source.line for pair in report.keep(pairs)] == [2, 3]
+    checked = read_rows(path, rows(GOOD, GOOD, GOOD), [judge(finding(1), finding(2, "warning"))])
+    assert [pair.source.line for pair in checked.rows()] == [2, 3]
+
+
+def test_rows_are_read_again_and_not_kept(path):
+    times = []
+
+    def read(path):
+        times.append(1)
+        yield from rows(GOOD, {}, GOOD).record.read(path)
+
+    checked = read_rows(path, reader(read), [judge(), judge()])
+    assert (checked.report.read, len(times)) == (3, 2)  # the validators' passes; the first one counts
+    assert [pair.source.line for pair in checked.rows()] == [pair.source.line for pair in checked.rows()] == [1, 3]
+    assert len(times) == 4
+    assert checked.report.read == 3
+
+
+def test_without_a_validator_rows_are_counted_all_the_same(path):
+    assert read_rows(path, rows(GOOD, {}, GOOD), []).report.read == 3
+
+
+def test_a_file_that_changes_between_two_passes_is_refused(path):
+    checked = read_rows(path, rows(GOOD, GOOD), [])
+    path.write_text("more")
+    with pytest.raises(DataError, match="has changed while it was read"):
+        list(checked.rows())
+
+
+def test_a_file_that_changes_during_a_pass_is_refused(path):
+    def read(path):
+        yield from rows(GOOD, GOOD).record.read(path)
+        path.write_text("more")
+
+    with pytest.raises(DataError, match="has changed while it was read"):
+        read_rows(path, reader(read), [])
+
+
+def test_a_reader_that_fails_under_a_validator_is_blamed_and_not_the_validator(path):
+    def read(path):
+        yield from rows(GOOD).record.read(path)
+        raise KeyError("gone")
+
+    with pytest.raises(PluginError, match=re.escape("acme 2.0 [read-x] failed on")):
+        read_rows(path, reader(read), [validator(lambda options, pairs: (list(pairs), ())[1])])
 
 
 def test_a_validator_sees_the_pairs_and_not_the_bad_rows(path):
@@ -96,7 +139,7 @@ def test_every_validator_sees_all_pairs_whatever_another_finds(path):
 
 
 def test_findings_are_the_readers_then_each_validators(path):
-    _, report = read_rows(path, rows(GOOD, finding(2)), [judge(finding(1)), judge(finding(1, code="worse"))])
+    report = read_rows(path, rows(GOOD, finding(2)), [judge(finding(1)), judge(finding(1, code="worse"))]).report
     assert [(one.source.line, one.code) for one in report.findings] == [(2, "bad"), (1, "bad"), (1, "worse")]
 
 

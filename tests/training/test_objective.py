@@ -156,7 +156,8 @@ def test_unpaired_data_train_at_any_micro_batch_and_balance(make_recipe, tmp_pat
 def test_pairs_become_completions_and_the_run_says_so(make_recipe, tmp_path, caplog):
     with caplog.at_level("INFO", logger="qpref"):
         plan = make_plan(make_recipe() | {"loss": {"name": "kto"}}, (), tmp_path / "run")
-        (rows, report), _ = load_rows(plan)
+        checked, _ = load_rows(plan)
+    rows, report = list(checked.rows()), checked.report
     assert "the loss 'kto' is of single completions; 12 pairs become 24 of them" in caplog.text
     assert [row.label for row in rows[:4]] == [True, False, True, False]
     assert (report.read, report.kept) == (12, 12)

@@ -1,0 +1,245 @@
+"""`qpref plan`: no weight, no GPU, no network; what it prints and what it exits with."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+from click.testing import CliRunner
+from conftest import write_jsonl
+
+from qpref.cli import main
+
+QPREF = Path(sys.executable).with_name("qpref")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def _own_logger():
+    """Give the logger that the command sets up back as it was."""
+    logger = logging.getLogger("qpref")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+
+
+def plan(*arguments, code=0):
+    done = CliRunner().invoke(main, ["plan", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def facts(*arguments, code=0):
+    return json.loads(plan(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def write_recipe(tmp_path, make_recipe):
+    """`write_recipe({"train.epochs": 2})`: the path of a tiny recipe with its data."""
+
+    def write(changes=None):
+        path = tmp_path / "tiny.toml"
+        path.write_text(tomli_w.dumps(make_recipe(changes)))
+        return path
+
+    return write
+
+
+def test_a_7b_recipe_is_planned_without_data_network_or_gpu():
+    started = time.monotonic()
+    done = subprocess.run(
+        [QPREF, "plan", RECIPES / "7b-24gb.toml", "--vram", "24GiB"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - started < 20
+    lines = done.stdout.splitlines()
+    assert lines[0] == "base     known shape Qwen2.5-7B, by the base's name: 7.616 billion parameters, 28 layers"
+    assert lines[1] == "adapter  40.4 million parameters on 196 linear layers"
+    assert "no such file; each pair is taken to be 256 + 2 x 768 tokens, the longest allowed" in lines[2]
+    assert lines[3].startswith("steps    unknown")
+    parts = re.findall(r"^  (\w[\w ]*?) +\(?([\d.]+)\)? ", done.stdout, re.MULTILINE)
+    assert [name for name, _ in parts] == [
+        *("weights", "adapters", "optimizer", "activations", "live", "head tile", "reserve", "total"),
+    ]
+    sizes = {name: float(size) for name, size in parts}
+    assert sizes["weights"] == pytest.approx(5.17, abs=0.01)
+    rest = sum(sizes[name] for name in ("weights", "adapters", "optimizer", "activations", "reserve"))
+    assert sizes["total"] == pytest.approx(rest + max(sizes["live"], sizes["head tile"]), abs=0.03)
+    assert "of 24.00 GiB: --vram" in done.stdout
+    assert "tokens per micro-batch" in done.stdout
+
+
+def test_data_are_counted_by_the_bases_own_tokenizer(write_recipe):
+    """12 pairs in batches of 4 for 2 epochs; the byte-level tokenizer makes every byte a token."""
+    found = facts(write_recipe({"train.epochs": 2}))
+    assert found["shape"]["layers"] == 2
+    assert (found["data"]["examples"], found["steps"]) == (12, 6)
+    assert found["data"]["origin"].endswith("train.jsonl: 12 examples, by the base's tokenizer")
+    assert found["tokens_per_step"] == pytest.approx(found["tokens_per_epoch"] / 3, abs=1)
+    assert found["device"] == "cpu"
+    assert found["fits"]
+    assert found["tokens_per_microbatch"] == 400
+    assert found["limit"]["origin"] == "half of the memory that is free now"
+
+
+def test_the_token_count_is_that_of_training(write_recipe, tmp_path):
+    recipe = write_recipe({"train.eval_every": 1})
+    counted = facts(recipe)["tokens_per_epoch"]
+    assert CliRunner().invoke(main, ["train", str(recipe), "--output", str(tmp_path / "run")]).exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["tokens"] == counted
+
+
+def test_tokens_are_estimated_where_the_tokenizer_isnt_here(write_recipe):
+    found = facts(write_recipe({"model.base": "Qwen/Qwen2.5-0.5B"}))
+    assert found["data"]["origin"].endswith("train.jsonl: 12 examples; tokens estimated, 4 characters each")
+    assert found["steps"] == 3
+
+
+def test_what_is_missing_is_assumed_at_its_longest(write_recipe):
+    found = facts(write_recipe({"data.train": "nowhere.jsonl"}))
+    assert "nowhere.jsonl: no such file; each pair is taken to be 128 + 2 x 128 tokens" in found["data"]["origin"]
+    assert (found["steps"], found["tokens_per_epoch"], found["flops"]) == (None, None, None)
+    assert found["tokens_per_step"] == 4 * (128 + 2 * 127)
+
+
+def test_a_large_file_is_sampled_and_its_longest_rows_are_found(write_recipe, tmp_path, monkeypatch):
+    """Row 7 is the longest and not among every third row."""
+    monkeypatch.setattr("qpref.cli.plan.MOST_TOKENIZED", 4)
+    monkeypatch.setattr("qpref.cli.plan.LONGEST_TOKENIZED", 1)
+    recipe = write_recipe({"data.max_length": 500, "train.tokens_per_microbatch": "auto", "train.batch_size": 1})
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows[7]["chosen"] = "It is eight. " * 20
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    found = facts(recipe)
+    assert "12 examples (by 4 of them), by the base's tokenizer" in found["data"]["origin"]
+    assert found["tokens_per_microbatch"] > 260 > found["tokens_per_step"]
+
+
+def test_mismatched_completions_count(write_recipe):
+    """Each pair is two completions; under kto another's stands after each prompt, too."""
+    alone, with_partners = (
+        facts(write_recipe({"loss.name": name, "train.batch_size": 8})) for name in ("apo_zero_unpaired", "kto")
+    )
+    assert (alone["data"]["examples"], alone["steps"]) == (24, 3)
+    assert alone["tokens_per_step"] < with_partners["tokens_per_step"] < 2 * alone["tokens_per_step"]
+
+
+def test_a_missing_held_out_file_is_no_matter(write_recipe):
+    assert facts(write_recipe({"data.heldout": "nowhere.jsonl"}))["steps"] == 3
+
+
+def test_work_is_that_of_the_steps_and_one_reference_pass(write_recipe):
+    """The reference is scored once for each pair, so the second epoch adds training alone."""
+    one, two, none = (
+        facts(write_recipe(changes))["flops"]
+        for changes in ({"train.epochs": 1}, {"train.epochs": 2}, {"loss.name": "simpo", "loss.beta": 2.0})
+    )
+    assert none < one < two < 2 * one
+    assert two - one == pytest.approx(none)
+
+
+def test_hours_are_said_only_at_a_given_speed(write_recipe):
+    recipe = write_recipe()
+    assert "hours" not in facts(recipe)
+    found = facts(recipe, "--tflops", "2")
+    assert found["hours"]["hours"] == pytest.approx(found["flops"] / 2e12 / 3600)
+    assert "hours at 2 TFLOP/s" in plan(recipe, "--tflops", "2").stdout
+    assert plan(recipe, "--tflops", "0", code=2)
+
+
+@pytest.mark.parametrize("size", ["24GiB", "24 GiB", "24"])
+def test_vram_is_read_with_or_without_a_unit(write_recipe, size):
+    found = facts(write_recipe({"model.memory": "2GiB"}), "--vram", size)
+    assert found["limit"] == {"bytes": 24 * 2**30, "origin": "--vram"}
+    assert found["device"] == "cuda"
+
+
+def test_the_recipes_memory_is_the_limit_without_vram(write_recipe):
+    found = facts(write_recipe({"model.memory": "2GB"}))
+    assert found["limit"] == {"bytes": 2 * 10**9, "origin": "[model] memory"}
+
+
+def test_a_shape_can_be_named(write_recipe, make_base):
+    recipe = write_recipe()
+    assert facts(recipe, "--shape", "smollm2-135m")["shape"]["parameters"] == 134_515_008
+    assert facts(recipe, "--shape", make_base(num_hidden_layers=3))["shape"]["layers"] == 3
+
+
+def test_auto_is_chosen_and_said(write_recipe):
+    recipe = write_recipe({"train.tokens_per_microbatch": "auto", "train.gradient_checkpointing": "auto"})
+    done = plan(recipe, "--shape", "Qwen2.5-7B", "--vram", "10GiB", "--set", "model.quantization=nf4",
+                "--set", "model.dtype=bf16", "--set", "train.batch_size=12").stdout  # fmt: skip
+    assert re.search(r"tokens per micro-batch  \d+  \(auto\)", done)
+    assert re.search(r"checkpointed layers     \d+ of 28  \(auto\)", done)
+    assert "(the recipe's)" in plan(write_recipe()).stdout
+
+
+def test_nothing_that_fits_exits_5_with_what_would_help():
+    done = plan(RECIPES / "7b-24gb.toml", "--vram", "6GiB", code=5)
+    assert "  weights " in done.stdout
+    assert re.match(r"error: needs \d+\.\d\d GiB, and the limit is 6\.00 GiB \(--vram\)\n", done.stderr)
+    assert "hint: what would help, most first:\n  [" in done.stderr
+    assert "billion parameters" in done.stderr
+    found = facts(RECIPES / "7b-24gb.toml", "--vram", "6GiB", code=5)
+    assert (found["fits"], bool(found["advice"])) == (False, True)
+
+
+@pytest.mark.parametrize("size", ["lots", "24TB", "0"])
+def test_a_bad_vram_is_refused(write_recipe, size):
+    done = plan(write_recipe(), "--vram", size, code=2)
+    assert done.stderr == f"error: --vram: expected a size such as 24GiB or 24GB, got '{size}'\n"
+
+
+def test_an_unknown_shape_is_refused(write_recipe):
+    done = plan(write_recipe(), "--shape", "Llama-9-9B", code=10)
+    assert done.stderr.startswith(
+        "error: --shape Llama-9-9B: neither a folder with config.json nor a known shape\nhint:"
+    )
+
+
+def test_a_base_of_unknown_size_names_the_way_out(write_recipe):
+    done = plan(write_recipe({"model.base": "someone/strange"}), code=10)
+    assert "someone/strange: the hub doesn't give its config.json" in done.stderr
+    assert "--shape FOLDER" in done.stderr
+
+
+def test_mistakes_of_the_recipe_are_told_as_always(write_recipe, tmp_path):
+    assert "[train] epochs" in plan(write_recipe({"train.epochs": 0}), code=2).stderr
+    assert "no such recipe" in plan(tmp_path / "none.toml", code=2).stderr
+    assert "batch_size is 64, and there are 12" in plan(write_recipe({"train.batch_size": 64}), code=2).stderr
+
+
+def test_bad_rows_are_told_as_training_tells_them(write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    assert "train.jsonl:1" in plan(recipe, code=3).stderr
+
+
+def test_rows_that_are_all_too_long_are_told(write_recipe):
+    recipe = write_recipe({"data.max_length": 4, "data.max_prompt_length": 2, "data.on_overflow": "drop"})
+    assert "no example is left within [data] max_length" in plan(recipe, code=3).stderr
+
+
+def test_a_gpu_that_isnt_there_asks_for_vram_or_another_device(write_recipe):
+    if not __import__("torch").cuda.is_available():
+        assert "device is cuda" in plan(write_recipe({"model.device": "cuda"}), code=10).stderr
+    assert facts(write_recipe({"model.device": "cuda"}), "--vram", "8")["device"] == "cuda"
+
+
+def test_planning_leaves_nothing_behind(write_recipe, tmp_path):
+    recipe = write_recipe()
+    before = sorted(tmp_path.rglob("*"))
+    plan(recipe)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("runs/tiny").exists()
