@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,11 +103,16 @@ def step_order(num_examples: int, batch_size: int, seed: int, step: int) -> list
 
     A function of its arguments, so a resume needs no cursor. Each epoch is a new shuffle; its last step takes the rest.
     """
-    steps = steps_per_epoch(num_examples, batch_size)
-    epoch, within = divmod(step, steps)
-    order = list(range(num_examples))
+    epoch, within = divmod(step, steps_per_epoch(num_examples, batch_size))
+    return list(_epoch_order(num_examples, seed, epoch)[within * batch_size : (within + 1) * batch_size])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_examples: int, seed: int, epoch: int) -> Sequence[int]:
+    """An epoch's shuffle; kept, since every step of the epoch asks for a piece of it."""
+    order = array("l", range(num_examples))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[within * batch_size : (within + 1) * batch_size]
+    return order
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.policy import reference_cache
 from qpref.policy.load import Policy
@@ -15,6 +17,7 @@ from qpref.policy.reference_cache import ReferenceCache
 from qpref.policy.source import BaseFolder
 from qpref.recipe import Recipe
 from qpref.records import TokenizedExample
+from qpref.training.room import make_room
 
 log = logging.getLogger("qpref")
 
@@ -60,12 +63,28 @@ def count_known(memory: ReferenceMemory, examples: Sequence[TokenizedExample]) -
 
 
 def fill(memory: ReferenceMemory, policy: Policy, examples: Sequence[TokenizedExample], tokens: int) -> None:
-    """Score what isn't known yet in one pass, the longest first, at most `tokens` of one length in a batch."""
+    """Score what isn't known yet in one pass, the longest first, at most `tokens` of about one length in a batch.
+
+    Each batch is in the cache when the next begins, so a pass that is killed goes on where it was.
+    """
     todo = [example for example in examples if not all(memory.has(key) for key in row_keys(example))]
-    todo.sort(key=lambda example: -num_fed_tokens(example, policy.shares_prompts))
+    if not todo:
+        return
     log.info("reference: scoring %d examples before training", len(todo))
+    todo.sort(key=lambda example: -num_fed_tokens(example, policy.shares_prompts))
     done = 0
     while done < len(todo):
         count = max(1, tokens // num_fed_tokens(todo[done], policy.shares_prompts))
-        memory.logprobs(policy, pack(todo[done : done + count], policy.device))
-        done += count
+        if _score(memory, policy, todo[done : done + count]):
+            done += count
+        else:
+            tokens = make_room(policy, todo[done : done + count], tokens)
+
+
+def _score(memory: ReferenceMemory, policy: Policy, members: Sequence[TokenizedExample]) -> bool:
+    """Whether the memory sufficed."""
+    try:
+        memory.logprobs(policy, pack(members, policy.device))
+    except torch.OutOfMemoryError:
+        return False
+    return True

@@ -84,6 +84,9 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
         folder.clear()
         _describe(prepared, folder, memory, progress.budget)
 
+    if memory is not None and plan.recipe.reference.fill == "before":
+        everything = [*prepared.examples, *prepared.heldout]
+        references.fill(memory, policy, everything, references.BATCH_FACTOR * progress.budget)
     total = optim.total_steps(plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=progress.step, total_steps=total)
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)

@@ -1,0 +1,159 @@
+"""qpref as a contestant: the training loop itself, held up between two steps."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.adapter import RANK, RATE, start_adapter
+from benchmarks.contestants import Contestant
+from benchmarks.meter import Gate
+from benchmarks.pairs import Pair, Single, as_singles, digest
+from qpref.data.pack import pack
+from qpref.plan import Plan, make_plan
+from qpref.policy.load import Policy, load_policy
+from qpref.policy.reference import ReferenceMemory
+from qpref.policy.source import resolve_base
+from qpref.records import MetricRow, Source, TokenizedExample
+from qpref.training import optim
+from qpref.training.loop import Progress, Trainer
+from qpref.training.objective import Objective
+
+
+def _adapt_as_peft_does(policy: Policy) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    from qpref.policy.lora import FusedLinear4bit
+
+    for module in policy.model.modules():
+        if isinstance(module, FusedLinear4bit):
+            module.__class__ = Linear4bit
+
+
+SWITCHES: dict[str, Callable[[Policy], None]] = {
+    "prompt sharing": lambda policy: policy.share_prompts(False),
+    "fused LoRA": _adapt_as_peft_does,
+}
+"""How a technique is switched off in a loaded policy. A new one's row goes into `benchmarks.contestants.ABLATIONS`."""
+
+
+def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
+    """Train on the pairs in their order, passing the gate before each step."""
+    plan = make_plan(_recipe(contestant, base, device, folder), (), folder / "run")
+    train_section = plan.recipe.train
+    policy = load_policy(plan.recipe, resolve_base(plan.recipe.model))
+    start_adapter(policy.trained_parameters())
+    for technique in contestant.without:
+        SWITCHES[technique](policy)
+    gate.meter.note_loaded()
+    ordered = _examples(contestant, pairs)
+    gate.digest = digest(_ids(example) for example in ordered)
+    memory = ReferenceMemory()
+    if not contestant.live_reference:
+        for example in ordered:
+            memory.logprobs(policy, pack([example], policy.device))
+    trainer = Trainer(
+        recipe=plan.recipe,
+        policy=policy,
+        loss=Objective.of(plan.losses, _class_counts(ordered)),
+        memory=memory,
+        optimizer=optim.make_optimizer(train_section, policy.trained_parameters().values(), policy.device),
+        scaler=torch.amp.GradScaler(policy.device.type, enabled=False),
+        examples=_placed(ordered, plan),
+        heldout=[],
+        progress=Progress(),
+        recorder=_Losses(gate),  # the one method that the loop calls
+        save=lambda: None,
+        should_stop=_Pause(gate),
+    )
+    gate.wait()
+    trainer.run()
+
+
+def _recipe(contestant: Contestant, base: Path, device: str, folder: Path) -> dict[str, Any]:
+    empty = folder / "empty.jsonl"
+    empty.touch()
+    return {
+        "model": {"base": str(base), "dtype": "bf16", "device": device},
+        "adapter": {"rank": RANK, "alpha": 2 * RANK},
+        "data": {"train": str(empty)},
+        "loss": {"name": contestant.loss, "beta": 0.1},
+        "train": {
+            "learning_rate": RATE,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "batch_size": contestant.pairs_per_step * (2 if contestant.loss == "kto" else 1),
+            "tokens_per_microbatch": contestant.tokens_per_microbatch,
+            "gradient_checkpointing": contestant.checkpointing,
+        },
+        "sinks": [],
+    }
+
+
+def _examples(contestant: Contestant, pairs: Sequence[Pair]) -> list[TokenizedExample]:
+    """In the order in which they are trained on."""
+    rows: Sequence[Pair | Single] = pairs if contestant.loss == "dpo" else as_singles(pairs)
+    return [_example(row, number) for number, row in enumerate(rows, 1)]
+
+
+def _example(row: Pair | Single, number: int) -> TokenizedExample:
+    """What qpref's tokenizing gives of such a row."""
+    branches = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion, row.mismatched)
+    return TokenizedExample(
+        prompt=array("i", row.prompt),
+        branches=tuple(array("i", branch) for branch in branches),
+        truncated=(False, False),
+        weight=1.0,
+        margin=0.0,
+        label=None if isinstance(row, Pair) else row.desirable,
+        source=Source(path="benchmark", line=number),
+    )
+
+
+def _ids(example: TokenizedExample) -> list[array[int]]:
+    return [example.prompt, *example.branches]
+
+
+def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
+    labels = [example.label for example in examples]
+    return labels.count(True), labels.count(False)
+
+
+def _placed(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
+    """The examples laid such that the run's shuffle brings them up in this order."""
+    train_section = plan.recipe.train
+    steps = optim.steps_per_epoch(len(ordered), train_section.batch_size)
+    shuffled = [
+        place
+        for step in range(steps)
+        for place in optim.step_order(len(ordered), train_section.batch_size, train_section.seed, step)
+    ]
+    placed = list(ordered)
+    for place, example in zip(shuffled, ordered, strict=True):
+        placed[place] = example
+    return placed
+
+
+class _Losses:
+    """Stands in for the recorder: keeps the training rows' losses."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def write(self, row: MetricRow) -> None:
+        self._gate.loss = row.values["loss"]
+
+
+class _Pause:
+    """The loop asks between two steps whether to stop: never, but not so fast."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __call__(self) -> bool:
+        self._gate.wait()
+        return False

@@ -1,0 +1,209 @@
+"""Runs a race: every contestant in a process of its own, one step each in turn, so that a shared machine's noise hits
+all alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contestants import Contestant, Leg, Race
+
+THREADS = 2
+PRELOADED = ["torch", "bitsandbytes", "transformers", "peft", "datasets", "trl", "qpref", "benchmarks.qpref_side"]
+PATIENCE_SECONDS = 1800.0
+
+Record = dict[str, Any]
+
+
+def settle_environment(cache: Path) -> None:
+    """What every process below inherits.
+
+    `OMP_WAIT_POLICY=passive`: a thread that waits for another sleeps. One that spins counts as busy, and with a
+    neighbour on the same cores the same steps took 2.4 to 6.6 times the CPU seconds.
+    """
+    os.environ |= {
+        "OMP_NUM_THREADS": str(THREADS),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "QPREF_CACHE": str(cache / "qpref"),
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+
+
+def processes(device: str) -> Any:
+    """How children start: from one process that has imported everything; anew where there is a GPU, which bitsandbytes
+    touches at import."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@dataclass(slots=True)
+class Runner:
+    """One contestant's process.
+
+    Attributes:
+        failure: why it is out of the race; None while it runs.
+    """
+
+    contestant: Contestant
+    process: Any
+    connection: Connection
+    log: Path
+    digest: str = ""
+    failure: str | None = None
+
+    def turn(self) -> Record | None:
+        """Let it take a step; what that cost, or None where it is out."""
+        if self.failure is None:
+            self.connection.send("go")
+        return self.hear()
+
+    def hear(self) -> Record | None:
+        if self.failure is not None:
+            return None
+        if not self.connection.poll(PATIENCE_SECONDS):
+            raise SystemExit(f"{self.contestant.name}: no step within {PATIENCE_SECONDS:.0f} s")
+        try:
+            message: Record = self.connection.recv()
+        except EOFError:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            raise SystemExit(f"{self.contestant.name} ended:\n{tail}") from None
+        self.failure = message.get("failure")
+        self.digest = message.get("digest", self.digest)
+        return None if self.failure else message
+
+
+def run_race(race: Race, base: Path, device: str) -> list[Record]:
+    """A record for each contestant and leg, with every timed step.
+
+    Raises:
+        SystemExit: a contestant failed, or two did not train on the same token ids.
+    """
+    records = []
+    with tempfile.TemporaryDirectory() as scratch, _runners(race, base, device, Path(scratch)) as runners:
+        _refuse_different_ids(race, runners)
+        for leg in race.legs:
+            steps = _leg(leg, runners)
+            records += [_record(race, leg, runner, taken) for runner, taken in zip(runners, steps, strict=True)]
+    return records
+
+
+@contextmanager
+def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[list[Runner]]:
+    """All contestants, loaded, each waiting for its first step; they are started one after the other."""
+    runners: list[Runner] = []
+    try:
+        for place, contestant in enumerate(race.contestants):
+            folder = scratch / str(place)
+            folder.mkdir()
+            here, there = multiprocessing.Pipe()
+            process = processes(device).Process(
+                target=_child, args=(race, contestant, base, device, folder, there), daemon=True
+            )
+            process.start()
+            there.close()
+            runners.append(Runner(contestant, process, here, folder / "log"))
+            runners[-1].hear()
+        yield runners
+    finally:
+        for runner in runners:
+            runner.connection.close()
+        for runner in runners:
+            runner.process.join(20)
+            runner.process.kill()
+
+
+def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: Path, connection: Connection) -> None:
+    log = (folder / "log").open("w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    import torch
+
+    from benchmarks.meter import Gate, meter_for
+    from benchmarks.pairs import make_pairs
+    from qpref.errors import DeviceMemoryError
+
+    torch.set_num_threads(THREADS)
+    if device == "cuda" and race.gpu_gib is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, race.gpu_gib * 2**30 / whole))
+    pairs = [
+        pair
+        for leg in race.legs
+        for pair in make_pairs(leg.workload, _num_pairs(leg, contestant), race.shape.vocab_size)
+    ]
+    spare = make_pairs(race.legs[-1].workload, contestant.pairs_per_step, race.shape.vocab_size, seed=8)
+    gate = Gate(meter_for(device), connection)
+    try:
+        _side(contestant)(contestant, base, pairs + spare, device, folder, gate)
+    except (torch.OutOfMemoryError, DeviceMemoryError):
+        connection.send({"failure": "out of memory"})
+
+
+def _num_pairs(leg: Leg, contestant: Contestant) -> int:
+    return (leg.warmup + leg.timed) * contestant.pairs_per_step
+
+
+def _side(contestant: Contestant) -> Callable[..., None]:
+    if contestant.side == "qpref":
+        from benchmarks.qpref_side import train
+    elif contestant.side == "trl":
+        from benchmarks.trl_side import train
+    else:
+        from benchmarks.unsloth_side import train
+    return train
+
+
+def _refuse_different_ids(race: Race, runners: Sequence[Runner]) -> None:
+    seen: dict[int, str] = {}
+    for runner in runners:
+        if runner.failure is None:
+            known = seen.setdefault(runner.contestant.pairs_per_step, runner.digest)
+            if known != runner.digest:
+                raise SystemExit(f"{race.name}: {runner.contestant.name} trains on other token ids than the others")
+
+
+def _leg(leg: Leg, runners: Sequence[Runner]) -> list[list[Record]]:
+    """All steps of each, taken in turn."""
+    taken: list[list[Record]] = [[] for _ in runners]
+    for _ in range(leg.warmup + leg.timed):
+        for runner, steps in zip(runners, taken, strict=True):
+            step = runner.turn()
+            if step is not None:
+                steps.append(step)
+    return taken
+
+
+def _record(race: Race, leg: Leg, runner: Runner, steps: list[Record]) -> Record:
+    from benchmarks.predict import predictions
+
+    timed = steps[leg.warmup :]
+    return {
+        "race": race.name,
+        "workload": leg.workload.name,
+        "contestant": runner.contestant.name,
+        "side": runner.contestant.side,
+        "shape": race.shape.name,
+        "gpu_gib": race.gpu_gib,
+        "pairs_per_step": runner.contestant.pairs_per_step,
+        "digest": runner.digest,
+        "failure": runner.failure,
+        "warmup": steps[: leg.warmup],
+        "steps": timed,
+        "predicted": predictions(race, leg, runner.contestant, range(leg.warmup, leg.warmup + len(timed))),
+    }

@@ -1,0 +1,163 @@
+"""Models to measure on: true shapes of known models, random weights made on the spot, a tokenizer for chosen ids.
+
+How long a step takes doesn't depend on what the weights say, so nothing is fetched. The tokenizer's word for token 17
+is `t17`: both sides read the same text and so get the very ids that were chosen, through their own tokenizing code.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+END = 1
+"""The token that ends a response; padding too, as in many real tokenizers."""
+FIRST_WORD = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Llama's sizes, in config.json's words.
+
+    Attributes:
+        tied: the output head is the embedding's weight.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of one layer's linear weights, by their names in the checkpoint."""
+        hidden, inner, query, key = self.hidden_size, self.intermediate_size, self.query_width, self.key_width
+        return {
+            "self_attn.q_proj": (query, hidden),
+            "self_attn.k_proj": (key, hidden),
+            "self_attn.v_proj": (key, hidden),
+            "self_attn.o_proj": (hidden, query),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+
+def _shape(
+    name: str, hidden: int, inner: int, layers: int, heads: tuple[int, int, int], vocab: int, tied: bool
+) -> Shape:
+    return Shape(
+        name=name,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=heads[2],
+        vocab_size=vocab,
+        tied=tied,
+    )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        _shape("tiny", 64, 128, 2, (4, 2, 16), 320, True),
+        _shape("135M", 576, 1536, 30, (9, 3, 64), 49152, True),  # SmolLM2-135M
+        _shape("1B", 2048, 8192, 16, (32, 8, 64), 128256, True),  # Llama-3.2-1B
+        _shape("3B", 3072, 8192, 28, (24, 8, 128), 128256, True),  # Llama-3.2-3B
+        _shape("8B", 4096, 14336, 32, (32, 8, 128), 128256, False),  # Llama-3.1-8B
+    )
+}
+
+
+def make_base(shape: Shape, folder: Path) -> Path:
+    """A Hugging Face folder with random bf16 weights, one file a layer, so that no more than a layer is in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_config(shape, folder)
+    _write_tokenizer(shape, folder)
+    generator = torch.Generator().manual_seed(0)
+    where = _write_shard(folder, "ends", _end_weights(shape, generator))
+    for layer in range(shape.num_hidden_layers):
+        where |= _write_shard(folder, f"layer-{layer:03}", _layer_weights(shape, layer, generator))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def _random(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+
+
+def _end_weights(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    size = shape.vocab_size, shape.hidden_size
+    weights = {"model.embed_tokens.weight": _random(generator, *size)}
+    weights["model.norm.weight"] = torch.ones(shape.hidden_size, dtype=torch.bfloat16)
+    return weights if shape.tied else weights | {"lm_head.weight": _random(generator, *size)}
+
+
+def _layer_weights(shape: Shape, layer: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    prefix = f"model.layers.{layer}."
+    weights = {
+        f"{prefix}{name}.weight": _random(generator, rows, columns)
+        for name, (rows, columns) in shape.linear_sizes().items()
+    }
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        weights[f"{prefix}{name}.weight"] = torch.ones(shape.hidden_size, dtype=torch.bfloat16)
+    return weights
+
+
+def _write_shard(folder: Path, name: str, weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    from safetensors.torch import save_file
+
+    file = f"{name}.safetensors"
+    save_file(weights, folder / file, metadata={"format": "pt"})
+    return dict.fromkeys(weights, file)
+
+
+def _write_config(shape: Shape, folder: Path) -> None:
+    sizes: dict[str, Any] = asdict(shape)
+    del sizes["name"], sizes["tied"]
+    config = sizes | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": shape.tied,
+        "max_position_embeddings": 16384,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "dtype": "bfloat16",
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def word(token: int) -> str:
+    """The tokenizer's word for a token. The end's begins no other: special tokens are found inside words too."""
+    return "</s>" if token == END else f"t{token}"
+
+
+def _write_tokenizer(shape: Shape, folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word(token): token for token in range(shape.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token=word(0)))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=word(END), pad_token=word(END)).save_pretrained(folder)
