@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import contestants, machine, race, report, scaling
 from benchmarks.contestants import Race
-from benchmarks.shapes import SHAPES, Shape, make_base
+from benchmarks.shapes import Shape, make_base
 
 SUITES: dict[str, Callable[[], list[Race]]] = {
     "cpu": contestants.cpu_suite,
@@ -89,8 +89,8 @@ def _base(shape: Shape, scratch: Path) -> Path:
     """The shape's model, made once; the one before it goes, since an 8B's weights take 16 GB."""
     folder = scratch / shape.name
     if not folder.exists():
-        for other in SHAPES:
-            shutil.rmtree(scratch / other, ignore_errors=True)
+        for other in scratch.glob("*/config.json"):
+            shutil.rmtree(other.parent)
         make_base(shape, folder)
     return folder
 

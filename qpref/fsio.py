@@ -184,9 +184,13 @@ class AppendLog:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             # Unbuffered, so that nothing is left to write when a full disk has refused a line.
             self._file = os.fdopen(descriptor, "ab", buffering=0)
-            if keep is not None:
-                self._file.truncate(keep)
-            os.fsync(descriptor)
+            try:
+                if keep is not None:
+                    self._file.truncate(keep)
+                os.fsync(descriptor)
+            except OSError:
+                self._file.close()
+                raise
 
     def append(self, data: bytes, durable: bool = True) -> None:
         """Write at the end; where `durable`, all that was written so far is on the disk on return."""

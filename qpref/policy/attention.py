@@ -26,9 +26,9 @@ STRETCHES = "qpref_stretches"
 """The path that works everywhere: one call of torch's scaled dot product for each stretch."""
 KERNELS: dict[str, varlen.Kernel] = {
     "qpref_varlen_torch": varlen.torch_kernel,
-    "qpref_varlen_flash_attn": varlen.flash_attn_kernel,
+    "qpref_varlen_fa2": varlen.flash_attn_kernel,
 }
-"""The paths for GPUs, the preferred one first."""
+"""The paths for GPUs, the preferred one first. transformers takes a name with "flash" in it for one of its own."""
 LAYOUT = "qpref_groups"
 """The keyword that carries the layout through the model."""
 
@@ -51,7 +51,10 @@ def sharing_paths(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the paths that may work here, the fastest first. The first batch of a run says which do."""
     if device.type != "cuda" or dtype == torch.float32:
         return (STRETCHES,)
-    return (*(name for name in KERNELS if "flash_attn" not in name or find_spec("flash_attn")), STRETCHES)
+    return (
+        *(name for name in KERNELS if KERNELS[name] is not varlen.flash_attn_kernel or find_spec("flash_attn")),
+        STRETCHES,
+    )
 
 
 def reasons_against_sharing(model: PreTrainedModel) -> list[str]:

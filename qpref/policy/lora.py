@@ -80,7 +80,7 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         layer: Any = self
-        name = _only_adapter(layer)
+        name = _only_adapter(layer, x)
         if name is None or args or keywords:
             result: Tensor = super().forward(x, *args, **keywords)  # type: ignore[misc]
             return result
@@ -109,11 +109,14 @@ CUSTOM_MODULES = {Linear4bit: FusedLinear4bit, nn.Linear: FusedLinear}
 """What PEFT is told to wrap each kind of layer in; Linear4bit stands first, because it is an nn.Linear too."""
 
 
-def _only_adapter(layer: Any) -> str | None:
+def _only_adapter(layer: Any, x: Tensor) -> str | None:
     """The one plain adapter that this layer adds at the moment; None where PEFT's own way has to be taken."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name: str = layer.active_adapters[0]
+    weight = layer.base_layer.weight
+    if weight.is_floating_point() and weight.dtype != compute_dtype(layer.base_layer, x):
+        return None
     plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
     return name if plain else None
 

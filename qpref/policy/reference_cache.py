@@ -15,6 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,16 @@ class ReferenceCache:
             self._appends = -1
 
     def close(self) -> None:
-        if self._own is not None:
+        """Bring all that was added to the disk, if it takes it."""
+        if self._own is None:
+            return
+        try:
             if self._appends > 0:
                 self._own.append(b"")
-            self._own.close()
-            self._own = None
+        except DiskError as error:
+            log.warning("the reference cache may have lost its last rows: %s", error.what)
+        self._own.close()
+        self._own = None
 
     def _read(self, path: Path, size: int) -> int:
         """Note where the rows of a shard's first `size` bytes stand; returns the bytes that are whole records."""
@@ -175,7 +181,11 @@ def shrink(limit: int, keep: Path | None = None) -> int:
     Args:
         keep: a reference's folder that is in use.
     """
-    shards = [(path.stat().st_mtime, path.stat().st_size, path) for path in root().glob("*/*.shard")]
+    shards = []
+    for path in root().glob("*/*.shard"):
+        with suppress(FileNotFoundError):  # another run may be shrinking too
+            status = path.stat()
+            shards.append((status.st_mtime, status.st_size, path))
     excess = sum(size for _, size, _ in shards) - limit
     freed = 0
     for _, size, path in sorted(shards):

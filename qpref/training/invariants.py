@@ -69,8 +69,7 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
                 "this architecture changes its logits in a way that qpref doesn't know; please report it",
             )
         for path in policy.sharing_paths:
-            policy.use_attention(path)
-            reason = _sharing_fault(policy, batch, rows)
+            reason = _sharing_fault(policy, path, batch, rows)
             if reason is None:
                 log.info("attention: %s, each prompt computed once", path)
                 return
@@ -81,9 +80,10 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
         policy.use_attention(policy.own_attention)
 
 
-def _sharing_fault(policy: Policy, batch: PackedBatch, rows: Tensor) -> str | None:
-    """What is wrong with the sharing path in use; None where its values and its gradients are right."""
+def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor) -> str | None:
+    """What is wrong with a sharing path, which is then in use; None where its values and its gradients are right."""
     try:
+        policy.use_attention(path)
         values = completion_logprobs(policy, batch).values
         if reason := _difference(values, rows, policy, LAYOUT_TOLERANCE):
             return f"sharing a prompt changes log-probabilities: {reason}"
@@ -92,13 +92,14 @@ def _sharing_fault(policy: Policy, batch: PackedBatch, rows: Tensor) -> str | No
         first = group.start + group.prompt
         if bool(slope[first : first + group.branches[0]].any()):
             return "one response sees the other"
-        return None if policy.attention == STRETCHES else _kernel_fault(policy, batch, slope)
+        return None if path == STRETCHES else _kernel_fault(policy, batch, slope)
     except CannotShareError as error:
         return str(error)
-    except (RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or policy.attention == STRETCHES:
+    except (RuntimeError, ImportError, ValueError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or path == STRETCHES:
             raise
-        return str(error).strip().splitlines()[0]
+        reason, _, _ = str(error).strip().partition("\n")
+        return f"{type(error).__name__}: {reason}"
 
 
 def _kernel_fault(policy: Policy, batch: PackedBatch, slope: Tensor) -> str | None:

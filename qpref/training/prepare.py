@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,4 +93,8 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
 
 
 def _start_digest(start: str | None) -> str:
-    return "" if start is None else cached_sha256(Path(start) / "adapter_model.safetensors")
+    """Of what a start adapter does: its tensors, and the settings that scale and place them."""
+    if start is None:
+        return ""
+    settings = (Path(start) / "adapter_config.json").read_bytes()
+    return f"{cached_sha256(Path(start) / 'adapter_model.safetensors')} {hashlib.sha256(settings).hexdigest()}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qpref.data.pack import num_fed_tokens, pack
+from qpref.errors import DiskError
 from qpref.policy import reference_cache
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceMemory, row_keys
@@ -27,11 +28,11 @@ BATCH_FACTOR = 4
 
 def open_cache(
     recipe: Recipe, base: BaseFolder, start_digest: str, policy: Policy, before: Mapping[str, Any] | None
-) -> ReferenceCache:
-    """The cache of this reference.
+) -> ReferenceCache | None:
+    """The cache of this reference; None, with a warning, where the disk has no place for one.
 
     Args:
-        start_digest: SHA-256 of the start adapter, or nothing.
+        start_digest: of the start adapter and its config, or nothing.
         before: `describe`'s answer at the start of a run that goes on.
     """
     folder = reference_cache.folder_of(
@@ -45,15 +46,21 @@ def open_cache(
             "start": start_digest,
         }
     )
-    reference_cache.shrink(reference_cache.size_limit(), keep=folder)
-    if before is None:
-        return ReferenceCache.open(folder, uuid.uuid4().hex)
-    return ReferenceCache.open(folder, before["run"], before["seen"])
+    try:
+        reference_cache.shrink(reference_cache.size_limit(), keep=folder)
+        if before is None:
+            return ReferenceCache.open(folder, uuid.uuid4().hex)
+        return ReferenceCache.open(folder, before["run"], before["seen"])
+    except DiskError as error:
+        log.warning("the reference is not cached: %s", error.what)
+        return None
 
 
-def describe(cache: ReferenceCache) -> dict[str, Any]:
-    """For run.json: what a resumed run has to know to read the same rows."""
-    return {"run": cache.run, "seen": cache.seen}
+def describe(memory: ReferenceMemory | None) -> dict[str, Any] | None:
+    """For run.json: what a resumed run has to know to read the same rows; None without a cache."""
+    if memory is None or memory.cache is None:
+        return None
+    return {"run": memory.cache.run, "seen": memory.cache.seen}
 
 
 def count_known(memory: ReferenceMemory, examples: Sequence[TokenizedExample]) -> tuple[int, int]:
@@ -70,6 +77,7 @@ def fill(memory: ReferenceMemory, policy: Policy, examples: Sequence[TokenizedEx
     todo = [example for example in examples if not all(memory.has(key) for key in row_keys(example))]
     if not todo:
         return
+    policy.model.eval()  # so that nothing is checkpointed for want of memory
     log.info("reference: scoring %d examples before training", len(todo))
     todo.sort(key=lambda example: -num_fed_tokens(example, policy.shares_prompts))
     done = 0

@@ -43,16 +43,15 @@ def make_room(policy: Policy, examples: Sequence[TokenizedExample], budget: int)
 
 
 def smaller_budget(examples: Sequence[TokenizedExample], budget: int, shared: bool) -> int | None:
-    """Half the budget, or less, such that the largest micro-batch is smaller; None where it is a single example."""
+    """Half the budget, or less, such that the largest micro-batch is smaller; None where one example is as large."""
 
-    def largest(limit: int) -> tuple[int, int]:
+    def largest(limit: int) -> int:
         parts = split_by_tokens(examples, limit, shared)
-        return max((sum(num_fed_tokens(member, shared) for member in part), len(part)) for part in parts)
+        return max(sum(num_fed_tokens(member, shared) for member in part) for part in parts)
 
-    before, members = largest(budget)
-    if members == 1:
+    before = largest(budget)
+    if before == max(num_fed_tokens(example, shared) for example in examples):
         return None
-    while True:
+    while largest(budget) == before:
         budget //= 2
-        if largest(budget)[0] < before:
-            return budget
+    return budget

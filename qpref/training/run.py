@@ -168,7 +168,7 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | N
             "checkpointed_layers": policy.checkpointed_layers,
             "attention": policy.attention,
             "shares_prompts": policy.shares_prompts,
-            "reference_cache": references.describe(memory.cache) if memory and memory.cache else None,
+            "reference_cache": references.describe(memory),
             "fingerprints": prepared.fingerprints,
             "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
         },
