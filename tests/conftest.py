@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +153,45 @@ def make_recipe(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[...,
         return recipe
 
     return make
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The warnings of qpref's log, whatever handlers an earlier command has set."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    listener, log = Listener(logging.WARNING), logging.getLogger("qpref")
+    log.addHandler(listener)
+    yield lines
+    log.removeHandler(listener)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a run leaves behind, but for the time that it took."""
+
+    adapter: bytes
+    tensors: dict[str, bytes]
+    state: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without their times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def outcome(folder: Path) -> Outcome:
+    last = max((folder / "checkpoints").iterdir())
+    state = json.loads((last / "state.json").read_text())
+    return Outcome(
+        adapter=(folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        tensors={path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))},
+        state={name: value for name, value in state.items() if name not in ("seconds", "metrics_bytes")},
+        rows=rows_of(folder),
+    )

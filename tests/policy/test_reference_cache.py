@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import resource
 import struct
@@ -29,21 +28,6 @@ ROWS = {key(1): torch.tensor([-1.5, -2.25]), key(2): torch.tensor([-3.0]), key(3
 SIZES = [HEADER.size + 4 * len(values) for values in ROWS.values()]
 ENDS = [sum(SIZES[:number]) for number in range(len(SIZES) + 1)]
 """Bytes of a shard after none, one, two and all three of the rows."""
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The warnings of qpref's log, whatever handlers an earlier command has set."""
-    lines: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    listener, log = Listener(logging.WARNING), logging.getLogger("qpref")
-    log.addHandler(listener)
-    yield lines
-    log.removeHandler(listener)
 
 
 def bits(values: Tensor) -> list[int]:

@@ -7,7 +7,6 @@ that all around them runs: the layout, the gathering and its gradient, transform
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import sys
 from array import array
@@ -78,21 +77,6 @@ def make_example(line: int, *lengths: int) -> TokenizedExample:
 LENGTHS = ((5, 9, 2), (1, 1, 6), (11, 1, 1), (17, 4, 13), (3, 12, 1), (1, 1, 1), (8, 2, 7))
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate(LENGTHS, start=1)]
 BATCHES = {"one": EXAMPLES[:1], "one of one token each": EXAMPLES[2:3], "many": EXAMPLES}
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The warnings of qpref's log, whatever handlers an earlier command has set."""
-    lines: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    listener, log = Listener(logging.WARNING), logging.getLogger("qpref")
-    log.addHandler(listener)
-    yield lines
-    log.removeHandler(listener)
 
 
 Load = Callable[..., Policy]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,21 +35,6 @@ def rows_of(folder: Path) -> list[dict]:
 
 def without_seconds(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows_of(folder)]
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    """What qpref's log says at the level of a warning, whatever handlers an earlier command has set."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener, log = Listener(logging.WARNING), logging.getLogger("qpref")
-    log.addHandler(listener)
-    yield said
-    log.removeHandler(listener)
 
 
 # The averages.
@@ -354,20 +338,20 @@ def hanging_until(released: threading.Event) -> type[Sink]:
 
 
 @pytest.mark.parametrize("failure", RAISING)
-def test_raising_sink_is_reported_once_by_name_and_origin(tmp_path, warnings, failure):
+def test_raising_sink_is_reported_once_by_name_and_origin(tmp_path, said, failure):
     recorder = Recorder(tmp_path / "metrics.jsonl", 0, [sink_of(RAISING[failure])], context_of(tmp_path))
     for step in range(5):
         recorder.write(a_row(step, loss=1.0))
         time.sleep(0.01)
     recorder.close()
     kind = "SystemExit" if failure == "sys.exit" else "ConnectionError"
-    assert warnings == [
+    assert said == [
         f"metric sink 'odd' (acme-sinks 3.1 [sink-odd]) raised {kind}: no route; "
         "it gets no more rows, metrics.jsonl has them all"
     ]
 
 
-def test_hanging_sinks_hold_the_end_up_for_five_seconds_together(tmp_path, warnings):
+def test_hanging_sinks_hold_the_end_up_for_five_seconds_together(tmp_path, said):
     released = threading.Event()
     sinks = [sink_of(hanging_until(released), f"odd-{place}") for place in range(3)]
     recorder = Recorder(tmp_path / "metrics.jsonl", 0, sinks, context_of(tmp_path))
@@ -377,14 +361,14 @@ def test_hanging_sinks_hold_the_end_up_for_five_seconds_together(tmp_path, warni
     waited = time.monotonic() - started
     released.set()
     assert 4.9 <= waited <= 6.0
-    assert warnings == [
+    assert said == [
         f"metric sink 'odd-{place}' (acme-sinks 3.1 [sink-odd-{place}]) didn't finish within 5 s; "
         "it gets no more rows, metrics.jsonl has them all"
         for place in range(3)
     ]
 
 
-def test_hanging_sink_never_holds_up_a_row(tmp_path, warnings, monkeypatch):
+def test_hanging_sink_never_holds_up_a_row(tmp_path, said, monkeypatch):
     # More rows than its queue of 1000 takes: the sink is dropped, metrics.jsonl has them all.
     released = threading.Event()
     monkeypatch.setattr(metrics.fsio.os, "fsync", lambda descriptor: None)  # 1200 of them take seconds
@@ -394,7 +378,7 @@ def test_hanging_sink_never_holds_up_a_row(tmp_path, warnings, monkeypatch):
     recorder.close()
     released.set()
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(1200))
-    assert [line.partition(";")[0] for line in warnings] == [
+    assert [line.partition(";")[0] for line in said] == [
         "metric sink 'odd' (acme-sinks 3.1 [sink-odd]) takes no more rows"
     ]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import preference_rows, write_jsonl
+from conftest import Outcome, outcome, preference_rows, write_jsonl
 
 import qpref
 from qpref import fsio
@@ -452,28 +452,6 @@ def test_comparing_with_the_cache_leaves_the_adapter_on(make_recipe, tmp_path):
 
 
 # Killed, and resumed while others write.
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that a run leaves behind, but for the time that it took."""
-
-    adapter: bytes
-    tensors: dict[str, bytes]
-    state: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-
-def outcome(folder: Path) -> Outcome:
-    last = max((folder / "checkpoints").iterdir())
-    state = json.loads((last / "state.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Outcome(
-        adapter=(folder / ADAPTER).read_bytes(),
-        tensors={path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))},
-        state={name: value for name, value in state.items() if name not in ("seconds", "metrics_bytes")},
-        rows=[{name: value for name, value in row.items() if name != "seconds"} for row in rows],
-    )
 
 
 STEPS = {"adapter.dropout": 0.1, "train.epochs": 2, "train.log_every": 1, "train.eval_every": 2}

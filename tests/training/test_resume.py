@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from conftest import preference_rows, write_jsonl
+from conftest import Outcome, outcome, preference_rows, rows_of, write_jsonl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -77,32 +77,6 @@ def make_toy(make_base, tmp_path_factory) -> Callable[..., Recipe]:
         }
 
     return make
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that a run leaves behind, but for the time that it took."""
-
-    adapter: bytes
-    tensors: dict[str, bytes]
-    state: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
-
-
-def outcome(folder: Path) -> Outcome:
-    last = max((folder / "checkpoints").iterdir())
-    state = json.loads((last / "state.json").read_text())
-    return Outcome(
-        adapter=(folder / ADAPTER).read_bytes(),
-        tensors={path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))},
-        state={name: value for name, value in state.items() if name not in ("seconds", "metrics_bytes")},
-        rows=rows_of(folder),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -59,21 +58,6 @@ NUM_PARTS = 3
 def test_the_examples_make_so_many_micro_batches_before_and_after():
     assert [len(part) for part in split_by_tokens(EXAMPLES, BUDGET)] == [2, 3, 3]
     assert [len(part) for part in split_by_tokens(EXAMPLES, BUDGET // 2)] == [1, 1, 1, 1, 1, 1, 2]
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The warnings of qpref's log, whatever handlers an earlier command has set."""
-    lines: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    listener, log = Listener(logging.WARNING), logging.getLogger("qpref")
-    log.addHandler(listener)
-    yield lines
-    log.removeHandler(listener)
 
 
 @pytest.fixture
