@@ -157,17 +157,17 @@ def make_recipe(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[...,
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """The warnings of qpref's log, whatever handlers an earlier command has set."""
+    """The warnings of qpref's log, and no other handler, whatever an earlier command has set."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    listener, log = Listener(logging.WARNING), logging.getLogger("qpref")
-    log.addHandler(listener)
+    log = logging.getLogger("qpref")
+    before, log.handlers = log.handlers, [Listener(logging.WARNING)]
     yield lines
-    log.removeHandler(listener)
+    log.handlers = before
 
 
 @dataclass(frozen=True)

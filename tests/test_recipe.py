@@ -147,7 +147,7 @@ def test_a_misspelt_name_is_told_the_nearest(tables, problem):
 
 def test_a_word_like_no_key_is_told_them_all():
     assert problems(recipe_with(zzzzz={})) == [
-        "[zzzzz] unknown key; known: model, adapter, data, checks, loss, train, sinks"
+        "[zzzzz] unknown key; known: model, adapter, data, checks, loss, reference, train, sinks"
     ]
 
 

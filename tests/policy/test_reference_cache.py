@@ -269,7 +269,7 @@ def test_a_row_that_does_not_fit_is_warned_of_once_and_never_read(tmp_path, said
     assert found(ReferenceCache.open(tmp_path, "two")) == first(1)
 
 
-def test_a_run_whose_disk_was_full_writes_again_after_a_resume(tmp_path):
+def test_a_run_whose_disk_was_full_writes_again_after_a_resume(tmp_path, said):
     cache = ReferenceCache.open(tmp_path, "one")
     with no_file_longer_than(ENDS[1] + 10):
         cache.add(ROWS)
