@@ -15,7 +15,8 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.hooks.types import PairedLoss, UnpairedLoss
-from qpref.recipe import Problem, Recipe, check_document, problems_of, read_document, with_overrides
+from qpref.problems import Problem, problems_of
+from qpref.recipe import Recipe, check_document, read_document, with_overrides
 from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
 DEFAULT_VALIDATOR = "pairs"

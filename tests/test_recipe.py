@@ -49,7 +49,7 @@ class UrlOptions(Options):
 
 @hookimpl
 def qpref_validators():
-    yield Validator(name="no-urls", summary="", options=UrlOptions, check=lambda options, pairs: ())
+    yield Validator(name="no-urls", summary="", options=UrlOptions, start=lambda options: None)
 """
 CHAT_JSONL = """
 from qpref.hooks import Reader, hookimpl

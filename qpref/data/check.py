@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qpref.data.shapes import is_unpaired, pair_of_row, unpair, unpaired_of_row
 from qpref.errors import DataError, PluginError, QprefError
 from qpref.hooks.manager import Loaded
+from qpref.hooks.types import RowCheck
 from qpref.plan import Choice
 from qpref.records import Finding, PreferencePair, Row, Source, TokenizedExample, UnpairedExample
 
@@ -116,27 +117,22 @@ class CheckedFile:
                 yield example
 
     def check(self, validators: Sequence[Choice]) -> None:
-        """Read the file and run the validators over it, once for each; nothing is dropped for what they find yet.
+        """Read the file, and show each example to all validators; nothing is dropped for what they find yet.
 
         Raises:
             DataError: the file cannot be read.
             PluginError: the reader or a validator raised.
         """
-        rows = self._counted()
-        for validator in validators:
-            found = _findings(validator, (example for example in rows if isinstance(example, PreferencePair)))
-            deque(rows, 0)  # it may have stopped early
-            self.report.findings += found
-            rows = self._examples()
-        if not validators:
-            deque(rows, 0)
-
-    def _counted(self) -> Iterator[CheckedRow | Finding]:
+        checks = [RunningCheck.of(validator) for validator in validators]
         for example in self._examples():
             self.report.read += 1
             if isinstance(example, Finding):
                 self.report.findings.append(example)
-            yield example
+                continue
+            for check in checks:
+                self.report.findings += check.look(example)
+        for check in checks:
+            self.report.findings += check.finish()
 
     def _examples(self) -> Iterator[CheckedRow | Finding]:
         """Each row as an example, or why it is none."""
@@ -180,16 +176,35 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _findings(validator: Choice, pairs: Iterable[PreferencePair]) -> list[Finding]:
+@dataclass(frozen=True, slots=True)
+class RunningCheck:
+    """A validator at work; whatever it raises names it."""
+
+    validator: Choice
+    check: RowCheck
+
+    @classmethod
+    def of(cls, validator: Choice) -> RunningCheck:
+        return cls(validator, _called(validator, lambda: validator.plugin.record.start(validator.options)))
+
+    def look(self, example: CheckedRow) -> list[Finding]:
+        return self._findings(lambda: self.check.look(example, "train"))
+
+    def finish(self) -> list[Finding]:
+        return self._findings(self.check.finish)
+
+    def _findings(self, find: Callable[[], Iterable[Finding]]) -> list[Finding]:
+        findings: list[Finding] = _called(self.validator, lambda: list(find()))
+        if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
+            raise PluginError(f"{self.validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
+        return findings
+
+
+def _called(validator: Choice, call: Callable[[], Any]) -> Any:
     try:
-        findings = list(validator.plugin.record.check(validator.options, pairs))
-    except QprefError:
-        raise  # the reader's
+        return call()
     except (Exception, SystemExit) as error:
         raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
-    if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
-        raise PluginError(f"{validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
-    return findings
 
 
 def _example(row: Row, pairs_alone: bool) -> CheckedRow | Finding:
