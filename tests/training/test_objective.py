@@ -296,7 +296,7 @@ def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp
 def test_completions_of_a_row_stay_in_one_held_out_window(make_trainer, monkeypatch):
     trainer = make_trainer(None, {"name": "kto"})
     wanted = trainer.heldout_means()
-    monkeypatch.setattr("qpref.training.loop.HELDOUT_WINDOW", 1)
+    monkeypatch.setattr("qpref.training.heldout.WINDOW", 1)
     found = trainer.heldout_means()
     assert found["logps/accuracies"] == wanted["logps/accuracies"]
     assert found["rewards/chosen"] == pytest.approx(wanted["rewards/chosen"], rel=1e-4)
