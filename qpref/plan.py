@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qpref import pypi
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
-from qpref.hooks.types import PairedLoss, UnpairedLoss
+from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
 from qpref.problems import Problem, problems_of
-from qpref.recipe import Recipe, check_document, read_document, with_overrides
+from qpref.recipe import DataSection, Recipe, SourceSection, check_document, read_document, with_overrides
 from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
+SPLITS: tuple[Split, ...] = ("heldout", "train")
+"""In the order in which checks see them."""
 
 FREE_TO_CHANGE = {
     # Where things lie; their contents have fingerprints of their own.
@@ -40,6 +43,25 @@ class Choice:
 
     plugin: Loaded
     options: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceChoice:
+    """One place that rows come from.
+
+    Attributes:
+        location: a path, `NAME:...` for a reader that takes names, or `pypi:...`.
+        shape: of its rows; "auto" finds it out.
+        columns: our names of columns -> the source's.
+        weight: how often an epoch trains on each of its rows.
+    """
+
+    location: str
+    split: Split
+    reader: Loaded
+    shape: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +85,7 @@ class Plan:
         document: the recipe with overrides, as TOML data, defaults included and paths absolute.
         output: the run folder.
         losses: one, or several that are added; all of pairs or all of single completions.
+        sources: of the held-out data, then of the training data.
     """
 
     recipe: Recipe
@@ -70,13 +93,12 @@ class Plan:
     losses: tuple[LossChoice, ...]
     validators: tuple[Choice, ...]
     sinks: tuple[Choice, ...]
-    train_reader: Loaded
-    heldout_reader: Loaded | None
+    sources: tuple[SourceChoice, ...]
     output: Path
 
     @property
     def plugins(self) -> list[Loaded]:
-        readers = [self.train_reader] + ([self.heldout_reader] if self.heldout_reader else [])
+        readers = [source.reader for source in self.sources]
         chosen = [choice.plugin for choice in (*self.validators, *self.sinks)]
         return [loss.plugin for loss in self.losses] + chosen + readers
 
@@ -121,6 +143,18 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
     return _Resolution(origin, folder, output or Path("runs/run")).resolve(document)
 
 
+def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
+    """What a recipe with mistakes elsewhere says of its sources; None where that is mistaken too."""
+    table = document.get("data")
+    if not isinstance(table, dict):
+        return None
+    keys = ("train", "heldout", "reader")
+    try:
+        return DataSection.model_validate({key: table[key] for key in keys if isinstance(table.get(key), str | list)})
+    except ValidationError:
+        return None
+
+
 class _Resolution:
     """Collects the problems of one recipe while its parts are resolved."""
 
@@ -138,11 +172,10 @@ class _Resolution:
         losses = self._losses(document.get("loss"))
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
-        train_reader = self._reader(document.get("data"), "train")
-        heldout_reader = self._reader(document.get("data"), "heldout")
-        if self._problems or isinstance(checked, list) or not losses or train_reader is None:
+        recipe = None if isinstance(checked, list) else self._with_absolute_paths(checked)
+        sources = self._sources(recipe.data if recipe else _data_alone(document))
+        if self._problems or recipe is None or not losses:
             raise self._error()
-        recipe = self._with_absolute_paths(checked)
         full = recipe.model_dump(mode="json", exclude_none=True)
         tables = [_table(loss) for loss in losses]
         full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
@@ -160,8 +193,7 @@ class _Resolution:
             losses=tuple(losses),
             validators=tuple(validators),
             sinks=tuple(sinks),
-            train_reader=train_reader,
-            heldout_reader=heldout_reader,
+            sources=tuple(sources),
             output=self._output,
         )
 
@@ -230,19 +262,49 @@ class _Resolution:
         choices = [self._choose_named(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
         return [choice for choice in choices if choice]
 
-    def _reader(self, table: Any, key: str) -> Loaded | None:
-        """The reader that the recipe names, or the one whose name is the file's suffix (the longest such)."""
-        if not isinstance(table, dict) or not isinstance(table.get(key), str):
-            return None
-        named, file = table.get("reader"), Path(table[key]).name.lower()
-        known = [offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix]
-        fitting = sorted((name for name in known if file.endswith(f".{name}")), key=len)
-        name = named if isinstance(named, str) else fitting[-1] if fitting else None
+    def _sources(self, data: DataSection | None) -> list[SourceChoice]:
+        found: list[SourceChoice] = []
+        if data is None:
+            return found
+        for split in SPLITS:
+            several = not isinstance(getattr(data, split), str)
+            for place, source in enumerate(data.sources(split)):
+                table, key = (f"data.{split}.{place}", "path") if several else ("data", split)
+                if reader := self._reader(source, table, key):
+                    found.append(
+                        SourceChoice(
+                            location=source.path,
+                            split=split,
+                            reader=reader,
+                            shape=source.shape or "auto",
+                            columns=source.columns or {},
+                            weight=source.weight,
+                        )
+                    )
+        return found
+
+    def _reader(self, source: SourceSection, table: str, key: str) -> Loaded | None:
+        """The reader that the recipe names, or that the location does, or whose name is the file's suffix (the longest
+        such)."""
+        name = source.reader or self._named_reader(source.path)
         if name is None:
-            readers = ", ".join(f".{reader}" for reader in sorted(set(known)))
-            self._problems.append(Problem("data", key, f"no reader for '{file}'; installed: {readers}"))
-            return None
-        return self._load(manager.READER, name, "data", "reader" if named else key)
+            file = Path(source.path).name
+            known = self._reader_names()
+            fitting = sorted((name for name in known if file.lower().endswith(f".{name}")), key=len)
+            if not fitting:
+                readers = ", ".join(f".{reader}" for reader in sorted(known))
+                self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
+                return None
+            name = fitting[-1]
+        return self._load(manager.READER, name, table, "reader" if source.reader else key)
+
+    def _named_reader(self, location: str) -> str | None:
+        """The installed reader that a location such as `hf:org/name` starts with."""
+        name, colon, _ = location.partition(":")
+        return name if colon and name in self._reader_names() else None
+
+    def _reader_names(self) -> set[str]:
+        return {offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix}
 
     def _choose_named(self, kind: Kind, table: Any, where: str) -> Choice | None:
         """The plugin that the table's `name` names, with the other keys as its options."""
@@ -288,10 +350,19 @@ class _Resolution:
             return None if path is None else str((self._folder / Path(path).expanduser()).resolve())
 
         def if_local(base: str | None) -> str | None:
-            if base is None or base.startswith("pypi:"):
+            if base is None or base.startswith(pypi.PREFIX):
                 return base
             looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf")
             return absolute(base) if looks_local or (self._folder / base).exists() else base
+
+        def data_path(location: str) -> str:
+            is_name = location.startswith(pypi.PREFIX) or self._named_reader(location)
+            return location if is_name else str(absolute(location))
+
+        def data_paths(sources: str | list[SourceSection] | None) -> str | list[SourceSection] | None:
+            if sources is None or isinstance(sources, str):
+                return sources and data_path(sources)
+            return [source.model_copy(update={"path": data_path(source.path)}) for source in sources]
 
         model, data, adapter = recipe.model, recipe.data, recipe.adapter
         return recipe.model_copy(
@@ -299,7 +370,7 @@ class _Resolution:
                 "model": model.model_copy(
                     update={"base": if_local(model.base), "tokenizer": if_local(model.tokenizer)}
                 ),
-                "data": data.model_copy(update={"train": absolute(data.train), "heldout": absolute(data.heldout)}),
+                "data": data.model_copy(update={"train": data_paths(data.train), "heldout": data_paths(data.heldout)}),
                 "adapter": adapter.model_copy(update={"start": absolute(adapter.start)}),
             }
         )
