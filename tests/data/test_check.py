@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from qpref.choices import Choice, SourceChoice
 from qpref.data.check import check_data
 from qpref.data.report import NUM_SHOWN, DataReport
 from qpref.errors import DataError, PluginError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
-from qpref.plan import Choice, SourceChoice
 from qpref.records import Finding, Row, Source
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -186,7 +186,7 @@ def test_a_reader_that_raises_is_named(path, read, reason):
 
 
 def test_a_reader_that_yields_no_row_is_named(path):
-    with pytest.raises(PluginError, match=re.escape(f"acme 2.0 [read-x] failed on {path}: AttributeError")):
+    with pytest.raises(PluginError, match=re.escape("acme 2.0 [read-x] yields str, neither Row nor Finding")):
         read_rows(path, rows("prompt,chosen"), [])
 
 
