@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qpref.data.report import DataReport
     from qpref.data.tokenize import PairTokenizer
     from qpref.recipe import DataSection, ModelSection
+    from qpref.training.swapped import SwapSearch
 
 NUM_PLACES = 3
 BAR_WIDTH = 40
@@ -51,7 +52,10 @@ def command(
             raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
         recipe_plan = make_plan(Path(what), overrides)
         recipe = recipe_plan.recipe
-        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data))
+        swaps = _swap_search(recipe.model)
+        note = swaps.note if swaps else None
+        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data), note)
+        audit.checked.report.add(swaps.findings() if swaps else ())
     else:
         if overrides:
             raise RecipeError("--set changes a recipe, and this is a source of data")
@@ -63,7 +67,7 @@ def command(
         written = write_clean(audit.checked, fix)
         click.echo(f"written: {', '.join(map(str, written))}", err=as_json)
     if html is not None:
-        from qpref.cli.check_page import write_page
+        from qpref.data.page import write_page
 
         write_page(audit, html)
         click.echo(f"written: {html}", err=as_json)
@@ -73,6 +77,19 @@ def command(
         _print(audit)
     if report.refused or not report.kept:
         raise click.exceptions.Exit(DataError.exit_code)
+
+
+def _swap_search(model: ModelSection) -> SwapSearch | None:
+    """Looks for swapped labels where the base is on this machine and an earlier run has scored pairs on it."""
+    from qpref.policy.known_shapes import local_base
+    from qpref.policy.reference_cache import DESCRIPTION, root
+    from qpref.policy.source import resolve_base
+
+    if local_base(model) is None or not any(root().glob(f"*/{DESCRIPTION}")):
+        return None
+    from qpref.training.swapped import SwapSearch
+
+    return SwapSearch(resolve_base(model))
 
 
 def _tokenizer(model: ModelSection, data: DataSection) -> PairTokenizer:
