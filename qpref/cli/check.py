@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from qpref.data.audit import Audit
     from qpref.data.report import DataReport
     from qpref.data.tokenize import PairTokenizer
     from qpref.recipe import DataSection, ModelSection
+    from qpref.records import Finding
     from qpref.training.swapped import SwapSearch
 
 NUM_PLACES = 3
@@ -132,10 +135,19 @@ def _findings(report: DataReport) -> Table:
     from rich.table import Table
 
     table = Table(title="findings", title_justify="left")
-    for column in ("what", "severity", "found", "first"):
+    for column in ("what", "severity", "found", "first lines", "the first says"):
         table.add_column(column, overflow="fold", justify="right" if column == "found" else "left")
     for (severity, code), count in sorted(report.counts.items(), key=lambda item: (item[0][0], -item[1])):
-        of_kind = [one for one in report.findings if (one.severity, one.code) == (severity, code) and one.source.line]
-        places = "\n".join(f"{one.source}: {one.message}" for one in of_kind[:NUM_PLACES])
-        table.add_row(code, severity, str(count), places or "(all of the data; see below)")
+        first = [one for one in report.findings if (one.severity, one.code) == (severity, code)][:NUM_PLACES]
+        if first[0].source.line:
+            table.add_row(code, severity, str(count), _places(report, first), first[0].message)
+        else:
+            table.add_row(code, severity, str(count), "all", "see below")
     return table
+
+
+def _places(report: DataReport, findings: Sequence[Finding]) -> str:
+    """The lines, with their file's name where there are several files."""
+    if len(report.paths) == 1:
+        return ", ".join(str(one.source.line) for one in findings)
+    return "\n".join(f"{Path(one.source.path).name}:{one.source.line}" for one in findings)
