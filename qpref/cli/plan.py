@@ -165,7 +165,7 @@ def planned_data(plan: Plan) -> PlannedData:
         kind = "pair" if plan.is_paired else "completion"
         said = f"{missing[0]}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
         return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
-    rows = list(load_rows(plan).train.rows())
+    rows = list(load_rows(replace(plan, sources=tuple(sources))).train.rows())
     return _tokenized(plan, rows, where) or _estimated(plan, rows, where)
 
 

@@ -25,6 +25,7 @@ class CheckedRows:
         as_singles: give each pair as the two single completions that it holds.
         share: where the split is a part of its sources; None where it is all of them.
         report: what was found so far, of all splits.
+        read: rows of this split.
         weights: path of the rows -> how often an epoch trains on each, where that isn't once.
     """
 
@@ -34,6 +35,7 @@ class CheckedRows:
     pairs_alone: bool
     as_singles: bool = False
     report: DataReport
+    read: int = 0
     weights: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> Iterator[CheckedRow]:
@@ -50,6 +52,10 @@ class CheckedRows:
                     yield from unpair(example)
                 else:
                     yield example
+
+    @property
+    def label(self) -> str:
+        return ", ".join(source.choice.location for source in self.sources)
 
     def looked_at(self) -> Iterator[Sequence[CheckedRow] | Finding]:
         """Each row of this split as one or more examples, or why it is none."""
@@ -113,6 +119,7 @@ def check_data(
 def _look(rows: CheckedRows, checks: Sequence[_RunningCheck], report: DataReport) -> None:
     for row in rows.looked_at():
         report.read += 1
+        rows.read += 1
         if isinstance(row, Finding):
             report.add([row])
             continue

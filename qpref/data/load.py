@@ -46,6 +46,9 @@ def load_rows(plan: Plan) -> CheckedData:
     checked = check_rows(plan)
     checked.report.log_warnings()
     checked.report.stop_on_errors(plan.recipe.data.skip_bad)
+    for rows in (checked.train, checked.heldout):
+        if rows is not None and next(rows.rows(), None) is None:
+            raise DataError(f"{rows.label}: no pair is left of {rows.read} rows")
     if not plan.is_paired:
         _explain_singles(checked.train, plan)
     return checked
@@ -57,7 +60,7 @@ def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
         if isinstance(row, PreferencePair):
             pairs += 1
             margins |= bool(row.margin)
-    label = checked.report.label
+    label = checked.label
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
                  label, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
@@ -79,7 +82,7 @@ def tokenize_rows(
     examples = list(tokenized(checked, tokenizer, data))
     report.stop_on_errors(data.skip_bad)
     if not examples:
-        raise DataError(f"{report.label}: no pair is left to {'train on' if checked.split == 'train' else 'hold out'}")
+        raise DataError(f"{checked.label}: no pair is left of {checked.read} rows")
     if report.dropped or report.num_cut:
         log.info("%s: of %d rows, %d left out and %d cut for their length", report.label, report.read, report.dropped,
                  report.num_cut)  # fmt: skip
