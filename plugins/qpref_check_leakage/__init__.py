@@ -18,7 +18,7 @@ from qpref.records import Finding, PreferencePair, UnpairedExample
 from qpref_check_leakage.index import HeldOutIndex
 from qpref_check_leakage.shingles import plain
 
-BATCH_BYTES = 1 << 18
+BATCH_BYTES = 1 << 16
 
 
 class LeakageChecks(Options):

@@ -64,6 +64,7 @@ _REFUSALS = tuple(
     for opening in ("", "i'm sorry, but ", "i am sorry, but ", "sorry, but ", "i apologize, but ")
     for end in ("i can't ", "i cannot ", "i'm unable to ", "i am unable to ", "i'm not able to ", "i am not able to ")
 )
+_FIRST_LETTERS = frozenset("IiSs")
 _HELP = ("assist", "help", "provide", "fulfill", "comply", "answer", "create", "generate", "write", "do that")
 
 
@@ -121,10 +122,14 @@ def repeats(answer: str) -> bool:
     off inside a number is found by the characters before it.
     """
     answer = answer.rstrip()
-    if len(answer) < TAIL_CHARACTERS * FEWEST_REPEATS:
+    size = len(answer)
+    if size < TAIL_CHARACTERS * FEWEST_REPEATS:
         return False
-    for end in (len(answer), len(answer) - TAIL_CHARACTERS):
-        if answer.count(answer[end - TAIL_CHARACTERS : end]) >= FEWEST_REPEATS:
+    for end in (size, size - TAIL_CHARACTERS):
+        start = end - TAIL_CHARACTERS
+        tail = answer[start:end]
+        # Most answers end in what they haven't said before, and looking for the first place is quicker than counting.
+        if answer.find(tail) < start and answer.count(tail) >= FEWEST_REPEATS:
             raw = answer.encode("utf-8", "replace")
             return len(raw) >= MOST_COMPRESSED * len(zlib.compress(raw, 6))
     return False
@@ -132,9 +137,12 @@ def repeats(answer: str) -> bool:
 
 def declines(answer: str) -> bool:
     """Whether it opens with a refusal, or speaks of itself as a language model near its start."""
-    start = answer[:300].lstrip().replace("\u2019", "'").casefold()
-    if any(phrase in start for phrase in _DISCLAIMERS):
-        return True
-    if start.startswith(_REFUSALS):
-        return any(word in start[:80] for word in _HELP)
-    return False
+    start = answer[:300].lstrip()
+    if "AI" in start or "language model" in start:
+        lower = start.replace("\u2019", "'").casefold()
+        if any(phrase in lower for phrase in _DISCLAIMERS):
+            return True
+    if start[:1] not in _FIRST_LETTERS:
+        return False
+    lower = start[:80].replace("\u2019", "'").casefold()
+    return lower.startswith(_REFUSALS) and any(word in lower for word in _HELP)
