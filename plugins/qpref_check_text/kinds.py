@@ -39,7 +39,7 @@ _GARBLED = re.compile(
     "\u00ef\u00bb\u00bf|\u00ef\u00bf\u00bd"
 )
 _INVISIBLE = re.compile(
-    "[\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<!\U0001f3f4)[\U000e0020-\U000e007f]{4}"
+    "[\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}"
 )
 _MARKUP = re.compile(
     r"&(?:nbsp|amp|lt|gt|quot|apos|#\d{2,5}|#x[0-9a-f]{2,5});|"
@@ -103,10 +103,13 @@ def has_unseen(answer: str) -> bool:
 
 
 def has_markup(answer: str, prompt: str) -> bool:
-    """Whether it holds HTML, which neither the prompt asks for nor a code block shows."""
+    """Whether it holds HTML, which neither the prompt asks for nor a code block shows; a tag alone is an answer."""
     if "<" not in answer and "&" not in answer:
         return False
-    return _MARKUP.search(answer) is not None and "`" not in answer and _ABOUT_MARKUP.search(prompt) is None
+    leftover = _MARKUP.search(answer)
+    if leftover is None or leftover[0] == answer.strip():
+        return False
+    return "`" not in answer and _ABOUT_MARKUP.search(prompt) is None
 
 
 def echoes(answer: str, prompt: str) -> bool:

@@ -109,7 +109,9 @@ def test_each_source_and_split_is_judged_by_itself():
     ]
 
 
-@pytest.mark.parametrize(("num_good", "num_bad", "found"), [(80, 20, []), (81, 19, ["class_balance"]), (19, 81, ["class_balance"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("num_good", "num_bad", "found"), [(80, 20, []), (81, 19, ["class_balance"]), (19, 81, ["class_balance"])]
+)
 def test_the_rarer_label_may_be_as_rare_as_the_recipe_says(num_good, num_bad, found):
     rows = labelled(num_good, num_bad)
     assert codes(rows) == found
@@ -118,7 +120,10 @@ def test_the_rarer_label_may_be_as_rare_as_the_recipe_says(num_good, num_bad, fo
         assert message.startswith(f"{num_good} desirable and {num_bad} undesirable completions, for training.")
 
 
-@pytest.mark.parametrize(("num_good", "num_bad", "class_", "missing"), [(30, 0, "desirable", "undesirable"), (0, 30, "undesirable", "desirable")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("num_good", "num_bad", "class_", "missing"),
+    [(30, 0, "desirable", "undesirable"), (0, 30, "undesirable", "desirable")],
+)
 def test_one_class_alone_is_said(num_good, num_bad, class_, missing):
     (found,) = findings(qpref_check_bias, labelled(num_good, num_bad))
     assert found.code == "one_class"
@@ -130,8 +135,8 @@ def test_one_class_alone_is_said(num_good, num_bad, class_, missing):
 def test_classes_of_other_lengths_are_a_bias(good, found):
     # Both classes spread by 10 about their means: d = 0.5 is a difference of 5 characters, nearly.
     rows = labelled(50, 50, good, 100)
-    good_lengths, bad_lengths = ([len(row.completion[0].content) for row in rows if row.label is label] for label in (True, False))  # fmt: skip
-    pooled = math.sqrt((statistics.variance(good_lengths) + statistics.variance(bad_lengths)) / 2)
+    lengths = {label: [len(row.completion[0].content) for row in rows if row.label is label] for label in (True, False)}
+    pooled = math.sqrt((statistics.variance(lengths[True]) + statistics.variance(lengths[False])) / 2)
     effect = (good - 100) / pooled
     assert (effect > 0.5) == bool(found)
     assert codes(rows) == found

@@ -29,7 +29,8 @@ def test_placeholders_are_found(answer):
     "answer",
     ["Yes", "No", "42", "1, 2, 3", "A", "[A]", "(B)", "[1, 2, 3]", "[positive]", "<br>", "<div>", "<html>", "true",
      "True.", "Nothing.", "I have none of them.", "Nantes", "x = 3", "Null island", "{'a': 1}", "None of the above",
-     "Notional", "[] + [1]", "[image] shows a loaf of bread, [table] its price.", "[" + "text " * 20 + "]"],
+     "Notional", "[] + [1]", "[image] shows a loaf of bread, [table] its price.",
+     "[text that was written by a baker, who was asked for a picture]"],
     ids=repr,
 )  # fmt: skip
 def test_short_answers_are_answers(answer):
@@ -48,7 +49,9 @@ def test_words_are_those_of_every_script(answer):
     assert kinds_of(answer, PROMPT) == ()
 
 
-@pytest.mark.parametrize("text", ["Zoë’s crème brûlée costs £5 – “très bon”…", "Größe", "naïve café", "☕ 😀"])
+@pytest.mark.parametrize(
+    "text", ["Zoë\u2019s crème brûlée costs £5 \u2013 “très bon”…", "Größe", "naïve café", "☕ 😀"]
+)
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
 def test_utf8_that_was_read_as_another_encoding_is_found(text, encoding):
     wrong = "".join(
@@ -97,7 +100,8 @@ def test_text_hidden_in_tags_is_found():
 
 @pytest.mark.parametrize(
     "answer",
-    ["a\tb\nc\r\nd", "می\u200cخواهم", "\U0001f468\u200d\U0001f469\u200d\U0001f467 family", "a\u00a0b",
+    ["a\tb\nc\r\nd", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+     "\U0001f468\u200d\U0001f469\u200d\U0001f467 family", "a\u00a0b",
      "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f England"],
     ids=repr,
 )  # fmt: skip
@@ -163,7 +167,8 @@ def test_lists_and_long_texts_are_no_circles(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["As an AI language model, I have no bread.", "Sorry. As a language model I don't eat.", "I'm sorry, but I can’t help with that.",
+    ["As an AI language model, I have no bread.", "Sorry. As a language model I don't eat.",
+     "I'm sorry, but I can\u2019t help with that.",
      "I cannot assist with that request.", "I am unable to provide this."],
 )  # fmt: skip
 def test_refusals_are_found(answer):
@@ -203,8 +208,8 @@ def test_each_kind_is_told_once_a_row():
 
 
 CASES = {
-    "placeholder": "None", "no_word": "?", "garbled": "caf\ufffd", "unseen": "a\x00b", "markup": "a<br>b", "echo": PROMPT,
-    "repetition": LOOP, "refusal": "As an AI language model, no.",
+    "placeholder": "None", "no_word": "?", "garbled": "caf\ufffd", "unseen": "a\x00b", "markup": "a<br>b",
+    "echo": PROMPT, "repetition": LOOP, "refusal": "As an AI language model, no.",
 }  # fmt: skip
 
 
@@ -225,6 +230,7 @@ def test_findings_share_their_messages():
 
 def test_nothing_is_kept():
     check = CheckText(TextChecks())
+    check.look(pair(PROMPT, GOOD, LOOP), "train")
     tracemalloc.start()
     for line in range(5_000):
         check.look(pair(PROMPT, GOOD + str(line), LOOP, line), "train")
