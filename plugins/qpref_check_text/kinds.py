@@ -7,13 +7,12 @@ answer, and so are code, a table and a short label.
 from __future__ import annotations
 
 import re
-import zlib
 
 LONGEST_PLACEHOLDER = 60
 SHORTEST_ECHO = 16
 TAIL_CHARACTERS = 16
 FEWEST_REPEATS = 4
-MOST_COMPRESSED = 4
+FEWEST_SEQUENCES = 10
 
 _WORDS_FOR_NOTHING = frozenset({
     "none", "null", "nil", "nan", "n/a", "na", "tbd", "tba", "todo", "undefined", "unknown", "blank", "empty",
@@ -31,6 +30,7 @@ _TOKENS = frozenset({
 })  # fmt: skip
 _BRACKETED = re.compile(r"<(?P<angle>[^<>]+)>|\[(?P<square>[^\[\]]+)\]|\{\{?(?P<curly>[^{}]+)\}?\}")
 _NOTHING = re.compile(r"no[ _-]?(?:input|output|answer|response|text|content|data|result)s?")
+_LETTERS = re.compile(r"[^\W\d_]+")
 _ANY_WORD = re.compile(r"[^\W_]")
 _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v") + b"\x7f"
 # UTF-8 read as Windows-1252 or Latin-1. Closing quotes are left out: they may follow a real A with a tilde.
@@ -119,10 +119,10 @@ def echoes(answer: str, prompt: str) -> bool:
 
 
 def repeats(answer: str) -> bool:
-    """Whether it goes round in circles: it ends in what it said before, and compresses to a quarter or less.
+    """Whether it goes round in circles: it ends in what it said before, and most of it was said before.
 
-    Both are asked for: lists repeat their last words, and long texts compress well by themselves. A loop that was cut
-    off inside a number is found by the characters before it.
+    The end: one of its last two stretches of `TAIL_CHARACTERS` stands in it `FEWEST_REPEATS` times; two, as a list's
+    numbers differ. All of it: over half of its sequences of four words (digits aside) stand earlier in it.
     """
     answer = answer.rstrip()
     size = len(answer)
@@ -133,8 +133,9 @@ def repeats(answer: str) -> bool:
         tail = answer[start:end]
         # Most answers end in what they haven't said before, and looking for the first place is quicker than counting.
         if answer.find(tail) < start and answer.count(tail) >= FEWEST_REPEATS:
-            raw = answer.encode("utf-8", "replace")
-            return len(raw) >= MOST_COMPRESSED * len(zlib.compress(raw, 6))
+            words = _LETTERS.findall(answer.casefold())
+            sequences = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+            return len(sequences) >= FEWEST_SEQUENCES and 2 * len(set(sequences)) < len(sequences)
     return False
 
 

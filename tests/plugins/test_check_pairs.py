@@ -63,7 +63,8 @@ def test_case_and_punctuation_alone_are_warned_of(rejected):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("It is 15.", "It is 1.5."), ("e-mail", "email"), ("Yes.", "Yes. No."), ("?", "!"), ("\u0915\u093f", "\u0915\u093e"),
+    [("It is 15.", "It is 1.5."), ("e-mail", "email"), ("Yes.", "Yes. No."), ("?", "!"),
+     ("\u0915\u093f", "\u0915\u093e"),
      ("resume", "résumé")],
     ids=repr,
 )  # fmt: skip
