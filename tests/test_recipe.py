@@ -8,7 +8,7 @@ import tomli_w
 from qpref import __version__
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
-from qpref.plan import make_plan
+from qpref.plan import DEFAULT_VALIDATORS, make_plan
 from qpref.recipe import with_overrides
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
@@ -381,7 +381,8 @@ def test_an_unknown_suffix_is_refused_with_what_is_installed(key, file):
 
 def test_without_tables_pairs_are_checked_and_the_console_shows():
     plan = make_plan(MINIMAL)
-    assert [choice.plugin.record.name for choice in (*plan.validators, *plan.sinks)] == ["pairs", "console"]
+    assert [choice.plugin.record.name for choice in plan.validators] == ["pairs", *DEFAULT_VALIDATORS]
+    assert [choice.plugin.record.name for choice in plan.sinks] == ["console"]
 
 
 def test_an_empty_list_of_sinks_is_none():
@@ -396,9 +397,9 @@ def no_urls(offer_by_acme):
 
 def test_a_table_of_checks_adds_a_validator_with_its_options(no_urls):
     plan = make_plan(recipe_with(checks={"identical": "warn", "no-urls": {"allowed": 3}}))
-    assert [(choice.plugin.record.name, choice.options.model_dump()) for choice in plan.validators][1:] == [
-        ("no-urls", {"allowed": 3})
-    ]
+    names = [choice.plugin.record.name for choice in plan.validators]
+    assert names == ["pairs", *DEFAULT_VALIDATORS, "no-urls"]
+    assert plan.validators[-1].options.model_dump() == {"allowed": 3}
 
 
 def test_a_validators_key_like_no_other_is_told_what_it_knows(no_urls):

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qpref.choices import Choice, SourceChoice
+from qpref.data.repeats import Repeats
 from qpref.data.report import DataReport
 from qpref.data.shapes import unpair
 from qpref.data.source import CheckedRow, DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
-from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,10 +58,14 @@ class CheckedRows:
     def label(self) -> str:
         return ", ".join(source.choice.location for source in self.sources)
 
-    def looked_at(self) -> Iterator[Sequence[CheckedRow] | Finding]:
-        """Each row of this split as one or more examples, or why it is none."""
+    def looked_at(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
+        """Each row of this split as one or more examples, or why it is none.
+
+        Args:
+            note: is shown each row of the sources that could be read.
+        """
         for source in self.sources:
-            for row in source.rows():
+            for row in source.rows(note):
                 if self.share is not None and self.share.split_of(row) != self.split:
                     continue
                 if not isinstance(row, Finding) and source.choice.weight != 1:
@@ -109,15 +114,23 @@ def check_data(
 
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
+    repeats = Repeats()
     for rows in (heldout, train):
-        _look(rows, checks, report)
+        # A held-out share is a part of the training sources, which are noted with the training rows.
+        _look(rows, checks, report, None if rows is heldout and share else repeats.note)
+    report.repeated = repeats.count()
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
 
-def _look(rows: CheckedRows, checks: Sequence[_RunningCheck], report: DataReport) -> None:
-    for row in rows.looked_at():
+def _look(
+    rows: CheckedRows,
+    checks: Sequence[_RunningCheck],
+    report: DataReport,
+    note: Callable[[Row], None] | None,
+) -> None:
+    for row in rows.looked_at(note):
         report.read += 1
         rows.read += 1
         if isinstance(row, Finding):

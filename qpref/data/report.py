@@ -47,6 +47,7 @@ class DataReport:
         findings: the first 1,000 of each code, in the order in which they were found.
         counts: how many of each (severity, code) there are.
         lengths: of texts, by what is measured: "prompt characters", "chosen tokens", ...
+        repeated: rows whose columns all hold what an earlier row's do, refused ones too.
         num_cut: rows that were cut to length.
     """
 
@@ -55,6 +56,7 @@ class DataReport:
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     lengths: dict[str, Histogram] = field(default_factory=dict)
+    repeated: int = 0
     num_cut: int = 0
     _refused: dict[str, dict[int, str]] = field(default_factory=dict)
     _dropped: dict[str, set[int]] = field(default_factory=dict)
@@ -166,6 +168,7 @@ class DataReport:
             "kept": self.kept,
             "refused": self.refused,
             "dropped": self.dropped,
+            "repeated": self.repeated,
             "cut": self.num_cut,
             "counts": [
                 {"severity": severity, "code": code, "count": number}

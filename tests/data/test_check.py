@@ -373,3 +373,16 @@ def test_a_share_is_counted_once_and_each_row_is_on_one_side(path):
 def test_weights_are_those_of_the_rows_files(path):
     source = SourceChoice(location=str(path), split="train", reader=rows(GOOD), weight=2.5)
     assert check_data([source], []).train.weights == {"pairs.x": 2.5}
+
+
+def test_rows_that_repeat_an_earlier_one_are_counted_refused_ones_too(path):
+    listed = {**GOOD, "prompt": [{"role": "user", "content": "Why?"}]}
+    bad = {"prompt": "Why?", "chosen": ""}
+    read = rows(GOOD, bad, {**GOOD, "more": 1}, dict(GOOD), dict(bad), listed, dict(listed), finding(8))
+    assert read_rows(path, read, []).report.repeated == 3
+
+
+@pytest.mark.parametrize("share", [None, HeldOutShare(0.5, seed=0)])
+def test_repeats_are_counted_over_both_splits_and_once(tmp_path, share):
+    sources = two_sources(tmp_path) if share is None else two_sources(tmp_path)[:1]
+    assert check_data(sources, [], share=share).report.repeated == len(sources)
