@@ -23,7 +23,7 @@ BYTES = 1 << 30
 CHARACTERS_PER_CHARACTER = 20
 CHARACTERS_AT_LEAST = 1_000_000
 """A rendered conversation may be so many times as long as its texts, and at least so long."""
-HINT = "its program (chat_template) comes with the model; mend it, or set [data] template = \"none\""
+HINT = 'its program (chat_template) comes with the model; mend it, or set [data] template = "none"'
 
 
 @contextmanager

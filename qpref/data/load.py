@@ -8,9 +8,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from qpref.data.check import CheckedFile, read_rows
+from qpref.data.check import CheckedFile, DataReport, read_rows
 from qpref.data.tokenize import PairTokenizer
-from qpref.data.truncate import fit_length
+from qpref.data.truncate import fit_length, prompt_limit
 from qpref.hooks.manager import Loaded
 from qpref.plan import Plan
 from qpref.recipe import DataSection
@@ -66,19 +66,24 @@ def tokenize_rows(checked: CheckedFile, tokenizer: PairTokenizer, data: DataSect
     report = checked.report
     examples: list[TokenizedExample] = []
     dropped = set()
-    for example in tokenizer.tokenize(checked.rows()):
+    num_known = len(report.findings)
+    for example in tokenizer.tokenize(checked.rows(), prompt_limit(data)):
         fitted = example if isinstance(example, Finding) else fit_length(example, data)
-        if isinstance(fitted, Finding):
-            report.findings.append(fitted)
-        elif fitted is None:
-            dropped.add(example.source)
-        else:
+        if isinstance(fitted, TokenizedExample):
             examples.append(fitted)
-    report.findings += _contradictions(examples)
+            continue
+        if fitted is not None:
+            report.findings.append(fitted)
+        if isinstance(example, TokenizedExample) and (fitted is None or fitted.severity == "warning"):
+            dropped.add(example.source)
+    contradictions = _contradictions(examples)
+    report.findings += contradictions
+    dropped |= {finding.source for finding in contradictions}
     report.dropped = len(dropped - report.refused)
+    DataReport(report.path, findings=report.findings[num_known:]).log_warnings()
     report.stop_on_errors(data.skip_bad)
     examples = [example for example in report.keep(examples) if example.source not in dropped]
-    num_cut = len({example.source for example in examples if any(example.truncated)})
+    num_cut = len({example.source for example in examples if example.prompt_cut or any(example.truncated)})
     if report.dropped or num_cut:
         log.info("%s: of %d rows, %d left out and %d cut for their length", report.path, report.read, report.dropped,
                  num_cut)  # fmt: skip
@@ -90,8 +95,8 @@ def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
     findings = []
     for good, bad in itertools.pairwise(examples):
         if good.source == bad.source and good.label and not bad.label and good.branches == bad.branches:
-            message = f"chosen and rejected are the same in their first {len(good.branches[0])} tokens"
-            findings.append(Finding(code="identical", severity="error", message=message, source=good.source))
+            message = f"dropped: cut to their first {len(good.branches[0])} tokens, chosen and rejected are the same"
+            findings.append(Finding(code="identical", severity="warning", message=message, source=good.source))
     return findings
 
 

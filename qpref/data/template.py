@@ -16,26 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpref.data.guard import HINT, bounded, refuse_flood
+from qpref.data.rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
 from qpref.errors import PolicyError
-from qpref.records import Message, PreferencePair, UnpairedExample
+from qpref.records import Message
 
 log = logging.getLogger("qpref")
-
-ExampleRow = PreferencePair | UnpairedExample
 
 PROBE = (("user", "qpref asks"), ("assistant", "qpref answers"), ("user", "qpref asks again"))
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message under which templates look for reasoning."""
+TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What a template's program may raise beside jinja2's own errors."""
-
-
-class RefusedRowError(ValueError):
-    """Why a row cannot be tokenized; becomes a finding at the row's place."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +50,14 @@ class ChatTemplate:
     Attributes:
         end: what it puts after a last response.
         end_of_turn: the control token in it that ends an assistant's turn; None where a turn ends in plain text.
-        no_thinking: what it adds to the prompt when asked for no thinking: mostly an empty thinking block.
+        openings: what it ends a prompt with for generation: first as it does by itself, then asked for thinking or for
+            none, where that makes a difference here alone.
     """
 
     tokenizer: Any
-    end: str
-    end_of_turn: str | None
-    no_thinking: str
+    end: str = ""
+    end_of_turn: str | None = None
+    openings: tuple[str, ...] = ("",)
 
     @classmethod
     def of(cls, tokenizer: Any, control: re.Pattern[str]) -> ChatTemplate:
@@ -76,25 +69,25 @@ class ChatTemplate:
         from jinja2 import TemplateError, TemplateSyntaxError
         from jinja2.exceptions import SecurityError
 
-        turns = [{"role": role, "content": content} for role, content in PROBE]
-        end, end_of_turn, no_thinking = "", None, ""
-        try:
-            with bounded():
-                asked, unthinking = (_render(tokenizer, [turns[:1]], None, True, **choice)[0]
-                                     for choice in ({}, {"enable_thinking": False}))  # fmt: skip
-                ended, followed = _render(tokenizer, [turns[:2], turns], None, False)
-            for text in (asked, unthinking, ended, followed):
-                refuse_flood(text, 0)
-            end, end_of_turn = _end_of_turn(ended, followed, control)
-            no_thinking = unthinking.removeprefix(asked) if unthinking.startswith(asked) else ""
-        except (SecurityError, TemplateSyntaxError) as error:
-            raise PolicyError(f"the chat template is not one that can be run: {error}", HINT) from None
-        except (TemplateError, *TEMPLATE_FAULTS):
-            log.debug("the chat template refuses a conversation of three turns", exc_info=True)
         if "strftime_now" in str(tokenizer.chat_template):
             log.warning("the chat template may write today's date into prompts: the same rows can make other tokens "
                         "tomorrow, and then no run goes on from today's")  # fmt: skip
-        return cls(tokenizer, end, end_of_turn, no_thinking)
+        turns = [{"role": role, "content": content} for role, content in PROBE]
+        try:
+            with bounded():
+                asked = [
+                    _render(tokenizer, [turns[:1]], None, True, **thinking)[0]
+                    for thinking in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+                ]
+                unasked, ended, followed = _render(tokenizer, [turns[:1], turns[:2], turns], None, False)
+        except (SecurityError, TemplateSyntaxError) as error:
+            raise PolicyError(f"the chat template cannot be run: {error}", HINT) from None
+        except (TemplateError, *TEMPLATE_FAULTS):
+            log.debug("the chat template refuses a conversation of three turns", exc_info=True)
+            return cls(tokenizer)
+        for text in (*asked, unasked, ended, followed):
+            refuse_flood(text, 0)
+        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(unasked, asked))
 
     def render(self, row: ExampleRow) -> Rendered:
         """The texts of a row's prompt and of its responses.
@@ -109,69 +102,58 @@ class ChatTemplate:
         tools = [dict(tool) for tool in row.tools] or None
         responses = [side[0] for side in responses_of(row)]
         try:
-            (prompt,) = _render(self.tokenizer, [turns], tools, True)
+            (asked,) = _render(self.tokenizer, [turns], tools, True)
             wholes = _render(self.tokenizer, [turns + _dicts([last]) for last in responses], tools, False)
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise RefusedRowError("template", f"the chat template refuses it: {error}") from None
         num_characters = sum(map(len, texts_of(row)))
-        for text in (prompt, *wholes):
+        for text in (asked, *wholes):
             refuse_flood(text, num_characters)
-        if self.no_thinking and all(whole.startswith(prompt + self.no_thinking) for whole in wholes):
-            prompt += self.no_thinking
+        prompt = self._prompt(asked, wholes)
         texts = tuple(self._response(prompt, *pair) for pair in zip(wholes, responses, strict=True))
         for side, text in zip(sides_of(row), texts, strict=True):
             if not text.strip():
                 raise RefusedRowError("empty", f"the chat template leaves nothing of {side}")
         return Rendered(prompt, texts, tuple(_left_out(prompt, row)))
 
+    def _prompt(self, asked: str, wholes: Sequence[str]) -> str:
+        """The longest prompt for generation that every response goes on from; the template's own where there is none.
+
+        So a row without thinking gets the prompt of generation without thinking, where the template has one.
+        """
+        if len(self.openings) == 1 or not asked.endswith(self.openings[0]):
+            return asked
+        before = asked.removesuffix(self.openings[0])
+        prompts = [before + opening for opening in self.openings]
+        return max((text for text in prompts if all(whole.startswith(text) for whole in wholes)),
+                   key=len, default=asked)  # fmt: skip
+
     def _response(self, prompt: str, whole: str, response: Message) -> str:
         """What follows the prompt.
 
-        Where the template drops the beginning of a last response, its thinking, the response is taken as it is written,
-        less what the prompt has opened already, and the template's end after it: so it is generated.
+        A response that starts with the tag of the thinking block that the prompt opens, or whose beginning the template
+        drops, is taken as it is written, the template's end after it: so it is generated.
         """
-        text = whole.removeprefix(prompt)
-        if whole.startswith(prompt) and (not text.strip() or _says(text, response)):
-            return text if self.end_of_turn else text.removesuffix(self.end[len(self.end.rstrip()) :])
+        follows, text = whole.startswith(prompt), whole.removeprefix(prompt)
         shared = len(os.path.commonprefix([prompt, whole]))
-        opened, kept = prompt[shared:], whole[shared:].removesuffix(self.end).strip()
-        if response.extra or not kept or not response.content.rstrip().endswith(kept):
-            if not whole.startswith(prompt):
-                raise RefusedRowError("template", "the chat template changes the prompt once a response follows")
+        opening = max(map(len, self.openings))
+        tag = _opened_tag(prompt, response.content)
+        if follows and (
+            not text.strip()
+            or (_says(whole[max(0, len(prompt) - opening) :], response) and (tag is None or tag not in text))
+        ):
+            return text if self.end_of_turn else text.removesuffix(self.end[len(self.end.rstrip()) :])
+        kept = whole[shared:].removesuffix(self.end).strip()
+        if tag and not response.extra:
+            return response.content.partition(tag)[2].lstrip("\n") + self.end.rstrip()
+        if follows and kept and response.content.rstrip().endswith(kept) and not response.extra:
+            return response.content + self.end.rstrip()
+        if follows:
             raise RefusedRowError("template", "the chat template leaves out part of a response")
-        if not response.content.startswith(opened):
-            message = f"the chat template opens {opened!r} for the response, which doesn't start with it"
-            raise RefusedRowError("template", message)
-        return response.content.removeprefix(opened) + self.end.rstrip()
-
-
-def responses_of(row: ExampleRow) -> tuple[tuple[Message, ...], ...]:
-    return (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row.completion,)
-
-
-def sides_of(row: ExampleRow) -> tuple[str, ...]:
-    return ("chosen", "rejected") if isinstance(row, PreferencePair) else ("completion",)
-
-
-def texts_of(row: ExampleRow) -> Iterator[str]:
-    """Every text of a row that a template may put into a prompt or a response."""
-    for turns in (row.prompt, *responses_of(row)):
-        for message in turns:
-            yield message.content
-            yield from _strings(message.extra)
-    yield from _strings(row.tools)
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+        if shared < len(prompt) - opening:
+            raise RefusedRowError("template", "the chat template changes the prompt once a response follows")
+        message = f"the chat template opens {prompt[shared:]!r} for generation, which the response doesn't start with"
+        raise RefusedRowError("template", message)
 
 
 def _dicts(messages: Iterable[Message]) -> list[dict[str, object]]:
@@ -197,13 +179,24 @@ def _end_of_turn(ended: str, followed: str, control: re.Pattern[str]) -> tuple[s
     return end, found[-1] if found else None
 
 
+def _openings(unasked: str, asked: Sequence[str]) -> tuple[str, ...]:
+    """What the template adds for generation, by itself and asked for thinking and for none."""
+    before = os.path.commonprefix([unasked, asked[0]])
+    return tuple(dict.fromkeys(text.removeprefix(before) for text in asked if text.startswith(before)))
+
+
+def _opened_tag(prompt: str, content: str) -> str | None:
+    """The tag that the prompt ends with and the response starts with."""
+    found = TAG.match(content)
+    return found[1] if found and prompt.rstrip().endswith(found[1]) else None
+
+
 def _says(rendered: str, response: Message) -> bool:
     """Whether all that the response says stands in its rendering."""
     texts = [response.content, *(str(response.extra[key]) for key in REASONING if response.extra.get(key))]
     calls = response.extra.get("tool_calls")
-    for call in calls if isinstance(calls, list | tuple) else ():
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        texts.append(str(function.get("name", "")) if isinstance(function, Mapping) else "")
+    if isinstance(calls, list | tuple):
+        texts.extend(_name(call) for call in calls if isinstance(call, Mapping))
     return all(_stands_in(text, rendered) for text in texts)
 
 
@@ -223,13 +216,17 @@ def _left_out(rendered: str, row: ExampleRow) -> Iterator[str]:
         found = rendered.find(text, place)
         if found >= 0:
             place = found + len(text)
-        elif not _stands_in(text, rendered[place:]):
-            yield f"the chat template leaves out, moves or changes what the {message.role} turn says"
-    names = (_name(tool) for tool in row.tools)
-    if any(name not in rendered for name in names):
+        elif not _stands_in(text, rendered):
+            yield f"the chat template leaves out or changes what the {message.role} turn says"
+            break
+        elif text in rendered:
+            yield "the chat template changes the order of turns"
+            break
+    if any(_name(tool) not in rendered for tool in row.tools):
         yield "the chat template has no place for tools"
 
 
-def _name(tool: Mapping[str, object]) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
+def _name(function: Mapping[str, object]) -> str:
+    """Of a tool, or of a call of one; the function may stand below a key `function`."""
+    inner = function.get("function", function)
+    return str(inner.get("name", "")) if isinstance(inner, Mapping) else ""

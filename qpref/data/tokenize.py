@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qpref.data.control import ControlTokens
 from qpref.data.guard import bounded
-from qpref.data.template import ChatTemplate, ExampleRow, RefusedRowError, Rendered, responses_of, texts_of
+from qpref.data.rows import ExampleRow, RefusedRowError, responses_of, texts_of
+from qpref.data.template import ChatTemplate, Rendered
 from qpref.data.truncate import shorten_prompt
 from qpref.records import Finding, PreferencePair, TokenizedExample
 
@@ -55,16 +55,14 @@ class PairTokenizer:
         tokenizer: a Hugging Face tokenizer.
         template: its chat template; None where prompt and response stand as they are.
         stop_tokens: ids that end a response; the first is the end-of-sequence token, added where a response lacks one.
-        control: finds the texts of control tokens, which must not come from a user's words.
-        control_ids: the tokens themselves, less the one of unknown text.
+        control: the control tokens, which must not come from the data's words.
         prefix: what the tokenizer puts before a text by itself, a BOS mostly; a template rules over it.
     """
 
     tokenizer: Any
     template: ChatTemplate | None
     stop_tokens: tuple[int, ...]
-    control: re.Pattern[str]
-    control_ids: frozenset[int]
+    control: ControlTokens
     prefix: tuple[int, ...]
 
     @classmethod
@@ -82,8 +80,8 @@ class PairTokenizer:
         if template == "chat" and not has_template:
             log.warning("the model has no chat template: prompt, response and end token are used as they are")
         ends = [end for end in (tokenizer.eos_token_id, *stop_tokens) if end is not None]
-        control, control_ids = _control_tokens(tokenizer, ends)
-        chat = ChatTemplate.of(tokenizer, control) if template == "chat" and has_template else None
+        control = ControlTokens.of(tokenizer, ends)
+        chat = ChatTemplate.of(tokenizer, control.pattern) if template == "chat" and has_template else None
         if chat and chat.end_of_turn:
             end = tokenizer.convert_tokens_to_ids(chat.end_of_turn)
             if end not in ends:
@@ -91,7 +89,7 @@ class PairTokenizer:
                             "settings: add %d to eos_token_id in its generation_config.json", chat.end_of_turn, end)  # fmt: skip
             ends.append(end)
         prefix = () if chat else _prefix(tokenizer)
-        return cls(tokenizer, chat, tuple(dict.fromkeys(ends)), control, control_ids, prefix)
+        return cls(tokenizer, chat, tuple(dict.fromkeys(ends)), control, prefix)
 
     def tokenize(
         self, rows: Iterable[ExampleRow], max_prompt_length: int | None = None
@@ -153,21 +151,19 @@ class PairTokenizer:
     def _pieces(self, row: ExampleRow) -> Pieces | RefusedRowError:
         """The texts of a row; an error is given back, since others are rendered with it."""
         try:
-            for text in texts_of(row):
-                if found := self.control.search(text):
-                    raise RefusedRowError("control_token", f"the text holds the control token {found[0]}")
+            self.control.refuse_typed(texts_of(row))
             rendered = self.template.render(row) if self.template else _as_it_is(row)
         except RefusedRowError as error:
             return error
         prompt = rendered.prompt[-TAIL_CHARACTERS:]
-        return Pieces(rendered, prompt[max((match.start() for match in self.control.finditer(prompt)), default=0) :])
+        return Pieces(rendered, prompt[self.control.last_in(prompt) :])
 
     def _example(
         self, row: ExampleRow, pieces: Pieces, ids: dict[str, list[int]]
     ) -> tuple[TokenizedExample, list[tuple[str, str]]]:
         """A row's ids, and what to warn of: code and message."""
         for text in pieces.texts:
-            self._refuse_hidden(text, ids[text])
+            self.control.refuse_hidden(text, ids[text])
         prompt = [*self.prefix, *ids[pieces.rendered.prompt]]
         if not prompt:
             raise RefusedRowError("empty", "the prompt has no tokens")
@@ -176,14 +172,14 @@ class PairTokenizer:
         warnings = [("template", message) for message in pieces.rendered.warnings]
         if not all(joins for _, joins in found):
             warnings.append(("boundary", BOUNDARY))
-        is_pair = isinstance(row, PreferencePair)
+        label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
         example = TokenizedExample(
             prompt=array("i", prompt),
             branches=branches,
             truncated=(False,) * len(branches),
             weight=row.weight,
-            margin=row.margin if is_pair else 0.0,
-            label=None if is_pair else row.label,
+            margin=margin,
+            label=label,
             number=row.number,
             source=row.source,
         )
@@ -211,19 +207,11 @@ class PairTokenizer:
         before, joined = self._ids("\n"), self._ids("\n" + text)
         return joined[len(before) :] if joined[: len(before)] == before else self._ids(text)
 
-    def _refuse_hidden(self, text: str, ids: list[int]) -> None:
-        """Refuse a control token that only the tokenizer's normalizing makes of a text."""
-        found = [token for token in ids if token in self.control_ids]
-        if len(found) > len(written := self.control.findall(text)):
-            rest = Counter(found) - Counter(self.tokenizer.convert_tokens_to_ids(written))
-            name = self.tokenizer.convert_ids_to_tokens(next(iter(rest)))
-            raise RefusedRowError("control_token", f"the tokenizer makes the control token {name} of the text")
-
     def _with_stop(self, ids: list[int]) -> list[int]:
         """Ids up to the first stop token; templates put white space after it. Without one, the end token is added."""
         place = next((place for place, token in enumerate(ids) if token in self.stop_tokens), None)
         if place is not None:
-            after = [token for token in ids[place + 1 :] if token not in self.control_ids]
+            after = [token for token in ids[place + 1 :] if token not in self.control.ids]
             if after and self.tokenizer.decode(after).strip():
                 name = self.tokenizer.decode(ids[place])
                 raise RefusedRowError("template", f"the chat template goes on after the stop token {name}")
@@ -251,15 +239,6 @@ class PairTokenizer:
             return [start for start, _ in offsets]
         count = len(self._ids(text))
         return [place * len(text) // count for place in range(count)]
-
-
-def _control_tokens(tokenizer: Any, ends: Iterable[int]) -> tuple[re.Pattern[str], frozenset[int]]:
-    """A pattern of the texts of special and stop tokens, and their ids less the one of unknown text."""
-    added = tokenizer.added_tokens_decoder
-    texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-    texts |= {added[end].content for end in ends if end in added}
-    ids = frozenset(tokenizer.convert_tokens_to_ids(list(texts))) - {tokenizer.unk_token_id}
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)"), ids
 
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:

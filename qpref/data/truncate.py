@@ -1,7 +1,7 @@
 """What becomes of a row that is longer than the recipe allows: refused, left out, or cut on both sides by one rule.
 
-A conversation is cut where it is a conversation still: whole turns go, the oldest first, and of the last user's turn its
-beginning. The chat template then renders what is left, so that its headers, its system turn and the tools stay.
+A conversation stays one when it is cut: whole turns go, the oldest first, and of the last user's turn its beginning. The
+chat template then renders what is left, so all headers, the system turn and the tools stay.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
-from qpref.data.template import RefusedRowError
+from qpref.data.rows import ExampleRow, RefusedRowError
 from qpref.recipe import DataSection
-from qpref.records import Finding, PreferencePair, TokenizedExample, UnpairedExample
-
-Cut = TypeVar("Cut", PreferencePair, UnpairedExample)
+from qpref.records import Finding, TokenizedExample
 
 
 def prompt_limit(data: DataSection) -> int | None:
@@ -24,8 +21,8 @@ def prompt_limit(data: DataSection) -> int | None:
 
 
 def shorten_prompt(
-    row: Cut, limit: int, num_tokens: Callable[[Cut], int], token_starts: Callable[[str], Sequence[int]]
-) -> Cut:
+    row: ExampleRow, limit: int, num_tokens: Callable[[ExampleRow], int], token_starts: Callable[[str], Sequence[int]]
+) -> ExampleRow:
     """The row with as much of its prompt as has at most `limit` tokens.
 
     Turns before the last user's go, the oldest first and up to the next user's, then the beginning of that last turn.
@@ -44,7 +41,7 @@ def shorten_prompt(
     if not asked:
         raise RefusedRowError("too_long", f"the prompt has no user turn to cut to {limit} tokens")
 
-    def from_turn(place: int) -> Cut:
+    def from_turn(place: int) -> ExampleRow:
         return replace(row, prompt=system + turns[place:])
 
     fits = bisect_left(asked, True, key=lambda place: num_tokens(from_turn(place)) <= limit)
