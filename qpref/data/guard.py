@@ -1,7 +1,6 @@
 """Limits on what a chat template may take: it comes with the model, and is a program.
 
-transformers runs it in jinja2's sandbox, which keeps it from the machine, but not from looping or from building a string
-that fills the memory.
+transformers runs it in jinja2's sandbox, which keeps it from the machine, but not from looping or filling the memory.
 """
 
 from __future__ import annotations

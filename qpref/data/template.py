@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,12 +51,14 @@ class ChatTemplate:
         end_of_turn: the control token in it that ends an assistant's turn; None where a turn ends in plain text.
         openings: what it ends a prompt with for generation: first as it does by itself, then asked for thinking or for
             none, where that makes a difference here alone.
+        start: what it puts between such a prompt and the response's text; None where the response doesn't go on from it.
     """
 
     tokenizer: Any
     end: str = ""
     end_of_turn: str | None = None
     openings: tuple[str, ...] = ("",)
+    start: str | None = None
 
     @classmethod
     def of(cls, tokenizer: Any, control: re.Pattern[str]) -> ChatTemplate:
@@ -87,7 +88,8 @@ class ChatTemplate:
             return cls(tokenizer)
         for text in (*asked, unasked, ended, followed):
             refuse_flood(text, 0)
-        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(unasked, asked))
+        start = ended.removeprefix(asked[0]).partition(PROBE[1][1])[0] if ended.startswith(asked[0]) else None
+        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(unasked, asked), start)
 
     def render(self, row: ExampleRow) -> Rendered:
         """The texts of a row's prompt and of its responses.
@@ -114,7 +116,10 @@ class ChatTemplate:
         for side, text in zip(sides_of(row), texts, strict=True):
             if not text.strip():
                 raise RefusedRowError("empty", f"the chat template leaves nothing of {side}")
-        return Rendered(prompt, texts, tuple(_left_out(prompt, row)))
+        warnings = list(_left_out(prompt, row))
+        if not all(whole.startswith(prompt) for whole in wholes):
+            warnings.append("the chat template changes the prompt once a response follows; training has generation's")
+        return Rendered(prompt, texts, tuple(warnings))
 
     def _prompt(self, asked: str, wholes: Sequence[str]) -> str:
         """The longest prompt for generation that every response goes on from; the template's own where there is none.
@@ -129,31 +134,31 @@ class ChatTemplate:
                    key=len, default=asked)  # fmt: skip
 
     def _response(self, prompt: str, whole: str, response: Message) -> str:
-        """What follows the prompt.
+        """What follows the prompt when it is generated, which is mostly what the template puts there.
 
         A response that starts with the tag of the thinking block that the prompt opens, or whose beginning the template
-        drops, is taken as it is written, the template's end after it: so it is generated.
+        drops, is taken as it is written, the template's end after it. So is one whose rendering is as ever while the
+        prompt's changes.
         """
         follows, text = whole.startswith(prompt), whole.removeprefix(prompt)
-        shared = len(os.path.commonprefix([prompt, whole]))
-        opening = max(map(len, self.openings))
+        since_opening = whole[max(0, len(prompt) - max(map(len, self.openings))) :]
         tag = _opened_tag(prompt, response.content)
-        if follows and (
-            not text.strip()
-            or (_says(whole[max(0, len(prompt) - opening) :], response) and (tag is None or tag not in text))
-        ):
+        if follows and (not text.strip() or (_says(since_opening, response) and (tag is None or tag not in text))):
             return text if self.end_of_turn else text.removesuffix(self.end[len(self.end.rstrip()) :])
-        kept = whole[shared:].removesuffix(self.end).strip()
         if tag and not response.extra:
             return response.content.partition(tag)[2].lstrip("\n") + self.end.rstrip()
-        if follows and kept and response.content.rstrip().endswith(kept) and not response.extra:
-            return response.content + self.end.rstrip()
-        if follows:
+        if not follows and self.start is not None and not response.extra:
+            for content in (response.content, response.content.strip()):
+                if whole.endswith(as_ever := self.start + content + self.end):
+                    return as_ever if self.end_of_turn else as_ever.rstrip()
+        if not follows:
+            left = prompt[_num_shared(prompt, whole) :][:60]
+            message = f"the chat template changes the prompt once a response follows: it doesn't go on from {left!r}"
+            raise RefusedRowError("template", message)
+        kept = text.removesuffix(self.end).strip()
+        if not kept or response.extra or not response.content.rstrip().endswith(kept):
             raise RefusedRowError("template", "the chat template leaves out part of a response")
-        if shared < len(prompt) - opening:
-            raise RefusedRowError("template", "the chat template changes the prompt once a response follows")
-        message = f"the chat template opens {prompt[shared:]!r} for generation, which the response doesn't start with"
-        raise RefusedRowError("template", message)
+        return response.content + self.end.rstrip()
 
 
 def _dicts(messages: Iterable[Message]) -> list[dict[str, object]]:
@@ -174,15 +179,21 @@ def _end_of_turn(ended: str, followed: str, control: re.Pattern[str]) -> tuple[s
     """
     answer = PROBE[1][1]
     end, later = (text.partition(answer)[2] for text in (ended, followed))
-    shared = os.path.commonprefix([end, later])
+    shared = end[: _num_shared(end, later)]
     found = control.findall(shared) or control.findall(end)
     return end, found[-1] if found else None
 
 
 def _openings(unasked: str, asked: Sequence[str]) -> tuple[str, ...]:
     """What the template adds for generation, by itself and asked for thinking and for none."""
-    before = os.path.commonprefix([unasked, asked[0]])
+    before = asked[0][: _num_shared(unasked, asked[0])]
     return tuple(dict.fromkeys(text.removeprefix(before) for text in asked if text.startswith(before)))
+
+
+def _num_shared(first: str, second: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _opened_tag(prompt: str, content: str) -> str | None:

@@ -1,8 +1,9 @@
 """Rows -> token ids, exactly as the trained model will meet them.
 
-The prompt is tokenized by itself, as it is at inference, so both sides have the same prompt ids. A response's tokens are
-those that follow the prompt's when both are tokenized in one piece. Where that would change the prompt's own tokens,
-the response is tokenized by itself, and the row is warned of. The supervised span ends in exactly one stop token.
+The prompt is tokenized by itself, as it is at inference, so both sides have the same prompt ids. A response's tokens
+are those that follow the prompt's when both are tokenized in one piece. Where that would change the prompt's own
+tokens, the response is tokenized by itself, and the row is warned of. The supervised span ends in exactly one stop
+token.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ class PairTokenizer:
         if chat and chat.end_of_turn:
             end = tokenizer.convert_tokens_to_ids(chat.end_of_turn)
             if end not in ends:
-                log.warning("the chat template ends a response in %s, at which generation doesn't stop by the model's "
-                            "settings: add %d to eos_token_id in its generation_config.json", chat.end_of_turn, end)  # fmt: skip
+                log.warning("the chat template ends a response in %s, where generation doesn't stop by the model's own "
+                            "settings: add %d to the eos_token_id of generation_config.json",
+                            chat.end_of_turn, end)  # fmt: skip
             ends.append(end)
         prefix = () if chat else _prefix(tokenizer)
         return cls(tokenizer, chat, tuple(dict.fromkeys(ends)), control, prefix)

@@ -1,7 +1,7 @@
 """What becomes of a row that is longer than the recipe allows: refused, left out, or cut on both sides by one rule.
 
-A conversation stays one when it is cut: whole turns go, the oldest first, and of the last user's turn its beginning. The
-chat template then renders what is left, so all headers, the system turn and the tools stay.
+A conversation stays one when it is cut: whole turns go, the oldest first, and of the last user's turn its beginning.
+The chat template then renders what is left, so all headers, the system turn and the tools stay.
 """
 
 from __future__ import annotations
