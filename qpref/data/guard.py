@@ -25,6 +25,10 @@ CHARACTERS_AT_LEAST = 1_000_000
 HINT = 'its program (chat_template) comes with the model; mend it, or set [data] template = "none"'
 
 
+class _OutOfTimeError(BaseException):
+    """No Exception, since jinja2 goes on after any Exception in an expression that it computes ahead."""
+
+
 @contextmanager
 def bounded() -> Iterator[None]:
     """Stop what takes over SECONDS of CPU time or BYTES more of memory.
@@ -42,6 +46,8 @@ def bounded() -> Iterator[None]:
         if is_main:
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         yield
+    except _OutOfTimeError:
+        raise PolicyError(f"the chat template takes over {SECONDS:g} s", HINT) from None
     except MemoryError:
         raise PolicyError(f"the chat template takes over {BYTES >> 20} MiB of memory", HINT) from None
     finally:
@@ -71,4 +77,4 @@ def _limit_memory(memory: tuple[int, int]) -> None:
 
 
 def _too_slow(*_: Any) -> None:
-    raise PolicyError(f"the chat template takes over {SECONDS:g} s", HINT)
+    raise _OutOfTimeError

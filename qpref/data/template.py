@@ -22,6 +22,7 @@ from qpref.records import Message
 log = logging.getLogger("qpref")
 
 PROBE = (("user", "qpref asks"), ("assistant", "qpref answers"), ("user", "qpref asks again"))
+THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message under which templates look for reasoning."""
 TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
@@ -51,7 +52,7 @@ class ChatTemplate:
         end_of_turn: the control token in it that ends an assistant's turn; None where a turn ends in plain text.
         openings: what it ends a prompt with for generation: first as it does by itself, then asked for thinking or for
             none, where that makes a difference here alone.
-        start: what it puts between such a prompt and the response's text; None where the response doesn't go on from it.
+        start: what it puts between such a prompt and a response's text; None where it changes the prompt then.
     """
 
     tokenizer: Any
@@ -76,18 +77,13 @@ class ChatTemplate:
         turns = [{"role": role, "content": content} for role, content in PROBE]
         try:
             with bounded():
-                asked = [
-                    _render(tokenizer, [turns[:1]], None, True, **thinking)[0]
-                    for thinking in ({}, {"enable_thinking": True}, {"enable_thinking": False})
-                ]
-                unasked, ended, followed = _render(tokenizer, [turns[:1], turns[:2], turns], None, False)
+                asked = [_render(tokenizer, turns[:1], None, True, 0, **thinking) for thinking in THINKING]
+                unasked, ended, followed = (_render(tokenizer, turns[:num], None, False, 0) for num in (1, 2, 3))
         except (SecurityError, TemplateSyntaxError) as error:
             raise PolicyError(f"the chat template cannot be run: {error}", HINT) from None
         except (TemplateError, *TEMPLATE_FAULTS):
             log.debug("the chat template refuses a conversation of three turns", exc_info=True)
             return cls(tokenizer)
-        for text in (*asked, unasked, ended, followed):
-            refuse_flood(text, 0)
         start = ended.removeprefix(asked[0]).partition(PROBE[1][1])[0] if ended.startswith(asked[0]) else None
         return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(unasked, asked), start)
 
@@ -103,14 +99,14 @@ class ChatTemplate:
         turns = _dicts(row.prompt)
         tools = [dict(tool) for tool in row.tools] or None
         responses = [side[0] for side in responses_of(row)]
+        num_characters = sum(map(len, texts_of(row)))
         try:
-            (asked,) = _render(self.tokenizer, [turns], tools, True)
-            wholes = _render(self.tokenizer, [turns + _dicts([last]) for last in responses], tools, False)
+            asked = _render(self.tokenizer, turns, tools, True, num_characters)
+            wholes = [
+                _render(self.tokenizer, turns + _dicts([last]), tools, False, num_characters) for last in responses
+            ]
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise RefusedRowError("template", f"the chat template refuses it: {error}") from None
-        num_characters = sum(map(len, texts_of(row)))
-        for text in (asked, *wholes):
-            refuse_flood(text, num_characters)
         prompt = self._prompt(asked, wholes)
         texts = tuple(self._response(prompt, *pair) for pair in zip(wholes, responses, strict=True))
         for side, text in zip(sides_of(row), texts, strict=True):
@@ -165,10 +161,12 @@ def _dicts(messages: Iterable[Message]) -> list[dict[str, object]]:
     return [{"role": message.role, "content": message.content, **message.extra} for message in messages]
 
 
-def _render(tokenizer: Any, conversations: list[Any], tools: Any, is_prompt: bool, **options: Any) -> list[str]:
-    rendered: list[str] = tokenizer.apply_chat_template(
-        conversations, tools=tools, tokenize=False, add_generation_prompt=is_prompt, **options
+def _render(tokenizer: Any, turns: Any, tools: Any, for_generation: bool, num_characters: int, **options: Any) -> str:
+    """A conversation of so many characters as text."""
+    rendered: str = tokenizer.apply_chat_template(
+        turns, tools=tools, tokenize=False, add_generation_prompt=for_generation, **options
     )
+    refuse_flood(rendered, num_characters)
     return rendered
 
 
