@@ -209,11 +209,11 @@ def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | 
 
 def _lengths(tokenizer: Any, rows: list[CheckedRow], plan: Plan) -> list[Lengths]:
     """Of the rows that training would keep."""
-    from qpref.data.truncate import fit_length
+    from qpref.data.truncate import fit_length, prompt_limit
     from qpref.records import Finding, TokenizedExample
 
     found: list[Lengths] = []
-    for example in tokenizer.tokenize(rows):
+    for example in tokenizer.tokenize(rows, prompt_limit(plan.recipe.data)):
         fitted = example if isinstance(example, Finding) else fit_length(example, plan.recipe.data)
         if isinstance(fitted, TokenizedExample):
             found.append((len(fitted.prompt), [len(branch) for branch in fitted.branches]))

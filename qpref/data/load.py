@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from qpref.data.check import CheckedData, CheckedRows, check_data
 from qpref.data.split import HeldOutShare, mixed
 from qpref.data.tokenize import PairTokenizer
-from qpref.data.truncate import fit_length
+from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
 from qpref.plan import Plan
 from qpref.recipe import DataSection
@@ -79,7 +79,9 @@ def tokenize_rows(
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
     report = checked.report
+    told = set(report.counts)
     examples = list(tokenized(checked, tokenizer, data))
+    report.log_warnings(told)
     report.stop_on_errors(data.skip_bad)
     if not examples:
         raise DataError(f"{checked.label}: no pair is left of {checked.read} rows")
@@ -92,17 +94,18 @@ def tokenize_rows(
 def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> Iterator[TokenizedExample]:
     """Each kept example as token ids. A row of which a part is refused or dropped is so as a whole, and reported."""
     report = checked.report
-    for source, found in itertools.groupby(tokenizer.tokenize(checked.rows()), key=lambda one: one.source):
+    rows = tokenizer.tokenize(checked.rows(), prompt_limit(data))
+    for source, found in itertools.groupby(rows, key=lambda one: one.source):
         fitted = [one if isinstance(one, Finding) else fit_length(one, data) for one in found]
         findings = [one for one in fitted if isinstance(one, Finding)]
         examples = [one for one in fitted if isinstance(one, TokenizedExample)]
         findings += _contradictions(examples)
         report.add(findings)
-        if None in fitted:
+        if None in fitted or any(finding.code == "identical" for finding in findings):
             report.drop(source)
         if report.leaves_out(source):
             continue
-        report.num_cut += any(any(example.truncated) for example in examples)
+        report.num_cut += any(example.prompt_cut or any(example.truncated) for example in examples)
         for example in examples:
             sides = ("chosen", "rejected") if example.label is None else ("completion",)
             sizes = {side: len(branch) for side, branch in zip(sides, example.branches, strict=True)}
@@ -115,8 +118,8 @@ def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
     findings = []
     for good, bad in itertools.pairwise(examples):
         if good.number == bad.number and good.label and not bad.label and good.branches == bad.branches:
-            message = f"chosen and rejected are the same in their first {len(good.branches[0])} tokens"
-            findings.append(Finding(code="identical", severity="error", message=message, source=good.source))
+            message = f"dropped: cut to their first {len(good.branches[0])} tokens, chosen and rejected are the same"
+            findings.append(Finding(code="identical", severity="warning", message=message, source=good.source))
     return findings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -126,9 +126,14 @@ class DataReport:
         for side, size in sizes.items():
             self.lengths.setdefault(f"{side} {unit}", Histogram()).note(size)
 
-    def log_warnings(self) -> None:
-        """One line for each warning of a whole source, and for each kind of the others, with the first place."""
+    def log_warnings(self, told: Container[tuple[str, str]] = ()) -> None:
+        """One line for each warning of a whole source, and for each kind of the others, with the first place.
+
+        Args:
+            told: (severity, code) of those that have had their line.
+        """
         warnings = [finding for finding in self.findings if finding.severity == "warning"]
+        warnings = [finding for finding in warnings if ("warning", finding.code) not in told]
         for finding in warnings:
             if not finding.source.line:
                 log.warning("%s: %s", finding.source, finding.message)
