@@ -31,7 +31,10 @@ DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 FREE_TO_CHANGE = {
     # Where things lie; their contents have fingerprints of their own.
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
-    *(("data", key) for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad")),
+    *(
+        ("data", key)
+        for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad", "cache")
+    ),
     ("adapter", "start"),
     # How it is computed and how often it is told or saved.
     *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),

@@ -152,6 +152,8 @@ class DataSection(Section):
         default=0.0, ge=0, lt=1, description="Share of refused rows up to which the run goes on without them."
     )
 
+    cache: bool = Field(default=True, description="Keep token ids in the cache folder, by content.")
+
     def sources(self, key: Literal["train", "heldout"]) -> list[SourceSection]:
         """The sources under one key, each complete."""
         value = self.train if key == "train" else self.heldout

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
 from qpref.data.split import HeldOutShare, mixed
+from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
@@ -92,9 +93,10 @@ def tokenize_rows(
 
 
 def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> Iterator[TokenizedExample]:
-    """Each kept example as token ids. A row of which a part is refused or dropped is so as a whole, and reported."""
+    """Each kept example as token ids, computed or remembered. What refuses or drops a part of a row does so to all."""
     report = checked.report
-    rows = tokenizer.tokenize(checked.rows(), prompt_limit(data))
+    remembering = (TokenCache.open(tokenizer) if data.cache else None) or tokenizer
+    rows = remembering.tokenize(checked.rows(), prompt_limit(data))
     for source, found in itertools.groupby(rows, key=lambda one: one.source):
         fitted = [one if isinstance(one, Finding) else fit_length(one, data) for one in found]
         findings = [one for one in fitted if isinstance(one, Finding)]

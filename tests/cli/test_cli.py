@@ -298,6 +298,9 @@ def test_a_dry_run_needs_neither_data_nor_model_and_makes_nothing(tmp_path):
     assert imported.isdisjoint(unwanted)
 
 
+CHECKS = ("bias", "duplicates", "leakage", "pairs", "text")
+
+
 def test_a_dry_run_prints_the_resolved_recipe_and_its_plugins(tmp_path, write_recipe):
     import tomllib
 
@@ -308,7 +311,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_its_plugins(tmp_path, write_re
     offers = {offer.entry_point: f"# {offer}" for offer in installed_offers()}
     assert comments == [
         f"# run folder: {tmp_path}/run",
-        *(offers[name] for name in ("check-pairs", "loss-dpo", "read-jsonl")),
+        *(offers[name] for name in (*(f"check-{name}" for name in CHECKS), "loss-dpo", "read-jsonl")),
     ]
 
 
