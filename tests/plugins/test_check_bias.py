@@ -31,12 +31,12 @@ def codes(rows, heldout=(), **options):
 
 def test_the_message_has_the_figures_of_a_plain_count():
     rng = random.Random(1)
-    lengths = [(rng.randint(50, 300), rng.randint(40, 200)) for _ in range(200)]
+    lengths = [(rng.randint(160, 300), rng.randint(40, 170)) for _ in range(20)]
     (found,) = findings(qpref_check_bias, of_lengths(*lengths))
     differences = [chosen - rejected for chosen, rejected in lengths]
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     low, high = wilson_interval(longer, longer + shorter)
-    ties = f", {200 - longer - shorter} ties aside" if longer + shorter < 200 else ""
+    ties = f", {20 - longer - shorter} ties aside" if longer + shorter < 20 else ""
     effect = statistics.mean(differences) / statistics.stdev(differences)
     mean, of = statistics.mean(differences), statistics.mean(rejected for _, rejected in lengths)
     assert found.source == Source(path="pairs.jsonl", line=0)

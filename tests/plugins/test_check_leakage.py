@@ -128,18 +128,24 @@ def test_what_fills_a_template_leaks():
     assert lines(qpref_check_leakage, "near_leak", trained(f"Hello! {template} {own[7]}"), heldout) == [1]
 
 
+def with_system(system, question, line):
+    base = pair(question, f"chosen {line}", "rejected", line)
+    prompt = (Message(role="system", content=system), *base.prompt)
+    return PreferencePair(prompt=prompt, chosen=base.chosen, rejected=base.rejected, source=base.source)
+
+
 def test_a_shared_system_turn_is_no_leak():
-    def row(question, line):
-        base = pair(question, "a", "b", line)
-        system = Message(role="system", content=words(random.Random(3), 200))
-        return PreferencePair(
-            prompt=(system, *base.prompt), chosen=base.chosen, rejected=base.rejected, source=base.source
-        )
-
-    assert told(qpref_check_leakage, [row("What is bread?", 1)], [row("What is butter?", 1)]) == []
+    system = words(random.Random(3), 200)
+    training = [with_system(system, "What is bread?", 1)]
+    assert told(qpref_check_leakage, training, [with_system(system, "What is butter?", 2)]) == []
 
 
-@pytest.mark.parametrize("num_rows", [3, 2000])
+def test_a_question_leaks_whatever_the_system_turn():
+    training = [with_system("Be brief.", QUESTION, 1)]
+    assert lines(qpref_check_leakage, "leaked_prompt", training, [with_system("Rhyme.", QUESTION, 2)]) == [1]
+
+
+@pytest.mark.parametrize("num_rows", [3, 500])
 def test_what_is_near_is_what_plain_sets_say(num_rows):
     rng = random.Random(num_rows)
     heldout = [words(rng, rng.randint(12, 60)) for _ in range(40)]
@@ -195,8 +201,8 @@ def test_training_rows_take_no_memory_of_their_own():
     check.look(trained(texts[0])[0], "train")
     before = tracemalloc.get_traced_memory()[0]
     assert before < 4e6 + 3000 * len(heldout)
-    for line in range(10_000):
+    for line in range(4_000):
         check.look(pair(texts[line % 500] + str(line), "a", "b", line), "train")
     assert list(check.finish()) == []
-    assert tracemalloc.get_traced_memory()[0] - before < 1e6
+    assert tracemalloc.get_traced_memory()[0] - before < 5e5
     tracemalloc.stop()
