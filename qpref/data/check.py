@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from qpref.choices import Choice, SourceChoice
 from qpref.data.repeats import Repeats
@@ -151,23 +151,29 @@ class _RunningCheck:
 
     @classmethod
     def of(cls, validator: Choice) -> _RunningCheck:
-        return cls(validator, _called(validator, lambda: validator.plugin.record.start(validator.options)))
+        with _blamed(validator):
+            return cls(validator, validator.plugin.record.start(validator.options))
 
-    def look(self, example: CheckedRow, split: Split) -> list[Finding]:
+    def look(self, example: CheckedRow, split: Split) -> Iterator[Finding]:
         return self._findings(lambda: self.check.look(example, split))
 
-    def finish(self) -> list[Finding]:
+    def finish(self) -> Iterator[Finding]:
         return self._findings(self.check.finish)
 
-    def _findings(self, find: Callable[[], Iterable[Finding]]) -> list[Finding]:
-        findings: list[Finding] = _called(self.validator, lambda: list(find()))
-        if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
-            raise PluginError(f"{self.validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
-        return findings
+    def _findings(self, find: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+        """One at a time: there may be as many as rows."""
+        with _blamed(self.validator):
+            for finding in find():
+                if not isinstance(finding, Finding):
+                    raise PluginError(f"{self.validator.plugin.offer} yields {type(finding).__name__}, not Finding")
+                yield finding
 
 
-def _called(validator: Choice, call: Callable[[], Any]) -> Any:
+@contextmanager
+def _blamed(validator: Choice) -> Iterator[None]:
     try:
-        return call()
+        yield
+    except PluginError:
+        raise
     except (Exception, SystemExit) as error:
         raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
