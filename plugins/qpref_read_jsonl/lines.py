@@ -21,13 +21,15 @@ def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
     try:
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
+            if line.isspace():
+                continue
             source = Source(path=path, line=number)
             if len(line) > MAX_ROW_BYTES:
                 _pass_over(file, line)
                 yield unreadable(f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB", source)
                 continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").lstrip()
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield row_of(parser.parse(text), source)
             except UnicodeDecodeError as error:
