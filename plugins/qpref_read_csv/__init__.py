@@ -49,6 +49,8 @@ def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
 def _header(fields: list[str] | str) -> tuple[list[str], str | None]:
     if isinstance(fields, str):
         return [], fields
+    if any("\r" in field for field in fields):
+        return fields, "lines end in carriage returns alone; write them with newlines"
     name, count = Counter(fields).most_common(1)[0]
     if count > 1:
         return fields, f"the column {name[:40]!r} stands twice"
