@@ -161,7 +161,7 @@ class _Record:
         try:
             return [field.decode() for field in self._fields]
         except UnicodeDecodeError:
-            raise _BadRowError("not UTF-8") from None
+            raise _BadRowError("the row is not UTF-8") from None
 
 
 def _unreadable(message: str, source: Source) -> Finding:

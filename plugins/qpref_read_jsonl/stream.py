@@ -42,7 +42,7 @@ class _Guarded(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         try:
-            count = self._unpacked.readinto(buffer)
+            count = self._unpacked.readinto1(buffer)  # what comes before the damage is not lost with it
         except EOFError:
             raise BrokenStreamError("the gzip data end too early; the file was cut off") from None
         except gzip.BadGzipFile as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qpref.records import Message
 
@@ -218,18 +219,23 @@ def check_response(messages: Sequence[Message], side: str) -> None:
 def kind_of(value: object) -> str:
     """What a value is, in JSON's words."""
     if isinstance(value, dict):
-        keys = ", ".join(str(key)[:20] for key in list(value)[:8])
-        return f"an object with the keys {keys}" if value else "an empty object"
+        return f"an object with the keys {named(value)}" if value else "an empty object"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     names = {str: "a text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
 
+def named(names: Iterable[object]) -> str:
+    """The first names of columns or keys, on one line whatever they hold."""
+    first = [str(name)[:20] for name in itertools.islice(names, 12)]
+    return ", ".join(name if name.isprintable() else ascii(name) for name in first)
+
+
 def shown(value: object) -> str:
     """A value as messages show it: itself where that is short, else what it is."""
     if isinstance(value, str):
-        return repr(value[:40])
+        return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
         return repr(value)
     return kind_of(value)

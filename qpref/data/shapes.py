@@ -31,6 +31,7 @@ from qpref.data.messages import (
     check_response,
     dialogue_of,
     kind_of,
+    named,
     shown,
     turns_of,
 )
@@ -55,7 +56,7 @@ def records_of_row(row: Row, shape: str = "auto") -> Sequence[PreferencePair | U
     """The records that a row holds, or why it holds none; `shape` is a name of SHAPES, or found by the columns."""
     found = shape_of(row.values) if shape == "auto" else shape
     if found is None:
-        columns = ", ".join(str(name)[:20] for name in list(row.values)[:12]) or "no column"
+        columns = named(row.values) or "no column"
         message = f"no known shape of a preference row; it has {columns}; [data] columns names what stands for what"
         return Finding(code="no_shape", severity="error", message=message, source=row.source)
     return SHAPES[found](row)
@@ -101,7 +102,7 @@ def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
     """The row with columns renamed, our name -> theirs, or which of theirs it lacks."""
     missing = [f"'{theirs}' (for {ours})" for ours, theirs in columns.items() if theirs not in row.values]
     if missing:
-        found = ", ".join(str(name)[:20] for name in list(row.values)[:12]) or "none"
+        found = named(row.values) or "none"
         message = f"no column {' and no column '.join(missing)}; it has {found}"
         return Finding(code="missing_column", severity="error", message=message, source=row.source)
     renamed = set(columns.values())

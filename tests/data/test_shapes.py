@@ -296,13 +296,15 @@ ORDERS = [
     (("user", "system", "user"), "prompt, turn 2: the system's turn after the user's; expected the assistant's"),
     (("system", "system"), "prompt, turn 2: the system's turn after the system's; expected the user's"),
     (("system", "assistant"), "prompt, turn 2: the assistant's turn after the system's; expected the user's"),
-    (("user", "assistant", "assistant"),
-     "prompt, turn 3: the assistant's turn after the assistant's; expected the user or tool's"),
+    (
+        ("user", "assistant", "assistant"),
+        "prompt, turn 3: the assistant's turn after the assistant's; expected the user or tool's",
+    ),
     (("user", "tool"), "prompt, turn 2: the tool's turn after the user's; expected the assistant's"),
     (("tool", "user"), "prompt, turn 1: the tool's turn first; expected the system or user's"),
     (("user", "assistant"), "prompt: the last turn is the assistant's; it has to be the user's or a tool's"),
     (("system",), "prompt: the last turn is the system's; it has to be the user's or a tool's"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("roles", "told"), ORDERS, ids=["-".join(roles) for roles, _ in ORDERS])

@@ -76,9 +76,9 @@ BAD = {
     "a field too many": (b"1,2,3", "3 fields, where the header has 2"),
     "a field too many, quoted": (b'"1",2,3', "more fields than the 2 of the header"),
     "text after a closing quote": (b'"1"x,2', "text after a closing quote; a quote within quotes is written twice"),
-    "no UTF-8": (b"\xff,2", "not UTF-8"),
-    "no UTF-8 in quotes": (b'"\xff",2', "not UTF-8"),
-    "a cut character": (b"\xc3,2", "not UTF-8"),
+    "no UTF-8": (b"\xff,2", "the row is not UTF-8"),
+    "no UTF-8 in quotes": (b'"\xff",2', "the row is not UTF-8"),
+    "a cut character": (b"\xc3,2", "the row is not UTF-8"),
 }
 
 
@@ -109,7 +109,7 @@ def test_a_quote_that_a_later_field_seems_to_close_costs_its_row_alone(read):
         (b"a,b,a", "the header: the column 'a' stands twice"),
         (b"a,,b", "the header: a column has no name"),
         (b'"a"x,b', "the header: text after a closing quote; a quote within quotes is written twice"),
-        (b"a,\xff", "the header: not UTF-8"),
+        (b"a,\xff", "the header: the row is not UTF-8"),
         (b"a,b\r1,2\r", "the header: lines end in carriage returns alone; write them with newlines"),
         (b'a,"b', "the header: a quote is opened that is not closed"),
     ],

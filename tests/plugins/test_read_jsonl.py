@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -343,11 +344,12 @@ MANY = b"".join(b'{"number": %d, "text": "%032x"}\n' % (number, number**9) for n
 
 def test_a_cut_gzip_file_is_named_at_the_line_where_it_ends(tmp_path):
     path = gzipped(tmp_path, MANY)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    raw = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(raw)
+    whole_lines = zlib.decompressobj(wbits=31).decompress(raw).count(b"\n")
     with pytest.raises(DataError) as error:
         found(read_gzipped_lines, path)
-    line = re.fullmatch(rf"{path}:(\d+): the gzip data end too early; the file was cut off", error.value.what)[1]
-    assert 10_000 < int(line) < 20_000
+    assert error.value.what == f"{path}:{whole_lines + 1}: the gzip data end too early; the file was cut off"
 
 
 @pytest.mark.parametrize(
@@ -370,7 +372,7 @@ def test_damaged_gzip_data_are_named(tmp_path, spoil, message):
 @pytest.mark.parametrize("reader", [read_gzipped_lines, read_gzipped_array])
 @pytest.mark.parametrize("unit", [b"x", b"\n", b'{"a": 1}\n'], ids=["one line", "blank lines", "rows"])
 def test_a_gzip_bomb_is_refused(tmp_path, reader, unit):
-    path = gzipped(tmp_path, b"[" + unit * (8 * 2**20 // len(unit)))
+    path = gzipped(tmp_path, b"[" + unit * (4 * 2**20 // len(unit)))
     with pytest.raises(DataError, match=rf"grow to more than {MAX_RATIO} times|Expecting value"):
         found(reader, path)
 
