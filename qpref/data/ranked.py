@@ -48,8 +48,8 @@ def worth_of(values: Mapping[str, object], responses: Sequence[object]) -> list[
     worth = []
     for one in responses:
         said = one if isinstance(one, dict) else {}
-        name = next((key for key in ("rank", *SCORES) if said.get(key) is not None), None)
-        if name is None:
+        told = next((key for key in ("rank", *SCORES) if said.get(key) is not None), None)
+        if told is None:
             raise BadRowError("bad_number", "a response has neither a rank nor a score")
-        worth.append(-finite(said[name], name) if name == "rank" else finite(said[name], name))
+        worth.append(-finite(said[told], told) if told == "rank" else finite(said[told], told))
     return worth

@@ -34,7 +34,7 @@ def verdicts(path: Path, reader: str | None = None) -> list[tuple[int, str, str]
 
     What stops the reading is the last: its line is 0 where its message names none, its code "stopped".
     """
-    told = []
+    told, stop = [], ""
     started = time.process_time()
     try:
         for item in HOST.load(READER, reader or path.name.partition(".")[2]).record.read(path):
@@ -45,10 +45,12 @@ def verdicts(path: Path, reader: str | None = None) -> list[tuple[int, str, str]
             else:
                 told.append((item.source.line, "kept", type(result[0]).__name__))
     except DataError as error:
-        line, _, message = error.what.removeprefix(f"{path}:").partition(": ")
-        assert error.what.startswith(f"{path}:")
-        told.append((int(line), "stopped", message) if line.isdigit() else (0, "stopped", error.what))
+        stop = error.what
     assert time.process_time() - started < MAX_SECONDS
+    if stop:
+        assert stop.startswith(f"{path}:")
+        line, _, message = stop.removeprefix(f"{path}:").partition(": ")
+        told.append((int(line), "stopped", message) if line.isdigit() else (0, "stopped", stop))
     return told
 
 
