@@ -27,7 +27,7 @@ def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
     """
     window, parser, number = _Window(file, path), JsonParser(), 0
     if window.next_character() != "[":
-        raise window.error(_no_array(window))
+        raise window.error(_no_array(window, path))
     window.at += 1
     if window.next_character() == "]":
         window.at += 1
@@ -44,11 +44,12 @@ def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
         raise window.error("not JSON: more after the array's end")
 
 
-def _no_array(window: _Window) -> str:
+def _no_array(window: _Window, path: str) -> str:
     first = window.next_character()
     if not first:
         return "the file is empty; expected an array of objects"
-    hint = '; with one object a line it is read with [data] reader = "jsonl"' if first == "{" else ""
+    lines = "jsonl.gz" if path.endswith(".gz") else "jsonl"
+    hint = f'; with one object a line it is read with [data] reader = "{lines}"' if first == "{" else ""
     return f"expected an array of objects, found {first!r}{hint}"
 
 

@@ -35,7 +35,8 @@ def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
             except UnicodeDecodeError as error:
                 yield unreadable(f"not UTF-8 (byte {error.start + 1} of the line)", source)
             except BadJsonError as error:
-                hint = '; a file that is one array is read with [data] reader = "json"' if line[:1] == b"[" else ""
+                array = "json.gz" if path.endswith(".gz") else "json"
+                hint = f'; a file that is one array is read with [data] reader = "{array}"' if line[:1] == b"[" else ""
                 yield unreadable(f"{error}{hint}", source)
     except BrokenStreamError as error:
         raise DataError(f"{path}:{number + 1}: {error}") from None

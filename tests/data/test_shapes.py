@@ -259,6 +259,10 @@ def test_tools_are_kept(as_text):
     assert pair(TEXTS | {"tools": json.dumps([CALL]) if as_text else [CALL]}).tools == (CALL,)
 
 
+def test_an_empty_turn_without_a_call_is_empty():
+    assert refusal(TEXTS | {"chosen": [turn("assistant", "", tool_calls=[])]}) == ("empty", "chosen is empty")
+
+
 @pytest.mark.parametrize("tools", [None, [], "", "[]"], ids=repr)
 def test_no_tools_are_none(tools):
     assert pair(TEXTS | {"tools": tools}) == pair(TEXTS)
@@ -302,6 +306,10 @@ ORDERS = [
     ),
     (("user", "tool"), "prompt, turn 2: the tool's turn after the user's; expected the assistant's"),
     (("tool", "user"), "prompt, turn 1: the tool's turn first; expected the system or user's"),
+    (
+        ("user", "assistant", "tool", "user"),
+        "prompt, turn 4: the user's turn after the tool's; expected the tool or assistant's",
+    ),
     (("user", "assistant"), "prompt: the last turn is the assistant's; it has to be the user's or a tool's"),
     (("system",), "prompt: the last turn is the system's; it has to be the user's or a tool's"),
 ]
@@ -468,11 +476,12 @@ def test_equal_conversations_part_at_their_last_turn():
 
 
 def test_turns_that_differ_in_a_call_alone_are_not_shared():
-    asked = [turn("system", "x"), USER]
-    result = pair(
-        {"chosen": [*asked, CALLING], "rejected": [*asked, turn("assistant", "", tool_calls=[{"name": "f"}])]}
+    other = turn("assistant", "", tool_calls=[{"name": "f"}])
+    chosen, rejected = [USER, CALLING, TOOL, ASSISTANT], [USER, other, TOOL, turn("assistant", "x")]
+    assert refusal({"chosen": chosen, "rejected": rejected}) == (
+        "role_order",
+        "chosen: expected one turn of the assistant's, found: assistant, tool, assistant",
     )
-    assert len(result.prompt) == 2
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,13 @@ def test_a_gzipped_array_is_read(tmp_path):
     assert found(read_gzipped_array, path) == [(1, A), (2, B)]
 
 
+def test_a_gzipped_array_named_as_lines_and_lines_named_as_an_array_say_so(tmp_path):
+    ((_, message), *_) = found(read_gzipped_lines, gzipped(tmp_path, b"[\n{}\n]"))
+    assert message.endswith('[data] reader = "json.gz"')
+    with pytest.raises(DataError, match=r'reader = "jsonl\.gz"'):
+        found(read_gzipped_array, gzipped(tmp_path, b"{}\n{}\n", "pairs.json.gz"))
+
+
 def test_gzip_members_are_read_one_after_the_other(tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
     path.write_bytes(b"".join(gzip.compress(line + b"\n") for line in UTF8_A_B))
