@@ -25,6 +25,8 @@ DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
 SPLITS: tuple[Split, ...] = ("heldout", "train")
 """In the order in which checks see them."""
+FOLDER_READER = "datasets"
+"""Reads a folder where no reader is named."""
 DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 """Run on all data too, where they are installed."""
 
@@ -281,6 +283,8 @@ class _Resolution:
         """The reader that the recipe names, or that the location does, or whose name is the file's suffix (the longest
         such)."""
         name = source.reader or self._named_reader(source.path)
+        if name is None and Path(source.path).is_dir():
+            name = FOLDER_READER
         if name is None:
             file = Path(source.path).name
             known = self._reader_names()
