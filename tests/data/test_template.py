@@ -264,7 +264,7 @@ def test_a_template_that_takes_all_time_or_memory_is_refused_soon(template, when
     except PolicyError as error:
         found = Finding(code="template", severity="error", message=error.what, source=Source(path="", line=0))
     assert (found.code, found.severity, found.message[:18]) == ("template", "error", "the chat template ")
-    assert time.process_time() - started < 1.5
+    assert time.process_time() - started < 3
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
