@@ -124,7 +124,10 @@ class DataReport:
         if "chosen" in sizes:
             sizes = sizes | {"chosen - rejected": sizes["chosen"] - sizes["rejected"]}
         for side, size in sizes.items():
-            self.lengths.setdefault(f"{side} {unit}", Histogram()).note(size)
+            name = f"{side} {unit}"
+            if name not in self.lengths:
+                self.lengths[name] = Histogram()
+            self.lengths[name].note(size)
 
     def log_warnings(self, told: Container[tuple[str, str]] = ()) -> None:
         """One line for each warning of a whole source, and for each kind of the others, with the first place.
