@@ -263,6 +263,12 @@ def test_an_array_that_breaks_off_stops_the_reading_at_its_line(array, tmp_path,
         array(content)
 
 
+def test_a_break_far_within_is_named_by_its_line(array, tmp_path):
+    row = b'{"a": "%b"},\n' % (b"x" * 2000)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'pairs.json'}:10001: not JSON: Expecting value")):
+        array(b"[" + row * 10_000 + b"x]")  # 20 MB, several windows
+
+
 def test_rows_before_the_break_are_read(tmp_path):
     path = tmp_path / "pairs.json"
     path.write_bytes(b'[{"a": 1}, {"a": ')
