@@ -312,6 +312,11 @@ def rows_and_growth(reader, path):
     return int(rows), int(growth)
 
 
+def test_a_byte_order_mark_counts_among_the_bytes(array):
+    with pytest.raises(DataError, match=re.escape("not UTF-8 (byte 12)")):
+        array(b'\xef\xbb\xbf[{"a": "\xff"}]')
+
+
 def test_an_array_of_many_rows_takes_the_memory_of_a_few(tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text("[" + ",".join([json.dumps({"text": "x" * 10**6})] * 150) + "]")  # 150 MB
