@@ -286,14 +286,14 @@ def test_bytes_that_are_no_utf8_stop_an_array_with_their_place(array, before):
         array(b"[" + before + b'{"a": "\xff"}]')
 
 
-MEASURE = """
-import resource, sys
+MEASURE = r"""
+import re, sys
 from pathlib import Path
 import qpref_read_jsonl
 from qpref.errors import DataError
 
 def size():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 
 before, rows = size(), 0
 try:
