@@ -17,6 +17,8 @@ COMMANDS = {
     "plan": "Predict a recipe's memory, work and steps before any is spent.",
     "train": "Train an adapter by a recipe.",
     "merge": "Write base and adapter as one plain safetensors model.",
+    "report": "Write one or several runs as one HTML page.",
+    "export": "Write a merged model as GGUF, by llama.cpp's converter.",
     "plugins": "List the installed plugins.",
     "cache": "List or clear what is kept on this machine.",
     "losses": "List, show and check the installed losses.",
