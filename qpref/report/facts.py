@@ -68,7 +68,7 @@ def words(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt and what was written after it, each answer with who wrote it; `about` is all else."""
+    """A prompt and what was written after it, each answer with who wrote it, the base first; `about` is all else."""
 
     prompt: str
     answers: list[tuple[str, str]]
@@ -97,6 +97,8 @@ def _sample(item: Mapping[str, Any]) -> Sample:
             answers.append((words(name), text))
         elif isinstance(value, dict):
             answers += [(str(who), text) for who, part in value.items() if (text := _answer(part)) is not None]
+        elif isinstance(value, list) and not any(isinstance(part, dict | str) for part in value):
+            about.append((words(name), cell_text(shown(value))))
         elif isinstance(value, list):
             answers += [
                 (_author(part, f"{words(name)} {place}"), text)
@@ -105,6 +107,7 @@ def _sample(item: Mapping[str, Any]) -> Sample:
             ]
         else:
             about.append((words(name), cell_text(value)))
+    answers.sort(key=lambda answer: answer[0] != "base")
     return Sample(said(item["prompt"]) or cell_text(item["prompt"]), answers, about)
 
 

@@ -23,6 +23,7 @@ from qpref.report import charts, curves, tables
 from qpref.report.datareport import DataReport, data_report
 from qpref.report.facts import Facts, Sample, samples_of, shown
 from qpref.report.read import RunRecord, leaf
+from qpref.report.results import evaluation_blocks, merge_blocks
 
 TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
 AREA = {
@@ -84,8 +85,8 @@ def render(runs: Sequence[RunRecord], beside: Beside) -> str:
         heldout=tables.heldout(runs),
         data=[_data(run) for run in runs],
         speed=curves.speed_chart(runs),
-        merged={path: shown(value) for path, value in beside.merged.items()},
-        evaluations={path: shown(value) for path, value in beside.evaluations.items()},
+        merged={path: merge_blocks(value) for path, value in beside.merged.items()},
+        evaluations={path: evaluation_blocks(value) for path, value in beside.evaluations.items()},
         answers=[_answers(path, value) for path, value in beside.samples.items()],
         about=[_about(run) for run in runs],
     )  # fmt: skip

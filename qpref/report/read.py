@@ -71,7 +71,10 @@ class Metrics:
 
     def add(self, row: object) -> bool:
         """Add a row; False where it is none."""
-        if not isinstance(row, dict) or row.get("split") not in SPLITS or math.isnan(step := number(row.get("step"))):
+        if not isinstance(row, dict) or row.get("split") not in tuple(SPLITS):
+            return False
+        step = number(row.get("step"))
+        if not step >= 0:
             return False
         columns, prefix = self.columns[row["split"]], SPLITS[row["split"]]
         for name, value in row.items():
