@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from qpref.report.facts import Facts, Table, cell_text, shown, words
 from qpref.report.read import number
 from qpref.report.tables import Bar
-from qpref.report.text import count_text, number_text, share_text
+from qpref.report.text import count_text, share_text
 
-COUNTS = ("read", "kept", "refused")
-FINDINGS, HISTOGRAMS = "findings", "histograms"
+COUNTS = ("read", "kept", "refused", "dropped", "cut")
+COUNTED, FINDINGS, LENGTHS = "counts", "findings", "lengths"
 EXAMPLES = 5
 """Findings of a code that are shown in full."""
-SEVERITIES = ("error", "warn", "warning", "info")
+SEVERITIES = ("error", "warn", "info")
+
+Kind = tuple[str, str]
+"""A finding's severity and code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +27,9 @@ class DataReport:
     """What became of the rows.
 
     Attributes:
-        counts: rows read, kept and refused, as far as they are known.
+        counts: of rows: what became of them, how many, and as a share of those that were read.
         findings: by severity and code: how many, and the first few.
-        histograms: name and bars each.
+        histograms: of lengths: what was measured, and its bars.
         others: what else the file says.
     """
 
@@ -38,16 +40,15 @@ class DataReport:
 
 
 def data_report(data: Mapping[str, Any]) -> DataReport:
-    histograms = data.get(HISTOGRAMS)
-    drawn = {}
-    if isinstance(histograms, dict):
-        drawn = {words(name): bars for name, value in histograms.items() if (bars := _bars(value))}
-    known = {*COUNTS, FINDINGS, *([HISTOGRAMS] if drawn else [])}
-    others = {name: value for name, value in data.items() if name not in known}
+    lengths = data.get(LENGTHS)
+    drawn = [(str(name), bars) for name, value in lengths.items() if (bars := _bars(value))] if isinstance(
+        lengths, dict) else []  # fmt: skip
+    known = {*COUNTS, COUNTED, FINDINGS, *([LENGTHS] if drawn else [])}
+    others = {name: value for name, value in data.items() if name not in known and value not in (None, [], {})}
     return DataReport(
         counts=_counts(data),
-        findings=_findings(data.get(FINDINGS)),
-        histograms=list(drawn.items()),
+        findings=_findings(data.get(FINDINGS), data.get(COUNTED)),
+        histograms=drawn,
         others=Facts([(words(name), shown(value)) for name, value in others.items()]) if others else None,
     )
 
@@ -63,52 +64,56 @@ def _counts(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return counts
 
 
-def _findings(findings: Any) -> Table | None:
+def _findings(findings: Any, counted: Any) -> Table | None:
+    """The first findings of each code under its number, which may be larger than that of the findings in the file."""
     if not isinstance(findings, list):
         return None
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[Kind, list[Mapping[str, Any]]] = {}
     for finding in findings:
         if isinstance(finding, dict):
-            kind = cell_text(finding.get("severity")), cell_text(finding.get("code"))
-            groups.setdefault(kind, []).append(finding)
+            groups.setdefault(_kind(finding), []).append(finding)
+    totals = {kind: float(len(group)) for kind, group in groups.items()}
+    for count in counted if isinstance(counted, list) else []:
+        if isinstance(count, dict) and _kind(count) in totals:
+            totals[_kind(count)] = max(totals[_kind(count)], number(count.get("count")))
     rows = []
-    for severity, code in sorted(groups, key=lambda kind: (_rank(kind[0]), -len(groups[kind]), kind[1])):
-        group = groups[severity, code]
-        rows += [
-            [severity if first else "", code if first else "", count_text(len(group)) if first else "", where, message]
-            for first, where, message in _examples(group)
-        ]
-        if len(group) > EXAMPLES:
-            rows.append(["", "", "", f"and {len(group) - EXAMPLES:,} more", ""])
+    for kind in sorted(groups, key=lambda kind: (_rank(kind[0]), -totals[kind], kind[1])):
+        for place, finding in enumerate(groups[kind][:EXAMPLES]):
+            first = [*kind, count_text(totals[kind])] if place == 0 else ["", "", ""]
+            rows.append([*first, _where(finding), cell_text(finding.get("message"))])
+        if totals[kind] > EXAMPLES:
+            rows.append(["", "", "", f"and {count_text(totals[kind] - EXAMPLES)} more", ""])
     return Table(["severity", "code", "rows", "where", "what"], rows)
+
+
+def _kind(finding: Mapping[str, Any]) -> Kind:
+    return cell_text(finding.get("severity")), cell_text(finding.get("code"))
 
 
 def _rank(severity: str) -> int:
     return SEVERITIES.index(severity) if severity in SEVERITIES else len(SEVERITIES)
 
 
-def _examples(group: list[Mapping[str, Any]]) -> list[tuple[bool, str, str]]:
-    found = []
-    for place, finding in enumerate(group[:EXAMPLES]):
-        path, line = finding.get("path"), finding.get("line")
-        where = cell_text(path) + ("" if line is None else f":{cell_text(line).replace(',', '')}")
-        found.append((place == 0, where if path is not None else "", cell_text(finding.get("message"))))
-    return found
+def _where(finding: Mapping[str, Any]) -> str:
+    path, line = finding.get("path"), finding.get("line")
+    if path is None:
+        return ""
+    return cell_text(path) if line is None else f"{cell_text(path)}:{cell_text(line).replace(',', '')}"
 
 
 def _bars(histogram: Any) -> list[Bar]:
-    """Bars of `{label: count}`, or of `{edges: [...], counts: [...]}` whose edges are one more than its counts."""
-    if not isinstance(histogram, dict):
+    """Bars of `[{from, to, count}]`; none where it is something else."""
+    if not isinstance(histogram, list) or not all(isinstance(bar, dict) for bar in histogram):
         return []
-    counts, edges = histogram.get("counts"), histogram.get("edges") or histogram.get("bins")
-    if isinstance(counts, list) and isinstance(edges, list) and len(edges) in (len(counts), len(counts) + 1):
-        texts = [number_text(number(edge)) for edge in edges]
-        between = [f"{low} to {high}" for low, high in pairwise(texts)]
-        pairs = list(zip(between if len(edges) > len(counts) else texts, counts, strict=True))
-    else:
-        pairs = list(histogram.items())
-    sizes = [(str(label), number(count)) for label, count in pairs]
-    if not sizes or any(math.isnan(size) or size < 0 for _, size in sizes):
+    ends = [(number(bar.get("from")), number(bar.get("to")), number(bar.get("count"))) for bar in histogram]
+    if any(math.isnan(end) for bar in ends for end in bar) or any(size < 0 for _, _, size in ends):
         return []
-    most = max(size for _, size in sizes) or 1.0
-    return [Bar(title=label, value=count_text(size), parts=[(size / most, 0, "")]) for label, size in sizes]
+    most = max((size for _, _, size in ends), default=0.0) or 1.0
+    return [
+        Bar(
+            title=count_text(low) if low == high else f"{count_text(low)} to {count_text(high)}",
+            value=count_text(size),
+            parts=[(size / most, 0, "")],
+        )
+        for low, high, size in ends
+    ]

@@ -137,7 +137,7 @@ def read_run(path: Path, name: str) -> RunRecord:
         recipe_text=text,
         metrics=read_metrics(folder.metrics),
         result=read_object(folder.result) if folder.result.is_file() else None,
-        data=read_object(path / "data.json") if (path / "data.json").is_file() else None,
+        data=read_object(folder.data_json) if folder.data_json.is_file() else None,
         is_finished=folder.adapter.is_dir(),
     )
 

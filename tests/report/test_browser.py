@@ -49,7 +49,11 @@ def page(tmp_path_factory):
             recipe=f"[loss]\nname = '''{name} {HOSTILE}'''\n",
             facts={"base": HOSTILE, "forecast": {"memory": memory, "flops_per_step": 1e12}, "steps": 3},
             result={"peak_bytes": {"resident": 2**30}},
-            data={"read": 9, "findings": [{"code": "x", "message": HOSTILE}], "histograms": {"a": {HOSTILE: 2}}},
+            data={
+                "read": 9,
+                "findings": [{"code": "x", "message": HOSTILE}],
+                "lengths": {HOSTILE: [{"from": 0, "to": 1, "count": 2}]},
+            },
         )
         for name, losses in (("first", [0.7, None, 0.3]), ("second", [0.6, 0.5, 0.4]))
     ]

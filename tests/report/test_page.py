@@ -159,16 +159,21 @@ def test_sections_without_a_file_say_which_command_makes_it(tmp_path):
 
 
 DATA = {
+    "sources": ["a.jsonl", "b.jsonl"],
     "read": 200,
     "kept": 150,
     "refused": 50,
+    "dropped": 0,
+    "cut": 0,
+    "counts": [{"severity": "error", "code": "identical", "count": 1},
+               {"severity": "warn", "code": "short", "count": 1008}],
     "findings": [
         *({"code": "short", "severity": "warn", "path": "a.jsonl", "line": line, "message": "12 characters"}
           for line in range(1, 9)),
         {"code": "identical", "severity": "error", "path": "a.jsonl", "line": 1412, "message": "the same text"},
     ],
-    "histograms": {"prompt_tokens": {"edges": [0, 10, 20], "counts": [5, 20]}, "kinds": {"chat": 3}},
-    "languages": {"en": 7},
+    "findings_not_listed": {"short": 1000},
+    "lengths": {"prompt tokens": [{"from": 0, "to": 0, "count": 5}, {"from": 1, "to": 1023, "count": 20}]},
 }  # fmt: skip
 
 
@@ -179,16 +184,25 @@ def test_data_report_counts_groups_findings_and_draws_histograms(tmp_path):
         ["rows read", "200", ""],
         ["rows kept", "150", "75.0 %"],
         ["rows refused", "50", "25.0 %"],
+        ["rows dropped", "0", "0.0 %"],
+        ["rows cut", "0", "0.0 %"],
     ]
     header, *rows = section.one("table").rows()
     assert header == ["severity", "code", "rows", "where", "what"]
     assert rows[0] == ["error", "identical", "1", "a.jsonl:1412", "the same text"]
-    assert rows[1] == ["warn", "short", "8", "a.jsonl:1", "12 characters"]
-    assert rows[-1][3] == "and 3 more"
-    bars = section.all("div", class_="histogram")[0]
-    assert [bar.text for bar in bars.all("div", class_="label")] == ["0 to 10", "10 to 20"]
+    assert rows[1] == ["warn", "short", "1,008", "a.jsonl:1", "12 characters"]
+    assert rows[-1][3] == "and 1,003 more"
+    bars = section.one("div", class_="histogram")
+    assert [bar.text for bar in bars.all("div", class_="label")] == ["0", "1 to 1,023"]
     assert [float(bar.attributes["width"]) for bar in bars.all("rect")] == [250, 1000]
-    assert "languages" in section.text
+    assert section.all("dt")[0].text == "sources"
+
+
+def test_a_real_runs_data_report_is_its_own(trained):
+    data = json.loads((trained / "data.json").read_text())
+    section = page_of(trained).one("section", id="data")
+    assert tiles_of(section)[0] == ["rows read", str(data["read"]), ""]
+    assert [heading.text for heading in section.all("h4")] == list(data["lengths"])
 
 
 VERDICT = {
@@ -277,7 +291,10 @@ def test_sample_answers_stand_under_their_prompt_the_base_first(tmp_path, sample
 
 @pytest.mark.parametrize("value", [[], {}, 7, None, [1, {"a": [[1, [2, [3, [4, [5, [6]]]]]]]}], {"models": 3}])
 def test_files_of_another_shape_are_shown_and_never_fail(tmp_path, value):
-    run, file = make_run(tmp_path / "run", data={"findings": value, "histograms": value, "read": value}), tmp_path / "f"
+    run, file = (
+        make_run(tmp_path / "run", data=dict.fromkeys(("findings", "counts", "lengths", "read"), value)),
+        tmp_path / "f",
+    )
     file.write_text(json.dumps(value))
     page_of(run, extras=Extras(merged=[file], evaluations=[file], samples=[file]))
 
@@ -298,7 +315,8 @@ def hostile(tmp_path_factory):
             data={
                 "read": 1,
                 "findings": [dict.fromkeys(("code", "severity", "path", "line", "message"), HOSTILE)],
-                "histograms": {HOSTILE: {HOSTILE: 1}},
+                "lengths": {HOSTILE: [{"from": 1, "to": 2, "count": 3}], "b": HOSTILE},
+                "counts": [{HOSTILE: HOSTILE}],
                 HOSTILE: HOSTILE,
             },
         )
