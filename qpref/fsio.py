@@ -154,7 +154,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """A path, alone in a folder beside `final`, for another program to write; on leaving without an error it is
-    fsynced and takes the name `final`."""
+    fsynced and takes the name `final`, which must not exist then either."""
     staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +166,8 @@ def staged_file(final: Path) -> Iterator[Path]:
         with disk_errors(final):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+            if final.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             path.rename(final)
             fsync_folder(final.parent)
     finally:

@@ -13,7 +13,7 @@ from qpref.report.tables import Bar
 from qpref.report.text import count_text, share_text
 
 COUNTS = ("read", "kept", "refused", "dropped", "cut")
-COUNTED, FINDINGS, LENGTHS = "counts", "findings", "lengths"
+COUNTED, FINDINGS, NOT_LISTED, LENGTHS = "counts", "findings", "findings_not_listed", "lengths"
 EXAMPLES = 5
 """Findings of a code that are shown in full."""
 SEVERITIES = ("error", "warn", "info")
@@ -43,7 +43,7 @@ def data_report(data: Mapping[str, Any]) -> DataReport:
     lengths = data.get(LENGTHS)
     drawn = [(str(name), bars) for name, value in lengths.items() if (bars := _bars(value))] if isinstance(
         lengths, dict) else []  # fmt: skip
-    known = {*COUNTS, COUNTED, FINDINGS, *([LENGTHS] if drawn else [])}
+    known = {*COUNTS, COUNTED, FINDINGS, NOT_LISTED, *([LENGTHS] if drawn else [])}
     others = {name: value for name, value in data.items() if name not in known and value not in (None, [], {})}
     return DataReport(
         counts=_counts(data),

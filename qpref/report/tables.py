@@ -137,6 +137,12 @@ def heldout(runs: Sequence[RunRecord]) -> Table | None:
     return Table(header, rows)
 
 
+def starts_at_no_reward(runs: Sequence[RunRecord]) -> bool:
+    """Whether some run's rewards are all 0 at step 0: it has a reference, and starts there."""
+    margins = [run.metrics.column("eval", "rewards/margins") for run in runs]
+    return any(column is not None and column.steps[0] == 0 and column.values[0] == 0 for column in margins)
+
+
 def _heldout_steps(run: RunRecord, most: int) -> list[float]:
     """The first and the last, and others evenly between."""
     steps = sorted({step for column in run.metrics.columns["eval"].values() for step in column.steps})

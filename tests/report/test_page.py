@@ -145,6 +145,12 @@ def test_a_run_at_work_is_shown_with_what_it_has(tmp_path):
     assert "qpref train --resume" in page.text
 
 
+@pytest.mark.parametrize(("margin", "noted"), [(0.0, True), (0.4, False), (None, False)])
+def test_the_first_accuracy_is_explained_where_all_rewards_start_at_0(tmp_path, margin, noted):
+    row = {"step": 0, "split": "eval", "eval_loss": 0.7, "eval_rewards/margins": margin}
+    assert ("at step 0 is the one by log-probability" in page_of(make_run(tmp_path / "run", [row])).text) == noted
+
+
 def test_sections_without_a_file_say_which_command_makes_it(tmp_path):
     run = make_run(tmp_path / "run")
     text = " ".join(page_of(run).text.split())
