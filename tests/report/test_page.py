@@ -103,14 +103,18 @@ def test_speed_and_work_follow_from_tokens_seconds_and_the_forecast(tmp_path):
     assert ["", "", "allocated on the GPU, since step 1, where it was resumed", ""] in found
 
 
-def test_memory_bars_fill_what_the_plan_says(tmp_path):
+@pytest.mark.parametrize(("peak", "scale", "length"), [(16, 1.0, 800), (40, 0.5, 1000)])
+def test_memory_bars_fill_what_the_plan_says(tmp_path, peak, scale, length):
     parts = {"weights": 4, "adapters": 1, "optimizer": 1, "activations": 2, "live": 3, "head_tile": 9, "reserve": 3}
     memory = {name: size * 2**30 for name, size in parts.items()} | {"total": 20 * 2**30}
-    run = make_run(tmp_path / "run", facts={"forecast": {"memory": memory}}, result={"peak_bytes": {"resident": 2**34}})
+    run = make_run(
+        tmp_path / "run", facts={"forecast": {"memory": memory}}, result={"peak_bytes": {"resident": peak * 2**30}}
+    )
     (bars,) = page_of(run).all("div", class_="memory")
     planned, measured = bars.all("svg")
-    assert [float(bar.attributes["width"]) for bar in planned.all("rect")] == [200, 50, 50, 100, 450, 150]
-    assert [float(bar.attributes["width"]) for bar in measured.all("rect")] == [800]
+    widths = [float(bar.attributes["width"]) for bar in planned.all("rect")]
+    assert widths == [scale * width for width in (200, 50, 50, 100, 450, 150)]
+    assert [float(bar.attributes["width"]) for bar in measured.all("rect")] == [length]
     assert "scoring responses: 9.00 GiB" in bars.text
     assert "the backward pass in one layer" not in bars.text  # smaller, and never there at the same time
 
