@@ -30,6 +30,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 </style>
 <h1>{{ report.label }}</h1>
 <p>{{ report.read }} rows read, {{ report.kept }} kept, {{ report.refused }} refused
+{%- if report.repeated %}, {{ report.repeated }} the same as an earlier row{% endif %}
 {%- if report.dropped %}, {{ report.dropped }} left out for their length{% endif %}
 {%- if report.num_cut %}, {{ report.num_cut }} cut to length{% endif %}.</p>
 {% for note in notes %}<p>{{ note }}</p>

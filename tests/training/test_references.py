@@ -309,7 +309,7 @@ def folder(
     used = SimpleNamespace(**vars(POLICY) | (policy or {}))
     cache = references.open_cache(Recipe.model_validate(document), Base(**base or {}), start, used, None)
     cache.close()
-    return cache.folder
+    return cache.store.folder
 
 
 CHANGES: dict[str, dict[str, Any]] = {
