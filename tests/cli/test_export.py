@@ -244,13 +244,13 @@ def llama_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 5e-3), ("bf16", 5e-2), ("q8_0", 5e-2)])
-def test_llama_cpps_converter_writes_the_model_that_was_merged(real_converter, tmp_path, kind, tolerance):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory) -> tuple[Path, Path]:
+    """An untrained Llama, and what three large steps of training have made of it, merged in float32."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    tokenizer = llama_tokenizer()
-    base = tmp_path / "base"
+    folder = tmp_path_factory.mktemp("llama")
+    base, tokenizer = folder / "base", llama_tokenizer()
     torch.manual_seed(0)
     sizes = TINY | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(base)
@@ -258,23 +258,30 @@ def test_llama_cpps_converter_writes_the_model_that_was_merged(real_converter, t
     recipe = {
         "model": {"base": str(base), "quantization": "none", "dtype": "float32", "device": "cpu"},
         "adapter": {"rank": 4, "alpha": 8},
-        "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", preference_rows(12)))},
+        "data": {"train": str(write_jsonl(folder / "train.jsonl", preference_rows(12)))},
         "checks": {"too_short": "off"},
         "loss": {"name": "dpo"},
         "train": {"learning_rate": 0.02, "batch_size": 4},
         "sinks": [],
     }
-    run = qpref.train(recipe, output=tmp_path / "run")
-    merged, out = tmp_path / "merged", tmp_path / "model.gguf"
+    run, merged = qpref.train(recipe, output=folder / "run"), folder / "merged"
     done = CliRunner().invoke(main, ["merge", str(run), str(merged), "--dtype", "float32"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    export(merged, out, "--converter", real_converter, "--type", kind)
+    return base, merged
 
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 2e-2)])
+def test_llama_cpps_converter_writes_the_model_that_was_merged(real_converter, tiny_llama, tmp_path, kind, tolerance):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, merged = tiny_llama
+    export(merged, tmp_path / "model.gguf", "--converter", real_converter, "--type", kind)
     ids = torch.tensor([AutoTokenizer.from_pretrained(merged)("what comes after seven")["input_ids"]])
     with torch.no_grad():
         trained, untrained, exported = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)(ids).logits
-            for folder, file in ((merged, {}), (base, {}), (tmp_path, {"gguf_file": out.name}))
+            for folder, file in ((merged, {}), (base, {}), (tmp_path, {"gguf_file": "model.gguf"}))
         )
     assert (trained - untrained).abs().max() > 20 * tolerance
     assert (exported - trained).abs().max() < tolerance
