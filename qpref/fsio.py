@@ -151,11 +151,34 @@ def staged_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def make_readable(folder: Path) -> None:
-    """Give a folder that is meant for others, and its files, the modes that the user's umask asks for."""
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A path, alone in a folder beside `final`, for another program to write; on leaving without an error it is
+    fsynced and takes the name `final`, which must not exist then either."""
+    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(mode=0o700)
+    try:
+        path = staging / f"staged{final.suffix}"
+        yield path
+        with disk_errors(final):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            if final.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            path.rename(final)
+            fsync_folder(final.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_readable(top: Path) -> None:
+    """Give a file or folder that is meant for others, and all in it, the modes that the user's umask asks for."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in (folder, *folder.rglob("*")):
+    for path in (top, *top.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 

@@ -264,6 +264,40 @@ def test_a_staged_folder_reaches_the_disk_file_by_file(tmp_path, monkeypatch):
     assert sorted(synced) == sorted(["one", "sub", "two", staging.name, tmp_path.name])
 
 
+def test_a_staged_file_is_not_there_before_it_is_complete(tmp_path):
+    final = tmp_path / "new" / "model.gguf"
+    with fsio.staged_file(final) as path:
+        path.write_text("whole")
+        assert path.suffix == ".gguf"
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+        assert not final.exists()
+    assert [entry.name for entry in final.parent.iterdir()] == ["model.gguf"]
+    assert final.read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_removes_the_staged_file(tmp_path, error):
+    def fill():
+        with fsio.staged_file(tmp_path / "file") as path:
+            path.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staged_file_never_replaces_one_that_came_meanwhile(tmp_path):
+    def fill():
+        with fsio.staged_file(tmp_path / "file") as path:
+            path.write_text("new")
+            (tmp_path / "file").write_text("mine")
+
+    with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/file: cannot be written: File exists")):
+        fill()
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file", "mine")]
+
+
 def test_a_made_folder_is_for_its_owner(tmp_path):
     fsio.make_folder(tmp_path / "runs" / "tiny")
     assert mode_of(tmp_path / "runs" / "tiny") == 0o700

@@ -18,6 +18,8 @@ COMMANDS = {
     "check": "Look at preference data: what is wrong with which row.",
     "train": "Train an adapter by a recipe.",
     "merge": "Write base and adapter as one plain safetensors model.",
+    "report": "Write one or several runs as one HTML page.",
+    "export": "Write a merged model as GGUF, by llama.cpp's converter.",
     "plugins": "List the installed plugins.",
     "cache": "List or clear what is kept on this machine.",
     "losses": "List, show and check the installed losses.",

@@ -12,7 +12,8 @@ from typing import Any
 from qpref import fsio
 from qpref.errors import RecipeError
 
-ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter")
+ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
+           "report.html")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,14 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     def description(self) -> dict[str, Any]:
         """What run.json says."""

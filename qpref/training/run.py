@@ -30,6 +30,8 @@ from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared, prepare
+from qpref.training.result import reset_peak, write_result
+from qpref.training.sizing import forecast
 
 log = logging.getLogger("qpref")
 
@@ -90,6 +92,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     total = optim.total_steps(plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=progress.step, total_steps=total)
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
+    reset_peak(policy.device)
 
     def save() -> None:
         current = snapshot.capture(prepared, optimizer, scaler, progress, memory, recorder.size)
@@ -118,6 +121,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
                 memory.cache.close()
     if not finished:
         raise StoppedBySignal(f"stopped after step {progress.step}, saved", "go on with --resume", requested[0])
+    write_result(folder.result, progress, policy.device, context.first_step)
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
 
@@ -172,6 +176,8 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | N
             "reference_cache": references.describe(memory),
             "fingerprints": prepared.fingerprints,
             "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
+            "forecast": forecast(policy, plan.recipe, prepared.base.path, prepared.examples, budget),
+            "steps": optim.total_steps(plan.recipe.train, len(prepared.examples)),
         },
     )
     fsio.make_folder(folder.checkpoints)

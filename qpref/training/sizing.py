@@ -1,22 +1,27 @@
-"""Settles what the recipe leaves to the memory, on the loaded policy and the real data: predict, try once, correct."""
+"""Settles what the recipe leaves to the memory, on the loaded policy and the real data: predict, try once, correct.
+
+What is predicted for the settings in force is kept in run.json, for `qpref report` to hold what happened against it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qpref.data.pack import num_fed_tokens, pack
-from qpref.policy.costs import GIB, Setup, Stream
+from qpref.errors import PolicyError
+from qpref.policy.costs import GIB, Setup, Stream, step_flops
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.shape import model_shape
+from qpref.policy.shape import ModelShape, model_shape
 from qpref.recipe import Recipe
 from qpref.records import TokenizedExample
-from qpref.training.fit import Fit, Probe, Settings, Workload, choose, corrected, measure
+from qpref.training.fit import Fit, Probe, Settings, Workload, choose, corrected, measure, needed
 from qpref.training.room import make_room
 
 log = logging.getLogger("qpref")
@@ -35,9 +40,7 @@ def settle(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[Tokeni
     asked = recipe.train.tokens_per_microbatch, recipe.train.gradient_checkpointing
     if "auto" not in asked:
         return int(asked[0])
-    shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
-    settings = Settings.of(recipe, Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape), shape)
-    data = Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
+    shape, settings, data = _planned(policy, recipe, base, examples)
     fit = choose(shape, settings, limit, data)
     if not fit.fits:
         log.warning("memory: %.2f GiB are predicted and %.2f GiB are there; %s", fit.memory.total / GIB, limit / GIB,
@@ -51,6 +54,35 @@ def settle(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[Tokeni
     log.info("memory: %d tokens per micro-batch, %d of %d layers checkpointed; %.2f of %.2f GiB predicted", budget,
              policy.checkpointed_layers, policy.num_layers, fit.memory.total / GIB, limit / GIB)  # fmt: skip
     return budget
+
+
+def forecast(
+    policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample], budget: int
+) -> dict[str, Any] | None:
+    """What `qpref plan` says of the settings in force, as JSON data; sizes in bytes, before any probe corrects them.
+
+    None for a base whose shape cannot be read, which trains where the recipe leaves nothing to the memory.
+    """
+    try:
+        shape, settings, data = _planned(policy, recipe, base, examples)
+    except PolicyError:
+        return None
+    layers = policy.checkpointed_layers
+    memory = needed(shape, settings, data, budget, layers)
+    step = data.typical.of_tokens(data.step_tokens)
+    return {
+        "memory": asdict(memory) | {"reserve": memory.reserve, "total": memory.total},
+        "tokens_per_step": data.step_tokens,
+        "flops_per_step": step_flops(shape, step, layers / shape.num_layers),
+    }
+
+
+def _planned(
+    policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample]
+) -> tuple[ModelShape, Settings, Workload]:
+    shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
+    settings = Settings.of(recipe, Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape), shape)
+    return shape, settings, Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
 
 
 def _lengths(example: TokenizedExample) -> tuple[int, list[int]]:

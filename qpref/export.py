@@ -1,0 +1,153 @@
+"""A merged model as GGUF, by llama.cpp's own converter: found on this machine or told, never bundled.
+
+The converter knows each architecture's tensors and tokenizer as llama.cpp reads them; a copy of that knowledge here
+would be behind it within weeks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from qpref import fsio
+from qpref.errors import DiskError, MergeError, RecipeError
+
+log = logging.getLogger("qpref")
+
+CONVERTER = "convert_hf_to_gguf.py"
+FOLDER_VARIABLE = "LLAMA_CPP"
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+"""A weight's size in each type; q8_0 has a scale of two bytes for 32 weights."""
+AS_STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+MAGIC = b"GGUF"
+SHOWN_LINES = 40
+"""Of a converter's output, from its end."""
+
+
+def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Path | None = None) -> Path:
+    """Write the model in `merged` as one GGUF file.
+
+    Args:
+        merged: a folder that `qpref merge` wrote.
+        out: the file to write, which must not exist; it appears whole or not at all.
+        kind: one of `BYTES`; by default the type that the model is stored in, which rounds nothing.
+        converter: `CONVERTER`, or the folder that it is in; by default $LLAMA_CPP or the PATH say.
+
+    Raises:
+        RecipeError: `merged` is no merged model, `out` exists, or there is no converter.
+        MergeError: the converter failed, or left no GGUF file.
+        DiskError: there is no room.
+    """
+    config = _config(merged)
+    if out.exists() or out.is_symlink():
+        raise RecipeError(f"{out}: exists already", "name another file, or remove it")
+    script = find_converter(converter)
+    stored = AS_STORED.get(str(config.get("dtype") or config.get("torch_dtype")))
+    kind = kind or stored or "auto"
+    if kind not in ("auto", "f32", stored):
+        log.warning("%s rounds the weights, which are stored as %s; part of what was learned may be lost", kind, stored)
+    _refuse_full_disk(merged, out, BYTES.get(kind, 2.0) / BYTES.get(stored or "", 2.0))
+    log.info("converting with %s", script)
+    with fsio.staged_file(out) as staged:
+        # Run in the staging folder: the converter reads braces in the file's path as places to fill in.
+        command = [sys.executable, str(script), str(merged.resolve()), "--outfile", staged.name, "--outtype", kind]
+        done = subprocess.run(  # noqa: S603 - the script that the user has or names, without a shell
+            command,
+            cwd=staged.parent,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            raise MergeError(f"{script} {_ending(done.returncode)}:\n{_tail(done.stdout)}", _hint(done.stdout))
+        if not _is_gguf(staged):
+            raise MergeError(f"{script} left no GGUF file:\n{_tail(done.stdout)}")
+        fsio.make_readable(staged)
+    return out
+
+
+def find_converter(named: Path | None = None) -> Path:
+    """The converter that was named, else the one in $LLAMA_CPP, else the first on the PATH.
+
+    Raises:
+        RecipeError: it isn't there.
+    """
+    told = [(named, "--converter")] if named is not None else []
+    if not told and (variable := os.environ.get(FOLDER_VARIABLE)):
+        told = [(Path(variable), f"${FOLDER_VARIABLE}")]
+    for place, origin in told:
+        script = place / CONVERTER if place.is_dir() else place
+        if not script.is_file():
+            raise RecipeError(f"{origin} {place}: no {CONVERTER} there")
+        return script.resolve()
+    for folder in os.get_exec_path():
+        if (Path(folder) / CONVERTER).is_file():
+            return (Path(folder) / CONVERTER).resolve()
+    raise RecipeError(
+        f"llama.cpp's {CONVERTER} is not on this machine's PATH",
+        f"get llama.cpp's source, and name its folder with --converter or in ${FOLDER_VARIABLE}",
+    )
+
+
+def _config(merged: Path) -> dict[str, Any]:
+    """config.json of a plain model folder.
+
+    Raises:
+        RecipeError: it is something else, with the way to get from there to a merged model.
+    """
+    if (merged / "run.json").is_file():
+        raise RecipeError(f"{merged}: a run, no merged model", f"qpref merge {merged} OUT writes one")
+    if (merged / "adapter_config.json").is_file():
+        raise RecipeError(f"{merged}: an adapter, no merged model", "qpref merge RUN OUT writes one")
+    if not (merged / "config.json").is_file() or not any(merged.glob("*.safetensors")):
+        raise RecipeError(f"{merged}: no model folder (config.json and safetensors)", "qpref merge RUN OUT writes one")
+    try:
+        config = json.loads((merged / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{merged / 'config.json'}: cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("quantization_config"):
+        raise RecipeError(f"{merged}: its weights are quantized, which llama.cpp's converter doesn't read",
+                          "merge without quantizing; --type q8_0 quantizes here")  # fmt: skip
+    return config
+
+
+def _refuse_full_disk(merged: Path, out: Path, factor: float) -> None:
+    needed = factor * sum(shard.stat().st_size for shard in merged.glob("*.safetensors"))
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(f"{out}: needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+
+
+def _ending(code: int) -> str:
+    return f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+
+
+def _hint(output: str) -> str:
+    missing = re.findall(r"No module named '([\w.]+)'", output)
+    if missing:
+        return f"the converter needs a package more: pip install {missing[-1].partition('.')[0]}"
+    return "a newer llama.cpp may know this model"
+
+
+def _tail(output: str) -> str:
+    lines = output.strip().splitlines()[-SHOWN_LINES:]
+    return "\n".join(f"  {line}" for line in lines) if lines else "  (it said nothing)"
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC

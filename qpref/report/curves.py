@@ -1,0 +1,83 @@
+"""Which curves a report has, and which of them share a chart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from qpref.report.charts import Chart, Curve, draw
+from qpref.report.read import Column, RunRecord
+
+TITLES = {
+    "loss": "loss",
+    "rewards/margins": "reward margin, chosen - rejected",
+    "rewards/accuracies": "accuracy by reward margin",
+    "rewards/chosen": "reward of chosen",
+    "rewards/rejected": "reward of rejected",
+    "logps/accuracies": "accuracy by log-probability",
+    "logps/chosen": "log-probability of chosen (nats)",
+    "logps/rejected": "log-probability of rejected (nats)",
+    "grad_norm": "gradient norm, before clipping",
+    "learning_rate": "learning rate",
+}
+"""The metrics that most losses share, in the order of their charts."""
+TOGETHER = {
+    "rewards of chosen and rejected": ("rewards/chosen", "rewards/rejected"),
+    "log-probability of chosen and rejected (nats)": ("logps/chosen", "logps/rejected"),
+}
+"""What one chart shows of a single run; of several runs each has a chart of its own."""
+COUNTERS = ("tokens", "seconds")
+SPLIT_NAMES = {"train": "training", "eval": "held-out"}
+
+
+def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """Every metric that the runs have, the usual ones first."""
+    found = dict.fromkeys(name for run in runs for name in run.metrics.names if name not in COUNTERS)
+    names = [name for name in TITLES if name in found] + sorted(name for name in found if name not in TITLES)
+    last_step = max(run.metrics.last_step for run in runs)
+    charts = []
+    shown: set[str] = set()
+    for name in names:
+        if name in shown:
+            continue
+        title, group = TITLES.get(name, name), [name]
+        for together, members in TOGETHER.items():
+            if len(runs) == 1 and name in members:
+                title, group = together, [member for member in members if member in found]
+        shown |= set(group)
+        charts.append(draw(title, list(_curves(runs, group)), last_step))
+    return charts
+
+
+def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Curve]:
+    """Coloured by run, or by metric where one chart of a single run has two."""
+    for place, run in enumerate(runs):
+        for colour, name in enumerate(names, place):
+            for split, said in SPLIT_NAMES.items():
+                column = run.metrics.column(split, name)
+                if column:
+                    what = [run.name] if len(runs) > 1 else []
+                    what += [name.rpartition("/")[2]] if len(names) > 1 else []
+                    yield Curve(", ".join([*what, said]), colour, split == "eval", column)
+
+
+def speed_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    """Tokens a second between two rows; None where no run has two."""
+    curves = [
+        Curve(run.name if len(runs) > 1 else "tokens a second", place, False, speed)
+        for place, run in enumerate(runs)
+        if (speed := speeds(run))
+    ]
+    last_step = max(run.metrics.last_step for run in runs)
+    return draw("tokens a second, from row to row", curves, last_step) if curves else None
+
+
+def speeds(run: RunRecord) -> Column:
+    """Of each training row but the first: tokens fed since the row before, by the seconds that passed."""
+    tokens, seconds = (run.metrics.column("train", name) or Column() for name in COUNTERS)
+    speed = Column()
+    rows = zip(tokens.steps, tokens.values, seconds.values, strict=False)
+    for (_, before, started), (step, after, ended) in pairwise(rows):
+        speed.add(step, (after - before) / (ended - started) if ended > started else math.nan)
+    return speed

@@ -1,0 +1,238 @@
+"""What a run folder says, whatever state it is in: running, killed, old, or damaged in places.
+
+Nothing here is trusted. A line of metrics.jsonl that cannot be read is counted and left out; a missing file is None.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpref.errors import DataError, RecipeError
+from qpref.training.folder import RunFolder
+
+SPLITS = {"train": "", "eval": "eval_"}
+"""Splits of metrics.jsonl, each with the prefix of its names."""
+LARGEST = 1e200
+"""Beyond it a number counts as none: sums and differences of such numbers overflow."""
+
+
+@dataclass(slots=True)
+class Column:
+    """One metric of one split, row by row; NaN where a row has none."""
+
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, step: float, value: float) -> None:
+        self.steps.append(step)
+        self.values.append(value)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(slots=True)
+class Metrics:
+    """metrics.jsonl by split and name, held-out names without their `eval_`.
+
+    Attributes:
+        bad_lines: numbers of lines that are no row, from 1.
+        is_torn: the last line has no end, as it is while a run writes it, or when it was killed.
+    """
+
+    columns: dict[str, dict[str, Column]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    bad_lines: list[int] = field(default_factory=list)
+    is_torn: bool = False
+
+    def column(self, split: str, name: str) -> Column | None:
+        return self.columns[split].get(name)
+
+    def last(self, split: str, name: str) -> float:
+        """The newest value; NaN where there is none."""
+        column = self.column(split, name)
+        return column.values[-1] if column else math.nan
+
+    @property
+    def names(self) -> list[str]:
+        """Every metric's name once, as the file brings them."""
+        return list(dict.fromkeys(name for columns in self.columns.values() for name in columns))
+
+    @property
+    def last_step(self) -> int:
+        steps = [column.steps[-1] for columns in self.columns.values() for column in columns.values()]
+        return int(max(steps, default=0))
+
+    def add(self, row: object) -> bool:
+        """Add a row; False where it is none."""
+        if not isinstance(row, dict) or row.get("split") not in tuple(SPLITS):
+            return False
+        step = number(row.get("step"))
+        if not step >= 0:
+            return False
+        columns, prefix = self.columns[row["split"]], SPLITS[row["split"]]
+        for name, value in row.items():
+            if name not in ("step", "split") and (value is None or is_number(value)):
+                columns.setdefault(name.removeprefix(prefix), Column()).add(step, number(value))
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """All that a run's folder says.
+
+    Attributes:
+        name: for people; no two runs of a report share one.
+        facts: run.json.
+        recipe, recipe_text: recipe.lock.toml, parsed and as it stands.
+        result: result.json, what the run measured of itself; None before its end.
+        data: data.json, the data report; None where there is none.
+        is_finished: its adapter is written.
+    """
+
+    path: Path
+    name: str
+    facts: dict[str, Any]
+    recipe: dict[str, Any]
+    recipe_text: str
+    metrics: Metrics
+    result: dict[str, Any] | None
+    data: dict[str, Any] | None
+    is_finished: bool
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """The runs of some folders.
+
+    Raises:
+        RecipeError: a folder is no run, or is named twice.
+    """
+    twice = {path for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
+    if twice:
+        raise RecipeError(f"{min(twice)}: is named twice")
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def read_run(path: Path, name: str) -> RunRecord:
+    """A run folder's record.
+
+    Raises:
+        RecipeError: it is no run.
+    """
+    folder = RunFolder(path)
+    if not folder.run_json.is_file():
+        raise RecipeError(f"{path}: no run of qpref (it has no run.json)", "name a folder that qpref train has made")
+    text = folder.recipe.read_text(errors="replace") if folder.recipe.is_file() else ""
+    return RunRecord(
+        path=path,
+        name=name,
+        facts=read_object(folder.run_json),
+        recipe=_toml(text),
+        recipe_text=text,
+        metrics=read_metrics(folder.metrics),
+        result=read_object(folder.result) if folder.result.is_file() else None,
+        data=read_object(folder.data_json) if folder.data_json.is_file() else None,
+        is_finished=folder.adapter.is_dir(),
+    )
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The rows of metrics.jsonl; none where it isn't there yet."""
+    metrics = Metrics()
+    if not path.is_file():
+        return metrics
+    with path.open("rb") as file:
+        for number_of_line, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                metrics.is_torn = True
+            elif not metrics.add(_parsed(line)):
+                metrics.bad_lines.append(number_of_line)
+    return metrics
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """Any JSON file.
+
+    Raises:
+        DataError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {_kind(value)}")
+    return value
+
+
+def _kind(value: object) -> str:
+    return {list: "an array", str: "a text", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def number(value: object) -> float:
+    """A JSON number as a float; NaN for anything else, and for what no chart can show."""
+    if not is_number(value):
+        return math.nan
+    assert isinstance(value, int | float)
+    return float(value) if abs(value) <= LARGEST else math.nan
+
+
+def leaf(document: Mapping[str, Any] | None, *keys: str) -> Any:
+    """What stands at a place of nested objects; None where the way there is missing."""
+    place: Any = document
+    for key in keys:
+        place = place.get(key) if isinstance(place, dict) else None
+    return place
+
+
+def flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables by its dotted name; arrays of tables by their places."""
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from flat(value, f"{name}.")
+        elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            yield from flat({str(place): part for place, part in enumerate(value)}, f"{name}.")
+        else:
+            yield name, value
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names; the paths themselves where those are not enough to tell the runs apart."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]

@@ -1,0 +1,76 @@
+"""Numbers, sizes and times as a person reads them, and round ticks for an axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+DIGITS = 5
+NO_VALUE = "no value"
+
+
+def number_text(value: float) -> str:
+    """Five significant digits: 0.69315, -121.96, 12,346, 1.2e-05."""
+    if not math.isfinite(value):
+        return NO_VALUE
+    size = abs(value)
+    if value == 0:
+        return "0"
+    if size < 1e-3 or size >= 1e9:
+        return f"{value:.4g}"
+    text = f"{value:,.{max(0, DIGITS - 1 - math.floor(math.log10(size)))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def size_text(size: float) -> str:
+    """Bytes in GiB, or in MiB below a tenth of one."""
+    if not math.isfinite(size):
+        return NO_VALUE
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as 12.3 s, 4 min 05 s or 3 h 20 min."""
+    if not math.isfinite(seconds):
+        return NO_VALUE
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours:,} h {left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def count_text(value: float) -> str:
+    return f"{round(value):,}" if math.isfinite(value) else NO_VALUE
+
+
+def share_text(value: float) -> str:
+    return f"{100 * value:.1f} %" if math.isfinite(value) else NO_VALUE
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round numbers from `low` to `high`, at most so many; multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        whole: none but whole numbers.
+    """
+    assert low < high
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1.0, step)
+    first = math.ceil(low / step - 1e-9)
+    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_texts(places: Sequence[float]) -> list[str]:
+    """The ticks' labels, all with as many decimals as their distance asks for."""
+    largest = max((abs(place) for place in places), default=0.0)
+    if largest == 0:
+        return ["0" for _ in places]
+    step = abs(places[1] - places[0]) if len(places) > 1 else largest
+    power = math.floor(math.log10(largest)) if largest < 1e-3 or largest >= 1e7 else 0
+    decimals = max(0, power - math.floor(math.log10(step) + 1e-9))
+    end = f"e{power}" if power else ""
+    return ["0" if place == 0 else f"{place / 10.0**power:,.{decimals}f}{end}" for place in places]

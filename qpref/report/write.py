@@ -1,0 +1,63 @@
+"""Runs in, one HTML file out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpref import fsio
+from qpref.errors import RecipeError
+from qpref.report.page import Beside, render
+from qpref.report.read import read_json, read_runs
+from qpref.training.folder import RunFolder
+
+VERDICT = "merge.json"
+SUFFIXES = (".html", ".htm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What other commands wrote, by path: merged model folders, and files of `qpref eval` and `qpref generate`."""
+
+    merged: Sequence[Path] = ()
+    evaluations: Sequence[Path] = ()
+    samples: Sequence[Path] = ()
+
+
+def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extras | None = None) -> Path:
+    """Write the report of some runs and return its path.
+
+    Args:
+        runs: run folders, finished or not.
+        output: the file; an older one is replaced. By default `report.html` in the folder of a single run.
+
+    Raises:
+        RecipeError: a folder is no run, or it isn't said where several runs' report goes.
+        DataError: a file cannot be read.
+    """
+    extras = extras or Extras()
+    if output is None and len(runs) != 1:
+        raise RecipeError("a report of several runs belongs to none of their folders", "name its file with --output")
+    path = output if output is not None else RunFolder(runs[0]).report
+    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+        raise RecipeError(f"--output {path}: expected the name of an .html file")
+    records = read_runs(runs)
+    merged = [*extras.merged, *(run for run in runs if (run / VERDICT).is_file())]
+    page = render(
+        records,
+        Beside(
+            merged=_read([folder / VERDICT if folder.is_dir() else folder for folder in merged]),
+            evaluations=_read(extras.evaluations),
+            samples=_read(extras.samples),
+        ),
+    )
+    fsio.make_folder(path.absolute().parent)
+    fsio.write_bytes(path, page.encode(errors="replace"))  # JSON may hold halves of characters
+    fsio.make_readable(path)
+    return path
+
+
+def _read(paths: Sequence[Path]) -> dict[str, Any]:
+    return {str(path): read_json(path) for path in paths}
