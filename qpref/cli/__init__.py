@@ -16,6 +16,8 @@ from qpref.errors import QprefError
 COMMANDS = {
     "plan": "Predict a recipe's memory, work and steps before any is spent.",
     "train": "Train an adapter by a recipe.",
+    "eval": "Compare what models prefer on held-out pairs.",
+    "generate": "Print what base and trained model answer, side by side.",
     "merge": "Write base and adapter as one plain safetensors model.",
     "plugins": "List the installed plugins.",
     "cache": "List or clear what is kept on this machine.",

@@ -78,6 +78,18 @@ def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None
     return None
 
 
+def read(path: Path) -> Checkpoint:
+    """One checkpoint, if it verifies.
+
+    Raises:
+        CheckpointError: it doesn't.
+    """
+    try:
+        return _load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint that verifies: {error}") from None
+
+
 def remove_newer(folder: Path, step: int) -> None:
     """Remove what is newer than the checkpoint that a run goes on from: it is bad, and rotation would count it."""
     for path in _folders(folder):
