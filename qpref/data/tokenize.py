@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qpref.errors import DataError
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
 log = logging.getLogger("qpref")
@@ -65,8 +66,7 @@ class PairTokenizer:
             label, margin = row.label, 0.0
         for turns in sides.values():
             for message in turns:
-                if found := self.control.search(message.content):
-                    raise _RefusedRowError("control_token", f"the text holds the control token {found[0]}")
+                self._refuse_control(message)
         prompt, *responses = self._rendered(sides)
         prompt_ids = self._bos(prompt) + self._ids(prompt)
         if not prompt_ids:
@@ -81,6 +81,39 @@ class PairTokenizer:
             label=label,
             source=row.source,
         )
+
+    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """The ids that a model is asked with: the same as before a response in training.
+
+        Raises:
+            DataError: the text holds a control token, the chat template refuses it, or nothing is left.
+        """
+        try:
+            for message in prompt:
+                self._refuse_control(message)
+            text = self._rendered_prompt(prompt)
+            ids = self._bos(text) + self._ids(text)
+            if not ids:
+                raise _RefusedRowError("empty", "the prompt has no tokens")
+        except _RefusedRowError as error:
+            raise DataError(f"the prompt {prompt[-1].content[:40]!r} cannot be asked: {error}") from None
+        return ids
+
+    def _rendered_prompt(self, prompt: Sequence[Message]) -> str:
+        if not self.use_template:
+            if len(prompt) > 1:
+                raise _RefusedRowError("no_template", "a conversation needs a chat template")
+            return prompt[0].content
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(_dicts(prompt), tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise _RefusedRowError("template", f"the chat template refuses it: {error}") from None
+
+    def _refuse_control(self, message: Message) -> None:
+        if found := self.control.search(message.content):
+            raise _RefusedRowError("control_token", f"the text holds the control token {found[0]}")
 
     def _rendered(self, sides: dict[str, tuple[Message, ...]]) -> list[str]:
         """The text of the prompt and of each response."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +84,9 @@ def _prompt_of(row: Row | Finding) -> tuple[Message, ...]:
     if isinstance(row, Finding):
         raise DataError(f"{row.source}: {row.message}")
     # A row of prompts alone is checked as the pair that it could be.
-    pair = pair_of_row(Row(values={"prompt": row.values.get("prompt"), "chosen": "a", "rejected": "b"}, source=row.source))
+    pair = pair_of_row(
+        Row(values={"prompt": row.values.get("prompt"), "chosen": "a", "rejected": "b"}, source=row.source)
+    )
     if isinstance(pair, Finding):
         raise DataError(f"{pair.source}: {pair.message}")
     return pair.prompt

@@ -64,10 +64,15 @@ def training_prompts(data: DataSection) -> list[str] | None:
 
 def _open(path: Path, reader: str | None, pairs_alone: bool = True) -> CheckedFile:
     """The one place where evaluation reads a data file."""
-    return read_rows(path, _reader(path, reader), (), pairs_alone)
+    return read_rows(path, reader_for(path, reader), (), pairs_alone)
 
 
-def _reader(path: Path, named: str | None) -> Loaded:
+def reader_for(path: Path, named: str | None = None) -> Loaded:
+    """The reader of that name, or the one whose name is the file's suffix.
+
+    Raises:
+        RecipeError: there is none.
+    """
     host = PluginHost()
     known = sorted({offer.name for offer in host.offers if offer.kind == READER.prefix}, key=len)
     fitting = [name for name in known if path.name.lower().endswith(f".{name}")]
