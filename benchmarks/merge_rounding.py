@@ -55,11 +55,10 @@ def heldout_examples(plan: Plan) -> list[TokenizedExample]:
     tokenizer = load_tokenizer(plan.recipe.model, base)
     if not plan.is_paired:
         raise SystemExit("this measurement is of pairs, and the run's loss is of single completions")
-    _, heldout = load_rows(plan)
+    heldout = load_rows(plan).heldout
     assert heldout is not None, "the run has no held-out pairs"
-    return tokenize_rows(
-        heldout, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)), plan.recipe.data
-    )
+    pairs = PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
+    return tokenize_rows(heldout, pairs, plan.recipe.data, plan.recipe.train.seed)
 
 
 def empty_model(path: Path) -> Any:

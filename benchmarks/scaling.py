@@ -61,9 +61,9 @@ def _prepare(base: Path, rows: Path, connection: Connection) -> None:
     meter.note_loaded()
     meter.start()
     with _stage("read_and_check", seconds):
-        checked, _ = load_rows(plan)
+        checked = load_rows(plan).train
     with _stage("tokenize", seconds):
-        examples = tokenize_rows(checked, tokenizer, recipe.data)
+        examples = tokenize_rows(checked, tokenizer, recipe.data, recipe.train.seed)
     with _stage("pack", seconds):
         for step in range(optim.steps_per_epoch(len(examples), BATCH)):
             places = optim.step_order(len(examples), BATCH, 0, step)

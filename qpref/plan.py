@@ -11,15 +11,22 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qpref.choices import Choice, LossChoice, SourceChoice
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
-from qpref.hooks.types import PairedLoss, UnpairedLoss
-from qpref.recipe import Problem, Recipe, check_document, problems_of, read_document, with_overrides
+from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
+from qpref.locations import Locations
+from qpref.problems import Problem, problems_of
+from qpref.recipe import DataSection, ModelSection, Recipe, SourceSection, check_document, read_document, with_overrides
 from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
+SPLITS: tuple[Split, ...] = ("heldout", "train")
+"""In the order in which checks see them."""
+DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
+"""Run on all data too, where they are installed."""
 
 FREE_TO_CHANGE = {
     # Where things lie; their contents have fingerprints of their own.
@@ -33,27 +40,6 @@ FREE_TO_CHANGE = {
 """Settings that may differ between a run and its resumption: (table, key)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A plugin that the recipe chose, with its parsed options."""
-
-    plugin: Loaded
-    options: Any
-
-
-@dataclass(frozen=True, slots=True)
-class LossChoice:
-    """A loss that the recipe chose, its options, which may change over the run, and its share of the sum."""
-
-    plugin: Loaded
-    options: Scheduled
-    weight: float = 1.0
-
-    def at(self, progress: float) -> Choice:
-        """The choice at `progress` of the run, 0 to 1."""
-        return Choice(self.plugin, self.options.at(progress))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that a run needs to know before it starts.
@@ -62,6 +48,7 @@ class Plan:
         document: the recipe with overrides, as TOML data, defaults included and paths absolute.
         output: the run folder.
         losses: one, or several that are added; all of pairs or all of single completions.
+        sources: of the held-out data, then of the training data.
     """
 
     recipe: Recipe
@@ -69,13 +56,12 @@ class Plan:
     losses: tuple[LossChoice, ...]
     validators: tuple[Choice, ...]
     sinks: tuple[Choice, ...]
-    train_reader: Loaded
-    heldout_reader: Loaded | None
+    sources: tuple[SourceChoice, ...]
     output: Path
 
     @property
     def plugins(self) -> list[Loaded]:
-        readers = [self.train_reader] + ([self.heldout_reader] if self.heldout_reader else [])
+        readers = [source.reader for source in self.sources]
         chosen = [choice.plugin for choice in (*self.validators, *self.sinks)]
         return [loss.plugin for loss in self.losses] + chosen + readers
 
@@ -92,11 +78,6 @@ class Plan:
             for table in ("model", "adapter", "data", "train")
         } | {"loss": self.document["loss"]}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _table(loss: LossChoice) -> dict[str, Any]:
-    weight = {} if loss.weight == 1.0 else {"weight": loss.weight}
-    return {"name": loss.plugin.record.name} | weight | loss.options.document()
 
 
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
@@ -120,14 +101,49 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
     return _Resolution(origin, folder, output or Path("runs/run")).resolve(document)
 
 
+def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
+    """What a recipe with mistakes elsewhere says of its sources; None where that is mistaken too."""
+    table = document.get("data")
+    if not isinstance(table, dict):
+        return None
+    keys = ("train", "heldout", "reader")
+    try:
+        return DataSection.model_validate({key: table[key] for key in keys if isinstance(table.get(key), str | list)})
+    except ValidationError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlan:
+    """How to look at data without a recipe: its sources, the validators, and what they would be tokenized with."""
+
+    sources: tuple[SourceChoice, ...]
+    validators: tuple[Choice, ...]
+    data: DataSection
+    model: ModelSection | None
+
+
+def make_data_plan(location: str, base: str | None = None) -> DataPlan:
+    """How to look at one source by the recipe's defaults.
+
+    Args:
+        location: as `[data] train`; a relative path starts at the current folder.
+        base: as `[model] base`, or None.
+
+    Raises:
+        RecipeError: no reader fits.
+    """
+    return _Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
+
+
 class _Resolution:
     """Collects the problems of one recipe while its parts are resolved."""
 
     def __init__(self, origin: str, folder: Path, output: Path) -> None:
         self._origin = origin
-        self._folder = folder
         self._output = output
         self._host = PluginHost()
+        self._locations = Locations(folder, lambda location: self._named_reader(location) is not None)
         self._problems: list[Problem] = []
 
     def resolve(self, document: dict[str, Any]) -> Plan:
@@ -137,13 +153,12 @@ class _Resolution:
         losses = self._losses(document.get("loss"))
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
-        train_reader = self._reader(document.get("data"), "train")
-        heldout_reader = self._reader(document.get("data"), "heldout")
-        if self._problems or isinstance(checked, list) or not losses or train_reader is None:
+        recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
+        sources = self._sources(recipe.data if recipe else _data_alone(document))
+        if self._problems or recipe is None or not losses:
             raise self._error()
-        recipe = self._with_absolute_paths(checked)
         full = recipe.model_dump(mode="json", exclude_none=True)
-        tables = [_table(loss) for loss in losses]
+        tables = [loss.table() for loss in losses]
         full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
         full["checks"] = {}
         for check in validators:
@@ -159,10 +174,17 @@ class _Resolution:
             losses=tuple(losses),
             validators=tuple(validators),
             sinks=tuple(sinks),
-            train_reader=train_reader,
-            heldout_reader=heldout_reader,
+            sources=tuple(sources),
             output=self._output,
         )
+
+    def resolve_data(self, location: str, base: str | None) -> DataPlan:
+        data = DataSection(train=self._locations.source(location))
+        sources, validators = self._sources(data), self._validators(None)
+        if self._problems:
+            raise self._error()
+        model = None if base is None else ModelSection(base=self._locations.base(base))
+        return DataPlan(tuple(sources), tuple(validators), data, model)
 
     def _losses(self, tables: Any) -> list[LossChoice]:
         places = {"loss": tables} if isinstance(tables, dict) else {}
@@ -217,7 +239,9 @@ class _Resolution:
         table = table if isinstance(table, dict) else {}
         own = {key: value for key, value in table.items() if not isinstance(value, dict)}
         tables = {name: value for name, value in table.items() if isinstance(value, dict)}
-        tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | tables
+        installed = {offer.name for offer in self._host.offers if offer.kind == manager.CHECK.prefix}
+        defaults = {name: tables.pop(name, {}) for name in DEFAULT_VALIDATORS if name in installed or name in tables}
+        tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | defaults | tables
         choices = []
         for name, options in tables.items():
             where = "checks" if name == DEFAULT_VALIDATOR else f"checks.{name}"
@@ -229,19 +253,49 @@ class _Resolution:
         choices = [self._choose_named(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
         return [choice for choice in choices if choice]
 
-    def _reader(self, table: Any, key: str) -> Loaded | None:
-        """The reader that the recipe names, or the one whose name is the file's suffix (the longest such)."""
-        if not isinstance(table, dict) or not isinstance(table.get(key), str):
-            return None
-        named, file = table.get("reader"), Path(table[key]).name.lower()
-        known = [offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix]
-        fitting = sorted((name for name in known if file.endswith(f".{name}")), key=len)
-        name = named if isinstance(named, str) else fitting[-1] if fitting else None
+    def _sources(self, data: DataSection | None) -> list[SourceChoice]:
+        found: list[SourceChoice] = []
+        if data is None:
+            return found
+        for split in SPLITS:
+            several = not isinstance(getattr(data, split), str)
+            for place, source in enumerate(data.sources(split)):
+                table, key = (f"data.{split}.{place}", "path") if several else ("data", split)
+                if reader := self._reader(source, table, key):
+                    found.append(
+                        SourceChoice(
+                            location=source.path,
+                            split=split,
+                            reader=reader,
+                            shape=source.shape or "auto",
+                            columns=source.columns or {},
+                            weight=source.weight,
+                        )
+                    )
+        return found
+
+    def _reader(self, source: SourceSection, table: str, key: str) -> Loaded | None:
+        """The reader that the recipe names, or that the location does, or whose name is the file's suffix (the longest
+        such)."""
+        name = source.reader or self._named_reader(source.path)
         if name is None:
-            readers = ", ".join(f".{reader}" for reader in sorted(set(known)))
-            self._problems.append(Problem("data", key, f"no reader for '{file}'; installed: {readers}"))
-            return None
-        return self._load(manager.READER, name, "data", "reader" if named else key)
+            file = Path(source.path).name
+            known = self._reader_names()
+            fitting = sorted((name for name in known if file.lower().endswith(f".{name}")), key=len)
+            if not fitting:
+                readers = ", ".join(f".{reader}" for reader in sorted(known))
+                self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
+                return None
+            name = fitting[-1]
+        return self._load(manager.READER, name, table, "reader" if source.reader else key)
+
+    def _named_reader(self, location: str) -> str | None:
+        """The installed reader that a location such as `hf:org/name` starts with."""
+        name, colon, _ = location.partition(":")
+        return name if colon and name in self._reader_names() else None
+
+    def _reader_names(self) -> set[str]:
+        return {offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix}
 
     def _choose_named(self, kind: Kind, table: Any, where: str) -> Choice | None:
         """The plugin that the table's `name` names, with the other keys as its options."""
@@ -279,26 +333,3 @@ class _Resolution:
         problems = sorted(set(self._problems))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))
-
-    def _with_absolute_paths(self, recipe: Recipe) -> Recipe:
-        """Relative paths start at the recipe's folder. A base or tokenizer that is no path there is a hub id."""
-
-        def absolute(path: str | None) -> str | None:
-            return None if path is None else str((self._folder / Path(path).expanduser()).resolve())
-
-        def if_local(base: str | None) -> str | None:
-            if base is None or base.startswith("pypi:"):
-                return base
-            looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf")
-            return absolute(base) if looks_local or (self._folder / base).exists() else base
-
-        model, data, adapter = recipe.model, recipe.data, recipe.adapter
-        return recipe.model_copy(
-            update={
-                "model": model.model_copy(
-                    update={"base": if_local(model.base), "tokenizer": if_local(model.tokenizer)}
-                ),
-                "data": data.model_copy(update={"train": absolute(data.train), "heldout": absolute(data.heldout)}),
-                "adapter": adapter.model_copy(update={"start": absolute(adapter.start)}),
-            }
-        )

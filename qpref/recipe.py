@@ -7,16 +7,16 @@ options model of the plugin that it names.
 from __future__ import annotations
 
 import copy
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qpref.errors import RecipeError
+from qpref.problems import Problem, problems_of
 
 
 class Section(BaseModel):
@@ -100,13 +100,42 @@ class AdapterSection(Section):
         return value
 
 
+class SourceSection(Section):
+    """One of several sources: an entry of `[[data.train]]` or `[[data.heldout]]`."""
+
+    path: str = Field(min_length=1, description="As `train` in `[data]`.")
+    reader: str | None = Field(default=None, description="Default: that of `[data]`.")
+    shape: str | None = Field(default=None, description="Default: that of `[data]`.")
+    columns: dict[str, str] | None = Field(default=None, description="Default: those of `[data]`.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="How often an epoch trains on each of its rows: 2 is twice; 0.5 takes a half of them, seeded.",
+    )
+
+
 class DataSection(Section):
     """The preference data and how long its texts may be, in tokens."""
 
-    train: str = Field(min_length=1, description="File of training pairs.")
-    heldout: str | None = Field(default=None, description="File of pairs that are scored and never trained on.")
+    train: Annotated[str | list[SourceSection], Field(min_length=1)] = Field(
+        description="What to train on: a file, `NAME:...` for the reader of that name (`hf:org/name`), "
+        "`pypi:<dist>==<version>/<path in the wheel>`, or several `[[data.train]]` tables.",
+    )
+    heldout: Annotated[str | list[SourceSection], Field(min_length=1)] | None = Field(
+        default=None, description="The same of pairs that are scored and never trained on."
+    )
+    heldout_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Without `heldout`: hold out about this share of the prompts, chosen by their text and the seed.",
+    )
     reader: str | None = Field(
-        default=None, description="Reader of both files; default: the one named like the suffix."
+        default=None, description="Reader of all files; default: the one named like a file's suffix."
+    )
+    shape: str = Field(default="auto", description="Shape of the rows, by name ([the list](data.md)); auto: found out.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description='Columns of other names: `{ prompt = "question" }` reads `question`.'
     )
     template: Literal["chat", "none"] = Field(
         default="chat",
@@ -122,6 +151,27 @@ class DataSection(Section):
     skip_bad: float = Field(
         default=0.0, ge=0, lt=1, description="Share of refused rows up to which the run goes on without them."
     )
+
+    def sources(self, key: Literal["train", "heldout"]) -> list[SourceSection]:
+        """The sources under one key, each complete."""
+        value = self.train if key == "train" else self.heldout
+        listed = [SourceSection(path=value)] if isinstance(value, str) else value or []
+        return [
+            source.model_copy(
+                update={
+                    "reader": source.reader or self.reader,
+                    "shape": source.shape or self.shape,
+                    "columns": self.columns if source.columns is None else source.columns,
+                }
+            )
+            for source in listed
+        ]
+
+    @model_validator(mode="after")
+    def hold_out_one_way(self) -> DataSection:
+        if self.heldout is not None and self.heldout_share:
+            raise ValueError("heldout names the held-out data, and heldout_share takes them from train: choose one")
+        return self
 
     @model_validator(mode="after")
     def leave_room_for_responses(self) -> DataSection:
@@ -225,18 +275,6 @@ class Recipe(Section):
     sinks: list[SinkSection] = [SinkSection(name="console")]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Problem:
-    """One mistake: the table in brackets, the key, and what is wrong with it."""
-
-    table: str
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"[{self.table}] {self.key + ': ' if self.key else ''}{self.message}"
-
-
 def read_document(path: Path) -> dict[str, Any]:
     """The recipe's TOML as nested dicts.
 
@@ -298,76 +336,3 @@ def check_document(document: Mapping[str, Any]) -> Recipe | list[Problem]:
         return [
             replace(problem, table="loss") if single and problem.table == "loss.0" else problem for problem in problems
         ]
-
-
-def problems_of(error: ValidationError, model: type[BaseModel], table: str = "") -> list[Problem]:
-    """pydantic's errors in the recipe's words; `table` is where `model` stands in the recipe.
-
-    A union reports each of its arms; one problem a key is enough.
-    """
-    problems: dict[tuple[str, str], Problem] = {}
-    for detail in error.errors():
-        place, owner = _place(detail["loc"], model)
-        message = _in_words(detail, [table, *place] if table else place, owner)
-        if detail["type"] == "extra_forbidden":
-            place.append(str(detail["loc"][-1]))
-        where = ([table] if table else []) + place
-        names, key = (where[:-1], where[-1]) if len(where) > 1 or table else (where or ["recipe"], "")
-        if not names:
-            names, key = [key], ""
-        problem = Problem(".".join(names), key, message)
-        problems.setdefault((problem.table, problem.key), problem)
-    return list(problems.values())
-
-
-def _place(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """The part of pydantic's location that names keys of the recipe, and the innermost model that it reached.
-
-    What follows are names of a union's arms.
-    """
-    place: list[str] = []
-    for step in steps:
-        if isinstance(step, int):
-            place.append(str(step))
-            continue
-        if step not in model.model_fields:
-            break
-        place.append(step)
-        inner = _inner_model(model.model_fields[step].annotation)
-        if inner is not None:
-            model = inner
-        elif get_origin(model.model_fields[step].annotation) is not list:
-            break
-    return place, model
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}" if known else ""
-
-
-def _in_words(detail: Any, place: Sequence[str], owner: type[BaseModel]) -> str:
-    kind, key = detail["type"], str(detail["loc"][-1])
-    if kind == "extra_forbidden":
-        refused: Mapping[str, str] = getattr(owner, "refused", {})
-        return refused.get(key) or "unknown key" + did_you_mean(key, list(owner.model_fields))
-    if kind == "missing":
-        return "missing" if len(place) > 1 else "missing; every recipe has it"
-    if place == ["loss"] and kind in ("list_type", "too_short"):
-        return f"expected a table, got {detail['input']!r}"
-    if kind in ("model_type", "dict_type"):
-        return f"expected a table, got {detail['input']!r}"
-    if kind == "string_too_short":
-        return "must not be empty"
-    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    if kind == "value_error":
-        return message
-    message = message.replace("a valid integer", "a whole number").replace("a valid ", "a ")
-    return f"expected {message}, got {detail['input']!r}"

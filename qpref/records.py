@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a row came from; `line` counts from 1 (in a JSON array: the element)."""
+    """Where a row came from; `line` counts from 1 (in a JSON array or a table: the row), and 0 is all of the source."""
 
     path: str
     line: int
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" if self.line else self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is wrong, or suspect, with one row. An error refuses the row; a warning does not."""
+    """One thing that is wrong, or suspect, with one row, or with a whole source. An error refuses the row; a warning
+    does not, and what is said of a whole source is a warning."""
 
     code: str
     severity: Literal["error", "warning"]
@@ -46,10 +47,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        extra: further keys that chat templates read: name, tool_calls, tool_call_id. Their texts are checked like
+            `content`.
+    """
 
     role: str
     content: str
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,15 +64,19 @@ class PreferencePair:
     """A prompt with the response that was preferred and the one that was not.
 
     Attributes:
+        tools: JSON schemas of the functions that the assistant may call, for the chat template.
         weight: factor on this pair's loss (the loop applies it, a loss never sees it).
         margin: how much better `chosen` has to be, in units of the implicit reward (nats times beta).
+        number: which pair of its row this is; a row of k ranked responses makes k (k - 1) / 2.
     """
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] = ()
     weight: float = 1.0
     margin: float = 0.0
+    number: int = 0
     source: Source
 
 
@@ -75,13 +86,17 @@ class UnpairedExample:
 
     Attributes:
         label: whether the response is desirable.
+        tools: JSON schemas of the functions that the assistant may call, for the chat template.
         weight: factor on this example's loss (the loop applies it, a loss never sees it).
+        number: which pair of its row it was taken from.
     """
 
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
     label: bool
+    tools: tuple[Mapping[str, object], ...] = ()
     weight: float = 1.0
+    number: int = 0
     source: Source
 
 
@@ -95,6 +110,7 @@ class TokenizedExample:
     Attributes:
         truncated: for each branch, whether its end, and so its stop token, was cut off.
         label: whether the completion is desirable; None for a pair.
+        number: which pair of its row it is, or was taken from.
     """
 
     prompt: array[int]
@@ -103,6 +119,7 @@ class TokenizedExample:
     weight: float
     margin: float
     label: bool | None = None
+    number: int = 0
     source: Source
 
 

@@ -49,7 +49,7 @@ class UrlOptions(Options):
 
 @hookimpl
 def qpref_validators():
-    yield Validator(name="no-urls", summary="", options=UrlOptions, check=lambda options, pairs: ())
+    yield Validator(name="no-urls", summary="", options=UrlOptions, start=lambda options: None)
 """
 CHAT_JSONL = """
 from qpref.hooks import Reader, hookimpl
@@ -354,18 +354,18 @@ def test_the_run_folder_is_named_like_the_recipe(tmp_path):
     ],
 )
 def test_the_reader_is_the_one_named_or_that_of_the_suffix(data, reader):
-    assert make_plan(recipe_with(data=data)).train_reader.record.name == reader
+    assert [source.reader.record.name for source in make_plan(recipe_with(data=data)).sources] == [reader]
 
 
 def test_of_two_readers_that_fit_the_longer_suffix_wins(offer_by_acme):
     offer_by_acme("read-chat.jsonl", CHAT_JSONL)
     plan = make_plan(recipe_with(data={"train": "a.chat.jsonl", "heldout": "b.jsonl"}))
-    assert (plan.train_reader.record.name, plan.heldout_reader.record.name) == ("chat.jsonl", "jsonl")
+    assert tuple(source.reader.record.name for source in reversed(plan.sources)) == ("chat.jsonl", "jsonl")
 
 
 def test_each_file_has_the_reader_of_its_own_suffix():
     plan = make_plan(recipe_with(data={"train": "a.jsonl", "heldout": "b.json"}))
-    assert (plan.train_reader.record.name, plan.heldout_reader.record.name) == ("jsonl", "json")
+    assert tuple(source.reader.record.name for source in reversed(plan.sources)) == ("jsonl", "json")
 
 
 @pytest.mark.parametrize("key", ["train", "heldout"])

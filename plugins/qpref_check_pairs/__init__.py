@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
 from typing import Literal
 
-from qpref.hooks import Field, Options, Validator, hookimpl
-from qpref.records import Finding, Message, PreferencePair
+from qpref.hooks import Field, Options, Split, Validator, hookimpl
+from qpref.records import Finding, Message, PreferencePair, UnpairedExample
 
 Severity = Literal["error", "warn", "off"]
 
@@ -30,23 +30,36 @@ class PairChecks(Options):
     )
 
 
-def check_pairs(options: PairChecks, pairs: Iterable[PreferencePair]) -> Iterator[Finding]:
-    """Findings of each pair, in the pairs' order."""
-    for pair in pairs:
-        chosen, rejected = _text(pair.chosen), _text(pair.rejected)
-        if chosen.split() == rejected.split():
-            yield from _finding(options.identical, "identical", "chosen and rejected are the same text", pair)
-            continue
-        for side, text, fewest in (
-            ("chosen", chosen, options.min_chosen_characters),
-            ("rejected", rejected, options.min_rejected_characters),
-        ):
-            if len(text.strip()) < fewest:
-                message = f"{side} has {len(text.strip())} characters, under {fewest}"
-                yield from _finding(options.too_short, "too_short", message, pair)
-        if options.too_similar != "off" and _too_similar(chosen, rejected, options.max_similarity):
-            message = f"chosen and rejected are more than {options.max_similarity:.0%} alike"
-            yield from _finding(options.too_similar, "too_similar", message, pair)
+class CheckPairs:
+    """Each pair by itself."""
+
+    def __init__(self, options: PairChecks) -> None:
+        self.options = options
+
+    def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterator[Finding]:
+        if isinstance(example, PreferencePair):
+            yield from check_pair(self.options, example)
+
+    def finish(self) -> Iterable[Finding]:
+        return ()
+
+
+def check_pair(options: PairChecks, pair: PreferencePair) -> Iterator[Finding]:
+    """What is wrong with one pair."""
+    chosen, rejected = _text(pair.chosen), _text(pair.rejected)
+    if chosen.split() == rejected.split():
+        yield from _finding(options.identical, "identical", "chosen and rejected are the same text", pair)
+        return
+    for side, text, fewest in (
+        ("chosen", chosen, options.min_chosen_characters),
+        ("rejected", rejected, options.min_rejected_characters),
+    ):
+        if len(text.strip()) < fewest:
+            message = f"{side} has {len(text.strip())} characters, under {fewest}"
+            yield from _finding(options.too_short, "too_short", message, pair)
+    if options.too_similar != "off" and _too_similar(chosen, rejected, options.max_similarity):
+        message = f"chosen and rejected are more than {options.max_similarity:.0%} alike"
+        yield from _finding(options.too_similar, "too_similar", message, pair)
 
 
 def _text(messages: tuple[Message, ...]) -> str:
@@ -74,5 +87,5 @@ def qpref_validators() -> Iterator[Validator]:
         name="pairs",
         summary="identical, too short and too similar responses",
         options=PairChecks,
-        check=check_pairs,
+        start=CheckPairs,
     )

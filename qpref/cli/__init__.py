@@ -15,6 +15,7 @@ from qpref.errors import QprefError
 
 COMMANDS = {
     "plan": "Predict a recipe's memory, work and steps before any is spent.",
+    "check": "Look at preference data: what is wrong with which row.",
     "train": "Train an adapter by a recipe.",
     "eval": "Compare what models prefer on held-out pairs.",
     "generate": "Print what base and trained model answer, side by side.",

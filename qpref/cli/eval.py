@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -22,7 +21,7 @@ WIDE = 250
 @click.command("eval")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="File of pairs.  [default: the first run's held-out file]"
+    "--data", metavar="DATA", help="Pairs, as in [data] train: a file, ...  [default: what the first run holds out]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.option(
@@ -50,7 +49,7 @@ WIDE = 250
 )
 def command(
     models: tuple[str, ...],
-    data: Path | None,
+    data: str | None,
     as_json: bool,
     beta: float | None,
     samples: int,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -21,9 +20,9 @@ WIDE = 160
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; may be given several times.")
 @click.option(
     "--prompts",
-    "file",
-    type=click.Path(path_type=Path),
-    help="File of prompts: rows with a prompt, such as pairs, or .txt with one a line.",
+    "data",
+    metavar="DATA",
+    help="Rows with a prompt, such as pairs: a file, ...; or .txt with a prompt a line.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")
 @click.option(
@@ -54,7 +53,7 @@ WIDE = 160
 def command(
     model: str,
     texts: tuple[str, ...],
-    file: Path | None,
+    data: str | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -72,11 +71,11 @@ def command(
     from qpref.evaluation.generate import Sampling, as_prompt, generate, read_prompts
     from qpref.evaluation.models import identify
 
-    if not texts and file is None:
+    if not texts and data is None:
         raise click.UsageError("name prompts with --prompt or --prompts")
     quiet_transformers()
     subject = identify(model, base=base, quantization=quantization)
-    prompts = [as_prompt(text) for text in texts] + (read_prompts(file) if file else [])
+    prompts = [as_prompt(text) for text in texts] + (read_prompts(data) if data else [])
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
     )

@@ -12,7 +12,8 @@ import click
 if TYPE_CHECKING:
     import torch
 
-    from qpref.data.check import CheckedRow
+    from qpref.choices import SourceChoice
+    from qpref.data.source import CheckedRow
     from qpref.plan import Plan
     from qpref.policy.shape import ModelShape
     from qpref.training.fit import Fit, Lengths, Settings, Workload
@@ -156,15 +157,21 @@ def planned_data(plan: Plan) -> PlannedData:
     from qpref.data.load import load_rows
 
     data = plan.recipe.data
-    if not Path(data.train).exists():
+    sources = [source for source in plan.sources if source.split == "train"]
+    where = ", ".join(source.location for source in sources)
+    if missing := [source.location for source in sources if _is_missing(source)]:
         response = data.max_length - data.max_prompt_length
         lengths: Lengths = (data.max_prompt_length, [response] * (2 if plan.is_paired else 1))
         kind = "pair" if plan.is_paired else "completion"
-        said = f"{data.train}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
+        said = f"{missing[0]}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
         return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
-    checked, _ = load_rows(replace(plan, heldout_reader=None))
-    rows = list(checked.rows())
-    return _tokenized(plan, rows) or _estimated(plan, rows)
+    rows = list(load_rows(plan).train.rows())
+    return _tokenized(plan, rows, where) or _estimated(plan, rows, where)
+
+
+def _is_missing(source: SourceChoice) -> bool:
+    is_path = source.reader.record.takes != "name" and not source.location.startswith("pypi:")
+    return is_path and not Path(source.location.removeprefix(f"{source.reader.record.name}:")).exists()
 
 
 def _as_text(lengths: Lengths) -> str:
@@ -172,7 +179,7 @@ def _as_text(lengths: Lengths) -> str:
     return f"{prompt} + {len(responses)} x {responses[0]}"
 
 
-def _tokenized(plan: Plan, rows: list[CheckedRow]) -> PlannedData | None:
+def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | None:
     """Lengths by the base's own tokenizer; None where it isn't on this machine."""
     from qpref.data.tokenize import PairTokenizer
     from qpref.errors import DataError
@@ -192,11 +199,11 @@ def _tokenized(plan: Plan, rows: list[CheckedRow]) -> PlannedData | None:
     longest = sorted(rows, key=_characters)[-LONGEST_TOKENIZED:] if len(spread) < len(rows) else []
     lengths, longest_lengths = (_lengths(tokenizer, some, plan) for some in (spread, longest))
     if not lengths:
-        raise DataError(f"{data.train}: no example is left within [data] max_length and max_prompt_length")
+        raise DataError(f"{where}: no example is left within [data] max_length and max_prompt_length")
     kept = round(len(rows) * len(lengths) / len(spread))
     left_out = f", {len(rows) - kept} of them left out" if kept < len(rows) else ""
     sample = "" if len(spread) == len(rows) else f" (by {len(spread)} of them)"
-    said = f"{data.train}: {len(rows)} examples{left_out}{sample}, by the base's tokenizer"
+    said = f"{where}: {len(rows)} examples{left_out}{sample}, by the base's tokenizer"
     return PlannedData(said=said, lengths=lengths, longest=longest_lengths, num_examples=kept)
 
 
@@ -213,14 +220,14 @@ def _lengths(tokenizer: Any, rows: list[CheckedRow], plan: Plan) -> list[Lengths
     return found
 
 
-def _estimated(plan: Plan, rows: list[CheckedRow]) -> PlannedData:
+def _estimated(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData:
     data = plan.recipe.data
     lengths: list[Lengths] = []
     for row in rows:
         prompt, *responses = (max(1, size // CHARACTERS_A_TOKEN) for size in _sizes(row))
         prompt = min(prompt, data.max_prompt_length)
         lengths.append((prompt, [min(size, data.max_length - prompt) for size in responses]))
-    said = f"{data.train}: {len(rows)} examples; tokens estimated, {CHARACTERS_A_TOKEN} characters each"
+    said = f"{where}: {len(rows)} examples; tokens estimated, {CHARACTERS_A_TOKEN} characters each"
     return PlannedData(said=said, lengths=lengths, longest=[], num_examples=len(rows))
 
 

@@ -1,201 +1,153 @@
-"""Reads a file of rows, runs the validators over it, and says which are refused and why; keeps none of them."""
+"""Shows every row of a data set to the validators, and says which are refused and why; keeps none of them."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from qpref.data.shapes import is_unpaired, pair_of_row, unpair, unpaired_of_row
-from qpref.errors import DataError, PluginError, QprefError
-from qpref.hooks.manager import Loaded
-from qpref.plan import Choice
-from qpref.records import Finding, PreferencePair, Row, Source, TokenizedExample, UnpairedExample
-
-log = logging.getLogger("qpref")
-
-NUM_SHOWN = 20
-
-CheckedRow = PreferencePair | UnpairedExample
-Placed = TypeVar("Placed", PreferencePair, UnpairedExample, CheckedRow, TokenizedExample)
-
-
-@dataclass(slots=True)
-class DataReport:
-    """What became of a file's rows: read = kept + refused + dropped (over-long, by the recipe's wish)."""
-
-    path: str
-    read: int = 0
-    dropped: int = 0
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def refused(self) -> set[Source]:
-        return {finding.source for finding in self.findings if finding.severity == "error"}
-
-    @property
-    def kept(self) -> int:
-        return self.read - len(self.refused) - self.dropped
-
-    def keep(self, examples: Iterable[Placed]) -> list[Placed]:
-        """The examples that no error refuses."""
-        refused = self.refused
-        return [example for example in examples if example.source not in refused]
-
-    def log_warnings(self) -> None:
-        """One line for each kind of warning, with the first place that has it."""
-        warnings = [finding for finding in self.findings if finding.severity == "warning"]
-        first = {finding.code: finding for finding in reversed(warnings)}
-        for code, count in sorted(Counter(finding.code for finding in warnings).items()):
-            log.warning("%s: %d rows: %s (first: %s)", self.path, count, first[code].message, first[code].source)
-
-    def stop_on_errors(self, allowed_share: float) -> None:
-        """Refuse to go on with bad rows beyond the allowed share, or with no row at all.
-
-        Raises:
-            DataError: names the first rows that are refused, one a line.
-        """
-        errors = [finding for finding in self.findings if finding.severity == "error"]
-        refused = len(self.refused)
-        if errors and (refused > allowed_share * self.read or not self.kept):
-            lines = [f"{finding.source}: {finding.message}" for finding in errors[:NUM_SHOWN]]
-            if len(errors) > NUM_SHOWN:
-                lines.append(f"and {len(errors) - NUM_SHOWN} more")
-            share = f"; {refused} of {self.read} rows are refused" if self.read > 1 else ""
-            raise DataError("\n".join(lines) + share, self._hint({finding.code for finding in errors}))
-        if not self.kept:
-            raise DataError(f"{self.path}: no pair is left of {self.read} rows")
-        if errors:
-            log.warning("%s: %d of %d rows are left out (first: %s: %s)", self.path, refused, self.read,
-                        errors[0].source, errors[0].message)  # fmt: skip
-
-    def _hint(self, codes: set[str]) -> str:
-        hint = "correct or drop the rows, or allow a share of them with [data] skip_bad"
-        if codes == {"identical"}:
-            hint = 'drop the lines, or set [checks] identical = "warn"'
-        if codes == {"too_long"}:
-            hint = 'raise [data] max_length, or set [data] on_overflow = "drop" or "truncate"'
-        if codes == {"unpaired"}:
-            hint = "name a loss of single completions in [loss], or bring pairs; `qpref losses` lists both kinds"
-        return hint
+from qpref.choices import Choice, SourceChoice
+from qpref.data.report import DataReport
+from qpref.data.shapes import unpair
+from qpref.data.source import CheckedRow, DataSource
+from qpref.data.split import HeldOutShare
+from qpref.errors import PluginError
+from qpref.hooks.types import RowCheck, Split
+from qpref.records import Finding, PreferencePair, UnpairedExample
 
 
 @dataclass(slots=True, kw_only=True)
-class CheckedFile:
-    """A file whose rows have all been looked at. They aren't kept: whoever wants them reads the file again.
+class CheckedRows:
+    """The rows of one split, all of which have been looked at. They aren't kept: whoever wants them reads them again.
 
     Attributes:
         pairs_alone: refuse single completions, which the loss cannot use.
         as_singles: give each pair as the two single completions that it holds.
-        report: what was found so far.
+        share: where the split is a part of its sources; None where it is all of them.
+        report: what was found so far, of all splits.
+        weights: path of the rows -> how often an epoch trains on each, where that isn't once.
     """
 
-    path: Path
-    reader: Loaded
-    pairs_alone: bool = True
+    split: Split
+    sources: tuple[DataSource, ...]
+    share: HeldOutShare | None
+    pairs_alone: bool
     as_singles: bool = False
     report: DataReport
-    _stamp: tuple[int, int, int] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> Iterator[CheckedRow]:
-        """The rows that no error refuses, in the file's order.
+        """The examples that nothing refuses, in the sources' order.
 
         Raises:
-            DataError: the file has changed since it was read first.
+            DataError: a file has changed since it was read first.
         """
-        refused = self.report.refused
-        for example in self._examples():
-            if isinstance(example, Finding) or example.source in refused:
+        for row in self.looked_at():
+            if isinstance(row, Finding) or self.report.leaves_out(row[0].source):
                 continue
-            if self.as_singles and isinstance(example, PreferencePair):
-                yield from unpair(example)
-            else:
-                yield example
+            for example in row:
+                if self.as_singles and isinstance(example, PreferencePair):
+                    yield from unpair(example)
+                else:
+                    yield example
 
-    def check(self, validators: Sequence[Choice]) -> None:
-        """Read the file and run the validators over it, once for each; nothing is dropped for what they find yet.
+    def looked_at(self) -> Iterator[Sequence[CheckedRow] | Finding]:
+        """Each row of this split as one or more examples, or why it is none."""
+        for source in self.sources:
+            for row in source.rows():
+                if self.share is not None and self.share.split_of(row) != self.split:
+                    continue
+                if not isinstance(row, Finding) and source.choice.weight != 1:
+                    self.weights[row[0].source.path] = source.choice.weight
+                yield self._refused_singles(row) if self.pairs_alone and not isinstance(row, Finding) else row
 
-        Raises:
-            DataError: the file cannot be read.
-            PluginError: the reader or a validator raised.
-        """
-        rows = self._counted()
-        for validator in validators:
-            found = _findings(validator, (example for example in rows if isinstance(example, PreferencePair)))
-            deque(rows, 0)  # it may have stopped early
-            self.report.findings += found
-            rows = self._examples()
-        if not validators:
-            deque(rows, 0)
-
-    def _counted(self) -> Iterator[CheckedRow | Finding]:
-        for example in self._examples():
-            self.report.read += 1
-            if isinstance(example, Finding):
-                self.report.findings.append(example)
-            yield example
-
-    def _examples(self) -> Iterator[CheckedRow | Finding]:
-        """Each row as an example, or why it is none."""
-        stamp = _stamp(self.path)
-        self._stamp = self._stamp or stamp
-        yield from self._read()
-        if not self._stamp == stamp == _stamp(self.path):
-            raise DataError(f"{self.path}: has changed while it was read", "start again once nothing writes to it")
-
-    def _read(self) -> Iterator[CheckedRow | Finding]:
-        try:
-            for row in self.reader.record.read(self.path):
-                yield row if isinstance(row, Finding) else _example(row, self.pairs_alone)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
-        except QprefError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise PluginError(f"{self.reader.offer} failed on {self.path}: {type(error).__name__}: {error}") from error
+    def _refused_singles(self, row: Sequence[CheckedRow]) -> Sequence[CheckedRow] | Finding:
+        if not isinstance(row[0], UnpairedExample):
+            return row
+        message = "a single completion with a label; the loss needs pairs (prompt, chosen, rejected)"
+        return Finding(code="unpaired", severity="error", message=message, source=row[0].source)
 
 
-def read_rows(path: Path, reader: Loaded, validators: Sequence[Choice], pairs_alone: bool = True) -> CheckedFile:
-    """Look at all rows of a file, none of which stays in memory.
+@dataclass(frozen=True, slots=True)
+class CheckedData:
+    """A data set whose rows have all been looked at; `heldout` is None where the recipe names none."""
+
+    train: CheckedRows
+    heldout: CheckedRows | None
+    report: DataReport
+
+
+def check_data(
+    sources: Sequence[SourceChoice],
+    validators: Sequence[Choice],
+    *,
+    pairs_alone: bool = True,
+    share: HeldOutShare | None = None,
+) -> CheckedData:
+    """Look at all rows of a data set, none of which stays in memory: the held-out ones, then those to train on.
 
     Args:
         pairs_alone: refuse single completions, which the loss cannot use.
+        share: what part of the training sources to hold out; None where held-out data have sources of their own.
 
     Raises:
-        DataError: the file cannot be read.
-        PluginError: the reader or a validator raised.
+        DataError: a source cannot be read.
+        PluginError: a reader or a validator raised.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: " + ("no such file" if not path.exists() else "not a regular file"))
-    checked = CheckedFile(path=path, reader=reader, pairs_alone=pairs_alone, report=DataReport(str(path)))
-    checked.check(validators)
-    return checked
+    report = DataReport(tuple(dict.fromkeys(source.location for source in reversed(sources))))
+    opened = [(source.split, DataSource(source)) for source in sources]
+
+    def rows_of(split: Split) -> CheckedRows:
+        own = tuple(source for of, source in opened if of == split or share is not None)
+        return CheckedRows(split=split, sources=own, share=share, pairs_alone=pairs_alone, report=report)
+
+    train, heldout = rows_of("train"), rows_of("heldout")
+    checks = [_RunningCheck.of(validator) for validator in validators]
+    for rows in (heldout, train):
+        _look(rows, checks, report)
+    for check in checks:
+        report.add(check.finish())
+    return CheckedData(train, heldout if heldout.sources else None, report)
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _look(rows: CheckedRows, checks: Sequence[_RunningCheck], report: DataReport) -> None:
+    for row in rows.looked_at():
+        report.read += 1
+        if isinstance(row, Finding):
+            report.add([row])
+            continue
+        for example in row:
+            report.measure(example)
+            for check in checks:
+                report.add(check.look(example, rows.split))
 
 
-def _findings(validator: Choice, pairs: Iterable[PreferencePair]) -> list[Finding]:
+@dataclass(frozen=True, slots=True)
+class _RunningCheck:
+    """A validator at work; whatever it raises names it."""
+
+    validator: Choice
+    check: RowCheck
+
+    @classmethod
+    def of(cls, validator: Choice) -> _RunningCheck:
+        return cls(validator, _called(validator, lambda: validator.plugin.record.start(validator.options)))
+
+    def look(self, example: CheckedRow, split: Split) -> list[Finding]:
+        return self._findings(lambda: self.check.look(example, split))
+
+    def finish(self) -> list[Finding]:
+        return self._findings(self.check.finish)
+
+    def _findings(self, find: Callable[[], Iterable[Finding]]) -> list[Finding]:
+        findings: list[Finding] = _called(self.validator, lambda: list(find()))
+        if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
+            raise PluginError(f"{self.validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
+        return findings
+
+
+def _called(validator: Choice, call: Callable[[], Any]) -> Any:
     try:
-        findings = list(validator.plugin.record.check(validator.options, pairs))
-    except QprefError:
-        raise  # the reader's
+        return call()
     except (Exception, SystemExit) as error:
         raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
-    if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
-        raise PluginError(f"{validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
-    return findings
-
-
-def _example(row: Row, pairs_alone: bool) -> CheckedRow | Finding:
-    if not is_unpaired(row):
-        return pair_of_row(row)
-    if pairs_alone:
-        message = "a single completion with a label; the loss needs pairs (prompt, chosen, rejected)"
-        return Finding(code="unpaired", severity="error", message=message, source=row.source)
-    return unpaired_of_row(row)

@@ -1,17 +1,17 @@
-"""A file of rows -> tokenized examples, in two stages: what needs no model, then what needs its tokenizer."""
+"""A recipe's data -> tokenized examples, in two stages: what needs no model, then what needs its tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from qpref.data.check import CheckedFile, read_rows
+from qpref.data.check import CheckedData, CheckedRows, check_data
+from qpref.data.split import HeldOutShare, mixed
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length
-from qpref.hooks.manager import Loaded
+from qpref.errors import DataError
 from qpref.plan import Plan
 from qpref.recipe import DataSection
 from qpref.records import Finding, PreferencePair, TokenizedExample
@@ -19,77 +19,99 @@ from qpref.records import Finding, PreferencePair, TokenizedExample
 log = logging.getLogger("qpref")
 
 
-def load_rows(plan: Plan) -> tuple[CheckedFile, CheckedFile | None]:
-    """The training and held-out files, checked as far as that goes without a model.
+def check_rows(plan: Plan) -> CheckedData:
+    """All rows of the recipe's data, looked at as far as that goes without a model, and not stopped at.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+    data = plan.recipe.data
+    share = HeldOutShare(data.heldout_share, plan.recipe.train.seed) if data.heldout_share else None
+    checked = check_data(plan.sources, plan.validators, pairs_alone=plan.is_paired, share=share)
+    if not plan.is_paired:
+        for rows in (checked.train, checked.heldout):
+            if rows is not None:
+                rows.as_singles = True
+    return checked
+
+
+def load_rows(plan: Plan) -> CheckedData:
+    """The same for a run, which bad rows stop before anything else is loaded.
 
     Under a loss of single completions each pair becomes two of them.
 
     Raises:
         DataError: rows are refused, more than `[data] skip_bad` allows.
     """
-    data = plan.recipe.data
-    train = _load(Path(data.train), plan.train_reader, plan)
-    if data.heldout is None or plan.heldout_reader is None:
-        return train, None
-    return train, _load(Path(data.heldout), plan.heldout_reader, plan)
-
-
-def _load(path: Path, reader: Loaded, plan: Plan) -> CheckedFile:
-    checked = read_rows(path, reader, plan.validators, plan.is_paired)
+    checked = check_rows(plan)
     checked.report.log_warnings()
     checked.report.stop_on_errors(plan.recipe.data.skip_bad)
     if not plan.is_paired:
-        _explain_singles(checked, plan)
-        checked.as_singles = True
+        _explain_singles(checked.train, plan)
     return checked
 
 
-def _explain_singles(checked: CheckedFile, plan: Plan) -> None:
+def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
     pairs, margins = 0, False
-    for row in checked.rows():
+    for row in itertools.chain.from_iterable(row for row in checked.looked_at() if not isinstance(row, Finding)):
         if isinstance(row, PreferencePair):
             pairs += 1
             margins |= bool(row.margin)
+    label = checked.report.label
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
-                 checked.path, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
+                 label, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
     if margins:
-        log.warning("%s: the rows' margins have no meaning for single completions and are left out", checked.path)
+        log.warning("%s: the rows' margins have no meaning for single completions and are left out", label)
 
 
-def tokenize_rows(checked: CheckedFile, tokenizer: PairTokenizer, data: DataSection) -> list[TokenizedExample]:
-    """The kept examples as token ids, within the recipe's lengths; their texts pass through one at a time.
+def tokenize_rows(
+    checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection, seed: int
+) -> list[TokenizedExample]:
+    """The kept examples as token ids, within the recipe's lengths, each as often as its source's weight says.
+
+    Their texts pass through one at a time.
 
     Raises:
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
     report = checked.report
-    examples: list[TokenizedExample] = []
-    dropped = set()
-    for example in tokenizer.tokenize(checked.rows()):
-        fitted = example if isinstance(example, Finding) else fit_length(example, data)
-        if isinstance(fitted, Finding):
-            report.findings.append(fitted)
-        elif fitted is None:
-            dropped.add(example.source)
-        else:
-            examples.append(fitted)
-    report.findings += _contradictions(examples)
-    report.dropped = len(dropped - report.refused)
+    examples = list(tokenized(checked, tokenizer, data))
     report.stop_on_errors(data.skip_bad)
-    examples = [example for example in report.keep(examples) if example.source not in dropped]
-    num_cut = len({example.source for example in examples if any(example.truncated)})
-    if report.dropped or num_cut:
-        log.info("%s: of %d rows, %d left out and %d cut for their length", report.path, report.read, report.dropped,
-                 num_cut)  # fmt: skip
-    return examples
+    if not examples:
+        raise DataError(f"{report.label}: no pair is left to {'train on' if checked.split == 'train' else 'hold out'}")
+    if report.dropped or report.num_cut:
+        log.info("%s: of %d rows, %d left out and %d cut for their length", report.label, report.read, report.dropped,
+                 report.num_cut)  # fmt: skip
+    return list(mixed(examples, checked.weights, seed)) if checked.split == "train" else examples
+
+
+def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> Iterator[TokenizedExample]:
+    """Each kept example as token ids. A row of which a part is refused or dropped is so as a whole, and reported."""
+    report = checked.report
+    for source, found in itertools.groupby(tokenizer.tokenize(checked.rows()), key=lambda one: one.source):
+        fitted = [one if isinstance(one, Finding) else fit_length(one, data) for one in found]
+        findings = [one for one in fitted if isinstance(one, Finding)]
+        examples = [one for one in fitted if isinstance(one, TokenizedExample)]
+        findings += _contradictions(examples)
+        report.add(findings)
+        if None in fitted:
+            report.drop(source)
+        if report.leaves_out(source):
+            continue
+        report.num_cut += any(any(example.truncated) for example in examples)
+        for example in examples:
+            sides = ("chosen", "rejected") if example.label is None else ("completion",)
+            sizes = {side: len(branch) for side, branch in zip(sides, example.branches, strict=True)}
+            report.note_lengths({"prompt": len(example.prompt)} | sizes, "tokens")
+        yield from examples
 
 
 def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
     """Pairs that became completions and, cut to length, say the same with both labels."""
     findings = []
     for good, bad in itertools.pairwise(examples):
-        if good.source == bad.source and good.label and not bad.label and good.branches == bad.branches:
+        if good.number == bad.number and good.label and not bad.label and good.branches == bad.branches:
             message = f"chosen and rejected are the same in their first {len(good.branches[0])} tokens"
             findings.append(Finding(code="identical", severity="error", message=message, source=good.source))
     return findings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qpref.records import Finding, Message, PreferencePair, Row, UnpairedExample
 
@@ -119,3 +119,14 @@ def _kind(value: object) -> str:
     if isinstance(value, dict):
         return f"an object with the keys {', '.join(map(str, value)) or 'none'}"
     return "an empty list" if value == [] else type(value).__name__
+
+
+def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
+    """The row with our names for its columns."""
+    raise NotImplementedError
+
+
+def records_of_row(row: Row, shape: str) -> Sequence[PreferencePair | UnpairedExample] | Finding:
+    """The records that a row holds."""
+    record = unpaired_of_row(row) if is_unpaired(row) else pair_of_row(row)
+    return record if isinstance(record, Finding) else [record]

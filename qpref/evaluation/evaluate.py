@@ -6,20 +6,18 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from qpref.errors import DataError, DeviceMemoryError, RecipeError
+from qpref.errors import DataError, DeviceMemoryError, QprefError, RecipeError
 from qpref.evaluation import rows
 from qpref.evaluation.models import Subject, common_dtype, identify
 from qpref.evaluation.report import ModelReport, Report
 from qpref.evaluation.scores import PairScores, Reference, positions, score_pairs, score_reference
 from qpref.evaluation.statistics import Bootstrap
 from qpref.evaluation.summary import summarize
-from qpref.recipe import DataSection
-from qpref.records import Finding, PreferencePair, Source, TokenizedExample
+from qpref.records import PreferencePair, TokenizedExample
 from qpref.training.invariants import check_layout
 
 log = logging.getLogger("qpref")
@@ -33,7 +31,7 @@ class Request:
 
     Attributes:
         models: paths or hub ids, the first of which the others are compared with.
-        data: the file of pairs; None for the first run's held-out file.
+        data: where the pairs are, as `[data] train` has it; None for what the first run holds out.
         beta: None for the first run's.
         samples: bootstrap draws.
         max_pairs: at most so many, at random.
@@ -44,7 +42,7 @@ class Request:
     """
 
     models: Sequence[str]
-    data: Path | None = None
+    data: str | None = None
     beta: float | None = None
     samples: int = 2000
     seed: int = 0
@@ -64,23 +62,25 @@ def evaluate(request: Request) -> Report:
     """
     subjects = [identify(name, base=request.base, quantization=request.quantization) for name in request.models]
     subjects = _with_common_settings(subjects, request.max_length)
-    path = request.data or _heldout(subjects)
-    asked = rows.sample_pairs(rows.read_pairs(path, _reader(subjects, path)), request.max_pairs, request.seed)
+    label, everything = _pairs(subjects, request.data)
+    asked = rows.sample_pairs(everything, request.max_pairs, request.seed)
     overlaps = [_overlap(subject, asked) for subject in subjects]
-    seen = frozenset().union(*(found.pairs for found in overlaps if found)) if request.without_overlap else frozenset()
+    seen: frozenset[int] = frozenset()
+    if request.without_overlap:
+        seen = seen.union(*(found.pairs for found in overlaps if found))
     pairs = [pair for place, pair in enumerate(asked) if place not in seen]
     if not pairs:
-        raise DataError(f"{path}: every prompt stands in the training data", "bring pairs with other prompts")
-    examples, left_out = _tokenize(subjects, pairs)
-    kept = {example.source for example in examples[0]}
-    pairs = [pair for pair in pairs if pair.source in kept]
+        raise DataError(f"{label}: every prompt stands in the training data", "bring pairs with other prompts")
+    examples, places, reason = _tokenize(subjects, pairs)
+    left_out = len(pairs) - len(places), reason
+    pairs = [pairs[place] for place in places]
     beta, beta_from = _beta(subjects, request.beta)
     scores, references = _score(subjects, examples, request)
     bootstrap = Bootstrap.of([rows.text_of(pair.prompt) for pair in pairs], request.samples, request.seed)
     summaries = summarize(scores, beta, bootstrap, [pair.source.path for pair in pairs])
     models = zip(subjects, references, overlaps, summaries, strict=True)
     return Report(
-        data=str(path),
+        data=label,
         read=len(asked),
         pairs=len(pairs),
         overlapping_left_out=len(seen),
@@ -112,46 +112,40 @@ def _with_common_settings(subjects: Sequence[Subject], max_length: int | None) -
     return [settled(subject) for subject in subjects]
 
 
-def _heldout(subjects: Sequence[Subject]) -> Path:
+def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list[PreferencePair]]:
+    """What to call the data, and their pairs."""
+    if location is not None:
+        return location, rows.pairs_of(rows.data_at(location))
     for subject in subjects:
-        if subject.is_of_run and subject.recipe.data.heldout:
-            return Path(subject.recipe.data.heldout)
-    raise RecipeError("no run among the models has a held-out file", "name pairs with --data")
-
-
-def _reader(subjects: Sequence[Subject], path: Path) -> str | None:
-    """The reader that a run has named for its held-out file."""
-    named = [s.recipe.data.reader for s in subjects if s.is_of_run and s.recipe.data.heldout == str(path)]
-    return named[0] if named else None
+        if subject.document is not None:
+            heldout = rows.data_of_run(subject.document).heldout
+            if heldout is not None:
+                found = rows.pairs_of(heldout, subject.recipe.data.skip_bad)
+                return ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources)), found
+    raise RecipeError("no run among the models holds data out", "name pairs with --data")
 
 
 def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> rows.Overlap | None:
-    if not subject.is_of_run:
+    """With what the model was trained on; None, and a warning for a run, where that isn't known."""
+    if subject.document is None:
         return None
-    trained_on = rows.training_prompts(subject.recipe.data)
-    if trained_on is None:
-        log.warning("%s: its training data aren't there, so nobody knows whether the prompts overlap", subject.name)
+    try:
+        train = rows.data_of_run(subject.document).train
+        return rows.overlap(pairs, (rows.text_of(row.prompt) for row in train.rows()))
+    except QprefError as error:
+        log.warning("%s: nobody knows whether the prompts were trained on: %s", subject.name, error.what)
         return None
-    return rows.overlap(pairs, trained_on)
 
 
 def _tokenize(
     subjects: Sequence[Subject], pairs: Sequence[PreferencePair]
-) -> tuple[list[list[TokenizedExample]], tuple[int, str]]:
-    """For each model the pairs that all of them can be asked about; how many aren't among them, and why not."""
+) -> tuple[list[list[TokenizedExample]], list[int], str]:
+    """For each model the pairs that all of them can be asked about; their numbers; why the first other isn't there."""
     tokenized = [rows.tokenize_pairs(pairs, subject.tokenizer(), subject.recipe.data) for subject in subjects]
     places = rows.same_for_all([kept for kept, _ in tokenized], pairs)
-    examples = [[kept[pairs[place].source] for place in places] for kept, _ in tokenized]
-    reasons = [_reason(problem, subjects[0].recipe.data) for _, left in tokenized for problem in left]
-    return examples, (len(pairs) - len(places), reasons[0] if reasons else "")
-
-
-def _reason(problem: Finding | Source, data: DataSection) -> str:
-    if isinstance(problem, Finding):
-        return f"{problem.source}: {problem.message}"
-    return (
-        f"{problem}: longer than {data.max_length} tokens, or its prompt than {data.max_prompt_length} (--max-length)"
-    )
+    refused = [finding for _, findings in tokenized for finding in findings]
+    examples = [[kept[place] for place in places] for kept, _ in tokenized]
+    return examples, places, f"{refused[0].source}: {refused[0].message}" if refused else ""
 
 
 def _beta(subjects: Sequence[Subject], asked: float | None) -> tuple[float, str]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from qpref.data.shapes import pair_of_row
+from qpref.data.source import DataSource
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation.models import Subject
-from qpref.evaluation.rows import reader_for, text_of
+from qpref.evaluation.rows import text_of
+from qpref.plan import make_data_plan
 from qpref.policy.load import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import Finding, Message, Row
@@ -54,24 +55,20 @@ class Answers:
     ended: tuple[bool, bool | None]
 
 
-def read_prompts(path: Path) -> list[tuple[Message, ...]]:
-    """A file's prompts: each row's `prompt`, whatever stands beside it; each line of a .txt file.
+def read_prompts(location: str) -> list[tuple[Message, ...]]:
+    """The prompts of some data: each row's, whatever else it has or lacks; each line of a .txt file.
 
     Raises:
+        RecipeError: no reader fits.
         DataError: it cannot be read, a row has no prompt, or there is none.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: " + ("no such file" if not path.exists() else "not a regular file"))
-    if path.suffix.lower() == ".txt":
-        try:
-            texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from None
-        prompts = [as_prompt(text) for text in texts]
+    if location.lower().endswith(".txt"):
+        prompts = _lines(Path(location))
     else:
-        prompts = [_prompt_of(row) for row in reader_for(path).record.read(path)]
+        sources = [DataSource(choice) for choice in make_data_plan(location).sources]
+        prompts = [_prompt_of(source, row) for source in sources for row in source.raw()]
     if not prompts:
-        raise DataError(f"{path}: holds no prompt")
+        raise DataError(f"{location}: holds no prompt")
     return prompts
 
 
@@ -80,16 +77,25 @@ def as_prompt(text: str) -> tuple[Message, ...]:
     return (Message(role="user", content=text),)
 
 
-def _prompt_of(row: Row | Finding) -> tuple[Message, ...]:
-    if isinstance(row, Finding):
-        raise DataError(f"{row.source}: {row.message}")
-    # A row of prompts alone is checked as the pair that it could be.
-    pair = pair_of_row(
-        Row(values={"prompt": row.values.get("prompt"), "chosen": "a", "rejected": "b"}, source=row.source)
-    )
-    if isinstance(pair, Finding):
-        raise DataError(f"{pair.source}: {pair.message}")
-    return pair.prompt
+def _lines(path: Path) -> list[tuple[Message, ...]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return [as_prompt(line) for line in lines if line.strip()]
+
+
+def _prompt_of(source: DataSource, row: Row | Finding) -> tuple[Message, ...]:
+    """A row's prompt: of the example that it is, or the column `prompt` of a row that has no response."""
+    found = source.records(row)
+    if isinstance(found, Finding) and isinstance(row, Row) and row.values.get("prompt") is not None:
+        filled = {"prompt": row.values["prompt"], "chosen": "a", "rejected": "b"}
+        found = source.records(Row(values=filled, source=row.source))
+    if isinstance(found, Finding):
+        raise DataError(f"{found.source}: {found.message}")
+    return found[0].prompt
 
 
 def generate(

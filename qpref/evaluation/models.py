@@ -18,7 +18,7 @@ from qpref.policy.load import Policy, choose_device, is_prequantized, load_plain
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.policy.widen import widen
-from qpref.recipe import AdapterSection, DataSection, ModelSection, Problem, Recipe, check_document
+from qpref.recipe import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
 
@@ -45,6 +45,7 @@ class Subject:
         base: the model folder, on this machine.
         adapter: a PEFT folder, or a checkpoint's; None for a plain model.
         beta: the run's, where its loss has one; the end of a schedule.
+        document: the run's whole recipe, its plugins' tables included; None where no run explains the model.
     """
 
     name: str
@@ -53,11 +54,12 @@ class Subject:
     base: BaseFolder
     adapter: Path | None = None
     beta: float | None = None
+    document: Mapping[str, Any] | None = None
 
     @property
     def is_of_run(self) -> bool:
         """Whether a recipe says what it was trained on."""
-        return self.kind in ("run", "checkpoint")
+        return self.document is not None
 
     @property
     def has_reference(self) -> bool:
@@ -171,7 +173,15 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     base = resolve_base(model)
     if base.weights != facts["base_weights"]:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
-    return Subject(name=name, kind=kind, recipe=recipe, base=base, adapter=adapter, beta=_beta(document["loss"]))
+    return Subject(
+        name=name,
+        kind=kind,
+        recipe=recipe,
+        base=base,
+        adapter=adapter,
+        beta=_beta(document["loss"]),
+        document=document,
+    )
 
 
 def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf4", "none"]) -> Subject:
@@ -219,8 +229,7 @@ def _checked(document: Mapping[str, Any], origin: str) -> Recipe:
     recipe = check_document(document)
     if isinstance(recipe, Recipe):
         return recipe
-    problems: list[Problem] = recipe
-    raise RecipeError("\n".join([f"{origin}: cannot be read by this qpref", *(f"  {item}" for item in problems)]))
+    raise RecipeError("\n".join([f"{origin}: cannot be read by this qpref", *(f"  {problem}" for problem in recipe)]))
 
 
 def _beta(loss: Any) -> float | None:

@@ -3,22 +3,20 @@ prompts that were trained on."""
 
 from __future__ import annotations
 
-import logging
 import random
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from qpref.data.check import CheckedFile, read_rows
+from qpref.data.check import CheckedData, CheckedRows, check_data
+from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length
-from qpref.errors import DataError, RecipeError
-from qpref.hooks.manager import READER, Loaded, PluginHost
+from qpref.errors import DataError
+from qpref.plan import make_data_plan, make_plan
 from qpref.recipe import DataSection
-from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
-
-log = logging.getLogger("qpref")
+from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,49 +34,47 @@ class Overlap:
     pairs: frozenset[int]
 
 
-def read_pairs(path: Path, reader: str | None = None) -> list[PreferencePair]:
-    """All pairs of a file, in its order.
+def data_at(location: str) -> CheckedRows:
+    """The rows of a file, or of another place that a reader knows.
 
     Raises:
-        DataError: it cannot be read, some row is no pair, or there is none.
+        RecipeError: no reader fits.
+        DataError: it cannot be read.
     """
-    checked = _open(path, reader)
-    unpaired = [finding for finding in checked.report.findings if finding.code == "unpaired"]
+    return check_data(make_data_plan(location).sources, (), pairs_alone=False).train
+
+
+def data_of_run(document: Mapping[str, Any]) -> CheckedData:
+    """The rows that a run trains on and holds out, by its recipe; where the metrics went is of no interest here.
+
+    Raises:
+        RecipeError, PluginError: the recipe names what isn't installed.
+        DataError: the data cannot be read.
+    """
+    plan = make_plan({**document, "sinks": []})
+    data, seed = plan.recipe.data, plan.recipe.train.seed
+    share = HeldOutShare(data.heldout_share, seed) if data.heldout_share else None
+    return check_data(plan.sources, (), pairs_alone=False, share=share)
+
+
+def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair]:
+    """All pairs, in their order.
+
+    Raises:
+        DataError: some row is no pair, more rows than allowed are bad, or there is none.
+    """
+    checked.report.stop_on_errors(skip_bad)
+    rows = list(checked.rows())
+    unpaired = [row for row in rows if isinstance(row, UnpairedExample)]
     if unpaired:
         raise DataError(
-            f"{unpaired[0].source}: a single completion with a label ({len(unpaired)} such rows of "
-            f"{checked.report.read}); accuracy and margins compare a chosen with a rejected response",
+            f"{unpaired[0].source}: a single completion with a label ({len(unpaired)} such rows of {len(rows)}); "
+            "accuracy and margins compare a chosen with a rejected response",
             "evaluate on pairs: rows of prompt, chosen, rejected",
         )
-    checked.report.stop_on_errors(allowed_share=0.0)
-    return [row for row in checked.rows() if isinstance(row, PreferencePair)]
-
-
-def training_prompts(data: DataSection) -> list[str] | None:
-    """The prompts that a run was trained on, as texts; None where its data aren't there any more."""
-    path = Path(data.train)
-    if not path.is_file():
-        return None
-    return [text_of(row.prompt) for row in _open(path, data.reader, pairs_alone=False).rows()]
-
-
-def _open(path: Path, reader: str | None, pairs_alone: bool = True) -> CheckedFile:
-    """The one place where evaluation reads a data file."""
-    return read_rows(path, reader_for(path, reader), (), pairs_alone)
-
-
-def reader_for(path: Path, named: str | None = None) -> Loaded:
-    """The reader of that name, or the one whose name is the file's suffix.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    host = PluginHost()
-    known = sorted({offer.name for offer in host.offers if offer.kind == READER.prefix}, key=len)
-    fitting = [name for name in known if path.name.lower().endswith(f".{name}")]
-    if named is None and not fitting:
-        raise RecipeError(f"{path}: no reader for this suffix; installed: {', '.join(f'.{name}' for name in known)}")
-    return host.load(READER, named or fitting[-1])
+    if not rows:
+        raise DataError(f"{checked.report.label}: holds no pair")
+    return [row for row in rows if isinstance(row, PreferencePair)]
 
 
 def sample_pairs(pairs: Sequence[PreferencePair], most: int | None, seed: int) -> list[PreferencePair]:
@@ -111,28 +107,30 @@ def normalize(text: str) -> str:
 
 def tokenize_pairs(
     pairs: Sequence[PreferencePair], tokenizer: PairTokenizer, data: DataSection
-) -> tuple[dict[Source, TokenizedExample], list[Finding | Source]]:
-    """The pairs as one model meets them, by place, and those that it can't be asked about: refused by its template or
-    tokenizer, or longer than `data` allows."""
-    kept: dict[Source, TokenizedExample] = {}
-    left_out: list[Finding | Source] = []
-    dropping = data.model_copy(update={"on_overflow": "drop"})
-    for example in tokenizer.tokenize(pairs):
-        fitted = example if isinstance(example, Finding) else fit_length(example, dropping)
-        if isinstance(fitted, TokenizedExample):
-            kept[fitted.source] = fitted
+) -> tuple[dict[int, TokenizedExample], list[Finding]]:
+    """The pairs as one model meets them, by their numbers, and why it can't be asked about the others: its template or
+    tokenizer refuses them, or they are longer than `data` allows."""
+    kept: dict[int, TokenizedExample] = {}
+    refused: list[Finding] = []
+    limits = data.model_copy(update={"on_overflow": "error"})
+    for number, pair in enumerate(pairs):
+        (example,) = tokenizer.tokenize([pair])
+        fitted = example if isinstance(example, Finding) else fit_length(example, limits)
+        assert fitted is not None
+        if isinstance(fitted, Finding):
+            refused.append(fitted)
         else:
-            left_out.append(fitted if isinstance(fitted, Finding) else example.source)
-    return kept, left_out
+            kept[number] = fitted
+    return kept, refused
 
 
-def same_for_all(tokenized: Sequence[dict[Source, TokenizedExample]], pairs: Sequence[PreferencePair]) -> list[int]:
+def same_for_all(tokenized: Sequence[Mapping[int, TokenizedExample]], pairs: Sequence[PreferencePair]) -> list[int]:
     """The numbers of the pairs that every model can be asked about.
 
     Raises:
         DataError: there is none.
     """
-    kept = [place for place, pair in enumerate(pairs) if all(pair.source in examples for examples in tokenized)]
+    kept = [number for number in range(len(pairs)) if all(number in examples for examples in tokenized)]
     if not kept:
         raise DataError(
             f"{pairs[0].source.path}: no pair is left that every model can be asked about",

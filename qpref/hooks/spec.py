@@ -31,11 +31,11 @@ def qpref_losses() -> Iterable[PairedLoss | UnpairedLoss]:  # type: ignore[empty
 def qpref_validators() -> Iterable[Validator]:  # type: ignore[empty-body]
     """Offer checks of the data. Fires when a recipe has a table `[checks.NAME]`.
 
-    A finding of severity "error" refuses its row. When `check` raises, the run stops before any model loads.
+    A finding of severity "error" refuses its row. When it raises, the run stops before any model loads.
 
         @hookimpl
         def qpref_validators():
-            yield Validator(name="no-urls", summary="responses without links", options=Options, check=check)
+            yield Validator(name="no-urls", summary="responses without links", options=Options, start=NoUrls)
     """
 
 

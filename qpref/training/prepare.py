@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref.data.check import CheckedFile
+from qpref.data.check import CheckedData
 from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
+from qpref.data.report import DataReport
 from qpref.data.tokenize import PairTokenizer
 from qpref.plan import Plan
 from qpref.policy.load import Policy, choose_device, load_policy
@@ -39,11 +40,12 @@ class Prepared:
     loss: Objective
     examples: list[TokenizedExample]
     heldout: list[TokenizedExample]
+    report: DataReport
     memory_limit: int
     fingerprints: dict[str, str]
 
 
-def prepare(plan: Plan, checked: tuple[CheckedFile, CheckedFile | None]) -> Prepared:
+def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     """Tokenize the checked rows and load the policy.
 
     Raises:
@@ -53,11 +55,12 @@ def prepare(plan: Plan, checked: tuple[CheckedFile, CheckedFile | None]) -> Prep
     base = resolve_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model, base)
     pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
-    examples = tokenize_rows(checked[0], pairs, recipe.data)
-    heldout = tokenize_rows(checked[1], pairs, recipe.data) if checked[1] else []
+    seed = recipe.train.seed
+    examples = tokenize_rows(checked.train, pairs, recipe.data, seed)
+    heldout = tokenize_rows(checked.heldout, pairs, recipe.data, seed) if checked.heldout else []
     loss = Objective.of(plan.losses, _class_counts(examples))
     if "mismatched" in loss.needs:
-        seed, longest = recipe.train.seed, recipe.data.max_length
+        longest = recipe.data.max_length
         # A held-out file may have one prompt alone, so its partners come from all examples.
         heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
         examples = with_mismatched(examples, seed, longest)
@@ -75,6 +78,7 @@ def prepare(plan: Plan, checked: tuple[CheckedFile, CheckedFile | None]) -> Prep
         loss=loss,
         examples=examples,
         heldout=heldout,
+        report=checked.report,
         memory_limit=limit,
         fingerprints={
             "recipe": plan.fingerprint,

@@ -150,6 +150,7 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | N
     """Write down what this run is: the resolved recipe, and run.json with what it was made of."""
     plan, policy = prepared.plan, prepared.policy
     fsio.write_text(folder.recipe, tomli_w.dumps(plan.document))
+    fsio.write_json(folder.data_json, prepared.report.facts())
     offers = sorted({str(plugin.offer): asdict(plugin.offer) for plugin in plan.plugins}.items())
     fsio.write_json(
         folder.run_json,

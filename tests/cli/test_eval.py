@@ -120,7 +120,7 @@ def test_a_base_alone_has_accuracy_by_log_probability_alone(folder, make_base):
 
 def test_a_base_alone_needs_data(make_base):
     done = evaluate(make_base(), code=2)
-    assert done.stderr == ("error: no run among the models has a held-out file\nhint: name pairs with --data\n")
+    assert done.stderr == ("error: no run among the models holds data out\nhint: name pairs with --data\n")
 
 
 def test_prompts_that_were_trained_on_are_counted_and_said(folder):
@@ -144,8 +144,9 @@ def test_training_data_that_are_gone_are_said(folder, tmp_path):
     copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     lock = (copy / "recipe.lock.toml").read_text()
     (copy / "recipe.lock.toml").write_text(lock.replace("train.jsonl", "gone.jsonl"))
-    done = evaluate(copy, "--samples", 10)
-    assert "its training data aren't there, so nobody knows whether the prompts overlap" in done.stderr
+    done = evaluate(copy, "--samples", 10, "--data", folder / "heldout.jsonl")
+    assert "nobody knows whether the prompts were trained on: " in done.stderr
+    assert "gone.jsonl: no such file" in done.stderr
 
 
 def test_single_completions_exit_3(folder, tmp_path):

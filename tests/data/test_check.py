@@ -2,14 +2,16 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from qpref.data.check import NUM_SHOWN, DataReport, read_rows
+from qpref.choices import Choice, SourceChoice
+from qpref.data.check import check_data
+from qpref.data.report import NUM_SHOWN, DataReport
 from qpref.errors import DataError, PluginError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
-from qpref.plan import Choice
 from qpref.records import Finding, Row, Source
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}
@@ -39,14 +41,23 @@ def rows(*values):
     )
 
 
-def validator(check):
-    record = Validator(name="v", summary="", options=Options, check=check)
+def validator(look=lambda example, split: (), finish=lambda: ()):
+    """A check of two functions."""
+    record = Validator(
+        name="v", summary="", options=Options, start=lambda options: SimpleNamespace(look=look, finish=finish)
+    )
     return Choice(Loaded(record, Offer("check", "v", "acme", "2.0", "acme_v")), Options())
 
 
 def judge(*findings):
     """A validator that finds the same whatever it sees."""
-    return validator(lambda options, pairs: findings)
+    return validator(finish=lambda: findings)
+
+
+def read_rows(path, reader, validators, pairs_alone=True):
+    """The training rows of one file."""
+    choice = SourceChoice(location=str(path), split="train", reader=reader)
+    return check_data([choice], validators, pairs_alone=pairs_alone).train
 
 
 @pytest.fixture
@@ -71,9 +82,10 @@ def test_counts_add_up(path):
     found = [finding(2), finding(2), finding(3, "warning"), finding(5)]
     read = rows(GOOD, GOOD, GOOD, {"prompt": "Why?"}, GOOD, finding(6), GOOD, GOOD)
     report = read_rows(path, read, [judge(*found)]).report
-    report.dropped = 1
+    report.drop(source(7))
+    report.drop(source(6))  # refused already
     # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
-    assert (report.read, len(report.refused), report.dropped, report.kept) == (8, 4, 1, 3)
+    assert (report.read, report.refused, report.dropped, report.kept) == (8, 4, 1, 3)
 
 
 def test_the_pairs_of_a_report_are_those_that_no_error_refuses(path):
@@ -89,9 +101,9 @@ def test_rows_are_read_again_and_not_kept(path):
         yield from rows(GOOD, {}, GOOD).record.read(path)
 
     checked = read_rows(path, reader(read), [judge(), judge()])
-    assert (checked.report.read, len(times)) == (3, 2)  # the validators' passes; the first one counts
+    assert (checked.report.read, len(times)) == (3, 1)  # one pass for all validators
     assert [pair.source.line for pair in checked.rows()] == [pair.source.line for pair in checked.rows()] == [1, 3]
-    assert len(times) == 4
+    assert len(times) == 3
     assert checked.report.read == 3
 
 
@@ -121,19 +133,19 @@ def test_a_reader_that_fails_under_a_validator_is_blamed_and_not_the_validator(p
         raise KeyError("gone")
 
     with pytest.raises(PluginError, match=re.escape("acme 2.0 [read-x] failed on")):
-        read_rows(path, reader(read), [validator(lambda options, pairs: (list(pairs), ())[1])])
+        read_rows(path, reader(read), [validator()])
 
 
 def test_a_validator_sees_the_pairs_and_not_the_bad_rows(path):
     seen = []
-    spy = validator(lambda options, pairs: seen.extend(pair.source.line for pair in pairs) or ())
+    spy = validator(look=lambda example, split: seen.append(example.source.line) or ())
     read_rows(path, rows(GOOD, {}, finding(3), GOOD), [spy])
     assert seen == [1, 4]
 
 
 def test_every_validator_sees_all_pairs_whatever_another_finds(path):
     seen = []
-    spy = validator(lambda options, pairs: seen.extend(pair.source.line for pair in pairs) or ())
+    spy = validator(look=lambda example, split: seen.append(example.source.line) or ())
     read_rows(path, rows(GOOD, GOOD), [judge(finding(1)), spy])
     assert seen == [1, 2]
 
@@ -174,7 +186,7 @@ def test_a_reader_that_raises_is_named(path, read, reason):
 
 
 def test_a_reader_that_yields_no_row_is_named(path):
-    with pytest.raises(PluginError, match=re.escape(f"acme 2.0 [read-x] failed on {path}: AttributeError")):
+    with pytest.raises(PluginError, match=re.escape("acme 2.0 [read-x] yields str, neither Row nor Finding")):
         read_rows(path, rows("prompt,chosen"), [])
 
 
@@ -187,7 +199,7 @@ def test_a_disk_that_fails_is_no_plugins_fault(path):
     assert str(caught.value) == f"{path}: cannot be read: Input/output error"
 
 
-def half_check(options, pairs):
+def half_check(example, split):
     yield finding(1)
     raise ValueError("no luck")
 
@@ -207,7 +219,12 @@ def test_a_validator_that_raises_is_named(path, check, reason):
 
 
 def report_of(read, *findings, dropped=0):
-    return DataReport("pairs.x", read=read, dropped=dropped, findings=list(findings))
+    """A report of so many rows, the last of which are dropped for their length."""
+    report = DataReport(("pairs.x",), read=read)
+    report.add(findings)
+    for line in range(read - dropped + 1, read + 1):
+        report.drop(source(line))
+    return report
 
 
 def stop(report, allowed_share=0.0):
@@ -216,7 +233,9 @@ def stop(report, allowed_share=0.0):
     return str(caught.value)
 
 
-GENERAL_HINT = "hint: correct or drop the rows, or allow a share of them with [data] skip_bad"
+GENERAL_HINT = (
+    "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with [data] skip_bad"
+)
 
 
 def test_without_a_finding_the_run_goes_on():
@@ -286,8 +305,8 @@ def test_no_pair_at_all_stops_the_run(read, dropped):
     [
         (["identical"], 'drop the lines, or set [checks] identical = "warn"'),
         (["too_long"], 'raise [data] max_length, or set [data] on_overflow = "drop" or "truncate"'),
-        (["empty"], "correct or drop the rows, or allow a share of them with [data] skip_bad"),
-        (["identical", "too_long"], "correct or drop the rows, or allow a share of them with [data] skip_bad"),
+        (["empty"], GENERAL_HINT.removeprefix("hint: ")),
+        (["identical", "too_long"], GENERAL_HINT.removeprefix("hint: ")),
     ],
 )
 def test_the_hint_fits_what_is_wrong(codes, hint):
@@ -307,8 +326,10 @@ def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
         finding(2, "error"),
         finding(6, "warning", "too_similar", "is alike"),
         finding(7, "warning", "too_short", "is shorter"),
+        finding(0, "warning", "length_bias", "longer answers are chosen"),
     ).log_warnings()
     assert log.messages == [
-        "pairs.x: 2 rows: is short (first: pairs.x:5)",
-        "pairs.x: 1 rows: is alike (first: pairs.x:6)",
+        "pairs.x: longer answers are chosen",
+        "too_short: 2 rows (first: pairs.x:5: is short)",
+        "too_similar: 1 row (first: pairs.x:6: is alike)",
     ]

@@ -124,9 +124,9 @@ def test_a_batch_that_runs_out_of_memory_is_halved(run, monkeypatch, said):
 
 def test_prompts_are_read_of_pairs_and_of_lines(tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [*preference_rows(1), {"prompt": "alone"}])
-    assert read_prompts(pairs) == [as_prompt(preference_rows(1)[0]["prompt"]), as_prompt("alone")]
+    assert read_prompts(str(pairs)) == [as_prompt(preference_rows(1)[0]["prompt"]), as_prompt("alone")]
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
-    assert read_prompts(tmp_path / "lines.txt") == [as_prompt("one"), as_prompt("two")]
+    assert read_prompts(str(tmp_path / "lines.txt")) == [as_prompt("one"), as_prompt("two")]
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
@@ -139,4 +139,4 @@ def test_bad_prompts_are_refused_by_their_place(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=words):
-        read_prompts(tmp_path / name)
+        read_prompts(str(tmp_path / name))

@@ -17,7 +17,7 @@ LIMITS = DataSection(train="none", max_length=200, max_prompt_length=100)
 
 
 def pairs_of(tmp_path, table):
-    return rows.read_pairs(write_jsonl(tmp_path / "pairs.jsonl", table))
+    return rows.pairs_of(rows.data_at(str(write_jsonl(tmp_path / "pairs.jsonl", table))))
 
 
 def tokenizer():
@@ -45,13 +45,13 @@ def test_a_row_that_is_no_pair_is_refused_by_its_place(tmp_path):
 
 def test_a_file_without_a_reader_is_refused(tmp_path):
     (tmp_path / "pairs.xyz").write_text("")
-    with pytest.raises(RecipeError, match="no reader for this suffix"):
-        rows.read_pairs(tmp_path / "pairs.xyz")
+    with pytest.raises(RecipeError, match=r"no reader for 'pairs\.xyz'"):
+        rows.data_at(str(tmp_path / "pairs.xyz"))
 
 
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        rows.read_pairs(tmp_path / "none.jsonl")
+        rows.data_at(str(tmp_path / "none.jsonl"))
 
 
 def test_a_sample_is_seeded_and_in_order(tmp_path):
@@ -84,13 +84,17 @@ def test_overlap_compares_the_whole_conversation(tmp_path):
     assert found.pairs == {1}
 
 
-def test_training_prompts_are_those_of_the_runs_file(tmp_path):
-    path = write_jsonl(
-        tmp_path / "train.jsonl", [*preference_rows(2), {"prompt": "p", "completion": "c", "label": True}]
-    )
-    data = DataSection(train=str(path))
-    assert rows.training_prompts(data) == [row["prompt"] for row in preference_rows(2)] + ["p"]
-    assert rows.training_prompts(DataSection(train=str(tmp_path / "gone.jsonl"))) is None
+def test_a_runs_data_are_split_as_in_training(make_recipe, tmp_path):
+    """Half of 40 prompts are held out, by the run's seed, and none is on both sides."""
+    path = write_jsonl(tmp_path / "all.jsonl", preference_rows(40))
+    document = make_recipe({"data.train": str(path), "data.heldout_share": 0.5})
+    del document["data"]["heldout"]
+    data = rows.data_of_run(document)
+    train, heldout = ({rows.text_of(row.prompt) for row in part.rows()} for part in (data.train, data.heldout))
+    assert train | heldout == {row["prompt"] for row in preference_rows(40)}
+    assert not train & heldout
+    assert 10 < len(heldout) < 30
+    assert [pair.prompt for pair in rows.pairs_of(data.heldout)] == [row.prompt for row in data.heldout.rows()]
 
 
 def test_pairs_that_cannot_be_asked_are_left_out_with_their_reason(tmp_path):
@@ -98,14 +102,14 @@ def test_pairs_that_cannot_be_asked_are_left_out_with_their_reason(tmp_path):
     table[0]["chosen"] = "long " * 100
     table[1]["rejected"] = "now <|im_end|>"
     kept, left_out = rows.tokenize_pairs(pairs_of(tmp_path, table), tokenizer(), LIMITS)
-    assert [source.line for source in kept] == [3]
-    assert {getattr(problem, "code", "long") for problem in left_out} == {"long", "control_token"}
+    assert list(kept) == [2]
+    assert [problem.code for problem in left_out] == ["too_long", "control_token"]
 
 
 def test_a_pair_has_to_be_known_to_all_models(tmp_path):
     pairs = pairs_of(tmp_path, preference_rows(3))
     kept, _ = rows.tokenize_pairs(pairs, tokenizer(), LIMITS)
-    fewer = {source: example for source, example in kept.items() if source.line != 2}
+    fewer = {number: example for number, example in kept.items() if number != 1}
     assert rows.same_for_all([kept, fewer], pairs) == [0, 2]
     with pytest.raises(DataError, match="no pair is left"):
         rows.same_for_all([kept, {}], pairs)

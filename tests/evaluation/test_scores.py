@@ -35,7 +35,9 @@ def scored(run, tmp_path_factory):
     """The run's policy in float32, five pairs, their scores, and the positions looked at."""
     subject = identify(str(run))
     path = write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", preference_rows(5, start=50))
-    kept, left_out = rows.tokenize_pairs(rows.read_pairs(path), subject.tokenizer(), subject.recipe.data)
+    kept, left_out = rows.tokenize_pairs(
+        rows.pairs_of(rows.data_at(str(path))), subject.tokenizer(), subject.recipe.data
+    )
     assert not left_out
     examples = list(kept.values())
     policy = subject.load("float32")

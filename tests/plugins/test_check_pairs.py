@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from qpref.records import Message, PreferencePair, Source
-from qpref_check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pairs
+from qpref_check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pair
 
 LONG = "Bread rises because yeast turns sugar into gas, which the dough's gluten holds."
 OTHER = "I would not know; perhaps somebody in a bakery could be asked about all that."
@@ -22,7 +22,7 @@ def pair(chosen, rejected, line=1):
 
 def found(chosen, rejected, **options):
     """(code, severity, message) of each finding of one pair."""
-    findings = check_pairs(PairChecks(**options), [pair(chosen, rejected)])
+    findings = check_pair(PairChecks(**options), pair(chosen, rejected))
     return [(finding.code, finding.severity, finding.message) for finding in findings]
 
 
@@ -102,7 +102,7 @@ def test_every_check_has_the_severity_that_the_recipe_gives(check, chosen, rejec
 
 def test_findings_come_in_the_pairs_order_with_their_places():
     pairs = [pair("Gas.", OTHER, 3), pair(LONG, OTHER, 5), pair(LONG, LONG, 8)]
-    places = [(finding.code, str(finding.source)) for finding in check_pairs(PairChecks(), pairs)]
+    places = [(finding.code, str(finding.source)) for one in pairs for finding in check_pair(PairChecks(), one)]
     assert places == [("too_short", "pairs.jsonl:3"), ("identical", "pairs.jsonl:8")]
 
 

@@ -17,11 +17,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qpref
+from qpref.choices import Choice
 from qpref.data.load import load_rows
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PluginError, PolicyError
-from qpref.plan import Choice, make_plan
+from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import LossOutput, Source, TokenizedExample

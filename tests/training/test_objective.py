@@ -156,7 +156,7 @@ def test_unpaired_data_train_at_any_micro_batch_and_balance(make_recipe, tmp_pat
 def test_pairs_become_completions_and_the_run_says_so(make_recipe, tmp_path, caplog):
     with caplog.at_level("INFO", logger="qpref"):
         plan = make_plan(make_recipe() | {"loss": {"name": "kto"}}, (), tmp_path / "run")
-        checked, _ = load_rows(plan)
+        checked = load_rows(plan).train
     rows, report = list(checked.rows()), checked.report
     assert "the loss 'kto' is of single completions; 12 pairs become 24 of them" in caplog.text
     assert [row.label for row in rows[:4]] == [True, False, True, False]
@@ -296,7 +296,7 @@ def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp
 def test_completions_of_a_row_stay_in_one_held_out_window(make_trainer, monkeypatch):
     trainer = make_trainer(None, {"name": "kto"})
     wanted = trainer.heldout_means()
-    monkeypatch.setattr("qpref.training.loop.HELDOUT_WINDOW", 1)
+    monkeypatch.setattr("qpref.training.heldout.WINDOW", 1)
     found = trainer.heldout_means()
     assert found["logps/accuracies"] == wanted["logps/accuracies"]
     assert found["rewards/chosen"] == pytest.approx(wanted["rewards/chosen"], rel=1e-4)

@@ -1,0 +1,124 @@
+"""`qpref check`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qpref.data.audit import Audit
+    from qpref.data.report import DataReport
+    from qpref.data.tokenize import PairTokenizer
+    from qpref.recipe import DataSection, ModelSection
+
+NUM_PLACES = 3
+BAR_WIDTH = 40
+
+
+@click.command("check")
+@click.argument("what", metavar="RECIPE_OR_DATA")
+@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change one value of the recipe.")
+@click.option("--model", "base", metavar="BASE", help="Check a bare file's tokens too, as this base would see them.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page.")
+@click.option(
+    "--fix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the kept rows to FILE, and the refused ones, with the reasons, beside it (clean.refused.jsonl).",
+)
+def command(
+    what: str, overrides: tuple[str, ...], base: str | None, as_json: bool, html: Path | None, fix: Path | None
+) -> None:
+    """Look at the data of a recipe (a .toml file), or at one source of data: a file, `hf:org/name`, ...
+
+    No weights are loaded. Exits with 3 where a row is refused, or none is left; with 0 where there are warnings alone.
+    """
+    from qpref.data.audit import audit_data
+    from qpref.data.check import check_data
+    from qpref.data.clean import write_clean
+    from qpref.data.load import check_rows
+    from qpref.errors import DataError, RecipeError
+    from qpref.plan import make_data_plan, make_plan
+
+    if Path(what).suffix == ".toml":
+        if base is not None:
+            raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
+        recipe_plan = make_plan(Path(what), overrides)
+        recipe = recipe_plan.recipe
+        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data))
+    else:
+        if overrides:
+            raise RecipeError("--set changes a recipe, and this is a source of data")
+        plan = make_data_plan(what, base)
+        checked = check_data(plan.sources, plan.validators, pairs_alone=False)
+        audit = audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
+    report = audit.checked.report
+    if fix is not None:
+        written = write_clean(audit.checked, fix)
+        click.echo(f"written: {', '.join(map(str, written))}", err=as_json)
+    if html is not None:
+        from qpref.cli.check_page import write_page
+
+        write_page(audit, html)
+        click.echo(f"written: {html}", err=as_json)
+    if as_json:
+        click.echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))
+    else:
+        _print(audit)
+    if report.refused or not report.kept:
+        raise click.exceptions.Exit(DataError.exit_code)
+
+
+def _tokenizer(model: ModelSection, data: DataSection) -> PairTokenizer:
+    from qpref.cli import quiet_transformers
+    from qpref.data.tokenize import PairTokenizer
+    from qpref.policy.source import resolve_tokenizer
+    from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+
+    quiet_transformers()
+    base = resolve_tokenizer(model)
+    return PairTokenizer.of(load_tokenizer(model, base), data.template, stop_tokens(base))
+
+
+def _print(audit: Audit) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    report = audit.checked.report
+    console.print(f"{report.label}: {report.read} rows read, {report.kept} kept, {report.refused} refused"
+                  + (f", {report.dropped} left out for their length" if report.dropped else "")
+                  + (f", {report.num_cut} cut to length" if report.num_cut else ""))  # fmt: skip
+    if report.counts:
+        console.print(_findings(report))
+    for finding in report.findings:
+        if not finding.source.line:
+            console.print(f"{finding.code}: {finding.source}: {finding.message}")
+    for name, histogram in report.lengths.items():
+        console.print(f"\n{name}")
+        top = max(histogram.values())
+        for low, high, count in histogram.bars():
+            bar = "█" * round(BAR_WIDTH * count / top)
+            console.print(f"  {low:>8} .. {high:<8} {count:>8}  {bar}")
+    if audit.first_row is not None:
+        console.print(f"\nthe first row as the model meets it, what is scored in ⟦ ⟧:\n{audit.first_row}")
+    for note in audit.notes:
+        console.print(f"\n{note}")
+
+
+def _findings(report: DataReport) -> Table:
+    from rich.table import Table
+
+    table = Table(title="findings", title_justify="left")
+    for column in ("what", "severity", "found", "first"):
+        table.add_column(column, overflow="fold", justify="right" if column == "found" else "left")
+    for (severity, code), count in sorted(report.counts.items(), key=lambda item: (item[0][0], -item[1])):
+        of_kind = [one for one in report.findings if (one.severity, one.code) == (severity, code) and one.source.line]
+        places = "\n".join(f"{one.source}: {one.message}" for one in of_kind[:NUM_PLACES])
+        table.add_row(code, severity, str(count), places or "(all of the data; see below)")
+    return table

@@ -1,0 +1,41 @@
+"""A data set looked at as a whole, without training on it and without a model's weights: what `qpref check` shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qpref.data.check import CheckedData
+from qpref.data.load import tokenized
+from qpref.data.tokenize import PairTokenizer
+from qpref.recipe import DataSection
+
+
+@dataclass(slots=True)
+class Audit:
+    """What was seen.
+
+    Attributes:
+        first_row: the first kept row as the model meets it; None where no tokenizer was at hand.
+        notes: what a reader should know beside the findings.
+    """
+
+    checked: CheckedData
+    first_row: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON data."""
+        return self.checked.report.facts() | {"first_row": self.first_row, "notes": self.notes}
+
+
+def audit_data(checked: CheckedData, data: DataSection, tokenizer: PairTokenizer | None) -> Audit:
+    """Tokenize checked data, where there is a tokenizer, and keep nothing but what is told."""
+    seen = Audit(checked)
+    for rows in (checked.heldout, checked.train):
+        if rows is None or tokenizer is None:
+            continue
+        seen.first_row = None
+        for example in tokenized(rows, tokenizer, data):
+            seen.first_row = seen.first_row or tokenizer.render_first(example)
+    return seen
