@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import preference_rows, write_jsonl
+from conftest import merge_to, preference_rows, write_jsonl
 
 from qpref.cli import main
-from qpref.merge import merge_run
 from qpref.plan import make_plan
 from qpref.training.run import train_plan
 
@@ -48,7 +47,7 @@ def folder(make_base, tmp_path_factory):
         "sinks": [],
     }
     train_plan(make_plan(recipe, output=folder / "run"))
-    merge_run(folder / "run", folder / "merged", "float32")
+    merge_to(folder / "run", folder / "merged", "float32")
     return folder
 
 

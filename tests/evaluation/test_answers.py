@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import preference_rows, write_jsonl
+from conftest import merge_to, preference_rows, write_jsonl
 
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation import generate as module
 from qpref.evaluation.generate import Sampling, as_prompt, generate, read_prompts
 from qpref.evaluation.models import identify
-from qpref.merge import merge_run
 from qpref.plan import make_plan
 from qpref.training.run import train_plan
 
@@ -67,7 +66,7 @@ def test_a_batch_answers_as_each_prompt_alone_does(run):
 
 
 def test_the_merged_model_answers_as_the_run(run, tmp_path):
-    merge_run(run, tmp_path / "out", "float32")
+    merge_to(run, tmp_path / "out", "float32")
     alone = generate(identify(str(tmp_path / "out")), PROMPTS, GREEDY)
     assert [answers.model for answers in alone] == [
         answers.model for answers in generate(identify(str(run)), PROMPTS, GREEDY)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import preference_rows, write_jsonl
+from conftest import merge_to, preference_rows, write_jsonl
 from safetensors.torch import load_file
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.evaluation.models import common_dtype, identify
-from qpref.merge import merge_run
 from qpref.plan import make_plan
 from qpref.policy.reference import as_reference
 from qpref.training.run import train_plan
@@ -135,7 +134,7 @@ def test_a_run_whose_base_has_changed_is_refused(run, tmp_path):
 
 
 def test_a_merged_folder_is_a_model_in_its_stored_type(run, tmp_path):
-    merge_run(run, tmp_path / "out", "fp16")
+    merge_to(run, tmp_path / "out", "fp16")
     subject = identify(str(tmp_path / "out"))
     assert (subject.kind, subject.has_reference, subject.beta) == ("model", False, None)
     assert (subject.recipe.model.dtype, subject.recipe.model.quantization) == ("fp16", "none")
@@ -152,7 +151,7 @@ def test_a_base_alone_can_be_quantized(make_base):
 
 
 def test_models_of_different_types_are_all_compared_in_float32(run, tmp_path):
-    merge_run(run, tmp_path / "out", "fp16")
+    merge_to(run, tmp_path / "out", "fp16")
     of_run, merged = identify(str(run)), identify(str(tmp_path / "out"))
     assert common_dtype([of_run], all_float32=False) is None
     assert common_dtype([of_run, of_run], all_float32=True) == "float32"
