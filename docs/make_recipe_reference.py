@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from qpref.hooks import manager
-from qpref.recipe import Recipe
+from qpref.recipe import DataSection, Recipe, SourceSection
 
 HEAD = """# The recipe, key by key
 
@@ -38,6 +38,9 @@ def reference() -> str:
         model = field.annotation
         if isinstance(model, type) and issubclass(model, BaseModel) and table != "loss":
             parts.append(f"## [{table}]\n\n{model.__doc__}\n\n{_rows(model)}")
+            if model is DataSection:
+                title = "[[data.train]], [[data.heldout]]"
+                parts.append(f"## {title}\n\n{SourceSection.__doc__}\n\n{_rows(SourceSection)}")
     parts.append(LOSS)
     host = manager.PluginHost()
     titles = {"loss": '## [loss] name = "{}"', "check": "## [checks]: {}", "sink": '## [[sinks]] name = "{}"'}
@@ -52,8 +55,9 @@ def reference() -> str:
 def _rows(model: type[BaseModel]) -> str:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        default = "required" if field.default is PydanticUndefined else f"`{_toml(field.default)}`"
-        default = "" if field.default is None else default
+        value = field.get_default(call_default_factory=True)
+        default = "required" if value is PydanticUndefined else f"`{_toml(value)}`"
+        default = "" if value is None else default
         lines.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 
@@ -69,7 +73,9 @@ def _kind(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(arm) for arm in arms if arm is not type(None))
     if origin is list:
-        return f"list of {_kind(arms[0])}"
+        return "tables" if arms[0] is SourceSection else f"list of {_kind(arms[0])}"
+    if origin is dict:
+        return "table of texts"
     if hasattr(annotation, "__metadata__"):
         return _kind(annotation.__origin__)
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))

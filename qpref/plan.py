@@ -25,13 +25,18 @@ DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
 SPLITS: tuple[Split, ...] = ("heldout", "train")
 """In the order in which checks see them."""
+FOLDER_READER = "datasets"
+"""Reads a folder where no reader is named."""
 DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 """Run on all data too, where they are installed."""
 
 FREE_TO_CHANGE = {
     # Where things lie; their contents have fingerprints of their own.
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
-    *(("data", key) for key in ("train", "heldout", "reader", "skip_bad")),
+    *(
+        ("data", key)
+        for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad", "cache")
+    ),
     ("adapter", "start"),
     # How it is computed and how often it is told or saved.
     *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),
@@ -278,6 +283,8 @@ class _Resolution:
         """The reader that the recipe names, or that the location does, or whose name is the file's suffix (the longest
         such)."""
         name = source.reader or self._named_reader(source.path)
+        if name is None and Path(source.path).is_dir():
+            name = FOLDER_READER
         if name is None:
             file = Path(source.path).name
             known = self._reader_names()

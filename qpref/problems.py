@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
@@ -39,7 +39,14 @@ def problems_of(error: ValidationError, model: type[BaseModel], table: str = "")
             names, key = [key], ""
         problem = Problem(".".join(names), key, message)
         problems.setdefault((problem.table, problem.key), problem)
-    return list(problems.values())
+    return _deepest(problems.values())
+
+
+def _deepest(problems: Iterable[Problem]) -> list[Problem]:
+    """Without those that only say that a list of tables isn't what a union's other arm wants."""
+    found = list(problems)
+    inside = [f"{problem.table}." for problem in found]
+    return [one for one in found if not any(table.startswith(f"{one.table}.{one.key}.") for table in inside)]
 
 
 def _place(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
@@ -52,22 +59,24 @@ def _place(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str
         if isinstance(step, int):
             place.append(str(step))
             continue
+        if step.startswith("list["):  # a union's arm, through which the location goes on
+            continue
         if step not in model.model_fields:
             break
         place.append(step)
-        inner = _inner_model(model.model_fields[step].annotation)
+        annotation = model.model_fields[step].annotation
+        inner = _inner_model(annotation)
         if inner is not None:
             model = inner
-        elif get_origin(model.model_fields[step].annotation) is not list:
+        elif get_origin(annotation) is not list:
             break
     return place, model
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arm in get_args(annotation) if (found := _inner_model(arm))), None)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

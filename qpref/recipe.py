@@ -109,12 +109,17 @@ class AdapterSection(Section):
         return value
 
 
+Shape = Literal[
+    "auto", "pair", "whole", "hh", "sharegpt", "alpaca", "openai", "ranked", "shp", "saferlhf", "arena", "unpaired"
+]
+
+
 class SourceSection(Section):
     """One of several sources: an entry of `[[data.train]]` or `[[data.heldout]]`."""
 
     path: str = Field(min_length=1, description="As `train` in `[data]`.")
     reader: str | None = Field(default=None, description="Default: that of `[data]`.")
-    shape: str | None = Field(default=None, description="Default: that of `[data]`.")
+    shape: Shape | None = Field(default=None, description="Default: that of `[data]`.")
     columns: dict[str, str] | None = Field(default=None, description="Default: those of `[data]`.")
     weight: float = Field(
         default=1.0,
@@ -142,7 +147,7 @@ class DataSection(Section):
     reader: str | None = Field(
         default=None, description="Reader of all files; default: the one named like a file's suffix."
     )
-    shape: str = Field(default="auto", description="Shape of the rows, by name ([the list](data.md)); auto: found out.")
+    shape: Shape = Field(default="auto", description="Shape of the rows ([examples](data.md)); auto: found out.")
     columns: dict[str, str] = Field(
         default_factory=dict, description='Columns of other names: `{ prompt = "question" }` reads `question`.'
     )
@@ -160,6 +165,8 @@ class DataSection(Section):
     skip_bad: float = Field(
         default=0.0, ge=0, lt=1, description="Share of refused rows up to which the run goes on without them."
     )
+
+    cache: bool = Field(default=True, description="Keep token ids in the cache folder, by content.")
 
     def sources(self, key: Literal["train", "heldout"]) -> list[SourceSection]:
         """The sources under one key, each complete."""

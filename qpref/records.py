@@ -109,6 +109,7 @@ class TokenizedExample:
 
     Attributes:
         truncated: for each branch, whether its end, and so its stop token, was cut off.
+        prompt_cut: whether earlier turns, or the beginning of the last, were cut off.
         label: whether the completion is desirable; None for a pair.
         number: which pair of its row it is, or was taken from.
     """
@@ -116,6 +117,7 @@ class TokenizedExample:
     prompt: array[int]
     branches: tuple[array[int], ...]
     truncated: tuple[bool, ...]
+    prompt_cut: bool = False
     weight: float
     margin: float
     label: bool | None = None

@@ -1,15 +1,17 @@
 """A recipe is taken whole or refused with every mistake in it; relative paths and options end where they belong."""
 
 import sys
+from typing import get_args
 
 import pytest
 import tomli_w
 
 from qpref import __version__
+from qpref.data.shapes import SHAPES
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
-from qpref.plan import make_plan
-from qpref.recipe import with_overrides
+from qpref.plan import DEFAULT_VALIDATORS, make_plan
+from qpref.recipe import Shape, with_overrides
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
 
@@ -357,6 +359,53 @@ def test_the_reader_is_the_one_named_or_that_of_the_suffix(data, reader):
     assert [source.reader.record.name for source in make_plan(recipe_with(data=data)).sources] == [reader]
 
 
+def test_a_folder_is_read_as_a_saved_dataset(tmp_path):
+    (tmp_path / "saved").mkdir()
+    plan = make_plan(recipe_with(data={"train": str(tmp_path / "saved")}))
+    assert [source.reader.record.name for source in plan.sources] == ["datasets"]
+
+
+def test_a_location_may_name_its_reader():
+    (source,) = make_plan(recipe_with(data={"train": "hf:org/name:test"})).sources
+    assert (source.reader.record.name, source.location) == ("hf", "hf:org/name:test")
+
+
+def test_several_sources_have_settings_of_their_own_or_the_datas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = [{"path": "a.jsonl", "weight": 0.5, "shape": "hh"}, {"path": "b.csv", "columns": {"prompt": "p"}}]
+    data = {"train": train, "heldout": "c.json", "columns": {"chosen": "good"}, "shape": "pair"}
+    plan = make_plan(recipe_with(data=data))
+    assert [
+        (source.location, source.split, source.reader.record.name, source.weight, source.shape, source.columns)
+        for source in plan.sources
+    ] == [
+        (f"{tmp_path}/c.json", "heldout", "json", 1.0, "pair", {"chosen": "good"}),
+        (f"{tmp_path}/a.jsonl", "train", "jsonl", 0.5, "hh", {"chosen": "good"}),
+        (f"{tmp_path}/b.csv", "train", "csv", 1.0, "pair", {"prompt": "p"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"train": []}, "[data] train: "),
+        ({"train": [{"path": "a.zip"}]}, "[data.train.0] path: no reader for 'a.zip'"),
+        ({"train": [{"path": "a.jsonl", "weight": 0}]}, "[data.train.0] weight: expected greater than 0, got 0"),
+        ({"train": [{"path": "a.jsonl", "wait": 1}]}, "[data.train.0] wait: unknown key; did you mean 'weight'?"),
+        ({"train": "a.jsonl", "shape": "pears"}, "[data] shape: expected 'auto', 'pair', "),
+        ({"train": "a.jsonl", "heldout": "b.jsonl", "heldout_share": 0.1}, "[data] heldout names the held-out data"),
+        ({"train": "a.jsonl", "heldout_share": 0.9}, "[data] heldout_share: expected less than or equal to 0.5"),
+    ],
+)
+def test_mistakes_in_the_sources_are_named(data, problem):
+    (found,) = problems(recipe_with(data=data))
+    assert found.startswith(problem)
+
+
+def test_the_recipe_knows_the_shapes_that_there_are():
+    assert set(get_args(Shape)) == {"auto", *SHAPES}
+
+
 def test_of_two_readers_that_fit_the_longer_suffix_wins(offer_by_acme):
     offer_by_acme("read-chat.jsonl", CHAT_JSONL)
     plan = make_plan(recipe_with(data={"train": "a.chat.jsonl", "heldout": "b.jsonl"}))
@@ -381,7 +430,8 @@ def test_an_unknown_suffix_is_refused_with_what_is_installed(key, file):
 
 def test_without_tables_pairs_are_checked_and_the_console_shows():
     plan = make_plan(MINIMAL)
-    assert [choice.plugin.record.name for choice in (*plan.validators, *plan.sinks)] == ["pairs", "console"]
+    assert [choice.plugin.record.name for choice in plan.validators] == ["pairs", *DEFAULT_VALIDATORS]
+    assert [choice.plugin.record.name for choice in plan.sinks] == ["console"]
 
 
 def test_an_empty_list_of_sinks_is_none():
@@ -396,9 +446,9 @@ def no_urls(offer_by_acme):
 
 def test_a_table_of_checks_adds_a_validator_with_its_options(no_urls):
     plan = make_plan(recipe_with(checks={"identical": "warn", "no-urls": {"allowed": 3}}))
-    assert [(choice.plugin.record.name, choice.options.model_dump()) for choice in plan.validators][1:] == [
-        ("no-urls", {"allowed": 3})
-    ]
+    names = [choice.plugin.record.name for choice in plan.validators]
+    assert names == ["pairs", *DEFAULT_VALIDATORS, "no-urls"]
+    assert plan.validators[-1].options.model_dump() == {"allowed": 3}
 
 
 def test_a_validators_key_like_no_other_is_told_what_it_knows(no_urls):

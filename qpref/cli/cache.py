@@ -14,6 +14,7 @@ KINDS = {
     "models": "converted base models; finished runs need theirs for a merge",
     "pypi": "files out of wheels",
     "reference": "reference log-probabilities",
+    "tokens": "token ids of preference data",
     "sha256": "hashes of large files",
 }
 
@@ -35,7 +36,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
     """List what qpref keeps on this machine, and how much room it takes.
 
     The folder is $QPREF_CACHE, else qpref in the user's cache folder. Reference log-probabilities are bounded
-    ($QPREF_REFERENCE_CACHE_BYTES, 20 GiB unless set): what was used longest ago goes first.
+    ($QPREF_REFERENCE_CACHE_BYTES, 20 GiB unless set), and so are token ids ($QPREF_TOKEN_CACHE_BYTES, 5 GiB): what was
+    used longest ago goes first.
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from qpref.data.audit import Audit
     from qpref.data.report import DataReport
     from qpref.data.tokenize import PairTokenizer
     from qpref.recipe import DataSection, ModelSection
+    from qpref.records import Finding
+    from qpref.training.swapped import SwapSearch
 
 NUM_PLACES = 3
 BAR_WIDTH = 40
@@ -51,7 +55,10 @@ def command(
             raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
         recipe_plan = make_plan(Path(what), overrides)
         recipe = recipe_plan.recipe
-        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data))
+        swaps = _swap_search(recipe.model)
+        note = swaps.note if swaps else None
+        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data), note)
+        audit.checked.report.add(swaps.findings() if swaps else ())
     else:
         if overrides:
             raise RecipeError("--set changes a recipe, and this is a source of data")
@@ -63,7 +70,7 @@ def command(
         written = write_clean(audit.checked, fix)
         click.echo(f"written: {', '.join(map(str, written))}", err=as_json)
     if html is not None:
-        from qpref.cli.check_page import write_page
+        from qpref.data.page import write_page
 
         write_page(audit, html)
         click.echo(f"written: {html}", err=as_json)
@@ -73,6 +80,19 @@ def command(
         _print(audit)
     if report.refused or not report.kept:
         raise click.exceptions.Exit(DataError.exit_code)
+
+
+def _swap_search(model: ModelSection) -> SwapSearch | None:
+    """Looks for swapped labels where the base is on this machine and an earlier run has scored pairs on it."""
+    from qpref.policy.known_shapes import local_base
+    from qpref.policy.reference_cache import DESCRIPTION, root
+    from qpref.policy.source import resolve_base
+
+    if local_base(model) is None or not any(root().glob(f"*/{DESCRIPTION}")):
+        return None
+    from qpref.training.swapped import SwapSearch
+
+    return SwapSearch(resolve_base(model))
 
 
 def _tokenizer(model: ModelSection, data: DataSection) -> PairTokenizer:
@@ -92,6 +112,7 @@ def _print(audit: Audit) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     report = audit.checked.report
     console.print(f"{report.label}: {report.read} rows read, {report.kept} kept, {report.refused} refused"
+                  + (f", {report.repeated} the same as an earlier row" if report.repeated else "")
                   + (f", {report.dropped} left out for their length" if report.dropped else "")
                   + (f", {report.num_cut} cut to length" if report.num_cut else ""))  # fmt: skip
     if report.counts:
@@ -115,10 +136,19 @@ def _findings(report: DataReport) -> Table:
     from rich.table import Table
 
     table = Table(title="findings", title_justify="left")
-    for column in ("what", "severity", "found", "first"):
+    for column in ("what", "severity", "found", "first lines", "the first says"):
         table.add_column(column, overflow="fold", justify="right" if column == "found" else "left")
     for (severity, code), count in sorted(report.counts.items(), key=lambda item: (item[0][0], -item[1])):
-        of_kind = [one for one in report.findings if (one.severity, one.code) == (severity, code) and one.source.line]
-        places = "\n".join(f"{one.source}: {one.message}" for one in of_kind[:NUM_PLACES])
-        table.add_row(code, severity, str(count), places or "(all of the data; see below)")
+        first = [one for one in report.findings if (one.severity, one.code) == (severity, code)][:NUM_PLACES]
+        if first[0].source.line:
+            table.add_row(code, severity, str(count), _places(report, first), first[0].message)
+        else:
+            table.add_row(code, severity, str(count), "all", "see below")
     return table
+
+
+def _places(report: DataReport, findings: Sequence[Finding]) -> str:
+    """The lines, with their file's name where there are several files."""
+    if len(report.paths) == 1:
+        return ", ".join(str(one.source.line) for one in findings)
+    return "\n".join(f"{Path(one.source.path).name}:{one.source.line}" for one in findings)

@@ -70,12 +70,14 @@ def command(
     from qpref.cli import quiet_transformers
     from qpref.evaluation.generate import Sampling, as_prompt, generate, read_prompts
     from qpref.evaluation.models import identify
+    from qpref.records import Source
 
     if not texts and data is None:
         raise click.UsageError("name prompts with --prompt or --prompts")
     quiet_transformers()
     subject = identify(model, base=base, quantization=quantization)
-    prompts = [as_prompt(text) for text in texts] + (read_prompts(data) if data else [])
+    given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
+    prompts = given + (read_prompts(data) if data else [])
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
     )

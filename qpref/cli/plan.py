@@ -165,7 +165,7 @@ def planned_data(plan: Plan) -> PlannedData:
         kind = "pair" if plan.is_paired else "completion"
         said = f"{missing[0]}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
         return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
-    rows = list(load_rows(plan).train.rows())
+    rows = list(load_rows(replace(plan, sources=tuple(sources))).train.rows())
     return _tokenized(plan, rows, where) or _estimated(plan, rows, where)
 
 
@@ -209,11 +209,11 @@ def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | 
 
 def _lengths(tokenizer: Any, rows: list[CheckedRow], plan: Plan) -> list[Lengths]:
     """Of the rows that training would keep."""
-    from qpref.data.truncate import fit_length
+    from qpref.data.truncate import fit_length, prompt_limit
     from qpref.records import Finding, TokenizedExample
 
     found: list[Lengths] = []
-    for example in tokenizer.tokenize(rows):
+    for example in tokenizer.tokenize(rows, prompt_limit(plan.recipe.data)):
         fitted = example if isinstance(example, Finding) else fit_length(example, plan.recipe.data)
         if isinstance(fitted, TokenizedExample):
             found.append((len(fitted.prompt), [len(branch) for branch in fitted.branches]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from qpref.data.check import CheckedData
 from qpref.data.load import tokenized
 from qpref.data.tokenize import PairTokenizer
 from qpref.recipe import DataSection
+from qpref.records import TokenizedExample
 
 
 @dataclass(slots=True)
@@ -29,8 +31,17 @@ class Audit:
         return self.checked.report.facts() | {"first_row": self.first_row, "notes": self.notes}
 
 
-def audit_data(checked: CheckedData, data: DataSection, tokenizer: PairTokenizer | None) -> Audit:
-    """Tokenize checked data, where there is a tokenizer, and keep nothing but what is told."""
+def audit_data(
+    checked: CheckedData,
+    data: DataSection,
+    tokenizer: PairTokenizer | None,
+    note: Callable[[TokenizedExample], None] | None = None,
+) -> Audit:
+    """Tokenize checked data, where there is a tokenizer, and keep nothing but what is told.
+
+    Args:
+        note: is shown each tokenized example.
+    """
     seen = Audit(checked)
     for rows in (checked.heldout, checked.train):
         if rows is None or tokenizer is None:
@@ -38,4 +49,6 @@ def audit_data(checked: CheckedData, data: DataSection, tokenizer: PairTokenizer
         seen.first_row = None
         for example in tokenized(rows, tokenizer, data):
             seen.first_row = seen.first_row or tokenizer.render_first(example)
+            if note is not None:
+                note(example)
     return seen

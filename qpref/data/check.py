@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from qpref.choices import Choice, SourceChoice
+from qpref.data.repeats import Repeats
 from qpref.data.report import DataReport
 from qpref.data.shapes import unpair
 from qpref.data.source import CheckedRow, DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
-from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class CheckedRows:
         as_singles: give each pair as the two single completions that it holds.
         share: where the split is a part of its sources; None where it is all of them.
         report: what was found so far, of all splits.
+        read: rows of this split.
         weights: path of the rows -> how often an epoch trains on each, where that isn't once.
     """
 
@@ -34,6 +36,7 @@ class CheckedRows:
     pairs_alone: bool
     as_singles: bool = False
     report: DataReport
+    read: int = 0
     weights: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> Iterator[CheckedRow]:
@@ -51,10 +54,18 @@ class CheckedRows:
                 else:
                     yield example
 
-    def looked_at(self) -> Iterator[Sequence[CheckedRow] | Finding]:
-        """Each row of this split as one or more examples, or why it is none."""
+    @property
+    def label(self) -> str:
+        return ", ".join(source.choice.location for source in self.sources)
+
+    def looked_at(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
+        """Each row of this split as one or more examples, or why it is none.
+
+        Args:
+            note: is shown each row of the sources that could be read.
+        """
         for source in self.sources:
-            for row in source.rows():
+            for row in source.rows(note):
                 if self.share is not None and self.share.split_of(row) != self.split:
                     continue
                 if not isinstance(row, Finding) and source.choice.weight != 1:
@@ -103,16 +114,25 @@ def check_data(
 
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
+    repeats = Repeats()
     for rows in (heldout, train):
-        _look(rows, checks, report)
+        # A held-out share is a part of the training sources, which are noted with the training rows.
+        _look(rows, checks, report, None if rows is heldout and share else repeats.note)
+    report.repeated = repeats.count()
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
 
-def _look(rows: CheckedRows, checks: Sequence[_RunningCheck], report: DataReport) -> None:
-    for row in rows.looked_at():
+def _look(
+    rows: CheckedRows,
+    checks: Sequence[_RunningCheck],
+    report: DataReport,
+    note: Callable[[Row], None] | None,
+) -> None:
+    for row in rows.looked_at(note):
         report.read += 1
+        rows.read += 1
         if isinstance(row, Finding):
             report.add([row])
             continue
@@ -131,23 +151,29 @@ class _RunningCheck:
 
     @classmethod
     def of(cls, validator: Choice) -> _RunningCheck:
-        return cls(validator, _called(validator, lambda: validator.plugin.record.start(validator.options)))
+        with _blamed(validator):
+            return cls(validator, validator.plugin.record.start(validator.options))
 
-    def look(self, example: CheckedRow, split: Split) -> list[Finding]:
+    def look(self, example: CheckedRow, split: Split) -> Iterator[Finding]:
         return self._findings(lambda: self.check.look(example, split))
 
-    def finish(self) -> list[Finding]:
+    def finish(self) -> Iterator[Finding]:
         return self._findings(self.check.finish)
 
-    def _findings(self, find: Callable[[], Iterable[Finding]]) -> list[Finding]:
-        findings: list[Finding] = _called(self.validator, lambda: list(find()))
-        if strange := [finding for finding in findings if not isinstance(finding, Finding)]:
-            raise PluginError(f"{self.validator.plugin.offer} yields {type(strange[0]).__name__}, not Finding")
-        return findings
+    def _findings(self, find: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+        """One at a time: there may be as many as rows."""
+        with _blamed(self.validator):
+            for finding in find():
+                if not isinstance(finding, Finding):
+                    raise PluginError(f"{self.validator.plugin.offer} yields {type(finding).__name__}, not Finding")
+                yield finding
 
 
-def _called(validator: Choice, call: Callable[[], Any]) -> Any:
+@contextmanager
+def _blamed(validator: Choice) -> Iterator[None]:
     try:
-        return call()
+        yield
+    except PluginError:
+        raise
     except (Exception, SystemExit) as error:
         raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
 from qpref.data.split import HeldOutShare, mixed
+from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
-from qpref.data.truncate import fit_length
+from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
 from qpref.plan import Plan
 from qpref.recipe import DataSection
@@ -46,6 +47,9 @@ def load_rows(plan: Plan) -> CheckedData:
     checked = check_rows(plan)
     checked.report.log_warnings()
     checked.report.stop_on_errors(plan.recipe.data.skip_bad)
+    for rows in (checked.train, checked.heldout):
+        if rows is not None and next(rows.rows(), None) is None:
+            raise DataError(f"{rows.label}: no pair is left of {rows.read} rows")
     if not plan.is_paired:
         _explain_singles(checked.train, plan)
     return checked
@@ -57,7 +61,7 @@ def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
         if isinstance(row, PreferencePair):
             pairs += 1
             margins |= bool(row.margin)
-    label = checked.report.label
+    label = checked.label
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
                  label, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
@@ -76,10 +80,12 @@ def tokenize_rows(
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
     report = checked.report
+    told = set(report.counts)
     examples = list(tokenized(checked, tokenizer, data))
+    report.log_warnings(told)
     report.stop_on_errors(data.skip_bad)
     if not examples:
-        raise DataError(f"{report.label}: no pair is left to {'train on' if checked.split == 'train' else 'hold out'}")
+        raise DataError(f"{checked.label}: no pair is left of {checked.read} rows")
     if report.dropped or report.num_cut:
         log.info("%s: of %d rows, %d left out and %d cut for their length", report.label, report.read, report.dropped,
                  report.num_cut)  # fmt: skip
@@ -87,19 +93,21 @@ def tokenize_rows(
 
 
 def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> Iterator[TokenizedExample]:
-    """Each kept example as token ids. A row of which a part is refused or dropped is so as a whole, and reported."""
+    """Each kept example as token ids, computed or remembered. What refuses or drops a part of a row does so to all."""
     report = checked.report
-    for source, found in itertools.groupby(tokenizer.tokenize(checked.rows()), key=lambda one: one.source):
+    remembering = (TokenCache.open(tokenizer) if data.cache else None) or tokenizer
+    rows = remembering.tokenize(checked.rows(), prompt_limit(data))
+    for source, found in itertools.groupby(rows, key=lambda one: one.source):
         fitted = [one if isinstance(one, Finding) else fit_length(one, data) for one in found]
         findings = [one for one in fitted if isinstance(one, Finding)]
         examples = [one for one in fitted if isinstance(one, TokenizedExample)]
         findings += _contradictions(examples)
         report.add(findings)
-        if None in fitted:
+        if None in fitted or any(finding.code == "identical" for finding in findings):
             report.drop(source)
         if report.leaves_out(source):
             continue
-        report.num_cut += any(any(example.truncated) for example in examples)
+        report.num_cut += any(example.prompt_cut or any(example.truncated) for example in examples)
         for example in examples:
             sides = ("chosen", "rejected") if example.label is None else ("completion",)
             sizes = {side: len(branch) for side, branch in zip(sides, example.branches, strict=True)}
@@ -112,8 +120,8 @@ def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
     findings = []
     for good, bad in itertools.pairwise(examples):
         if good.number == bad.number and good.label and not bad.label and good.branches == bad.branches:
-            message = f"chosen and rejected are the same in their first {len(good.branches[0])} tokens"
-            findings.append(Finding(code="identical", severity="error", message=message, source=good.source))
+            message = f"dropped: cut to their first {len(good.branches[0])} tokens, chosen and rejected are the same"
+            findings.append(Finding(code="identical", severity="warning", message=message, source=good.source))
     return findings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class DataReport:
         findings: the first 1,000 of each code, in the order in which they were found.
         counts: how many of each (severity, code) there are.
         lengths: of texts, by what is measured: "prompt characters", "chosen tokens", ...
+        repeated: rows whose columns all hold what an earlier row's do, refused ones too.
         num_cut: rows that were cut to length.
     """
 
@@ -55,6 +56,7 @@ class DataReport:
     findings: list[Finding] = field(default_factory=list)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     lengths: dict[str, Histogram] = field(default_factory=dict)
+    repeated: int = 0
     num_cut: int = 0
     _refused: dict[str, dict[int, str]] = field(default_factory=dict)
     _dropped: dict[str, set[int]] = field(default_factory=dict)
@@ -124,9 +126,14 @@ class DataReport:
         for side, size in sizes.items():
             self.lengths.setdefault(f"{side} {unit}", Histogram()).note(size)
 
-    def log_warnings(self) -> None:
-        """One line for each warning of a whole source, and for each kind of the others, with the first place."""
+    def log_warnings(self, told: Container[tuple[str, str]] = ()) -> None:
+        """One line for each warning of a whole source, and for each kind of the others, with the first place.
+
+        Args:
+            told: (severity, code) of those that have had their line.
+        """
         warnings = [finding for finding in self.findings if finding.severity == "warning"]
+        warnings = [finding for finding in warnings if ("warning", finding.code) not in told]
         for finding in warnings:
             if not finding.source.line:
                 log.warning("%s: %s", finding.source, finding.message)
@@ -166,6 +173,7 @@ class DataReport:
             "kept": self.kept,
             "refused": self.refused,
             "dropped": self.dropped,
+            "repeated": self.repeated,
             "cut": self.num_cut,
             "counts": [
                 {"severity": severity, "code": code, "count": number}

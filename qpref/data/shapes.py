@@ -1,132 +1,347 @@
-"""Row dict -> record. Each shape that a row may have is written here once, whatever file it came from."""
+"""Row -> records. Each shape that a row may have is written here once, whatever the row came from.
+
+`docs/data.md` shows an example of each. A row that has the columns of several shapes is taken for the first of these
+in `shape_of`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
+from itertools import combinations
 
-from qpref.records import Finding, Message, PreferencePair, Row, UnpairedExample
+from qpref.data.columns import (
+    HUMAN,
+    Turns,
+    any_prompt,
+    instruction,
+    label_in,
+    need,
+    number_in,
+    prompt_column,
+    text_in,
+    tools_in,
+    with_system,
+)
+from qpref.data.messages import (
+    BadRowError,
+    check_prompt,
+    check_response,
+    dialogue_of,
+    kind_of,
+    named,
+    shown,
+    turns_of,
+)
+from qpref.data.ranked import RANKED_COLUMNS, response_of, responses_in, worth_of
+from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
-SIDES = ("prompt", "chosen", "rejected")
-ROLES = ("system", "user", "assistant")
+Records = list[PreferencePair | UnpairedExample]
+
+COLUMNS = frozenset(
+    {
+        *("prompt", "chosen", "rejected", "system", "tools", "weight", "margin", "conversations", "messages"),
+        *("instruction", "input", "output", "history", *RANKED_COLUMNS, "ranks", "scores"),
+        *("completion", "label", "kto_tag", "preferred_output", "non_preferred_output"),
+        *("human_ref_A", "human_ref_B", "labels", "response_0", "response_1", "better_response_id"),
+        *("conversation_a", "conversation_b", "winner"),
+    }
+)
+"""Every column that some shape reads."""
 
 
-class _BadRowError(ValueError):
-    """Why a row is no pair; becomes a finding at the row's place."""
+def records_of_row(row: Row, shape: str = "auto") -> Sequence[PreferencePair | UnpairedExample] | Finding:
+    """The records that a row holds, or why it holds none; `shape` is a name of SHAPES, or found by the columns."""
+    found = shape_of(row.values) if shape == "auto" else shape
+    if found is None:
+        columns = named(row.values) or "no column"
+        message = f"no known shape of a preference row; it has {columns}; [data] columns names what stands for what"
+        return Finding(code="no_shape", severity="error", message=message, source=row.source)
+    return SHAPES[found](row)
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+
+def shape_of(values: Mapping[str, object]) -> str | None:
+    """The first shape, in the order of docs/data.md, whose columns a row has; a column that is null is not there."""
+    has = {name for name in COLUMNS.intersection(values) if values[name] is not None}
+    if has & {"chosen", "rejected"}:
+        return _pair_shape(values, has)
+    if has & {"preferred_output", "non_preferred_output"}:
+        return "openai"
+    if "instruction" in has and isinstance(values.get("output"), list):
+        return "alpaca"
+    if has.intersection(RANKED_COLUMNS):
+        return "ranked"
+    for name, columns in _CONTESTS.items():
+        if columns[0] in has and columns[1] in has:
+            return name
+    if has & {"completion", "label", "kto_tag"}:
+        return "unpaired"
+    return "pair" if "prompt" in has else None
+
+
+def _pair_shape(values: Mapping[str, object], has: set[str]) -> str:
+    sides = values.get("chosen"), values.get("rejected")
+    if all(isinstance(side, str) and side.startswith(HUMAN) for side in sides):
+        return "hh"
+    if "prompt" in has:
+        return "pair"
+    if "conversations" in has:
+        return "sharegpt"
+    if "instruction" in has:
+        return "alpaca"
+    return (
+        "whole"
+        if all(isinstance(side, list) or (isinstance(side, str) and side[:1] == "[") for side in sides)
+        else "pair"
+    )
+
+
+def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
+    """The row with columns renamed, our name -> theirs, or which of theirs it lacks."""
+    missing = [f"'{theirs}' (for {ours})" for ours, theirs in columns.items() if theirs not in row.values]
+    if missing:
+        found = named(row.values) or "none"
+        message = f"no column {' and no column '.join(missing)}; it has {found}"
+        return Finding(code="missing_column", severity="error", message=message, source=row.source)
+    renamed = set(columns.values())
+    values = {name: value for name, value in row.values.items() if name not in renamed}
+    return Row(values=values | {ours: row.values[theirs] for ours, theirs in columns.items()}, source=row.source)
+
+
+def _pair(row: Row) -> Records:
+    need(row.values, "prompt", "chosen", "rejected")
+    return _of_sides(row, prompt_column(row.values))
+
+
+def _whole(row: Row) -> Records:
+    need(row.values, "chosen", "rejected")
+    return _of_sides(row, None)
+
+
+def _sharegpt(row: Row) -> Records:
+    need(row.values, "conversations", "chosen", "rejected")
+    return _of_sides(row, with_system(row.values, turns_of(row.values["conversations"], "conversations", "user")))
+
+
+def _alpaca(row: Row) -> Records:
+    prompt, output = instruction(row.values), row.values.get("output")
+    if row.values.get("chosen") is not None or row.values.get("rejected") is not None:
+        need(row.values, "chosen", "rejected")
+        return _of_sides(row, prompt)
+    if not isinstance(output, list) or len(output) != 2:
+        found = f"{len(output)} of them" if isinstance(output, list) else kind_of(output)
+        raise BadRowError("not_a_pair", f"output: expected two responses, the better one first, found {found}")
+    return [_record(row, prompt, output[0], output[1])]
+
+
+def _hh(row: Row) -> Records:
+    need(row.values, "chosen", "rejected")
+    sides = [text_in(row.values, side) for side in ("chosen", "rejected")]
+    chosen, rejected = (dialogue_of(text, side) for text, side in zip(sides, ("chosen", "rejected"), strict=True))
+    prompt = None if row.values.get("prompt") is None else prompt_column(row.values)
+    return [_parted(row, chosen, rejected, prompt)]
+
+
+def _openai(row: Row) -> Records:
+    need(row.values, "input", "preferred_output", "non_preferred_output")
+    asked = row.values["input"]
+    if not isinstance(asked, dict):
+        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(asked)}")
+    prompt = turns_of(asked.get("messages"), "input.messages", "user")
+    inner = Row(values={"tools": asked.get("tools")} | dict(row.values), source=row.source)
+    return [_record(inner, prompt, row.values["preferred_output"], row.values["non_preferred_output"])]
+
+
+def _ranked(row: Row) -> Records:
+    name, responses = responses_in(row.values)
+    ordered = name == "ranked"
+    worth = [float(-place) for place in range(len(responses))] if ordered else worth_of(row.values, responses)
+    prompt = any_prompt(row.values)
+    turns = [turns_of(response_of(one), f"{name}, number {at}", "assistant") for at, one in enumerate(responses, 1)]
+    best_first = sorted(range(len(turns)), key=lambda place: -worth[place])
+    pairs = [pair for pair in combinations(best_first, 2) if worth[pair[0]] > worth[pair[1]]]
+    if not pairs:
+        raise BadRowError("tied", f"all {len(turns)} responses are worth the same, so none is preferred")
+    return [
+        replace(_built(row, prompt, turns[better], turns[worse]), number=number)
+        for number, (better, worse) in enumerate(pairs)
+    ]
+
+
+def _contest(name: str) -> Callable[[Row], Records]:
+    """Two responses and a column that says which is better."""
+    first, second, verdict, winners = _CONTESTS[name]
+
+    def read(row: Row) -> Records:
+        need(row.values, first, second, verdict)
+        found = row.values[verdict]
+        key = shown(found).strip("'").lower()
+        if key not in winners:
+            if key.startswith("tie"):
+                raise BadRowError("tied", f"{verdict}: a tie, so none is preferred")
+            raise BadRowError("bad_label", f"{verdict}: expected {' or '.join(winners)}, found {shown(found)}")
+        better, worse = (first, second) if winners[key] == 0 else (second, first)
+        values = dict(row.values) | {"chosen": row.values[better], "rejected": row.values[worse]}
+        contested = Row(values=values, source=row.source)
+        prompt = row.values.get("history" if name == "shp" else "prompt")
+        return _of_sides(contested, None if prompt is None else prompt_column(values | {"prompt": prompt}))
+
+    return read
+
+
+_CONTESTS: dict[str, tuple[str, str, str, dict[str, int]]] = {
+    "shp": ("human_ref_A", "human_ref_B", "labels", {"1": 0, "0": 1}),
+    "saferlhf": ("response_0", "response_1", "better_response_id", {"0": 0, "1": 1}),
+    "arena": ("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}),
+}
+
+
+def _unpaired(row: Row) -> Records:
+    values = row.values
+    label = label_in(values)
+    completion = next((values[name] for name in ("completion", "output") if values.get(name) is not None), None)
+    if completion is not None:
+        prompt, response = any_prompt(values), turns_of(completion, "completion", "assistant")
+    else:
+        whole = any_prompt(values)
+        prompt, response = whole[:-1], whole[-1:]
+        if len(whole) == 1 or response[0].role != "assistant":
+            raise BadRowError("not_an_example", "not a labelled completion: no completion")
+    check_prompt(prompt)
+    check_response(response, "completion")
+    weight, tools = number_in(values, "weight", 1.0, at_least=0.0), tools_in(values)
+    example = UnpairedExample(
+        prompt=prompt, completion=response, label=label, tools=tools, weight=weight, source=row.source
+    )
+    return [example]
 
 
 def is_unpaired(row: Row) -> bool:
     """Whether a row is a single completion with a label, rather than a pair or an attempt at one."""
-    return row.values.get("completion") is not None and row.values.get("chosen") is None
+    return shape_of(row.values) == "unpaired"
 
 
 def unpaired_of_row(row: Row) -> UnpairedExample | Finding:
-    """A single completion, or why the row is none: `prompt` and `completion` as in a pair, `label` true or false."""
-    try:
-        missing = [side for side in ("prompt", "completion", "label") if row.values.get(side) is None]
-        if missing:
-            raise _BadRowError("not_an_example", f"not a labelled completion: no {' and no '.join(missing)}")
-        label = row.values["label"]
-        if label not in (0, 1) or isinstance(label, float):
-            raise _BadRowError("not_an_example", f"label: expected true or false, found {repr(label)[:40]}")
-        return UnpairedExample(
-            prompt=_conversation(row.values["prompt"], "prompt", "user"),
-            completion=_conversation(row.values["completion"], "completion", "assistant"),
-            label=bool(label),
-            weight=_number(row.values, "weight", 1.0, at_least=0.0),
-            source=row.source,
-        )
-    except _BadRowError as error:
-        return Finding(code=error.code, severity="error", message=str(error), source=row.source)
+    """A single completion, or why the row is none."""
+    records = SHAPES["unpaired"](row)
+    if isinstance(records, Finding):
+        return records
+    assert isinstance(records[0], UnpairedExample)
+    return records[0]
+
+
+def pair_of_row(row: Row) -> PreferencePair | Finding:
+    """The one preference pair of a row, or why it has none."""
+    records = records_of_row(row)
+    if isinstance(records, Finding):
+        return records
+    if len(records) > 1:
+        message = f"{len(records)} pairs in one row"
+        return Finding(code="not_a_pair", severity="error", message=message, source=row.source)
+    assert isinstance(records[0], PreferencePair)
+    return records[0]
 
 
 def unpair(pair: PreferencePair) -> tuple[UnpairedExample, UnpairedExample]:
     """A pair as two completions, the desirable one first; its margin has no meaning then."""
     good, bad = (
-        UnpairedExample(prompt=pair.prompt, completion=completion, label=label, weight=pair.weight, source=pair.source)
+        UnpairedExample(
+            prompt=pair.prompt,
+            completion=completion,
+            label=label,
+            tools=pair.tools,
+            weight=pair.weight,
+            number=pair.number,
+            source=pair.source,
+        )
         for completion, label in ((pair.chosen, True), (pair.rejected, False))
     )
     return good, bad
 
 
-def pair_of_row(row: Row) -> PreferencePair | Finding:
-    """A preference pair, or why the row is none.
-
-    `prompt`, `chosen` and `rejected` are texts, or lists of messages (`role`, `content`). A text prompt is one user
-    turn and a text response one assistant turn. `weight` and `margin` may stand beside them; other columns are left
-    alone.
-    """
-    try:
-        missing = [side for side in SIDES if row.values.get(side) is None]
-        if missing:
-            raise _BadRowError("not_a_pair", f"not a preference pair: no {' and no '.join(missing)}")
-        return PreferencePair(
-            prompt=_conversation(row.values["prompt"], "prompt", "user"),
-            chosen=_conversation(row.values["chosen"], "chosen", "assistant"),
-            rejected=_conversation(row.values["rejected"], "rejected", "assistant"),
-            weight=_number(row.values, "weight", 1.0, at_least=0.0),
-            margin=_number(row.values, "margin", 0.0, at_least=-math.inf),
-            source=row.source,
-        )
-    except _BadRowError as error:
-        return Finding(code=error.code, severity="error", message=str(error), source=row.source)
+def _of_sides(row: Row, prompt: Turns | None) -> Records:
+    """The pair of `chosen` and `rejected`: responses to the prompt, or whole conversations, that begin with it."""
+    chosen = turns_of(row.values["chosen"], "chosen", "assistant")
+    rejected = turns_of(row.values["rejected"], "rejected", "assistant")
+    if prompt is None or (chosen[0].role != "assistant" and rejected[0].role != "assistant"):
+        return [_parted(row, chosen, rejected, prompt)]
+    return [_built(row, prompt, chosen, rejected)]
 
 
-def _conversation(value: object, side: str, role: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        messages: tuple[Message, ...] = (Message(role=role, content=value),)
-    elif isinstance(value, list) and value:
-        messages = tuple(_message(turn, side) for turn in value)
-    else:
-        raise _BadRowError("not_a_pair", f"{side}: expected a text or a list of messages, found {_kind(value)}")
-    last = messages[-1]
-    if side == "prompt" and last.role != "user":
-        raise _BadRowError("not_a_pair", f"prompt: the last turn is the {last.role}'s; it has to be the user's")
-    if side != "prompt" and (len(messages) > 1 or last.role != "assistant"):
-        raise _BadRowError("not_a_pair", f"{side}: expected one turn of the assistant's")
-    if not last.content.strip():
-        raise _BadRowError("empty", f"{side} is empty")
-    return messages
+def _parted(row: Row, chosen: Turns, rejected: Turns, told: Turns | None) -> PreferencePair:
+    """Two whole conversations as a pair: the turns that they share are the prompt, and `told`, if any, stands in it."""
+    shared, most = 0, min(len(chosen), len(rejected)) - 1
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        what = "share no first turn" if most else "are no whole conversations, and there is no prompt"
+        raise BadRowError("different_prompts", f"chosen and rejected {what}")
+    if any(turns[shared].role != "assistant" for turns in (chosen, rejected)):
+        message = f"chosen and rejected part at turn {shared + 1}, before the assistant's turn"
+        raise BadRowError("different_prompts", f"{message}; the prompt has to be the same")
+    prompt = chosen[:shared]
+    if told is not None and not _stands_in(told, prompt):
+        raise BadRowError("different_prompts", "chosen and rejected are conversations that don't begin with the prompt")
+    prompt = prompt if prompt[0].role == "system" else with_system(row.values, prompt)
+    return _built(row, prompt, chosen[shared:], rejected[shared:])
 
 
-def _message(turn: object, side: str) -> Message:
-    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-        raise _BadRowError("not_a_pair", f"{side}: a message has the keys role and content, found {_kind(turn)}")
-    role, content = turn["role"], turn["content"]
-    if role not in ROLES:
-        raise _BadRowError("not_a_pair", f"{side}: role {role!r}; known: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise _BadRowError("not_a_pair", f"{side}: a message's content is a text, found {_kind(content)}")
-    return Message(role=role, content=content)
+def _stands_in(told: Turns, prompt: Turns) -> bool:
+    """Whether a prompt column is how the conversation begins, or the text of its first or last question."""
+    if told == prompt[: len(told)]:
+        return True
+    asked = [message.content.strip() for message in prompt if message.role == "user"]
+    return bool(asked) and told[-1].content.strip() in (asked[0], asked[-1]) and len(told) <= 2
 
 
-def _number(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:
-    value = values.get(name, default)
-    try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or number < at_least:
-        raise _BadRowError("not_a_pair", f"{name}: expected a number, found {repr(value)[:40]}")
-    return number
+def _record(row: Row, prompt: Turns, chosen: object, rejected: object) -> PreferencePair:
+    return _built(row, prompt, turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant"))
 
 
-def _kind(value: object) -> str:
-    if isinstance(value, dict):
-        return f"an object with the keys {', '.join(map(str, value)) or 'none'}"
-    return "an empty list" if value == [] else type(value).__name__
+def _built(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -> PreferencePair:
+    check_prompt(prompt)
+    check_response(chosen, "chosen")
+    check_response(rejected, "rejected")
+    return PreferencePair(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        tools=tools_in(row.values),
+        weight=number_in(row.values, "weight", 1.0, at_least=0.0),
+        margin=number_in(row.values, "margin", 0.0, at_least=-math.inf),
+        source=row.source,
+    )
 
 
-def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
-    """The row with our names for its columns."""
-    raise NotImplementedError
+def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Finding]:
+    """`read`, with what it refuses as a finding at the row's place."""
+
+    @wraps(read)
+    def records(row: Row) -> Records | Finding:
+        try:
+            return read(row)
+        except BadRowError as error:
+            return Finding(code=error.code, severity="error", message=str(error), source=row.source)
+
+    return records
 
 
-def records_of_row(row: Row, shape: str) -> Sequence[PreferencePair | UnpairedExample] | Finding:
-    """The records that a row holds."""
-    record = unpaired_of_row(row) if is_unpaired(row) else pair_of_row(row)
-    return record if isinstance(record, Finding) else [record]
+SHAPES: Mapping[str, Callable[[Row], Records | Finding]] = {
+    name: _refusing(read)
+    for name, read in {
+        "pair": _pair,
+        "whole": _whole,
+        "hh": _hh,
+        "sharegpt": _sharegpt,
+        "alpaca": _alpaca,
+        "openai": _openai,
+        "ranked": _ranked,
+        "shp": _contest("shp"),
+        "saferlhf": _contest("saferlhf"),
+        "arena": _contest("arena"),
+        "unpaired": _unpaired,
+    }.items()
+}
+"""Shape name -> row -> its records, or why it has not that shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,20 @@ class DataSource:
     choice: SourceChoice
     _stamp: tuple[int, int, int] | None = None
 
-    def rows(self) -> Iterator[Sequence[CheckedRow] | Finding]:
+    def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
         """The records of each row, in the source's order, or why the row is none.
+
+        Args:
+            note: is shown each row that could be read, as it was found.
 
         Raises:
             DataError: there is no such file, it cannot be read, or it has changed since it was read first.
             PluginError: the reader raised.
         """
-        return map(self.records, self.raw())
+        for row in self.raw():
+            if note is not None and isinstance(row, Row):
+                note(row)
+            yield self.records(row)
 
     def records(self, row: Row | Finding) -> Sequence[CheckedRow] | Finding:
         """What a row holds."""

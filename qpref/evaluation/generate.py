@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from qpref.evaluation.rows import text_of
 from qpref.plan import make_data_plan
 from qpref.policy.load import Policy
 from qpref.policy.reference import as_reference, frozen
-from qpref.records import Finding, Message, Row
+from qpref.records import Finding, Message, Row, Source, TokenizedExample, UnpairedExample
 
 log = logging.getLogger("qpref")
+
+GIVEN = Source(path="--prompt", line=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class Answers:
     ended: tuple[bool, bool | None]
 
 
-def read_prompts(location: str) -> list[tuple[Message, ...]]:
+def read_prompts(location: str) -> list[UnpairedExample]:
     """The prompts of some data: each row's, whatever else it has or lacks; each line of a .txt file.
 
     Raises:
@@ -72,34 +74,55 @@ def read_prompts(location: str) -> list[tuple[Message, ...]]:
     return prompts
 
 
-def as_prompt(text: str) -> tuple[Message, ...]:
+def as_prompt(text: str, source: Source = GIVEN) -> UnpairedExample:
     """A text as one turn of the user's."""
-    return (Message(role="user", content=text),)
+    return _asked((Message(role="user", content=text),), (), source)
 
 
-def _lines(path: Path) -> list[tuple[Message, ...]]:
+def _asked(prompt: tuple[Message, ...], tools: tuple[Mapping[str, object], ...], source: Source) -> UnpairedExample:
+    """A prompt as a row, which a template can render: with a response that stands for none."""
+    response = (Message(role="assistant", content="."),)
+    return UnpairedExample(prompt=prompt, tools=tools, completion=response, label=True, source=source)
+
+
+def _lines(path: Path) -> list[UnpairedExample]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return [as_prompt(line) for line in lines if line.strip()]
+    places = enumerate(lines, start=1)
+    return [as_prompt(line, Source(path=str(path), line=number)) for number, line in places if line.strip()]
 
 
-def _prompt_of(source: DataSource, row: Row | Finding) -> tuple[Message, ...]:
+def _prompt_of(source: DataSource, row: Row | Finding) -> UnpairedExample:
     """A row's prompt: of the example that it is, or the column `prompt` of a row that has no response."""
     found = source.records(row)
-    if isinstance(found, Finding) and isinstance(row, Row) and row.values.get("prompt") is not None:
+    if isinstance(found, Finding) and isinstance(row, Row):
+        if row.values.get("prompt") is None:
+            raise DataError(f"{row.source}: no prompt; the row has {', '.join(row.values) or 'nothing'}")
         filled = {"prompt": row.values["prompt"], "chosen": "a", "rejected": "b"}
         found = source.records(Row(values=filled, source=row.source))
     if isinstance(found, Finding):
         raise DataError(f"{found.source}: {found.message}")
-    return found[0].prompt
+    return _asked(found[0].prompt, found[0].tools, found[0].source)
+
+
+def prompt_ids(tokenizer: PairTokenizer, prompts: Sequence[UnpairedExample]) -> list[list[int]]:
+    """The ids that a model is asked with: the same as before a response in training.
+
+    Raises:
+        DataError: a prompt holds a control token, or the chat template refuses it.
+    """
+    found = [one for one in tokenizer.tokenize(prompts) if isinstance(one, TokenizedExample) or one.severity == "error"]
+    if refused := [one for one in found if isinstance(one, Finding)]:
+        raise DataError(f"{refused[0].source}: cannot be asked: {refused[0].message}")
+    return [list(example.prompt) for example in found if isinstance(example, TokenizedExample)]
 
 
 def generate(
-    subject: Subject, prompts: Sequence[tuple[Message, ...]], sampling: Sampling, dtype: str | None = None
+    subject: Subject, prompts: Sequence[UnpairedExample], sampling: Sampling, dtype: str | None = None
 ) -> list[Answers]:
     """The model's answers, and its base's, in the prompts' order.
 
@@ -112,7 +135,7 @@ def generate(
         DeviceMemoryError: not even one prompt at a time fits.
     """
     tokenizer = subject.tokenizer()
-    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+    ids = prompt_ids(tokenizer, prompts)
     policy = subject.load(dtype or subject.dtype)
     policy.share_prompts(False)
     ours = _answers(policy, tokenizer, ids, sampling)
@@ -122,7 +145,7 @@ def generate(
             theirs = _answers(policy, tokenizer, ids, sampling)
     return [
         Answers(
-            prompt=text_of(prompt),
+            prompt=text_of(prompt.prompt),
             model=ours[place][0],
             base=theirs[place][0] if theirs else None,
             ended=(ours[place][1], theirs[place][1] if theirs else None),

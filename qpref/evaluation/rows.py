@@ -12,7 +12,7 @@ from typing import Any
 from qpref.data.check import CheckedData, CheckedRows, check_data
 from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
-from qpref.data.truncate import fit_length
+from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
 from qpref.plan import make_data_plan, make_plan
 from qpref.recipe import DataSection
@@ -109,12 +109,13 @@ def tokenize_pairs(
     pairs: Sequence[PreferencePair], tokenizer: PairTokenizer, data: DataSection
 ) -> tuple[dict[int, TokenizedExample], list[Finding]]:
     """The pairs as one model meets them, by their numbers, and why it can't be asked about the others: its template or
-    tokenizer refuses them, or they are longer than `data` allows."""
+    tokenizer refuses them, or they are longer than `data` allows and it doesn't have them cut."""
     kept: dict[int, TokenizedExample] = {}
     refused: list[Finding] = []
-    limits = data.model_copy(update={"on_overflow": "error"})
-    for number, pair in enumerate(pairs):
-        (example,) = tokenizer.tokenize([pair])
+    limits = data if data.on_overflow == "truncate" else data.model_copy(update={"on_overflow": "error"})
+    found = tokenizer.tokenize(pairs, prompt_limit(limits))
+    ends = (one for one in found if isinstance(one, TokenizedExample) or one.severity == "error")
+    for number, (_, example) in enumerate(zip(pairs, ends, strict=True)):
         fitted = example if isinstance(example, Finding) else fit_length(example, limits)
         assert fitted is not None
         if isinstance(fitted, Finding):

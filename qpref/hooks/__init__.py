@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from qpref.hooks.checks import Places, Severity, SourceSeverity, report, text_of
 from qpref.hooks.types import (
     MetricSink,
     PairedLoss,
@@ -39,6 +40,11 @@ __all__ = [
     "Validator",
     "RowCheck",
     "Split",
+    "Severity",
+    "SourceSeverity",
+    "Places",
+    "report",
+    "text_of",
     "MetricSink",
     "SinkContext",
     "SinkWriter",

@@ -13,8 +13,9 @@ from torch import Tensor
 from qpref.policy.adapter import REFERENCE, TRAINED
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference_cache import KEY_BYTES, ReferenceCache
+from qpref.policy.reference_cache import ReferenceCache
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
+from qpref.shards import KEY_BYTES
 
 
 @contextmanager

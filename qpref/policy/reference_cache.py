@@ -1,22 +1,15 @@
 """Reference log-probabilities on disk, by content, for all runs of a machine.
 
-A folder for each reference (base weights, config, quantization, type, attention), in it one append-only shard for each
-run that found something new. A run sees the shards as they were when it started and what it adds itself: what another
-run adds meanwhile doesn't reach it, so that a resumed run reads what it would have read without the interruption.
+A folder for each reference (base weights, config, quantization, type, attention), in it the shards of `qpref.shards`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import mmap
 import os
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +18,13 @@ import torch
 from torch import Tensor
 
 from qpref import fsio
-from qpref.errors import DiskError
-
-log = logging.getLogger("qpref")
+from qpref.shards import KEY_BYTES, ShardStore
 
 FORMAT = 1
 """Part of every reference's key: raise it when the same tokens are scored differently."""
 
-KEY_BYTES = 16
-HEADER = struct.Struct(f"<{KEY_BYTES}sII")
-"""Of a record: the row's key, the number of its tokens, and a checksum of these and of the values that follow."""
-SYNC_EVERY = 64
-"""Appends between two that wait for the disk. A killed process loses none either way; a power cut may lose so many."""
+DESCRIPTION = "reference.json"
+"""In each folder: what it is the cache of."""
 LIMIT_BYTES = 20 * 2**30
 """What all shards may take together, unless QPREF_REFERENCE_CACHE_BYTES says otherwise: 13 million pairs whose two
 responses have 400 tokens together."""
@@ -57,141 +45,44 @@ def folder_of(reference: Mapping[str, Any]) -> Path:
     return root() / hashlib.blake2b(content.encode(), digest_size=KEY_BYTES).hexdigest()
 
 
-@dataclass(slots=True)
+def describe(folder: Path, reference: Mapping[str, Any]) -> None:
+    """Write down what a folder is the cache of, for whoever wants to read it without a model."""
+    if not (folder / DESCRIPTION).is_file():
+        fsio.make_folder(folder)
+        fsio.write_json(folder / DESCRIPTION, dict(reference))
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceCache:
-    """The shards that one run reads, and the one that it writes.
+    """What is known of one reference: [tokens] float32 nats for each row."""
 
-    Attributes:
-        folder: of this reference.
-        run: the run's id, the name of its own shard.
-        seen: shard name -> bytes of it that this run reads; its own isn't among them.
-    """
-
-    folder: Path
-    run: str
-    seen: dict[str, int]
-    _places: dict[bytes, tuple[mmap.mmap, int, int]] = field(default_factory=dict)
-    _own: fsio.AppendLog | None = None
-    _appends: int = 0
+    store: ShardStore
 
     @classmethod
     def open(cls, folder: Path, run: str, seen: Mapping[str, int] | None = None) -> ReferenceCache:
-        """Read the folder's shards.
-
-        Args:
-            seen: what a run that goes on saw at its start; None takes all that is there.
-        """
-        fsio.make_folder(folder)
-        own = folder / f"{run}.shard"
-        if seen is None:
-            paths = sorted(path for path in folder.glob("*.shard") if path != own)
-            seen = {path.name: path.stat().st_size for path in paths}
-        cache = cls(folder, run, dict(seen))
-        for name, size in seen.items():
-            cache._read(folder / name, size)
-        if own.is_file():
-            kept = cache._read(own, own.stat().st_size)
-            cache._own = fsio.AppendLog(own, kept)  # cuts off what a killed process wrote half
-        return cache
+        """Read the folder's shards; arguments as for `ShardStore.open`."""
+        return cls(ShardStore.open(folder, run, seen))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.store)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        return key in self.store
 
     def get(self, key: bytes) -> Tensor | None:
         """[tokens] float32 nats of a row, or None."""
-        place = self._places.get(key)
-        if place is None:
-            return None
-        data, start, count = place
-        return torch.from_numpy(numpy.frombuffer(data, "<f4", count, start).copy())
+        content = self.store.get(key)
+        return None if content is None else torch.from_numpy(numpy.frombuffer(content, "<f4").copy())
 
     def add(self, rows: Mapping[bytes, Tensor]) -> None:
-        """Append rows to the run's own shard. A disk that refuses is warned of once; the run goes on without."""
-        records = b"".join(_record(key, values) for key, values in rows.items())
-        if not records or self._appends < 0:
-            return
-        try:
-            if self._own is None:
-                self._own = fsio.AppendLog(self.folder / f"{self.run}.shard")
-            self._own.append(records, durable=self._appends % SYNC_EVERY == 0)
-            self._appends += 1
-        except DiskError as error:
-            log.warning("the reference cache is not written any more: %s", error.what)
-            self._appends = -1
+        """Append rows."""
+        self.store.add({key: words(values) for key, values in rows.items()})
 
     def close(self) -> None:
         """Bring all that was added to the disk, if it takes it."""
-        if self._own is None:
-            return
-        try:
-            if self._appends > 0:
-                self._own.append(b"")
-        except DiskError as error:
-            log.warning("the reference cache may have lost its last rows: %s", error.what)
-        self._own.close()
-        self._own = None
-
-    def _read(self, path: Path, size: int) -> int:
-        """Note where the rows of a shard's first `size` bytes stand; returns the bytes that are whole records."""
-        try:
-            with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                data = mmap.mmap(file.fileno(), min(size, found), access=mmap.ACCESS_READ) if min(size, found) else None
-            fsio.touch(path)
-        except (OSError, DiskError):
-            found, data = 0, None
-        end = 0
-        for key, start, count in _records(data) if data else ():
-            self._places.setdefault(key, (data, start, count))  # type: ignore[arg-type]
-            end = start + 4 * count
-        if end < size:
-            log.warning("%s: %d of %d bytes are no whole records and are passed over", path, size - end, size)
-        return end
+        self.store.close()
 
 
-def _record(key: bytes, values: Tensor) -> bytes:
-    content = values.detach().to("cpu", torch.float32).numpy().astype("<f4").tobytes()
-    count = len(content) // 4
-    return HEADER.pack(key, count, _checksum(key, content)) + content
-
-
-def _checksum(key: bytes, content: bytes | memoryview) -> int:
-    return zlib.crc32(content, zlib.crc32(key + struct.pack("<I", len(content) // 4)))
-
-
-def _records(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
-    """Key, byte offset of the values, and their number, up to the first record that isn't whole."""
-    place = 0
-    with memoryview(data) as view:
-        while place + HEADER.size <= len(view):
-            key, count, checksum = HEADER.unpack_from(view, place)
-            start = place + HEADER.size
-            place = start + 4 * count
-            if place > len(view) or _checksum(key, view[start:place]) != checksum:
-                return
-            yield key, start, count
-
-
-def shrink(limit: int, keep: Path | None = None) -> int:
-    """Remove the shards that were used longest ago until all take at most `limit` bytes; returns the bytes freed.
-
-    Args:
-        keep: a reference's folder that is in use.
-    """
-    shards = []
-    for path in root().glob("*/*.shard"):
-        with suppress(FileNotFoundError):  # another run may be shrinking too
-            status = path.stat()
-            shards.append((status.st_mtime, status.st_size, path))
-    excess = sum(size for _, size, _ in shards) - limit
-    freed = 0
-    for _, size, path in sorted(shards):
-        if freed >= excess:
-            break
-        if path.parent != keep:
-            fsio.remove_tree(path)
-            freed += size
-    return freed
+def words(values: Tensor) -> bytes:
+    """Values as they stand in a shard."""
+    return values.detach().to("cpu", torch.float32).numpy().astype("<f4").tobytes()

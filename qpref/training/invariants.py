@@ -219,7 +219,7 @@ def _compare_cached(policy: Policy, memory: ReferenceMemory, batch: PackedBatch,
     cached, fresh = (torch.cat(side) for side in zip(*pairs, strict=True))
     if reason := _difference(cached, fresh, policy, CACHE_TOLERANCE):
         raise PolicyError(
-            f"{memory.cache.folder}: the cached reference is not this one's: {reason}",
+            f"{memory.cache.store.folder}: the cached reference is not this one's: {reason}",
             "`qpref cache clear reference` removes it; it is computed anew then",
         )
     log.info("reference: one batch computed again agrees with the cache, %.4f nats a token apart on average",

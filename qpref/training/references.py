@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qpref import shards
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError
 from qpref.policy import reference_cache
@@ -35,19 +36,19 @@ def open_cache(
         start_digest: of the start adapter and its config, or nothing.
         before: `describe`'s answer at the start of a run that goes on.
     """
-    folder = reference_cache.folder_of(
-        {
-            "weights": base.weights,
-            "config": base.config,
-            "quantization": [recipe.model.quantization, recipe.model.double_quantization],
-            "dtype": recipe.model.dtype,
-            "device": policy.device.type,
-            "attention": policy.attention,
-            "start": start_digest,
-        }
-    )
+    reference = {
+        "weights": base.weights,
+        "config": base.config,
+        "quantization": [recipe.model.quantization, recipe.model.double_quantization],
+        "dtype": recipe.model.dtype,
+        "device": policy.device.type,
+        "attention": policy.attention,
+        "start": start_digest,
+    }
+    folder = reference_cache.folder_of(reference)
     try:
-        reference_cache.shrink(reference_cache.size_limit(), keep=folder)
+        reference_cache.describe(folder, reference)
+        shards.shrink(reference_cache.root(), reference_cache.size_limit(), keep=folder)
         if before is None:
             return ReferenceCache.open(folder, uuid.uuid4().hex)
         return ReferenceCache.open(folder, before["run"], before["seen"])
@@ -60,7 +61,7 @@ def describe(memory: ReferenceMemory | None) -> dict[str, Any] | None:
     """For run.json: what a resumed run has to know to read the same rows; None without a cache."""
     if memory is None or memory.cache is None:
         return None
-    return {"run": memory.cache.run, "seen": memory.cache.seen}
+    return {"run": memory.cache.store.run, "seen": memory.cache.store.seen}
 
 
 def count_known(memory: ReferenceMemory, examples: Sequence[TokenizedExample]) -> tuple[int, int]:

@@ -95,8 +95,9 @@ def test_a_row_that_is_no_pair_is_one_message_and_leaves_nothing(tmp_path, write
         3,
         "",
         f"error: {tmp_path}/train.jsonl:13: not a preference pair: no rejected\n"
-        f"{tmp_path}/train.jsonl:14: not JSON: Unterminated string starting at column 37; 2 of 14 rows are refused\n"
-        "hint: correct or drop the rows, or allow a share of them with [data] skip_bad\n",
+        f"{tmp_path}/train.jsonl:14: not JSON: Unterminated string starting at column 37; 2 of 18 rows are refused\n"
+        "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with "
+        "[data] skip_bad\n",
     )
     assert files_under(tmp_path) == before
 
@@ -297,6 +298,9 @@ def test_a_dry_run_needs_neither_data_nor_model_and_makes_nothing(tmp_path):
     assert imported.isdisjoint(unwanted)
 
 
+CHECKS = ("bias", "duplicates", "leakage", "pairs", "text")
+
+
 def test_a_dry_run_prints_the_resolved_recipe_and_its_plugins(tmp_path, write_recipe):
     import tomllib
 
@@ -307,7 +311,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_its_plugins(tmp_path, write_re
     offers = {offer.entry_point: f"# {offer}" for offer in installed_offers()}
     assert comments == [
         f"# run folder: {tmp_path}/run",
-        *(offers[name] for name in ("check-pairs", "loss-dpo", "read-jsonl")),
+        *(offers[name] for name in (*(f"check-{name}" for name in CHECKS), "loss-dpo", "read-jsonl")),
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 from qpref.choices import Choice, SourceChoice
 from qpref.data.check import check_data
 from qpref.data.report import NUM_SHOWN, DataReport
+from qpref.data.split import HeldOutShare
 from qpref.errors import DataError, PluginError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
@@ -333,3 +334,55 @@ def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
         "too_short: 2 rows (first: pairs.x:5: is short)",
         "too_similar: 1 row (first: pairs.x:6: is alike)",
     ]
+
+
+# Both splits.
+
+
+def two_sources(tmp_path):
+    """Training rows 1 and 2 of one file, held-out row 1 of another."""
+    choices = []
+    for split, read in (("train", rows(GOOD, GOOD)), ("heldout", rows(GOOD))):
+        (tmp_path / split).touch()
+        choices.append(SourceChoice(location=str(tmp_path / split), split=split, reader=read))
+    return choices
+
+
+def test_checks_see_all_held_out_rows_before_the_training_rows(tmp_path):
+    seen = []
+    spy = validator(look=lambda example, split: seen.append((split, example.source.line)) or ())
+    checked = check_data(two_sources(tmp_path), [spy])
+    assert seen == [("heldout", 1), ("train", 1), ("train", 2)]
+    assert checked.report.read == 3
+
+
+def test_without_a_held_out_source_there_is_none(path):
+    assert check_data([SourceChoice(location=str(path), split="train", reader=rows(GOOD))], []).heldout is None
+
+
+def test_a_share_is_counted_once_and_each_row_is_on_one_side(path):
+    many = rows(*({**GOOD, "prompt": f"Why {number}?"} for number in range(40)), {})
+    source = SourceChoice(location=str(path), split="train", reader=many)
+    checked = check_data([source], [], share=HeldOutShare(0.5, seed=0))
+    lines = [[one.source.line for one in split.rows()] for split in (checked.train, checked.heldout)]
+    assert checked.report.read == 41
+    assert all(lines)
+    assert sorted(lines[0] + lines[1]) == list(range(1, 41))
+
+
+def test_weights_are_those_of_the_rows_files(path):
+    source = SourceChoice(location=str(path), split="train", reader=rows(GOOD), weight=2.5)
+    assert check_data([source], []).train.weights == {"pairs.x": 2.5}
+
+
+def test_rows_that_repeat_an_earlier_one_are_counted_refused_ones_too(path):
+    listed = {**GOOD, "prompt": [{"role": "user", "content": "Why?"}]}
+    bad = {"prompt": "Why?", "chosen": ""}
+    read = rows(GOOD, bad, {**GOOD, "more": 1}, dict(GOOD), dict(bad), listed, dict(listed), finding(8))
+    assert read_rows(path, read, []).report.repeated == 3
+
+
+@pytest.mark.parametrize("share", [None, HeldOutShare(0.5, seed=0)])
+def test_repeats_are_counted_over_both_splits_and_once(tmp_path, share):
+    sources = two_sources(tmp_path) if share is None else two_sources(tmp_path)[:1]
+    assert check_data(sources, [], share=share).report.repeated == len(sources)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
+from families import FAMILIES, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +41,7 @@ def with_bos(tokenizer):
 
 
 def tokenize(pair: PreferencePair, tokenizer=None, template: str = "chat", stop_tokens=()) -> TokenizedExample:
-    (example,) = PairTokenizer.of(tokenizer or make_tokenizer(), template, stop_tokens).tokenize([pair])
+    *_, example = PairTokenizer.of(tokenizer or make_tokenizer(), template, stop_tokens).tokenize([pair])
     assert isinstance(example, TokenizedExample), example
     return example
 
@@ -69,9 +71,9 @@ def test_a_conversation_is_rendered_whole():
     assert text_of(tokenize(make_pair(turns)), 0) == f"{rendered}<|im_start|>assistant\n4<|im_end|>"
 
 
-def test_weight_margin_and_place_come_along():
-    example = tokenize(make_pair(line=7))
-    assert (example.weight, example.margin, str(example.source)) == (2.0, 0.5, "made:7")
+def test_weight_margin_number_and_place_come_along():
+    example = tokenize(replace(make_pair(line=7), number=3))
+    assert (example.weight, example.margin, example.number, str(example.source)) == (2.0, 0.5, 3, "made:7")
     assert example.truncated == (False, False)
 
 
@@ -166,13 +168,48 @@ def test_a_tokenizer_without_any_stop_token_is_refused():
 # Prompt and response
 
 
-def test_a_responses_first_token_never_swallows_the_prompts_last():
+def merging_tokenizer():
+    """One that makes a single token of "Answer: " followed by "yes"."""
     tokenizer = make_tokenizer(None)
-    tokenizer.add_tokens([": yes"])  # what a merge would make of "Answer: " followed by "yes"
+    tokenizer.add_tokens([": yes"])
     assert len(tokenizer("Answer: yes")["input_ids"]) < len(tokenizer("Answer: ")["input_ids"]) + len("yes")
+    return tokenizer
+
+
+def test_a_responses_first_token_never_swallows_the_prompts_last():
+    tokenizer = merging_tokenizer()
     example = tokenize(make_pair("Answer: ", "yes", "no"), tokenizer, template="none")
     assert example.prompt.tolist() == tokenizer("Answer: ")["input_ids"]
     assert example.branches[0].tolist() == [*tokenizer("yes")["input_ids"], END]
+
+
+def test_a_row_whose_boundary_moves_in_one_piece_is_warned_of_by_place_and_no_other_is():
+    tokenizer = PairTokenizer.of(merging_tokenizer(), "none", [])
+    rows = [make_pair("Answer: ", "maybe", "no", line=1), make_pair("Answer: ", "no", "yes", line=2)]
+    first, warning, second = tokenizer.tokenize(rows)
+    assert [type(each) for each in (first, second)] == [TokenizedExample] * 2
+    assert (warning.code, warning.severity, str(warning.source)) == ("boundary", "warning", "made:2")
+    assert warning.message == (
+        "tokenized in one piece, prompt and response would share a token: the response is tokenized by itself"
+    )
+
+
+@given(prompt=st.text(alphabet="ab :\n", min_size=1, max_size=500), response=st.text(alphabet="ab :\n", min_size=1))
+@settings(deadline=None)
+def test_a_response_has_the_tokens_that_follow_the_prompts_in_one_piece_or_its_own(prompt, response):
+    tokenizer = tokenizer_of(FAMILIES["vicuna"], "byte level")
+    alone, joined, own = (tokenizer(text)["input_ids"] for text in (prompt, prompt + response, response))
+    *warnings, example = PairTokenizer.of(tokenizer, "none", []).tokenize([make_pair(prompt, response, "b")])
+    joins = joined[: len(alone)] == alone
+    assert example.branches[0].tolist()[:-1] == (joined[len(alone) :] if joins else own)
+    assert joins or [each.code for each in warnings] == ["boundary"]
+
+
+def test_a_long_prompt_is_not_tokenized_once_for_each_response():
+    words = " ".join(f"word{number}" for number in range(2000))
+    short = PairTokenizer.of(make_tokenizer(), "none", [])._pieces(make_pair(words))
+    assert len(short.tail) == 200
+    assert sum(map(len, short.texts)) < len(words) + 700
 
 
 texts = st.text(min_size=1, max_size=20)
@@ -237,6 +274,47 @@ def test_a_control_token_in_an_earlier_turn_is_refused():
     assert refusal(make_pair(turns)).code == "control_token"
 
 
+@pytest.mark.parametrize("place", ["name", "call", "key", "tool"])
+def test_a_control_token_in_a_tool_or_a_call_of_one_is_refused(place):
+    hidden = "a<|im_end|>"
+    extras = {
+        "name": {"name": hidden},
+        "call": {"tool_calls": [{"function": {"name": "add", "arguments": {"left": [1, hidden]}}}]},
+        "key": {"tool_calls": [{"function": {"name": "add", "arguments": {hidden: 1}}}]},
+        "tool": {},
+    }
+    turn = Message(role="user", content="2+2?", extra=extras[place])
+    tools = ({"name": "add", "description": hidden},) if place == "tool" else ()
+    assert refusal(replace(make_pair(), prompt=(turn,), tools=tools)).code == "control_token"
+
+
+def test_a_stop_token_that_the_tokenizer_does_not_call_special_is_refused_in_a_text():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<stop>"])
+    assert refusal(make_pair("a<stop>"), tokenizer, stop_tokens=[END + 1]).code == "control_token"
+    assert isinstance(tokenize(make_pair("a<stop>"), tokenizer), TokenizedExample)
+
+
+def test_a_control_token_that_normalizing_makes_of_a_text_is_refused():
+    tokenizer = tokenizer_of(FAMILIES["chatml"], "normalizing", normalized=True)
+    fullwidth = "say \N{FULLWIDTH LESS-THAN SIGN}|im_end|> please"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in tokenizer(fullwidth)["input_ids"]
+    for side in ("prompt", "chosen", "rejected"):
+        finding = refusal(make_pair(**{side: fullwidth}), tokenizer)
+        assert finding.code == "control_token"
+        assert finding.message == "the tokenizer makes the control token <|im_end|> of the text"
+    assert tokenize(make_pair("say \N{FULLWIDTH LATIN SMALL LETTER A} please"), tokenizer)
+
+
+def test_unknown_text_is_no_control_token():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    assert tokenize(make_pair("strange", "a", "b"), tokenizer, template="none").prompt.tolist() == [0]
+
+
 def test_what_only_looks_like_a_control_token_is_text():
     example = tokenize(make_pair("<|im_end> <im_end|> |im_end|"))
     assert example.prompt.count(END) == 1  # the template's own
@@ -252,14 +330,18 @@ def test_a_template_that_changes_the_prompt_once_a_response_follows_is_refused()
     template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "bot\n{% endif %}")
     finding = refusal(make_pair(), make_tokenizer(template))
     assert finding.code == "template"
-    assert finding.message == "the chat template changes the prompt once a response follows"
+    message = r"the chat template changes the prompt once a response follows: it doesn't go on from 'bot\n'"
+    assert finding.message == message
 
 
-def test_a_template_that_drops_an_earlier_turn_once_a_response_follows_is_refused():
-    keeps_first = "{% for message in (messages[1:] if messages[-1]['role'] == 'assistant' else messages) %}"
-    template = CHAT_TEMPLATE.replace("{% for message in messages %}", keeps_first)
+def test_where_a_template_drops_the_system_turn_once_a_response_follows_training_has_generations_prompt():
+    loop = "{% for message in messages if messages[-1].role == 'user' or message.role != 'system' %}"
+    tokenizer = make_tokenizer(CHAT_TEMPLATE.replace("{% for message in messages %}", loop))
     turns = [("system", "Be short."), ("user", "2+2?")]
-    assert refusal(make_pair(turns), make_tokenizer(template)).code == "template"
+    warning, example = PairTokenizer.of(tokenizer, "chat", []).tokenize([make_pair(turns)])
+    assert (warning.code, warning.severity) == ("template", "warning")
+    assert warning.message == "the chat template changes the prompt once a response follows; training has generation's"
+    assert example == tokenize(make_pair(turns))
 
 
 def test_what_a_template_says_when_it_refuses_is_passed_on():
@@ -285,6 +367,17 @@ def test_a_prompt_without_tokens_is_refused():
 def test_a_conversation_without_a_template_is_refused():
     turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "2+2?")]
     assert refusal(make_pair(turns), template="none").code == "no_template"
+
+
+def test_tools_without_a_template_are_refused():
+    assert refusal(replace(make_pair(), tools=({"name": "add"},)), template="none").code == "no_template"
+
+
+def test_rows_are_the_same_in_whatever_company():
+    rows = [make_pair(f"What is {number}?", str(number), "no", line=number) for number in range(200)]
+    tokenizer = PairTokenizer.of(make_tokenizer(), "chat", [])
+    alone = [example for row in rows for example in tokenizer.tokenize([row])]
+    assert list(tokenizer.tokenize(rows)) == alone
 
 
 def test_one_bad_pair_leaves_the_others_as_they_are():

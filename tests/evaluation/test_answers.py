@@ -10,7 +10,8 @@ from conftest import merge_to, preference_rows, write_jsonl
 
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation import generate as module
-from qpref.evaluation.generate import Sampling, as_prompt, generate, read_prompts
+from qpref.evaluation import rows
+from qpref.evaluation.generate import Sampling, as_prompt, generate, prompt_ids, read_prompts
 from qpref.evaluation.models import identify
 from qpref.plan import make_plan
 from qpref.training.run import train_plan
@@ -54,14 +55,14 @@ def test_a_batch_answers_as_each_prompt_alone_does(run):
     policy, tokenizer = subject.load("float32"), subject.tokenizer()
     policy.share_prompts(False)
     for prompt, answers in zip(PROMPTS, found, strict=True):
-        ids = tokenizer.prompt_ids(prompt)
+        (ids,) = prompt_ids(tokenizer, [prompt])
         with policy.model.disable_adapter():
             base = one_by_one(policy, ids, 8)
         texts = [
             tokenizer.tokenizer.decode(new, skip_special_tokens=True) for new in (one_by_one(policy, ids, 8), base)
         ]
         assert [answers.model, answers.base] == texts
-        assert answers.prompt == prompt[0].content
+        assert answers.prompt == prompt.prompt[0].content
     assert any(answers.model != answers.base for answers in found)
 
 
@@ -123,13 +124,31 @@ def test_a_batch_that_runs_out_of_memory_is_halved(run, monkeypatch, said):
 
 def test_prompts_are_read_of_pairs_and_of_lines(tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [*preference_rows(1), {"prompt": "alone"}])
-    assert read_prompts(str(pairs)) == [as_prompt(preference_rows(1)[0]["prompt"]), as_prompt("alone")]
+    assert texts(read_prompts(str(pairs))) == [preference_rows(1)[0]["prompt"], "alone"]
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
-    assert read_prompts(str(tmp_path / "lines.txt")) == [as_prompt("one"), as_prompt("two")]
+    found = read_prompts(str(tmp_path / "lines.txt"))
+    assert texts(found) == ["one", "two"]
+    assert [prompt.source.line for prompt in found] == [1, 3]
+
+
+def texts(prompts):
+    return [prompt.prompt[0].content for prompt in prompts]
+
+
+def test_a_prompt_is_asked_with_the_ids_that_it_was_trained_with(run, tmp_path):
+    tokenizer = identify(str(run)).tokenizer()
+    path = str(write_jsonl(tmp_path / "pairs.jsonl", preference_rows(3)))
+    kept, _ = rows.tokenize_pairs(rows.pairs_of(rows.data_at(path)), tokenizer, identify(str(run)).recipe.data)
+    assert prompt_ids(tokenizer, read_prompts(path)) == [list(example.prompt) for example in kept.values()]
+
+
+def test_a_prompt_with_a_control_token_is_refused(run):
+    with pytest.raises(DataError, match=r"--prompt:1: cannot be asked: .*control token"):
+        prompt_ids(identify(str(run)).tokenizer(), [as_prompt("a<|im_end|>")])
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("rows.jsonl", '{"text": "a"}\n', r"rows.jsonl:1: not a preference pair: no prompt"),
+    ("rows.jsonl", '{"text": "a"}\n', r"rows.jsonl:1: no prompt; the row has text"),
     ("rows.jsonl", '{"prompt": "a\n', r"rows.jsonl:1: not JSON"),
     ("empty.txt", "\n", "holds no prompt"),
     ("none.txt", None, "no such file"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from conftest import make_tokenizer, preference_rows, write_jsonl
 
@@ -11,7 +9,6 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, RecipeError
 from qpref.evaluation import rows
 from qpref.recipe import DataSection
-from qpref.records import Message
 
 LIMITS = DataSection(train="none", max_length=200, max_prompt_length=100)
 
@@ -106,6 +103,15 @@ def test_pairs_that_cannot_be_asked_are_left_out_with_their_reason(tmp_path):
     assert [problem.code for problem in left_out] == ["too_long", "control_token"]
 
 
+def test_a_run_that_cuts_its_pairs_has_them_cut_here_too(tmp_path):
+    table = preference_rows(2)
+    table[0]["chosen"] = "long " * 100
+    cutting = LIMITS.model_copy(update={"on_overflow": "truncate"})
+    kept, refused = rows.tokenize_pairs(pairs_of(tmp_path, table), tokenizer(), cutting)
+    assert (list(kept), refused) == ([0, 1], [])
+    assert len(kept[0].prompt) + len(kept[0].branches[0]) == 200
+
+
 def test_a_pair_has_to_be_known_to_all_models(tmp_path):
     pairs = pairs_of(tmp_path, preference_rows(3))
     kept, _ = rows.tokenize_pairs(pairs, tokenizer(), LIMITS)
@@ -113,17 +119,3 @@ def test_a_pair_has_to_be_known_to_all_models(tmp_path):
     assert rows.same_for_all([kept, fewer], pairs) == [0, 2]
     with pytest.raises(DataError, match="no pair is left"):
         rows.same_for_all([kept, {}], pairs)
-
-
-def test_a_prompt_is_asked_with_the_ids_that_it_was_trained_with(tmp_path):
-    pairs = pairs_of(tmp_path, preference_rows(2))
-    kept, _ = rows.tokenize_pairs(pairs, tokenizer(), LIMITS)
-    for pair, example in zip(pairs, kept.values(), strict=True):
-        assert tokenizer().prompt_ids(pair.prompt) == example.prompt.tolist()
-    plain = PairTokenizer.of(make_tokenizer(None), "none", [258])
-    assert plain.prompt_ids((Message(role="user", content="ab"),)) == plain.tokenizer("ab")["input_ids"]
-
-
-def test_a_prompt_with_a_control_token_is_refused():
-    with pytest.raises(DataError, match=r"cannot be asked: the text holds the control token <\|im_end\|>"):
-        tokenizer().prompt_ids((Message(role="user", content=json.loads('"a<|im_end|>"')),))

@@ -1,10 +1,18 @@
 """Each check of the pairs fires at its threshold, with the severity that the recipe gives it."""
 
+import random
+import time
+import unicodedata
+from difflib import SequenceMatcher
+
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qpref.records import Message, PreferencePair, Source
-from qpref_check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pair
+from qpref_check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pair, same_text, same_words
+from qpref_check_pairs.similarity import SHORTEST_SEED, more_alike_than
 
 LONG = "Bread rises because yeast turns sugar into gas, which the dough's gluten holds."
 OTHER = "I would not know; perhaps somebody in a bakery could be asked about all that."
@@ -37,6 +45,35 @@ def test_the_same_text_twice_is_refused_whatever_the_space(rejected):
     assert found(LONG, rejected) == [("identical", "error", "chosen and rejected are the same text")]
 
 
+def test_the_same_letters_in_other_code_points_are_the_same_text():
+    text = LONG + " Crème brûlée, 한국."
+    assert [code for code, _, _ in found(text, unicodedata.normalize("NFD", text))] == ["identical"]
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [LONG.upper(), f"**{LONG}**", LONG.replace(",", " -"), f'"{LONG}"', LONG.replace("'", "\u2019")],
+    ids=repr,
+)
+def test_case_and_punctuation_alone_are_warned_of(rejected):
+    assert found(LONG, rejected) == [
+        ("nearly_identical", "warning", "chosen and rejected differ in case or punctuation alone")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("It is 15.", "It is 1.5."), ("e-mail", "email"), ("Yes.", "Yes. No."), ("?", "!"),
+     ("\u0915\u093f", "\u0915\u093e"),
+     ("resume", "résumé")],
+    ids=repr,
+)  # fmt: skip
+def test_other_words_are_another_answer(one, other):
+    assert not same_words(one, other)
+    assert not same_words(other, one)
+    assert not same_text(one, other)
+
+
 @pytest.mark.parametrize("rejected", [LONG.lower(), LONG.replace(" ", ""), LONG + "."], ids=repr)
 def test_another_text_is_not_identical(rejected):
     assert "identical" not in {code for code, _, _ in found(LONG, rejected)}
@@ -52,7 +89,7 @@ def test_identical_texts_are_reported_once():
         (50, 20, []),
         (49, 20, ["chosen has 49 characters, under 50"]),
         (50, 19, ["rejected has 19 characters, under 20"]),
-        (1, 2, ["chosen has 1 characters, under 50", "rejected has 2 characters, under 20"]),
+        (1, 2, ["chosen has 1 characters, under 50; rejected has 2 characters, under 20"]),
     ],
 )
 def test_a_response_under_its_length_is_warned_of(num_chosen, num_rejected, messages):
@@ -83,7 +120,7 @@ def test_similarity_says_its_limit():
 def test_long_texts_that_differ_in_a_letter_are_too_similar():
     # Every letter stands often here: SequenceMatcher's own heuristic would take them all for noise.
     text = LONG * 20
-    assert [code for code, _, _ in found(text, "#" + text)] == ["too_similar"]
+    assert [code for code, _, _ in found(text, "Oh. " + text)] == ["too_similar"]
 
 
 def test_only_the_first_characters_are_compared():
@@ -93,7 +130,12 @@ def test_only_the_first_characters_are_compared():
 
 @pytest.mark.parametrize(
     ("check", "chosen", "rejected"),
-    [("identical", LONG, LONG), ("too_short", "Gas.", OTHER), ("too_similar", LONG, LONG + "!")],
+    [
+        ("identical", LONG, LONG),
+        ("too_short", "Gas.", OTHER),
+        ("nearly_identical", LONG, LONG.upper() + "!"),
+        ("too_similar", LONG, LONG + " No."),
+    ],
 )
 @pytest.mark.parametrize(("severity", "shown"), [("error", ["error"]), ("warn", ["warning"]), ("off", [])])
 def test_every_check_has_the_severity_that_the_recipe_gives(check, chosen, rejected, severity, shown):
@@ -121,3 +163,63 @@ def test_findings_come_in_the_pairs_order_with_their_places():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValidationError, match=next(iter(options))):
         PairChecks(**options)
+
+
+@st.composite
+def edited_texts(draw):
+    """Two texts, the second made from pieces of the first: near duplicates, repeats and moved parts."""
+    letters = draw(st.sampled_from(["ab", "abcdefgh", "abcdefghijklmnopqrstuvwxyz \n", "é한aß"]))
+    first = draw(st.text(letters, max_size=200)) * draw(st.integers(1, 3))
+    second = first
+    for _ in range(draw(st.integers(0, 4))):
+        start, end = sorted((draw(st.integers(0, len(second))), draw(st.integers(0, len(second)))))
+        kind = draw(st.sampled_from(["insert", "delete", "repeat", "move"]))
+        piece = second[start:end][:40]
+        if kind == "insert":
+            second = second[:start] + draw(st.text(letters, max_size=10)) + second[start:]
+        elif kind == "delete":
+            second = second[:start] + second[start + len(piece) :]
+        elif kind == "repeat":
+            second = second[:start] + piece + second[start:]
+        else:
+            second = piece + second[:start] + second[start + len(piece) :]
+    return first, second
+
+
+@settings(max_examples=1500, deadline=None)
+@given(edited_texts(), st.one_of(st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.95, 1.0]), st.floats(0, 1)))
+@example(("", ""), 0.9)
+@example(("", ""), 1.0)
+@example(("a", ""), 0.0)
+def test_the_verdict_is_always_difflibs(texts, limit):
+    ratio = SequenceMatcher(None, *texts, autojunk=False).ratio()
+    assert more_alike_than(limit, *texts) == (ratio > limit)
+    assert not more_alike_than(ratio, *texts)
+    assert more_alike_than(ratio - 1e-9, *texts) or not ratio
+
+
+@pytest.mark.parametrize("num_edits", [1, 5, 20])
+def test_the_verdict_is_difflibs_on_answers_of_common_length(num_edits):
+    rng = random.Random(num_edits)
+    for _ in range(5):
+        text = [rng.choice("etaoin shrdlu") for _ in range(500)]
+        other = list(text)
+        for _ in range(num_edits):
+            place = rng.randrange(len(other))
+            other[place : place + rng.randint(0, 2 * SHORTEST_SEED)] = rng.choices("etaoin", k=rng.randint(0, 4))
+        first, second = "".join(text), "".join(other)
+        ratio = SequenceMatcher(None, first, second, autojunk=False).ratio()
+        for limit in (0.7, 0.8, 0.9, 0.95, ratio):
+            assert more_alike_than(limit, first, second) == (ratio > limit)
+
+
+def test_near_copies_cost_far_less_than_with_difflib():
+    rng = random.Random(0)
+    text = "".join(rng.choices("etaoin shrdlucmfwyp", k=2000))
+    other = text[:600] + "another" + text[620:1500] + text[1510:]
+    start = time.process_time()
+    assert SequenceMatcher(None, text, other, autojunk=False).ratio() > 0.9
+    middle = time.process_time()
+    for _ in range(10):
+        assert more_alike_than(0.9, text, other)
+    assert (time.process_time() - middle) / 10 < (middle - start) / 5

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qpref.policy import reference_cache
-from qpref.policy.reference_cache import HEADER, KEY_BYTES, SYNC_EVERY, ReferenceCache, folder_of, shrink
+from qpref.policy.reference_cache import ReferenceCache, folder_of, root
+from qpref.shards import HEADER, KEY_BYTES, SYNC_EVERY, shrink
 
 
 def key(number: int) -> bytes:
@@ -179,23 +180,23 @@ def test_a_run_that_goes_on_sees_the_others_as_they_were_at_its_start(tmp_path):
     started = ReferenceCache.open(tmp_path, "mine")
     write(tmp_path, "old", {key(2): torch.tensor([-2.0])})  # the old run was resumed, and found more
     write(tmp_path, "new", {key(3): torch.tensor([-3.0])})
-    again = ReferenceCache.open(tmp_path, "mine", started.seen)
-    assert again.seen == started.seen == {"old.shard": HEADER.size + 4}
+    again = ReferenceCache.open(tmp_path, "mine", started.store.seen)
+    assert again.store.seen == started.store.seen == {"old.shard": HEADER.size + 4}
     assert [number for number in (1, 2, 3) if key(number) in again] == [1]
 
 
 def test_a_run_that_saw_nothing_goes_on_seeing_nothing(tmp_path):
     started = ReferenceCache.open(tmp_path, "mine")
     write(tmp_path, "new", ROWS)
-    assert len(ReferenceCache.open(tmp_path, "mine", started.seen)) == 0
+    assert len(ReferenceCache.open(tmp_path, "mine", started.store.seen)) == 0
 
 
 def test_a_run_that_goes_on_reads_all_that_it_wrote_itself(tmp_path):
     started = ReferenceCache.open(tmp_path, "mine")
     started.add(ROWS)  # and is killed: nothing closes it
-    again = ReferenceCache.open(tmp_path, "mine", started.seen)
+    again = ReferenceCache.open(tmp_path, "mine", started.store.seen)
     assert found(again) == first(3)
-    assert "mine.shard" not in again.seen
+    assert "mine.shard" not in again.store.seen
     started.close()
     again.close()
 
@@ -203,7 +204,7 @@ def test_a_run_that_goes_on_reads_all_that_it_wrote_itself(tmp_path):
 def test_a_runs_own_shard_is_not_among_what_it_saw(tmp_path):
     write(tmp_path, "mine", ROWS)
     again = ReferenceCache.open(tmp_path, "mine")
-    assert again.seen == {}
+    assert again.store.seen == {}
     again.close()
 
 
@@ -224,7 +225,7 @@ def test_a_shard_that_is_gone_is_missed_with_a_warning(tmp_path, said):
     shard = write(tmp_path, "old", ROWS)
     started = ReferenceCache.open(tmp_path, "mine")
     shard.unlink()
-    assert len(ReferenceCache.open(tmp_path, "mine", started.seen)) == 0
+    assert len(ReferenceCache.open(tmp_path, "mine", started.store.seen)) == 0
     assert said == [f"{shard}: {ENDS[-1]} of {ENDS[-1]} bytes are no whole records and are passed over"]
 
 
@@ -263,7 +264,7 @@ def test_a_row_that_does_not_fit_is_warned_of_once_and_never_read(tmp_path, said
         cache.add({names[2]: ROWS[names[2]]})
     cache.add({names[2]: ROWS[names[2]]})  # there is room again, but half a row stands before it
     cache.close()
-    assert said == [f"the reference cache is not written any more: {tmp_path}/one.shard: cannot be written: "
+    assert said == [f"the cache is not written any more: {tmp_path}/one.shard: cannot be written: "
                     "File too large"]  # fmt: skip
     assert (tmp_path / "one.shard").stat().st_size == ENDS[1] + 10
     assert found(ReferenceCache.open(tmp_path, "two")) == first(1)
@@ -295,7 +296,7 @@ def test_a_disk_that_is_full_from_the_start_is_warned_of_once(tmp_path, said, mo
     for name, values in ROWS.items():
         cache.add({name: values})
     cache.close()
-    assert [line.partition(":")[0] for line in said] == ["the reference cache is not written any more"]
+    assert [line.partition(":")[0] for line in said] == ["the cache is not written any more"]
     assert said[0].endswith("No space left on device")
 
 
@@ -367,12 +368,12 @@ def left(shards: dict[str, Path]) -> list[str]:
     ],
 )
 def test_what_was_used_longest_ago_goes_first_and_no_more_than_has_to(shards, limit, freed, names):
-    assert shrink(limit) == freed
+    assert shrink(root(), limit) == freed
     assert left(shards) == names
 
 
 def test_the_folder_in_use_is_kept_however_old(shards):
-    assert shrink(150, keep=shards["x/one"].parent) == 200
+    assert shrink(root(), 150, keep=shards["x/one"].parent) == 200
     assert left(shards) == ["x/one", "x/three"]
 
 
@@ -380,7 +381,7 @@ def test_reading_a_shard_makes_it_the_last_to_go(shards):
     write(shards["x/one"].parent, "five", ROWS)
     os.utime(shards["x/one"].with_name("five.shard"), (0, 0))
     ReferenceCache.open(shards["x/one"].parent, "reader", {"five.shard": ENDS[-1]})
-    shrink(ENDS[-1])
+    shrink(root(), ENDS[-1])
     assert left(shards) == []
     assert shards["x/one"].with_name("five.shard").exists()
 

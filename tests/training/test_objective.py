@@ -160,7 +160,7 @@ def test_pairs_become_completions_and_the_run_says_so(make_recipe, tmp_path, cap
     rows, report = list(checked.rows()), checked.report
     assert "the loss 'kto' is of single completions; 12 pairs become 24 of them" in caplog.text
     assert [row.label for row in rows[:4]] == [True, False, True, False]
-    assert (report.read, report.kept) == (12, 12)
+    assert (report.read, report.kept) == (16, 16)  # 4 of them held out
 
 
 def test_completions_under_a_loss_of_pairs_are_refused_by_place(make_recipe, tmp_path):
@@ -278,13 +278,15 @@ def test_cut_rows_are_counted_once(make_trainer, tmp_path, caplog):
     assert "of 12 rows, 0 left out and 1 cut for their length" in caplog.text
 
 
-def test_pair_that_cutting_makes_the_same_is_refused_as_completions_too(make_recipe, tmp_path):
-    rows = preference_rows(8)
+def test_pair_that_cutting_makes_the_same_is_dropped_as_completions_too(make_trainer, tmp_path, caplog):
+    rows = preference_rows(12)
     rows[3] |= {"chosen": "It is four. " * 40 + "Yes.", "rejected": "It is four. " * 40 + "NO!"}
     data = write_jsonl(tmp_path / "long.jsonl", rows)
-    recipe = make_recipe({"data.train": str(data), "data.on_overflow": "truncate"}) | {"loss": {"name": "kto"}}
-    with pytest.raises(DataError, match=r"long\.jsonl:4: chosen and rejected are the same in their first \d+ tokens"):
-        qpref.train(recipe, output=tmp_path / "run")
+    with caplog.at_level("INFO", logger="qpref"):
+        trainer = make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
+    assert trainer.loss.class_counts == (11, 11)
+    assert "long.jsonl:4: dropped: cut to their first" in caplog.text
+    assert "1 left out and 0 cut for their length" in caplog.text
 
 
 def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp_path, caplog):

@@ -19,7 +19,7 @@ import torch
 from conftest import Outcome, outcome, preference_rows, write_jsonl
 
 import qpref
-from qpref import fsio
+from qpref import fsio, shards
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError, PolicyError
 from qpref.policy import reference, reference_cache
@@ -116,9 +116,9 @@ def known(kept, cache, make_recipe, tmp_path) -> Path:
 def rewrite(shard: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change every value of a shard, with good checksums."""
     rows = ReferenceCache.open(shard.parent, "reader", {shard.name: shard.stat().st_size})
-    changed = {key: change(rows.get(key)) for key in rows._places}
+    changed = {key: change(rows.get(key)) for key in rows.store._places}
     assert changed
-    shard.write_bytes(b"".join(reference_cache._record(key, values) for key, values in changed.items()))
+    shard.write_bytes(b"".join(shards.record(key, reference_cache.words(values)) for key, values in changed.items()))
 
 
 # Later runs.
@@ -129,7 +129,7 @@ def test_a_first_run_computes_each_row_once_and_writes_it_down(make_recipe, tmp_
     assert notes.num_computed == NUM_EXAMPLES
     (shard,) = cache.glob("*/*.shard")
     rows = ReferenceCache.open(shard.parent, "reader")
-    assert {key: rows.get(key).tolist() for key in rows._places} == {
+    assert {key: rows.get(key).tolist() for key in rows.store._places} == {
         key: values.tolist() for key, values in notes.memories[0].rows.items()
     }
     assert len(rows) == 2 * NUM_EXAMPLES
@@ -212,7 +212,7 @@ def test_a_disk_that_refuses_the_cache_is_warned_of_once_and_the_run_goes_on(mak
     monkeypatch.setattr(fsio.AppendLog, "append", append)
     folder = qpref.train(make_recipe(), output=tmp_path / "run")
     monkeypatch.undo()
-    assert sum("the reference cache is not written any more" in line for line in notes.said) == 1
+    assert sum("the cache is not written any more" in line for line in notes.said) == 1
     alone = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "alone")
     assert (folder / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
 
@@ -228,7 +228,7 @@ def test_a_disk_that_is_full_at_the_end_costs_the_cache_and_not_the_adapter(make
     monkeypatch.setattr(fsio.AppendLog, "append", append)
     folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run")
     assert (folder / ADAPTER).is_file()
-    assert any("the reference cache may have lost its last rows" in line for line in notes.said)
+    assert any("the cache may have lost its last records" in line for line in notes.said)
 
 
 def test_a_run_goes_on_where_the_cache_cannot_be_made(make_recipe, tmp_path, notes, cache):
@@ -309,7 +309,7 @@ def folder(
     used = SimpleNamespace(**vars(POLICY) | (policy or {}))
     cache = references.open_cache(Recipe.model_validate(document), Base(**base or {}), start, used, None)
     cache.close()
-    return cache.folder
+    return cache.store.folder
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -381,8 +381,8 @@ def test_one_bad_row_of_the_check_batch_is_enough(make_recipe, tmp_path, known, 
     qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "first")
     key = row_keys(checked[0].examples[-1])[-1]
     rows = ReferenceCache.open(known.parent, "reader")
-    changed = {each: rows.get(each) + 0.5 * (each == key) for each in rows._places}
-    known.write_bytes(b"".join(reference_cache._record(each, values) for each, values in changed.items()))
+    changed = {each: rows.get(each) + 0.5 * (each == key) for each in rows.store._places}
+    known.write_bytes(b"".join(shards.record(each, reference_cache.words(values)) for each, values in changed.items()))
     with pytest.raises(PolicyError, match=r"a token's is 0\.5000 nats off"):
         qpref.train(make_recipe(), output=tmp_path / "second")
 
@@ -434,7 +434,7 @@ def test_a_batch_of_old_and_new_rows_keeps_the_old_values_and_writes_down_the_ne
     assert memory.num_computed == 3
     assert said[: len(EXAMPLES[0].branches[0])].unique().tolist() == [-1.0]
     own = ReferenceCache.open(tmp_path, "reader", {"two.shard": (tmp_path / "two.shard").stat().st_size})
-    assert list(own._places) == keys[1:]
+    assert list(own.store._places) == keys[1:]
 
 
 def test_comparing_with_the_cache_leaves_the_adapter_on(make_recipe, tmp_path):

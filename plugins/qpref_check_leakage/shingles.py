@@ -1,0 +1,103 @@
+"""Prompts as hashes of their five-word sequences, for many prompts at once.
+
+A prompt is taken without case and punctuation. Its bytes are the coefficients of a polynomial over the integers modulo
+2^64 (Rabin-Karp), so that with running sums each sequence of words has its hash in one subtraction, and numpy does it
+for all prompts of a batch together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from unicodedata import normalize
+
+import numpy as np
+from numpy.typing import NDArray
+
+WORDS = 5
+MOST_CHARACTERS = 1 << 16
+
+_BASE = 0x9E3779B97F4A7C15 | 1
+_SPACE, _END = ord(" "), ord("\n")
+_PLAIN = bytes(
+    ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else code if code >= 128 else _SPACE
+    for code in range(256)
+)
+# Marks are no letters to `re`, but many scripts write their vowels with them.
+_NO_WORD = re.compile(r"[^\w\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u109f\u1780-\u17ff]+|_")
+_IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Shingled:
+    """A batch of prompts.
+
+    Attributes:
+        whole: [prompts] one hash for each prompt, 0 for one without a word.
+        hashes: [shingles] those of the five-word sequences, prompt after prompt.
+        prompt: [shingles] the place in the batch of the prompt that each is of.
+    """
+
+    whole: U64
+    hashes: U64
+    prompt: I64
+
+
+def plain(text: str) -> bytes:
+    """A text without case, Unicode's compatible spellings and all that is no letter, mark or digit.
+
+    Its first `MOST_CHARACTERS` alone. Chinese and Japanese signs count as words.
+    """
+    text = text[:MOST_CHARACTERS]
+    if text.isascii():
+        return text.encode().translate(_PLAIN)
+    folded = _NO_WORD.sub(" ", normalize("NFKC", text).casefold())
+    return _IDEOGRAPH.sub(r" \g<0> ", folded).encode("utf-8", "replace")
+
+
+def shingle(prompts: Sequence[bytes]) -> Shingled:
+    """Hash prompts that `plain` made."""
+    bytes_ = np.frombuffer(b"\n" + b"\n".join(prompts) + b"\n", dtype=np.uint8)
+    gap = (bytes_ == _SPACE) | (bytes_ == _END)
+    kept = np.flatnonzero(~gap | (bytes_ == _END) | ~np.r_[True, gap[:-1]])
+    bytes_, gap = bytes_[kept], gap[kept]
+    powers, inverses = _powers(1 << len(bytes_).bit_length())
+    sums = np.zeros(len(bytes_) + 1, dtype=np.uint64)
+    np.cumsum(bytes_ * powers[: len(bytes_)], out=sums[1:])
+    starts = np.flatnonzero(gap[:-1] & ~gap[1:]) + 1
+    ends = np.flatnonzero(~gap[:-1] & gap[1:]) + 1
+    prompt_of = np.cumsum(bytes_ == _END)[starts] - 1
+    num_words = np.bincount(prompt_of, minlength=len(prompts))
+    first = np.cumsum(num_words) - num_words
+    same = prompt_of[: max(0, len(starts) - WORDS + 1)] == prompt_of[WORDS - 1 :]
+    opening = np.flatnonzero(same)
+    hashes = _mixed((sums[ends[opening + WORDS - 1]] - sums[starts[opening]]) * inverses[starts[opening]])
+    whole = np.zeros(len(prompts), dtype=np.uint64)
+    some = np.flatnonzero(num_words)
+    from_, to = starts[first[some]], ends[first[some] + num_words[some] - 1]
+    whole[some] = _mixed((sums[to] - sums[from_]) * inverses[from_])
+    return Shingled(whole, hashes, prompt_of[opening])
+
+
+def _mixed(hashes: U64) -> U64:
+    """The low bits of such a polynomial depend on low bits alone; mixed, every bit depends on all."""
+    hashes = hashes ^ (hashes >> np.uint64(32))
+    hashes *= np.uint64(0xD6E8FEB86659FD93)
+    hashes ^= hashes >> np.uint64(32)
+    return hashes
+
+
+@lru_cache(maxsize=1)
+def _powers(count: int) -> tuple[U64, U64]:
+    """The powers of the base, and of its inverse modulo 2^64."""
+    both = []
+    for base in (_BASE, pow(_BASE, -1, 1 << 64)):
+        factors = np.full(count, base, dtype=np.uint64)
+        factors[0] = 1
+        both.append(np.multiply.accumulate(factors))
+    return both[0], both[1]

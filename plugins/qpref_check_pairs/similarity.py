@@ -1,0 +1,108 @@
+"""Whether two texts are more alike than a limit, by difflib's measure, without difflib's cost.
+
+SequenceMatcher's ratio is 2 M / T: M the characters of its matching blocks, T those of both texts. The blocks stand in
+the same order in both texts, so together they are a common subsequence, and M is at most L, the length of the longest
+one. rapidfuzz finds L with bit-parallel arithmetic (its indel ratio is 2 L / T): where L is too short, so is M, and
+most pairs are done. For the rest the blocks are looked for as SequenceMatcher does, longest first, but only until those
+found are enough, or those that could still be found are too few.
+"""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+
+from rapidfuzz.distance import LCSseq
+
+SHORTEST_SEED = 8
+MOST_PLACES = 64
+
+
+def more_alike_than(limit: float, first: str, second: str) -> bool:
+    """Whether `SequenceMatcher(None, first, second, autojunk=False).ratio() > limit`, always with its verdict."""
+    total = len(first) + len(second)
+    if not total:
+        return limit < 1
+    enough = _fewest_over(limit, total)
+    if min(len(first), len(second)) < enough or LCSseq.similarity(first, second, score_cutoff=enough) < enough:
+        return False
+    return _matches(first, second, enough)
+
+
+def _fewest_over(limit: float, total: int) -> int:
+    """The fewest matching characters whose ratio, as difflib computes it, is over the limit."""
+    fewest = int(limit * total / 2)
+    while 2.0 * fewest / total <= limit:
+        fewest += 1
+    while fewest and 2.0 * (fewest - 1) / total > limit:
+        fewest -= 1
+    return fewest
+
+
+def _matches(first: str, second: str, enough: int) -> bool:
+    """Whether the matching blocks hold `enough` characters: the longest block, then those on either side of it."""
+    open_parts = [(first, second)]
+    found, possible = 0, min(len(first), len(second))
+    while open_parts and found < enough <= found + possible:
+        a, b = open_parts.pop()
+        possible -= min(len(a), len(b))
+        block = _longest_block(a, b)
+        if block is None:
+            found += sum(size for _, _, size in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
+            continue
+        i, j, size = block
+        found += size
+        for part in ((a[:i], b[:j]), (a[i + size :], b[j + size :])):
+            if part[0] and part[1]:
+                open_parts.append(part)
+                possible += min(len(part[0]), len(part[1]))
+    return found >= enough
+
+
+def _longest_block(a: str, b: str) -> tuple[int, int, int] | None:
+    """The longest common block (start in a, start in b, length), of several the first in a, then in b, as in difflib.
+
+    A block of 2 n - 1 characters holds one of the pieces of n that `a` is cut into, so it is enough to look up all
+    pieces in `b` and to extend each hit; n is halved until the longest block found is that long.
+    None where short blocks or many places would make this the slower way.
+    """
+    seed = min(len(a), len(b)) // 2
+    while seed >= SHORTEST_SEED:
+        best, num_places = (0, 0, 0), 0
+        for start in range(0, len(a) - seed + 1, seed):
+            place = b.find(a[start : start + seed])
+            while place >= 0:
+                num_places += 1
+                if num_places > MOST_PLACES * (len(a) // seed):
+                    return None
+                before = _common_end(a[:start], b[:place])
+                size = before + _common_start(a[start:], b[place:])
+                best = max(best, (size, before - start, before - place))
+                place = b.find(a[start : start + seed], place + 1)
+        if best[0] >= 2 * seed - 1:
+            return -best[1], -best[2], best[0]
+        seed //= 2
+    return None
+
+
+def _common_start(a: str, b: str) -> int:
+    """How many characters both start with: by halves, since comparing slices is quick and a loop is not."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_end(a: str, b: str) -> int:
+    shorter = min(len(a), len(b))
+    low, high = 0, shorter
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

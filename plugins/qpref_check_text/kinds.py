@@ -1,0 +1,152 @@
+"""What an answer may be instead of a text that somebody would have wanted. Each test is a function of the answer.
+
+The tests are few and narrow on purpose: a warning that is usually wrong hides those that are right. A number is an
+answer, and so are code, a table and a short label.
+"""
+
+from __future__ import annotations
+
+import re
+
+LONGEST_PLACEHOLDER = 60
+SHORTEST_ECHO = 16
+TAIL_CHARACTERS = 16
+FEWEST_REPEATS = 4
+FEWEST_SEQUENCES = 10
+
+_WORDS_FOR_NOTHING = frozenset({
+    "none", "null", "nil", "nan", "n/a", "na", "tbd", "tba", "todo", "undefined", "unknown", "blank", "empty",
+    "missing", "deleted", "removed", "redacted", "placeholder", "lorem", "ipsum", "no output", "no response",
+    "no answer", "no input", "not applicable", "not available", "lorem ipsum",
+})  # fmt: skip
+_SLOTS = frozenset({
+    "answer", "article", "attachment", "audio", "chart", "content", "deleted", "file", "graph", "graphic",
+    "here", "image", "img", "input", "insert", "link", "name", "output", "photo", "picture", "playlist",
+    "redacted", "removed", "response", "table", "template", "text", "url", "video", "website",
+})  # fmt: skip
+_TOKENS = frozenset({
+    "s", "/s", "unk", "pad", "eos", "bos", "sep", "cls", "mask", "endoftext", "end", "blank", "empty", "none",
+    "null",
+})  # fmt: skip
+_BRACKETED = re.compile(r"<(?P<angle>[^<>]+)>|\[(?P<square>[^\[\]]+)\]|\{\{?(?P<curly>[^{}]+)\}?\}")
+_NOTHING = re.compile(r"no[ _-]?(?:input|output|answer|response|text|content|data|result)s?")
+_LETTERS = re.compile(r"[^\W\d_]+")
+_ANY_WORD = re.compile(r"[^\W_]")
+_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v") + b"\x7f"
+# UTF-8 read as Windows-1252 or Latin-1. Closing quotes are left out: they may follow a real A with a tilde.
+_GARBLED = re.compile(
+    "\ufffd|[\u00c2\u00c3][\u0080-\u009f\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00bf]|\u00e2\u20ac[^\\s\\w]|\u00f0\u0178|"
+    "\u00ef\u00bb\u00bf|\u00ef\u00bf\u00bd"
+)
+_INVISIBLE = re.compile(
+    "[\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}"
+)
+_MARKUP = re.compile(
+    r"&(?:nbsp|amp|lt|gt|quot|apos|#\d{2,5}|#x[0-9a-f]{2,5});|"
+    r"</?(?:p|br|div|span|a|b|i|u|ul|ol|li|td|tr|th|table|font|img|strong|em|h[1-6])(?:\s[^<>]*)?/?>",
+    re.IGNORECASE,
+)
+_ABOUT_MARKUP = re.compile(
+    r"html|xml|css|markup|markdown|<[a-z/!]|&[a-z#0-9]+;|\bweb|\bcode|javascript|\bphp\b|\bjsx?\b", re.IGNORECASE
+)
+_DISCLAIMERS = (
+    "as an ai ",
+    "as an ai,",
+    "as a language model",
+    "as a large language model",
+    "i am an ai language model",
+    "i'm an ai language model",
+    "i am just an ai",
+    "i'm just an ai",
+)
+_REFUSALS = tuple(
+    opening + end
+    for opening in ("", "i'm sorry, but ", "i am sorry, but ", "sorry, but ", "i apologize, but ")
+    for end in ("i can't ", "i cannot ", "i'm unable to ", "i am unable to ", "i'm not able to ", "i am not able to ")
+)
+_FIRST_LETTERS = frozenset("IiSs")
+_HELP = ("assist", "help", "provide", "fulfill", "comply", "answer", "create", "generate", "write", "do that")
+
+
+def is_placeholder(answer: str) -> bool:
+    """Whether the whole answer stands for one: `<nooutput>`, `N/A`, `[image]`, `[Link to the list]`."""
+    answer = answer.strip()
+    if len(answer) > LONGEST_PLACEHOLDER:
+        return False
+    if answer.strip(" .!*_\"'`-").casefold() in _WORDS_FOR_NOTHING or answer in ("...", "\u2026"):
+        return True
+    bracketed = _BRACKETED.fullmatch(answer)
+    if bracketed is None:
+        return False
+    inner = (bracketed["angle"] or bracketed["square"] or bracketed["curly"]).strip(" |").casefold()
+    if _NOTHING.fullmatch(inner) or inner in _WORDS_FOR_NOTHING or inner in _TOKENS:
+        return True
+    return bracketed["angle"] is None and not _SLOTS.isdisjoint(re.findall(r"[a-z]+", inner))
+
+
+def has_no_word(answer: str) -> bool:
+    """Whether there is no letter and no digit, of any script."""
+    return _ANY_WORD.search(answer) is None
+
+
+def is_garbled(answer: str) -> bool:
+    """Whether it holds U+FFFD, or signs that UTF-8 makes when it is read as another encoding."""
+    return not answer.isascii() and _GARBLED.search(answer) is not None
+
+
+def has_unseen(answer: str) -> bool:
+    """Whether it holds control characters, or signs that nobody sees: zero-width, direction overrides, tags."""
+    raw = answer.encode("utf-8", "replace")
+    if len(raw.translate(None, _CONTROLS)) != len(raw):
+        return True
+    return len(raw) != len(answer) and _INVISIBLE.search(answer) is not None
+
+
+def has_markup(answer: str, prompt: str) -> bool:
+    """Whether it holds HTML, which neither the prompt asks for nor a code block shows; a tag alone is an answer."""
+    if "<" not in answer and "&" not in answer:
+        return False
+    leftover = _MARKUP.search(answer)
+    if leftover is None or leftover[0] == answer.strip():
+        return False
+    return "`" not in answer and _ABOUT_MARKUP.search(prompt) is None
+
+
+def echoes(answer: str, prompt: str) -> bool:
+    """Whether it starts with the whole prompt. An answer that quotes a part of the prompt may well be right."""
+    prompt = prompt.strip()
+    return len(prompt) >= SHORTEST_ECHO and answer.lstrip().startswith(prompt)
+
+
+def repeats(answer: str) -> bool:
+    """Whether it goes round in circles: it ends in what it said before, and most of it was said before.
+
+    The end: one of its last two stretches of `TAIL_CHARACTERS` stands in it `FEWEST_REPEATS` times; two, as a list's
+    numbers differ. All of it: over half of its sequences of four words (digits aside) stand earlier in it.
+    """
+    answer = answer.rstrip()
+    size = len(answer)
+    if size < TAIL_CHARACTERS * FEWEST_REPEATS:
+        return False
+    for end in (size, size - TAIL_CHARACTERS):
+        start = end - TAIL_CHARACTERS
+        tail = answer[start:end]
+        # Most answers end in what they haven't said before, and looking for the first place is quicker than counting.
+        if answer.find(tail) < start and answer.count(tail) >= FEWEST_REPEATS:
+            words = _LETTERS.findall(answer.casefold())
+            sequences = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+            return len(sequences) >= FEWEST_SEQUENCES and 2 * len(set(sequences)) < len(sequences)
+    return False
+
+
+def declines(answer: str) -> bool:
+    """Whether it opens with a refusal, or speaks of itself as a language model near its start."""
+    start = answer[:300].lstrip()
+    if "AI" in start or "language model" in start:
+        lower = start.replace("\u2019", "'").casefold()
+        if any(phrase in lower for phrase in _DISCLAIMERS):
+            return True
+    if start[:1] not in _FIRST_LETTERS:
+        return False
+    lower = start[:80].replace("\u2019", "'").casefold()
+    return lower.startswith(_REFUSALS) and any(word in lower for word in _HELP)

@@ -1,0 +1,241 @@
+"""The texts of a row: turns of a conversation in each way that data have them, checked as they are read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from qpref.records import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EXTRA = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+"""Keys of a message that chat templates read, beside its role and its content."""
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+"""ShareGPT's `from` -> role."""
+
+MAX_DEPTH = 64
+_MEANT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
+"""Keys of a message that are part of what it says and that no text can carry."""
+_MAY_FOLLOW = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+_CONTROL_BYTES = bytes(sorted({*range(0x20), 0x7F} - set(b"\t\n\r")))
+_CONTROL = re.compile(f"[{re.escape(_CONTROL_BYTES.decode())}]")
+_SPEAKER_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", re.DOTALL)
+
+
+class BadRowError(ValueError):
+    """Why a row is no record; becomes a finding at the row's place."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse what no text holds: control characters but tab, newline and carriage return, and half surrogate pairs."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        place = f"at character {error.start + 1}"
+        raise BadRowError(
+            "control_character", f"{where}: half of a surrogate pair {place}, which no text holds"
+        ) from None
+    if len(raw.translate(None, _CONTROL_BYTES)) != len(raw):
+        found = _CONTROL.search(text)
+        assert found is not None
+        character = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
+        raise BadRowError("control_character", f"{where}: the control character {character}; take it out")
+
+
+def check_texts_within(value: object, where: str, depth: int = 0) -> None:
+    """`check_text` for all keys and texts of a JSON value."""
+    if depth > MAX_DEPTH:
+        raise BadRowError("not_a_message", f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, str):
+        check_text(value, where)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_text(str(key), where)
+            check_texts_within(inner, where, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            check_texts_within(inner, where, depth + 1)
+
+
+def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
+    """One turn of `role` from a text; turns from a message, a list of messages, or such a list as JSON text."""
+    if isinstance(value, str):
+        listed = _listed(value, side)
+        if listed is None:
+            check_text(value, side)
+            return (Message(role=role, content=value),)
+        value = listed
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise BadRowError("not_a_message", f"{side}: expected a text or a list of messages, found {kind_of(value)}")
+    return tuple(_message(turn, f"{side}, turn {number}") for number, turn in enumerate(value, start=1))
+
+
+def _listed(text: str, side: str) -> list[object] | None:
+    """The list of messages that a text is the JSON of, as in the fields of a CSV file; None for any other text."""
+    if text[:1] != "[" or "{" not in text[:8]:
+        return None
+    if _PYTHON_LIST.fullmatch(text):
+        raise BadRowError("not_a_message", f"{side}: messages as Python prints them; write them as JSON (json.dumps)")
+    value = json_value(text)
+    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value):
+        return value
+    return None
+
+
+def json_value(text: str) -> object:
+    """The value of a JSON text; None where it is none."""
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _message(turn: object, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRowError("not_a_message", f"{where}: a message has a role and a content, found {kind_of(turn)}")
+    if turn.get("from") is not None and turn.get("role") is None:
+        role: object = _speaker(turn, where)
+        content = turn.get("value")
+    else:
+        role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRowError("not_a_message", f"{where}: role {shown(role)}; known: {', '.join(ROLES)}")
+    extra = _extra(turn, where) if len(turn) > 2 else {}
+    if turn.get("from") == "function_call":
+        extra, content = {"tool_calls": _calls(content, where)}, ""
+    if content is None and "tool_calls" in extra:
+        content = ""
+    if not isinstance(content, str):
+        hint = "; make its parts one text" if isinstance(content, list) else ""
+        raise BadRowError("not_a_message", f"{where}: a message's content is a text, found {kind_of(content)}{hint}")
+    check_text(content, where)
+    return Message(role="system" if role == "developer" else role, content=content, extra=extra)
+
+
+def _speaker(turn: Mapping[str, object], where: str) -> str:
+    speaker = turn["from"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise BadRowError("not_a_message", f"{where}: from {shown(speaker)}; known: {', '.join(SPEAKERS)}")
+    return SPEAKERS[speaker]
+
+
+def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
+    meant = [key for key in _MEANT if turn.get(key)]
+    if meant:
+        raise BadRowError("not_a_message", f"{where}: {meant[0]} cannot be trained on; take it out, or drop the row")
+    extra = {key: turn[key] for key in EXTRA if turn.get(key) not in (None, [])}
+    calls = extra.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadRowError("not_a_message", f"{where}: tool_calls is a list of objects, found {kind_of(calls)}")
+    check_texts_within(extra, where)
+    return extra
+
+
+def _calls(content: object, where: str) -> list[object]:
+    """The calls of a ShareGPT turn from `function_call`: JSON text of one, or of a list of them."""
+    value = json_value(content) if isinstance(content, str) else content
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            message = f"{where}: a function_call is JSON with name and arguments, found {kind_of(content)}"
+            raise BadRowError("not_a_message", message)
+    check_texts_within(calls, where)
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def dialogue_of(text: str, side: str) -> tuple[Message, ...]:
+    """The turns of a text of `\\n\\nHuman:` and `\\n\\nAssistant:`; white space around each is dropped."""
+    before, *parts = _SPEAKER_MARK.split(text)
+    if before.strip() or not parts:
+        raise BadRowError("not_a_message", f"{side}: expected \\n\\nHuman: at the start of the dialogue")
+    check_text(text, side)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        Message(role=roles[speaker], content=content.strip())
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    )
+
+
+def check_prompt(messages: Sequence[Message]) -> None:
+    """Refuse a prompt whose turns are out of order, or have nothing to be answered."""
+    previous = None
+    for number, message in enumerate(messages, start=1):
+        role, expected = message.role, _MAY_FOLLOW[previous]
+        where = f"prompt, turn {number}" if len(messages) > 1 else "prompt"
+        if role not in expected:
+            after = f"after the {previous}'s" if previous else "first"
+            raise BadRowError(
+                "role_order", f"{where}: the {role}'s turn {after}; expected the {' or '.join(expected)}'s"
+            )
+        if role in ("user", "assistant") and not message.content.strip() and "tool_calls" not in message.extra:
+            raise BadRowError("empty", f"{where} is empty")
+        previous = role
+    if previous not in ("user", "tool"):
+        raise BadRowError(
+            "role_order", f"prompt: the last turn is the {previous}'s; it has to be the user's or a tool's"
+        )
+
+
+def check_response(messages: Sequence[Message], side: str) -> None:
+    """Refuse a response that isn't one turn of the assistant's with something in it."""
+    if len(messages) > 1 or messages[0].role != "assistant":
+        found = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
+        raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}")
+    if not messages[0].content.strip() and "tool_calls" not in messages[0].extra:
+        raise BadRowError("empty", f"{side} is empty")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in JSON's words."""
+    if isinstance(value, dict):
+        return f"an object with the keys {named(value)}" if value else "an empty object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def named(names: Iterable[object]) -> str:
+    """The first names of columns or keys, on one line whatever they hold."""
+    first = [str(name)[:20] for name in itertools.islice(names, 12)]
+    return ", ".join(name if name.isprintable() else ascii(name) for name in first)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: itself where that is short, else what it is."""
+    if isinstance(value, str):
+        return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
+        return repr(value)
+    return kind_of(value)

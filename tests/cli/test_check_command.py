@@ -1,0 +1,207 @@
+"""`qpref check`: what it prints, what it writes, what it exits with."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import tomli_w
+from click.testing import CliRunner
+from conftest import preference_rows, write_jsonl
+
+from qpref.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _own_logger():
+    """Give the logger that the command sets up back as it was."""
+    logger = logging.getLogger("qpref")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+
+
+def check(*arguments, code=0):
+    done = CliRunner().invoke(main, ["check", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def facts(*arguments, code=0):
+    return json.loads(check(*arguments, "--json", code=code).stdout)
+
+
+def rows(*changes):
+    """Good rows, each with a change; None for an unreadable line."""
+    return [row | change for row, change in zip(preference_rows(len(changes)), changes, strict=True)]
+
+
+@pytest.fixture
+def write_recipe(tmp_path, make_recipe):
+    def write(changes=None):
+        path = tmp_path / "tiny.toml"
+        path.write_text(tomli_w.dumps(make_recipe(changes)))
+        return path
+
+    return write
+
+
+FAULTY = rows({}, {"rejected": ""}, {}, {"chosen": True}, {})
+
+
+def test_a_good_file_exits_with_0_and_counts_its_rows(tmp_path):
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(9))
+    assert [facts(path)[key] for key in ("read", "kept", "refused", "dropped")] == [9, 9, 0, 0]
+    assert f"{path}: 9 rows read, 9 kept, 0 refused" in check(path).stdout
+
+
+def test_refused_rows_are_named_by_line_and_exit_with_3(tmp_path):
+    path = write_jsonl(tmp_path / "faulty.jsonl", FAULTY)
+    found = facts(path, code=3)
+    assert [found[key] for key in ("read", "kept", "refused")] == [5, 3, 2]
+    errors = [one for one in found["findings"] if one["severity"] == "error"]
+    assert next((one["path"], one["line"], one["code"]) for one in errors) == (str(path), 2, "empty")
+    assert errors[1]["line"] == 4
+    printed = check(path, code=3).stdout
+    assert f"{path}: 5 rows read, 3 kept, 2 refused" in printed
+    assert "rejected is empty" in " ".join(printed.split())
+
+
+def test_an_unreadable_line_is_a_refused_row(tmp_path):
+    path = write_jsonl(tmp_path / "torn.jsonl", preference_rows(3))
+    path.write_text(path.read_text() + '{"prompt": "Wh')
+    found = facts(path, code=3)
+    assert [found[key] for key in ("read", "kept", "refused")] == [4, 3, 1]
+    assert found["findings"][-1]["line"] == 4
+
+
+def test_warnings_alone_exit_with_0(tmp_path):
+    path = write_jsonl(tmp_path / "short.jsonl", rows({}, {"chosen": "Oh."}))
+    found = facts(path)
+    assert found["refused"] == 0
+    assert "too_short" in {one["code"] for one in found["findings"]}
+
+
+def test_a_file_without_rows_exits_with_3(tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text("\n")
+    assert facts(path, code=3)["kept"] == 0
+
+
+def test_a_missing_file_is_an_error_in_one_line(tmp_path):
+    done = check(tmp_path / "none.jsonl", code=3)
+    assert done.stderr == f"error: {tmp_path}/none.jsonl: no such file\n"
+
+
+def test_pairs_and_single_completions_may_stand_in_a_bare_file(tmp_path):
+    single = {"prompt": "Why is that so?", "completion": "Because it has always been like that.", "label": True}
+    path = write_jsonl(tmp_path / "mixed.jsonl", [*preference_rows(2), single])
+    assert facts(path)["kept"] == 3
+
+
+def test_a_bare_file_is_not_tokenized_unless_a_model_is_named(tmp_path, make_base):
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(3))
+    assert facts(path)["first_row"] is None
+    found = facts(path, "--model", make_base("llama"))
+    assert found["first_row"].count("⟦") == 2
+    assert "chosen tokens" in found["lengths"]
+
+
+def test_a_recipes_data_are_looked_at_with_its_lengths(write_recipe):
+    recipe = write_recipe()
+    good = facts(recipe)
+    assert (good["read"], good["kept"], good["refused"]) == (good["kept"], good["read"], 0)
+    assert good["first_row"].count("⟦") == 2
+    long = {"data.max_length": 12, "data.max_prompt_length": 4}
+    refused = facts(write_recipe(long), code=3)
+    assert refused["refused"] > 0
+    assert {one["code"] for one in refused["findings"] if one["severity"] == "error"} == {"too_long"}
+    dropped = facts(write_recipe(long | {"data.on_overflow": "drop"}), code=3)
+    assert dropped["kept"] == dropped["read"] - dropped["dropped"] - dropped["refused"]
+    assert dropped["dropped"] > 0
+
+
+def test_read_is_kept_and_refused_over_both_splits(write_recipe, tmp_path):
+    held_out = write_jsonl(tmp_path / "heldout-faulty.jsonl", FAULTY)
+    found = facts(write_recipe({"data.heldout": str(held_out)}), code=3)
+    assert found["read"] == found["kept"] + found["refused"]
+    assert found["refused"] == 2
+
+
+def test_weights_are_not_read(write_recipe, make_recipe):
+    recipe = write_recipe()
+    base = make_recipe()["model"]["base"]
+    weights = next(Path(base).glob("*.safetensors"))
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(b"no weights at all")
+        assert facts(recipe)["refused"] == 0
+    finally:
+        weights.write_bytes(content)
+
+
+def test_fix_writes_the_kept_rows_with_their_own_columns_and_the_refused_with_reasons(tmp_path):
+    faulty = [row | {"agreement": number} for number, row in enumerate(FAULTY)]
+    path = write_jsonl(tmp_path / "faulty.jsonl", faulty)
+    path.write_text(path.read_text() + "{torn\n")
+    check(path, "--fix", tmp_path / "clean.jsonl", code=3)
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert kept == [faulty[0], faulty[2], faulty[4]]
+    refused = [json.loads(line) for line in (tmp_path / "clean.refused.jsonl").read_text().splitlines()]
+    assert [(one["line"], one.get("row")) for one in refused] == [(2, faulty[1]), (4, faulty[3]), (6, None)]
+    assert refused[0]["reasons"] == ["rejected is empty"]
+    assert all(one["reasons"] for one in refused)
+    assert facts(tmp_path / "clean.jsonl")["refused"] == 0
+
+
+def test_fix_keeps_held_out_rows_apart(make_recipe, tmp_path):
+    document = make_recipe({"data.heldout_share": 0.5})
+    del document["data"]["heldout"]
+    recipe = tmp_path / "share.toml"
+    recipe.write_text(tomli_w.dumps(document))
+    check(recipe, "--fix", tmp_path / "clean.jsonl")
+    kept = [(tmp_path / name).read_text().splitlines() for name in ("clean.jsonl", "clean.heldout.jsonl")]
+    assert all(kept)
+    prompts = [{json.loads(line)["prompt"] for line in lines} for lines in kept]
+    assert not prompts[0] & prompts[1]
+    assert sum(map(len, kept)) == facts(recipe)["read"]
+
+
+@pytest.mark.parametrize("name", ["clean.jsonl", "clean.refused.jsonl"])
+def test_fix_replaces_no_file(tmp_path, name):
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(3))
+    (tmp_path / name).write_text("mine")
+    done = check(path, "--fix", tmp_path / "clean.jsonl", code=2)
+    assert f"{tmp_path / name}: exists already" in done.stderr
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_the_page_escapes_what_rows_say_and_needs_no_network(tmp_path):
+    script = "<script>alert(1)</script>"
+    path = write_jsonl(tmp_path / "odd.jsonl", rows({}, {"prompt": [{"role": script, "content": "x"}]}))
+    check(path, "--html", tmp_path / "page.html", code=3)
+    page = (tmp_path / "page.html").read_text()
+    assert script not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "2 rows read, 1 kept, 1 refused" in " ".join(page.split())
+    assert not re.search(r"(src|href)=", page)
+
+
+def test_json_is_one_object_on_standard_output_whatever_else_is_written(tmp_path):
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(3))
+    done = check(path, "--json", "--fix", tmp_path / "clean.jsonl", "--html", tmp_path / "page.html")
+    assert json.loads(done.stdout)["read"] == 3
+    assert "clean.jsonl" in done.stderr
+
+
+def test_a_recipe_takes_changes_and_a_file_does_not(write_recipe, tmp_path):
+    assert facts(write_recipe(), "--set", "data.on_overflow=truncate")["refused"] == 0
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(3))
+    assert "--set changes a recipe" in check(path, "--set", "a.b=1", code=2).stderr
+    assert "--model is for a bare source" in check(write_recipe(), "--model", "x", code=2).stderr
+
+
+def test_nothing_is_said_of_a_file_that_no_reader_reads(tmp_path):
+    (tmp_path / "pairs.zip").write_text("")
+    assert "no reader for 'pairs.zip'" in check(tmp_path / "pairs.zip", code=2).stderr

@@ -1,0 +1,284 @@
+"""Parquet files, saved datasets and the hub's give plain Python values, row by row, and name what is damaged."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qpref.errors import DataError
+from qpref.hooks.manager import READER, PluginHost
+from qpref.records import Finding
+from qpref_read_arrow.rows import MAX_ROW_BYTES
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because.", "name": "ü"}]
+
+
+def found(name, source):
+    """(line, values) of each row and (line, message) of each finding."""
+    items = PluginHost().load(READER, name).record.read(source)
+    return [(item.source.line, item.message if isinstance(item, Finding) else item.values) for item in items]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(rows)`: a Parquet file of these rows."""
+
+    def write(rows, **options):
+        path = tmp_path / "pairs.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+        return path
+
+    return write
+
+
+def test_rows_are_numbered_from_1_over_all_batches_and_row_groups(write):
+    rows = [{"a": number, "b": f"text {number}"} for number in range(1000)]
+    assert found("parquet", write(rows, row_group_size=300)) == list(enumerate(rows, start=1))
+
+
+def test_nested_values_are_lists_and_dicts(write):
+    assert found("parquet", write([{"chosen": TURNS, "tags": [["x"], []]}])) == [
+        (1, {"chosen": [{"content": "Why?", "role": "user"}, TURNS[1]], "tags": [["x"], []]})
+    ]
+
+
+def test_null_fields_of_structs_are_left_out_and_null_columns_stay(write):
+    rows = [{"a": None, "tools": [{"x": {"p": 1}}, {"x": {"q": None}}]}, {"a": 1, "tools": None}]
+    assert found("parquet", write(rows)) == [(1, {"a": None, "tools": [{"x": {"p": 1}}, {"x": {}}]}), (2, rows[1])]
+
+
+def test_a_file_without_rows_is_no_rows(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([], pyarrow.string())}), path)
+    assert found("parquet", path) == []
+
+
+def test_an_over_long_row_is_a_finding_and_the_next_one_is_read(write):
+    rows = [{"a": "x"}, {"a": "x" * (MAX_ROW_BYTES + 1)}, {"a": "y"}] + [{"a": "z" * 10**6}] * 20
+    result = found("parquet", write(rows))
+    assert result[:3] == [(1, {"a": "x"}), (2, "the row is longer than 4 MiB"), (3, {"a": "y"})]
+    assert [line for line, _ in result] == list(range(1, 24))
+
+
+def test_one_long_value_in_many_rows_is_refused_in_each(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    column = pyarrow.DictionaryArray.from_arrays([0] * 100, ["x" * (MAX_ROW_BYTES + 1)])
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), path)
+    assert found("parquet", path) == [(line, "the row is longer than 4 MiB") for line in range(1, 101)]
+
+
+def test_a_dictionary_of_many_texts_is_read(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    texts = [f"{number:09}" * 1000 for number in range(600)]  # 5.4 MB in all
+    pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array(texts).dictionary_encode()}), path)
+    assert [values["a"] for _, values in found("parquet", path)] == texts
+
+
+def test_values_of_the_type_json_are_parsed(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    column = pyarrow.array(['{"x": [1, null]}', None, "{"], pyarrow.json_())
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), path)
+    first, second, (line, message) = found("parquet", path)
+    assert (first, second, line) == ((1, {"a": {"x": [1, None]}}), (2, {"a": None}), 3)
+    assert message.startswith("a value of the type JSON is none: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all", b"PAR1" + bytes(100) + b"PAR1"], ids=repr)
+def test_a_file_that_is_no_parquet_stops_the_reading(tmp_path, content):
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: not a Parquet file, or a damaged one: ")):
+        found("parquet", path)
+
+
+def test_a_damaged_page_stops_the_reading_at_its_row(write):
+    rows = [{"a": f"{number:05}" * 50} for number in range(4000)]
+    path = write(rows, row_group_size=1000, compression="zstd", use_dictionary=False)
+    where = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[where + 60 : where + 600] = bytes(540)
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        found("parquet", path)
+    line = re.match(rf"{path}:(\d+): not a Parquet file, or a damaged one: ", error.value.what)[1]
+    assert 1900 < int(line) <= 2001
+
+
+def test_a_cut_file_stops_the_reading(write):
+    path = write([{"a": "x"}] * 100)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not a Parquet file, or a damaged one"):
+        found("parquet", path)
+
+
+def test_a_missing_file_is_the_systems_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        found("parquet", tmp_path / "none.parquet")
+
+
+def test_a_row_group_larger_than_memory_should_be_is_streamed(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    schema = pyarrow.schema({"a": pyarrow.string()})
+    texts = [f"{number:06}" * 1000 for number in range(1000)]
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        writer.write_table(pyarrow.table({"a": texts * 40}))  # 240 MB in one row group
+    program = """
+import resource, sys
+from pathlib import Path
+from qpref_read_arrow import read_parquet
+import qpref_read_arrow.parquet
+size = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+before = size()
+print(sum(1 for _ in read_parquet(Path(sys.argv[1]))), size() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    rows, growth = map(int, result.stdout.split())
+    assert (rows, growth < 100) == (40_000, True)
+
+
+# Folders of Dataset.save_to_disk.
+
+ROWS = [{"prompt": f"Question {number}?", "chosen": TURNS, "rejected": "No."} for number in range(300)]
+READ = [row | {"chosen": [{"content": "Why?", "role": "user"}, TURNS[1]]} for row in ROWS]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    from datasets import Dataset
+
+    folder = tmp_path / "saved"
+    Dataset.from_list(ROWS).save_to_disk(folder, num_shards=2)
+    return folder
+
+
+def test_a_saved_dataset_is_read_in_order(saved):
+    assert found("datasets", saved) == list(enumerate(READ, start=1))
+
+
+def test_a_saved_selection_is_read_in_its_order(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).select([7, 3, 11]).save_to_disk(tmp_path / "saved")
+    assert [values["prompt"] for _, values in found("datasets", tmp_path / "saved")] == [
+        "Question 7?",
+        "Question 3?",
+        "Question 11?",
+    ]
+
+
+def test_a_saved_dict_of_splits_names_them_and_each_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    folder = tmp_path / "saved"
+    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:2])}).save_to_disk(folder)
+    with pytest.raises(DataError, match=re.escape(f"holds the splits test, train; name one: {folder / 'test'}")):
+        found("datasets", folder)
+    assert found("datasets", folder / "test") == list(enumerate(READ[:2], start=1))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no folder of Dataset\.save_to_disk; it has no state\.json"):
+        found("datasets", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "state.json").write_text("{"),
+        lambda folder: (folder / "state.json").write_text("{}"),
+        lambda folder: (folder / "dataset_info.json").unlink(),
+        lambda folder: next(folder.glob("*.arrow")).unlink(),
+        lambda folder: next(folder.glob("*.arrow")).write_bytes(b"x" * 100),
+    ],
+    ids=["no JSON", "empty state", "no info", "a missing shard", "a damaged shard"],
+)
+def test_a_damaged_folder_is_named(saved, spoil):
+    spoil(saved)
+    with pytest.raises(DataError, match=re.escape(f"{saved}: cannot be read as a saved dataset: ")):
+        found("datasets", saved)
+
+
+# The hub.
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("org/name", ("org/name", None, None, None)),
+        ("org/name:train", ("org/name", None, None, "train")),
+        ("org/name@v1.0:train", ("org/name", None, "v1.0", "train")),
+        ("org/name@refs/pr/3", ("org/name", None, "refs/pr/3", None)),
+        ("org/na.me-2/config@main:test", ("org/na.me-2", "config", "main", "test")),
+    ],
+)
+def test_a_hub_name_has_config_revision_and_split(name, parts):
+    from qpref_read_arrow.datasets import HubName
+
+    assert HubName.of(name) == HubName(*parts)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "name", "org/", "org/name:", "org/name@", "/etc/passwd", "../x/y/z", "a/b/c/d", "a b/c"]
+)
+def test_a_name_that_is_none_is_refused(name):
+    with pytest.raises(DataError, match="expected hf:org/name"):
+        found("hf", Path(name) if name else "")
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="hf:org/name: a folder here has that name; start qpref elsewhere"):
+        found("hf", Path("org/name"))
+
+
+def test_a_hub_out_of_reach_is_named():
+    with pytest.raises(DataError, match="hf:org/name:train: cannot be read: "):
+        found("hf", Path("org/name:train"))
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """The splits of a dataset as the hub's client streams them, from files that lie here."""
+    import datasets
+
+    for split in ("train", "test"):
+        lines = [json.dumps(row | {"split": split}) for row in ROWS]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    return datasets.load_dataset("json", data_dir=str(tmp_path), streaming=True)
+
+
+def test_streamed_rows_are_numbered_from_1(splits):
+    from qpref_read_arrow.datasets import HubName, _rows, _split
+
+    rows = list(_rows(_split(splits, HubName.of("org/name:test")), "hf:org/name:test"))
+    assert [(str(row.source), row.values) for row in rows] == [
+        (f"hf:org/name:test:{number}", row | {"split": "test"}) for number, row in enumerate(ROWS, start=1)
+    ]
+
+
+def test_without_a_split_train_is_read_or_the_only_one(splits):
+    from qpref_read_arrow.datasets import HubName, _split
+
+    assert _split(splits, HubName.of("org/name")) is splits["train"]
+    assert _split({"test": 1}, HubName.of("org/name")) == 1
+
+
+def test_an_unknown_split_names_the_known_ones(splits):
+    from qpref_read_arrow.datasets import HubName, _split
+
+    with pytest.raises(DataError, match="hf:org/name: no split 'validation'; it has train, test"):
+        _split(splits, HubName.of("org/name:validation"))
+    with pytest.raises(DataError, match="hf:org/name: no split 'train'; it has a, b"):
+        _split({"a": 1, "b": 2}, HubName.of("org/name"))
+
+
+def test_the_package_is_imported_without_pyarrow_and_datasets():
+    program = "import qpref_read_arrow, sys; print([name for name in ('pyarrow', 'datasets') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

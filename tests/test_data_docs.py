@@ -1,0 +1,128 @@
+"""docs/data.md: its examples are the shapes, its tables the readers and the codes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qpref.data.shapes import COLUMNS, SHAPES, records_of_row, shape_of
+from qpref.hooks.manager import READER, PluginHost, installed_offers
+from qpref.records import Message, PreferencePair, Row, Source, UnpairedExample
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/data.md").read_text()
+SOURCE = Source(path="pairs.jsonl", line=1)
+
+
+EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
+
+
+def user(*texts):
+    return tuple(
+        Message(role="user" if place % 2 == 0 else "assistant", content=text) for place, text in enumerate(texts)
+    )
+
+
+def pair(prompt, chosen, rejected, **more):
+    sides = {
+        side: (Message(role="assistant", content=text),) for side, text in (("chosen", chosen), ("rejected", rejected))
+    }
+    return PreferencePair(prompt=prompt, source=SOURCE, **sides, **more)
+
+
+def single(prompt, completion, label):
+    turn = (Message(role="assistant", content=completion),)
+    return UnpairedExample(prompt=prompt, completion=turn, label=label, source=SOURCE)
+
+
+SYSTEM = Message(role="system", content="Be brief.")
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLED = (
+    Message(role="user", content="Weather in Oslo?"),
+    Message(role="assistant", content="", extra={"tool_calls": [CALL]}),
+)
+SUM = pair(user("1 + 1?"), "2", "21")
+
+RECORDS = [
+    [pair(user("Why is the sky blue?"), "Air scatters blue light most.", "It just is.", margin=0.5)],
+    [pair((SYSTEM, *user("Hi", "Hello.", "Why?")), "Habit.", "I am glad that you ask.")],
+    [
+        pair(
+            (*CALLED, Message(role="tool", content="3 degrees, rain", extra={"name": "weather"})),
+            "3 degrees and rain.",
+            "Sunny.",
+            tools=(
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "weather",
+                        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+                    },
+                },
+            ),
+        )
+    ],
+    [SUM],
+    [SUM],
+    [pair(user("Name a fruit", "Pear", "Another"), "Fig", "Pear")],
+    [pair((SYSTEM, *CALLED, Message(role="tool", content="rain")), "Rain.", "Sun.")],
+    [pair(user("Translate to French: dog", "chien", "Translate to French.\ncat"), "chat", "chien")],
+    [pair((Message(role="system", content="You translate."), *user("Translate to French: cat")), "chat", "chien")],
+    [SUM],
+    [pair(user("1 + 1?"), "2", "21"), pair(user("1 + 1?"), "two", "21", number=1)],
+    [SUM],
+    [
+        pair(user("1 + 1?"), "2", "3"),
+        pair(user("1 + 1?"), "2", "21", number=1),
+        pair(user("1 + 1?"), "3", "21", number=2),
+    ],
+    [SUM],
+    [SUM],
+    [SUM],
+    [SUM],
+    [single(user("1 + 1?"), "2", True)],
+    [single(user("1 + 1?"), "21", False)],
+]
+
+
+def test_every_example_has_its_records_here():
+    assert len(RECORDS) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS)), ids=[str(shape_of(values)) for values in EXAMPLES])
+def test_each_example_becomes_the_records_that_the_page_says(number):
+    assert records_of_row(Row(values=EXAMPLES[number], source=SOURCE)) == RECORDS[number]
+
+
+def test_every_shape_has_an_example():
+    assert {shape_of(values) for values in EXAMPLES} == set(SHAPES)
+
+
+def test_the_order_of_precedence_names_every_shape():
+    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "name", [offer.name for offer in installed_offers() if (offer.kind, offer.distribution) == ("read", "qpref")]
+)
+def test_every_reader_has_a_line(name):
+    assert re.search(rf"^\|[^|]*`{re.escape(name)}`", PAGE, re.MULTILINE)
+    assert PluginHost().load(READER, name).record.summary
+
+
+def test_every_column_that_a_shape_reads_is_told():
+    assert [name for name in sorted(COLUMNS) if f'"{name}"' not in PAGE and f"`{name}`" not in PAGE] == []
+
+
+def test_every_code_is_in_the_table():
+    source = "".join(
+        path.read_text()
+        for path in [*(ROOT / "qpref/data").glob("*.py"), *(ROOT / "plugins").glob("qpref_read_*/*.py")]
+        if path.name not in ("check.py", "load.py", "tokenize.py", "truncate.py")
+    )
+    codes = set(re.findall(r'(?:BadRowError\(\s*|code=)"(\w+)"', source))
+    table = PAGE.partition("## Refused rows")[2]
+    assert [code for code in sorted(codes) if f"`{code}`" not in table] == []
