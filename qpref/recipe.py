@@ -160,7 +160,8 @@ class DataSection(Section):
     max_prompt_length: int = Field(default=512, ge=1, description="Longest prompt.")
     on_overflow: Literal["error", "drop", "truncate"] = Field(
         default="error",
-        description="What to do with a longer pair. truncate cuts prompts on the left and responses on the right.",
+        description="What to do with a longer pair. truncate cuts the prompt's oldest turns, then the "
+        "beginning of the last user's text, and all responses on the right.",
     )
     skip_bad: float = Field(
         default=0.0, ge=0, lt=1, description="Share of refused rows up to which the run goes on without them."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import IO
 
@@ -58,7 +59,7 @@ class _Window:
 
     def __init__(self, file: IO[bytes], path: str) -> None:
         self._file, self._path = file, path
-        self._undecoded, self._num_read, self._num_lines = b"", 0, 0
+        self._undecoded, self._num_read, self._num_lines = b"", 0, 0  # bytes read are those decoded
         self._ended = False
         self.text, self.at = "", 0
 
@@ -113,14 +114,14 @@ class _Window:
         except BrokenStreamError as error:
             raise DataError(f"{self._path}: {error} (after {self._num_read} bytes)") from None
         self._ended = not raw
-        if not self._num_read:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if not self._num_read and raw.startswith(BOM_UTF8):
+            raw, self._num_read = raw.removeprefix(BOM_UTF8), len(BOM_UTF8)
         raw, self._undecoded = self._undecoded + raw, b""
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
             if self._ended or error.start < len(raw) - 3:
-                place = self._num_read - len(self._undecoded) + error.start + 1
+                place = self._num_read + error.start + 1
                 raise DataError(f"{self._path}: not UTF-8 (byte {place})") from None
             text, self._undecoded = raw[: error.start].decode(), raw[error.start :]
         self._num_read += len(raw) - len(self._undecoded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,20 +47,7 @@ WIDE = 250
     show_default=True,
     help="Of a base, or of an adapter's base, that no run explains.",
 )
-def command(
-    models: tuple[str, ...],
-    data: str | None,
-    as_json: bool,
-    beta: float | None,
-    samples: int,
-    seed: int,
-    max_pairs: int | None,
-    max_length: int | None,
-    all_float32: bool,
-    without_overlap: bool,
-    base: str | None,
-    quantization: Literal["nf4", "none"],
-) -> None:
+def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Compare what each MODEL prefers on held-out pairs: runs, their checkpoints, adapters, merged models, bases.
 
     Rewards are against a run's or an adapter's base with the adapter off; a model without an adapter has the first
@@ -70,21 +57,7 @@ def command(
     from qpref.evaluation.evaluate import Request, evaluate
 
     quiet_transformers()
-    report = evaluate(
-        Request(
-            models=models,
-            data=data,
-            beta=beta,
-            samples=samples,
-            seed=seed,
-            max_pairs=max_pairs,
-            max_length=max_length,
-            all_float32=all_float32,
-            base=base,
-            quantization=quantization,
-            without_overlap=without_overlap,
-        )
-    )
+    report = evaluate(Request(models=models, **asked))
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2, allow_nan=False))
     else:

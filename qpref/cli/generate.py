@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -54,14 +54,10 @@ def command(
     model: str,
     texts: tuple[str, ...],
     data: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch_size: int,
     as_json: bool,
     base: str | None,
     quantization: Literal["nf4", "none"],
+    **sampling: Any,
 ) -> None:
     """Print what the base and the trained MODEL answer to the same prompts, side by side.
 
@@ -78,10 +74,7 @@ def command(
     subject = identify(model, base=base, quantization=quantization)
     given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
     prompts = given + (read_prompts(data) if data else [])
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
-    )
-    answers = generate(subject, prompts, sampling)
+    answers = generate(subject, prompts, Sampling(**sampling))
     if as_json:
         click.echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
     else:

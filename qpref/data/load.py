@@ -80,15 +80,16 @@ def tokenize_rows(
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
     report = checked.report
-    told = set(report.counts)
+    told, dropped, num_cut = set(report.counts), report.dropped, report.num_cut
     examples = list(tokenized(checked, tokenizer, data))
     report.log_warnings(told)
     report.stop_on_errors(data.skip_bad)
     if not examples:
         raise DataError(f"{checked.label}: no pair is left of {checked.read} rows")
-    if report.dropped or report.num_cut:
-        log.info("%s: of %d rows, %d left out and %d cut for their length", report.label, report.read, report.dropped,
-                 report.num_cut)  # fmt: skip
+    dropped, num_cut = report.dropped - dropped, report.num_cut - num_cut
+    if dropped or num_cut:
+        log.info("%s: of %d rows, %d left out and %d cut for their length", checked.label, checked.read, dropped,
+                 num_cut)  # fmt: skip
     return list(mixed(examples, checked.weights, seed)) if checked.split == "train" else examples
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from qpref.errors import DataError
-from qpref.records import Finding, PreferencePair, Source, UnpairedExample
+from qpref.records import Finding, Message, PreferencePair, Source, UnpairedExample
 
 log = logging.getLogger("qpref")
 
@@ -111,12 +111,11 @@ class DataReport:
 
     def measure(self, example: PreferencePair | UnpairedExample) -> None:
         """Count the characters of an example's sides."""
-        sides = {"prompt": example.prompt}
+        sizes = {"prompt": _characters(example.prompt)}
         if isinstance(example, PreferencePair):
-            sides |= {"chosen": example.chosen, "rejected": example.rejected}
+            sizes["chosen"], sizes["rejected"] = _characters(example.chosen), _characters(example.rejected)
         else:
-            sides |= {"completion": example.completion}
-        sizes = {side: sum(len(message.content) for message in turns) for side, turns in sides.items()}
+            sizes["completion"] = _characters(example.completion)
         self.note_lengths(sizes, "characters")
 
     def note_lengths(self, sizes: dict[str, int], unit: Literal["characters", "tokens"]) -> None:
@@ -124,7 +123,10 @@ class DataReport:
         if "chosen" in sizes:
             sizes = sizes | {"chosen - rejected": sizes["chosen"] - sizes["rejected"]}
         for side, size in sizes.items():
-            self.lengths.setdefault(f"{side} {unit}", Histogram()).note(size)
+            name = f"{side} {unit}"
+            if name not in self.lengths:
+                self.lengths[name] = Histogram()
+            self.lengths[name].note(size)
 
     def log_warnings(self, told: Container[tuple[str, str]] = ()) -> None:
         """One line for each warning of a whole source, and for each kind of the others, with the first place.
@@ -186,6 +188,10 @@ class DataReport:
                 for name, histogram in self.lengths.items()
             },
         }
+
+
+def _characters(turns: Sequence[Message]) -> int:
+    return len(turns[0].content) if len(turns) == 1 else sum(len(message.content) for message in turns)
 
 
 def _fact(finding: Finding) -> dict[str, Any]:

@@ -218,32 +218,6 @@ def _unpaired(row: Row) -> Records:
     return [example]
 
 
-def is_unpaired(row: Row) -> bool:
-    """Whether a row is a single completion with a label, rather than a pair or an attempt at one."""
-    return shape_of(row.values) == "unpaired"
-
-
-def unpaired_of_row(row: Row) -> UnpairedExample | Finding:
-    """A single completion, or why the row is none."""
-    records = SHAPES["unpaired"](row)
-    if isinstance(records, Finding):
-        return records
-    assert isinstance(records[0], UnpairedExample)
-    return records[0]
-
-
-def pair_of_row(row: Row) -> PreferencePair | Finding:
-    """The one preference pair of a row, or why it has none."""
-    records = records_of_row(row)
-    if isinstance(records, Finding):
-        return records
-    if len(records) > 1:
-        message = f"{len(records)} pairs in one row"
-        return Finding(code="not_a_pair", severity="error", message=message, source=row.source)
-    assert isinstance(records[0], PreferencePair)
-    return records[0]
-
-
 def unpair(pair: PreferencePair) -> tuple[UnpairedExample, UnpairedExample]:
     """A pair as two completions, the desirable one first; its margin has no meaning then."""
     good, bad = (

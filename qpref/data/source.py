@@ -8,8 +8,9 @@ from pathlib import Path
 
 from qpref import pypi
 from qpref.choices import SourceChoice
-from qpref.data.shapes import records_of_row, with_columns
-from qpref.errors import DataError, PluginError, QprefError
+from qpref.data.shapes import COLUMNS, records_of_row, with_columns
+from qpref.errors import DataError, PluginError, QprefError, RecipeError
+from qpref.problems import did_you_mean
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 CheckedRow = PreferencePair | UnpairedExample
@@ -21,6 +22,13 @@ class DataSource:
 
     choice: SourceChoice
     _stamp: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.choice.columns:
+            if name not in COLUMNS:
+                raise RecipeError(
+                    f"[data] columns: no shape has a column '{name}'{did_you_mean(name, sorted(COLUMNS))}"
+                )
 
     def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
         """The records of each row, in the source's order, or why the row is none.

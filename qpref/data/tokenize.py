@@ -140,8 +140,14 @@ class PairTokenizer:
             start = len(self.prefix) if limit > len(self.prefix) else 0
             kept = example.prompt[:start] + example.prompt[start - limit :]
             return replace(example, prompt=kept, prompt_cut=True)
-        shorter = shorten_prompt(row, limit, lambda row: len(self._alone(row).prompt), self._token_starts)
-        return replace(self._alone(shorter), prompt_cut=True)
+        tried = {_sizes(row): example}
+
+        def cut(row: ExampleRow) -> TokenizedExample:
+            tried[_sizes(row)] = tried.get(_sizes(row)) or self._alone(row)
+            return tried[_sizes(row)]
+
+        shorter = shorten_prompt(row, limit, lambda row: len(cut(row).prompt), self._token_starts)
+        return replace(cut(shorter), prompt_cut=True)
 
     def _alone(self, row: ExampleRow) -> TokenizedExample:
         with bounded():
@@ -241,6 +247,11 @@ class PairTokenizer:
             return [start for start, _ in offsets]
         count = len(self._ids(text))
         return [place * len(text) // count for place in range(count)]
+
+
+def _sizes(row: ExampleRow) -> tuple[int, ...]:
+    """What tells the cuts of one row apart."""
+    return tuple(len(turn.content) for turn in row.prompt)
 
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from qpref.choices import Choice, SourceChoice
 from qpref.data.check import check_data
 from qpref.data.report import NUM_SHOWN, DataReport
 from qpref.data.split import HeldOutShare
-from qpref.errors import DataError, PluginError
+from qpref.errors import DataError, PluginError, RecipeError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
 from qpref.records import Finding, Row, Source
@@ -334,6 +334,21 @@ def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
         "too_short: 2 rows (first: pairs.x:5: is short)",
         "too_similar: 1 row (first: pairs.x:6: is alike)",
     ]
+
+
+def test_a_column_that_no_shape_has_is_a_mistake_in_the_recipe(path):
+    source = SourceChoice(location=str(path), split="train", reader=rows(GOOD), columns={"chozen": "good"})
+    with pytest.raises(RecipeError, match="no shape has a column 'chozen'; did you mean 'chosen'"):
+        check_data([source], [])
+
+
+def test_columns_of_other_names_are_read(path):
+    renamed = {"question": "Why?", "good": "Because.", "bad": "No idea."}
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    source = SourceChoice(location=str(path), split="train", reader=rows(renamed, GOOD), columns=names)
+    checked = check_data([source], [])
+    assert [one.prompt[0].content for one in checked.train.rows()] == ["Why?"]
+    assert checked.report.refused == 1
 
 
 # Both splits.

@@ -88,6 +88,7 @@ def test_a_block_that_the_prompt_opens_is_not_opened_again():
     assert template != QWEN
     thinking = [ASKED + "<think>\n", "hm\n</think>\n\n4<|im_end|>", "hm\n</think>\n\n5<|im_end|>"]
     assert texts_of(template, f"{THOUGHT}4", f"{THOUGHT}5") == thinking
+    assert texts_of(template, "<think>hm</think>4", f"{THOUGHT}5") == thinking  # in the template's own form
     assert texts_of(template, "4", "5")[0] == ASKED + "<think>\n\n</think>\n\n"
 
 
@@ -110,6 +111,14 @@ def test_thinking_that_a_template_drops_from_the_response_is_kept_after_the_bloc
 
 
 R1_PROMPT = "<|im_start|><｜User｜>2+2?<｜Assistant｜><think>\n"  # noqa: RUF001
+
+
+def test_a_template_that_would_open_the_block_twice_opens_it_once():
+    twice = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace(
+        "{{ message['content'] }}",
+        "{% if loop.last and message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}",
+    )
+    assert texts_of(twice, f"{THOUGHT}4", "5")[1] == "hm\n</think>\n\n4<|im_end|>"
 
 
 def test_a_response_without_the_thinking_that_generation_would_open_is_refused():

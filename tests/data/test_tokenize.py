@@ -205,6 +205,18 @@ def test_a_response_has_the_tokens_that_follow_the_prompts_in_one_piece_or_its_o
     assert joins or [each.code for each in warnings] == ["boundary"]
 
 
+def test_a_boundary_that_depends_on_the_whole_of_a_long_prompt_is_found():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    twos = Tokenizer(models.BPE({"a": 0, "aa": 1, "</s>": 2}, [("a", "a")]))  # from the left: what follows an odd one
+    tokenizer = PairTokenizer.of(PreTrainedTokenizerFast(tokenizer_object=twos, eos_token="</s>"), "none", [])
+    for length, codes in ((202, []), (203, ["boundary"])):
+        *warnings, example = tokenizer.tokenize([make_pair("a" * length, "aaa", "a")])
+        assert [each.code for each in warnings] == codes
+        assert example.branches[0].tolist() == [1, 0, 2]
+
+
 def test_a_long_prompt_is_not_tokenized_once_for_each_response():
     words = " ".join(f"word{number}" for number in range(2000))
     short = PairTokenizer.of(make_tokenizer(), "none", [])._pieces(make_pair(words))

@@ -127,12 +127,12 @@ def test_a_row_group_larger_than_memory_should_be_is_streamed(tmp_path):
     texts = [f"{number:06}" * 1000 for number in range(1000)]
     with pyarrow.parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         writer.write_table(pyarrow.table({"a": texts * 40}))  # 240 MB in one row group
-    program = """
-import resource, sys
+    program = r"""
+import re, sys
 from pathlib import Path
 from qpref_read_arrow import read_parquet
 import qpref_read_arrow.parquet
-size = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+size = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 before = size()
 print(sum(1 for _ in read_parquet(Path(sys.argv[1]))), size() - before)
 """

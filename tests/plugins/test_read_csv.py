@@ -171,12 +171,12 @@ def test_many_fields_over_many_lines_take_no_time(read):
 def test_a_file_far_larger_than_a_row_is_read_in_little_memory(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_bytes(b"a,b\n" + (b'"' + (b"x" * 999 + b"\n") * 100 + b'",2\n') * 1000)  # 100 MB
-    program = """
-import resource, sys
+    program = r"""
+import re, sys
 from functools import partial
 from pathlib import Path
 from qpref_read_csv import read_separated
-size = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+size = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 before = size()
 print(sum(1 for _ in read_separated(b",", Path(sys.argv[1]))), size() - before)
 """

@@ -263,6 +263,12 @@ def test_an_array_that_breaks_off_stops_the_reading_at_its_line(array, tmp_path,
         array(content)
 
 
+def test_a_break_far_within_is_named_by_its_line(array, tmp_path):
+    row = b'{"a": "%b"},\n' % (b"x" * 2000)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'pairs.json'}:10001: not JSON: Expecting value")):
+        array(b"[" + row * 10_000 + b"x]")  # 20 MB, several windows
+
+
 def test_rows_before_the_break_are_read(tmp_path):
     path = tmp_path / "pairs.json"
     path.write_bytes(b'[{"a": 1}, {"a": ')
@@ -280,14 +286,14 @@ def test_bytes_that_are_no_utf8_stop_an_array_with_their_place(array, before):
         array(b"[" + before + b'{"a": "\xff"}]')
 
 
-MEASURE = """
-import resource, sys
+MEASURE = r"""
+import re, sys
 from pathlib import Path
 import qpref_read_jsonl
 from qpref.errors import DataError
 
 def size():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 
 before, rows = size(), 0
 try:
@@ -304,6 +310,11 @@ def rows_and_growth(reader, path):
     command = [sys.executable, "-c", MEASURE, reader.__name__, path]
     rows, growth = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return int(rows), int(growth)
+
+
+def test_a_byte_order_mark_counts_among_the_bytes(array):
+    with pytest.raises(DataError, match=re.escape("not UTF-8 (byte 12)")):
+        array(b'\xef\xbb\xbf[{"a": "\xff"}]')
 
 
 def test_an_array_of_many_rows_takes_the_memory_of_a_few(tmp_path):
