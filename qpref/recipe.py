@@ -13,7 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qpref.errors import RecipeError
 from qpref.problems import Problem, problems_of
@@ -215,6 +224,14 @@ class ReferenceSection(Section):
     )
 
 
+def is_better_higher(metric: str) -> bool | None:
+    """Whether more of a held-out metric is better; None where that isn't known."""
+    name = metric.removeprefix("eval_")
+    if name == "loss" or name.startswith("loss/"):
+        return False
+    return True if name.endswith(("/margins", "/accuracies")) else None
+
+
 class TrainSection(Section):
     """The optimization."""
 
@@ -247,6 +264,33 @@ class TrainSection(Section):
     )
     save_every: Every = Field(default="epoch", description='Steps, or "epoch", between checkpoints.')
     keep: int = Field(default=2, ge=1, description="Checkpoints kept; the newest that many.")
+    best_by: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A held-out metric, such as `eval_rewards/margins`: the adapter is that of the step with the best "
+        "of it, whose checkpoint is kept beside the newest. Default: the last step's.",
+    )
+    best_direction: Literal["max", "min"] | None = Field(
+        default=None, description="What is best; default: the lowest loss, the highest margin or accuracy."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many held-out rows in a row without a better `best_by`."
+    )
+
+    @model_validator(mode="after")
+    def know_what_is_best(self) -> TrainSection:
+        if self.best_by is None:
+            if self.patience is not None or self.best_direction is not None:
+                raise ValueError('patience and best_direction need best_by, such as best_by = "eval_rewards/margins"')
+            return self
+        if self.eval_every is None:
+            raise ValueError("best_by compares held-out rows; say with eval_every how often there is one")
+        if self.best_direction is None and is_better_higher(self.best_by) is None:
+            raise ValueError(
+                f"best_by: whether more or less of '{self.best_by}' is better isn't known; say it with "
+                'best_direction = "max" or "min"'
+            )
+        return self
 
 
 class SinkSection(BaseModel):
@@ -281,6 +325,14 @@ class Recipe(Section):
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     sinks: list[SinkSection] = [SinkSection(name="console")]
+
+    @field_validator("train")
+    @classmethod
+    def have_what_best_is_judged_by(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")  # missing where it is mistaken itself
+        if train.best_by is not None and data is not None and data.heldout is None and not data.heldout_share:
+            raise ValueError("best_by needs held-out data: name [data] heldout or heldout_share")
+        return train
 
 
 def read_document(path: Path) -> dict[str, Any]:
