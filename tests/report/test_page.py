@@ -175,10 +175,11 @@ DATA = {
     "refused": 50,
     "dropped": 0,
     "cut": 0,
+    "repeated": 20,
     "counts": [{"severity": "error", "code": "identical", "count": 1},
-               {"severity": "warn", "code": "short", "count": 1008}],
+               {"severity": "warning", "code": "short", "count": 1008}],
     "findings": [
-        *({"code": "short", "severity": "warn", "path": "a.jsonl", "line": line, "message": "12 characters"}
+        *({"code": "short", "severity": "warning", "path": "a.jsonl", "line": line, "message": "12 characters"}
           for line in range(1, 9)),
         {"code": "identical", "severity": "error", "path": "a.jsonl", "line": 1412, "message": "the same text"},
     ],
@@ -196,11 +197,12 @@ def test_data_report_counts_groups_findings_and_draws_histograms(tmp_path):
         ["rows refused", "50", "25.0 %"],
         ["rows dropped", "0", "0.0 %"],
         ["rows cut", "0", "0.0 %"],
+        ["rows repeated", "20", "10.0 %"],
     ]
     header, *rows = section.one("table").rows()
     assert header == ["severity", "code", "rows", "where", "what"]
     assert rows[0] == ["error", "identical", "1", "a.jsonl:1412", "the same text"]
-    assert rows[1] == ["warn", "short", "1,008", "a.jsonl:1", "12 characters"]
+    assert rows[1] == ["warning", "short", "1,008", "a.jsonl:1", "12 characters"]
     assert rows[-1][3] == "and 1,003 more"
     bars = section.one("div", class_="histogram")
     assert [bar.text for bar in bars.all("div", class_="label")] == ["0", "1 to 1,023"]
@@ -236,7 +238,7 @@ def test_merge_verdict_is_said_with_its_figures(tmp_path):
     section = page_of(run, extras=Extras(merged=[out])).one("section", id="merge")
     assert section.one("p", class_="good").text.strip() == (
         "passed: on 32 held-out pairs, read back from disk as fp16, the mean margin error is 0.05 nats, "
-        "0.4 % of the learned change, 0 preference(s) flipped."
+        "0.35 % of the learned change, 0 preference(s) flipped."
     )
     rows = section.all("table")[0].rows()
     assert rows[:2] == [["", "fp16, stored", "bf16, tried"], ["passed", "yes", "no"]]
