@@ -9,6 +9,8 @@ import re
 
 import pytest
 from conftest import rows_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from run_folders import make_run, parsed, train_rows
 
 import qpref
@@ -309,6 +311,51 @@ def test_files_of_another_shape_are_shown_and_never_fail(tmp_path, value):
     )
     file.write_text(json.dumps(value))
     page_of(run, extras=Extras(merged=[file], evaluations=[file], samples=[file]))
+
+
+KEYS = (
+    *("forecast", "memory", "total", "live", "head_tile", "steps", "examples", "plugins", "versions", "base", "models"),
+    *("peak_bytes", "resident", "findings", "lengths", "counts", "count", "from", "to", "verdict", "flips", "tried"),
+    *(
+        "metrics",
+        "by",
+        "value",
+        "low",
+        "high",
+        "difference_from_first",
+        "warnings",
+        "prompt",
+        "content",
+        "role",
+        "dtype",
+    ),
+    *("step", "split", "loss", "tokens", "seconds", "eval_loss", "first_step", "read", "line", "path"),
+)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["train", "eval"])
+)
+ANY_JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=25,
+)
+ROW = st.fixed_dictionaries(
+    {"step": st.integers(0, 9) | SCALARS, "split": st.sampled_from(["train", "eval"])},
+    optional=dict.fromkeys(("loss", "eval_loss", "tokens", "seconds", "rewards/margins"), st.floats() | SCALARS),
+)
+OBJECT = st.dictionaries(st.sampled_from(KEYS), ANY_JSON, max_size=6)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(facts=OBJECT, result=OBJECT, data=OBJECT, rows=st.lists(ROW | ANY_JSON, max_size=6), other=ANY_JSON)
+def test_no_json_of_any_shape_breaks_the_page(tmp_path_factory, facts, result, data, rows, other):
+    folder = tmp_path_factory.mktemp("any")
+    run = make_run(folder / "run", rows, facts=facts, result=result, data=data)
+    second = make_run(folder / "second", rows, facts=data)
+    (folder / "f").write_text(json.dumps(other))
+    files = [folder / "f"]
+    page_of(run, second, output=folder / "p.html", extras=Extras(merged=files, evaluations=files, samples=files))
+    page_of(run)
 
 
 @pytest.fixture(scope="module")
