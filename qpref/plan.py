@@ -12,13 +12,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qpref.choices import Choice, LossChoice, SourceChoice
+from qpref.document import read_document, with_overrides
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
 from qpref.locations import Locations
 from qpref.problems import Problem, problems_of
-from qpref.recipe import DataSection, ModelSection, Recipe, SourceSection, check_document, read_document, with_overrides
+from qpref.recipe import DataSection, ModelSection, Recipe, SourceSection, check_document
 from qpref.schedule import Schedule, Scheduled, can_be_scheduled
 
 DEFAULT_VALIDATOR = "pairs"

@@ -6,16 +6,21 @@ options model of the plugin that it names.
 
 from __future__ import annotations
 
-import copy
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from qpref.errors import RecipeError
 from qpref.problems import Problem, problems_of
 
 
@@ -215,6 +220,14 @@ class ReferenceSection(Section):
     )
 
 
+def is_better_higher(metric: str) -> bool | None:
+    """Whether more of a held-out metric is better; None where that isn't known."""
+    name = metric.removeprefix("eval_")
+    if name == "loss" or name.startswith("loss/"):
+        return False
+    return True if name.endswith(("/margins", "/accuracies")) else None
+
+
 class TrainSection(Section):
     """The optimization."""
 
@@ -247,6 +260,33 @@ class TrainSection(Section):
     )
     save_every: Every = Field(default="epoch", description='Steps, or "epoch", between checkpoints.')
     keep: int = Field(default=2, ge=1, description="Checkpoints kept; the newest that many.")
+    best_by: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A held-out metric, such as `eval_rewards/margins`: the adapter is that of the step with the best "
+        "of it, whose checkpoint is kept beside the newest. Default: the last step's.",
+    )
+    best_direction: Literal["max", "min"] | None = Field(
+        default=None, description="What is best; default: the lowest loss, the highest margin or accuracy."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many held-out rows in a row without a better `best_by`."
+    )
+
+    @model_validator(mode="after")
+    def know_what_is_best(self) -> TrainSection:
+        if self.best_by is None:
+            if self.patience is not None or self.best_direction is not None:
+                raise ValueError('patience and best_direction need best_by, such as best_by = "eval_rewards/margins"')
+            return self
+        if self.eval_every is None:
+            raise ValueError("best_by compares held-out rows; say with eval_every how often there is one")
+        if self.best_direction is None and is_better_higher(self.best_by) is None:
+            raise ValueError(
+                f"best_by: whether more or less of '{self.best_by}' is better isn't known; say it with "
+                'best_direction = "max" or "min"'
+            )
+        return self
 
 
 class SinkSection(BaseModel):
@@ -282,56 +322,13 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     sinks: list[SinkSection] = [SinkSection(name="console")]
 
-
-def read_document(path: Path) -> dict[str, Any]:
-    """The recipe's TOML as nested dicts.
-
-    Raises:
-        RecipeError: there is no such file, or it is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from None
-
-
-def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of the document with each `table.key=value` set.
-
-    A value is read as TOML where it is TOML, else as text: `train.learning_rate=1e-6`, `loss.name=ipo`. A number in the
-    path is a place in an array: `sinks.0.name=console`.
-
-    Raises:
-        RecipeError: an override has no `=`, or its path leads through something that isn't a table.
-    """
-    changed = copy.deepcopy(dict(document))
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise RecipeError(f"--set {override}: expected table.key=value")
-        place: Any = changed
-        try:
-            for key in keys[:-1]:
-                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-            last: Any = int(keys[-1]) if isinstance(place, list) else keys[-1]
-            place[last] = _toml_value(text.strip())
-        except (TypeError, AttributeError, ValueError, IndexError):
-            raise RecipeError(f"--set {override}: '{path.strip()}' is no place in this recipe") from None
-    return changed
-
-
-def _toml_value(text: str) -> object:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    @field_validator("train")
+    @classmethod
+    def have_what_best_is_judged_by(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")  # missing where it is mistaken itself
+        if train.best_by is not None and data is not None and data.heldout is None and not data.heldout_share:
+            raise ValueError("best_by needs held-out data: name [data] heldout or heldout_share")
+        return train
 
 
 def check_document(document: Mapping[str, Any]) -> Recipe | list[Problem]:

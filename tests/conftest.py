@@ -195,3 +195,14 @@ def outcome(folder: Path) -> Outcome:
         state={name: value for name, value in state.items() if name not in ("seconds", "metrics_bytes")},
         rows=rows_of(folder),
     )
+
+
+def merge_to(run: Path, out: Path, dtype: str) -> Path:
+    """The real `qpref merge`, whatever its verdict on a tiny model is."""
+    from click.testing import CliRunner
+
+    from qpref.cli.merge import command
+
+    done = CliRunner().invoke(command, [str(run), str(out), "--dtype", dtype])
+    assert out.is_dir(), done.output
+    return out

@@ -8,10 +8,11 @@ import tomli_w
 
 from qpref import __version__
 from qpref.data.shapes import SHAPES
+from qpref.document import with_overrides
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
 from qpref.plan import DEFAULT_VALIDATORS, make_plan
-from qpref.recipe import Shape, with_overrides
+from qpref.recipe import Shape
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "plan": "Predict a recipe's memory, work and steps before any is spent.",
     "check": "Look at preference data: what is wrong with which row.",
     "train": "Train an adapter by a recipe.",
+    "eval": "Compare what models prefer on held-out pairs.",
+    "generate": "Print what base and trained model answer, side by side.",
     "merge": "Write base and adapter as one plain safetensors model.",
     "report": "Write one or several runs as one HTML page.",
     "export": "Write a merged model as GGUF, by llama.cpp's converter.",

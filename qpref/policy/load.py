@@ -25,10 +25,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float3
 
 @dataclass(slots=True)
 class Policy:
-    """A model in training.
+    """A model in training, or one that is only asked.
 
     Attributes:
-        model: the PeftModel.
+        model: the PeftModel; the plain model where there are no adapters.
         decoder: the text decoder inside it, whose output is hidden states.
         head: the frozen output head.
         device: where all of it is.
@@ -38,6 +38,7 @@ class Policy:
         sharing_paths: names of the attention paths that compute each prompt once, the fastest first; none where the
             model's config speaks against it.
         attention: name of the one in use.
+        has_adapters: whether there is an adapter; a model without one has no reference of its own.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Policy:
     own_attention: str
     sharing_paths: tuple[str, ...]
     attention: str
+    has_adapters: bool = True
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What the forward pass runs under: LoRA's float32 weights take part in 16-bit products."""
@@ -71,8 +73,13 @@ class Policy:
 
     def use_attention(self, name: str) -> None:
         """Switch to one of the sharing paths, or to the model's own attention."""
-        self.model.get_base_model().set_attn_implementation(name)
+        self.plain_model.set_attn_implementation(name)
         self.attention = name
+
+    @property
+    def plain_model(self) -> Any:
+        """transformers' own model; adapters that are on take part in it."""
+        return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
     def num_layers(self) -> int:
@@ -86,7 +93,7 @@ class Policy:
     def checkpoint_layers(self, count: int) -> None:
         """Recompute the first `count` decoder layers' activations in the backward pass; the others keep theirs."""
         if count:
-            _enable_checkpointing(self.model.get_base_model())
+            _enable_checkpointing(self.plain_model)
         for place, layer in enumerate(self._layers()):
             layer.gradient_checkpointing = place < count
 
@@ -110,31 +117,54 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
         PolicyError: the base cannot be read or trained like this.
     """
     device = choose_device(recipe.model.device)
-    dtype = DTYPES[recipe.model.dtype]
     _refuse_wrong_dtype(recipe.model, device)
+    model = _load_settled(recipe.model, base, device)
+    policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
+    policy.starts_from_adapter = recipe.adapter.start is not None
+    policy.checkpoint_layers(checkpointed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
+    return policy
+
+
+def load_plain(section: ModelSection, base: BaseFolder) -> Policy:
+    """Load a model by itself, without adapters and so without a reference: it can be scored and asked, not trained.
+
+    Raises:
+        PolicyError: it cannot be read.
+    """
+    device = choose_device(section.device)
+    model = _load_settled(section, base, device)
+    return _policy(model, model, section, device)
+
+
+def _load_settled(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
     if device.type == "cpu":
         _forget_compiled_products()
-    model = load_base(recipe.model, base, device)
-    _settle_4bit_layers(model, dtype)
+    model = load_base(section, base, device)
+    _settle_4bit_layers(model, DTYPES[section.dtype])
     attention.register()
+    return model
+
+
+def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.device) -> Policy:
+    """A model and what wraps it, under the fastest attention that its config allows."""
     own = model.config._attn_implementation
-    wrapped = add_adapters(model, recipe.adapter, recipe.train.seed)
     reasons = attention.reasons_against_sharing(model)
     for reason in reasons:
         log.warning("prompts are computed once for each response, not once a pair: %s", reason)
+    dtype = DTYPES[section.dtype]
     policy = Policy(
         model=wrapped,
         decoder=model.get_decoder(),
         head=Head.of(model),
         device=device,
         dtype=dtype,
-        starts_from_adapter=recipe.adapter.start is not None,
+        starts_from_adapter=False,
         own_attention=own,
         sharing_paths=() if reasons else attention.sharing_paths(device, dtype),
         attention=own,
+        has_adapters=wrapped is not model,
     )
     policy.share_prompts(not reasons)
-    policy.checkpoint_layers(checkpointed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
     return policy
 
 

@@ -204,7 +204,7 @@ def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool)
     chosen = [torch.zeros_like(part) for part in expected]
     square_normalizer = torch.full_like(target, -torch.inf)
     with torch.autocast(hidden.device.type, enabled=False):
-        for start, stop in _slices(head, len(tokens)):
+        for start, stop in slices(head, len(tokens)):
             logits = head.logits(rows.hidden, start, stop, rows.low, rows.b)
             inside = numbers[(tokens >= start) & (tokens < stop)]
             places = tokens[inside, None] - start
@@ -244,7 +244,7 @@ def _slope_of_b(everything: _Rows, head: Head, normalizer: Tensor, above: Tensor
         for rows, norm, factor in pieces:
             assert rows.low is not None
             numbers = torch.arange(len(rows.tokens), device=above.device)
-            for start, stop in _slices(head, len(rows.tokens)):
+            for start, stop in slices(head, len(rows.tokens)):
                 logits = head.logits(rows.hidden, start, stop, rows.low, rows.b)
                 inside = numbers[(rows.tokens >= start) & (rows.tokens < stop)]
                 change = (logits - norm).exp_().neg_()
@@ -254,7 +254,7 @@ def _slope_of_b(everything: _Rows, head: Head, normalizer: Tensor, above: Tensor
     return total
 
 
-def _slices(head: Head, num_rows: int) -> Iterator[tuple[int, int]]:
+def slices(head: Head, num_rows: int) -> Iterator[tuple[int, int]]:
     """Slices of the vocabulary whose logits exist at a time."""
     width = max(1, TILE_ELEMENTS // num_rows)
     size = head.weight.shape[0]
@@ -282,13 +282,25 @@ def completion_logprobs(
         rest = [token for example in batch.examples for token in example.prompt[1:]]
         tokens = torch.cat([tokens, torch.tensor(rest, dtype=tokens.dtype, device=tokens.device)])
         lengths += tuple(len(example.prompt) - 1 for example in batch.examples)
+    hidden = completion_hidden(policy, batch, prompts=prompts)
+    values, log_sums = score_tokens(policy.head, hidden, tokens, squares=squares)
+    return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
+
+
+def completion_hidden(policy: Policy, batch: PackedBatch, *, prompts: bool = False) -> Tensor:
+    """[S, width] the hidden state that predicts each response token, in the batch's order."""
     with policy.autocast():
         compute = _shared_hidden if policy.shares_prompts else _row_hidden
-        hidden = compute(policy, batch, prompts)
-    values, log_sums = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
-        hidden, tokens, policy.head, squares, *policy.head.low_rank(hidden)
+        return compute(policy, batch, prompts)
+
+
+def score_tokens(head: Head, hidden: Tensor, tokens: Tensor, *, squares: bool = False) -> tuple[Tensor, Tensor]:
+    """[S] log-probability of each token by the hidden state that predicts it, the head's adapter as it stands, and
+    the log of the sum of squared probabilities (empty unless asked for)."""
+    scored: tuple[Tensor, Tensor] = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
+        hidden, tokens, head, squares, *head.low_rank(hidden)
     )
-    return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
+    return scored
 
 
 def sequences(scores: TokenLogProbs, chosen: slice) -> TokenLogProbs:

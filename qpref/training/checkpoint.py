@@ -40,8 +40,8 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint under `folder`, then drop the oldest beyond `keep`, never the last two."""
-    final = folder / f"step-{checkpoint.step:06}"
+    """Write a checkpoint under `folder`, then drop the oldest beyond `keep`, never the last two nor the best."""
+    final = path_of(folder, checkpoint.step)
     if final.exists():
         fsio.remove_tree(final)
     with fsio.staged_folder(final) as staging:
@@ -50,9 +50,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         fsio.write_json(staging / "state.json", {"format": FORMAT, "step": checkpoint.step} | checkpoint.state)
         files = {path.name: _entry(path) for path in sorted(staging.iterdir())}
         fsio.write_json(staging / "MANIFEST.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+    best = checkpoint.state.get("best")
     for old in _folders(folder)[max(2, keep) :]:
-        fsio.remove_tree(old)
+        if best is None or old != path_of(folder, best["step"]):
+            fsio.remove_tree(old)
     return final
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:06}"
 
 
 def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None:
@@ -76,6 +83,18 @@ def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None
             f"{folder}: none of {len(folders)} checkpoints verifies", "start anew with --overwrite, or restore a copy"
         )
     return None
+
+
+def read(path: Path) -> Checkpoint:
+    """One checkpoint, if it verifies.
+
+    Raises:
+        CheckpointError: it doesn't.
+    """
+    try:
+        return _load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint that verifies: {error}") from None
 
 
 def remove_newer(folder: Path, step: int) -> None:

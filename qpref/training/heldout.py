@@ -37,14 +37,14 @@ def with_accuracies(metrics: Mapping[str, Tensor], singles: Sequence[TokenizedEx
 
 
 def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
-    """Places of the desirable and of the undesirable completions that came from the same rows."""
-    places: dict[tuple[Source, bool | None], int] = {
-        (example.source, example.label): place for place, example in enumerate(examples)
+    """Places of the desirable and of the undesirable completions that came from the same pairs."""
+    places: dict[tuple[Source, int, bool | None], int] = {
+        (example.source, example.number, example.label): place for place, example in enumerate(examples)
     }
     pairs = [
-        (place, places[source, False])
-        for (source, label), place in places.items()
-        if label and (source, False) in places
+        (place, places[source, number, False])
+        for (source, number, label), place in places.items()
+        if label and (source, number, False) in places
     ]
     return [good for good, _ in pairs], [bad for _, bad in pairs]
 

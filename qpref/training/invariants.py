@@ -142,7 +142,7 @@ def _difference(values: Tensor, expected: Tensor, policy: Policy, low_precision_
 
 def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     """[S] from the model's own forward pass and logits, one row for each branch; the model's own attention is on."""
-    model = policy.model.get_base_model()
+    model = policy.plain_model
     pieces = []
     for branch in example.branches:
         ids = torch.tensor([[*example.prompt, *branch]], device=policy.device)

@@ -20,6 +20,7 @@ from qpref.policy.reference import ReferenceMemory, frozen
 from qpref.recipe import Recipe
 from qpref.records import MetricRow, PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training import heldout, optim
+from qpref.training.best import Best, Watch
 from qpref.training.inputs import Inputs, Mismatched, example_metrics, joined_inputs
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
@@ -42,6 +43,7 @@ class Progress:
         nonfinite: steps in a row that were left out for a non-finite gradient.
         budget: tokens per micro-batch in force; a step that runs out of memory halves it.
         averages: of the examples since the last training row.
+        best: the best held-out row, where the recipe asks for one.
     """
 
     step: int = 0
@@ -50,6 +52,7 @@ class Progress:
     nonfinite: int = 0
     budget: int = 0
     averages: Averages = field(default_factory=Averages)
+    best: Best | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,30 +95,40 @@ class Trainer:
         return optim.total_steps(self.recipe.train, len(self.examples))
 
     def run(self) -> bool:
-        """Train to the end; False where a signal stopped it, saved, between two steps.
+        """Train to the end, which comes early where patience has run out; False where a signal stopped it, saved,
+        between two steps.
 
         Raises:
             NonFiniteError: three steps in a row had no finite gradient.
+            RecipeError: held-out rows don't have the metric that the best step is chosen by.
         """
         progress, before = self.progress, self.progress.seconds
         started = time.monotonic()
         if progress.step == 0:
             self._record_heldout()
-        while progress.step < self.total_steps:
+        while not self._is_over():
             grad_norm, rate = self._step()
             progress.step += 1
             progress.seconds = before + time.monotonic() - started
-            if self._is_due(self.recipe.train.log_every):
+            is_logged = self._is_due(self.recipe.train.log_every)
+            if is_logged:
                 self._record_training(grad_norm, rate)
-            if self._is_due(self.recipe.train.eval_every):
-                self._record_heldout()
+            is_best = self._is_due(self.recipe.train.eval_every) and self._record_heldout()
+            if self._is_over() and not is_logged:  # the held-out row was what ended it
+                self._record_training(grad_norm, rate)
             self._stop_if_nonfinite()
-            stopping = self.should_stop() and progress.step < self.total_steps
-            if stopping or self._is_due(self.recipe.train.save_every):
+            stopping = self.should_stop() and not self._is_over()
+            if stopping or is_best or self._is_due(self.recipe.train.save_every):
                 self.save()
             if stopping:
                 return False
         return True
+
+    def _is_over(self) -> bool:
+        """Whether no step follows."""
+        watch = Watch.of(self.recipe.train)
+        out_of_patience = watch is not None and watch.is_over(self.progress.best)
+        return out_of_patience or self.progress.step == self.total_steps
 
     def _is_due(self, every: int | str | None) -> bool:
         """Whether something that happens every so many steps, or every epoch, happens after this step.
@@ -123,7 +136,7 @@ class Trainer:
         Training and held-out rows come at the end always.
         """
         step = self.progress.step
-        if step == self.total_steps:
+        if self._is_over():
             return True
         if every == "epoch":
             return step % optim.steps_per_epoch(len(self.examples), self.recipe.train.batch_size) == 0
@@ -266,18 +279,20 @@ class Trainer:
             )
         )
 
-    def _record_heldout(self) -> None:
+    def _record_heldout(self) -> bool:
+        """Score the held-out examples; whether this step is the best so far by the recipe's measure."""
+        progress, watch = self.progress, Watch.of(self.recipe.train)
         if self.heldout:
-            values = {f"eval_{name}": value for name, value in self.heldout_means().items()}
+            means = self.heldout_means()
+            if watch is not None:
+                progress.best = watch.look(progress.best, progress.step, means)
+            values = {f"eval_{name}": value for name, value in means.items()}
             self.recorder.write(
                 MetricRow(
-                    step=self.progress.step,
-                    split="eval",
-                    values=values,
-                    tokens=self.progress.tokens,
-                    seconds=self.progress.seconds,
+                    step=progress.step, split="eval", values=values, tokens=progress.tokens, seconds=progress.seconds
                 )
             )
+        return progress.best is not None and progress.best.step == progress.step
 
     def heldout_means(self) -> dict[str, float]:
         """Means over the held-out pairs.

@@ -25,7 +25,7 @@ from qpref.plan import Plan
 from qpref.policy.adapter import TRAINED
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import PackedBatch
-from qpref.training import checkpoint, invariants, optim, references, snapshot
+from qpref.training import best, checkpoint, invariants, optim, references, snapshot
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
@@ -71,6 +71,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     if kept is not None:
         memory = _open_memory(prepared, folder.description().get("reference_cache"))
         snapshot.restore(kept, prepared, optimizer, scaler, progress)
+        progress.best = best.of_state(kept.state, folder.checkpoints)
         if memory is not None:
             memory.restore(kept.tensors["reference"])
             invariants.check_cached_reference(policy, memory, _first_batch(prepared))
@@ -122,8 +123,29 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     if not finished:
         raise StoppedBySignal(f"stopped after step {progress.step}, saved", "go on with --resume", requested[0])
     write_result(folder.result, progress, policy.device, context.first_step)
+    _take_best(prepared, folder, progress)
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
+
+
+def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> None:
+    """Let the policy be the best step's, where the recipe asks for it, and say which one it is.
+
+    Raises:
+        CheckpointError: its checkpoint doesn't verify.
+    """
+    train, found = prepared.plan.recipe.train, progress.best
+    if train.best_by is None:
+        return
+    if found is None:
+        log.warning("no held-out row has a number for %s; the adapter is the last step's", train.best_by)
+        return
+    if found.step != progress.step:
+        snapshot.restore_adapter(checkpoint.read(checkpoint.path_of(folder.checkpoints, found.step)), prepared.policy)
+    total = optim.total_steps(train, len(prepared.examples))
+    early = f", which stopped early, after {progress.step} of {total} steps" if progress.step < total else ""
+    log.info("the adapter is that of step %d of this run%s: %s %.4f is the best of its held-out rows",
+             found.step, early, train.best_by, found.value)  # fmt: skip
 
 
 def _first_batch(prepared: Prepared) -> PackedBatch:

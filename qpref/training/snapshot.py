@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qpref.errors import CheckpointError
+from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceMemory
 from qpref.training import checkpoint, optim
 from qpref.training.folder import RunFolder
@@ -38,6 +39,7 @@ def capture(
         "counts": progress.averages.counts,
         "optimizer": numbers,
         "scaler": scaler.state_dict(),
+        "best": None if progress.best is None else progress.best.as_state(),
         "metrics_bytes": metrics_bytes,
         "fingerprints": prepared.fingerprints,
     }
@@ -57,12 +59,7 @@ def restore(
         CheckpointError: its adapter is another.
     """
     policy = prepared.policy
-    parameters, saved = policy.trained_parameters(), kept.tensors["adapter"]
-    if set(parameters) != set(saved):
-        raise CheckpointError(f"step {kept.step}: its adapter has other layers than this run's")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    restore_adapter(kept, policy)
     optim.restore_optimizer(optimizer, kept.tensors["optimizer"], kept.state["optimizer"])
     scaler.load_state_dict(kept.state["scaler"])
     progress.step, progress.tokens = kept.step, kept.state["tokens"]
@@ -74,6 +71,20 @@ def restore(
         progress.budget = settled(prepared)
     sums = {name: float.fromhex(total) for name, total in kept.state["sums"].items()}
     progress.averages = Averages(sums, kept.state["counts"])
+
+
+def restore_adapter(kept: checkpoint.Checkpoint, policy: Policy) -> None:
+    """Put a checkpoint's adapter, and nothing else, back.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    parameters, saved = policy.trained_parameters(), kept.tensors["adapter"]
+    if set(parameters) != set(saved):
+        raise CheckpointError(f"step {kept.step}: its adapter has other layers than this run's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
 
 
 def metrics_bytes(kept: checkpoint.Checkpoint, folder: RunFolder) -> int:

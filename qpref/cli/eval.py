@@ -1,0 +1,143 @@
+"""`qpref eval`"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qpref.evaluation.report import ModelReport, Report
+    from qpref.evaluation.statistics import Estimate
+
+WIDE = 250
+
+
+@click.command("eval")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option(
+    "--data", metavar="DATA", help="Pairs, as in [data] train: a file, ...  [default: what the first run holds out]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@click.option(
+    "--beta",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The reward is beta times a change in nats.  [default: the first run's, else 0.1]",
+)
+@click.option("--samples", type=click.IntRange(min=1), default=2000, show_default=True, help="Bootstrap draws.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws and the sample.")
+@click.option("--max-pairs", type=click.IntRange(min=1), help="At most so many pairs, at random.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="Longest prompt + response, in tokens; longer pairs are left out.  [default: the first run's]",
+)
+@click.option("--float32", "all_float32", is_flag=True, help="Compute in float32 even where the models have one type.")
+@click.option("--without-overlap", is_flag=True, help="Leave out pairs whose prompt a run was trained on.")
+@click.option("--base", metavar="FOLDER|ID", help="The base of an adapter, where it isn't the one that it names.")
+@click.option(
+    "--quantization",
+    type=click.Choice(["nf4", "none"]),
+    default="none",
+    show_default=True,
+    help="Of a base, or of an adapter's base, that no run explains.",
+)
+def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+    """Compare what each MODEL prefers on held-out pairs: runs, their checkpoints, adapters, merged models, bases.
+
+    Rewards are against a run's or an adapter's base with the adapter off; a model without an adapter has the first
+    such reference. Brackets hold 95 % bootstrap intervals, over prompts; differences are over the same pairs.
+    """
+    from qpref.cli import quiet_transformers
+    from qpref.evaluation.evaluate import Request, evaluate
+
+    quiet_transformers()
+    report = evaluate(Request(models=models, **asked))
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2, allow_nan=False))
+    else:
+        _print(report)
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDE  # a file has no edge to wrap at
+    console.print(f"data       {report.data}: {report.pairs} pairs", markup=False)
+    console.print(f"beta       {report.beta:g} ({report.beta_from})", markup=False)
+    for model in report.models:
+        against = f"rewards against the reference of {model.reference}" if model.reference else "no reference"
+        console.print(f"{model.kind:10} {model.name}: {against}", markup=False)
+    console.print(_metrics_table(report.models))
+    for kind in report.models[0].summary.buckets:
+        console.print(_bucket_table(kind, report.models))
+    if len(report.models) > 1:
+        console.print(_difference_table(report.models))
+    for warning in report.warnings():
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(Text(column), justify="right")
+    return table
+
+
+def _metrics_table(models: Sequence[ModelReport]) -> Table:
+    from qpref.evaluation.summary import labels
+
+    table = _table("held-out pairs", [model.name for model in models])
+    for key, label in labels().items():
+        found = [model.summary.metrics.get(key) for model in models]
+        if any(found):
+            table.add_row(label, *(_cell(estimate) for estimate in found))
+    return table
+
+
+def _bucket_table(kind: str, models: Sequence[ModelReport]) -> Table:
+    """Accuracy in each bucket: by reward where the model has a reference."""
+    from rich.text import Text
+
+    table = _table(f"accuracy by {kind}", ["pairs", *(model.name for model in models)])
+    for name in models[0].summary.buckets[kind]:
+        cells, pairs = [], 0
+        for model in models:
+            found = model.summary.buckets[kind][name]
+            estimate = found.get("rewards/accuracies") or found["logps/accuracies"]
+            pairs = estimate.pairs
+            cells.append(_cell(estimate))
+        table.add_row(Text(name), str(pairs), *cells)
+    return table
+
+
+def _difference_table(models: Sequence[ModelReport]) -> Table:
+    from qpref.evaluation.summary import METRICS
+
+    table = _table(f"difference from {models[0].name}, pair by pair", [model.name for model in models[1:]])
+    for key, metric in METRICS.items():
+        found = [model.summary.differences.get(key) for model in models[1:]]
+        if any(found):
+            table.add_row(metric.label, *(_cell(estimate, signed=True) for estimate in found))
+    return table
+
+
+def _cell(estimate: Estimate | None, signed: bool = False) -> str:
+    """A number and its interval, with as many digits as tell models apart."""
+    if estimate is None or math.isnan(estimate.value):
+        return "-"
+    plus = "+" if signed else ""
+    digits = 2 if abs(estimate.value) >= 100 else 3
+    value, low, high = (format(number, f"{plus}.{digits}f") for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high})"

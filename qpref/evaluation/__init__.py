@@ -1,0 +1,1 @@
+"""Held-out reports: what a trained model prefers, and what it writes."""

@@ -1,0 +1,96 @@
+"""Which step did best on the held-out examples so far, and whether it is worth going on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qpref.errors import CheckpointError, RecipeError
+from qpref.recipe import TrainSection, is_better_higher
+from qpref.training import checkpoint
+
+log = logging.getLogger("qpref")
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best held-out row so far.
+
+    Attributes:
+        waited: held-out rows since then.
+    """
+
+    step: int
+    value: float
+    waited: int = 0
+
+    def as_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a recipe wants to be best.
+
+    Attributes:
+        name: of the metric, without eval_.
+        higher: whether more of it is better.
+        patience: held-out rows without a better one after which to stop; None never to.
+    """
+
+    name: str
+    higher: bool
+    patience: int | None
+
+    @classmethod
+    def of(cls, train: TrainSection) -> Watch | None:
+        """None where the last step is the result."""
+        if train.best_by is None:
+            return None
+        name = train.best_by.removeprefix("eval_")
+        higher = is_better_higher(train.best_by) if train.best_direction is None else train.best_direction == "max"
+        assert higher is not None  # the recipe has been checked
+        return cls(name, higher, train.patience)
+
+    def look(self, best: Best | None, step: int, values: Mapping[str, float]) -> Best | None:
+        """The best so far, this row included.
+
+        The row of step 0 is no candidate: nothing is trained yet, and its accuracy by reward is one by log-probability.
+        A value that isn't a number is never better, and a tie isn't either.
+
+        Raises:
+            RecipeError: held-out rows have no such metric.
+        """
+        if self.name not in values:
+            raise RecipeError(
+                f"[train] best_by: held-out rows have no metric '{self.name}'; they have {', '.join(sorted(values))}"
+            )
+        value = values[self.name]
+        if step == 0:
+            return best
+        if not math.isnan(value) and (best is None or (value > best.value if self.higher else value < best.value)):
+            return Best(step, value)
+        return None if best is None else Best(best.step, best.value, best.waited + 1)
+
+    def is_over(self, best: Best | None) -> bool:
+        """Whether enough rows went by without a better one."""
+        return self.patience is not None and best is not None and best.waited >= self.patience
+
+
+def of_state(state: Mapping[str, Any], folder: Path) -> Best | None:
+    """The best of a checkpoint's state; None, with a warning, where its own checkpoint isn't what it was."""
+    found = state.get("best")
+    if found is None:
+        return None
+    best = Best(**found)
+    try:
+        checkpoint.read(checkpoint.path_of(folder, best.step))
+    except CheckpointError as error:
+        log.warning("the best step so far, %d, is lost, and the best is looked for anew: %s", best.step, error.what)
+        return None
+    return best

@@ -1,0 +1,207 @@
+"""What a path is taken for, and what is refused with clear words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import merge_to, preference_rows, write_jsonl
+from safetensors.torch import load_file
+
+from qpref.errors import CheckpointError, PolicyError, RecipeError
+from qpref.evaluation.models import common_dtype, identify
+from qpref.plan import make_plan
+from qpref.policy.reference import as_reference
+from qpref.training.run import train_plan
+
+
+@pytest.fixture(scope="module")
+def run(make_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("identified")
+    base = shutil.copytree(make_base(), folder / "base")
+    recipe = {
+        "model": {"base": str(base), "quantization": "nf4", "dtype": "bf16"},
+        "adapter": {"rank": 4, "alpha": 8},
+        "data": {
+            "train": str(write_jsonl(folder / "train.jsonl", preference_rows(12))),
+            "max_length": 256,
+            "max_prompt_length": 128,
+        },
+        "checks": {"too_short": "off"},
+        "loss": {"name": "dpo", "beta": 0.3},
+        "train": {"learning_rate": 0.02, "batch_size": 4, "warmup_ratio": 0.0, "save_every": 1, "keep": 3},
+        "sinks": [],
+    }
+    return train_plan(make_plan(recipe, output=folder / "run"))
+
+
+def adapter_alone(run: Path, tmp_path: Path) -> Path:
+    """A stranger's PEFT folder: the run's adapter, without the run."""
+    return Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
+
+
+def trained(policy):
+    return {name: value.detach().clone() for name, value in policy.trained_parameters().items()}
+
+
+def test_a_run_is_loaded_with_its_adapter_and_its_recipes_beta(run):
+    subject = identify(str(run))
+    assert (subject.kind, subject.beta, subject.dtype, subject.has_reference) == ("run", 0.3, "bf16", True)
+    saved = load_file(run / "adapter/adapter_model.safetensors")
+    for name, value in trained(subject.load("bf16")).items():
+        assert torch.equal(value, saved[name.replace(".default", "")])
+
+
+def test_the_adapter_folder_of_a_run_is_the_run(run):
+    assert identify(str(run / "adapter")).recipe == identify(str(run)).recipe
+
+
+def test_a_checkpoint_is_the_run_at_that_step(run):
+    first, last = (identify(str(run / f"checkpoints/step-00000{step}")) for step in (1, 3))
+    assert first.kind == "checkpoint"
+    final = trained(identify(str(run)).load("bf16"))
+    assert all(torch.equal(value, final[name]) for name, value in trained(last.load("bf16")).items())
+    assert not all(torch.equal(value, final[name]) for name, value in trained(first.load("bf16")).items())
+
+
+def test_a_checkpoint_that_is_damaged_is_refused(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "checkpoints/step-000002/adapter.safetensors").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
+        identify(str(copy / "checkpoints/step-000002")).load("bf16")
+    with pytest.raises(RecipeError, match="no such checkpoint"):
+        identify(str(copy / "checkpoints/step-000009"))
+
+
+def test_an_adapter_alone_is_that_on_its_base(run, tmp_path):
+    """The reference is the base, not the adapter as it came."""
+    subject = identify(str(adapter_alone(run, tmp_path)), quantization="nf4")
+    assert (subject.kind, subject.beta) == ("adapter", None)
+    policy, of_run = subject.load("float32"), identify(str(run)).load("float32")
+    policy.share_prompts(False)
+    of_run.share_prompts(False)
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        logits = [one.plain_model(input_ids=ids, use_cache=False).logits for one in (policy, of_run)]
+        with as_reference(policy), as_reference(of_run):
+            bases = [one.plain_model(input_ids=ids, use_cache=False).logits for one in (policy, of_run)]
+    # The base's own type is float32 here and bf16 in the run, so their weights differ by rounding.
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * (logits[1] - bases[1]).abs().max()
+    assert (bases[0] - bases[1]).abs().max() < 0.05 * (logits[1] - bases[1]).abs().max()
+
+
+def test_an_adapter_can_be_put_on_a_base_that_has_moved(run, make_base, tmp_path):
+    adapter = adapter_alone(run, tmp_path)
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "/gone/away"}))
+    with pytest.raises(PolicyError, match=r"its base /gone/away is not there\nhint: name the base with --base"):
+        identify(str(adapter))
+    identify(str(adapter), base=str(make_base())).load("float32")
+
+
+def test_an_adapter_for_another_base_is_refused(run, make_base, tmp_path):
+    adapter = adapter_alone(run, tmp_path)
+    for other in (make_base(num_hidden_layers=1), make_base(hidden_size=32, num_attention_heads=2)):
+        with pytest.raises(PolicyError, match=r"not an adapter for this base|the base needs"):
+            identify(str(adapter), base=str(other)).load("float32")
+
+
+def test_a_runs_adapter_that_doesnt_fit_its_base_is_refused(run, tmp_path):
+    from safetensors.torch import save_file
+
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    tensors = load_file(copy / "adapter/adapter_model.safetensors")
+    tensors.pop(min(tensors))
+    save_file(tensors, copy / "adapter/adapter_model.safetensors")
+    with pytest.raises(PolicyError, match="not an adapter for this base"):
+        identify(str(copy)).load("bf16")
+
+
+def test_a_run_whose_base_has_changed_is_refused(run, tmp_path):
+    copy = Path(shutil.copytree(run.parent, tmp_path / "all"))
+    facts = json.loads((copy / "run/run.json").read_text())
+    (copy / "run/run.json").write_text(json.dumps(facts | {"base_path": str(copy / "base")}))
+    identify(str(copy / "run"))
+    weights = copy / "base/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(PolicyError, match=r"not the base that .* was trained on"):
+        identify(str(copy / "run"))
+
+
+def test_a_merged_folder_is_a_model_in_its_stored_type(run, tmp_path):
+    merge_to(run, tmp_path / "out", "fp16")
+    subject = identify(str(tmp_path / "out"))
+    assert (subject.kind, subject.has_reference, subject.beta) == ("model", False, None)
+    assert (subject.recipe.model.dtype, subject.recipe.model.quantization) == ("fp16", "none")
+    assert subject.dtype == "float32"  # a CPU has no float16 products
+    assert subject.recipe.data.max_length == 512
+    policy = subject.load(subject.dtype)
+    assert not policy.has_adapters
+    assert policy.head.weight.dtype == torch.float32
+
+
+def test_a_base_alone_can_be_quantized(make_base):
+    assert identify(str(make_base()), quantization="nf4").load("float32").quantized_modules()
+    assert not identify(str(make_base())).load("float32").quantized_modules()
+
+
+def test_models_of_different_types_are_all_compared_in_float32(run, tmp_path):
+    merge_to(run, tmp_path / "out", "fp16")
+    of_run, merged = identify(str(run)), identify(str(tmp_path / "out"))
+    assert common_dtype([of_run], all_float32=False) is None
+    assert common_dtype([of_run, of_run], all_float32=True) == "float32"
+    assert common_dtype([of_run, merged], all_float32=False) == "float32"
+
+
+def unfinished(run: Path, tmp_path: Path) -> str:
+    copy = Path(shutil.copytree(run, tmp_path / "unfinished"))
+    shutil.rmtree(copy / "adapter")
+    return str(copy)
+
+
+def stranger(run: Path, tmp_path: Path) -> str:
+    (tmp_path / "stranger").mkdir()
+    return str(tmp_path / "stranger")
+
+
+REFUSED = {
+    "unfinished": (unfinished, "this run is not finished\nhint: .*name one of its checkpoints"),
+    "no run": (stranger, "neither a run nor an adapter nor a model: it has no run.json"),
+    "nothing there": (lambda run, tmp_path: str(tmp_path / "none"), "no such folder, and no hub id"),
+    "a relative path": (lambda run, tmp_path: "./none", "no such folder, and no hub id"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_model_is_refused_by_name(run, tmp_path, case):
+    make, words = REFUSED[case]
+    name = make(run, tmp_path)
+    with pytest.raises(RecipeError, match=words) as caught:
+        identify(name)
+    assert name in caught.value.what
+
+
+def test_a_run_of_a_newer_recipe_is_refused_with_its_keys(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    with (copy / "recipe.lock.toml").open("a") as file:
+        file.write('\n[newer]\nkey = "value"\n')
+    with pytest.raises(RecipeError, match=r"cannot be read by this qpref\n.*newer"):
+        identify(str(copy))
+
+
+@pytest.mark.parametrize(("loss", "beta"), [
+    ('name = "dpo"\nbeta = { start = 0.1, end = 0.4 }', 0.4),
+    ('name = "sft"', None),
+])  # fmt: skip
+def test_beta_is_the_end_of_a_schedule_and_may_be_missing(run, tmp_path, loss, beta):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    lock = copy / "recipe.lock.toml"
+    head, _, rest = lock.read_text().partition("[loss]\n")
+    tail = rest[rest.index("\n[") :] if "\n[" in rest else ""
+    lock.write_text(f"{head}[loss]\n{loss}\n{tail}")
+    assert identify(str(copy)).beta == beta
