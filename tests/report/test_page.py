@@ -151,6 +151,23 @@ def test_a_run_at_work_is_shown_with_what_it_has(tmp_path):
     assert "qpref train --resume" in page.text
 
 
+def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
+    rows = [
+        {"step": step, "split": "eval", "eval_loss": 0.7, "eval_rewards/accuracies": accuracy}
+        for step, accuracy in enumerate([0.5, 0.6, 0.9, *[0.8] * 20])
+    ]
+    run = make_run(tmp_path / "best", rows, result={"adapter_step": 2})
+    page = page_of(run)
+    assert tiles_of(page)[:2] == [
+        ["state", "finished", "step 22, adapter of step 2"],
+        ["held-out accuracy", "90.0 %", "50.0 % at step 0"],
+    ]
+    header, *body = table_under(page, "Held-out rows")
+    assert dict(zip(header, body[1], strict=True))["step 2"] == "0.9"
+    both = page_of(run, make_run(tmp_path / "last", rows), output=tmp_path / "both.html")
+    assert [row[4] for row in both.one("section", id="runs").all("table")[0].rows()] == ["accuracy", "90.0 %", "80.0 %"]
+
+
 @pytest.mark.parametrize(("margin", "noted"), [(0.0, True), (0.4, False), (None, False)])
 def test_the_first_accuracy_is_explained_where_all_rewards_start_at_0(tmp_path, margin, noted):
     row = {"step": 0, "split": "eval", "eval_loss": 0.7, "eval_rewards/margins": margin}
