@@ -12,11 +12,11 @@ from qpref.report.read import number
 from qpref.report.tables import Bar
 from qpref.report.text import count_text, share_text
 
-COUNTS = ("read", "kept", "refused", "dropped", "cut")
+COUNTS = ("read", "kept", "refused", "dropped", "cut", "repeated")
 COUNTED, FINDINGS, NOT_LISTED, LENGTHS = "counts", "findings", "findings_not_listed", "lengths"
 EXAMPLES = 5
 """Findings of a code that are shown in full."""
-SEVERITIES = ("error", "warn", "info")
+SEVERITIES = ("error", "warning")
 
 Kind = tuple[str, str]
 """A finding's severity and code."""

@@ -114,7 +114,7 @@ def merge_blocks(value: Any) -> list[Block]:
 def _headline(verdict: Mapping[str, Any], value: Mapping[str, Any]) -> str:
     passed = {True: "passed", False: "NOT passed"}.get(bool(verdict.get("passed")), "")
     share = verdict.get("share_of_learned")
-    of = f", {_share(share)} of the learned change" if is_number(share) else ""
+    of = f", {100 * number(share):.2f} % of the learned change" if is_number(share) else ""
     flips = verdict.get("flips")
     flipped = f", {len(flips):,} preference(s) flipped" if isinstance(flips, list) else ""
     return (

@@ -52,7 +52,22 @@ def state(run: RunRecord) -> str:
     steps = run.facts.get("steps")
     total = f" of {count_text(number(steps))}" if not math.isnan(number(steps)) else ""
     step = f"step {run.metrics.last_step:,}{total}"
+    if adapter_step(run) != run.metrics.last_step:
+        step += f", adapter of step {adapter_step(run):,}"
     return f"finished, {step}" if run.is_finished else f"not finished, {step}"
+
+
+def adapter_step(run: RunRecord) -> int:
+    """The step that the adapter is of: the last, or the best where the recipe asked for it."""
+    step = number(leaf(run.result, "adapter_step"))
+    return run.metrics.last_step if math.isnan(step) else int(step)
+
+
+def _outcome(run: RunRecord, name: str) -> float:
+    """The held-out mean of the step that the adapter is of; the newest where that step has none."""
+    column = run.metrics.column("eval", name)
+    values = dict(zip(column.steps, column.values, strict=True)) if column else {}
+    return values.get(adapter_step(run), run.metrics.last("eval", name))
 
 
 def tiles(run: RunRecord) -> list[Tile]:
@@ -66,7 +81,7 @@ def tiles(run: RunRecord) -> list[Tile]:
         column = run.metrics.column("eval", name)
         if column:
             before = f"{text(column.values[0])} at step {count_text(column.steps[0])}" if len(column) > 1 else ""
-            found.append(Tile(title, text(column.values[-1]), before))
+            found.append(Tile(title, text(_outcome(run, name)), before))
     tokens, seconds = _spent(run)
     found.append(Tile("time", time_text(seconds), f"{count_text(tokens)} tokens"))
     peak, kind = measured_peak(run)
@@ -80,14 +95,14 @@ def overview(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
         tokens, seconds = _spent(run)
-        last = [run.metrics.last("eval", name) for name in ("loss", "rewards/margins", "rewards/accuracies")]
+        loss, margin, accuracy = (_outcome(run, name) for name in ("loss", "rewards/margins", "rewards/accuracies"))
         rows.append(
             [
                 run.name,
                 state(run),
-                number_text(last[0]),
-                number_text(last[1]),
-                share_text(last[2]),
+                number_text(loss),
+                number_text(margin),
+                share_text(accuracy),
                 count_text(tokens),
                 time_text(seconds),
                 size_text(measured_peak(run)[0]),
@@ -144,11 +159,12 @@ def starts_at_no_reward(runs: Sequence[RunRecord]) -> bool:
 
 
 def _heldout_steps(run: RunRecord, most: int) -> list[float]:
-    """The first and the last, and others evenly between."""
+    """The first and the last, the adapter's, and others evenly between."""
     steps = sorted({step for column in run.metrics.columns["eval"].values() for step in column.steps})
     if len(steps) <= most:
         return steps
-    return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+    chosen = {steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)}
+    return sorted(chosen | ({adapter_step(run)} & set(steps)))
 
 
 def against_plan(run: RunRecord) -> Table:

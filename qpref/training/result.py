@@ -21,7 +21,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def write_result(path: Path, progress: Progress, device: torch.device, first_step: int) -> None:
-    """Write down a run that is at its end.
+    """Write down a run that is at its end: its adapter is the best step's where the recipe asks for that.
 
     Args:
         first_step: where this process began; what it measured of memory holds from there on.
@@ -32,6 +32,7 @@ def write_result(path: Path, progress: Progress, device: torch.device, first_ste
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "first_step": first_step,
             "steps": progress.step,
+            "adapter_step": progress.step if progress.best is None else progress.best.step,
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "tokens_per_microbatch": progress.budget,

@@ -9,6 +9,8 @@ import re
 
 import pytest
 from conftest import rows_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from run_folders import make_run, parsed, train_rows
 
 import qpref
@@ -149,6 +151,23 @@ def test_a_run_at_work_is_shown_with_what_it_has(tmp_path):
     assert "qpref train --resume" in page.text
 
 
+def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
+    rows = [
+        {"step": step, "split": "eval", "eval_loss": 0.7, "eval_rewards/accuracies": accuracy}
+        for step, accuracy in enumerate([0.5, 0.6, 0.9, *[0.8] * 20])
+    ]
+    run = make_run(tmp_path / "best", rows, result={"adapter_step": 2})
+    page = page_of(run)
+    assert tiles_of(page)[:2] == [
+        ["state", "finished", "step 22, adapter of step 2"],
+        ["held-out accuracy", "90.0 %", "50.0 % at step 0"],
+    ]
+    header, *body = table_under(page, "Held-out rows")
+    assert dict(zip(header, body[1], strict=True))["step 2"] == "0.9"
+    both = page_of(run, make_run(tmp_path / "last", rows), output=tmp_path / "both.html")
+    assert [row[4] for row in both.one("section", id="runs").all("table")[0].rows()] == ["accuracy", "90.0 %", "80.0 %"]
+
+
 @pytest.mark.parametrize(("margin", "noted"), [(0.0, True), (0.4, False), (None, False)])
 def test_the_first_accuracy_is_explained_where_all_rewards_start_at_0(tmp_path, margin, noted):
     row = {"step": 0, "split": "eval", "eval_loss": 0.7, "eval_rewards/margins": margin}
@@ -175,10 +194,11 @@ DATA = {
     "refused": 50,
     "dropped": 0,
     "cut": 0,
+    "repeated": 20,
     "counts": [{"severity": "error", "code": "identical", "count": 1},
-               {"severity": "warn", "code": "short", "count": 1008}],
+               {"severity": "warning", "code": "short", "count": 1008}],
     "findings": [
-        *({"code": "short", "severity": "warn", "path": "a.jsonl", "line": line, "message": "12 characters"}
+        *({"code": "short", "severity": "warning", "path": "a.jsonl", "line": line, "message": "12 characters"}
           for line in range(1, 9)),
         {"code": "identical", "severity": "error", "path": "a.jsonl", "line": 1412, "message": "the same text"},
     ],
@@ -196,11 +216,12 @@ def test_data_report_counts_groups_findings_and_draws_histograms(tmp_path):
         ["rows refused", "50", "25.0 %"],
         ["rows dropped", "0", "0.0 %"],
         ["rows cut", "0", "0.0 %"],
+        ["rows repeated", "20", "10.0 %"],
     ]
     header, *rows = section.one("table").rows()
     assert header == ["severity", "code", "rows", "where", "what"]
     assert rows[0] == ["error", "identical", "1", "a.jsonl:1412", "the same text"]
-    assert rows[1] == ["warn", "short", "1,008", "a.jsonl:1", "12 characters"]
+    assert rows[1] == ["warning", "short", "1,008", "a.jsonl:1", "12 characters"]
     assert rows[-1][3] == "and 1,003 more"
     bars = section.one("div", class_="histogram")
     assert [bar.text for bar in bars.all("div", class_="label")] == ["0", "1 to 1,023"]
@@ -236,7 +257,7 @@ def test_merge_verdict_is_said_with_its_figures(tmp_path):
     section = page_of(run, extras=Extras(merged=[out])).one("section", id="merge")
     assert section.one("p", class_="good").text.strip() == (
         "passed: on 32 held-out pairs, read back from disk as fp16, the mean margin error is 0.05 nats, "
-        "0.4 % of the learned change, 0 preference(s) flipped."
+        "0.35 % of the learned change, 0 preference(s) flipped."
     )
     rows = section.all("table")[0].rows()
     assert rows[:2] == [["", "fp16, stored", "bf16, tried"], ["passed", "yes", "no"]]
@@ -307,6 +328,51 @@ def test_files_of_another_shape_are_shown_and_never_fail(tmp_path, value):
     )
     file.write_text(json.dumps(value))
     page_of(run, extras=Extras(merged=[file], evaluations=[file], samples=[file]))
+
+
+KEYS = (
+    *("forecast", "memory", "total", "live", "head_tile", "steps", "examples", "plugins", "versions", "base", "models"),
+    *("peak_bytes", "resident", "findings", "lengths", "counts", "count", "from", "to", "verdict", "flips", "tried"),
+    *(
+        "metrics",
+        "by",
+        "value",
+        "low",
+        "high",
+        "difference_from_first",
+        "warnings",
+        "prompt",
+        "content",
+        "role",
+        "dtype",
+    ),
+    *("step", "split", "loss", "tokens", "seconds", "eval_loss", "first_step", "read", "line", "path"),
+)
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["train", "eval"])
+)
+ANY_JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=25,
+)
+ROW = st.fixed_dictionaries(
+    {"step": st.integers(0, 9) | SCALARS, "split": st.sampled_from(["train", "eval"])},
+    optional=dict.fromkeys(("loss", "eval_loss", "tokens", "seconds", "rewards/margins"), st.floats() | SCALARS),
+)
+OBJECT = st.dictionaries(st.sampled_from(KEYS), ANY_JSON, max_size=6)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(facts=OBJECT, result=OBJECT, data=OBJECT, rows=st.lists(ROW | ANY_JSON, max_size=6), other=ANY_JSON)
+def test_no_json_of_any_shape_breaks_the_page(tmp_path_factory, facts, result, data, rows, other):
+    folder = tmp_path_factory.mktemp("any")
+    run = make_run(folder / "run", rows, facts=facts, result=result, data=data)
+    second = make_run(folder / "second", rows, facts=data)
+    (folder / "f").write_text(json.dumps(other))
+    files = [folder / "f"]
+    page_of(run, second, output=folder / "p.html", extras=Extras(merged=files, evaluations=files, samples=files))
+    page_of(run)
 
 
 @pytest.fixture(scope="module")
