@@ -24,10 +24,15 @@ class LoraDelta:
     def modules(self) -> list[str]:
         return list(self.matrices)
 
-    def of(self, module: str) -> Tensor:
-        """[out, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3)."""
+    def of(self, module: str, rows: slice = slice(None)) -> Tensor:
+        """[rows, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3), all output rows or some."""
         down, up, scale = self.matrices[module]
-        return (up.float() @ down.float()) * scale
+        return (up[rows].float() @ down.float()) * scale
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """[out, in] of what is added."""
+        down, up, _ = self.matrices[module]
+        return up.shape[0], down.shape[1]
 
     @classmethod
     def read(cls, folder: Path) -> LoraDelta:

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qpref.errors import DiskError, MergeError, RecipeError
-from qpref.merge import merge_run
+from qpref.merge.merge import merge_run
+from qpref.merge.request import MergeRequest, MergeResult
 from qpref.plan import make_plan
 from qpref.policy.adapter import load_adapter_tensors
 from qpref.policy.load import Policy, load_policy
@@ -32,6 +33,10 @@ def train(make_recipe, make_base, tmp_path) -> Callable[..., Path]:
         return train_plan(make_plan(recipe, output=tmp_path / "run"))
 
     return run
+
+
+def merge(run: Path, out: Path, dtype: str = "auto", **asked) -> MergeResult:
+    return merge_run(MergeRequest(run=run, out=out, dtype=dtype, **asked))
 
 
 def trained_policy(run: Path, **model) -> Policy:
@@ -63,7 +68,7 @@ def merged_logits(out: Path) -> torch.Tensor:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_merged_logits_equal_the_trained_policys(train, make_base, tmp_path, family, quantization):
     run = train(make_base(family), **{"model.quantization": quantization})
-    merge_run(run, tmp_path / "out", "float32")
+    merge(run, tmp_path / "out", "float32")
     base = trained_policy(run)
     expected = logits_of(base.model)
     with base.model.disable_adapter():
@@ -74,7 +79,7 @@ def test_merged_logits_equal_the_trained_policys(train, make_base, tmp_path, fam
 
 def test_an_adapter_on_the_head_is_merged(train, tmp_path):
     run = train(**{"adapter.targets": ["v_proj", "lm_head"]})
-    merge_run(run, tmp_path / "out", "float32")
+    merge(run, tmp_path / "out", "float32")
     policy = trained_policy(run)
     assert policy.trained_parameters()["base_model.model.lm_head.lora_B.default.weight"].abs().max() > 0.01
     assert (merged_logits(tmp_path / "out") - logits_of(policy.model)).abs().max() < 1e-4
@@ -82,7 +87,7 @@ def test_an_adapter_on_the_head_is_merged(train, tmp_path):
 
 def test_a_bf16_run_merges_onto_its_own_dequantized_weights(train, make_base, tmp_path):
     run = train(make_base(), **{"model.quantization": "nf4", "model.dtype": "bf16"})
-    merge_run(run, tmp_path / "out", "float32")
+    merge(run, tmp_path / "out", "float32")
     # Dequantized in bf16 as in training, then computed in float32 on both sides.
     policy = trained_policy(run)
     dense = policy.model.get_base_model()
@@ -109,7 +114,7 @@ def test_an_already_quantized_base_is_merged_from_its_stored_state(train, make_b
     model = AutoModelForCausalLM.from_pretrained(make_base(), quantization_config=quantization, dtype=torch.float32)
     model.save_pretrained(base)
     run = train(base, **{"model.quantization": "nf4"})
-    merge_run(run, tmp_path / "out", "float32")
+    merge(run, tmp_path / "out", "float32")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert not [key for key in load_file(tmp_path / "out/model.safetensors") if "quant" in key or "absmax" in key]
     assert (merged_logits(tmp_path / "out") - logits_of(trained_policy(run).model)).abs().max() < 1e-4
@@ -118,7 +123,7 @@ def test_an_already_quantized_base_is_merged_from_its_stored_state(train, make_b
 @pytest.mark.parametrize("rslora", [False, True])
 def test_rank_stabilized_scaling_is_merged(train, tmp_path, rslora):
     run = train(**{"adapter.rslora": rslora})
-    merge_run(run, tmp_path / "out", "float32")
+    merge(run, tmp_path / "out", "float32")
     assert (merged_logits(tmp_path / "out") - logits_of(trained_policy(run).model)).abs().max() < 1e-4
 
 
@@ -131,7 +136,7 @@ def test_shards_and_index_agree_with_what_is_on_disk(train, make_base, tmp_path)
     AutoModelForCausalLM.from_pretrained(make_base()).save_pretrained(base, max_shard_size="100KB")
     run = train(base)
     out = tmp_path / "out"
-    merge_run(run, out, "float32")
+    merge(run, out, "float32")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     on_disk = {}
     for file in out.glob("*.safetensors"):
@@ -145,7 +150,7 @@ def test_shards_and_index_agree_with_what_is_on_disk(train, make_base, tmp_path)
 def test_a_tied_head_is_stored_once_and_stays_tied(train, make_base, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    merge_run(train(make_base("qwen")), tmp_path / "out", "bf16")
+    merge(train(make_base("qwen")), tmp_path / "out", "bf16")
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -153,21 +158,21 @@ def test_a_tied_head_is_stored_once_and_stays_tied(train, make_base, tmp_path):
 
 def test_auto_leaves_bf16_where_it_would_round_the_change_away(train, make_base, tmp_path):
     run = train(make_base(dtype=torch.bfloat16), **{"train.learning_rate": 1e-5, "model.dtype": "bf16"})
-    result = merge_run(run, tmp_path / "out")
+    result = merge(run, tmp_path / "out")
     assert result.kept["bf16"] < 0.9
     assert result.dtype in ("fp16", "float32")
     assert result.kept[result.dtype] >= 0.98
 
 
 def test_auto_takes_bf16_where_it_keeps_the_change(train, tmp_path):
-    assert merge_run(train(**{"train.learning_rate": 0.1}), tmp_path / "out").dtype == "bf16"
+    assert merge(train(**{"train.learning_rate": 0.1}), tmp_path / "out").dtype == "bf16"
 
 
 def test_kept_is_the_projection_of_what_is_stored_on_what_was_learned(train, tmp_path):
     run = train()
-    result = merge_run(run, tmp_path / "out", "bf16")
+    result = merge(run, tmp_path / "out", "bf16")
     exact = tmp_path / "exact"
-    merge_run(run, exact, "float32")
+    merge(run, exact, "float32")
     base = load_file(resolve_base(make_plan(_lock(run)).recipe.model).path / "model.safetensors")
     stored, wanted = load_file(tmp_path / "out/model.safetensors"), load_file(exact / "model.safetensors")
     survived = learned = 0.0
@@ -186,7 +191,7 @@ def _lock(run: Path):
 
 def test_the_folder_is_plain_and_readable_by_others(train, tmp_path):
     out = tmp_path / "out"
-    merge_run(train(**{"model.quantization": "nf4"}), out, "bf16")
+    merge(train(**{"model.quantization": "nf4"}), out, "bf16")
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
@@ -199,7 +204,7 @@ def test_the_exported_tokenizer_renders_as_training_did(train, make_base, tmp_pa
     from transformers import AutoTokenizer
 
     out = tmp_path / "out"
-    merge_run(train(), out, "bf16")
+    merge(train(), out, "bf16")
     mine, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(make_base())
     for number in range(50):
         chat = [{"role": "user", "content": f"question {number}?"}, {"role": "assistant", "content": "yes " * number}]
@@ -263,7 +268,7 @@ def test_a_merge_that_cannot_be_right_is_refused_before_the_first_byte(train, ma
     run = train(base)
     harm(run, base)
     with pytest.raises(error, match=words):
-        merge_run(run, tmp_path / "merged/out", "float32")
+        merge(run, tmp_path / "merged/out", "float32")
     assert not (tmp_path / "merged").exists()
 
 
@@ -272,7 +277,7 @@ def test_a_folder_that_holds_something_is_left_alone(train, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds something"):
-        merge_run(train(), out)
+        merge(train(), out)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
 
@@ -280,7 +285,7 @@ def test_a_full_disk_is_told_before_the_first_byte(train, tmp_path, monkeypatch)
     run = train()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(DiskError, match="needs"):
-        merge_run(run, tmp_path / "merged/out", "bf16")
+        merge(run, tmp_path / "merged/out", "bf16")
     assert not (tmp_path / "merged").exists()
 
 
@@ -292,5 +297,5 @@ def test_float16_is_refused_for_a_weight_beyond_its_range(train, make_base, tmp_
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     run = train(base)
     with pytest.raises(MergeError, match="doesn't fit float16"):
-        merge_run(run, tmp_path / "out", "fp16")
-    assert merge_run(run, tmp_path / "auto").dtype != "fp16"
+        merge(run, tmp_path / "out", "fp16")
+    assert merge(run, tmp_path / "auto").dtype != "fp16"
