@@ -57,6 +57,7 @@ def merge_run(request: MergeRequest) -> MergeResult:
     named = STORED["bf16"] if request.dtype == "auto" else STORED[request.dtype]
     guards.refuse_full_disk(request.out, weights_of(run, request, named))
     survey = _survey(run, request)
+    survey.refuse_overflow(named)
     session = _Session(run, request, survey)
     with fsio.staged_folder(request.out) as staging:
         result = session.write(staging)
@@ -85,7 +86,7 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
     for key, stored in run.base.tensors.items():
         if stored.is_float:
             weight = run.base.original(key) if request.onto == "original" else run.base.as_trained(key)
-            survey.add(weight, run.delta, run.places.get(key))
+            survey.add(key, weight, run.delta, run.places.get(key))
     return survey
 
 
@@ -147,32 +148,32 @@ class _Session:
     def _names(self) -> list[str]:
         """The types to try, in order. Whoever names one gets it."""
         request, run = self._request, self._run
+        overflow = self._overflow()
         if request.dtype != "auto":
-            if request.dtype == "fp16" and self._may_overflow():
-                log.warning("%s", self._notes[-1])
+            if request.dtype == "fp16" and overflow:
+                log.warning("fp16 was asked for, and %s", overflow)
             return [request.dtype]
         if request.quantize:
             return [run.facts["dtype"]]
-        fitting = [name for name in STORED if name != "fp16" or not self._may_overflow()]
+        if overflow:
+            self._notes.append(f"fp16 left out: {overflow}")
+        fitting = [name for name in STORED if name != "fp16" or not overflow]
         lost = {name: 1 - kept for name, kept in self._survey.kept.items()}
         if request.onto == "original":
             # No type can pass for the rounding's sake where another base has moved the margins already.
             return [next(name for name in fitting if lost[name] <= SHARE or name == "float32")]
         allowed = SURELY_LOST * self._judge.allowed / self._judge.learned if self._judge.learned else math.inf
-        for name in fitting:
-            if lost[name] > allowed and name != "float32":
-                self._notes.append(f"{name} not tried: it keeps {1 - lost[name]:.1%} of the learned change")
-        return [name for name in fitting if lost[name] <= allowed or name == "float32"]
+        hopeless = [name for name in fitting if lost[name] > allowed and name != "float32"]
+        self._notes += [f"{name} not tried: it keeps {1 - lost[name]:.1%} of the learned change" for name in hopeless]
+        return [name for name in fitting if name not in hopeless]
 
-    def _may_overflow(self) -> bool:
-        """Whether float16 is too small for a merged value, or for an activation that the replayed rows have shown."""
+    def _overflow(self) -> str | None:
+        """Why float16 is too small for a merged value, or for an activation that the replayed rows have shown."""
         if self._survey.largest > LARGEST_FP16:
-            self._notes.append(f"fp16 left out: a weight is {self._survey.largest:.3g}, beyond its range")
-            return True
+            return f"a weight is {self._survey.largest:.3g}, beyond its range"
         if self._largest * HEADROOM > LARGEST_FP16:
-            self._notes.append(f"fp16 left out: an activation reaches {self._largest:.3g}, near the end of its range")
-            return True
-        return False
+            return f"an activation reaches {self._largest:.3g}, near the end of its range"
+        return None
 
 
 def _start(run: TrainedRun) -> LoraDelta | None:

@@ -47,16 +47,18 @@ class Survey:
 
     Attributes:
         largest: of all merged values, in absolute value.
+        where: the tensor that holds it.
     """
 
     retention: dict[str, Retention]
     largest: float = 0.0
+    where: str = ""
 
     @property
     def kept(self) -> dict[str, float]:
         return {name: retention.kept for name, retention in self.retention.items()}
 
-    def add(self, weight: Tensor, delta: LoraDelta, module: str | None) -> None:
+    def add(self, key: str, weight: Tensor, delta: LoraDelta, module: str | None) -> None:
         """Take one more weight into account; `module` is None for one that the adapter leaves alone."""
         for rows in row_blocks(weight):
             exact = weight[rows].float()
@@ -65,7 +67,19 @@ class Survey:
                 exact = exact + change
                 for name, retention in self.retention.items():
                     retention.add(weight[rows], change, exact.to(STORED[name]))
-            self.largest = max(self.largest, float(exact.abs().max()))
+            largest = float(exact.abs().max())
+            if not largest <= self.largest:  # NaN too
+                self.largest, self.where = largest, key
+
+    def refuse_overflow(self, dtype: torch.dtype) -> None:
+        """Stop where a merged value is too large for a stored type.
+
+        Raises:
+            MergeError: names the tensor.
+        """
+        if not self.largest <= torch.finfo(dtype).max:
+            name = str(dtype).removeprefix("torch.")
+            raise MergeError(f"{self.where} doesn't fit {name}", "choose --dtype bf16 or float32")
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
@@ -86,15 +100,3 @@ def rounded(weight: Tensor, delta: LoraDelta, module: str | None, dtype: torch.d
     for rows in row_blocks(weight):
         stored[rows] = (weight[rows].float() + delta.of(module, rows)).to(dtype)
     return stored
-
-
-def refuse_infinite(key: str, stored: Tensor) -> None:
-    """Stop where a merged value is too large for the stored type.
-
-    Raises:
-        MergeError: names the tensor.
-    """
-    if not bool(stored.isfinite().all()):
-        raise MergeError(
-            f"{key} doesn't fit {str(stored.dtype).removeprefix('torch.')}", "choose --dtype bf16 or float32"
-        )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qpref import fsio
 from qpref.merge.base import TrainedBase
-from qpref.merge.rounding import refuse_infinite, rounded
+from qpref.merge.rounding import rounded
 from qpref.policy.delta import LoraDelta
 
 SHARD_BYTES = 5 * 10**9
@@ -40,16 +40,11 @@ class Weights:
     packed: frozenset[str] = frozenset()
 
     def merged(self, key: str) -> dict[str, Tensor]:
-        """What is stored for a tensor of the base: itself, and what a 4-bit weight needs beside it.
-
-        Raises:
-            MergeError: a value doesn't fit the stored type.
-        """
+        """What is stored for a tensor of the base: itself, and what a 4-bit weight needs beside it."""
         source = self.base.original(key) if self.original else self.base.as_trained(key)
         if not source.is_floating_point():
             return {key: source}
         stored = rounded(source, self.delta, self.places.get(key), self.dtype)
-        refuse_infinite(key, stored)
         return self._packed(key, stored) if self._is_packed(key) else {key: stored}
 
     def size(self, key: str) -> int:
@@ -93,7 +88,6 @@ def write_weights(weights: Weights, folder: Path) -> None:
     """Write all tensors into an existing folder, replacing what an earlier type has left there.
 
     Raises:
-        MergeError: a value doesn't fit the stored type.
         DiskError: the disk refuses.
     """
     for old in folder.glob("model*.safetensors*"):

@@ -39,14 +39,18 @@ class LoraDelta:
         """Read PEFT's format.
 
         Raises:
-            MergeError: a matrix lacks its partner, isn't finite, or all of the adapter is zero.
+            MergeError: it cannot be read, a matrix lacks its partner or isn't finite, or all of the adapter is zero.
         """
         from peft import LoraConfig
         from peft.utils.other import get_pattern_key
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config: Any = LoraConfig(**_lora_fields(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
+        try:
+            config: Any = LoraConfig(**_lora_fields(folder))
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise MergeError(f"{folder}: no LoRA adapter in PEFT's format: {error}") from error
         matrices = {}
         for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
