@@ -201,16 +201,26 @@ def _places(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str
 
 def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:
     """Stop where the tokenizer isn't the one that the run has saved: its ids would mean other words."""
-    from transformers import AutoTokenizer
-
     try:
-        saved = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+        difference = tokenizer_difference(tokenizer, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MergeError(f"{adapter}: the run's tokenizer can't be loaded: {error}") from error
-    if saved.chat_template != tokenizer.chat_template:
-        raise MergeError(f"{adapter}: its chat template isn't the base's; one of them was changed after training")
-    if _identity(saved) != _identity(tokenizer):
-        raise MergeError(f"{adapter}: its tokenizer isn't the base's; one of them was changed after training")
+    if difference:
+        raise MergeError(f"{adapter}: its {difference} isn't the base's; one of them was changed after training")
+
+
+def tokenizer_difference(tokenizer: Any, folder: Path) -> str | None:
+    """What about the tokenizer in a folder isn't as in `tokenizer`; None where they are the same.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: transformers can't load it.
+    """
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if other.chat_template != tokenizer.chat_template:
+        return "chat template"
+    return None if _identity(other) == _identity(tokenizer) else "tokenizer"
 
 
 def _identity(tokenizer: Any) -> tuple[Any, ...]:

@@ -1,9 +1,10 @@
-"""A merged folder -> the hub, once its verdict has passed. The token comes from the environment and goes nowhere else."""
+"""A merged folder -> the hub, once its verdict has passed; the token comes from the environment alone."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from qpref.errors import MergeError, RecipeError
 
@@ -15,7 +16,7 @@ def refuse_push(name: str) -> None:
         RecipeError: the name is none of the hub's, or HF_TOKEN isn't set.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing in its __all__
 
     try:
         validate_repo_id(name)
@@ -36,11 +37,14 @@ def push(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Refused connections are errors of the hub's HTTP library, whose name differs between its versions.
+    transport_error: Any = HfHubHTTPError.__bases__[0]
+
     hub = HfApi(token=os.environ["HF_TOKEN"])
     try:
         repository = hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by qpref")
-    except (HfHubHTTPError, OSError) as error:
+    except (transport_error, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MergeError(f"{name}: not pushed: {reason}", f"the model stands in {folder}") from error
     return str(repository)

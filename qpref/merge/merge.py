@@ -81,12 +81,20 @@ def weights_of(run: TrainedRun, request: MergeRequest, dtype: torch.dtype) -> We
 
 
 def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
-    names = list(STORED) if request.dtype == "auto" else [request.dtype]
-    survey = Survey({name: Retention() for name in names})
-    for key, stored in run.base.tensors.items():
-        if stored.is_float:
-            weight = run.base.original(key) if request.onto == "original" else run.base.as_trained(key)
-            survey.add(key, weight, run.delta, run.places.get(key))
+    base, original = run.base, request.onto == "original"
+    names = list(STORED) if request.dtype == "auto" and not request.quantize else [request.dtype]
+    survey = Survey({name: Retention() for name in names if name in STORED})
+    packed = Retention()
+    for key, stored in base.tensors.items():
+        if not stored.is_float:
+            continue
+        weight, module = base.original(key) if original else base.as_trained(key), run.places.get(key)
+        survey.add(key, weight, run.delta, module)
+        if request.quantize and module:
+            change = run.delta.of(module)
+            packed.add(weight, change, base.through_nf4(weight.float() + change).cpu())
+    if request.quantize:
+        survey.retention[request.quantize] = packed
     return survey
 
 
@@ -136,6 +144,8 @@ class _Session:
         guards.refuse_full_disk(folder, weights)
         write_weights(weights, folder)
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
+        if difference := guards.tokenizer_difference(run.tokenizer, folder):
+            raise MergeError(f"the merged folder's {difference} would not be the one that was trained with")
         merged = replay(load_merged(folder), self._replayed.rows, AsStored(run.base.device), run.base.device)
         return self._judge.judge(merged)
 

@@ -169,54 +169,54 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_merge_that_cannot_be_right_is_refused_before_the_first_byte(train, make_base, tmp_path, damage):
+def test_a_merge_that_cannot_be_right_is_refused_before_the_first_byte(trained_run, make_base, tmp_path, damage):
     harm, error, words = DAMAGES[damage]
-    run, base = moved(train(make_base(), **{"model.quantization": "nf4"}), make_base(), tmp_path)
+    run, base = moved(trained_run(make_base(), **{"model.quantization": "nf4"}), make_base(), tmp_path)
     harm(run, base)
     with pytest.raises(error, match=words):
         merge(run, tmp_path / "merged/out", "float32")
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_unharmed_copy_of_that_run_is_merged(train, make_base, tmp_path):
-    run, _ = moved(train(make_base(), **{"model.quantization": "nf4"}), make_base(), tmp_path)
+def test_an_unharmed_copy_of_that_run_is_merged(trained_run, make_base, tmp_path):
+    run, _ = moved(trained_run(make_base(), **{"model.quantization": "nf4"}), make_base(), tmp_path)
     assert merge(run, tmp_path / "merged/out", "float32").verdict.passed
 
 
-def test_pairs_that_are_gone_are_told_before_the_first_byte(train, make_base, tmp_path):
-    run, _ = moved(train(), make_base(), tmp_path)
-    held = json.dumps(str(train().parent / "heldout.jsonl"))
+def test_pairs_that_are_gone_are_told_before_the_first_byte(trained_run, make_base, tmp_path):
+    run, _ = moved(trained_run(), make_base(), tmp_path)
+    held = json.dumps(str(trained_run().parent / "heldout.jsonl"))
     _replace("recipe.lock.toml", held, '"/nowhere/heldout.jsonl"')(run, run)
-    with pytest.raises(DataError, match="heldout.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"heldout\.jsonl: no such file"):
         merge(run, tmp_path / "merged/out")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_folder_that_holds_something_is_left_alone(train, tmp_path):
+def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds something"):
-        merge(train(), out)
+        merge(trained_run(), out)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
 
-def test_an_empty_folder_is_filled(train, tmp_path):
+def test_an_empty_folder_is_filled(trained_run, tmp_path):
     (tmp_path / "out").mkdir()
-    merge(train(), tmp_path / "out", "bf16")
+    merge(trained_run(), tmp_path / "out", "bf16")
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-def test_a_folder_inside_the_run_is_refused(train, make_base, tmp_path):
-    run, _ = moved(train(), make_base(), tmp_path)
+def test_a_folder_inside_the_run_is_refused(trained_run, make_base, tmp_path):
+    run, _ = moved(trained_run(), make_base(), tmp_path)
     with pytest.raises(RecipeError, match="inside the run"):
         merge(run, run / "merged")
     assert not (run / "merged").exists()
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_a_full_disk_is_told_before_the_first_byte(train, tmp_path, monkeypatch, dtype):
-    run = train()
+def test_a_full_disk_is_told_before_the_first_byte(trained_run, tmp_path, monkeypatch, dtype):
+    run = trained_run()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(DiskError, match="needs"):
         merge(run, tmp_path / "merged/out", dtype)
@@ -224,9 +224,12 @@ def test_a_full_disk_is_told_before_the_first_byte(train, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("quantize", "slack"), [(None, 1.01), ("nf4", 1.4)])
-def test_the_room_that_is_asked_for_is_what_is_written(train, make_base, tmp_path, quantize, slack):
+def test_the_room_that_is_asked_for_is_what_is_written(trained_run, make_base, tmp_path, quantize, slack):
     request = MergeRequest(
-        run=train(make_base(), **{"model.quantization": "nf4"}), out=tmp_path / "out", dtype="bf16", quantize=quantize
+        run=trained_run(make_base(), **{"model.quantization": "nf4"}),
+        out=tmp_path / "out",
+        dtype="bf16",
+        quantize=quantize,
     )
     asked = weights_of(read_run(request.run), request, torch.bfloat16).num_bytes
     merge_run(request)
@@ -235,7 +238,7 @@ def test_the_room_that_is_asked_for_is_what_is_written(train, make_base, tmp_pat
     assert written <= asked < written * slack
 
 
-def test_nothing_is_visible_under_the_name_until_all_is_written(train, tmp_path, monkeypatch):
+def test_nothing_is_visible_under_the_name_until_all_is_written(trained_run, tmp_path, monkeypatch):
     from qpref.merge import merge as module
 
     def fail(*arguments):
@@ -244,11 +247,11 @@ def test_nothing_is_visible_under_the_name_until_all_is_written(train, tmp_path,
 
     monkeypatch.setattr(module, "write_card", fail)
     with pytest.raises(MergeError, match="as if"):
-        merge(train(), tmp_path / "out", "bf16")
+        merge(trained_run(), tmp_path / "out", "bf16")
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_an_original_that_is_4_bit_already_is_refused(train, make_base, tmp_path):
+def test_an_original_that_is_4_bit_already_is_refused(trained_run, make_base, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base = tmp_path / "prequantized"
@@ -258,19 +261,19 @@ def test_an_original_that_is_4_bit_already_is_refused(train, make_base, tmp_path
     AutoModelForCausalLM.from_pretrained(
         make_base(), quantization_config=quantization, dtype=torch.float32
     ).save_pretrained(base)
-    run = train(base, **{"model.quantization": "nf4"})
+    run = trained_run(base, **{"model.quantization": "nf4"})
     with pytest.raises(RecipeError, match="4-bit weights and no original ones"):
         merge(run, tmp_path / "merged/out", onto="original")
     assert not (tmp_path / "merged").exists()
 
 
-def test_float16_is_refused_for_a_weight_beyond_its_range(train, make_base, tmp_path):
+def test_float16_is_refused_for_a_weight_beyond_its_range(trained_run, make_base, tmp_path):
     base = tmp_path / "large"
     shutil.copytree(make_base(), base)
     tensors = load_file(base / "model.safetensors")
     tensors["model.embed_tokens.weight"][300, 0] = 1e6
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    run = train(base)
+    run = trained_run(base)
     with pytest.raises(MergeError, match="doesn't fit float16"):
         merge(run, tmp_path / "merged/out", "fp16")
     assert not (tmp_path / "merged").exists()

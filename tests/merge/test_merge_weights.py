@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from merge_cases import PROMPT, load_plain, lock_of, logits_of, merge, merged_logits, trained_policy
+from merge_cases import lock_of, logits_of, merge, merged_logits, trained_policy
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,8 +18,8 @@ from qpref.policy.source import resolve_base
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gemma3"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_merged_logits_equal_the_trained_policys(train, make_base, tmp_path, family, quantization):
-    run = train(make_base(family), **{"model.quantization": quantization})
+def test_merged_logits_equal_the_trained_policys(trained_run, make_base, tmp_path, family, quantization):
+    run = trained_run(make_base(family), **{"model.quantization": quantization})
     merge(run, tmp_path / "out", "float32")
     base = trained_policy(run)
     expected = logits_of(base.model)
@@ -29,16 +29,16 @@ def test_merged_logits_equal_the_trained_policys(train, make_base, tmp_path, fam
     assert (merged_logits(tmp_path / "out") - expected).abs().max() < 1e-4
 
 
-def test_an_adapter_on_the_head_is_merged(train, tmp_path):
-    run = train(**{"adapter.targets": ["v_proj", "lm_head"]})
+def test_an_adapter_on_the_head_is_merged(trained_run, tmp_path):
+    run = trained_run(**{"adapter.targets": ["v_proj", "lm_head"]})
     merge(run, tmp_path / "out", "float32")
     policy = trained_policy(run)
     assert policy.trained_parameters()["base_model.model.lm_head.lora_B.default.weight"].abs().max() > 0.01
     assert (merged_logits(tmp_path / "out") - logits_of(policy.model)).abs().max() < 1e-4
 
 
-def test_a_bf16_run_merges_onto_its_own_dequantized_weights(train, make_base, tmp_path):
-    run = train(make_base(), **{"model.quantization": "nf4", "model.dtype": "bf16"})
+def test_a_bf16_run_merges_onto_its_own_dequantized_weights(trained_run, make_base, tmp_path):
+    run = trained_run(make_base(), **{"model.quantization": "nf4", "model.dtype": "bf16"})
     merge(run, tmp_path / "out", "float32")
     # Dequantized in bf16 as in training, then computed in float32 on both sides.
     policy = trained_policy(run)
@@ -54,7 +54,7 @@ def test_a_bf16_run_merges_onto_its_own_dequantized_weights(train, make_base, tm
             assert torch.equal(merged, weight.detach())
 
 
-def test_an_already_quantized_base_is_merged_from_its_stored_state(train, make_base, tmp_path):
+def test_an_already_quantized_base_is_merged_from_its_stored_state(trained_run, make_base, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -65,7 +65,7 @@ def test_an_already_quantized_base_is_merged_from_its_stored_state(train, make_b
     (base / "model.safetensors").unlink()
     model = AutoModelForCausalLM.from_pretrained(make_base(), quantization_config=quantization, dtype=torch.float32)
     model.save_pretrained(base)
-    run = train(base, **{"model.quantization": "nf4"})
+    run = trained_run(base, **{"model.quantization": "nf4"})
     merge(run, tmp_path / "out", "float32")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert not [key for key in load_file(tmp_path / "out/model.safetensors") if "quant" in key or "absmax" in key]
@@ -73,21 +73,21 @@ def test_an_already_quantized_base_is_merged_from_its_stored_state(train, make_b
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_rank_stabilized_scaling_is_merged(train, tmp_path, rslora):
-    run = train(**{"adapter.rslora": rslora})
+def test_rank_stabilized_scaling_is_merged(trained_run, tmp_path, rslora):
+    run = trained_run(**{"adapter.rslora": rslora})
     merge(run, tmp_path / "out", "float32")
     assert (merged_logits(tmp_path / "out") - logits_of(trained_policy(run).model)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 100_000, 10**9])
-def test_shards_and_index_agree_with_what_is_on_disk(train, make_base, tmp_path, monkeypatch, shard_bytes):
+def test_shards_and_index_agree_with_what_is_on_disk(trained_run, make_base, tmp_path, monkeypatch, shard_bytes):
     from transformers import AutoModelForCausalLM
 
     base = tmp_path / "sharded"
     shutil.copytree(make_base(), base)
     (base / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(make_base()).save_pretrained(base, max_shard_size="100KB")
-    run = train(base)
+    run = trained_run(base)
     out = tmp_path / "out"
     monkeypatch.setattr(write, "SHARD_BYTES", shard_bytes)
     merge(run, out, "float32")
@@ -110,17 +110,17 @@ def test_shards_and_index_agree_with_what_is_on_disk(train, make_base, tmp_path,
     assert (merged_logits(out) - logits_of(trained_policy(run).model)).abs().max() < 1e-4
 
 
-def test_a_tied_head_is_stored_once_and_stays_tied(train, make_base, tmp_path):
+def test_a_tied_head_is_stored_once_and_stays_tied(trained_run, make_base, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    merge(train(make_base("qwen")), tmp_path / "out", "bf16")
+    merge(trained_run(make_base("qwen")), tmp_path / "out", "bf16")
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_kept_is_the_projection_of_what_is_stored_on_what_was_learned(train, tmp_path):
-    run = train()
+def test_kept_is_the_projection_of_what_is_stored_on_what_was_learned(trained_run, tmp_path):
+    run = trained_run()
     result = merge(run, tmp_path / "out", "bf16")
     exact = tmp_path / "exact"
     merge(run, exact, "float32")
@@ -134,9 +134,9 @@ def test_kept_is_the_projection_of_what_is_stored_on_what_was_learned(train, tmp
     assert result.kept["bf16"] == pytest.approx(survived / learned, rel=1e-4)
 
 
-def test_the_folder_is_plain_and_readable_by_others(train, tmp_path):
+def test_the_folder_is_plain_and_readable_by_others(trained_run, tmp_path):
     out = tmp_path / "out"
-    merge(train(**{"model.quantization": "nf4"}), out, "bf16")
+    merge(trained_run(**{"model.quantization": "nf4"}), out, "bf16")
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
