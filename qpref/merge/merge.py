@@ -58,7 +58,7 @@ def merge_run(request: MergeRequest) -> MergeResult:
     guards.refuse_full_disk(request.out, weights_of(run, request, named))
     survey = _survey(run, request)
     survey.refuse_overflow(named)
-    session = _Session(run, request, survey)
+    session = Session(run, request, survey)
     with fsio.staged_folder(request.out) as staging:
         result = session.write(staging)
         fsio.write_json(staging / "merge.json", result.describe() | _origin(run, request))
@@ -105,19 +105,25 @@ def _origin(run: TrainedRun, request: MergeRequest) -> dict[str, Any]:
     return {"asked": asked, "run": facts}
 
 
-class _Session:
-    """Writes a model in one type after another, until one passes."""
+class Session:
+    """Writes a model in one type after another, until one passes.
+
+    Attributes:
+        as_trained: how the base's weights are widened before training.
+        replayed: the rows that are scored.
+        judge: holds what was written to the trained policy.
+    """
 
     def __init__(self, run: TrainedRun, request: MergeRequest, survey: Survey) -> None:
         self._run, self._request, self._survey = run, request, survey
         self._base = load_base(run.base)
-        self._as_trained = AsTrained(run.base)
-        self._replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs)
+        self.as_trained = AsTrained(run.base)
+        self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs)
         self._notes: list[str] = []
-        reference = self._replay(self._as_trained.after(start) if (start := _start(run)) else self._as_trained)
-        trained = self._replay(self._as_trained.after(run.delta))
+        reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
+        trained = self.replay(self.as_trained.after(run.delta))
         self._largest = trained.largest
-        self._judge = Judge.of(self._replayed, reference, trained, request.tolerance, run.base.device)
+        self.judge = Judge.of(self.replayed, reference, trained, request.tolerance, run.base.device)
 
     def write(self, folder: Path) -> MergeResult:
         """Fill the folder with the first type that passes, or with the last there is."""
@@ -146,14 +152,15 @@ class _Session:
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
         if difference := guards.tokenizer_difference(run.tokenizer, folder):
             raise MergeError(f"the merged folder's {difference} would not be the one that was trained with")
-        merged = replay(load_merged(folder), self._replayed.rows, AsStored(run.base.device), run.base.device)
-        return self._judge.judge(merged)
+        merged = replay(load_merged(folder), self.replayed.rows, AsStored(run.base.device), run.base.device)
+        return self.judge.judge(merged)
 
-    def _replay(self, widen: AsTrained) -> Hidden:
-        return replay(self._base, self._replayed.rows, widen, self._run.base.device)
+    def replay(self, widen: AsTrained) -> Hidden:
+        """What the base makes of the chosen rows, its weights widened like this."""
+        return replay(self._base, self.replayed.rows, widen, self._run.base.device)
 
     def _onto_trained(self, dtype: torch.dtype) -> Verdict:
-        return self._judge.judge(self._replay(self._as_trained.after(self._run.delta, dtype)))
+        return self.judge.judge(self.replay(self.as_trained.after(self._run.delta, dtype)))
 
     def _names(self) -> list[str]:
         """The types to try, in order. Whoever names one gets it."""
@@ -172,7 +179,7 @@ class _Session:
         if request.onto == "original":
             # No type can pass for the rounding's sake where another base has moved the margins already.
             return [next(name for name in fitting if lost[name] <= SHARE or name == "float32")]
-        allowed = SURELY_LOST * self._judge.allowed / self._judge.learned if self._judge.learned else math.inf
+        allowed = SURELY_LOST * self.judge.allowed / self.judge.learned if self.judge.learned else math.inf
         hopeless = [name for name in fitting if lost[name] > allowed and name != "float32"]
         self._notes += [f"{name} not tried: it keeps {1 - lost[name]:.1%} of the learned change" for name in hopeless]
         return [name for name in fitting if name not in hopeless]

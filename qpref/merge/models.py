@@ -24,7 +24,7 @@ def load_base(base: TrainedBase) -> Any:
     for entry in base.tensors.values():
         if entry.dtype is not None:
             widest = torch.promote_types(widest, entry.dtype)
-    return _load(base.path, widest)
+    return load_causal_lm(base.path, widest)
 
 
 def load_merged(folder: Path) -> Any:
@@ -33,10 +33,15 @@ def load_merged(folder: Path) -> Any:
     Raises:
         MergeError: transformers doesn't find its weights complete.
     """
-    return _load(folder, "auto")
+    return load_causal_lm(folder, "auto")
 
 
-def _load(path: Path, dtype: Any) -> Any:
+def load_causal_lm(path: Path, dtype: Any) -> Any:
+    """A model on the CPU, its weights mapped from their files where they are of `dtype`, 4-bit layers made plain ones.
+
+    Raises:
+        MergeError: weights are missing, or there are more than the model has.
+    """
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -67,15 +72,16 @@ def _with_plain_layers(model: Any) -> Any:
     return model
 
 
-def _unpacked(stored: Tensor, device: torch.device) -> Tensor:
-    """A 4-bit weight dequantized on `device`; other tensors as they are, there."""
+def _is_packed(stored: Tensor) -> bool:
+    return getattr(stored, "quant_state", None) is not None
+
+
+def _unpacked(stored: Any, device: torch.device) -> Tensor:
+    """A 4-bit weight dequantized on `device`."""
     from bitsandbytes.functional import dequantize_4bit
 
-    state = getattr(stored, "quant_state", None)
-    if state is None:
-        return stored.to(device)
-    state.to(device)
-    dequantized: Tensor = dequantize_4bit(stored.data.to(device), state)
+    stored.quant_state.to(device)
+    dequantized: Tensor = dequantize_4bit(stored.data.to(device), stored.quant_state)
     return dequantized
 
 
@@ -86,7 +92,9 @@ class AsStored:
     device: torch.device
 
     def __call__(self, name: str, stored: Tensor, rows: slice = ALL) -> Tensor:
-        return _unpacked(stored, self.device)[rows].float()
+        if _is_packed(stored):
+            return _unpacked(stored, self.device)[rows].float()
+        return stored[rows].to(self.device).float()
 
 
 @dataclass(slots=True)
@@ -119,9 +127,8 @@ class AsTrained:
         if module not in base.quantized:
             return stored[rows].to(base.device, base.dtype)
         if module not in self.known:
-            packed = getattr(stored, "quant_state", None) is not None
-            weight = _unpacked(stored, base.device).to(base.dtype) if packed else base.through_nf4(stored)
-            if sum(kept.nbytes for kept in self.known.values()) + weight.nbytes > KEPT_BYTES:
-                return weight[rows]
-            self.known[module] = weight.cpu()
+            whole = _unpacked(stored, base.device).to(base.dtype) if _is_packed(stored) else base.through_nf4(stored)
+            if sum(kept.nbytes for kept in self.known.values()) + whole.nbytes > KEPT_BYTES:
+                return whole[rows]
+            self.known[module] = whole.cpu()
         return self.known[module][rows].to(base.device)

@@ -145,7 +145,7 @@ def _one_layer_at_a_time(model: Any, widen: Widen, device: torch.device, tokens:
     for layer, part in zip(layers, passing, strict=True):
         hooks += [layer.register_forward_pre_hook(part.enter), layer.register_forward_hook(part.leave)]
     # It stops gradients alone, and may lie beyond the rows that are kept.
-    padding, embeddings.padding_idx = embeddings.padding_idx, None
+    padding, embeddings.padding_idx = getattr(embeddings, "padding_idx", None), None
     try:
         for part in lasting:
             part.enter()

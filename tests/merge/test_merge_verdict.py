@@ -16,7 +16,7 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import MergeError
 from qpref.merge import models, replay
 from qpref.merge.guards import read_run
-from qpref.merge.merge import _Session, _survey
+from qpref.merge.merge import Session, _survey
 from qpref.merge.request import MergeRequest, Tolerance
 from qpref.merge.rows import choose_rows
 from qpref.plan import make_plan
@@ -221,21 +221,21 @@ def test_the_pairs_that_are_replayed_are_spread_over_the_file(trained_run, limit
     assert [int(contrast.place.rpartition(":")[2]) for contrast in replayed.contrasts] == lines
 
 
-def _session(run, tmp_path, **asked) -> _Session:
+def _session(run, tmp_path, **asked) -> Session:
     request = MergeRequest(run=run, out=tmp_path / "out", **asked)
     opened = read_run(run)
-    return _Session(opened, request, _survey(opened, request))
+    return Session(opened, request, _survey(opened, request))
 
 
 def test_the_model_before_training_fails_by_all_that_was_learned(trained_run, make_base, tmp_path):
     session = _session(trained_run(make_base(), **NF4), tmp_path)
-    verdict = session._judge.judge(session._replay(session._as_trained))
+    verdict = session.judge.judge(session.replay(session.as_trained))
     assert verdict.margin_error == verdict.learned > 1
     assert not verdict.passed
-    before, after = session._judge.before, session._judge.after
+    before, after = session.judge.before, session.judge.after
     assert {flip.place for flip in verdict.flips} == {
         contrast.place
-        for contrast, old, new in zip(session._replayed.contrasts, before, after, strict=True)
+        for contrast, old, new in zip(session.replayed.contrasts, before, after, strict=True)
         if (old > 0) != (new > 0)
     }
     assert all(abs(one.trained) >= abs(two.trained) for one, two in pairwise(verdict.flips))
@@ -243,24 +243,24 @@ def test_the_model_before_training_fails_by_all_that_was_learned(trained_run, ma
 
 def test_a_margin_that_is_not_a_number_does_not_pass(trained_run, tmp_path):
     session = _session(trained_run(), tmp_path)
-    trained = session._judge.trained
+    trained = session.judge.trained
     broken = replay.Hidden(trained.states * torch.nan, trained.head, trained.head_rows, 0.0)
-    assert not session._judge.judge(broken).passed
+    assert not session.judge.judge(broken).passed
 
 
 def test_batches_change_nothing(trained_run, make_base, tmp_path, monkeypatch):
     run = trained_run(make_base(), **NF4)
-    whole = _session(run, tmp_path)._judge
+    whole = _session(run, tmp_path).judge
     monkeypatch.setattr(replay, "BATCH_TOKENS", 1)
     monkeypatch.setattr(replay, "TILE_ELEMENTS", 1000)
     monkeypatch.setattr(models, "KEPT_BYTES", 0)
-    single = _session(run, tmp_path)._judge
+    single = _session(run, tmp_path).judge
     assert torch.allclose(whole.after, single.after, atol=1e-3)
     assert torch.allclose(whole.before, single.before, atol=1e-3)
 
 
 def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base):
-    model = models._load(make_base(dtype=torch.bfloat16), torch.bfloat16)
+    model = models.load_causal_lm(make_base(dtype=torch.bfloat16), torch.bfloat16)
     before = dict(model.named_parameters())
     wide = []
 
