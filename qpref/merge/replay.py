@@ -129,7 +129,8 @@ def _one_layer_at_a_time(model: Any, widen: Widen, device: torch.device, tokens:
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         for value in (*inputs, *(output if isinstance(output, tuple) else (output,))):
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-                largest[0] = max(largest[0], float(value.abs().max()))
+                low, high = value.aminmax()
+                largest[0] = max(largest[0], -float(low), float(high))
 
     def widen_embeddings(name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
         return widen(name, stored[tokens][rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +58,9 @@ class Judge:
 
     def judge(self, merged: Hidden) -> Verdict:
         """The verdict on what a merged model makes of the same rows."""
-        logprobs = response_logprobs(self.replayed, merged, self.device)
+        logprobs, kl = self._compare(merged)
         found = margins(self.replayed, logprobs)
         errors = (found - self.after).abs()
-        kl = self._divergences(merged)
         return Verdict(
             pairs=len(self.replayed.contrasts),
             origin=self.replayed.origin,
@@ -76,13 +76,14 @@ class Judge:
             allowed=self.allowed,
         )
 
-    def _divergences(self, merged: Hidden) -> Tensor:
-        """[S] KL(trained || merged) at each response token."""
-        kept = []
-        for tile in merged.tiles():
+    def _compare(self, merged: Hidden) -> tuple[Tensor, Tensor]:
+        """[rows] log-probability of each response; [S] KL(trained || merged) at each of their tokens."""
+        values, divergences = [], []
+        for tile, target in _tiles(self.replayed, merged, self.device):
             trained, mine = self.trained.logprobs(tile, self.device), merged.logprobs(tile, self.device)
-            kept.append((trained.exp() * (trained - mine)).sum(1).double().cpu())
-        return torch.cat(kept)
+            values.append(mine.gather(1, target)[:, 0].double().cpu())
+            divergences.append((trained.exp() * (trained - mine)).sum(1).double().cpu())
+        return _sums(self.replayed, values), torch.cat(divergences)
 
     def _flips(self, found: Tensor) -> tuple[Flip, ...]:
         """A pair's preference is its margin's sign; a single completion's is whether training has raised it."""
@@ -97,13 +98,20 @@ class Judge:
 
 def response_logprobs(replayed: Replayed, hidden: Hidden, device: torch.device) -> Tensor:
     """[rows] log-probability of each response, float64 sums of float32 values."""
+    tiles = _tiles(replayed, hidden, device)
+    values = [hidden.logprobs(tile, device).gather(1, target)[:, 0].double().cpu() for tile, target in tiles]
+    return _sums(replayed, values)
+
+
+def _tiles(replayed: Replayed, hidden: Hidden, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Some positions at a time, and [positions, 1] the tokens that are predicted there."""
     tokens = torch.tensor([token for row in replayed.rows for token in row.response])
-    values = [
-        hidden.logprobs(tile, device).gather(1, tokens[tile, None].to(device))[:, 0].double().cpu()
-        for tile in hidden.tiles()
-    ]
+    return ((tile, tokens[tile, None].to(device)) for tile in hidden.tiles())
+
+
+def _sums(replayed: Replayed, values: Sequence[Tensor]) -> Tensor:
     lengths = [len(row.response) for row in replayed.rows]
-    return torch.stack([piece.sum() for piece in torch.cat(values).split(lengths)])
+    return torch.stack([piece.sum() for piece in torch.cat(list(values)).split(lengths)])
 
 
 def margins(replayed: Replayed, logprobs: Tensor) -> Tensor:
