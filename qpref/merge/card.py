@@ -26,7 +26,7 @@ def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: Merge
         "## Data",
         _data(run.facts),
         "## Recipe",
-        f"```toml\n{tomli_w.dumps(_portable(run.plan.document)).strip()}\n```",
+        f"```toml\n{tomli_w.dumps(portable(run.plan.document)).strip()}\n```",
     ]
     fsio.write_text(path, "\n\n".join(parts) + "\n")
 
@@ -45,7 +45,7 @@ def _what(run: TrainedRun, request: MergeRequest, result: MergeResult) -> str:
     losses = " + ".join(loss.plugin.record.name for loss in run.plan.losses)
     onto = "the dequantized weights that were trained on" if request.onto == "trained" else "the original weights"
     stored = result.dtype if request.quantize is None else f"{request.quantize} (lossy), the rest {result.dtype}"
-    base = _portable(run.plan.document)["model"]["base"]
+    base = portable(run.plan.recipe.model.base)
     return (
         f"Trained by {losses} from `{base}` with qpref {__version__}; the adapter is merged onto {onto}. "
         f"Stored as {stored}."
@@ -99,14 +99,10 @@ def _data(facts: dict[str, Any]) -> str:
     )
 
 
-def _portable(document: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without this machine's folders."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: short(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [short(part) for part in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return dict(short(document))
+def portable(value: Any) -> Any:
+    """Settings without this machine's folders: of a path, the last part."""
+    if isinstance(value, dict):
+        return {key: portable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [portable(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

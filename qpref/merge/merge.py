@@ -17,7 +17,7 @@ import torch
 from qpref import fsio
 from qpref.errors import MergeError
 from qpref.merge import guards
-from qpref.merge.card import write_card
+from qpref.merge.card import portable, write_card
 from qpref.merge.guards import TrainedRun
 from qpref.merge.models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.replay import Hidden, replay
@@ -101,8 +101,8 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
 def _origin(run: TrainedRun, request: MergeRequest) -> dict[str, Any]:
     """Where the merged model comes from, for merge.json."""
     asked = {"onto": request.onto, "quantize": request.quantize, "dtype": request.dtype, "pairs": request.pairs}
-    facts = {name: run.facts[name] for name in ("base", "base_weights", "created", "fingerprints", "versions")}
-    return {"asked": asked, "run": facts}
+    facts = {name: run.facts[name] for name in ("base_weights", "created", "fingerprints", "versions")}
+    return {"asked": asked, "run": {"base": portable(run.facts["base"])} | facts}
 
 
 class Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qpref.data.load import load_rows, tokenize_rows
@@ -84,4 +85,6 @@ def _contrast(examples: Sequence[TokenizedExample], branches: Sequence[int], sig
         ScoredRow(tuple(example.prompt), tuple(example.branches[branch]))
         for example, branch in zip(examples, branches, strict=True)
     ]
-    return Contrast(rows=tuple(rows), sign=sign, place=str(examples[0].source))
+    # Without its folder: merge.json may be published.
+    place = f"{Path(examples[0].source.path).name}:{examples[0].source.line}"
+    return Contrast(rows=tuple(rows), sign=sign, place=place)

@@ -34,7 +34,7 @@ def test_the_verdict_is_printed(trained_run, make_base, tmp_path):
     done = invoke(trained_run(make_base(), **NF4), tmp_path / "out")
     assert done.exit_code == 0
     shape = re.sub(r"[-+]?\d+(\.\d+)?(e-\d+)?", "0", done.stdout.replace(str(tmp_path), ""))
-    assert re.sub(" +", " ", re.sub(r"\S*heldout\.jsonl", "heldout.jsonl", shape)) == (
+    assert re.sub(" +", " ", shape) == (
         "bf0 keeps 0% of the learned change in the weights <- stored\n"
         "fp0 keeps 0% of the learned change in the weights\n"
         "float0 keeps 0% of the learned change in the weights\n"
@@ -87,8 +87,9 @@ def test_the_card_and_merge_json_tell_the_recipe_the_data_and_the_metrics(traine
     assert facts["fingerprints"]["held-out data"] in card
     assert "learning_rate = 0.02" in card
     assert "| rewards/margins | 0 |" in card
-    assert str(make_base().parent) not in card
     said = json.loads((tmp_path / "out/merge.json").read_text())
+    for folder in (make_base().parent, run.parent):
+        assert str(folder) not in card + json.dumps(said)
     assert said["asked"] == {"onto": "trained", "quantize": None, "dtype": "auto", "pairs": 64}
     assert said["run"]["base_weights"] == facts["base_weights"]
     assert {"dtype", "verdict", "kept_in_weights"} <= said.keys()

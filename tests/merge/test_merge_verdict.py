@@ -71,7 +71,7 @@ def test_its_figures_are_those_of_the_loaded_folder_and_the_trained_policy(
     assert verdict.learned == pytest.approx((margins["trained"] - margins["reference"]).abs().mean().item(), rel=1e-4)
     assert verdict.margin_error == pytest.approx(errors.mean().item(), rel=0.02, abs=1e-4)
     assert verdict.largest_margin_error == pytest.approx(errors.max().item(), rel=0.02, abs=1e-4)
-    assert verdict.worst == str(examples[int(errors.argmax())].source)
+    assert verdict.worst == f"heldout.jsonl:{examples[int(errors.argmax())].source.line}"
     assert verdict.logprob_error == pytest.approx((merged - trained).abs().mean().item(), rel=0.02, abs=1e-4)
     assert verdict.kl == pytest.approx(kl.mean().item(), rel=0.05, abs=1e-7)
     assert verdict.largest_kl == pytest.approx(kl.max().item(), rel=0.05, abs=1e-6)
