@@ -21,16 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.data.load import load_rows, tokenize_rows
-from qpref.data.tokenize import PairTokenizer
 from qpref.merge.guards import TrainedRun, read_run
 from qpref.merge.models import AsTrained, load_base
 from qpref.merge.replay import ScoredRow, replay
 from qpref.merge.request import Tolerance
 from qpref.merge.rounding import STORED, Retention
-from qpref.merge.rows import choose_rows
+from qpref.merge.rows import choose_rows, read_examples
 from qpref.merge.verdict import Judge
-from qpref.policy.tokenizer import stop_tokens
 
 DAMPING = 0.01
 """Of the mean of the second moments' diagonal, added to it (as in GPTQ)."""
@@ -91,10 +88,8 @@ class Rounded:
 
 def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
     """Prompts and responses of some training pairs."""
-    train, _ = load_rows(run.plan)
-    pairs = PairTokenizer.of(run.tokenizer, run.plan.recipe.data.template, stop_tokens(run.base_folder))
-    examples = tokenize_rows(train, pairs, run.plan.recipe.data)[:limit]
-    return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples for branch in one.branches]
+    examples = read_examples(run.plan, run.base_folder, run.tokenizer, heldout=False) or []
+    return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
 
 def second_moments(model: Any, rows: list[ScoredRow], widen: AsTrained, run: TrainedRun) -> Mapping[str, Tensor]:

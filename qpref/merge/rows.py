@@ -49,7 +49,10 @@ def choose_rows(plan: Plan, base: BaseFolder, tokenizer: Any, limit: int) -> Rep
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    examples, origin = _examples(plan, base, tokenizer)
+    examples = read_examples(plan, base, tokenizer, heldout=True)
+    origin = "training" if examples is None else "held-out"
+    if examples is None:
+        examples = read_examples(plan, base, tokenizer, heldout=False) or []
     contrasts = list(_contrasts(examples))
     count = min(limit, len(contrasts))
     chosen = [contrasts[place * len(contrasts) // count] for place in range(count)]
@@ -57,11 +60,15 @@ def choose_rows(plan: Plan, base: BaseFolder, tokenizer: Any, limit: int) -> Rep
     return Replayed(chosen, f"{origin} {'completions' if single else 'pairs'}")
 
 
-def _examples(plan: Plan, base: BaseFolder, tokenizer: Any) -> tuple[list[TokenizedExample], str]:
-    train, heldout = load_rows(plan)
+def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -> list[TokenizedExample] | None:
+    """A run's held-out or training examples, as it tokenized them; None where it has held nothing out.
+
+    Raises:
+        DataError: the data are gone, or can't be read.
+    """
+    checked = load_rows(plan)[1 if heldout else 0]
     pairs = PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
-    origin = "training" if heldout is None else "held-out"
-    return tokenize_rows(heldout or train, pairs, plan.recipe.data), origin
+    return None if checked is None else tokenize_rows(checked, pairs, plan.recipe.data)
 
 
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:
