@@ -1,85 +1,132 @@
-"""What rounding a merged model to a type costs, in held-out margins.
+"""What storing a merged model in a type costs, in held-out margins.
 
     python -m benchmarks.merge_rounding runs/quickstart
 
-Every model is computed in float32, so only the stored weights differ: exact (the dequantized base plus the delta in
-float32), and the same rounded to each 16-bit type. Prints JSON: the mean absolute error of the pairs' margins (nats),
-and its share of the mean absolute margin that was learned.
+Every model is computed in float32, so only the stored weights differ: the exact ones (the dequantized base plus the
+delta in float32), rounded to the nearest number of each type, and rounded to bf16 with error feedback. Feedback goes
+through the columns of a weight in turn and moves each rounding error into the columns that are left, such that the
+layer's output on calibration activations stays as close as it can: GPTQ (Frantar et al. 2023, algorithm 1) with bf16's
+numbers as the grid, calibrated on the training pairs. Prints JSON, errors in nats.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpref.data.load import load_rows, tokenize_rows
-from qpref.data.tokenize import PairTokenizer
-from qpref.merge import STORED, TrainedBase
-from qpref.plan import Plan, make_plan
-from qpref.policy.delta import LoraDelta
-from qpref.policy.source import resolve_base
-from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.records import TokenizedExample
-from qpref.training.folder import RunFolder
+from qpref.merge.guards import TrainedRun, read_run
+from qpref.merge.models import AsTrained, load_base
+from qpref.merge.replay import ScoredRow, replay
+from qpref.merge.request import Tolerance
+from qpref.merge.rounding import STORED, Retention
+from qpref.merge.rows import choose_rows, read_examples
+from qpref.merge.verdict import Judge
+
+DAMPING = 0.01
+"""Of the mean of the second moments' diagonal, added to it (as in GPTQ)."""
+BLOCK = 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run folder with held-out pairs")
-    folder = RunFolder(parser.parse_args().run)
-    examples = heldout_examples(make_plan(tomllib.loads(folder.recipe.read_text())))
-    base, delta = TrainedBase.of_run(folder), LoraDelta.read(folder.adapter)
-    places = base.places_of(delta.modules)
-    weights = {key: weight.float() for shard in base.shards for key, weight in base.tensors(shard)}
-    exact = {key: weight + delta.of(places[key]) if key in places else weight for key, weight in weights.items()}
-    model = empty_model(base.path)
-    before, after = margins(model, weights, base, examples), margins(model, exact, base, examples)
-    learned = (after - before).abs().mean().item()
-    report: dict[str, Any] = {"pairs": len(examples), "learned_margin": learned}
-    for name, dtype in STORED.items():
-        rounded = {key: weight.to(dtype).float() if key in places else weight for key, weight in exact.items()}
-        error = (margins(model, rounded, base, examples) - after).abs().mean().item()
-        report[name] = {"margin_error": error, "share_of_learned": error / learned}
+    parser.add_argument("--calibration", type=int, default=48, help="training pairs for the feedback")
+    parsed = parser.parse_args()
+    run = read_run(parsed.run)
+    model, before = load_base(run.base), AsTrained(run.base)
+    after, device = before.after(run.delta), run.base.device
+    replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, 10**9)
+    rows = replayed.rows
+    reference, trained = replay(model, rows, before, device), replay(model, rows, after, device)
+    judge = Judge.of(replayed, reference, trained, Tolerance(), device)
+    report: dict[str, Any] = {"pairs": len(replayed.contrasts), "learned_margin": judge.learned}
+    moments = second_moments(model, calibration_rows(run, parsed.calibration), after, run)
+    ways: dict[str, Callable[[str, Tensor], Tensor]] = {
+        name: lambda module, weight, dtype=dtype: weight.to(dtype) for name, dtype in STORED.items()
+    }
+    ways["bf16 with feedback"] = lambda module, weight: with_feedback(weight, moments[module])
+    for name, way in ways.items():
+        stored = Rounded(run, before, way)
+        verdict = judge.judge(replay(model, rows, stored, device))
+        report[name] = {
+            "margin_error": verdict.margin_error,
+            "share_of_learned": verdict.share,
+            "kl_per_token": verdict.kl,
+            "flips": len(verdict.flips),
+            "kept_in_weights": stored.retention.kept,
+        }
     print(json.dumps(report, indent=2))
 
 
-def heldout_examples(plan: Plan) -> list[TokenizedExample]:
-    base = resolve_base(plan.recipe.model)
-    tokenizer = load_tokenizer(plan.recipe.model, base)
-    if not plan.is_paired:
-        raise SystemExit("this measurement is of pairs, and the run's loss is of single completions")
-    heldout = load_rows(plan).heldout
-    assert heldout is not None, "the run has no held-out pairs"
-    pairs = PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
-    return tokenize_rows(heldout, pairs, plan.recipe.data, plan.recipe.train.seed)
+@dataclass(slots=True)
+class Rounded:
+    """Widens merged weights that were rounded in some way; each is rounded once."""
+
+    run: TrainedRun
+    before: AsTrained
+    way: Callable[[str, Tensor], Tensor]
+    known: dict[str, Tensor] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
+
+    def __call__(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module not in self.run.delta.matrices:
+            return self.before(name, stored, rows)
+        if module not in self.known:
+            weight, change = self.before(name, stored), self.run.delta.of(module)
+            self.known[module] = self.way(module, weight + change)
+            self.retention.add(weight, change, self.known[module])
+        return self.known[module][rows].float()
 
 
-def empty_model(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
+    """Prompts and responses of some training pairs."""
+    examples = read_examples(run.plan, run.base_folder, run.tokenizer, heldout=False) or []
+    return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+def second_moments(model: Any, rows: list[ScoredRow], widen: AsTrained, run: TrainedRun) -> Mapping[str, Tensor]:
+    """[in, in] sum of x x^T over the tokens, for the input x of each adapted layer."""
+    sums: dict[str, Tensor] = {}
+
+    def add(module: str, inputs: tuple[Tensor, ...]) -> None:
+        flat = inputs[0].flatten(0, -2).float()
+        sums[module] = sums.get(module, torch.zeros(flat.shape[1], flat.shape[1])) + flat.t() @ flat
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs))
+        for name in run.delta.modules
+    ]
+    replay(model, rows, widen, run.base.device)
+    for hook in hooks:
+        hook.remove()
+    return sums
 
 
-@torch.no_grad()
-def margins(model: Any, weights: dict[str, Tensor], base: TrainedBase, examples: Sequence[TokenizedExample]) -> Tensor:
-    """[pairs] log-probability of chosen less that of rejected, nats."""
-    for key, weight in weights.items():
-        model.get_parameter(base.names[key]).copy_(weight)
-    totals = []
-    for example in examples:
-        for branch in example.branches:
-            ids = torch.tensor([[*example.prompt, *branch]])
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(branch) + 1).logits[0, :-1]
-            totals.append(logits.log_softmax(-1).gather(1, ids[0, -len(branch) :, None]).sum())
-    chosen, rejected = torch.stack(totals).view(-1, 2).unbind(1)
-    return chosen - rejected
+def with_feedback(weight: Tensor, moments: Tensor) -> Tensor:
+    """[out, in] bf16 whose product with the calibration activations is close to that of `weight`."""
+    moments = moments.clone()
+    moments.diagonal().add_(DAMPING * moments.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left, stored = weight.clone(), torch.empty_like(weight, dtype=torch.bfloat16)
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
+        errors = torch.empty(weight.shape[0], stop - start)
+        for column in range(start, stop):
+            stored[:, column] = left[:, column].to(torch.bfloat16)
+            error = (left[:, column] - stored[:, column].float()) / factor[column, column]
+            left[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return stored
 
 
 if __name__ == "__main__":

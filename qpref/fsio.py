@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -140,6 +141,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_abandoned(final)
         staging.mkdir(mode=0o700)
     try:
         yield staging
@@ -172,6 +174,20 @@ def staged_file(final: Path) -> Iterator[Path]:
             fsync_folder(final.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove what killed processes of this machine have left half-filled for `final`: a merged model is large."""
+    for path in final.parent.glob(f"{STAGING_PREFIX}{glob.escape(final.name)}-*"):
+        number = path.name.rpartition("-")[2]
+        if path.name != f"{STAGING_PREFIX}{final.name}-{number}" or not number.isdecimal():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, OverflowError):
+            continue  # somebody else's process
 
 
 def make_readable(top: Path) -> None:

@@ -79,11 +79,16 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""
-        decisive = {
-            table: {key: value for key, value in self.document[table].items() if (table, key) not in FREE_TO_CHANGE}
-            for table in ("model", "adapter", "data", "train")
-        } | {"loss": self.document["loss"]}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self.document)
+
+
+def fingerprint_of(document: Mapping[str, Any]) -> str:
+    """The fingerprint of a resolved recipe, such as a run's recipe.lock.toml."""
+    decisive = {
+        table: {key: value for key, value in document[table].items() if (table, key) not in FREE_TO_CHANGE}
+        for table in ("model", "adapter", "data", "train")
+    } | {"loss": document["loss"]}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:

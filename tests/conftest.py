@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,37 @@ def make_recipe(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[...,
         return recipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _trained(tmp_path_factory) -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def trained_run(make_recipe, make_base, tmp_path_factory, _trained) -> Callable[..., Path]:
+    """`trained_run(base, **recipe changes)`: a finished run of three large steps, trained once a session.
+
+    Nobody writes to it; `merge_cases.moved` makes a copy.
+    """
+
+    def run(base: Path | None = None, **changes) -> Path:
+        from qpref.plan import make_plan
+        from qpref.training.run import train_plan
+
+        changes = {"train.learning_rate": 0.02, "model.base": str(base or make_base())} | changes
+        key = json.dumps(changes, sort_keys=True)
+        if key not in _trained:
+            folder = tmp_path_factory.mktemp("trained")
+            recipe = make_recipe(changes)
+            for name in ("train", "heldout"):
+                if name in recipe["data"]:
+                    data = Path(recipe["data"][name])
+                    recipe["data"][name] = str(shutil.copy(data, folder / data.name))
+            _trained[key] = train_plan(make_plan(recipe, output=folder / "run"))
+        return _trained[key]
+
+    return run
 
 
 @pytest.fixture

@@ -2,29 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from qpref.merge.request import MergeResult, Verdict
+
+NUM_FLIPS = 5
 
 
 @click.command("merge")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
+    "--onto",
+    type=click.Choice(["trained", "original"]),
+    default="trained",
+    show_default=True,
+    help="Add to the dequantized weights that were trained on, or to the base's own 16-bit ones.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["auto", "bf16", "fp16", "float32"]),
     default="auto",
     show_default=True,
-    help="Stored type; auto: the first that keeps 98 % of the learned change.",
+    help="Stored type; auto: the first that passes the verdict.",
 )
-def command(run: Path, out: Path, dtype: str) -> None:
-    """Write the model that RUN trained to OUT: plain safetensors that any engine loads."""
-    from qpref.cli import quiet_transformers
-    from qpref.merge import merge_run
+@click.option("--quantize", type=click.Choice(["nf4"]), help="Quantize the merged weights again; this loses much.")
+@click.option(
+    "--max-margin-error",
+    default="2%",
+    show_default=True,
+    metavar="SHARE|NATS",
+    help="Largest mean margin error that passes: a share of the learned change (0.05 nats at least), or nats.",
+)
+@click.option("--pairs", type=click.IntRange(1), default=64, show_default=True, help="Held-out pairs to replay.")
+@click.option("--push", metavar="ORG/NAME", help="Upload to the hub if the verdict passes; the token is $HF_TOKEN.")
+def command(run: Path, out: Path, max_margin_error: str, push: str | None, **asked: Any) -> None:
+    """Write the model that RUN trained to OUT: plain safetensors that any engine loads.
 
+    OUT is read back and compared with the policy that was trained. Where the margins differ by more than
+    --max-margin-error the exit code is 11, and OUT is there all the same.
+    """
+    from qpref.cli import quiet_transformers
+    from qpref.errors import MergeError
+    from qpref.merge import hub
+    from qpref.merge.merge import merge_run
+    from qpref.merge.request import MergeRequest, Tolerance
+
+    request = MergeRequest(run=run, out=out, tolerance=Tolerance.parse(max_margin_error), **asked)
+    if push is not None:
+        hub.refuse_push(push)
     quiet_transformers()
-    result = merge_run(run, out, dtype)
+    result = merge_run(request)
+    for line in _report(result):
+        click.echo(line)
+    verdict = result.verdict
+    if not verdict.passed:
+        unsent = "; nothing was pushed" if push else ""
+        raise MergeError(
+            f"{out}: the mean margin error is {verdict.margin_error:.3g} nats, and {verdict.allowed:.3g} pass{unsent}",
+            _way_out(request.onto, request.quantize, request.dtype),
+        )
+    if push is not None:
+        click.echo(f"pushed: {hub.push(out, push)}")
+
+
+def _way_out(onto: str, quantize: str | None, dtype: str) -> str:
+    ways = [("leave out --onto original", onto == "original"), ("leave out --quantize", quantize is not None),
+            ("leave out --dtype", dtype != "auto")]  # fmt: skip
+    return ", ".join([way for way, applies in ways if applies] or ["raise --max-margin-error"])
+
+
+def _report(result: MergeResult) -> Iterator[str]:
     for name, kept in result.kept.items():
         mark = "  <- stored" if name == result.dtype else ""
-        click.echo(f"{name:8} keeps {kept:6.1%} of the learned change{mark}")
-    click.echo(f"merged model: {result.path}")
+        yield f"{name:8} keeps {kept:6.1%} of the learned change in the weights{mark}"
+    yield from result.notes
+    for name, verdict in result.tried.items():
+        yield f"{name} tried and left: margin error {_error(verdict)}"
+    yield from _verdict(result.verdict)
+    if result.onto_trained is not None:
+        yield f"onto the trained weights, in the same type: margin error {_error(result.onto_trained)}"
+    yield f"merged model: {result.path}"
+
+
+def _verdict(verdict: Verdict) -> Iterator[str]:
+    yield f"verdict on {verdict.pairs} {verdict.origin}, merged model beside trained policy, both in float32"
+    yield f"  margin, learned change        {verdict.learned:9.3f} nats on average"
+    yield f"  margin error                  {_error(verdict)}, {verdict.allowed:.3f} pass"
+    yield f"  largest                       {verdict.largest_margin_error:9.3f} nats, {verdict.worst}"
+    yield f"  log-probability of a response {verdict.logprob_error:9.3f} nats off on average"
+    yield f"  KL per token                  {verdict.kl:9.2g} nats, {verdict.largest_kl:.2g} at most"
+    yield f"  preference flips              {len(verdict.flips):9}"
+    for flip in verdict.flips[:NUM_FLIPS]:
+        yield f"    {flip.place}: margin {flip.trained:.3f} trained, {flip.merged:.3f} merged"
+    if len(verdict.flips) > NUM_FLIPS:
+        yield f"    and {len(verdict.flips) - NUM_FLIPS} more, in merge.json"
+
+
+def _error(verdict: Verdict) -> str:
+    share = "" if verdict.share is None else f" ({verdict.share:.2%} of the learned change)"
+    return f"{verdict.margin_error:9.3f} nats on average{share}"

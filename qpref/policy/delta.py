@@ -24,24 +24,33 @@ class LoraDelta:
     def modules(self) -> list[str]:
         return list(self.matrices)
 
-    def of(self, module: str) -> Tensor:
-        """[out, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3)."""
+    def of(self, module: str, rows: slice = slice(None)) -> Tensor:
+        """[rows, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3), all output rows or some."""
         down, up, scale = self.matrices[module]
-        return (up.float() @ down.float()) * scale
+        return (up[rows].float() @ down.float()) * scale
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """[out, in] of what is added."""
+        down, up, _ = self.matrices[module]
+        return up.shape[0], down.shape[1]
 
     @classmethod
     def read(cls, folder: Path) -> LoraDelta:
         """Read PEFT's format.
 
         Raises:
-            MergeError: a matrix lacks its partner, isn't finite, or all of the adapter is zero.
+            MergeError: it cannot be read, a matrix lacks its partner or isn't finite, or all of the adapter is zero.
         """
         from peft import LoraConfig
         from peft.utils.other import get_pattern_key
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config: Any = LoraConfig(**_lora_fields(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
+        try:
+            config: Any = LoraConfig(**_lora_fields(folder))
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise MergeError(f"{folder}: no LoRA adapter in PEFT's format: {error}") from error
         matrices = {}
         for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

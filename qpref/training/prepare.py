@@ -85,7 +85,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
             "base model": json.dumps(base.weights, sort_keys=True),
             "training data": fingerprint(examples),
             "held-out data": fingerprint(heldout),
-            "start adapter": _start_digest(recipe.adapter.start),
+            "start adapter": start_digest(recipe.adapter.start),
         },
     )
 
@@ -96,7 +96,7 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
     return labels.count(True), labels.count(False)
 
 
-def _start_digest(start: str | None) -> str:
+def start_digest(start: str | None) -> str:
     """Of what a start adapter does: its tensors, and the settings that scale and place them."""
     if start is None:
         return ""

@@ -188,6 +188,7 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | N
             "base": plan.recipe.model.base,
             "base_path": str(prepared.base.path),
             "base_weights": prepared.base.weights,
+            "base_config": fsio.sha256_file(prepared.base.path / "config.json"),
             "dtype": plan.recipe.model.dtype,
             "double_quantization": plan.recipe.model.double_quantization,
             "quantized_modules": policy.quantized_modules(),

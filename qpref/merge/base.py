@@ -1,0 +1,203 @@
+"""The base's tensors as the run's forward pass used them, file by file.
+
+The base of a QLoRA run is not the original model but its NF4 rounding, dequantized: the adapter has learned to correct
+that. So 4-bit layers are dequantized as training did; what wasn't quantized stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpref.policy.load import DTYPES
+
+QUANTIZED_STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
+                   "quant_state.bitsandbytes__fp4")  # fmt: skip
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the base as its file describes it.
+
+    Attributes:
+        shape: as the model uses it; that of a packed 4-bit weight is the model's, not the file's.
+        dtype: its floating-point type; None for whole numbers and packed 4-bit weights.
+        is_packed: whether it is a packed 4-bit weight.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    is_packed: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers once it is dequantized."""
+        return self.is_packed or self.dtype is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedBase:
+    """The base's weights as the run's forward pass used them.
+
+    Attributes:
+        names: tensor name in the files -> its name in the loaded model; transformers renames some.
+        tensors: tensor name in the files -> what stands there, in the files' order, helpers of 4-bit weights left out.
+        helpers: the files that hold those helpers, by name.
+        linear: names of the model's linear layers but the output head.
+        head: the output head's name.
+        quantized: modules that were 4-bit in training, by their name in the model.
+        dtype: what the base computed in.
+        device: where 4-bit weights are made and unmade.
+    """
+
+    path: Path
+    names: Mapping[str, str]
+    tensors: Mapping[str, Stored]
+    helpers: Mapping[str, Path]
+    linear: frozenset[str]
+    head: str
+    quantized: frozenset[str]
+    dtype: torch.dtype
+    double_quantization: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, path: Path, shards: list[Path], facts: Mapping[str, Any], device: torch.device) -> TrainedBase:
+        """Read the headers of a base's files.
+
+        Args:
+            facts: the run's run.json.
+        """
+        model = _empty_model(path)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        headers = {key: header for shard in shards for key, header in _headers(shard).items()}
+        names = _names_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
+        packed = {key for key in names if f"{key}.absmax" in headers}
+        head = model.get_output_embeddings()
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        return cls(
+            path=path,
+            names=names,
+            tensors={
+                key: Stored(
+                    headers[key].file,
+                    shapes[name] if key in packed else headers[key].shape,
+                    FLOATS.get(headers[key].kind),
+                    key in packed,
+                )
+                for key, name in names.items()
+            },
+            helpers={key: header.file for key, header in headers.items() if key not in names},
+            linear=frozenset(name for name, module in linear.items() if module is not head),
+            head=next(name for name, module in model.named_modules() if module is head),
+            quantized=frozenset(facts["quantized_modules"]),
+            dtype=DTYPES[facts["dtype"]],
+            double_quantization=facts["double_quantization"],
+            device=device,
+        )
+
+    @property
+    def is_prequantized(self) -> bool:
+        return bool(self.helpers)
+
+    def module_of(self, key: str) -> str:
+        """The module whose weight a tensor is, by its name in the model."""
+        return self.names[key].removesuffix(".weight")
+
+    def as_trained(self, key: str) -> Tensor:
+        """A tensor as training computed with it, on the CPU: in the run's type, 4-bit ones dequantized."""
+        tensor = self.original(key)
+        if self.tensors[key].is_packed:
+            from bitsandbytes.functional import dequantize_4bit
+
+            dequantized: Tensor = dequantize_4bit(tensor.to(self.device), self._stored_state(key))
+            return dequantized.to(self.dtype).cpu()
+        if not tensor.is_floating_point():
+            return tensor
+        if self.module_of(key) in self.quantized:
+            return self.through_nf4(tensor).cpu()
+        return tensor.to(self.dtype)
+
+    def through_nf4(self, weight: Tensor) -> Tensor:
+        """A 16- or 32-bit weight as it is once bitsandbytes has made it 4-bit and back, on `device`."""
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        # As Linear4bit does when a weight comes to its device: the same call on the same numbers.
+        packed, state = quantize_4bit(
+            weight.to(self.device, self.dtype), compress_statistics=self.double_quantization, quant_type="nf4"
+        )
+        dequantized: Tensor = dequantize_4bit(packed, state)
+        return dequantized.to(self.dtype)
+
+    def original(self, key: str) -> Tensor:
+        """A tensor as its file has it."""
+        return _read(self.tensors[key].file, key)
+
+    def _stored_state(self, key: str) -> Any:
+        """The quantization state that a bitsandbytes checkpoint keeps beside a 4-bit weight."""
+        from bitsandbytes.functional import QuantState
+
+        names = [name for name in (f"{key}.{part}" for part in QUANTIZED_STATE) if name in self.helpers]
+        return QuantState.from_dict({name: _read(self.helpers[name], name) for name in names}, self.device)
+
+
+def _read(file: Path, key: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
+
+
+def _headers(shard: Path) -> dict[str, _Header]:
+    from safetensors import safe_open
+
+    found = {}
+    with safe_open(shard, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            part = file.get_slice(key)
+            found[key] = _Header(shard, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def _empty_model(path: Path) -> Any:
+    """The base's model without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _names_in_model(model: Any, keys: list[str]) -> dict[str, str]:
+    """How transformers names each tensor of the files once it has loaded them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    shapes = model.state_dict()
+    names = {}
+    for key in keys:
+        names[key], _ = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        if names[key] not in shapes and key in shapes:
+            names[key] = key
+    return names

@@ -1,0 +1,108 @@
+"""The model card: what the model is, how it was made, and how far it is from the policy that was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from qpref import __version__, fsio
+from qpref.merge.guards import TrainedRun
+from qpref.merge.request import MergeRequest, MergeResult, Verdict
+
+
+def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: MergeResult) -> None:
+    """Write README.md in the form that the hub reads."""
+    parts = [
+        _front_matter(run),
+        f"# {request.out.name}",
+        _what(run, request, result),
+        "## Verdict",
+        verdict_table(result.verdict),
+        "## Held-out metrics",
+        _metrics(run.folder.metrics),
+        "## Data",
+        _data(run.facts),
+        "## Recipe",
+        f"```toml\n{tomli_w.dumps(portable(run.plan.document)).strip()}\n```",
+    ]
+    fsio.write_text(path, "\n\n".join(parts) + "\n")
+
+
+def _front_matter(run: TrainedRun) -> str:
+    base = run.plan.recipe.model.base
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if not base.startswith("pypi:") and not Path(base).is_absolute():
+        lines += [f"base_model: {base}", "base_model_relation: finetune"]
+    names = sorted({loss.plugin.record.name for loss in run.plan.losses})
+    tags = "\n".join(f"- {tag}" for tag in ["qpref", "preference-training", *names])
+    return "\n".join(["---", *lines, f"tags:\n{tags}", "---"])
+
+
+def _what(run: TrainedRun, request: MergeRequest, result: MergeResult) -> str:
+    losses = " + ".join(loss.plugin.record.name for loss in run.plan.losses)
+    onto = "the dequantized weights that were trained on" if request.onto == "trained" else "the original weights"
+    stored = result.dtype if request.quantize is None else f"{request.quantize} (lossy), the rest {result.dtype}"
+    base = portable(run.plan.recipe.model.base)
+    return (
+        f"Trained by {losses} from `{base}` with qpref {__version__}; the adapter is merged onto {onto}. "
+        f"Stored as {stored}."
+    )
+
+
+def verdict_table(verdict: Verdict) -> str:
+    """The verdict as a Markdown table with a sentence that says what was compared."""
+    share = "" if verdict.share is None else f" ({verdict.share:.2%} of the learned change)"
+    rows = [
+        ("mean learned change of the margin", f"{verdict.learned:.4g} nats"),
+        ("mean margin error", f"{verdict.margin_error:.4g} nats{share}; {verdict.allowed:.4g} pass"),
+        ("largest margin error", f"{verdict.largest_margin_error:.4g} nats"),
+        ("mean error of a response's log-probability", f"{verdict.logprob_error:.4g} nats"),
+        ("KL(trained, merged) per token", f"{verdict.kl:.3g} nats (largest {verdict.largest_kl:.3g})"),
+        ("preference flips", str(len(verdict.flips))),
+    ]
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    said = "passed" if verdict.passed else "**not passed**"
+    return (
+        f"This folder, read back with transformers, beside the policy that was trained, on {verdict.pairs} "
+        f"{verdict.origin}, both computed in float32: {said}.\n\n{table}"
+    )
+
+
+def _metrics(path: Path) -> str:
+    """The first and the last held-out row of metrics.jsonl."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    held = [row for row in rows if row["split"] == "eval"]
+    if not held:
+        return "The run has held no pairs out."
+    first, last = held[0], held[-1]
+    names = [name for name in last if name.startswith("eval_")]
+    lines = [f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+    lines += [
+        f"| {name.removeprefix('eval_')} | {_number(first.get(name))} | {_number(last[name])} |" for name in names
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _data(facts: dict[str, Any]) -> str:
+    counts, prints = facts["examples"], facts["fingerprints"]
+    return "\n".join(
+        f"- {counts[name]} {what} examples, fingerprint `{prints[f'{what} data']}`"
+        for name, what in (("train", "training"), ("heldout", "held-out"))
+        if counts[name]
+    )
+
+
+def portable(value: Any) -> Any:
+    """Settings without this machine's folders: of a path, the last part."""
+    if isinstance(value, dict):
+        return {key: portable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [portable(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

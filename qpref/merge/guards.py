@@ -1,0 +1,231 @@
+"""Everything that would make a merge wrong, refused before its first byte is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpref import fsio
+from qpref.errors import DiskError, MergeError, RecipeError
+from qpref.merge.base import TrainedBase
+from qpref.merge.request import MergeRequest
+from qpref.merge.settings import tokenizer_folder
+from qpref.merge.write import Weights
+from qpref.plan import Plan, fingerprint_of, make_plan
+from qpref.policy.adapter import COPIED_FIELDS, NOT_PLAIN_FIELDS
+from qpref.policy.delta import LoraDelta
+from qpref.policy.source import BaseFolder, cached_sha256, shard_files
+from qpref.policy.tokenizer import load_tokenizer
+from qpref.training.folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRun:
+    """A finished run whose parts are known to belong together.
+
+    Attributes:
+        places: tensor name in the base's files -> adapted module.
+        tokenizer: the one that was trained with.
+        tokenizer_files: where its own files lie.
+    """
+
+    folder: RunFolder
+    facts: dict[str, Any]
+    plan: Plan
+    base: TrainedBase
+    delta: LoraDelta
+    places: dict[str, str]
+    tokenizer: Any
+    tokenizer_files: Path
+
+    @property
+    def base_folder(self) -> BaseFolder:
+        return BaseFolder(path=self.base.path, weights=self.facts["base_weights"])
+
+
+def read_run(path: Path) -> TrainedRun:
+    """A finished run, its base, adapter and tokenizer compared with what was trained.
+
+    Raises:
+        RecipeError: `path` is no finished run.
+        MergeError: the base, the recipe, the adapter or the tokenizer isn't that of the run.
+        PolicyError: one of the base's files is missing.
+    """
+    folder = RunFolder(path)
+    if not folder.run_json.is_file():
+        raise RecipeError(f"{path}: no run of qpref (it has no run.json)")
+    if not folder.adapter.is_dir():
+        raise RecipeError(f"{path}: this run is not finished", "finish it with qpref train --resume")
+    facts = folder.description()
+    document = _recipe_of_run(folder, facts)
+    shards = _base_files(facts)
+    plan = make_plan(document)
+    base_path = Path(facts["base_path"])
+    base = TrainedBase.of(base_path, shards, facts, _device(plan))
+    _refuse_other_settings(folder.adapter, document["adapter"], base)
+    delta = LoraDelta.read(folder.adapter)
+    places = _places(base, delta, folder.adapter)
+    tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
+    _refuse_other_tokenizer(tokenizer, folder.adapter)
+    return TrainedRun(
+        folder=folder,
+        facts=facts,
+        plan=plan,
+        base=base,
+        delta=delta,
+        places=places,
+        tokenizer=tokenizer,
+        tokenizer_files=tokenizer_folder(plan.recipe.model, base_path),
+    )
+
+
+def refuse_output(request: MergeRequest) -> None:
+    """Stop where the output folder holds something, or lies inside the run.
+
+    Raises:
+        RecipeError: says which.
+    """
+    out = request.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out}: holds something already", "name a new or empty folder")
+    if out.resolve().is_relative_to(request.run.resolve()):
+        raise RecipeError(f"{out}: lies inside the run", "name a folder elsewhere")
+
+
+def refuse_original(request: MergeRequest, base: TrainedBase) -> None:
+    """Stop where there are no original weights to merge onto.
+
+    Raises:
+        RecipeError: the base has been 4-bit from the start.
+    """
+    if request.onto == "original" and base.is_prequantized:
+        raise RecipeError(f"--onto original: {base.path} holds 4-bit weights and no original ones", "leave it out")
+
+
+def refuse_full_disk(out: Path, weights: Weights) -> None:
+    """Stop where there is no room.
+
+    Raises:
+        DiskError: says what is needed and what is free.
+    """
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if weights.num_bytes > free:
+        raise DiskError(f"{out}: needs {weights.num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+
+
+def _device(plan: Plan) -> torch.device:
+    """Where the base was quantized in training: bitsandbytes' kernels may round differently on another."""
+    gpu = plan.recipe.model.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _recipe_of_run(folder: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(folder.recipe.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise MergeError(f"{folder.recipe}: cannot be read: {error}") from error
+    same_base = document.get("model", {}).get("base") == facts["base"]
+    if not same_base or fingerprint_of(document) != facts["fingerprints"]["recipe"]:
+        raise MergeError(
+            f"{folder.recipe}: not the recipe that was trained; revision, quantization or another setting was changed",
+            "restore it; to train with other settings, start another run",
+        )
+    return document
+
+
+def _base_files(facts: Mapping[str, Any]) -> list[Path]:
+    """The base's safetensors files, each with the hash that was trained on."""
+    path = Path(facts["base_path"])
+    if not path.is_dir():
+        raise MergeError(f"{path}: the base that was trained is gone", "qpref train --resume fetches it again")
+    config = path / "config.json"
+    if not config.is_file() or fsio.sha256_file(config) != facts.get("base_config"):
+        raise MergeError(f"{config}: not the config that was trained with; its SHA-256 differs")
+    shards = shard_files(path)
+    for shard in shards:
+        if facts["base_weights"].get(shard.name) != cached_sha256(shard):
+            raise MergeError(f"{shard}: not the file that was trained on; its SHA-256 differs")
+    if missing := sorted(set(facts["base_weights"]) - {shard.name for shard in shards}):
+        raise MergeError(f"{path}: {missing[0]} was trained on, and the index doesn't name it")
+    return shards
+
+
+def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: TrainedBase) -> None:
+    """Stop where adapter_config.json isn't that of this run: it scales the whole delta."""
+    file = adapter / "adapter_config.json"
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{file}: cannot be read: {error}") from error
+    if values.get("base_model_name_or_path") != str(base.path):
+        raise MergeError(f"{file}: an adapter of {values.get('base_model_name_or_path')}, not of {base.path}")
+    if moving := [key for key in NOT_PLAIN_FIELDS if values.get(key)]:
+        raise MergeError(f"{file}: the adapter uses {moving[0]}, so it is no plain LoRA delta")
+    wanted = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
+    if recipe.get("start") is None:
+        for key, name in wanted.items():
+            if values.get(key) != recipe[name]:
+                raise MergeError(f"{file}: {key} is {values.get(key)}, and the run had [adapter] {name} {recipe[name]}")
+
+
+def _places(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str]:
+    """Tensor name in the files -> adapted module; every target has to have a delta of its shape, and nothing else."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    config = LoraConfig(**{key: values[key] for key in COPIED_FIELDS if values.get(key) is not None})
+    found = set(delta.modules)
+    modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
+    if foreign := sorted(found - set(modules)):
+        raise MergeError(f"{base.path}: holds no weight for {foreign[0]} ({len(foreign)} missing)")
+    wanted = {name for name in base.linear | (found & {base.head}) if check_target_module_exists(config, name)}
+    if missing := sorted(wanted - found):
+        raise MergeError(f"{adapter}: has nothing for {missing[0]}, which it names as a target")
+    if extra := sorted(found - wanted):
+        raise MergeError(f"{adapter}: adapts {extra[0]}, which is none of its targets")
+    for module in delta.modules:
+        shape = base.tensors[modules[module]].shape
+        if delta.shape(module) != shape:
+            raise MergeError(f"{adapter}: its delta of {module} is {delta.shape(module)}, the base's weight {shape}")
+    return {modules[module]: module for module in delta.modules}
+
+
+def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:
+    """Stop where the tokenizer isn't the one that the run has saved: its ids would mean other words."""
+    try:
+        difference = tokenizer_difference(tokenizer, adapter)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise MergeError(f"{adapter}: the run's tokenizer can't be loaded: {error}") from error
+    if difference:
+        raise MergeError(f"{adapter}: its {difference} isn't the base's; one of them was changed after training")
+
+
+def tokenizer_difference(tokenizer: Any, folder: Path) -> str | None:
+    """What about the tokenizer in a folder isn't as in `tokenizer`; None where they are the same.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: transformers can't load it.
+    """
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if other.chat_template != tokenizer.chat_template:
+        return "chat template"
+    return None if _identity(other) == _identity(tokenizer) else "tokenizer"
+
+
+def _identity(tokenizer: Any) -> tuple[Any, ...]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    # How the last call was padded or cut is no property of the tokenizer.
+    kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return tokenizer.get_vocab(), kept, tokenizer.bos_token, tokenizer.eos_token

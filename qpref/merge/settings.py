@@ -1,0 +1,142 @@
+"""A merged model's config, tokenizer and generation settings, from the base's own files.
+
+Everything is copied byte for byte but two files. transformers 5 writes a config and a tokenizer config that
+transformers 4.57 reads wrongly: without a top-level rope_theta it takes 10000, whatever the model was trained with, and
+it knows no tokenizer class of the name TokenizersBackend. Both get the older words beside the newer ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpref import fsio
+from qpref.errors import MergeError
+from qpref.merge.base import TrainedBase
+from qpref.recipe import ModelSection
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+BASE_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*",
+              "USE_POLICY*")  # fmt: skip
+NEW_TOKENIZER_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend")
+"""Classes that came with transformers 5; all of them load tokenizer.json, as 4.57's PreTrainedTokenizerFast does."""
+OF_ONE_LOAD = ("backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
+"""What transformers 5 notes of the load that a tokenizer came from; no property of the tokenizer."""
+
+
+def tokenizer_folder(model: ModelSection, base: Path) -> Path:
+    """Where the tokenizer's files lie that the run was trained with.
+
+    Raises:
+        MergeError: the recipe takes it from the hub, and it isn't there.
+    """
+    if model.tokenizer is None:
+        return base
+    if Path(model.tokenizer).is_dir():
+        return Path(model.tokenizer)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = [*TOKENIZER_FILES, "tokenizer_config.json"]
+        return Path(snapshot_download(model.tokenizer, allow_patterns=wanted))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MergeError(f"[model] tokenizer {model.tokenizer}: cannot be fetched: {error}") from error
+
+
+def write_settings(
+    base: TrainedBase, tokenizer: Path, folder: Path, dtype: torch.dtype, packed: frozenset[str]
+) -> None:
+    """Fill in all of a merged model's folder that isn't weights.
+
+    Args:
+        tokenizer: the folder of the tokenizer's own files.
+        packed: modules that are stored in NF4; none for a plain model.
+    """
+    values = json.loads((base.path / "config.json").read_text())
+    fsio.write_json(folder / "config.json", patched_config(values, dtype) | _quantization(base, dtype, packed))
+    own = tokenizer / "tokenizer_config.json"
+    if own.is_file():
+        patched = patched_tokenizer_config(json.loads(own.read_text()))
+        fsio.write_json(folder / "tokenizer_config.json", patched)
+    copied = [(file, tokenizer) for file in _matching(tokenizer, TOKENIZER_FILES)]
+    copied += [(file, base.path) for file in _matching(base.path, BASE_FILES)]
+    for file, root in copied:
+        target = folder / file.relative_to(root)
+        fsio.make_folder(target.parent)
+        fsio.copy_file(file, target)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from (file for file in sorted(folder.glob(pattern)) if file.is_file())
+
+
+def patched_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A base's config for plain weights of `dtype`, in the words of transformers 4.57 too."""
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
+    for key, value in values.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            values[key] = _with_old_words(value, dtype) if "dtype" in value or "torch_dtype" in value else value
+            values[key] = _with_old_rope(values[key])
+    return _with_old_rope(_with_old_words(values, dtype))
+
+
+def _with_old_words(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return {**values, "dtype": name, "torch_dtype": name}
+
+
+def _with_old_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling beside rope_parameters; what stands there already stays."""
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return dict(values)
+    # Families with two kinds of attention have a table for each.
+    main = rope.get("full_attention", rope)
+    local = rope.get("sliding_attention")
+    old = _old_rope(main) if isinstance(main, dict) else {}
+    if isinstance(local, dict) and "rope_theta" in local:
+        old["rope_local_base_freq"] = local["rope_theta"]
+    return old | dict(values)
+
+
+def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    old = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in rope.items() if key not in old}
+    return old
+
+
+def patched_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's config in words that transformers 4.57 knows."""
+    values = {key: value for key, value in config.items() if key not in OF_ONE_LOAD}
+    if values.get("tokenizer_class") in NEW_TOKENIZER_CLASSES:
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = values.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del values["extra_special_tokens"]
+        values["additional_special_tokens"] = [*values.get("additional_special_tokens", []), *extra]
+    return values
+
+
+def _quantization(base: TrainedBase, dtype: torch.dtype, packed: frozenset[str]) -> dict[str, Any]:
+    if not packed:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=base.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings.to_dict()}

@@ -1,0 +1,112 @@
+"""Merged weights -> safetensors files and their index, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qpref import fsio
+from qpref.merge.base import TrainedBase
+from qpref.merge.rounding import rounded
+from qpref.policy.delta import LoraDelta
+
+SHARD_BYTES = 5 * 10**9
+"""A shard is closed before it would grow beyond this, as the hub's own tools do."""
+NF4_BYTES = 0.6
+"""An upper bound for a packed value with its block's scale and the quantizer's tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The merged weights, computed when they are asked for.
+
+    Attributes:
+        places: tensor name in the files -> adapted module.
+        dtype: the stored type.
+        original: add to the base's own weights, not to the dequantized ones that were trained on.
+        packed: modules to quantize to NF4 again.
+    """
+
+    base: TrainedBase
+    delta: LoraDelta
+    places: Mapping[str, str]
+    dtype: torch.dtype
+    original: bool = False
+    packed: frozenset[str] = frozenset()
+
+    def merged(self, key: str) -> dict[str, Tensor]:
+        """What is stored for a tensor of the base: itself, and what a 4-bit weight needs beside it."""
+        source = self.base.original(key) if self.original else self.base.as_trained(key)
+        if not source.is_floating_point():
+            return {key: source}
+        stored = rounded(source, self.delta, self.places.get(key), self.dtype)
+        return self._packed(key, stored) if self._is_packed(key) else {key: stored}
+
+    def size(self, key: str) -> int:
+        """Bytes that a tensor takes; of a 4-bit one, an upper bound."""
+        stored = self.base.tensors[key]
+        numbers = math.prod(stored.shape)
+        if self._is_packed(key):
+            return int(numbers * NF4_BYTES) + 4096
+        return numbers * (self.dtype.itemsize if stored.is_float else 8)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.size(key) for key in self.base.tensors)
+
+    def shards(self) -> list[list[str]]:
+        """The tensors of each file, in the base's order."""
+        shards: list[list[str]] = [[]]
+        size = 0
+        for key in self.base.tensors:
+            if shards[-1] and size + self.size(key) > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(key)
+            size += self.size(key)
+        return shards
+
+    def _is_packed(self, key: str) -> bool:
+        return key.endswith(".weight") and self.base.module_of(key) in self.packed
+
+    def _packed(self, key: str, weight: Tensor) -> dict[str, Tensor]:
+        from bitsandbytes.functional import quantize_4bit
+
+        values, state = quantize_4bit(
+            weight.to(self.base.device), compress_statistics=self.base.double_quantization, quant_type="nf4"
+        )
+        parts = {f"{key}.{name}": part.cpu() for name, part in state.as_dict(packed=True).items()}
+        return {key: values.cpu()} | parts
+
+
+def write_weights(weights: Weights, folder: Path) -> None:
+    """Write all tensors into an existing folder, replacing what an earlier type has left there.
+
+    Raises:
+        DiskError: the disk refuses.
+    """
+    for old in folder.glob("model*.safetensors*"):
+        fsio.remove_tree(old)
+    shards = weights.shards()
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, keys in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = dict(_of_shard(weights, keys))
+        fsio.write_tensors(folder / name, tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        fsio.write_json(folder / "model.safetensors.index.json", index)
+
+
+def _of_shard(weights: Weights, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for key in keys:
+        yield from weights.merged(key).items()

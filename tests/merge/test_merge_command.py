@@ -1,0 +1,216 @@
+"""`qpref merge` as it is typed: what it prints, its exit codes, and what reaches the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from click.testing import CliRunner
+from merge_cases import moved
+
+from qpref.cli import main
+
+TOKEN = "hf_" + "canary" * 5
+NF4 = {"model.quantization": "nf4"}
+
+
+@pytest.fixture(autouse=True)
+def _own_logger():
+    logger = logging.getLogger("qpref")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["merge", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_verdict_is_printed(trained_run, make_base, tmp_path):
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out")
+    assert done.exit_code == 0
+    shape = re.sub(r"[-+]?\d+(\.\d+)?(e-\d+)?", "0", done.stdout.replace(str(tmp_path), ""))
+    assert re.sub(" +", " ", shape) == (
+        "bf0 keeps 0% of the learned change in the weights <- stored\n"
+        "fp0 keeps 0% of the learned change in the weights\n"
+        "float0 keeps 0% of the learned change in the weights\n"
+        "verdict on 0 held-out pairs, merged model beside trained policy, both in float0\n"
+        " margin, learned change 0 nats on average\n"
+        " margin error 0 nats on average (0% of the learned change), 0 pass\n"
+        " largest 0 nats, heldout.jsonl:0\n"
+        " log-probability of a response 0 nats off on average\n"
+        " KL per token 0 nats, 0 at most\n"
+        " preference flips 0\n"
+        "merged model: /out\n"
+    )
+
+
+def test_a_verdict_that_fails_exits_11_and_the_folder_is_there(trained_run, make_base, tmp_path):
+    out = tmp_path / "out"
+    done = invoke(trained_run(make_base(), **NF4), out, "--dtype", "bf16", "--max-margin-error", "1e-9")
+    assert done.exit_code == 11
+    assert re.fullmatch(
+        rf"error: {out}: the mean margin error is \S+ nats, and 1e-09 pass\nhint: leave out --dtype\n", done.stderr
+    )
+    assert (out / "model.safetensors").is_file()
+    assert json.loads((out / "merge.json").read_text())["verdict"]["passed"] is False
+
+
+def test_the_original_prints_both_figures(trained_run, make_base, tmp_path):
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", "--onto", "original", "--max-margin-error", "1e-4")
+    assert done.exit_code == 11
+    figures = [float(line.split("error")[1].split()[0]) for line in done.stdout.splitlines() if "margin error" in line]
+    assert len(figures) == 2
+    assert figures[0] > figures[1]
+    assert "onto the trained weights, in the same type: margin error" in done.stdout
+    assert "hint: leave out --onto original" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "0", "nan", "inf", "2%%", ""])
+def test_an_odd_tolerance_is_refused(trained_run, tmp_path, value):
+    done = invoke(trained_run(), tmp_path / "out", f"--max-margin-error={value}")
+    assert done.exit_code == 2
+    assert "expected a share such as 2%, or nats such as 0.3" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_and_merge_json_tell_the_recipe_the_data_and_the_metrics(trained_run, make_base, tmp_path):
+    run = trained_run(make_base(), **NF4)
+    assert invoke(run, tmp_path / "out").exit_code == 0
+    card, facts = (tmp_path / "out/README.md").read_text(), json.loads((run / "run.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert facts["fingerprints"]["training data"] in card
+    assert facts["fingerprints"]["held-out data"] in card
+    assert "learning_rate = 0.02" in card
+    assert "| rewards/margins | 0 |" in card
+    said = json.loads((tmp_path / "out/merge.json").read_text())
+    for folder in (make_base().parent, run.parent):
+        assert str(folder) not in card + json.dumps(said)
+    assert said["asked"] == {"onto": "trained", "quantize": None, "dtype": "auto", "pairs": 64}
+    assert said["run"]["base_weights"] == facts["base_weights"]
+    assert {"dtype", "verdict", "kept_in_weights"} <= said.keys()
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files needs."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.calls.append((self.path, self.headers.get("authorization"), body))
+        if self.server.refuses:
+            self._answer(403, {"error": "no write access"})
+        elif self.path == "/api/repos/create":
+            asked = json.loads(body)
+            place = f"http://127.0.0.1:{self.server.server_port}/{asked['organization']}/{asked['name']}"
+            self._answer(200, {"url": place})
+        elif "/preupload/" in self.path:
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]  # fmt: skip
+            self._answer(200, {"files": files})
+        elif "/commit/" in self.path:
+            place = f"http://127.0.0.1:{self.server.server_port}/org/model/commit/{'0' * 40}"
+            self._answer(200, {"commitUrl": place, "commitOid": "0" * 40, "pullRequestUrl": None})
+        else:
+            self._answer(200, {"errors": [], "warnings": []})
+
+    def do_GET(self) -> None:
+        self.server.calls.append((self.path, self.headers.get("authorization"), b""))
+        self._answer(404, {"error": "Repository not found"})
+
+    def _answer(self, status: int, value: dict) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on the loopback; huggingface_hub is told of it as HF_ENDPOINT and HF_HUB_OFFLINE=0 would."""
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.calls, server.refuses = [], False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_passes_is_pushed_whole_to_a_private_repository(hub, trained_run, make_base, tmp_path):
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", "--push", "org/model")
+    assert done.exit_code == 0, done.stderr
+    made = next(json.loads(body) for path, _, body in hub.calls if path == "/api/repos/create")
+    assert (made["organization"], made["name"]) == ("org", "model")
+    assert made.get("visibility") == "private" or made.get("private") is True
+    (commit,) = [body for path, _, body in hub.calls if path == "/api/models/org/model/commit/main"]
+    sent = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
+    assert sent == {file.name for file in (tmp_path / "out").iterdir()}
+    assert {token for _, token, _ in hub.calls if token} == {f"Bearer {TOKEN}"}
+    assert done.stdout.splitlines()[-1].startswith("pushed: ")
+    assert TOKEN not in done.stdout + done.stderr
+    assert all(TOKEN.encode() not in file.read_bytes() for file in (tmp_path / "out").iterdir())
+
+
+def test_nothing_goes_out_where_the_verdict_fails(hub, trained_run, make_base, tmp_path):
+    run = trained_run(make_base(), **NF4)
+    done = invoke(run, tmp_path / "out", "--dtype", "bf16", "--max-margin-error", "1e-9", "--push", "org/model")
+    assert done.exit_code == 11
+    assert "nothing was pushed" in done.stderr
+    assert hub.calls == []
+
+
+def test_a_push_without_a_token_is_refused_before_any_work(trained_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    done = invoke(trained_run(), tmp_path / "out", "--push", "org/model")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --push needs a token with write access in HF_TOKEN\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "a/b/c", "org/", "../model", "org/mo del"])
+def test_a_name_that_the_hub_cannot_have_is_refused_before_any_work(trained_run, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = invoke(trained_run(), tmp_path / "out", "--push", name)
+    assert (done.exit_code, done.stderr) == (2, "error: --push: expected ORG/NAME, such as my-org/my-model\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_refuses_is_told_and_the_folder_stays(hub, trained_run, make_base, tmp_path):
+    hub.refuses = True
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", "--push", "org/model")
+    assert done.exit_code == 11
+    assert "error: org/model: not pushed: " in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_a_hub_that_is_not_there_is_told_in_one_message(hub, trained_run, make_base, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", "--push", "org/model")
+    assert done.exit_code == 11
+    assert "error: org/model: not pushed: " in done.stderr
+
+
+def test_a_damaged_run_is_one_message_and_leaves_nothing(trained_run, make_base, tmp_path):
+    run, base = moved(trained_run(make_base(), **NF4), make_base(), tmp_path)
+    (base / "model.safetensors").write_bytes(b"")
+    done = invoke(run, tmp_path / "merged/out")
+    assert (done.exit_code, done.stdout) == (11, "")
+    assert done.stderr == f"error: {base}/model.safetensors: not the file that was trained on; its SHA-256 differs\n"
+    assert not (tmp_path / "merged").exists()
