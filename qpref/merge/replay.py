@@ -20,8 +20,8 @@ from qpref.policy.logprobs import Head
 
 BATCH_TOKENS = 4096
 """Tokens that are computed at a time, padding included."""
-TILE_ELEMENTS = 2**25
-"""Logits that exist at a time: 128 MiB in float32."""
+TILE_WIDTH = 4096
+"""Tokens of the vocabulary whose logits exist at a time."""
 
 
 class Widen(Protocol):
@@ -55,23 +55,16 @@ class Hidden:
     head_rows: Callable[[slice], Tensor]
     largest: float
 
-    def tiles(self) -> Iterator[slice]:
-        """Positions whose logits fit `TILE_ELEMENTS`."""
-        step = max(1, TILE_ELEMENTS // self.head.weight.shape[0])
-        return (slice(start, start + step) for start in range(0, len(self.states), step))
+    def columns(self) -> Iterator[slice]:
+        """Slices of the vocabulary whose weights and logits exist at a time."""
+        return (slice(start, start + TILE_WIDTH) for start in range(0, self.head.weight.shape[0], TILE_WIDTH))
 
-    def logprobs(self, positions: slice, device: torch.device) -> Tensor:
-        """[positions, vocabulary] log-probabilities."""
-        states = self.states[positions].to(device)
-        size, width = self.head.weight.shape
-        logits = torch.empty(len(states), size, device=device)
-        step = max(1, TILE_ELEMENTS // width)
-        for start in range(0, size, step):
-            weight = self.head_rows(slice(start, start + step))
-            bias = None if self.head.bias is None else self.head.bias[start : start + step].to(device).float()
-            part = replace(self.head, weight=weight, bias=bias)
-            logits[:, start : start + step] = part.logits(states, 0, len(weight))
-        return logits.log_softmax(1)
+    def logits(self, positions: slice, columns: slice, device: torch.device) -> Tensor:
+        """[positions, columns] computed in float32, given in float64."""
+        states, weight = self.states[positions].to(device), self.head_rows(columns)
+        bias = None if self.head.bias is None else self.head.bias[columns].to(device).float()
+        part = replace(self.head, weight=weight, bias=bias)
+        return part.logits(states, 0, len(weight)).double()
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ from qpref.merge.replay import Hidden
 from qpref.merge.request import Flip, Tolerance, Verdict
 from qpref.merge.rows import Replayed
 
+TILE_POSITIONS = 1024
+"""Response tokens whose logits exist at a time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
@@ -79,10 +82,19 @@ class Judge:
     def _compare(self, merged: Hidden) -> tuple[Tensor, Tensor]:
         """[rows] log-probability of each response; [S] KL(trained || merged) at each of their tokens."""
         values, divergences = [], []
-        for tile, target in _tiles(self.replayed, merged, self.device):
-            trained, mine = self.trained.logprobs(tile, self.device), merged.logprobs(tile, self.device)
-            values.append(mine.gather(1, target)[:, 0].double().cpu())
-            divergences.append((trained.exp() * (trained - mine)).sum(1).double().cpu())
+        for positions, tokens in _tiles(self.replayed, self.device):
+            mine, trained = _Normalizer(tokens), _Normalizer(tokens)
+            expected = torch.zeros_like(mine.total)  # of trained logit - merged logit, under the trained policy
+            for columns in merged.columns():
+                ours = merged.logits(positions, columns, self.device)
+                theirs = self.trained.logits(positions, columns, self.device)
+                before = trained.total
+                mine.add(ours, columns)
+                trained.add(theirs, columns)
+                here = ((theirs - trained.total[:, None]).exp() * (theirs - ours)).sum(1)
+                expected = expected * (before - trained.total).exp() + here
+            values.append(mine.logprobs.cpu())
+            divergences.append((expected - trained.total + mine.total).cpu())
         return _sums(self.replayed, values), torch.cat(divergences)
 
     def _flips(self, found: Tensor) -> tuple[Flip, ...]:
@@ -96,17 +108,45 @@ class Judge:
         return tuple(sorted(flips, key=lambda flip: -abs(flip.trained)))
 
 
+class _Normalizer:
+    """The log-sum-exp of some positions' logits, slice by slice, and the logits of the tokens that stand there.
+
+    In float64: the numbers that are wanted are far smaller than a float32 step of the logits' sum.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+        self._target = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        self.total = torch.full_like(self._target, -torch.inf)
+
+    def add(self, logits: Tensor, columns: slice) -> None:
+        places = self._tokens - columns.start
+        inside = (places >= 0) & (places < logits.shape[1])
+        self._target[inside] = logits[inside].gather(1, places[inside, None])[:, 0]
+        self.total = torch.logaddexp(self.total, logits.logsumexp(1))
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self._target - self.total
+
+
 def response_logprobs(replayed: Replayed, hidden: Hidden, device: torch.device) -> Tensor:
-    """[rows] log-probability of each response, float64 sums of float32 values."""
-    tiles = _tiles(replayed, hidden, device)
-    values = [hidden.logprobs(tile, device).gather(1, target)[:, 0].double().cpu() for tile, target in tiles]
+    """[rows] log-probability of each response."""
+    values = []
+    for positions, tokens in _tiles(replayed, device):
+        normalizer = _Normalizer(tokens)
+        for columns in hidden.columns():
+            normalizer.add(hidden.logits(positions, columns, device), columns)
+        values.append(normalizer.logprobs.cpu())
     return _sums(replayed, values)
 
 
-def _tiles(replayed: Replayed, hidden: Hidden, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Some positions at a time, and [positions, 1] the tokens that are predicted there."""
+def _tiles(replayed: Replayed, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Some positions at a time, and [positions] the tokens that are predicted there."""
     tokens = torch.tensor([token for row in replayed.rows for token in row.response])
-    return ((tile, tokens[tile, None].to(device)) for tile in hidden.tiles())
+    for start in range(0, len(tokens), TILE_POSITIONS):
+        positions = slice(start, start + TILE_POSITIONS)
+        yield positions, tokens[positions].to(device)
 
 
 def _sums(replayed: Replayed, values: Sequence[Tensor]) -> Tensor:

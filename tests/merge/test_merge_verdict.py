@@ -15,6 +15,7 @@ from qpref.data.load import load_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import MergeError
 from qpref.merge import models, replay
+from qpref.merge import verdict as verdict_module
 from qpref.merge.guards import read_run
 from qpref.merge.merge import Session, _survey
 from qpref.merge.request import MergeRequest, Tolerance
@@ -248,15 +249,19 @@ def test_a_margin_that_is_not_a_number_does_not_pass(trained_run, tmp_path):
     assert not session.judge.judge(broken).passed
 
 
-def test_batches_change_nothing(trained_run, make_base, tmp_path, monkeypatch):
-    run = trained_run(make_base(), **NF4)
-    whole = _session(run, tmp_path).judge
+def test_batches_and_tiles_change_nothing(trained_run, make_base, tmp_path, monkeypatch):
+    def verdict_on_the_reference():
+        session = _session(trained_run(make_base(), **NF4), tmp_path)
+        return session.judge.judge(session.replay(session.as_trained))
+
+    whole = verdict_on_the_reference()
     monkeypatch.setattr(replay, "BATCH_TOKENS", 1)
-    monkeypatch.setattr(replay, "TILE_ELEMENTS", 1000)
+    monkeypatch.setattr(replay, "TILE_WIDTH", 7)
+    monkeypatch.setattr(verdict_module, "TILE_POSITIONS", 5)
     monkeypatch.setattr(models, "KEPT_BYTES", 0)
-    single = _session(run, tmp_path).judge
-    assert torch.allclose(whole.after, single.after, atol=1e-3)
-    assert torch.allclose(whole.before, single.before, atol=1e-3)
+    single = verdict_on_the_reference()
+    for name in ("learned", "margin_error", "largest_margin_error", "logprob_error", "kl", "largest_kl"):
+        assert getattr(single, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
 
 
 def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base):

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qpref.merge import write
+from qpref.merge.guards import read_run
+from qpref.merge.rounding import STORED
 from qpref.plan import make_plan
 from qpref.policy.source import resolve_base
 
@@ -117,6 +119,17 @@ def test_a_tied_head_is_stored_once_and_stays_tied(trained_run, make_base, tmp_p
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "float32"])
+def test_the_sum_is_taken_in_float32_and_rounded_once(trained_run, make_base, tmp_path, dtype):
+    run = trained_run(make_base(), **{"model.quantization": "nf4", "model.dtype": "bf16"})
+    merge(run, tmp_path / "out", dtype)
+    merged, opened = load_file(tmp_path / "out/model.safetensors"), read_run(run)
+    for key in opened.base.tensors:
+        weight, module = opened.base.as_trained(key).float(), opened.places.get(key)
+        exact = weight if module is None else weight + opened.delta.of(module)
+        assert torch.equal(merged[key], exact.to(STORED[dtype])), key
 
 
 def test_kept_is_the_projection_of_what_is_stored_on_what_was_learned(trained_run, tmp_path):
