@@ -146,8 +146,10 @@ def _base_files(facts: Mapping[str, Any]) -> list[Path]:
     path = Path(facts["base_path"])
     if not path.is_dir():
         raise MergeError(f"{path}: the base that was trained is gone", "qpref train --resume fetches it again")
+    if "base_config" not in facts:
+        raise MergeError("run.json doesn't say which config the base had: another version of qpref trained this run")
     config = path / "config.json"
-    if not config.is_file() or fsio.sha256_file(config) != facts.get("base_config"):
+    if not config.is_file() or fsio.sha256_file(config) != facts["base_config"]:
         raise MergeError(f"{config}: not the config that was trained with; its SHA-256 differs")
     shards = shard_files(path)
     for shard in shards:

@@ -67,6 +67,12 @@ def _lose_a_shard(run: Path, base: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def _forget_the_config(run: Path, base: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    del facts["base_config"]
+    (run / "run.json").write_text(json.dumps(facts))
+
+
 def _resize_vocabulary(run: Path, base: Path) -> None:
     _edit_json("config.json", vocab_size=384)(run, base)
 
@@ -120,6 +126,7 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "vocabulary resized": (_resize_vocabulary, MergeError, "config.json: not the config"),
     "another quantization in the base's config": (
         _edit_json("config.json", quantization_config={"load_in_4bit": True}), MergeError, "not the config"),
+    "config never noted": (_forget_the_config, MergeError, "doesn't say which config"),
     "no run": (lambda run, base: (run / "run.json").unlink(), RecipeError, "no run of qpref"),
     "not finished": (lambda run, base: shutil.rmtree(run / "adapter"), RecipeError, "not finished"),
     "no recipe": (lambda run, base: (run / "recipe.lock.toml").unlink(), MergeError, "recipe.lock.toml: cannot be"),
