@@ -269,6 +269,10 @@ def test_the_installed_entry_points_are_those_of_pyproject():
 LOSS_NAME = re.compile(r"(?<![a-z])(dpo|ipo|kto|orpo|simpo)(?![a-z])", re.IGNORECASE)
 
 
+DATA_COLUMN = "kto_tag"
+"""LLaMA-Factory's name for a label, in other people's data."""
+
+
 def words_of(source):
     """Identifiers (camel case taken apart) and string constants, docstrings aside, each with its line."""
     tree = ast.parse(source)
@@ -295,6 +299,6 @@ def test_the_core_knows_no_loss_by_name():
         f"{path.relative_to(CORE)}:{line}: {word!r}"
         for path in sorted(CORE.rglob("*.py"))
         for line, word in words_of(path.read_text())
-        if LOSS_NAME.search(word)
+        if LOSS_NAME.search(word) and word != DATA_COLUMN
     ]
     assert found == []

@@ -32,7 +32,7 @@ def heldout_examples(run):
     plan = make_plan(lock_of(run))
     base = resolve_base(plan.recipe.model)
     pairs = PairTokenizer.of(load_tokenizer(plan.recipe.model, base), "chat", stop_tokens(base))
-    return tokenize_rows(load_rows(plan)[1], pairs, plan.recipe.data)
+    return tokenize_rows(load_rows(plan).heldout, pairs, plan.recipe.data, plan.recipe.train.seed)
 
 
 @torch.no_grad()
