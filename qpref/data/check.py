@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from qpref.choices import Choice, SourceChoice
 from qpref.data.repeats import Repeats
@@ -151,29 +151,29 @@ class _RunningCheck:
 
     @classmethod
     def of(cls, validator: Choice) -> _RunningCheck:
-        with _blamed(validator):
+        try:
             return cls(validator, validator.plugin.record.start(validator.options))
+        except (Exception, SystemExit) as error:
+            raise _failure(validator, error) from error
 
     def look(self, example: CheckedRow, split: Split) -> Iterator[Finding]:
-        return self._findings(lambda: self.check.look(example, split))
+        return self._findings(self.check.look, example, split)
 
     def finish(self) -> Iterator[Finding]:
         return self._findings(self.check.finish)
 
-    def _findings(self, find: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    def _findings(self, find: Callable[..., Iterable[Finding]], *arguments: Any) -> Iterator[Finding]:
         """One at a time: there may be as many as rows."""
-        with _blamed(self.validator):
-            for finding in find():
+        try:
+            for finding in find(*arguments):
                 if not isinstance(finding, Finding):
                     raise PluginError(f"{self.validator.plugin.offer} yields {type(finding).__name__}, not Finding")
                 yield finding
+        except PluginError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _failure(self.validator, error) from error
 
 
-@contextmanager
-def _blamed(validator: Choice) -> Iterator[None]:
-    try:
-        yield
-    except PluginError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}") from error
+def _failure(validator: Choice, error: BaseException) -> PluginError:
+    return PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}")
