@@ -34,6 +34,9 @@ class Locations:
 
     def source(self, location: str) -> str:
         """Where data come from."""
+        name, _, rest = location.partition(":")
+        if self.names_reader(location) and (self.folder / rest).exists():
+            return f"{name}:{self.path(rest)}"
         return location if location.startswith(pypi.PREFIX) or self.names_reader(location) else self.path(location)
 
     def sources(self, listed: str | list[SourceSection] | None) -> str | list[SourceSection] | None:

@@ -272,7 +272,10 @@ class _Resolution:
             several = not isinstance(getattr(data, split), str)
             for place, source in enumerate(data.sources(split)):
                 table, key = (f"data.{split}.{place}", "path") if several else ("data", split)
-                if reader := self._reader(source, table, key):
+                if source.path in [one.location for one in found]:
+                    message = f"{source.path} is named twice; a source's weight says how often its rows are trained on"
+                    self._problems.append(Problem(table, key, message))
+                elif reader := self._reader(source, table, key):
                     found.append(
                         SourceChoice(
                             location=source.path,

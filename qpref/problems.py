@@ -95,7 +95,7 @@ def _in_words(detail: Any, place: Sequence[str], owner: type[BaseModel]) -> str:
         return f"expected a table, got {detail['input']!r}"
     if kind in ("model_type", "dict_type"):
         return f"expected a table, got {detail['input']!r}"
-    if kind == "string_too_short":
+    if kind in ("string_too_short", "too_short"):
         return "must not be empty"
     message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     if kind == "value_error":

@@ -60,7 +60,8 @@ def _download(dist: str, version: str, folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        said = done.stderr.strip().splitlines()
+        lines = [line for line in said if line.startswith("ERROR")] or said
         reason = lines[-1] if lines else "pip gave no wheel"
         raise WheelError(f"pypi:{dist}=={version}: cannot be fetched as a wheel: {reason}")
     return wheels[0]

@@ -120,6 +120,7 @@ class SourceSection(Section):
     weight: float = Field(
         default=1.0,
         gt=0,
+        le=100,
         description="How often an epoch trains on each of its rows: 2 is twice; 0.5 takes a half of them, seeded.",
     )
 
@@ -184,6 +185,8 @@ class DataSection(Section):
     def hold_out_one_way(self) -> DataSection:
         if self.heldout is not None and self.heldout_share:
             raise ValueError("heldout names the held-out data, and heldout_share takes them from train: choose one")
+        if any(source.weight != 1 for source in self.sources("heldout")):
+            raise ValueError("heldout: a weight says how often rows are trained on, and these never are")
         return self
 
     @model_validator(mode="after")

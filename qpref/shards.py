@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpref import fsio
-from qpref.errors import DiskError
+from qpref.errors import DiskError, RecipeError
 
 log = logging.getLogger("qpref")
 
@@ -57,7 +57,10 @@ class ShardStore:
         own = folder / f"{run}.shard"
         if seen is None:
             paths = sorted(path for path in folder.glob("*.shard") if path != own)
-            seen = {path.name: path.stat().st_size for path in paths}
+            seen = {}
+            for path in paths:
+                with suppress(FileNotFoundError):  # another run may be shrinking the cache
+                    seen[path.name] = path.stat().st_size
         cache = cls(folder, run, dict(seen))
         for name, size in seen.items():
             cache._read(folder / name, size)
@@ -123,7 +126,8 @@ class ShardStore:
             self._places.setdefault(key, (data, start, count))  # type: ignore[arg-type]
             end = start + WORD * count
         if end < size:
-            log.warning("%s: %d of %d bytes are no whole records and are passed over", path, size - end, size)
+            # What a killed process, or one that still writes, has left; nobody can do anything about it.
+            log.debug("%s: %d of %d bytes are no whole records and are passed over", path, size - end, size)
         return end
 
 
@@ -148,6 +152,18 @@ def _records(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
             if place > len(view) or _checksum(key, view[start:place]) != checksum:
                 return
             yield key, start, count
+
+
+def size_limit(variable: str, default: int) -> int:
+    """Bytes that an environment variable allows.
+
+    Raises:
+        RecipeError: it is no whole number.
+    """
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise RecipeError(f"${variable}: expected a number of bytes, got {value!r}")
+    return int(value)
 
 
 def shrink(root: Path, limit: int, keep: Path | None = None) -> int:

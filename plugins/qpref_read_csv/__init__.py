@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from qpref.errors import DataError
 from qpref.hooks import Reader, hookimpl
 from qpref.records import Finding, Row, Source
 
 MAX_ROW_BYTES = 4 * 2**20
+MAX_LINES_AGAIN = 100
 _INSIDE = re.compile(rb'[^"]*(?:""[^"]*)*')
 """What stands within quotes: a quote there is written twice."""
 
@@ -36,8 +38,7 @@ def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
                 header, problem = _header(fields)
                 lines.max_fields = len(header)
                 if problem:
-                    yield _unreadable(f"the header: {problem}", source)
-                    return
+                    raise DataError(f"{source}: the header: {problem}")
             elif isinstance(fields, str):
                 yield _unreadable(fields, source)
             elif len(fields) != len(header):
@@ -60,8 +61,10 @@ def _header(fields: list[str] | str) -> tuple[list[str], str | None]:
 def _records(lines: _Lines, separator: bytes) -> Iterator[tuple[int, list[str] | str]]:
     """The line where each record begins, and its fields, or why it is none. Blank lines are no records.
 
-    After lines that are no record, reading goes on with the second of them.
+    After lines that are no record, reading goes on with the second of them. Within those, no record may be longer than
+    `MAX_LINES_AGAIN` lines, or many broken ones after each other would each be read to the end.
     """
+    again_until = 0
     while line := lines.next():
         start = lines.number
         if not line.strip(b"\r\n"):
@@ -74,9 +77,12 @@ def _records(lines: _Lines, separator: bytes) -> Iterator[tuple[int, list[str] |
                 if not line:
                     raise _BadRowError("a quote is opened that is not closed")
                 taken.append(line)
+                if start <= again_until and len(taken) > MAX_LINES_AGAIN:
+                    raise _BadRowError("a quote is opened that is not closed in the next lines")
                 size += len(line)
             yield start, record.texts()
         except _BadRowError as error:
+            again_until = max(again_until, lines.number)
             lines.give_back(taken[1:])
             yield start, str(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import sys
 import warnings
@@ -64,6 +65,9 @@ class _StderrHandler(logging.Handler):
 @click.version_option(__version__, prog_name="qpref")
 def main() -> None:
     """Preference training (DPO and its kin) of 4-bit language models on one consumer GPU."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # texts of data, on a terminal of whatever encoding
     logger = logging.getLogger("qpref")
     logger.setLevel(logging.INFO)
     logger.handlers = [_StderrHandler()]

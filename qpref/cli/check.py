@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qpref.data.audit import Audit
     from qpref.data.report import DataReport
     from qpref.data.tokenize import PairTokenizer
+    from qpref.errors import QprefError
     from qpref.recipe import DataSection, ModelSection
     from qpref.records import Finding
     from qpref.training.swapped import SwapSearch
@@ -29,10 +30,12 @@ BAR_WIDTH = 40
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change one value of the recipe.")
 @click.option("--model", "base", metavar="BASE", help="Check a bare file's tokens too, as this base would see them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the report as a page."
+)
 @click.option(
     "--fix",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write the kept rows to FILE, and the refused ones, with the reasons, beside it (clean.refused.jsonl).",
 )
@@ -43,28 +46,19 @@ def command(
 
     No weights are loaded. Exits with 3 where a row is refused, or none is left; with 0 where there are warnings alone.
     """
-    from qpref.data.audit import audit_data
-    from qpref.data.check import check_data
-    from qpref.data.clean import write_clean
-    from qpref.data.load import check_rows
+    from qpref.data.clean import files_beside, write_clean
     from qpref.errors import DataError, RecipeError
-    from qpref.plan import make_data_plan, make_plan
 
-    if Path(what).suffix == ".toml":
-        if base is not None:
-            raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
-        recipe_plan = make_plan(Path(what), overrides)
-        recipe = recipe_plan.recipe
-        swaps = _swap_search(recipe.model)
-        note = swaps.note if swaps else None
-        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data), note)
-        audit.checked.report.add(swaps.findings() if swaps else ())
-    else:
-        if overrides:
-            raise RecipeError("--set changes a recipe, and this is a source of data")
-        plan = make_data_plan(what, base)
-        checked = check_data(plan.sources, plan.validators, pairs_alone=False)
-        audit = audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
+    if fix is not None:
+        files_beside(fix)
+    if html is not None and html.suffix not in (".html", ".htm"):
+        raise RecipeError(f"{html}: a page's name ends in .html")
+    try:
+        audit = _audit(what, overrides, base)
+    except DataError as error:
+        if as_json:
+            click.echo(json.dumps(_nothing(what, error), indent=2, ensure_ascii=False))
+        raise
     report = audit.checked.report
     if fix is not None:
         written = write_clean(audit.checked, fix)
@@ -78,8 +72,39 @@ def command(
         click.echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))
     else:
         _print(audit)
-    if report.refused or not report.kept:
+    if report.refused or audit.why_empty:
         raise click.exceptions.Exit(DataError.exit_code)
+
+
+def _nothing(what: str, error: QprefError) -> dict[str, object]:
+    """What --json prints of data that cannot be read to their end."""
+    finding = {"code": "unreadable", "severity": "error", "path": what, "line": 0, "message": error.what}
+    return {"read": 0, "kept": 0, "refused": 0, "dropped": 0, "findings": [finding]}
+
+
+def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
+    """A recipe's data, or one source's."""
+    from qpref.data.audit import audit_data
+    from qpref.data.check import check_data
+    from qpref.data.load import check_rows
+    from qpref.errors import RecipeError
+    from qpref.plan import make_data_plan, make_plan
+
+    if Path(what).suffix == ".toml":
+        if base is not None:
+            raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
+        recipe_plan = make_plan(Path(what), overrides)
+        recipe = recipe_plan.recipe
+        swaps = _swap_search(recipe.model)
+        note = swaps.note if swaps else None
+        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data), note)
+        audit.checked.report.add(swaps.findings() if swaps else ())
+        return audit
+    if overrides:
+        raise RecipeError("--set changes a recipe, and this is a source of data")
+    plan = make_data_plan(what, base)
+    checked = check_data(plan.sources, plan.validators, pairs_alone=False)
+    return audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
 
 
 def _swap_search(model: ModelSection) -> SwapSearch | None:
@@ -128,8 +153,8 @@ def _print(audit: Audit) -> None:
             console.print(f"  {low:>8} .. {high:<8} {count:>8}  {bar}")
     if audit.first_row is not None:
         console.print(f"\nthe first row as the model meets it, what is scored in ⟦ ⟧:\n{audit.first_row}")
-    for note in audit.notes:
-        console.print(f"\n{note}")
+    for reason in audit.why_empty:
+        console.print(f"\n{reason}")
 
 
 def _findings(report: DataReport) -> Table:

@@ -165,8 +165,13 @@ def planned_data(plan: Plan) -> PlannedData:
         kind = "pair" if plan.is_paired else "completion"
         said = f"{missing[0]}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
         return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
-    rows = list(load_rows(replace(plan, sources=tuple(sources))).train.rows())
-    return _tokenized(plan, rows, where) or _estimated(plan, rows, where)
+    train = load_rows(replace(plan, sources=tuple(sources))).train
+    rows = list(train.rows())
+    planned = _tokenized(plan, rows, where) or _estimated(plan, rows, where)
+    weights = [train.weights.get(row.source.path, 1.0) for row in rows]
+    if planned.num_examples is None or not train.weights:
+        return planned
+    return replace(planned, num_examples=round(planned.num_examples * sum(weights) / len(weights)))
 
 
 def _is_missing(source: SourceChoice) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qpref.data.check import CheckedData
@@ -19,16 +19,20 @@ class Audit:
 
     Attributes:
         first_row: the first kept row as the model meets it; None where no tokenizer was at hand.
-        notes: what a reader should know beside the findings.
     """
 
     checked: CheckedData
     first_row: str | None = None
-    notes: list[str] = field(default_factory=list)
+
+    @property
+    def why_empty(self) -> list[str]:
+        """Of each split of which nothing is left, why."""
+        splits = (self.checked.train, self.checked.heldout)
+        return [rows.why_empty for rows in splits if rows is not None and rows.is_empty]
 
     def facts(self) -> dict[str, Any]:
         """All of it as JSON data."""
-        return self.checked.report.facts() | {"first_row": self.first_row, "notes": self.notes}
+        return self.checked.report.facts() | {"first_row": self.first_row}
 
 
 def audit_data(

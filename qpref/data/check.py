@@ -9,12 +9,12 @@ from typing import Any
 from qpref.choices import Choice, SourceChoice
 from qpref.data.repeats import Repeats
 from qpref.data.report import DataReport
-from qpref.data.shapes import unpair
+from qpref.data.shapes import singles_of
 from qpref.data.source import CheckedRow, DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
-from qpref.records import Finding, PreferencePair, Row, UnpairedExample
+from qpref.records import Finding, Row, UnpairedExample
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,15 +48,22 @@ class CheckedRows:
         for row in self.looked_at():
             if isinstance(row, Finding) or self.report.leaves_out(row[0].source):
                 continue
-            for example in row:
-                if self.as_singles and isinstance(example, PreferencePair):
-                    yield from unpair(example)
-                else:
-                    yield example
+            yield from singles_of(row) if self.as_singles else row
 
     @property
     def label(self) -> str:
         return ", ".join(source.choice.location for source in self.sources)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it is left."""
+        return next(self.rows(), None) is None
+
+    @property
+    def why_empty(self) -> str:
+        if self.share is not None and not self.read:
+            return f"{self.label}: heldout_share {self.share.share:g} leaves no row for {self.split}; change it"
+        return f"{self.label}: no pair is left of {self.read} rows"
 
     def looked_at(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
         """Each row of this split as one or more examples, or why it is none.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qpref import fsio
 from qpref.data.check import CheckedData, CheckedRows
+from qpref.data.source import DataSource
 from qpref.errors import RecipeError
 from qpref.records import Finding, Row
 
@@ -16,35 +18,47 @@ from qpref.records import Finding, Row
 def write_clean(checked: CheckedData, path: Path) -> list[Path]:
     """Write the kept training rows to `path`, as JSON Lines; the kept held-out rows and all refused ones beside it.
 
-    A row is written as its reader found it, with its own columns. Of `clean.jsonl` the other two files are
-    `clean.heldout.jsonl` and `clean.refused.jsonl`.
-
-    Raises:
-        RecipeError: one of the files exists.
+    A kept row is written as its reader found it, renamed columns under our names; a refused one as it was. Values that
+    JSON doesn't have (NaN) become null.
     """
-    files = {path: _kept(checked.train)}
+    train, heldout, refused = files_beside(path)
+    files = {train: _kept(checked.train)}
     if checked.heldout is not None:
-        files[path.with_suffix(f".heldout{path.suffix}")] = _kept(checked.heldout)
-    files[path.with_suffix(f".refused{path.suffix}")] = _refused(checked)
-    if taken := [file for file in files if file.exists()]:
-        raise RecipeError(f"{taken[0]}: exists already", "name another file with --fix")
-    if not path.parent.is_dir():
-        raise RecipeError(f"{path.parent}: no such folder")
+        files[heldout] = _kept(checked.heldout)
+    files[refused] = _refused(checked)
     for file, lines in files.items():
         fsio.write_lines(file, lines)
     return list(files)
 
 
+def files_beside(path: Path) -> tuple[Path, Path, Path]:
+    """The three files for `clean.jsonl`: itself, `clean.heldout.jsonl` and `clean.refused.jsonl`.
+
+    Raises:
+        RecipeError: one of them exists, or the name isn't that of a JSON Lines file.
+    """
+    if path.suffix != ".jsonl":
+        raise RecipeError(f"{path}: what is written is JSON Lines; name a .jsonl file")
+    files = path, path.with_suffix(".heldout.jsonl"), path.with_suffix(".refused.jsonl")
+    if taken := [file for file in files if file.exists()]:
+        raise RecipeError(f"{taken[0]}: exists already", "name another file")
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path.parent}: no such folder")
+    return files
+
+
 def _kept(rows: CheckedRows) -> Iterator[str]:
-    for row in _raw(rows):
+    for source, row in _raw(rows):
         if isinstance(row, Row) and not rows.report.leaves_out(row.source):
-            yield _json(dict(row.values))
+            named = source.named(row)
+            assert isinstance(named, Row)  # a row without a named column is refused
+            yield _json(dict(named.values))
 
 
 def _refused(checked: CheckedData) -> Iterator[str]:
     reasons = checked.report.reasons()
     for rows in (checked.train, checked.heldout):
-        for row in _raw(rows) if rows is not None else ():
+        for _, row in _raw(rows) if rows is not None else ():
             place = {"path": row.source.path, "line": row.source.line}
             if isinstance(row, Finding):
                 yield _json(place | {"reasons": [row.message]})
@@ -52,13 +66,21 @@ def _refused(checked: CheckedData) -> Iterator[str]:
                 yield _json(place | {"reasons": reasons(row.source), "row": dict(row.values)})
 
 
-def _raw(rows: CheckedRows) -> Iterator[Row | Finding]:
-    """The split's rows as their readers found them."""
+def _raw(rows: CheckedRows) -> Iterator[tuple[DataSource, Row | Finding]]:
+    """The split's rows as their readers found them, each with its source."""
     for source in rows.sources:
         for raw in source.raw():
             if rows.share is None or rows.share.split_of(source.records(raw)) == rows.split:
-                yield raw
+                yield source, raw
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -48,8 +48,8 @@ def load_rows(plan: Plan) -> CheckedData:
     checked.report.log_warnings()
     checked.report.stop_on_errors(plan.recipe.data.skip_bad)
     for rows in (checked.train, checked.heldout):
-        if rows is not None and next(rows.rows(), None) is None:
-            raise DataError(f"{rows.label}: no pair is left of {rows.read} rows")
+        if rows is not None and rows.is_empty:
+            raise DataError(rows.why_empty)
     if not plan.is_paired:
         _explain_singles(checked.train, plan)
     return checked
@@ -57,10 +57,11 @@ def load_rows(plan: Plan) -> CheckedData:
 
 def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
     pairs, margins = 0, False
-    for row in itertools.chain.from_iterable(row for row in checked.looked_at() if not isinstance(row, Finding)):
-        if isinstance(row, PreferencePair):
-            pairs += 1
-            margins |= bool(row.margin)
+    for row in checked.looked_at():
+        for example in () if isinstance(row, Finding) or checked.report.leaves_out(row[0].source) else row:
+            if isinstance(example, PreferencePair):
+                pairs += 1
+                margins |= bool(example.margin)
     label = checked.label
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
@@ -80,12 +81,15 @@ def tokenize_rows(
         DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
     """
     report = checked.report
-    told, dropped, num_cut = set(report.counts), report.dropped, report.num_cut
+    told, refused, dropped, num_cut = set(report.counts), report.refused, report.dropped, report.num_cut
     examples = list(tokenized(checked, tokenizer, data))
     report.log_warnings(told)
-    report.stop_on_errors(data.skip_bad)
+    if report.refused > refused:
+        report.stop_on_errors(data.skip_bad)
     if not examples:
-        raise DataError(f"{checked.label}: no pair is left of {checked.read} rows")
+        raise DataError(checked.why_empty)
+    if not any(example.weight for example in examples):
+        raise DataError(f"{checked.label}: every row has the weight 0, so none would be learned from")
     dropped, num_cut = report.dropped - dropped, report.num_cut - num_cut
     if dropped or num_cut:
         log.info("%s: of %d rows, %d left out and %d cut for their length", checked.label, checked.read, dropped,
@@ -120,7 +124,8 @@ def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
     """Pairs that became completions and, cut to length, say the same with both labels."""
     findings = []
     for good, bad in itertools.pairwise(examples):
-        if good.number == bad.number and good.label and not bad.label and good.branches == bad.branches:
+        is_pair = good.number == bad.number and good.label and not bad.label
+        if is_pair and any(good.truncated + bad.truncated) and good.branches == bad.branches:
             message = f"dropped: cut to their first {len(good.branches[0])} tokens, chosen and rejected are the same"
             findings.append(Finding(code="identical", severity="warning", message=message, source=good.source))
     return findings

@@ -33,7 +33,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 {%- if report.repeated %}, {{ report.repeated }} the same as an earlier row{% endif %}
 {%- if report.dropped %}, {{ report.dropped }} left out for their length{% endif %}
 {%- if report.num_cut %}, {{ report.num_cut }} cut to length{% endif %}.</p>
-{% for note in notes %}<p>{{ note }}</p>
+{% for reason in why_empty %}<p><strong>{{ reason }}</strong></p>
 {% endfor %}
 <h2>Findings</h2>
 {% if kinds %}<table>
@@ -73,5 +73,7 @@ def write_page(audit: Audit, path: Path) -> None:
         bars = [(low, high, count, round(WIDEST_EM * count / top, 2)) for low, high, count in histogram.bars()]
         charts.append((name, bars))
     template = Environment(autoescape=True).from_string(PAGE)
-    page = template.render(report=report, notes=audit.notes, kinds=kinds, charts=charts, first_row=audit.first_row)
+    page = template.render(
+        report=report, why_empty=audit.why_empty, kinds=kinds, charts=charts, first_row=audit.first_row
+    )
     fsio.write_text(path, page)

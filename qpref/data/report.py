@@ -84,7 +84,7 @@ class DataReport:
         """Tells of each row that is left out why: what the findings say, as far as they are kept, else a code."""
         said: dict[Source, list[str]] = {}
         for finding in self.findings:
-            if finding.severity == "error":
+            if finding.severity == "error" or finding.message.startswith("dropped: "):
                 said.setdefault(finding.source, []).append(finding.message)
 
         def of(source: Source) -> list[str]:
@@ -168,7 +168,9 @@ class DataReport:
 
     def facts(self) -> dict[str, Any]:
         """The report as JSON data."""
-        left_out = {code: number - NUM_KEPT for (_, code), number in self.counts.items() if number > NUM_KEPT}
+        left_out: Counter[str] = Counter()
+        for (_, code), number in self.counts.items():
+            left_out[code] += max(0, number - NUM_KEPT)
         return {
             "sources": list(self.paths),
             "read": self.read,
@@ -182,7 +184,7 @@ class DataReport:
                 for (severity, code), number in sorted(self.counts.items())
             ],
             "findings": [_fact(finding) for finding in self.findings],
-            "findings_not_listed": left_out,
+            "findings_not_listed": +left_out,
             "lengths": {
                 name: [{"from": low, "to": high, "count": number} for low, high, number in histogram.bars()]
                 for name, histogram in self.lengths.items()

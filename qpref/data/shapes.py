@@ -7,7 +7,7 @@ in `shape_of`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from itertools import combinations
@@ -216,6 +216,23 @@ def _unpaired(row: Row) -> Records:
         prompt=prompt, completion=response, label=label, tools=tools, weight=weight, source=row.source
     )
     return [example]
+
+
+def singles_of(records: Sequence[PreferencePair | UnpairedExample]) -> Iterator[UnpairedExample]:
+    """A row as single completions. Of ranked responses those that are always or never preferred, once each: one that
+    beats some and loses to others is neither desirable nor undesirable."""
+    pairs = [record for record in records if isinstance(record, PreferencePair)]
+    lost, won = ({repr(getattr(pair, side)) for pair in pairs} for side in ("rejected", "chosen"))
+    seen: set[str] = set()
+    numbers = {True: 0, False: 0}
+    for record in records:
+        for single in unpair(record) if isinstance(record, PreferencePair) else (record,):
+            text = repr(single.completion)
+            if len(pairs) > 1 and (text in seen or text in (lost if single.label else won)):
+                continue
+            seen.add(text)
+            yield replace(single, number=numbers[single.label])
+            numbers[single.label] += 1
 
 
 def unpair(pair: PreferencePair) -> tuple[UnpairedExample, UnpairedExample]:

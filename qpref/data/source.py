@@ -49,8 +49,12 @@ class DataSource:
         """What a row holds."""
         if isinstance(row, Finding):
             return row
-        named = with_columns(row, self.choice.columns) if self.choice.columns else row
+        named = self.named(row)
         return named if isinstance(named, Finding) else records_of_row(named, self.choice.shape)
+
+    def named(self, row: Row) -> Row | Finding:
+        """A row with our names of its columns, or which one it lacks."""
+        return with_columns(row, self.choice.columns) if self.choice.columns else row
 
     def raw(self) -> Iterator[Row | Finding]:
         """Each row as its reader found it.

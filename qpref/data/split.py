@@ -5,17 +5,24 @@ Whole prompts are held out, so that none is on both sides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from unicodedata import normalize
 
 from qpref.hooks.types import Split
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
+_NO_WORD = re.compile(r"[\W_]+")
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOutShare:
-    """Holds out about `share` of the prompts. Prompts that differ in case or white space alone count as the same."""
+    """Holds out about `share` of the prompts.
+
+    Prompts that differ in case, punctuation, white space or the system turn alone count as the same.
+    """
 
     share: float
     seed: int
@@ -36,14 +43,16 @@ def mixed(examples: Iterable[TokenizedExample], weights: Mapping[str, float], se
     for example in examples:
         weight = weights.get(example.source.path, 1.0)
         times, fraction = int(weight), weight % 1
-        if fraction and _uniform(seed, str(example.source)) < fraction:
+        if fraction and _uniform(seed, f"{example.source.line} {example.prompt.tobytes().hex()}") < fraction:
             times += 1
         for _ in range(times):
             yield example
 
 
 def _plain(prompt: Sequence[Message]) -> str:
-    return "\0".join(f"{message.role}\0{' '.join(message.content.casefold().split())}" for message in prompt)
+    """A prompt's letters and digits, whatever their case and Unicode's spelling; all of it where there are none."""
+    text = "\n".join(message.content for message in prompt if message.role != "system")
+    return _NO_WORD.sub("", normalize("NFKC", text).casefold()) or text
 
 
 def _uniform(seed: int, text: str) -> float:

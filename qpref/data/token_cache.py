@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from qpref.shards import KEY_BYTES, ShardStore
 
 log = logging.getLogger("qpref")
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the same row is tokenized differently."""
 ROWS_AT_ONCE = 256
 LIMIT_BYTES = 5 * 2**30
@@ -45,12 +44,13 @@ class TokenCache:
     def open(cls, tokenizer: PairTokenizer) -> TokenCache | None:
         """The cache of a tokenizer; None where the disk has no place, or where what the tokenizer does isn't known."""
         backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return None
+        template = tokenizer.template and str(tokenizer.tokenizer.chat_template)
+        if backend is None or (template and "strftime_now" in template):
+            return None  # a template that writes the date gives other tokens tomorrow
         decisive = [
             FORMAT,
             backend.to_str(),
-            tokenizer.template and tokenizer.tokenizer.chat_template,
+            template,
             tokenizer.tokenizer.special_tokens_map,
             tokenizer.stop_tokens,
             tokenizer.prefix,
@@ -58,7 +58,7 @@ class TokenCache:
         ]
         folder = root() / _hash(decisive).hex()
         try:
-            shards.shrink(root(), int(os.environ.get("QPREF_TOKEN_CACHE_BYTES", LIMIT_BYTES)), keep=folder)
+            shards.shrink(root(), shards.size_limit("QPREF_TOKEN_CACHE_BYTES", LIMIT_BYTES))
             return cls(tokenizer, ShardStore.open(folder, uuid.uuid4().hex))
         except DiskError as error:
             log.warning("token ids are not cached: %s", error.what)
@@ -79,14 +79,13 @@ class TokenCache:
         keys = [[_key(row, limit) for row in together] for together in some]
         known = [all(key in self.store for key in each) for each in keys]
         missing = [row for together, is_known in zip(some, known, strict=True) if not is_known for row in together]
-        fresh = iter(self.tokenizer.tokenize(missing, limit))
-        found = {source: list(each) for source, each in itertools.groupby(fresh, key=lambda one: one.source)}
+        fresh = itertools.groupby(self.tokenizer.tokenize(missing, limit), key=lambda one: one.source)
         new: dict[bytes, bytes] = {}
         for together, own_keys, is_known in zip(some, keys, known, strict=True):
             if is_known:
                 yield from (self._read(row, key) for row, key in zip(together, own_keys, strict=True))
                 continue
-            answers = found.get(together[0].source, [])
+            answers = list(next(fresh)[1])  # of each place there is one, or why there is none
             examples = [one for one in answers if isinstance(one, TokenizedExample)]
             if len(examples) == len(answers) == len(together):
                 new |= {key: _content(example) for key, example in zip(own_keys, examples, strict=True)}
@@ -132,7 +131,8 @@ def _plain(message: Message) -> list[object]:
 
 
 def _hash(value: object) -> bytes:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=KEY_BYTES).digest()
+    # In the order of the keys, which templates render.
+    return hashlib.blake2b(json.dumps(value, default=str).encode(), digest_size=KEY_BYTES).digest()
 
 
 def _batched(groups: Iterable[tuple[object, Iterable[ExampleRow]]]) -> Iterator[list[list[ExampleRow]]]:

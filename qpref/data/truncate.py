@@ -66,6 +66,9 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
     `max_prompt_length`, to which the prompt has been cut, is below it. A pair whose two sides become the same is
     dropped, with a warning.
     """
+    if example.label is None and example.branches[0] == example.branches[1]:
+        message = "dropped: chosen and rejected are the same tokens"
+        return Finding(code="identical", severity="warning", message=message, source=example.source)
     length = len(example.prompt) + max(map(len, example.branches))
     if len(example.prompt) <= data.max_prompt_length and length <= data.max_length:
         return example

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from qpref import fsio
+from qpref import fsio, shards
 from qpref.shards import KEY_BYTES, ShardStore
 
 FORMAT = 1
@@ -36,7 +35,7 @@ def root() -> Path:
 
 def size_limit() -> int:
     """Bytes that the shards of all references may take together."""
-    return int(os.environ.get("QPREF_REFERENCE_CACHE_BYTES", LIMIT_BYTES))
+    return shards.size_limit("QPREF_REFERENCE_CACHE_BYTES", LIMIT_BYTES)
 
 
 def folder_of(reference: Mapping[str, Any]) -> Path:

@@ -334,6 +334,8 @@ def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:
     Raises:
         RecipeError: the batch is larger than the data, so its size would not be what the recipe says.
     """
+    if not num_examples:
+        raise RecipeError("[data] train: the sources' weights leave no training example", "raise them")
     if num_examples < recipe.train.batch_size:
         raise RecipeError(
             f"[train] batch_size is {recipe.train.batch_size}, and there are {num_examples} training examples",

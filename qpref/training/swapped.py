@@ -61,5 +61,9 @@ class SwapSearch:
 def _caches_of(base: BaseFolder) -> Iterator[ReferenceCache]:
     """What earlier runs have kept of references on this base, whatever its quantization."""
     for path in sorted(reference_cache.root().glob(f"*/{reference_cache.DESCRIPTION}")):
-        if base.weights and json.loads(path.read_text()).get("weights") == base.weights:
+        try:
+            description = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if base.weights and isinstance(description, dict) and description.get("weights") == base.weights:
             yield ReferenceCache.open(path.parent, "reader")
