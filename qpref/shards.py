@@ -37,17 +37,21 @@ class ShardStore:
         folder: of everything with the same meaning.
         run: the run's id, the name of its own shard.
         seen: shard name -> bytes of it that this run reads; its own isn't among them.
+        loss_level: of the log, for bytes that are no whole records.
     """
 
     folder: Path
     run: str
     seen: dict[str, int]
+    loss_level: int = logging.WARNING
     _places: dict[bytes, tuple[mmap.mmap, int, int]] = field(default_factory=dict)
     _own: fsio.AppendLog | None = None
     _appends: int = 0
 
     @classmethod
-    def open(cls, folder: Path, run: str, seen: Mapping[str, int] | None = None) -> ShardStore:
+    def open(
+        cls, folder: Path, run: str, seen: Mapping[str, int] | None = None, loss_level: int = logging.WARNING
+    ) -> ShardStore:
         """Read the folder's shards.
 
         Args:
@@ -61,7 +65,7 @@ class ShardStore:
             for path in paths:
                 with suppress(FileNotFoundError):  # another run may be shrinking the cache
                     seen[path.name] = path.stat().st_size
-        cache = cls(folder, run, dict(seen))
+        cache = cls(folder, run, dict(seen), loss_level)
         for name, size in seen.items():
             cache._read(folder / name, size)
         if own.is_file():
@@ -126,8 +130,10 @@ class ShardStore:
             self._places.setdefault(key, (data, start, count))  # type: ignore[arg-type]
             end = start + WORD * count
         if end < size:
-            # What a killed process, or one that still writes, has left; nobody can do anything about it.
-            log.debug("%s: %d of %d bytes are no whole records and are passed over", path, size - end, size)
+            # What a killed process, or one that still writes, has left.
+            log.log(
+                self.loss_level, "%s: %d of %d bytes are no whole records and are passed over", path, size - end, size
+            )
         return end
 
 

@@ -59,7 +59,7 @@ class TokenCache:
         folder = root() / _hash(decisive).hex()
         try:
             shards.shrink(root(), shards.size_limit("QPREF_TOKEN_CACHE_BYTES", LIMIT_BYTES))
-            return cls(tokenizer, ShardStore.open(folder, uuid.uuid4().hex))
+            return cls(tokenizer, ShardStore.open(folder, uuid.uuid4().hex, loss_level=logging.DEBUG))
         except DiskError as error:
             log.warning("token ids are not cached: %s", error.what)
             return None

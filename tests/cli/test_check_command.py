@@ -205,3 +205,48 @@ def test_a_recipe_takes_changes_and_a_file_does_not(write_recipe, tmp_path):
 def test_nothing_is_said_of_a_file_that_no_reader_reads(tmp_path):
     (tmp_path / "pairs.zip").write_text("")
     assert "no reader for 'pairs.zip'" in check(tmp_path / "pairs.zip", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("none.jsonl", None), ("cut.jsonl.gz", b"\x1f\x8b\x08\x00"), ("no.json", b'{"prompt": "x"}')]
+)
+def test_json_is_an_object_though_the_data_cannot_be_read(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    found = facts(tmp_path / name, code=3)
+    (finding,) = found["findings"]
+    assert (finding["severity"], finding["path"]) == ("error", str(tmp_path / name))
+    assert found["read"] == found["kept"] + found["refused"]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_split_of_which_nothing_is_left_exits_with_3(write_recipe, tmp_path, split):
+    (tmp_path / "none.jsonl").write_text("\n")
+    recipe = write_recipe({f"data.{split}": str(tmp_path / "none.jsonl")})
+    assert facts(recipe, code=3)["kept"] > 0
+    assert f"{tmp_path}/none.jsonl: no pair is left of 0 rows" in check(recipe, code=3).stdout
+
+
+@pytest.mark.parametrize("name", ["clean.json", "clean.csv", "clean.jsonl.gz", "clean"])
+def test_fix_writes_json_lines_alone(tmp_path, name):
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(3))
+    assert "name a .jsonl file" in check(path, "--fix", tmp_path / name, code=2).stderr
+
+
+def test_a_page_replaces_no_data(tmp_path):
+    path = write_jsonl(tmp_path / "good.jsonl", preference_rows(3))
+    before = path.read_text()
+    assert "a page's name ends in .html" in check(path, "--html", path, code=2).stderr
+    assert path.read_text() == before
+
+
+def test_fix_gives_renamed_columns_our_names(make_recipe, tmp_path):
+    other = [{"q": "What is it?", "chosen": "It is that, I think.", "rejected": "No idea at all."}]
+    train = [
+        {"path": str(write_jsonl(tmp_path / "a.jsonl", preference_rows(2)))},
+        {"path": str(write_jsonl(tmp_path / "b.jsonl", other)), "columns": {"prompt": "q"}},
+    ]
+    recipe = tmp_path / "mixed.toml"
+    recipe.write_text(tomli_w.dumps(make_recipe({"data.train": train})))
+    check(recipe, "--fix", tmp_path / "clean.jsonl")
+    assert facts(tmp_path / "clean.jsonl")["kept"] == 3

@@ -419,11 +419,11 @@ FILES = {
     "text as Parquet": ("parquet", b"prompt,chosen,rejected\n", 1, "stopped", "not a Parquet file"),
     "an empty file as Parquet": ("parquet", b"", 1, "stopped", "not a Parquet file"),
     "a Parquet file cut off": ("parquet", b"PAR1" + bytes(999), 1, "stopped", "not a Parquet file"),
-    "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "unreadable", "'prompt' stands twice"),
-    "a CSV header with an empty name": ("csv", b"prompt,\na,b\n", 1, "unreadable", "a column has no name"),
+    "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "stopped", "'prompt' stands twice"),
+    "a CSV header with an empty name": ("csv", b"prompt,\na,b\n", 1, "stopped", "a column has no name"),
     "a CSV file without a header": ("csv", b"Why?,Because.,No.\na,b,c\n", 2, "no_shape", "it has Why?, Because., No."),
-    "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "unreadable", "carriage returns alone"),
-    "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 1, "unreadable", "not UTF-8"),
+    "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns alone"),
+    "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 1, "stopped", "not UTF-8"),
     "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "that is not closed"),
 }
 

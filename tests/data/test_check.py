@@ -401,3 +401,15 @@ def test_rows_that_repeat_an_earlier_one_are_counted_refused_ones_too(path):
 def test_repeats_are_counted_over_both_splits_and_once(tmp_path, share):
     sources = two_sources(tmp_path) if share is None else two_sources(tmp_path)[:1]
     assert check_data(sources, [], share=share).report.repeated == len(sources)
+
+
+def test_values_that_python_hashes_alike_are_no_repeats(path):
+    read = rows(*({**GOOD, "margin": margin} for margin in (-1, -2, 1, True, 1.0)))
+    assert read_rows(path, read, []).report.repeated == 0
+
+
+def test_a_share_that_leaves_nothing_is_told(path):
+    source = SourceChoice(location=str(path), split="train", reader=rows(GOOD))
+    checked = check_data([source], [], share=HeldOutShare(1e-9, seed=0))
+    assert checked.heldout.is_empty
+    assert checked.heldout.why_empty == f"{path}: heldout_share 1e-09 leaves no row for heldout; change it"

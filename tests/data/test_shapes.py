@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qpref.data.ranked import MAX_RESPONSES
-from qpref.data.shapes import SHAPES, records_of_row, shape_of, unpair, with_columns
+from qpref.data.shapes import SHAPES, records_of_row, shape_of, singles_of, unpair, with_columns
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
 
 SOURCE = Source(path="pairs.jsonl", line=7)
@@ -846,3 +846,29 @@ def test_a_missing_column_is_named_with_those_there_are():
         "missing_column",
         "no column 'question' (for prompt) and no column 'good' (for chosen); it has a, b",
     )
+
+
+def ranked_pairs(*responses, **columns):
+    row = Row(values={"prompt": "Say it.", "ranked": list(responses)} | columns, source=Source(path="x", line=1))
+    return records_of_row(row)
+
+
+def test_of_ranked_responses_those_in_the_middle_are_no_single_completions():
+    singles = list(singles_of(ranked_pairs("best", "good", "fair", "worst")))
+    assert [(one.completion[0].content, one.label, one.number) for one in singles] == [
+        ("best", True, 0),
+        ("worst", False, 0),
+    ]
+
+
+def test_tied_best_responses_are_each_given_once():
+    row = Row(
+        values={"prompt": "Say it.", "responses": ["a", "b", "c"], "ranks": [1, 1, 2]}, source=Source(path="x", line=1)
+    )
+    singles = list(singles_of(records_of_row(row)))
+    assert sorted((one.completion[0].content, one.label) for one in singles) == [("a", True), ("b", True), ("c", False)]
+
+
+def test_the_one_pair_of_a_row_is_two_single_completions_even_if_they_are_the_same():
+    (pair,) = ranked_pairs("same", "same")
+    assert [(one.completion, one.label) for one in singles_of([pair])] == [(pair.chosen, True), (pair.rejected, False)]

@@ -3,6 +3,7 @@
 import itertools
 from array import array
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -50,6 +51,29 @@ def test_case_and_white_space_make_no_other_prompt():
     split = HeldOutShare(0.5, seed=0)
     for prompt in PROMPTS[:50]:
         assert split.split_of([pair(prompt)]) == split.split_of([pair(f"  {prompt.upper()} \n")])
+
+
+def test_punctuation_and_the_system_turn_make_no_other_prompt():
+    split = HeldOutShare(0.5, seed=0)
+    for prompt in PROMPTS[:50]:
+        bare = split.split_of([pair(prompt)])
+        assert split.split_of([pair(prompt.replace("?", " ..."))]) == bare
+        asked = pair(prompt)
+        with_system = (Message(role="system", content="Be brief."), *asked.prompt)
+        assert split.split_of([replace(asked, prompt=with_system)]) == bare
+
+
+def test_prompts_without_a_letter_are_told_apart():
+    split = HeldOutShare(0.5, seed=0)
+    assert {split.split_of([pair("?" * number)]) for number in range(1, 30)} == {"train", "heldout"}
+
+
+def test_which_rows_a_fraction_takes_does_not_hang_on_where_the_file_lies():
+    here, there = (
+        [one.source.line for one in mixed([example(path, line) for line in range(1, 200)], {path: 0.5}, seed=0)]
+        for path in ("here/x", "there/x")
+    )
+    assert here == there
 
 
 def test_another_seed_holds_out_other_prompts():

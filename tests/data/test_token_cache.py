@@ -180,3 +180,24 @@ def test_rows_of_one_place_are_tokenized_together():
     assert [one.number for one in found] == [0, 1]
     for left, right in itertools.pairwise(found):
         assert left.source == right.source
+
+
+def test_the_order_of_a_tools_keys_is_content():
+    tool = {"type": "function", "function": {"name": "f", "description": "d"}}
+    turned = {"function": {"description": "d", "name": "f"}, "type": "function"}
+    through_cache([pair(0, tools=(tool,))])
+    assert through_cache([pair(0, tools=(turned,))])[1] == 1
+
+
+def test_a_template_that_writes_the_date_is_not_remembered():
+    dated = pair_tokenizer(
+        chat_template=make_tokenizer().chat_template + "{% if false %}{{ strftime_now('%d') }}{% endif %}"
+    )
+    assert TokenCache.open(dated) is None
+
+
+def test_rows_of_one_line_of_two_files_are_told_apart():
+    rows = [pair(0), pair(0, chosen="Not so.", source=Source(path="other.x", line=1)), pair(0, chosen="Third.")]
+    found, _ = through_cache(rows)
+    assert found == list(pair_tokenizer().tokenize(rows))
+    assert len({bytes(one.branches[0]) for one in found}) == 3

@@ -38,7 +38,7 @@ def make_example(prompt: int, chosen: int, rejected: int) -> TokenizedExample:
 
 
 # Prompts below, at and above their limit of 4; responses about the 6 that such a prompt leaves of 10, and the shortest.
-LENGTHS = list(product((1, 4, 5), (1, 6, 7, 12), (1, 6, 7, 12)))
+LENGTHS = [lengths for lengths in product((1, 4, 5), (1, 6, 7, 12), (1, 6, 7, 12)) if lengths[1:] != (1, 1)]
 FITTING = [lengths for lengths in LENGTHS if lengths[0] <= MAX_PROMPT and lengths[0] + max(lengths[1:]) <= MAX_LENGTH]
 OVERLONG = [lengths for lengths in LENGTHS if lengths not in FITTING]
 CUT_APART = [lengths for lengths in OVERLONG if lengths[0] <= MAX_PROMPT]  # the tokenizer cuts prompts
@@ -49,6 +49,16 @@ CUT_APART = [lengths for lengths in OVERLONG if lengths[0] <= MAX_PROMPT]  # the
 def test_what_fits_is_left_as_it_is(lengths, on_overflow):
     example = make_example(*lengths)
     assert fit_length(example, limits(on_overflow)) is example
+
+
+@pytest.mark.parametrize("on_overflow", ["error", "drop", "truncate"])
+def test_a_pair_of_the_same_tokens_is_dropped_with_a_warning_though_it_fits(on_overflow):
+    found = fit_length(make_example(2, 1, 1), limits(on_overflow))
+    assert (found.code, found.severity, found.message) == (
+        "identical",
+        "warning",
+        "dropped: chosen and rejected are the same tokens",
+    )
 
 
 @pytest.mark.parametrize("lengths", OVERLONG, ids=str)
@@ -64,7 +74,7 @@ def test_error_refuses_every_overlong_pair(lengths):
 
 
 def test_a_refusal_says_which_limit_by_how_much():
-    over_prompt, over_all = make_example(5, 1, 1), make_example(4, 1, 7)
+    over_prompt, over_all = make_example(5, 1, 2), make_example(4, 1, 7)
     assert fit_length(over_prompt, limits("error")).message == "the prompt has 5 tokens, over max_prompt_length 4"
     assert fit_length(over_all, limits("error")).message == "prompt and response have 11 tokens, over max_length 10"
 

@@ -2,11 +2,14 @@
 
 import csv
 import random
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
+from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.records import Finding
 from qpref_read_csv import MAX_ROW_BYTES
@@ -114,8 +117,18 @@ def test_a_quote_that_a_later_field_seems_to_close_costs_its_row_alone(read):
         (b'a,"b', "the header: a quote is opened that is not closed"),
     ],
 )
-def test_a_file_with_a_bad_header_is_one_finding(read, header, message):
-    assert read(header + b"\n1,2\n") == [(1, message)]
+def test_a_file_with_a_bad_header_stops_the_reading(read, header, message):
+    """As one refused row it would cost all the others, whatever share of bad rows is allowed."""
+    with pytest.raises(DataError, match=re.escape(f":1: {message}")):
+        read(header + b"\n1,2\n")
+
+
+def test_broken_quotes_one_after_the_other_are_not_each_read_to_the_end(read):
+    header = b",".join(b"%d" % number for number in range(2000)) + b"\n"
+    started = time.process_time()
+    found = read(header + b'a","b\n' * 4000)
+    assert time.process_time() - started < 2
+    assert [line for line, _ in found] == list(range(2, 4002))
 
 
 @pytest.mark.parametrize("quote", [b"", b'"'], ids=["plain", "quoted"])
