@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import shutil
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from qpref.records import Source, TokenizedExample
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,6 +51,15 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["QPREF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_logger() -> Iterator[None]:
+    """Give the logger that a command sets up back as it was."""
+    logger = logging.getLogger("qpref")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
@@ -116,6 +129,20 @@ def preference_rows(count: int, start: int = 0) -> list[dict[str, object]]:
         }
         for number in range(start, start + count)
     ]
+
+
+def make_example(line: int, *lengths: int) -> TokenizedExample:
+    """Random bytes as a prompt and its responses; `margin` may stand for what the reference says of the pair."""
+    draw = random.Random(line)
+    prompt, *branches = (array("i", (draw.randrange(256) for _ in range(length))) for length in lengths)
+    return TokenizedExample(
+        prompt=prompt,
+        branches=tuple(branches),
+        truncated=(False,) * len(branches),
+        weight=1.0,
+        margin=draw.uniform(-2, 2),
+        source=Source(path="made", line=line),
+    )
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:

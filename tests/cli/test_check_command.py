@@ -1,7 +1,6 @@
 """`qpref check`: what it prints, what it writes, what it exits with."""
 
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -11,15 +10,6 @@ from click.testing import CliRunner
 from conftest import preference_rows, write_jsonl
 
 from qpref.cli import main
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    """Give the logger that the command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def check(*arguments, code=0):

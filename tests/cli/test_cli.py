@@ -1,7 +1,6 @@
 """The real command: exit codes, whole messages, nothing left behind by a refusal, and an answer at once."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -17,15 +16,6 @@ from qpref.hooks.manager import installed_offers
 
 QPREF = Path(sys.executable).with_name("qpref")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "trl", "pydantic", "numpy")
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    """Give the logger that the command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def run(*arguments, **environment):

@@ -7,7 +7,6 @@ PyPI and loads what it wrote.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -29,15 +28,6 @@ values = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 said = {"model": sys.argv[1], "cwd": os.listdir("."), "offline": os.environ["HF_HUB_OFFLINE"]} | values
 pathlib.Path(values["--outfile"]).write_bytes(b"GGUF" + json.dumps(said).encode())
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    """Give the logger that the command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture(autouse=True)

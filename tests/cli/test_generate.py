@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 from click.testing import CliRunner
@@ -12,15 +11,6 @@ from conftest import preference_rows, write_jsonl
 from qpref.cli import main
 from qpref.plan import make_plan
 from qpref.training.run import train_plan
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    """Give the logger that the command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture

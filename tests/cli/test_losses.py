@@ -1,7 +1,6 @@
 """`qpref losses`: what is listed, what is shown of one, and what a broken one is charged with."""
 
 import json
-import logging
 import subprocess
 import sys
 from importlib import metadata
@@ -60,15 +59,6 @@ def qpref_losses():
 '''
 LOSSES = "-logsigmoid(chosen - rejected)"
 CAST = "-logsigmoid(chosen - rejected).float().double()"
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    """Give the logger that the command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture

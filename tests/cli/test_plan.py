@@ -1,7 +1,6 @@
 """`qpref plan`: no weight, no GPU, no network; what it prints and what it exits with."""
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -18,15 +17,6 @@ from qpref.cli import main
 
 QPREF = Path(sys.executable).with_name("qpref")
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    """Give the logger that the command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def plan(*arguments, code=0):

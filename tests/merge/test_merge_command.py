@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,14 +15,6 @@ from qpref.cli import main
 
 TOKEN = "hf_" + "canary" * 5
 NF4 = {"model.quantization": "nf4"}
-
-
-@pytest.fixture(autouse=True)
-def _own_logger():
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def invoke(*arguments):

@@ -7,14 +7,13 @@ logits, log_softmax, gather. All in float32.
 from __future__ import annotations
 
 import random
-from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer
+from conftest import TINY, make_example, make_tokenizer
 from torch.nn.functional import logsigmoid
 
 from qpref.data.pack import pack, split_by_tokens
@@ -23,7 +22,7 @@ from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
-from qpref.records import Group, Source, TokenizedExample
+from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 
 FAMILIES = ("llama", "qwen", "mistral", "gemma3", "granite")
@@ -39,20 +38,6 @@ PACKINGS = {  # tokens of a micro-batch, and the seed that shuffles the pairs
     "40 tokens, shuffled": (40, 1),
     "60 tokens, shuffled": (60, 2),
 }
-
-
-def make_example(line: int, *lengths: int) -> TokenizedExample:
-    """Random bytes as a prompt and its responses; `margin` stands for what the reference says of the pair."""
-    draw = random.Random(line)
-    prompt, *branches = (array("i", (draw.randrange(256) for _ in range(length))) for length in lengths)
-    return TokenizedExample(
-        prompt=prompt,
-        branches=tuple(branches),
-        truncated=(False,) * len(branches),
-        weight=1.0,
-        margin=draw.uniform(-2, 2),
-        source=Source(path="made", line=line),
-    )
 
 
 # Prompts and responses shorter and longer than the window, responses of one token on either side and on both.

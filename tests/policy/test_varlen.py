@@ -7,9 +7,7 @@ that all around them runs: the layout, the gathering and its gradient, transform
 from __future__ import annotations
 
 import itertools
-import random
 import sys
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_example
 from torch import Tensor
 
 from qpref.data.pack import pack
@@ -28,7 +27,7 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.source import resolve_base
 from qpref.policy.varlen import KeyLayout, _Gather, key_layout
 from qpref.recipe import Recipe
-from qpref.records import Group, Source, TokenizedExample
+from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 
 CPU = torch.device("cpu")
@@ -58,19 +57,6 @@ def by_hand(
         shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", shares, v))
     return torch.cat(outputs)
-
-
-def make_example(line: int, *lengths: int) -> TokenizedExample:
-    draw = random.Random(line)
-    prompt, *branches = (array("i", (draw.randrange(256) for _ in range(length))) for length in lengths)
-    return TokenizedExample(
-        prompt=prompt,
-        branches=tuple(branches),
-        truncated=(False,) * len(branches),
-        weight=1.0,
-        margin=0.0,
-        source=Source(path="made", line=line),
-    )
 
 
 # Prompts and responses shorter and longer than the window of 7, responses of one token on either side and on both.

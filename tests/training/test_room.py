@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -27,26 +26,13 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceMemory
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
-from qpref.records import Source, TokenizedExample
+from qpref.records import TokenizedExample
 from qpref.training import checkpoint, loop, optim, room
 from qpref.training.loop import Progress, Trainer
 from qpref.training.objective import Objective
 from qpref.training.room import smaller_budget
 
 CPU = torch.device("cpu")
-
-
-def make_example(line: int, *lengths: int) -> TokenizedExample:
-    draw = random.Random(line)
-    prompt, *branches = (array("i", (draw.randrange(256) for _ in range(length))) for length in lengths)
-    return TokenizedExample(
-        prompt=prompt,
-        branches=tuple(branches),
-        truncated=(False,) * len(branches),
-        weight=1.0,
-        margin=0.0,
-        source=Source(path="made", line=line),
-    )
 
 
 EXAMPLES = [make_example(line, 5 + 3 * line, 6 + line % 4, 9 - line % 3) for line in range(8)]
