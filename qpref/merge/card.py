@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from qpref import __version__, fsio
 from qpref.merge.guards import TrainedRun
 from qpref.merge.request import MergeRequest, MergeResult, Verdict
 from qpref.training.folder import RunFolder
+
+log = logging.getLogger("qpref")
 
 
 def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: MergeResult) -> None:
@@ -88,8 +91,21 @@ def _metrics(folder: RunFolder) -> str:
 
 
 def _held_out_rows(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [row for row in rows if row["split"] == "eval"]
+    """Lines that are no rows are left out, and said: a merge that has passed isn't thrown away for them."""
+    if not path.is_file():
+        return []
+    found = [_row(line) for line in path.read_text(errors="replace").splitlines()]
+    if bad := [number for number, row in enumerate(found, 1) if row is None]:
+        log.warning("%s:%d: no row of metrics; the card goes without it (%d in all)", path, bad[0], len(bad))
+    return [row for row in found if row is not None and row["split"] == "eval"]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and {"split", "step"} <= row.keys() else None
 
 
 def _adapter_step(result: Path) -> Any:
@@ -101,8 +117,8 @@ def _adapter_step(result: Path) -> Any:
     return said.get("adapter_step") if isinstance(said, dict) else None
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
 def _data(facts: dict[str, Any]) -> str:
