@@ -49,8 +49,9 @@ def merge_run(request: MergeRequest) -> MergeResult:
         RecipeError: there is no finished run, or the output folder holds something.
         MergeError: the run's parts don't belong together, or a value doesn't fit the type that was asked for.
         DataError: the pairs that the verdict needs can't be read.
-        DiskError: there is no room.
+        DiskError: there is no room, or the output folder can't be made.
     """
+    request = guards.real_output(request)
     guards.refuse_output(request)
     run = guards.read_run(request.run)
     guards.refuse_original(request, run.base)

@@ -214,6 +214,35 @@ def test_an_empty_folder_is_filled(trained_run, tmp_path):
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("kind", ["the current folder", "a link to an empty folder", "a dangling link"])
+def test_a_folder_that_is_named_in_another_way_is_filled(trained_run, tmp_path, monkeypatch, kind):
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if kind != "a dangling link":
+        real.mkdir()
+    if kind == "the current folder":
+        monkeypatch.chdir(real)
+    result = merge(trained_run(), Path() if kind == "the current folder" else link, "bf16")
+    assert (real / "model.safetensors").is_file()
+    assert (real / "README.md").read_text().count("# real\n") == 1
+    assert link.is_symlink()
+    assert result.path == real
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_run_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot be written"):
+        merge(tmp_path / "no-run", tmp_path / "file/deep/out")
+    with pytest.raises(DiskError, match="File name too long"):
+        merge(tmp_path / "no-run", tmp_path / "new/deep" / ("x" * 250))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_mount_point_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="mount point"):
+        merge(tmp_path / "no-run", Path("/"))
+
+
 def test_a_folder_inside_the_run_is_refused(trained_run, make_base, tmp_path):
     run, _ = moved(trained_run(), make_base(), tmp_path)
     with pytest.raises(RecipeError, match="inside the run"):
