@@ -26,7 +26,7 @@ from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey
 from qpref.merge.rows import choose_rows
 from qpref.merge.settings import write_settings
 from qpref.merge.verdict import Judge
-from qpref.merge.write import Weights, write_weights
+from qpref.merge.write import Weights, remove_weights, write_weights
 from qpref.policy.delta import LoraDelta
 from qpref.training.prepare import start_digest
 
@@ -148,7 +148,8 @@ class Session:
     def _write(self, folder: Path, name: str) -> Verdict:
         run, dtype = self._run, STORED[name]
         weights = weights_of(run, self._request, dtype)
-        guards.refuse_full_disk(folder, weights)
+        remove_weights(folder)  # of a type that was tried, before the room is looked at
+        guards.refuse_full_disk(self._request.out, weights)
         write_weights(weights, folder)
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
         if difference := guards.tokenizer_difference(run.tokenizer, folder):
