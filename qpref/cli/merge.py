@@ -39,7 +39,9 @@ NUM_FLIPS = 5
     metavar="SHARE|NATS",
     help="Largest mean margin error that passes: a share of the learned change (0.05 nats at least), or nats.",
 )
-@click.option("--pairs", type=click.IntRange(1), default=64, show_default=True, help="Held-out pairs to replay.")
+@click.option(
+    "--pairs", type=click.IntRange(64), default=64, show_default=True, help="Held-out pairs to replay; all, if fewer."
+)
 @click.option("--push", metavar="ORG/NAME", help="Upload to the hub if the verdict passes; the token is $HF_TOKEN.")
 def command(run: Path, out: Path, max_margin_error: str, push: str | None, **asked: Any) -> None:
     """Write the model that RUN trained to OUT: plain safetensors that any engine loads.

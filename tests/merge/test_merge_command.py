@@ -78,6 +78,13 @@ def test_an_odd_tolerance_is_refused(trained_run, tmp_path, value):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_verdict_on_fewer_pairs_than_64_cannot_be_asked_for(trained_run, tmp_path):
+    done = invoke(trained_run(), tmp_path / "out", "--pairs", "63")
+    assert done.exit_code == 2
+    assert "63 is not in the range x>=64" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_and_merge_json_tell_the_recipe_the_data_and_the_metrics(trained_run, make_base, tmp_path):
     run = trained_run(make_base(), **NF4)
     assert invoke(run, tmp_path / "out").exit_code == 0
