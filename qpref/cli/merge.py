@@ -60,7 +60,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
         hub.refuse_push(push)
     quiet_transformers()
     result = merge_run(request)
-    for line in _report(result):
+    for line in _report(result, request.quantize or result.dtype):
         click.echo(line)
     verdict = result.verdict
     if not verdict.passed:
@@ -79,9 +79,9 @@ def _way_out(onto: str, quantize: str | None, dtype: str) -> str:
     return ", ".join([way for way, applies in ways if applies] or ["raise --max-margin-error"])
 
 
-def _report(result: MergeResult) -> Iterator[str]:
+def _report(result: MergeResult, stored: str) -> Iterator[str]:
     for name, kept in result.kept.items():
-        mark = "  <- stored" if name == result.dtype else ""
+        mark = "  <- stored" if name == stored else ""
         yield f"{name:8} keeps {kept:6.1%} of the learned change in the weights{mark}"
     yield from result.notes
     for name, verdict in result.tried.items():

@@ -36,6 +36,7 @@ SURELY_LOST = 5
 """A type is left untried where the share of the delta that its rounding takes from the weights is more than so many
 times the margin error that passes. The margins lose less than the weights do: 30 % where the weights lose 58 %, 0.6 %
 where they lose 1.5 % (benchmarks/results). The verdict decides on all others."""
+LOSSY = "nf4 is lossy: its steps are far larger than what was learned"
 HEADROOM = 2
 """How far below float16's largest number activations have to stay: another text's may be larger."""
 
@@ -120,7 +121,7 @@ class Session:
         self._base = load_base(run.base)
         self.as_trained = AsTrained(run.base)
         self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs)
-        self._notes: list[str] = []
+        self._notes = [LOSSY] if request.quantize else []
         reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
         trained = self.replay(self.as_trained.after(run.delta))
         self._largest = trained.largest

@@ -70,6 +70,17 @@ def test_the_original_prints_both_figures(trained_run, make_base, tmp_path):
     assert "hint: leave out --onto original" in done.stderr
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_what_is_quantized_again_is_said_to_be_stored_so_and_to_be_lossy(trained_run, make_base, tmp_path, dtype):
+    asked = ("--quantize", "nf4", "--dtype", dtype, "--max-margin-error", "1000")
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", *asked)
+    assert done.exit_code == 0
+    (stored,) = [line for line in done.stdout.splitlines() if line.endswith("<- stored")]
+    assert stored.startswith("nf4 ")
+    assert "\nnf4 is lossy: its steps are far larger than what was learned\n" in done.stdout
+    assert "nf4 is lossy" in json.loads((tmp_path / "out/merge.json").read_text())["notes"][0]
+
+
 @pytest.mark.parametrize("value", ["two", "-1", "0", "nan", "inf", "2%%", ""])
 def test_an_odd_tolerance_is_refused(trained_run, tmp_path, value):
     done = invoke(trained_run(), tmp_path / "out", f"--max-margin-error={value}")
