@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -160,8 +161,6 @@ def test_a_quantized_merge_loads_in_4_bit_and_its_loss_is_told(trained_run, make
 
 
 def _large_activations(make_base, tmp_path, factor):
-    import shutil
-
     base = tmp_path / "loud"
     shutil.copytree(make_base(), base)
     tensors = load_file(base / "model.safetensors")
@@ -282,6 +281,32 @@ def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base)
     assert after.keys() == before.keys()
     assert all(part is before[name] for name, part in after.items())
     assert not model.model.embed_tokens._forward_pre_hooks
+
+
+def test_a_base_in_another_type_than_the_run_is_loaded_as_its_files_have_it(trained_run, make_base, tmp_path):
+    run = trained_run(make_base(dtype=torch.float16), **NF4, **{"model.dtype": "bf16"})
+    model = models.load_base(read_run(run).base)
+    assert {value.dtype for value in model.parameters()} == {torch.float16}
+    assert merge(run, tmp_path / "out", "float32").verdict.logprob_error < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_base, tmp_path, family):
+    base = tmp_path / "mixed"
+    shutil.copytree(make_base(family, dtype=torch.bfloat16), base)
+    tensors = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"):
+        noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+        tensors[name] = tensors[name].float() * (1 + noise / 50)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run = trained_run(base, **NF4)
+    model = models.load_base(read_run(run).base)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded[name], tensor), name
+    assert merge(run, tmp_path / "out", "float32").verdict.logprob_error < 1e-3
 
 
 def test_the_reference_of_a_run_that_started_from_an_adapter_is_that_adapter(make_recipe, trained_run, tmp_path):
