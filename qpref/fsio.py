@@ -180,6 +180,7 @@ def staged_file(final: Path) -> Iterator[Path]:
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_abandoned(final)
         staging.mkdir(mode=0o700)
     try:
         path = staging / f"staged{final.suffix}"

@@ -49,7 +49,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     OUT is read back and compared with the policy that was trained. Where the margins differ by more than
     --max-margin-error the exit code is 11, and OUT is there all the same.
     """
-    from qpref.cli import quiet_transformers
+    from qpref.cli import ends_cleanly, quiet_transformers
     from qpref.errors import MergeError
     from qpref.merge import hub
     from qpref.merge.merge import merge_run
@@ -59,7 +59,8 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     if push is not None:
         hub.refuse_push(push)
     quiet_transformers()
-    result = merge_run(request)
+    with ends_cleanly():
+        result = merge_run(request)
     for line in _report(result, request.quantize or result.dtype):
         click.echo(line)
     verdict = result.verdict

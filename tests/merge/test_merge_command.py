@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -111,6 +113,24 @@ def test_the_card_and_merge_json_tell_the_recipe_the_data_and_the_metrics(traine
     assert said["asked"] == {"onto": "trained", "quantize": None, "dtype": "auto", "pairs": 64}
     assert said["run"]["base_weights"] == facts["base_weights"]
     assert {"dtype", "verdict", "kept_in_weights"} <= said.keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_merge_that_a_signal_ends_leaves_nothing_behind(trained_run, tmp_path, monkeypatch, number):
+    from qpref.merge import merge as module
+
+    def killed(*arguments):
+        assert list(tmp_path.glob(".tmp-out-*/model.safetensors"))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(module, "write_card", killed)
+    before = signal.getsignal(number)
+    run = trained_run()
+    found = set(tmp_path.iterdir())
+    done = invoke(run, tmp_path / "out")
+    assert (done.exit_code, done.stderr) == (128 + number, f"error: ended by {number.name}\n")
+    assert set(tmp_path.iterdir()) == found
+    assert signal.getsignal(number) == before
 
 
 class FakeHub(BaseHTTPRequestHandler):
