@@ -22,7 +22,7 @@ from qpref.merge.guards import TrainedRun
 from qpref.merge.models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.replay import Hidden, replay
 from qpref.merge.request import SHARE, MergeRequest, MergeResult, Verdict
-from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey
+from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey, rounded, row_blocks
 from qpref.merge.rows import choose_rows
 from qpref.merge.settings import write_settings
 from qpref.merge.verdict import Judge
@@ -93,8 +93,10 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
         weight, module = base.original(key) if original else base.as_trained(key), run.places.get(key)
         survey.add(key, weight, run.delta, module)
         if request.quantize and module:
-            change = run.delta.of(module)
-            packed.add(weight, change, base.through_nf4(weight.float() + change).cpu())
+            # Quantized whole, as 4-bit blocks and their scales go on from row to row; summed in slices.
+            again = base.through_nf4(rounded(weight, run.delta, module, base.dtype)).cpu()
+            for rows in row_blocks(weight):
+                packed.add(weight[rows], run.delta.of(module, rows), again[rows])
     if request.quantize:
         survey.retention[request.quantize] = packed
     return survey
@@ -151,6 +153,7 @@ class Session:
         weights = weights_of(run, self._request, dtype)
         remove_weights(folder)  # of a type that was tried, before the room is looked at
         guards.refuse_full_disk(self._request.out, weights)
+        self.as_trained.known.clear()  # a shard takes its room, and the next replay fills it again
         write_weights(weights, folder)
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
         if difference := guards.tokenizer_difference(run.tokenizer, folder):

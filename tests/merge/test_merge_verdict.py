@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from qpref.data.load import load_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import MergeError
-from qpref.merge import models, replay
+from qpref.merge import merge as merge_module
+from qpref.merge import models, replay, rounding
 from qpref.merge import verdict as verdict_module
 from qpref.merge.guards import read_run
 from qpref.merge.merge import Session, _survey
 from qpref.merge.request import MergeRequest, Tolerance
 from qpref.merge.rows import choose_rows
 from qpref.plan import make_plan
+from qpref.policy.delta import LoraDelta
 from qpref.policy.source import resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.training.run import train_plan
@@ -307,6 +309,37 @@ def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_ba
         assert loaded[name].dtype == tensor.dtype, name
         assert torch.equal(loaded[name], tensor), name
     assert merge(run, tmp_path / "out", "float32").verdict.logprob_error < 1e-3
+
+
+def test_no_dequantized_weight_is_kept_while_shards_are_written(trained_run, make_base, tmp_path, monkeypatch):
+    session = _session(trained_run(make_base(), **NF4), tmp_path, dtype="bf16")
+    assert session.as_trained.known
+    write, kept = merge_module.write_weights, []
+
+    def watched(weights, folder):
+        kept.append(len(session.as_trained.known))
+        write(weights, folder)
+
+    monkeypatch.setattr(merge_module, "write_weights", watched)
+    (tmp_path / "out").mkdir()
+    session.write(tmp_path / "out")
+    assert kept == [0]
+
+
+def test_what_4_bits_keep_is_summed_in_slices(trained_run, make_base, tmp_path, monkeypatch):
+    run = read_run(trained_run(make_base(), **NF4))
+    request = MergeRequest(run=run.folder.path, out=tmp_path / "out", quantize="nf4")
+    whole = _survey(run, request).kept["nf4"]
+    sizes, of = [], LoraDelta.of
+
+    def watched(delta, module, rows=slice(None)):
+        sizes.append(of(delta, module, rows).numel())
+        return of(delta, module, rows)
+
+    monkeypatch.setattr(LoraDelta, "of", watched)
+    monkeypatch.setattr(rounding, "BLOCK_ELEMENTS", 512)
+    assert _survey(run, request).kept["nf4"] == pytest.approx(whole, rel=1e-6)
+    assert max(sizes) == 512
 
 
 def test_the_reference_of_a_run_that_started_from_an_adapter_is_that_adapter(make_recipe, trained_run, tmp_path):
