@@ -83,8 +83,11 @@ class MergeError(QprefError):
 
 
 class StoppedBySignal(QprefError):
-    """A signal asked the run to stop, and it did, saved. Exits as the shell has it: 128 + the signal's number."""
+    """A signal asked to stop: a run has saved itself, all else has left nothing half-written.
 
-    def __init__(self, what: str, hint: str, signal_number: int) -> None:
+    Exits as the shell has it: 128 + the signal's number.
+    """
+
+    def __init__(self, what: str, hint: str | None, signal_number: int) -> None:
         super().__init__(what, hint)
         self.exit_code = 128 + signal_number

@@ -153,6 +153,25 @@ def staged_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def try_folder(final: Path) -> None:
+    """Stop where `staged_folder(final)` could not begin, and leave nothing behind.
+
+    Raises:
+        DiskError: says why.
+    """
+    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
+    with disk_errors(final):
+        made = [parent for parent in staging.parents if not parent.exists()]
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir(mode=0o700)
+            staging.rmdir()
+        finally:
+            for folder in made:
+                if folder.is_dir():
+                    folder.rmdir()
+
+
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """A path, alone in a folder beside `final`, for another program to write; on leaving without an error it is
@@ -161,6 +180,7 @@ def staged_file(final: Path) -> Iterator[Path]:
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_abandoned(final)
         staging.mkdir(mode=0o700)
     try:
         path = staging / f"staged{final.suffix}"

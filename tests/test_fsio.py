@@ -470,13 +470,14 @@ def test_the_lock_is_for_its_owner(tmp_path):
         assert mode_of(tmp_path / "LOCK") == 0o600
 
 
-def test_a_killed_process_leaves_nothing_beside_the_folder_that_is_made_next(tmp_path):
+@pytest.mark.parametrize("staged", [fsio.staged_folder, fsio.staged_file], ids=["folder", "file"])
+def test_a_killed_process_leaves_nothing_beside_what_is_made_next(tmp_path, staged):
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     dead = int(done.stdout)
     kept = [f".tmp-model-{os.getppid()}", f".tmp-model-b-{dead}", ".tmp-model-notes", f".tmp-other-{dead}"]
     for name in (f".tmp-model-{dead}", *kept):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("half")
-    with fsio.staged_folder(tmp_path / "model") as staging:
-        (staging / "weights").write_text("whole")
+    with staged(tmp_path / "model") as place:
+        (place / "weights" if place.is_dir() else place).write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "model"])

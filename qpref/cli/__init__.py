@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from qpref import __version__
-from qpref.errors import QprefError
+from qpref.errors import QprefError, StoppedBySignal
 
 COMMANDS = {
     "plan": "Predict a recipe's memory, work and steps before any is spent.",
@@ -84,3 +88,38 @@ def quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+class _Ended(BaseException):
+    """No Exception, which a library on the way up might catch."""
+
+
+@contextmanager
+def ends_cleanly() -> Iterator[None]:
+    """Let a signal that ends the process unwind it first, so that nothing half-written stays behind.
+
+    A signal that the process was started to ignore, as nohup has it, stays ignored. Outside the main thread Python
+    takes no handlers.
+
+    Raises:
+        StoppedBySignal: one came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        if not came:  # another one would end the clearing up
+            came.append(number)
+            raise _Ended
+
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = [(number, signal.signal(number, end)) for number in caught]
+    try:
+        yield
+    except _Ended:
+        raise StoppedBySignal(f"ended by {signal.Signals(came[0]).name}", None, came[0]) from None
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -25,6 +25,9 @@ def command(merged: Path, out: Path, gguf: bool, converter: Path | None, kind: s
 
     llama.cpp's own converter does it, which has to be on this machine.
     """
+    from qpref.cli import ends_cleanly
     from qpref.export import export_gguf
 
-    click.echo(f"gguf: {export_gguf(merged, out, kind, converter)}")
+    with ends_cleanly():
+        written = export_gguf(merged, out, kind, converter)
+    click.echo(f"gguf: {written}")

@@ -39,7 +39,9 @@ NUM_FLIPS = 5
     metavar="SHARE|NATS",
     help="Largest mean margin error that passes: a share of the learned change (0.05 nats at least), or nats.",
 )
-@click.option("--pairs", type=click.IntRange(1), default=64, show_default=True, help="Held-out pairs to replay.")
+@click.option(
+    "--pairs", type=click.IntRange(64), default=64, show_default=True, help="Held-out pairs to replay; all, if fewer."
+)
 @click.option("--push", metavar="ORG/NAME", help="Upload to the hub if the verdict passes; the token is $HF_TOKEN.")
 def command(run: Path, out: Path, max_margin_error: str, push: str | None, **asked: Any) -> None:
     """Write the model that RUN trained to OUT: plain safetensors that any engine loads.
@@ -47,7 +49,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     OUT is read back and compared with the policy that was trained. Where the margins differ by more than
     --max-margin-error the exit code is 11, and OUT is there all the same.
     """
-    from qpref.cli import quiet_transformers
+    from qpref.cli import ends_cleanly, quiet_transformers
     from qpref.errors import MergeError
     from qpref.merge import hub
     from qpref.merge.merge import merge_run
@@ -57,8 +59,9 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     if push is not None:
         hub.refuse_push(push)
     quiet_transformers()
-    result = merge_run(request)
-    for line in _report(result):
+    with ends_cleanly():
+        result = merge_run(request)
+    for line in _report(result, request.quantize or result.dtype):
         click.echo(line)
     verdict = result.verdict
     if not verdict.passed:
@@ -68,7 +71,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
             _way_out(request.onto, request.quantize, request.dtype),
         )
     if push is not None:
-        click.echo(f"pushed: {hub.push(out, push)}")
+        click.echo(f"pushed: {hub.push(result.path, push)}")
 
 
 def _way_out(onto: str, quantize: str | None, dtype: str) -> str:
@@ -77,9 +80,9 @@ def _way_out(onto: str, quantize: str | None, dtype: str) -> str:
     return ", ".join([way for way, applies in ways if applies] or ["raise --max-margin-error"])
 
 
-def _report(result: MergeResult) -> Iterator[str]:
+def _report(result: MergeResult, stored: str) -> Iterator[str]:
     for name, kept in result.kept.items():
-        mark = "  <- stored" if name == result.dtype else ""
+        mark = "  <- stored" if name == stored else ""
         yield f"{name:8} keeps {kept:6.1%} of the learned change in the weights{mark}"
     yield from result.notes
     for name, verdict in result.tried.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import tomli_w
 from qpref import __version__, fsio
 from qpref.merge.guards import TrainedRun
 from qpref.merge.request import MergeRequest, MergeResult, Verdict
+from qpref.training.folder import RunFolder
+
+log = logging.getLogger("qpref")
 
 
 def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: MergeResult) -> None:
@@ -22,7 +26,7 @@ def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: Merge
         "## Verdict",
         verdict_table(result.verdict),
         "## Held-out metrics",
-        _metrics(run.folder.metrics),
+        _metrics(run.folder),
         "## Data",
         _data(run.facts),
         "## Recipe",
@@ -71,23 +75,50 @@ def verdict_table(verdict: Verdict) -> str:
     )
 
 
-def _metrics(path: Path) -> str:
-    """The first and the last held-out row of metrics.jsonl."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    held = [row for row in rows if row["split"] == "eval"]
+def _metrics(folder: RunFolder) -> str:
+    """The first held-out row of metrics.jsonl, and that of the step whose adapter was merged."""
+    held = _held_out_rows(folder.metrics)
     if not held:
         return "The run has held no pairs out."
-    first, last = held[0], held[-1]
-    names = [name for name in last if name.startswith("eval_")]
-    lines = [f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+    step = _adapter_step(folder.result)
+    first, merged = held[0], next((row for row in held if row["step"] == step), held[-1])
+    names = [name for name in merged if name.startswith("eval_")]
+    lines = [f"| | step {first['step']} | step {merged['step']} |", "|---|---|---|"]
     lines += [
-        f"| {name.removeprefix('eval_')} | {_number(first.get(name))} | {_number(last[name])} |" for name in names
+        f"| {name.removeprefix('eval_')} | {_number(first.get(name))} | {_number(merged[name])} |" for name in names
     ]
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _held_out_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines that are no rows are left out, and said: a merge that has passed isn't thrown away for them."""
+    if not path.is_file():
+        return []
+    found = [_row(line) for line in path.read_text(errors="replace").splitlines()]
+    if bad := [number for number, row in enumerate(found, 1) if row is None]:
+        log.warning("%s:%d: no row of metrics; the card goes without it (%d in all)", path, bad[0], len(bad))
+    return [row for row in found if row is not None and row["split"] == "eval"]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and {"split", "step"} <= row.keys() else None
+
+
+def _adapter_step(result: Path) -> Any:
+    """The step that result.json says the adapter is of: under `best_by`, not the last; None where it doesn't say."""
+    try:
+        said = json.loads(result.read_text())
+    except (OSError, ValueError):
+        return None
+    return said.get("adapter_step") if isinstance(said, dict) else None
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
 def _data(facts: dict[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,30 @@ def read_run(path: Path) -> TrainedRun:
     )
 
 
+def real_output(request: MergeRequest) -> MergeRequest:
+    """The request with a folder that a finished one can be renamed onto: a link's target, and `.` by its name."""
+    with fsio.disk_errors(request.out):
+        if not request.out.is_symlink() and request.out.name not in ("", ".."):
+            return request
+    return replace(request, out=Path(os.path.realpath(request.out)))
+
+
 def refuse_output(request: MergeRequest) -> None:
-    """Stop where the output folder holds something, or lies inside the run.
+    """Stop where the output folder holds something, lies inside the run, or can't be made.
 
     Raises:
         RecipeError: says which.
+        DiskError: the disk refuses the folder.
     """
     out = request.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out}: holds something already", "name a new or empty folder")
+    with fsio.disk_errors(out):
+        if out.is_mount():
+            raise RecipeError(f"{out}: is a mount point, which no folder can be renamed onto", "name a folder in it")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RecipeError(f"{out}: holds something already", "name a new or empty folder")
     if out.resolve().is_relative_to(request.run.resolve()):
         raise RecipeError(f"{out}: lies inside the run", "name a folder elsewhere")
+    fsio.try_folder(out)
 
 
 def refuse_original(request: MergeRequest, base: TrainedBase) -> None:

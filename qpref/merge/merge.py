@@ -22,11 +22,11 @@ from qpref.merge.guards import TrainedRun
 from qpref.merge.models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.replay import Hidden, replay
 from qpref.merge.request import SHARE, MergeRequest, MergeResult, Verdict
-from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey
+from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey, rounded, row_blocks
 from qpref.merge.rows import choose_rows
 from qpref.merge.settings import write_settings
 from qpref.merge.verdict import Judge
-from qpref.merge.write import Weights, write_weights
+from qpref.merge.write import Weights, remove_weights, write_weights
 from qpref.policy.delta import LoraDelta
 from qpref.training.prepare import start_digest
 
@@ -36,6 +36,7 @@ SURELY_LOST = 5
 """A type is left untried where the share of the delta that its rounding takes from the weights is more than so many
 times the margin error that passes. The margins lose less than the weights do: 30 % where the weights lose 58 %, 0.6 %
 where they lose 1.5 % (benchmarks/results). The verdict decides on all others."""
+LOSSY = "nf4 is lossy: its steps are far larger than what was learned"
 HEADROOM = 2
 """How far below float16's largest number activations have to stay: another text's may be larger."""
 
@@ -49,8 +50,9 @@ def merge_run(request: MergeRequest) -> MergeResult:
         RecipeError: there is no finished run, or the output folder holds something.
         MergeError: the run's parts don't belong together, or a value doesn't fit the type that was asked for.
         DataError: the pairs that the verdict needs can't be read.
-        DiskError: there is no room.
+        DiskError: there is no room, or the output folder can't be made.
     """
+    request = guards.real_output(request)
     guards.refuse_output(request)
     run = guards.read_run(request.run)
     guards.refuse_original(request, run.base)
@@ -91,8 +93,10 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
         weight, module = base.original(key) if original else base.as_trained(key), run.places.get(key)
         survey.add(key, weight, run.delta, module)
         if request.quantize and module:
-            change = run.delta.of(module)
-            packed.add(weight, change, base.through_nf4(weight.float() + change).cpu())
+            # Quantized whole, as 4-bit blocks and their scales go on from row to row; summed in slices.
+            again = base.through_nf4(rounded(weight, run.delta, module, base.dtype)).cpu()
+            for rows in row_blocks(weight):
+                packed.add(weight[rows], run.delta.of(module, rows), again[rows])
     if request.quantize:
         survey.retention[request.quantize] = packed
     return survey
@@ -119,7 +123,7 @@ class Session:
         self._base = load_base(run.base)
         self.as_trained = AsTrained(run.base)
         self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs)
-        self._notes: list[str] = []
+        self._notes = [LOSSY] if request.quantize else []
         reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
         trained = self.replay(self.as_trained.after(run.delta))
         self._largest = trained.largest
@@ -147,7 +151,9 @@ class Session:
     def _write(self, folder: Path, name: str) -> Verdict:
         run, dtype = self._run, STORED[name]
         weights = weights_of(run, self._request, dtype)
-        guards.refuse_full_disk(folder, weights)
+        remove_weights(folder)  # of a type that was tried, before the room is looked at
+        guards.refuse_full_disk(self._request.out, weights)
+        self.as_trained.known.clear()  # a shard takes its room, and the next replay fills it again
         write_weights(weights, folder)
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
         if difference := guards.tokenizer_difference(run.tokenizer, folder):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,37 @@ ALL = slice(None)
 
 
 def load_base(base: TrainedBase) -> Any:
-    """The base on the CPU, in the widest type of its files, its 4-bit layers unread until they are asked for."""
-    widest = base.dtype
+    """The base on the CPU, every tensor as its file has it, mapped, 4-bit layers unread until they are asked for.
+
+    transformers loads a model in one type and converts whatever is of another, into memory. So it is asked for the
+    type of most of the bytes, and the others are put back from their files.
+    """
+    sizes: Counter[torch.dtype] = Counter()
     for entry in base.tensors.values():
         if entry.dtype is not None:
-            widest = torch.promote_types(widest, entry.dtype)
-    return load_causal_lm(base.path, widest)
+            sizes[entry.dtype] += math.prod(entry.shape) * entry.dtype.itemsize
+    main = max(sizes, key=sizes.__getitem__, default=base.dtype)
+    others = [key for key, entry in base.tensors.items() if entry.dtype not in (None, main)]
+    sources = Counter(base.names.values())
+    if any(sources[base.names[key]] > 1 for key in others):
+        # transformers builds one parameter of several tensors: only in the widest type are all of them exact.
+        return load_causal_lm(base.path, functools.reduce(torch.promote_types, sizes, base.dtype))
+    model = load_causal_lm(base.path, main)
+    _put_back(model, {base.names[key]: base.original(key) for key in others})
+    return model
+
+
+def _put_back(model: Any, originals: Mapping[str, Tensor]) -> None:
+    """Let parameters and buffers, tied ones too, be these tensors; names that the model doesn't have are left out."""
+    known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    replaced: dict[int, Tensor] = {}
+    for name, tensor in originals.items():
+        if (value := known.get(name)) is not None:
+            is_parameter = isinstance(value, nn.Parameter)
+            replaced[id(value)] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            slots.update({name: replaced[id(value)] for name, value in slots.items() if id(value) in replaced})
 
 
 def load_merged(folder: Path) -> Any:

@@ -84,14 +84,18 @@ class Weights:
         return {key: values.cpu()} | parts
 
 
+def remove_weights(folder: Path) -> None:
+    """Remove what `write_weights` has left in a folder, if anything."""
+    for old in folder.glob("model*.safetensors*"):
+        fsio.remove_tree(old)
+
+
 def write_weights(weights: Weights, folder: Path) -> None:
-    """Write all tensors into an existing folder, replacing what an earlier type has left there.
+    """Write all tensors into an existing folder that holds none.
 
     Raises:
         DiskError: the disk refuses.
     """
-    for old in folder.glob("model*.safetensors*"):
-        fsio.remove_tree(old)
     shards = weights.shards()
     weight_map: dict[str, str] = {}
     total = 0

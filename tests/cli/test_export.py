@@ -82,6 +82,14 @@ def test_the_converter_gets_the_model_and_the_type_that_it_is_stored_in(merged, 
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_an_export_that_a_signal_ends_leaves_nothing_behind(merged, converter, tmp_path):
+    place = converter("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    (tmp_path / "new").mkdir()
+    done = export(merged, tmp_path / "new/m.gguf", "--converter", place, code=143)
+    assert done.stderr.splitlines()[-1] == "error: ended by SIGTERM"
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_the_file_is_for_others_too(merged, converter, tmp_path):
     before = os.umask(0o022)
     export(merged, tmp_path / "m.gguf", "--converter", converter())

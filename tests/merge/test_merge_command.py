@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -61,11 +63,29 @@ def test_the_original_prints_both_figures(trained_run, make_base, tmp_path):
     assert "hint: leave out --onto original" in done.stderr
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_what_is_quantized_again_is_said_to_be_stored_so_and_to_be_lossy(trained_run, make_base, tmp_path, dtype):
+    asked = ("--quantize", "nf4", "--dtype", dtype, "--max-margin-error", "1000")
+    done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", *asked)
+    assert done.exit_code == 0
+    (stored,) = [line for line in done.stdout.splitlines() if line.endswith("<- stored")]
+    assert stored.startswith("nf4 ")
+    assert "\nnf4 is lossy: its steps are far larger than what was learned\n" in done.stdout
+    assert "nf4 is lossy" in json.loads((tmp_path / "out/merge.json").read_text())["notes"][0]
+
+
 @pytest.mark.parametrize("value", ["two", "-1", "0", "nan", "inf", "2%%", ""])
 def test_an_odd_tolerance_is_refused(trained_run, tmp_path, value):
     done = invoke(trained_run(), tmp_path / "out", f"--max-margin-error={value}")
     assert done.exit_code == 2
     assert "expected a share such as 2%, or nats such as 0.3" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verdict_on_fewer_pairs_than_64_cannot_be_asked_for(trained_run, tmp_path):
+    done = invoke(trained_run(), tmp_path / "out", "--pairs", "63")
+    assert done.exit_code == 2
+    assert "63 is not in the range x>=64" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -84,6 +104,24 @@ def test_the_card_and_merge_json_tell_the_recipe_the_data_and_the_metrics(traine
     assert said["asked"] == {"onto": "trained", "quantize": None, "dtype": "auto", "pairs": 64}
     assert said["run"]["base_weights"] == facts["base_weights"]
     assert {"dtype", "verdict", "kept_in_weights"} <= said.keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_merge_that_a_signal_ends_leaves_nothing_behind(trained_run, tmp_path, monkeypatch, number):
+    from qpref.merge import merge as module
+
+    def killed(*arguments):
+        assert list(tmp_path.glob(".tmp-out-*/model.safetensors"))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(module, "write_card", killed)
+    before = signal.getsignal(number)
+    run = trained_run()
+    found = set(tmp_path.iterdir())
+    done = invoke(run, tmp_path / "out")
+    assert (done.exit_code, done.stderr) == (128 + number, f"error: ended by {number.name}\n")
+    assert set(tmp_path.iterdir()) == found
+    assert signal.getsignal(number) == before
 
 
 class FakeHub(BaseHTTPRequestHandler):

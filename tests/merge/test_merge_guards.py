@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeError
 from qpref.merge.guards import read_run
 from qpref.merge.merge import merge_run, weights_of
-from qpref.merge.request import MergeRequest
+from qpref.merge.request import MergeRequest, Tolerance
 
 Harm = Callable[[Path, Path], None]
 
@@ -214,6 +215,35 @@ def test_an_empty_folder_is_filled(trained_run, tmp_path):
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("kind", ["the current folder", "a link to an empty folder", "a dangling link"])
+def test_a_folder_that_is_named_in_another_way_is_filled(trained_run, tmp_path, monkeypatch, kind):
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if kind != "a dangling link":
+        real.mkdir()
+    if kind == "the current folder":
+        monkeypatch.chdir(real)
+    result = merge(trained_run(), Path() if kind == "the current folder" else link, "bf16")
+    assert (real / "model.safetensors").is_file()
+    assert (real / "README.md").read_text().count("# real\n") == 1
+    assert link.is_symlink()
+    assert result.path == real
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_run_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot be written"):
+        merge(tmp_path / "no-run", tmp_path / "file/deep/out")
+    with pytest.raises(DiskError, match="File name too long"):
+        merge(tmp_path / "no-run", tmp_path / "new/deep" / ("x" * 250))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_mount_point_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="mount point"):
+        merge(tmp_path / "no-run", Path("/"))
+
+
 def test_a_folder_inside_the_run_is_refused(trained_run, make_base, tmp_path):
     run, _ = moved(trained_run(), make_base(), tmp_path)
     with pytest.raises(RecipeError, match="inside the run"):
@@ -228,6 +258,26 @@ def test_a_full_disk_is_told_before_the_first_byte(trained_run, tmp_path, monkey
     with pytest.raises(DiskError, match="needs"):
         merge(run, tmp_path / "merged/out", dtype)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_type_that_was_tried_takes_no_room_from_the_next(trained_run, make_base, tmp_path, monkeypatch):
+    run = trained_run(make_base(), **{"model.quantization": "nf4"})
+    error = merge(run, tmp_path / "bf16", "bf16").verdict.margin_error
+    one_model = (tmp_path / "bf16/model.safetensors").stat().st_size
+
+    def usage(path: Path) -> tuple[int, int, int]:
+        staged = sum(file.stat().st_size for file in tmp_path.glob(".tmp-out-*/model*"))
+        return shutil._ntuple_diskusage(10**9, staged, one_model - staged)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert merge(run, tmp_path / "out", tolerance=Tolerance(nats=error / 2)).dtype == "fp16"
+
+
+def test_a_disk_that_fills_on_the_way_is_told_with_the_folder_that_was_asked_for(trained_run, tmp_path, monkeypatch):
+    free, out = iter([10**9, 0]), tmp_path / "out"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, next(free)))
+    with pytest.raises(DiskError, match=f"^{re.escape(str(out))}: needs"):
+        merge(trained_run(), out, "bf16")
 
 
 @pytest.mark.parametrize(("quantize", "slack"), [(None, 1.01), ("nf4", 1.4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -14,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from qpref.data.load import load_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import MergeError
-from qpref.merge import models, replay
+from qpref.merge import merge as merge_module
+from qpref.merge import models, replay, rounding
 from qpref.merge import verdict as verdict_module
 from qpref.merge.guards import read_run
 from qpref.merge.merge import Session, _survey
 from qpref.merge.request import MergeRequest, Tolerance
 from qpref.merge.rows import choose_rows
 from qpref.plan import make_plan
+from qpref.policy.delta import LoraDelta
 from qpref.policy.source import resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.training.run import train_plan
@@ -160,8 +163,6 @@ def test_a_quantized_merge_loads_in_4_bit_and_its_loss_is_told(trained_run, make
 
 
 def _large_activations(make_base, tmp_path, factor):
-    import shutil
-
     base = tmp_path / "loud"
     shutil.copytree(make_base(), base)
     tensors = load_file(base / "model.safetensors")
@@ -282,6 +283,63 @@ def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base)
     assert after.keys() == before.keys()
     assert all(part is before[name] for name, part in after.items())
     assert not model.model.embed_tokens._forward_pre_hooks
+
+
+def test_a_base_in_another_type_than_the_run_is_loaded_as_its_files_have_it(trained_run, make_base, tmp_path):
+    run = trained_run(make_base(dtype=torch.float16), **NF4, **{"model.dtype": "bf16"})
+    model = models.load_base(read_run(run).base)
+    assert {value.dtype for value in model.parameters()} == {torch.float16}
+    assert merge(run, tmp_path / "out", "float32").verdict.logprob_error < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_base, tmp_path, family):
+    base = tmp_path / "mixed"
+    shutil.copytree(make_base(family, dtype=torch.bfloat16), base)
+    tensors = load_file(base / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "model.norm.weight"):
+        noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+        tensors[name] = tensors[name].float() * (1 + noise / 50)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run = trained_run(base, **NF4)
+    model = models.load_base(read_run(run).base)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype, name
+        assert torch.equal(loaded[name], tensor), name
+    assert merge(run, tmp_path / "out", "float32").verdict.logprob_error < 1e-3
+
+
+def test_no_dequantized_weight_is_kept_while_shards_are_written(trained_run, make_base, tmp_path, monkeypatch):
+    session = _session(trained_run(make_base(), **NF4), tmp_path, dtype="bf16")
+    assert session.as_trained.known
+    write, kept = merge_module.write_weights, []
+
+    def watched(weights, folder):
+        kept.append(len(session.as_trained.known))
+        write(weights, folder)
+
+    monkeypatch.setattr(merge_module, "write_weights", watched)
+    (tmp_path / "out").mkdir()
+    session.write(tmp_path / "out")
+    assert kept == [0]
+
+
+def test_what_4_bits_keep_is_summed_in_slices(trained_run, make_base, tmp_path, monkeypatch):
+    run = read_run(trained_run(make_base(), **NF4))
+    request = MergeRequest(run=run.folder.path, out=tmp_path / "out", quantize="nf4")
+    whole = _survey(run, request).kept["nf4"]
+    sizes, of = [], LoraDelta.of
+
+    def watched(delta, module, rows=slice(None)):
+        sizes.append(of(delta, module, rows).numel())
+        return of(delta, module, rows)
+
+    monkeypatch.setattr(LoraDelta, "of", watched)
+    monkeypatch.setattr(rounding, "BLOCK_ELEMENTS", 512)
+    assert _survey(run, request).kept["nf4"] == pytest.approx(whole, rel=1e-6)
+    assert max(sizes) == 512
 
 
 def test_the_reference_of_a_run_that_started_from_an_adapter_is_that_adapter(make_recipe, trained_run, tmp_path):
