@@ -173,6 +173,8 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     base = resolve_base(model)
     if base.weights != facts["base_weights"]:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
+    if kind == "run" and (said := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
+        raise PolicyError(f"{adapter / ADAPTER_CONFIG}: an adapter of {said}, not of {facts['base_path']}")
     return Subject(
         name=name,
         kind=kind,
@@ -185,11 +187,7 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
 
 
 def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf4", "none"]) -> Subject:
-    try:
-        said = json.loads((path / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise PolicyError(f"{path / ADAPTER_CONFIG}: cannot be read: {error}") from None
-    named = asked or said
+    named = asked or _base_of(path)
     if not isinstance(named, str) or not named:
         raise RecipeError(f"{name}: the adapter names no base", "name it with --base")
     if Path(named).is_absolute() and not Path(named).exists():
@@ -200,6 +198,14 @@ def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf
         model = model.model_copy(update={"tokenizer": str(path.resolve())})
     recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(path.resolve()))})
     return replace(plain, kind="adapter", recipe=recipe, adapter=path)
+
+
+def _base_of(adapter: Path) -> object:
+    """What an adapter's config names as its base."""
+    try:
+        return json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise PolicyError(f"{adapter / ADAPTER_CONFIG}: cannot be read: {error}") from None
 
 
 def _plain(name: str, base: str, quantization: Literal["nf4", "none"]) -> Subject:

@@ -120,10 +120,23 @@ def test_a_runs_adapter_that_doesnt_fit_its_base_is_refused(run, tmp_path):
         identify(str(copy)).load("bf16")
 
 
+def test_a_run_with_another_bases_adapter_is_refused(run, make_base, tmp_path):
+    """Of the same shape, so that nothing but its config tells."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = copy / "adapter/adapter_config.json"
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    config.write_text(config.read_text().replace(base, str(make_base())))
+    with pytest.raises(PolicyError) as caught:
+        identify(str(copy))
+    assert caught.value.what == f"{config}: an adapter of {make_base()}, not of {base}"
+    identify(str(copy / "checkpoints/step-000003"))  # has tensors of its own
+
+
 def test_a_run_whose_base_has_changed_is_refused(run, tmp_path):
     copy = Path(shutil.copytree(run.parent, tmp_path / "all"))
-    facts = json.loads((copy / "run/run.json").read_text())
-    (copy / "run/run.json").write_text(json.dumps(facts | {"base_path": str(copy / "base")}))
+    for name in ("run.json", "adapter/adapter_config.json"):
+        file = copy / "run" / name
+        file.write_text(file.read_text().replace(str(run.parent / "base"), str(copy / "base")))
     identify(str(copy / "run"))
     weights = copy / "base/model.safetensors"
     data = bytearray(weights.read_bytes())
