@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from qpref.policy.widen import widen
 from qpref.recipe import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
+
+log = logging.getLogger("qpref")
 
 Kind = Literal["run", "checkpoint", "adapter", "model"]
 STORED_DTYPES: Mapping[str | None, Literal["bf16", "fp16", "float32"]] = {
@@ -122,6 +125,9 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
         PolicyError: its base is gone, has changed, or cannot be read.
     """
     path = Path(name).expanduser()
+    if path.exists():
+        # What it is must not depend on how it is spelt: `.` in a run's adapter folder is that adapter.
+        path = path.resolve()
     if (path / "run.json").is_file():
         return _run(name, RunFolder(path))
     if path.name == "adapter" and (path.parent / "run.json").is_file():
@@ -194,6 +200,8 @@ def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf
         raise PolicyError(f"{name}: its base {named} is not there", "name the base with --base")
     plain = _plain(name, str(Path(named).resolve()) if Path(named).exists() else named, quantization)
     model = plain.recipe.model
+    if quantization == "none" and not is_prequantized(plain.base):
+        log.warning("%s: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits", name)
     if (path / "tokenizer.json").is_file():
         model = model.model_copy(update={"tokenizer": str(path.resolve())})
     recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(path.resolve()))})

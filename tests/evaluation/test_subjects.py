@@ -59,6 +59,29 @@ def test_the_adapter_folder_of_a_run_is_the_run(run):
     assert identify(str(run / "adapter")).recipe == identify(str(run)).recipe
 
 
+def test_what_a_path_is_doesnt_depend_on_how_it_is_spelt(run, tmp_path, monkeypatch):
+    for place, name, kind in (
+        (run / "adapter", ".", "run"),
+        (run / "checkpoints", "../adapter", "run"),
+        (run / "checkpoints", "step-000001", "checkpoint"),
+        (run / "checkpoints/step-000001", ".", "checkpoint"),
+    ):
+        monkeypatch.chdir(place)
+        assert identify(name).kind == kind
+    (tmp_path / "link").symlink_to(run / "adapter")
+    assert identify(str(tmp_path / "link")).kind == "run"
+
+
+def test_an_adapter_on_an_unquantized_base_is_said(run, tmp_path, said):
+    adapter = str(adapter_alone(run, tmp_path))
+    identify(adapter, quantization="nf4")
+    assert not said
+    identify(adapter)
+    assert said == [
+        f"{adapter}: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits",
+    ]
+
+
 def test_a_checkpoint_is_the_run_at_that_step(run):
     first, last = (identify(str(run / f"checkpoints/step-00000{step}")) for step in (1, 3))
     assert first.kind == "checkpoint"
