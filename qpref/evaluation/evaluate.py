@@ -118,9 +118,10 @@ def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list
         return location, rows.pairs_of(rows.data_at(location))
     for subject in subjects:
         if subject.document is not None:
-            heldout = rows.data_of_run(subject.document).heldout
+            heldout = rows.data_of_run(subject.document, heldout_alone=True).heldout
             if heldout is not None:
-                found = rows.pairs_of(heldout, subject.recipe.data.skip_bad)
+                # The share that training allowed was of all rows, not of the held-out ones.
+                found = rows.pairs_of(heldout, 1.0 if subject.recipe.data.skip_bad else 0.0)
                 return ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources)), found
     raise RecipeError("no run among the models holds data out", "name pairs with --data")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpref.data.check import CheckedRows
 from qpref.data.load import check_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
@@ -49,10 +50,9 @@ def choose_rows(plan: Plan, base: BaseFolder, tokenizer: Any, limit: int) -> Rep
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    examples = read_examples(plan, base, tokenizer, heldout=True)
-    origin = "training" if examples is None else "held-out"
-    if examples is None:
-        examples = read_examples(plan, base, tokenizer, heldout=False) or []
+    checked = check_rows(plan.of_heldout_alone())
+    origin = "training" if checked.heldout is None else "held-out"
+    examples = _tokenized(checked.heldout or checked.train, plan, base, tokenizer)
     contrasts = list(_contrasts(examples))
     count = min(limit, len(contrasts))
     chosen = [contrasts[place * len(contrasts) // count] for place in range(count)]
@@ -66,10 +66,18 @@ def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    checked = check_rows(plan)
+    checked = check_rows(plan.of_heldout_alone() if heldout else plan)
     rows = checked.heldout if heldout else checked.train
-    pairs = PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
-    return None if rows is None else tokenize_rows(rows, pairs, plan.recipe.data, plan.recipe.train.seed)
+    return None if rows is None else _tokenized(rows, plan, base, tokenizer)
+
+
+def _tokenized(rows: CheckedRows, plan: Plan, base: BaseFolder, tokenizer: Any) -> list[TokenizedExample]:
+    data = plan.recipe.data
+    if data.skip_bad:
+        # The share that training allowed was of all rows, which may not be read here. Bad ones are left out as then.
+        data = data.model_copy(update={"skip_bad": 1.0})
+    pairs = PairTokenizer.of(tokenizer, data.template, stop_tokens(base))
+    return tokenize_rows(rows, pairs, data, plan.recipe.train.seed)
 
 
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:

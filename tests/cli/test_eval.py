@@ -148,6 +148,14 @@ def test_training_data_that_are_gone_are_said(folder, tmp_path):
     assert "gone.jsonl: no such file" in done.stderr
 
 
+def test_what_is_held_out_is_evaluated_without_the_training_data(folder, tmp_path):
+    copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    lock = (copy / "recipe.lock.toml").read_text()
+    (copy / "recipe.lock.toml").write_text(lock.replace("train.jsonl", "gone.jsonl"))
+    done = evaluate(copy, "--samples", 10)
+    assert "nobody knows whether the prompts were trained on: " in done.stderr
+
+
 def test_single_completions_exit_3(folder, tmp_path):
     path = write_jsonl(tmp_path / "single.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     done = evaluate(folder / "run", "--data", path, code=3)
