@@ -118,7 +118,7 @@ class Session:
         self._run, self._request, self._survey = run, request, survey
         self._base = load_base(run.base)
         self.as_trained = AsTrained(run.base)
-        self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs)
+        self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs, run.facts["fingerprints"])
         self._notes: list[str] = []
         reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
         trained = self.replay(self.as_trained.after(run.delta))
