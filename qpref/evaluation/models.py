@@ -6,7 +6,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class Subject:
         adapter: a PEFT folder, or a checkpoint's; None for a plain model.
         beta: the run's, where its loss has one; the end of a schedule.
         document: the run's whole recipe, its plugins' tables included; None where no run explains the model.
+        fingerprints: of what the run was made of, its data among them.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Subject:
     adapter: Path | None = None
     beta: float | None = None
     document: Mapping[str, Any] | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_of_run(self) -> bool:
@@ -189,6 +191,7 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
         adapter=adapter,
         beta=_beta(document["loss"]),
         document=document,
+        fingerprints=facts["fingerprints"],
     )
 
 
