@@ -122,8 +122,8 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
                 memory.cache.close()
     if not finished:
         raise StoppedBySignal(f"stopped after step {progress.step}, saved", "go on with --resume", requested[0])
-    write_result(folder.result, progress, policy.device, context.first_step)
     _take_best(prepared, folder, progress)
+    write_result(folder.result, progress, policy.device, context.first_step)
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
 

@@ -198,6 +198,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_not_exported(make_toy, 
     with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
         qpref.train(recipe, output=tmp_path / "run")
     assert not (tmp_path / "run/adapter").exists()
+    assert not (tmp_path / "run/result.json").exists()  # it would name an adapter that isn't there
 
 
 def test_a_metric_that_held_out_rows_dont_have_is_refused_before_the_first_step(make_toy, tmp_path):
