@@ -65,6 +65,9 @@ def evaluate(request: Request) -> Report:
     label, everything, changed = _pairs(subjects, request.data)
     asked = rows.sample_pairs(everything, request.max_pairs, request.seed)
     overlaps = [_overlap(subject, asked) for subject in subjects]
+    if not any(subject.is_of_run for subject in subjects):
+        for subject in subjects:
+            log.warning("%s: nobody knows whether its prompts were trained on; name its run too", subject.name)
     seen: frozenset[int] = frozenset()
     if request.without_overlap:
         seen = seen.union(*(found.pairs for found in overlaps if found))

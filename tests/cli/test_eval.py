@@ -169,6 +169,14 @@ def test_held_out_data_that_have_changed_since_training_are_said(folder, tmp_pat
     assert facts(copy, "--data", other)["data_changed"] is None
 
 
+def test_a_merged_folder_alone_is_said_to_hide_what_it_was_trained_on(folder):
+    words = f"{folder / 'merged'}: nobody knows whether its prompts were trained on; name its run too"
+    assert words in evaluate(folder / "merged", "--samples", 10, "--data", folder / "train.jsonl").stderr
+    beside = evaluate(folder / "merged", folder / "run", "--samples", 10, "--data", folder / "train.jsonl")
+    assert "nobody knows" not in beside.stderr
+    assert "stand in its training data" in beside.stderr + beside.stdout
+
+
 def test_single_completions_exit_3(folder, tmp_path):
     path = write_jsonl(tmp_path / "single.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     done = evaluate(folder / "run", "--data", path, code=3)
