@@ -117,8 +117,9 @@ def _best_left(folder: RunFolder, metrics_bytes: int, watch: Watch) -> Best | No
         if not isinstance(row, dict) or row.get("split") != "eval":
             continue
         value = row.get(f"eval_{watch.name}")
-        is_lost = value is None or _damage(folder, row["step"]) is not None
-        best = watch.look(best, row["step"], {watch.name: math.nan if is_lost else value})
+        if value is None or _damage(folder, row["step"]) is not None:
+            value = math.nan
+        best = watch.look(best, row["step"], {watch.name: value})
     return best
 
 
