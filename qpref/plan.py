@@ -76,6 +76,11 @@ class Plan:
         """Whether the losses are of pairs."""
         return isinstance(self.losses[0].plugin.record, PairedLoss)
 
+    def of_heldout_alone(self) -> Plan:
+        """The plan without its training data, which held-out data of their own don't need; else the plan as it is."""
+        heldout = tuple(source for source in self.sources if source.split == "heldout")
+        return replace(self, sources=heldout) if heldout else self
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -62,9 +62,12 @@ def evaluate(request: Request) -> Report:
     """
     subjects = [identify(name, base=request.base, quantization=request.quantization) for name in request.models]
     subjects = _with_common_settings(subjects, request.max_length)
-    label, everything = _pairs(subjects, request.data)
+    label, everything, changed = _pairs(subjects, request.data)
     asked = rows.sample_pairs(everything, request.max_pairs, request.seed)
     overlaps = [_overlap(subject, asked) for subject in subjects]
+    if not any(subject.is_of_run for subject in subjects):
+        for subject in subjects:
+            log.warning("%s: nobody knows whether its prompts were trained on; name its run too", subject.name)
     seen: frozenset[int] = frozenset()
     if request.without_overlap:
         seen = seen.union(*(found.pairs for found in overlaps if found))
@@ -81,6 +84,7 @@ def evaluate(request: Request) -> Report:
     models = zip(subjects, references, overlaps, summaries, strict=True)
     return Report(
         data=label,
+        data_changed=changed,
         read=len(asked),
         pairs=len(pairs),
         overlapping_left_out=len(seen),
@@ -112,17 +116,28 @@ def _with_common_settings(subjects: Sequence[Subject], max_length: int | None) -
     return [settled(subject) for subject in subjects]
 
 
-def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list[PreferencePair]]:
-    """What to call the data, and their pairs."""
+def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list[PreferencePair], bool | None]:
+    """What to call the data, their pairs, and whether a run held out others than these."""
     if location is not None:
-        return location, rows.pairs_of(rows.data_at(location))
+        return location, rows.pairs_of(rows.data_at(location)), None
     for subject in subjects:
         if subject.document is not None:
-            heldout = rows.data_of_run(subject.document).heldout
+            heldout = rows.data_of_run(subject.document, heldout_alone=True).heldout
             if heldout is not None:
-                found = rows.pairs_of(heldout, subject.recipe.data.skip_bad)
-                return ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources)), found
+                # The share that training allowed was of all rows, not of the held-out ones.
+                found = rows.pairs_of(heldout, 1.0 if subject.recipe.data.skip_bad else 0.0)
+                label = ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources))
+                return label, found, _has_changed(subject, subject.document)
     raise RecipeError("no run among the models holds data out", "name pairs with --data")
+
+
+def _has_changed(subject: Subject, document: Mapping[str, Any]) -> bool | None:
+    """Whether a run's held-out data aren't what they were; None, and a warning, where they can't be read as then."""
+    try:
+        return rows.heldout_has_changed(document, subject.fingerprints, subject.tokenizer())
+    except QprefError as error:
+        log.warning("%s: nobody knows whether the held-out data are those of training: %s", subject.name, error.what)
+        return None
 
 
 def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> rows.Overlap | None:

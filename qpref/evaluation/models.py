@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from qpref.policy.widen import widen
 from qpref.recipe import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
+
+log = logging.getLogger("qpref")
 
 Kind = Literal["run", "checkpoint", "adapter", "model"]
 STORED_DTYPES: Mapping[str | None, Literal["bf16", "fp16", "float32"]] = {
@@ -46,6 +49,7 @@ class Subject:
         adapter: a PEFT folder, or a checkpoint's; None for a plain model.
         beta: the run's, where its loss has one; the end of a schedule.
         document: the run's whole recipe, its plugins' tables included; None where no run explains the model.
+        fingerprints: of what the run was made of, its data among them.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Subject:
     adapter: Path | None = None
     beta: float | None = None
     document: Mapping[str, Any] | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_of_run(self) -> bool:
@@ -122,6 +127,9 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
         PolicyError: its base is gone, has changed, or cannot be read.
     """
     path = Path(name).expanduser()
+    if path.exists():
+        # What it is must not depend on how it is spelt: `.` in a run's adapter folder is that adapter.
+        path = path.resolve()
     if (path / "run.json").is_file():
         return _run(name, RunFolder(path))
     if path.name == "adapter" and (path.parent / "run.json").is_file():
@@ -173,6 +181,8 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     base = resolve_base(model)
     if base.weights != facts["base_weights"]:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
+    if kind == "run" and (said := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
+        raise PolicyError(f"{adapter / ADAPTER_CONFIG}: an adapter of {said}, not of {facts['base_path']}")
     return Subject(
         name=name,
         kind=kind,
@@ -181,25 +191,32 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
         adapter=adapter,
         beta=_beta(document["loss"]),
         document=document,
+        fingerprints=facts["fingerprints"],
     )
 
 
 def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf4", "none"]) -> Subject:
-    try:
-        said = json.loads((path / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise PolicyError(f"{path / ADAPTER_CONFIG}: cannot be read: {error}") from None
-    named = asked or said
+    named = asked or _base_of(path)
     if not isinstance(named, str) or not named:
         raise RecipeError(f"{name}: the adapter names no base", "name it with --base")
     if Path(named).is_absolute() and not Path(named).exists():
         raise PolicyError(f"{name}: its base {named} is not there", "name the base with --base")
     plain = _plain(name, str(Path(named).resolve()) if Path(named).exists() else named, quantization)
     model = plain.recipe.model
+    if quantization == "none" and not is_prequantized(plain.base):
+        log.warning("%s: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits", name)
     if (path / "tokenizer.json").is_file():
         model = model.model_copy(update={"tokenizer": str(path.resolve())})
     recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(path.resolve()))})
     return replace(plain, kind="adapter", recipe=recipe, adapter=path)
+
+
+def _base_of(adapter: Path) -> object:
+    """What an adapter's config names as its base."""
+    try:
+        return json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise PolicyError(f"{adapter / ADAPTER_CONFIG}: cannot be read: {error}") from None
 
 
 def _plain(name: str, base: str, quantization: Literal["nf4", "none"]) -> Subject:

@@ -39,6 +39,7 @@ class Report:
 
     Attributes:
         data: the file.
+        data_changed: whether a run held out other data than these; None where nobody knows, or others were named.
         pairs: how many were compared; `read` less those left out for overlap and those for `left_out`'s reason.
         left_out: pairs that some model can't be asked about, and the first one's reason.
         beta_from: who says beta.
@@ -56,6 +57,7 @@ class Report:
     samples: int
     dtype: str | None
     models: Sequence[ModelReport]
+    data_changed: bool | None = None
 
     def warnings(self) -> list[str]:
         """What somebody should know before trusting the table, and what to try."""
@@ -68,6 +70,7 @@ class Report:
         """All of it as JSON values; what is undefined is null."""
         return {
             "data": self.data,
+            "data_changed": self.data_changed,
             "read": self.read,
             "pairs": self.pairs,
             "left_out": {"overlapping": self.overlapping_left_out, "not_comparable": self.left_out[0]},
@@ -79,6 +82,8 @@ class Report:
         }
 
     def _about_data(self) -> Iterator[str]:
+        if self.data_changed:
+            yield f"{self.data}: has changed since training; these aren't the pairs that the run has held out"
         if self.pairs < FEW_PAIRS:
             yield f"{self.pairs} pairs are few: the intervals say how little is certain"
         count, reason = self.left_out

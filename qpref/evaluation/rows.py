@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qpref.data.again import read_again
 from qpref.data.check import CheckedData, CheckedRows, check_data
 from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
@@ -44,8 +45,11 @@ def data_at(location: str) -> CheckedRows:
     return check_data(make_data_plan(location).sources, (), pairs_alone=False).train
 
 
-def data_of_run(document: Mapping[str, Any]) -> CheckedData:
+def data_of_run(document: Mapping[str, Any], *, heldout_alone: bool = False) -> CheckedData:
     """The rows that a run trains on and holds out, by its recipe; where the metrics went is of no interest here.
+
+    Args:
+        heldout_alone: read no training data, where they aren't needed for the held-out ones.
 
     Raises:
         RecipeError, PluginError: the recipe names what isn't installed.
@@ -54,7 +58,23 @@ def data_of_run(document: Mapping[str, Any]) -> CheckedData:
     plan = make_plan({**document, "sinks": []})
     data, seed = plan.recipe.data, plan.recipe.train.seed
     share = HeldOutShare(data.heldout_share, seed) if data.heldout_share else None
-    return check_data(plan.sources, (), pairs_alone=False, share=share)
+    sources = (plan.of_heldout_alone() if heldout_alone else plan).sources
+    return check_data(sources, (), pairs_alone=False, share=share)
+
+
+def heldout_has_changed(
+    document: Mapping[str, Any], fingerprints: Mapping[str, str], tokenizer: PairTokenizer
+) -> bool | None:
+    """Whether a run held other data out than its recipe names today; None where that can't be told.
+
+    Args:
+        fingerprints: as run.json has them.
+
+    Raises:
+        DataError: the data cannot be read, or training would refuse them.
+    """
+    plan = make_plan({**document, "sinks": []})
+    return read_again(plan, tokenizer).have_changed(plan, fingerprints)
 
 
 def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair]:

@@ -69,9 +69,10 @@ def verdict_table(verdict: Verdict) -> str:
     ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     said = "passed" if verdict.passed else "**not passed**"
+    changed = " Their data have changed since training." if verdict.data_changed else ""
     return (
         f"This folder, read back with transformers, beside the policy that was trained, on {verdict.pairs} "
-        f"{verdict.origin}, both computed in float32: {said}.\n\n{table}"
+        f"{verdict.origin}, both computed in float32: {said}.{changed}\n\n{table}"
     )
 
 

@@ -122,8 +122,8 @@ class Session:
         self._run, self._request, self._survey = run, request, survey
         self._base = load_base(run.base)
         self.as_trained = AsTrained(run.base)
-        self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs)
-        self._notes = [LOSSY] if request.quantize else []
+        self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs, run.facts["fingerprints"])
+        self._notes: list[str] = [LOSSY] if request.quantize else []
         reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
         trained = self.replay(self.as_trained.after(run.delta))
         self._largest = trained.largest

@@ -98,6 +98,7 @@ class Verdict:
         largest_kl: of one token.
         flips: pairs whose preference is the other way round.
         allowed: the largest `margin_error` that passes.
+        data_changed: whether the pairs are of other data than the run's; None where nobody knows.
     """
 
     pairs: int
@@ -112,6 +113,7 @@ class Verdict:
     largest_kl: float
     flips: tuple[Flip, ...]
     allowed: float
+    data_changed: bool | None = None
 
     @property
     def passed(self) -> bool:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref.data.load import check_rows, tokenize_rows
+from qpref.data.again import read_again, tokenized_again
+from qpref.data.load import check_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
 from qpref.plan import Plan
 from qpref.policy.source import BaseFolder
 from qpref.policy.tokenizer import stop_tokens
 from qpref.records import TokenizedExample
+
+log = logging.getLogger("qpref")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,31 +37,42 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The chosen contrasts, and in words what they are."""
+    """The chosen contrasts, and in words what they are.
+
+    Attributes:
+        data_changed: whether they are of other data than the run's; None where nobody knows.
+    """
 
     contrasts: list[Contrast]
     origin: str
+    data_changed: bool | None = None
 
     @property
     def rows(self) -> list[ScoredRow]:
         return [row for contrast in self.contrasts for row in contrast.rows]
 
 
-def choose_rows(plan: Plan, base: BaseFolder, tokenizer: Any, limit: int) -> Replayed:
+def choose_rows(
+    plan: Plan, base: BaseFolder, tokenizer: Any, limit: int, fingerprints: Mapping[str, str] | None = None
+) -> Replayed:
     """Up to `limit` held-out pairs, spread evenly over the file; training ones where the run has held nothing out.
+
+    Args:
+        fingerprints: of the run, to say whether these are its data; None where nobody asks.
 
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    examples = read_examples(plan, base, tokenizer, heldout=True)
-    origin = "training" if examples is None else "held-out"
-    if examples is None:
-        examples = read_examples(plan, base, tokenizer, heldout=False) or []
-    contrasts = list(_contrasts(examples))
+    read = read_again(plan, _pair_tokenizer(plan, base, tokenizer))
+    origin = "held-out" if read.split == "heldout" else "training"
+    changed = None if fingerprints is None else read.have_changed(plan, fingerprints)
+    if changed:
+        log.warning("the %s data have changed since training; the verdict is on what they are today", origin)
+    contrasts = list(_contrasts(read.examples))
     count = min(limit, len(contrasts))
     chosen = [contrasts[place * len(contrasts) // count] for place in range(count)]
     single = any(len(contrast.rows) == 1 for contrast in chosen)
-    return Replayed(chosen, f"{origin} {'completions' if single else 'pairs'}")
+    return Replayed(chosen, f"{origin} {'completions' if single else 'pairs'}", changed)
 
 
 def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -> list[TokenizedExample] | None:
@@ -68,8 +83,11 @@ def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -
     """
     checked = check_rows(plan)
     rows = checked.heldout if heldout else checked.train
-    pairs = PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
-    return None if rows is None else tokenize_rows(rows, pairs, plan.recipe.data, plan.recipe.train.seed)
+    return None if rows is None else tokenized_again(rows, plan, _pair_tokenizer(plan, base, tokenizer))
+
+
+def _pair_tokenizer(plan: Plan, base: BaseFolder, tokenizer: Any) -> PairTokenizer:
+    return PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
 
 
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:

@@ -67,6 +67,7 @@ class Judge:
         return Verdict(
             pairs=len(self.replayed.contrasts),
             origin=self.replayed.origin,
+            data_changed=self.replayed.data_changed,
             tokens=len(kl),
             learned=self.learned,
             margin_error=float(errors.mean()),

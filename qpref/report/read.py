@@ -94,6 +94,7 @@ class RunRecord:
         result: result.json, what the run measured of itself; None before its end.
         data: data.json, the data report; None where there is none.
         is_finished: its adapter is written.
+        unreadable: why a file that a run can be shown without can't be read, by its name.
     """
 
     path: Path
@@ -105,6 +106,7 @@ class RunRecord:
     result: dict[str, Any] | None
     data: dict[str, Any] | None
     is_finished: bool
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -129,6 +131,15 @@ def read_run(path: Path, name: str) -> RunRecord:
     if not folder.run_json.is_file():
         raise RecipeError(f"{path}: no run of qpref (it has no run.json)", "name a folder that qpref train has made")
     text = folder.recipe.read_text(errors="replace") if folder.recipe.is_file() else ""
+    unreadable: dict[str, str] = {}
+
+    def optional(file: Path) -> dict[str, Any] | None:
+        try:
+            return read_object(file) if file.is_file() else None
+        except DataError as error:
+            unreadable[file.name] = error.what.removeprefix(f"{file}: ")
+            return None
+
     return RunRecord(
         path=path,
         name=name,
@@ -136,9 +147,10 @@ def read_run(path: Path, name: str) -> RunRecord:
         recipe=_toml(text),
         recipe_text=text,
         metrics=read_metrics(folder.metrics),
-        result=read_object(folder.result) if folder.result.is_file() else None,
-        data=read_object(folder.data_json) if folder.data_json.is_file() else None,
+        result=optional(folder.result),
+        data=optional(folder.data_json),
         is_finished=folder.adapter.is_dir(),
+        unreadable=unreadable,
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from qpref.errors import CheckpointError, RecipeError
 from qpref.recipe import TrainSection, is_better_higher
 from qpref.training import checkpoint
+from qpref.training.folder import RunFolder
 
 log = logging.getLogger("qpref")
 
@@ -82,15 +83,50 @@ class Watch:
         return self.patience is not None and best is not None and best.waited >= self.patience
 
 
-def of_state(state: Mapping[str, Any], folder: Path) -> Best | None:
-    """The best of a checkpoint's state; None, with a warning, where its own checkpoint isn't what it was."""
-    found = state.get("best")
-    if found is None:
+def of_state(state: Mapping[str, Any], folder: RunFolder, train: TrainSection) -> Best | None:
+    """The best of a checkpoint's state; where its own checkpoint isn't what it was, the best of those that are left.
+
+    Only a step whose checkpoint verifies can be shipped, so a lost one must not hide the next best.
+
+    Args:
+        folder: its metrics.jsonl is at least as long as it was at that checkpoint.
+    """
+    found, watch = state.get("best"), Watch.of(train)
+    if found is None or watch is None:
         return None
     best = Best(**found)
-    try:
-        checkpoint.read(checkpoint.path_of(folder, best.step))
-    except CheckpointError as error:
-        log.warning("the best step so far, %d, is lost, and the best is looked for anew: %s", best.step, error.what)
-        return None
+    reason = _damage(folder, best.step)
+    if reason is None:
+        return best
+    again = _best_left(folder, int(state["metrics_bytes"]), watch)
+    left = "no other is left" if again is None else f"step {again.step} is the best of those that are left"
+    log.warning("the best step so far, %d, is lost, and %s: %s", best.step, left, reason)
+    return again
+
+
+def _best_left(folder: RunFolder, metrics_bytes: int, watch: Watch) -> Best | None:
+    """The best of the held-out rows so far whose steps' checkpoints verify; the others count as waited for."""
+    best: Best | None = None
+    with folder.metrics.open("rb") as file:
+        lines = file.read(metrics_bytes).splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a damaged row is no candidate
+        if not isinstance(row, dict) or row.get("split") != "eval":
+            continue
+        value = row.get(f"eval_{watch.name}")
+        if value is None or _damage(folder, row["step"]) is not None:
+            value = math.nan
+        best = watch.look(best, row["step"], {watch.name: value})
     return best
+
+
+def _damage(folder: RunFolder, step: int) -> str | None:
+    """Why a step's checkpoint doesn't verify; None where it does."""
+    try:
+        checkpoint.read(checkpoint.path_of(folder.checkpoints, step))
+    except CheckpointError as error:
+        return error.what
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,23 @@ from qpref.errors import RecipeError
 
 ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
            "report.html")  # fmt: skip
+DESCRIBED: Mapping[str, type] = {
+    "base": str,
+    "base_path": str,
+    "base_weights": dict,
+    "created": str,
+    "double_quantization": bool,
+    "dtype": str,
+    "examples": dict,
+    "fingerprints": dict,
+    "quantized_modules": list,
+    "versions": dict,
+}
+"""What run.json says of every run, and what each is in JSON. `base_config` isn't here: a merge alone needs it."""
+DESCRIBED_WITHIN: Mapping[str, tuple[str, ...]] = {
+    "examples": ("train", "heldout"),
+    "fingerprints": ("recipe", "training data", "held-out data", "start adapter"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +72,20 @@ class RunFolder:
         return self.path / "report.html"
 
     def description(self) -> dict[str, Any]:
-        """What run.json says."""
-        return dict(json.loads(self.run_json.read_text()))
+        """What run.json says; all of `DESCRIBED` is in it.
+
+        Raises:
+            RecipeError: it cannot be read, or isn't of a run of this qpref.
+        """
+        try:
+            facts = json.loads(self.run_json.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"{self.run_json}: cannot be read: {error}", "restore it, or train anew") from None
+        if not isinstance(facts, dict):
+            raise RecipeError(f"{self.run_json}: expected a JSON object; not a run of this qpref")
+        if lacks := _lacking(facts):
+            raise RecipeError(f"{self.run_json}: lacks '{lacks}': not a run of this qpref")
+        return facts
 
     def clear(self) -> None:
         """Remove the run, whatever it is, but for the lock. run.json goes first: without it there is no run."""
@@ -69,6 +98,15 @@ class RunFolder:
         fsio.remove_staging(self.path)
         if self.checkpoints.is_dir():
             fsio.remove_staging(self.checkpoints)
+
+
+def _lacking(facts: Mapping[str, Any]) -> str | None:
+    """The first thing that run.json doesn't say, or says in another way than it should."""
+    for name, kind in DESCRIBED.items():
+        if not isinstance(facts.get(name), kind):
+            return name
+    within = ((name, key) for name, keys in DESCRIBED_WITHIN.items() for key in keys if key not in facts[name])
+    return next((f"{name}.{key}" for name, key in within), None)
 
 
 @contextmanager

@@ -71,11 +71,11 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     if kept is not None:
         memory = _open_memory(prepared, folder.description().get("reference_cache"))
         snapshot.restore(kept, prepared, optimizer, scaler, progress)
-        progress.best = best.of_state(kept.state, folder.checkpoints)
+        metrics_bytes = snapshot.metrics_bytes(kept, folder)
+        progress.best = best.of_state(kept.state, folder, plan.recipe.train)
         if memory is not None:
             memory.restore(kept.tensors["reference"])
             invariants.check_cached_reference(policy, memory, _first_batch(prepared))
-        metrics_bytes = snapshot.metrics_bytes(kept, folder)
         checkpoint.remove_newer(folder.checkpoints, progress.step)
         log.info("going on after step %d", progress.step)
     else:
@@ -122,8 +122,8 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
                 memory.cache.close()
     if not finished:
         raise StoppedBySignal(f"stopped after step {progress.step}, saved", "go on with --resume", requested[0])
-    write_result(folder.result, progress, policy.device, context.first_step)
     _take_best(prepared, folder, progress)
+    write_result(folder.result, progress, policy.device, context.first_step)
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
 
@@ -138,7 +138,8 @@ def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> Non
     if train.best_by is None:
         return
     if found is None:
-        log.warning("no held-out row has a number for %s; the adapter is the last step's", train.best_by)
+        log.warning("no held-out row whose checkpoint is left has a number for %s; the adapter is the last step's",
+                    train.best_by)  # fmt: skip
         return
     if found.step != progress.step:
         snapshot.restore_adapter(checkpoint.read(checkpoint.path_of(folder.checkpoints, found.step)), prepared.policy)

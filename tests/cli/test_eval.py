@@ -138,6 +138,35 @@ def test_training_data_that_are_gone_are_said(folder, tmp_path):
     assert "gone.jsonl: no such file" in done.stderr
 
 
+def test_what_is_held_out_is_evaluated_without_the_training_data(folder, tmp_path):
+    copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    lock = (copy / "recipe.lock.toml").read_text()
+    (copy / "recipe.lock.toml").write_text(lock.replace("train.jsonl", "gone.jsonl"))
+    done = evaluate(copy, "--samples", 10)
+    assert "nobody knows whether the prompts were trained on: " in done.stderr
+
+
+def test_held_out_data_that_have_changed_since_training_are_said(folder, tmp_path):
+    assert facts(folder / "run")["data_changed"] is False
+    assert facts(folder / "run", "--max-length", 200)["data_changed"] is False
+    copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    lock = (copy / "recipe.lock.toml").read_text()
+    other = write_jsonl(tmp_path / "other.jsonl", preference_rows(4, start=200))
+    (copy / "recipe.lock.toml").write_text(lock.replace(str(folder / "heldout.jsonl"), str(other)))
+    found = facts(copy)
+    assert found["data_changed"] is True
+    assert f"{other}: has changed since training; these aren't the pairs that the run has held out" in found["warnings"]
+    assert facts(copy, "--data", other)["data_changed"] is None
+
+
+def test_a_merged_folder_alone_is_said_to_hide_what_it_was_trained_on(folder):
+    words = f"{folder / 'merged'}: nobody knows whether its prompts were trained on; name its run too"
+    assert words in evaluate(folder / "merged", "--samples", 10, "--data", folder / "train.jsonl").stderr
+    beside = evaluate(folder / "merged", folder / "run", "--samples", 10, "--data", folder / "train.jsonl")
+    assert "nobody knows" not in beside.stderr
+    assert "stand in its training data" in beside.stderr + beside.stdout
+
+
 def test_single_completions_exit_3(folder, tmp_path):
     path = write_jsonl(tmp_path / "single.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     done = evaluate(folder / "run", "--data", path, code=3)

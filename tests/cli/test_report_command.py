@@ -92,6 +92,17 @@ def test_a_merged_folder_without_a_verdict_is_named(make_run, tmp_path):
     assert f"{tmp_path}/merge.json: cannot be read" in report(make_run(), "--merged", tmp_path, code=3).stderr
 
 
+def test_a_damaged_file_that_the_page_can_do_without_is_a_note_on_it(make_run):
+    run = make_run()
+    for name in ("data.json", "result.json"):
+        (run / name).write_text("[1")
+    assert report(run).stdout == f"report: {run}/report.html\n"
+    page = (run / "report.html").read_text()
+    assert "data.json is left out: not JSON: " in page
+    assert "result.json is left out: not JSON: " in page
+    assert "data report (data.json) in this run" not in page
+
+
 def test_a_report_needs_no_model_library(make_run):
     program = (
         "import sys; from pathlib import Path; from qpref.report.write import write_report; "

@@ -59,6 +59,29 @@ def test_the_adapter_folder_of_a_run_is_the_run(run):
     assert identify(str(run / "adapter")).recipe == identify(str(run)).recipe
 
 
+def test_what_a_path_is_doesnt_depend_on_how_it_is_spelt(run, tmp_path, monkeypatch):
+    for place, name, kind in (
+        (run / "adapter", ".", "run"),
+        (run / "checkpoints", "../adapter", "run"),
+        (run / "checkpoints", "step-000001", "checkpoint"),
+        (run / "checkpoints/step-000001", ".", "checkpoint"),
+    ):
+        monkeypatch.chdir(place)
+        assert identify(name).kind == kind
+    (tmp_path / "link").symlink_to(run / "adapter")
+    assert identify(str(tmp_path / "link")).kind == "run"
+
+
+def test_an_adapter_on_an_unquantized_base_is_said(run, tmp_path, said):
+    adapter = str(adapter_alone(run, tmp_path))
+    identify(adapter, quantization="nf4")
+    assert not said
+    identify(adapter)
+    assert said == [
+        f"{adapter}: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits",
+    ]
+
+
 def test_a_checkpoint_is_the_run_at_that_step(run):
     first, last = (identify(str(run / f"checkpoints/step-00000{step}")) for step in (1, 3))
     assert first.kind == "checkpoint"
@@ -120,10 +143,23 @@ def test_a_runs_adapter_that_doesnt_fit_its_base_is_refused(run, tmp_path):
         identify(str(copy)).load("bf16")
 
 
+def test_a_run_with_another_bases_adapter_is_refused(run, make_base, tmp_path):
+    """Of the same shape, so that nothing but its config tells."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = copy / "adapter/adapter_config.json"
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    config.write_text(config.read_text().replace(base, str(make_base())))
+    with pytest.raises(PolicyError) as caught:
+        identify(str(copy))
+    assert caught.value.what == f"{config}: an adapter of {make_base()}, not of {base}"
+    identify(str(copy / "checkpoints/step-000003"))  # has tensors of its own
+
+
 def test_a_run_whose_base_has_changed_is_refused(run, tmp_path):
     copy = Path(shutil.copytree(run.parent, tmp_path / "all"))
-    facts = json.loads((copy / "run/run.json").read_text())
-    (copy / "run/run.json").write_text(json.dumps(facts | {"base_path": str(copy / "base")}))
+    for name in ("run.json", "adapter/adapter_config.json"):
+        file = copy / "run" / name
+        file.write_text(file.read_text().replace(str(run.parent / "base"), str(copy / "base")))
     identify(str(copy / "run"))
     weights = copy / "base/model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -17,6 +17,7 @@ from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeEr
 from qpref.merge.guards import read_run
 from qpref.merge.merge import merge_run, weights_of
 from qpref.merge.request import MergeRequest, Tolerance
+from qpref.merge.rows import choose_rows
 
 Harm = Callable[[Path, Path], None]
 
@@ -198,6 +199,16 @@ def test_pairs_that_are_gone_are_told_before_the_first_byte(trained_run, make_ba
     with pytest.raises(DataError, match=r"heldout\.jsonl: no such file"):
         merge(run, tmp_path / "merged/out")
     assert not (tmp_path / "merged").exists()
+
+
+def test_held_out_pairs_alone_are_read_where_they_have_a_file_of_their_own(trained_run, make_base, tmp_path):
+    """The training data may be gone, and no validator looks at them."""
+    run, _ = moved(trained_run(), make_base(), tmp_path)
+    train = json.dumps(str(trained_run().parent / "train.jsonl"))
+    _replace("recipe.lock.toml", train, '"/nowhere/train.jsonl"')(run, run)
+    opened = read_run(run)
+    replayed = choose_rows(opened.plan, opened.base_folder, opened.tokenizer, 64)
+    assert (len(replayed.contrasts), replayed.origin) == (4, "held-out pairs")
 
 
 def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,31 @@ def test_a_run_without_held_out_pairs_is_judged_on_training_pairs_and_says_so(ma
     run = train_plan(make_plan(recipe, output=tmp_path / "run"))
     verdict = merge(run, tmp_path / "out", "bf16").verdict
     assert (verdict.pairs, verdict.origin) == (12, "training pairs")
+
+
+@pytest.mark.parametrize("split", ["heldout", "train"])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_data_that_have_changed_since_training_are_said_and_recorded(make_recipe, tmp_path, said, split, loss):
+    """All but held-out completions, whose partners are of all the data."""
+    recipe = make_recipe({"loss.name": loss, "train.learning_rate": 0.02})
+    if split == "train":
+        del recipe["data"]["heldout"]
+    run = train_plan(make_plan(recipe, output=tmp_path / "run"))
+    knows = None if (loss, split) == ("kto", "heldout") else False
+    said.clear()
+    assert merge(run, tmp_path / "same", "bf16").verdict.data_changed is knows
+    assert not said
+    path = Path(recipe["data"][split])
+    path.write_text(path.read_text().replace("comes after", "follows"))
+    merge(run, tmp_path / "other", "bf16")
+    record = json.loads((tmp_path / "other/merge.json").read_text())
+    assert record["verdict"]["data_changed"] is (None if knows is None else True)
+    card = (tmp_path / "other/README.md").read_text()
+    assert ("Their data have changed since training." in card) is (knows is not None)
+    assert [line for line in said if "data have changed since training" in line] == [
+        f"the {'held-out' if split == 'heldout' else 'training'} data have changed since training; the verdict is on "
+        "what they are today"
+    ] * (knows is not None)
 
 
 @pytest.mark.parametrize(("limit", "lines"), [(64, [1, 2, 3, 4]), (2, [1, 3]), (3, [1, 2, 3]), (1, [1])])

@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_once_its_patience_was_out_trains_no_further(make_
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
 
 
-def test_a_best_checkpoint_that_is_lost_is_said_and_looked_for_anew(make_toy, tmp_path, said):
+def test_a_best_checkpoint_that_is_lost_is_said_and_the_next_best_takes_its_place(make_toy, tmp_path, said):
     recipe = make_toy(**SMALLEST)
     real = checkpoint.save_checkpoint
 
@@ -179,10 +179,36 @@ def test_a_best_checkpoint_that_is_lost_is_said_and_looked_for_anew(make_toy, tm
     best = min(steps_kept(tmp_path / "run"))
     assert best < 5
     (tmp_path / f"run/checkpoints/step-{best:06}/adapter.safetensors").write_bytes(b"")
+    before = margins(tmp_path / "run")
+    next_best = min((5, 6), key=before.__getitem__)
     run = qpref.train(recipe, output=tmp_path / "run", resume=True)
-    assert any(f"the best step so far, {best}, is lost" in line for line in said)
-    later = {step: margin for step, margin in margins(run).items() if step > 6}
-    assert is_adapter_of(run, min(later, key=later.__getitem__))
+    words = f"the best step so far, {best}, is lost, and step {next_best} is the best of those that are left: "
+    assert any(words in line for line in said)
+    left = {step: margin for step, margin in margins(run).items() if step >= 5}
+    assert min(left, key=left.__getitem__) == next_best  # or no step before the resume would count
+    assert is_adapter_of(run, next_best)
+
+
+def test_rows_since_the_next_best_are_waited_for(make_toy, tmp_path):
+    """As they would be had the lost one never been: patience goes on from there."""
+    from qpref.recipe import TrainSection
+    from qpref.training import best as module
+    from qpref.training.folder import RunFolder
+
+    run = qpref.train(make_toy(**SMALLEST, keep=12), output=tmp_path / "run")
+    state = json.loads((run / "checkpoints/step-000012/state.json").read_text())
+    train = TrainSection(**make_toy(**SMALLEST)["train"])
+    assert module.of_state(state, RunFolder(run), train) == Best(**state["best"])
+    found = margins(run)
+    (run / f"checkpoints/step-{state['best']['step']:06}/state.json").write_text("{")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "split": "eval", "eval_rewards/margins": -9.0}\n')  # after the checkpoint
+    found.pop(state["best"]["step"])
+    step = min(found, key=found.__getitem__)
+    assert module.of_state(state, RunFolder(run), train) == Best(step, found[step], 12 - step)
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.json").write_text("{")
+    assert module.of_state(state, RunFolder(run), train) is None
 
 
 def test_a_best_checkpoint_that_is_damaged_at_the_end_is_not_exported(make_toy, tmp_path, monkeypatch):
@@ -198,6 +224,7 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_not_exported(make_toy, 
     with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
         qpref.train(recipe, output=tmp_path / "run")
     assert not (tmp_path / "run/adapter").exists()
+    assert not (tmp_path / "run/result.json").exists()  # it would name an adapter that isn't there
 
 
 def test_a_metric_that_held_out_rows_dont_have_is_refused_before_the_first_step(make_toy, tmp_path):

@@ -1,0 +1,42 @@
+"""What run.json has to say before a run is believed to be one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qpref.errors import RecipeError
+from qpref.evaluation.models import identify
+from qpref.merge.guards import read_run
+from qpref.training.folder import DESCRIBED, DESCRIBED_WITHIN, RunFolder
+
+WHOLE = {name: kind() for name, kind in DESCRIBED.items()} | {
+    name: dict.fromkeys(keys, "") for name, keys in DESCRIBED_WITHIN.items()
+}
+DAMAGED = {
+    "cut off": ("[1", "cannot be read: "),
+    "not a text": ("\ud800", "cannot be read: "),
+    "no object": ("[1]", "expected a JSON object; not a run of this qpref"),
+    "empty": ("{}", "lacks 'base': not a run of this qpref"),
+    "another kind": (json.dumps(WHOLE | {"base_weights": None}), "lacks 'base_weights': not a run of this qpref"),
+    "a part": (json.dumps(WHOLE | {"fingerprints": {}}), "lacks 'fingerprints.recipe': not a run of this qpref"),
+}
+
+
+def test_what_a_run_of_this_qpref_says_is_returned(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(WHOLE | {"more": 1}))
+    assert RunFolder(tmp_path).description() == WHOLE | {"more": 1}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("read", [identify, read_run])
+def test_a_damaged_run_json_is_refused_by_name(tmp_path, case, read):
+    """By what evaluates a run and by what merges it alike."""
+    text, words = DAMAGED[case]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "recipe.lock.toml").touch()
+    (tmp_path / "run.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(RecipeError) as caught:
+        read(str(tmp_path) if read is identify else tmp_path)
+    assert f"{tmp_path / 'run.json'}: {words}" in caught.value.what
