@@ -88,7 +88,9 @@ def merge_blocks(value: Any) -> list[Block]:
     if not isinstance(verdict, dict):
         return [("", shown(value))]
     tried = value.get("tried") if isinstance(value.get("tried"), dict) else {}
-    columns = {cell_text(value.get("dtype")): verdict} | {
+    asked = value.get("asked")
+    quantized = asked.get("quantize") if isinstance(asked, dict) else None
+    columns = {cell_text(quantized or value.get("dtype")): verdict} | {
         name: part for name, part in tried.items() if isinstance(part, dict)
     }
     blocks: list[Block] = [("verdict", _headline(verdict, value))]

@@ -265,6 +265,15 @@ def test_merge_verdict_is_said_with_its_figures(tmp_path):
     assert rows[-1] == ["learned change kept in the weights", "98.5 %", "42.0 %"]
 
 
+def test_a_merge_that_quantized_again_shows_what_nf4_kept(tmp_path):
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    merged = MERGE | {"dtype": "bf16", "asked": {"quantize": "nf4"}, "tried": {}, "kept_in_weights": {"nf4": 0.5}}
+    (out / "merge.json").write_text(json.dumps(merged))
+    section = page_of(run, extras=Extras(merged=[out])).one("section", id="merge")
+    assert section.all("table")[0].rows()[-1] == ["learned change kept in the weights", "50.0 %"]
+
+
 def test_a_merge_that_did_not_pass_is_no_good_news(tmp_path):
     run, file = make_run(tmp_path / "run"), tmp_path / "merge.json"
     file.write_text(json.dumps({"dtype": "bf16", "verdict": VERDICT | {"passed": False}}))
