@@ -1,14 +1,30 @@
-"""A recipe's TOML as nested dicts, and changes to single values of it."""
+"""A recipe's TOML as nested dicts: read, changed in single values, and told from another that computes other things."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qpref.errors import RecipeError
+
+FREE_TO_CHANGE = {
+    # Where things lie; their contents have fingerprints of their own.
+    *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
+    *(
+        ("data", key)
+        for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad", "cache")
+    ),
+    ("adapter", "start"),
+    # How it is computed and how often it is told or saved.
+    *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),
+    *(("train", key) for key in ("log_every", "eval_every", "save_every")),
+}
+"""Settings that may differ between a run and its resumption: (table, key)."""
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -60,3 +76,12 @@ def _toml_value(text: str) -> object:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def fingerprint_of(document: Mapping[str, Any]) -> str:
+    """The fingerprint of a resolved recipe, such as a run's recipe.lock.toml."""
+    decisive = {
+        table: {key: value for key, value in document[table].items() if (table, key) not in FREE_TO_CHANGE}
+        for table in ("model", "adapter", "data", "train")
+    } | {"loss": document["loss"]}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qpref.choices import Choice, LossChoice, SourceChoice
-from qpref.document import read_document, with_overrides
+from qpref.document import fingerprint_of, read_document, with_overrides
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
@@ -30,20 +28,6 @@ FOLDER_READER = "datasets"
 """Reads a folder where no reader is named."""
 DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 """Run on all data too, where they are installed."""
-
-FREE_TO_CHANGE = {
-    # Where things lie; their contents have fingerprints of their own.
-    *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
-    *(
-        ("data", key)
-        for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad", "cache")
-    ),
-    ("adapter", "start"),
-    # How it is computed and how often it is told or saved.
-    *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),
-    *(("train", key) for key in ("log_every", "eval_every", "save_every")),
-}
-"""Settings that may differ between a run and its resumption: (table, key)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +69,6 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""
         return fingerprint_of(self.document)
-
-
-def fingerprint_of(document: Mapping[str, Any]) -> str:
-    """The fingerprint of a resolved recipe, such as a run's recipe.lock.toml."""
-    decisive = {
-        table: {key: value for key, value in document[table].items() if (table, key) not in FREE_TO_CHANGE}
-        for table in ("model", "adapter", "data", "train")
-    } | {"loss": document["loss"]}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:

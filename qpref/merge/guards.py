@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from qpref import fsio
+from qpref.document import fingerprint_of
 from qpref.errors import DiskError, MergeError, RecipeError
 from qpref.merge.base import TrainedBase
 from qpref.merge.request import MergeRequest
 from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
-from qpref.plan import Plan, fingerprint_of, make_plan
+from qpref.plan import Plan, make_plan
 from qpref.policy.adapter import COPIED_FIELDS, NOT_PLAIN_FIELDS
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files

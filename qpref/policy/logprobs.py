@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qpref.errors import PolicyError
 from qpref.policy.attention import LAYOUT
-from qpref.records import PackedBatch, PairLogProbs, TokenLogProbs
+from qpref.records import PackedBatch, TokenLogProbs
 
 if TYPE_CHECKING:
     from qpref.policy.load import Policy
@@ -301,30 +301,6 @@ def score_tokens(head: Head, hidden: Tensor, tokens: Tensor, *, squares: bool = 
         hidden, tokens, head, squares, *head.low_rank(hidden)
     )
     return scored
-
-
-def sequences(scores: TokenLogProbs, chosen: slice) -> TokenLogProbs:
-    """Some of the sequences, such as every second one."""
-    lengths = scores.lengths[chosen]
-
-    def part(values: Tensor) -> Tensor:
-        pieces = values.split(list(scores.lengths))[chosen]
-        return torch.cat(pieces) if pieces else values[:0]
-
-    squares = scores.log_sum_squares
-    return TokenLogProbs(
-        values=part(scores.values), lengths=lengths, log_sum_squares=None if squares is None else part(squares)
-    )
-
-
-def pair_logprobs(scores: TokenLogProbs, prompts: bool = False) -> PairLogProbs:
-    """The scores of a batch of pairs, sorted by side; with `prompts`, the last third are those of the prompts."""
-    branches = len(scores.lengths) * 2 // 3 if prompts else len(scores.lengths)
-    return PairLogProbs(
-        chosen=sequences(scores, slice(0, branches, 2)),
-        rejected=sequences(scores, slice(1, branches, 2)),
-        prompt=sequences(scores, slice(branches, None)) if prompts else None,
-    )
 
 
 def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:

@@ -16,7 +16,8 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
 from qpref.policy.attention import STRETCHES, CannotShareError
 from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs, sequences
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.pairs import sequences
 from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.inputs import Mismatched

@@ -81,11 +81,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     else:
         if resume:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
-        memory = _open_memory(prepared, None)
-        invariants.check_start(policy, prepared.loss, _first_batch(prepared), memory)
-        progress.budget = snapshot.settled(prepared)
-        folder.clear()
-        _describe(prepared, folder, memory, progress.budget)
+        memory = _begin(prepared, folder, progress)
 
     if memory is not None and plan.recipe.reference.fill == "before":
         everything = [*prepared.examples, *prepared.heldout]
@@ -126,6 +122,19 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     write_result(folder.result, progress, policy.device, context.first_step)
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
+
+
+def _begin(prepared: Prepared, folder: RunFolder, progress: Progress) -> ReferenceMemory | None:
+    """Check a new run's start, settle its sizes, write down what it is; returns what it knows of the reference.
+
+    Until the checks have passed, nothing that stood in the folder is touched.
+    """
+    memory = _open_memory(prepared, None)
+    invariants.check_start(prepared.policy, prepared.loss, _first_batch(prepared), memory)
+    progress.budget = snapshot.settled(prepared)
+    folder.clear()
+    _describe(prepared, folder, memory, progress.budget)
+    return memory
 
 
 def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> None:

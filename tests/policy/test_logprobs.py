@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpref.errors import PolicyError
 from qpref.policy import logprobs
-from qpref.policy.logprobs import Head, _ScoreTokens, pair_logprobs
+from qpref.policy.logprobs import Head, _ScoreTokens
+from qpref.policy.pairs import pair_logprobs
 from qpref.records import TokenLogProbs
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 37

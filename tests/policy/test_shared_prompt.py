@@ -19,7 +19,8 @@ from torch.nn.functional import logsigmoid
 from qpref.data.pack import pack, split_by_tokens
 from qpref.policy.attention import LAYOUT, STRETCHES, CannotShareError, shared_prompt_attention
 from qpref.policy.load import Policy, load_policy
-from qpref.policy.logprobs import completion_logprobs, pair_logprobs
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.pairs import pair_logprobs
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
 from qpref.records import Group, TokenizedExample
