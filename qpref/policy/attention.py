@@ -2,13 +2,14 @@
 
 Registered with transformers' attention registry, so no model is patched; the stream's layout reaches the function as a
 keyword through the decoder layers. No mask is made for it (a [T, T] one would cost more than it says): the function
-attends stretch by stretch, with the keys and values of the prompt gathered before those of the branch: on a GPU all
-stretches in one call (see `varlen`), elsewhere one call each.
+attends stretch by stretch (see `stretches`), with the keys and values of the prompt gathered before those of the
+branch: on a GPU all in one call (see `varlen`), on a CPU with bf16 units in plain products (see `blocks`), elsewhere
+one call each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,11 +20,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qpref.policy import varlen
+from qpref.policy import blocks, varlen
+from qpref.policy.stretches import Stretch, stretches
 from qpref.records import Group
 
 STRETCHES = "qpref_stretches"
 """The path that works everywhere: one call of torch's scaled dot product for each stretch."""
+BLOCKS = "qpref_blocks"
+"""The path for CPUs with bf16 units."""
 KERNELS: dict[str, varlen.Kernel] = {
     "qpref_varlen_torch": varlen.torch_kernel,
     "qpref_varlen_fa2": varlen.flash_attn_kernel,
@@ -37,18 +41,27 @@ HARMLESS_KEYWORDS = frozenset(
 )
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[Group], float | None, int | None], Tensor]
+"""query [1, heads, T, width], key and value [1, key-value heads, T, width], groups, scale, window -> [1, T, heads,
+width]."""
+
+
 class CannotShareError(Exception):
     """This model's attention does something that sharing a prompt would get wrong. The text says what."""
 
 
 def register() -> None:
     """Make the attention known to transformers, under a name for each path; again is harmless."""
-    for name in (STRETCHES, *KERNELS):
-        ALL_ATTENTION_FUNCTIONS.register(name, partial(shared_prompt_attention, kernel=KERNELS.get(name)))
+    paths: dict[str, Attend | None] = {STRETCHES: None, BLOCKS: blocks.attend}
+    paths |= {name: partial(varlen.attend, kernel) for name, kernel in KERNELS.items()}
+    for name, attend in paths.items():
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(shared_prompt_attention, attend=attend))
 
 
 def sharing_paths(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the paths that may work here, the fastest first. The first batch of a run says which do."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and blocks.has_bf16_units():
+        return BLOCKS, STRETCHES
     if device.type != "cuda" or dtype == torch.float32:
         return (STRETCHES,)
     return (
@@ -82,7 +95,7 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    kernel: varlen.Kernel | None = None,
+    attend: Attend | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, over one stream.
@@ -96,7 +109,7 @@ def shared_prompt_attention(
         dropout: on the attention weights.
         sliding_window: positions that a token sees, itself included; None for all before it.
         is_causal: None, or what the model says of itself.
-        kernel: computes all stretches in one call; None for a call each.
+        attend: computes all stretches; None for a call of torch's scaled dot product for each.
         keywords: must hold the layout; anything that isn't known to be harmless is refused.
 
     Returns:
@@ -108,10 +121,10 @@ def shared_prompt_attention(
     groups: Sequence[Group] | None = keywords.pop(LAYOUT, None)
     _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
     assert groups is not None
-    if kernel is not None:
+    if attend is not None:
         if dropout:
             raise CannotShareError("its attention has dropout")
-        return varlen.attend(kernel, query, key, value, groups, scaling, sliding_window), None
+        return attend(query, key, value, groups, scaling, sliding_window), None
     return _attend_by_stretch(query, key, value, groups, scaling, dropout, sliding_window), None
 
 
@@ -131,11 +144,11 @@ def _attend_by_stretch(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
-    def attend(queries: slice, keys: Sequence[slice]) -> Tensor:
+    def attend(stretch: Stretch) -> Tensor:
         # A mask only where the plain causal triangle isn't the answer.
-        ends = [key[:, :, span] for span in keys], [value[:, :, span] for span in keys]
+        ends = [key[:, :, span] for span in stretch.spans], [value[:, :, span] for span in stretch.spans]
         k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in ends)
-        q = query[:, :, queries]
+        q = query[:, :, stretch.queries]
         plain = k.shape[2] == q.shape[2] and (sliding_window is None or sliding_window >= k.shape[2])
         mask = None if plain else _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
         with torch.autocast("cpu", enabled=False):  # it would narrow again what was widened
@@ -143,21 +156,8 @@ def _attend_by_stretch(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scaling
             )
 
-    outputs = torch.cat([attend(*spans) for spans in _stretches(groups)], dim=2)
+    outputs = torch.cat([attend(stretch) for stretch in stretches(groups)], dim=2)
     return outputs.transpose(1, 2).to(dtype).contiguous()
-
-
-def _stretches(groups: Sequence[Group]) -> Iterator[tuple[slice, list[slice]]]:
-    """Each stretch of the stream that attends as one, in the stream's order, and the stretches that it attends to."""
-    for group in groups:
-        prompt = slice(group.start, group.start + group.prompt)
-        yield prompt, [prompt]
-        start = prompt.stop
-        for length in group.branches:
-            branch = slice(start, start + length)
-            if length:
-                yield branch, [prompt, branch]
-            start = branch.stop
 
 
 def _widened(states: Tensor) -> Tensor:

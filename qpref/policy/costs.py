@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from qpref.policy.shape import Layer, Linear, ModelShape
+from qpref.policy.stretches import kept_scores
 from qpref.recipe import Recipe
 
 GIB = 2**30
@@ -24,7 +25,7 @@ PAGED_FROM, EIGHT_BIT_FROM, STATE_BLOCK = 100_000, 4096, 256
 """bitsandbytes: weights from which a state is paged, or 8 bits wide; numbers of an 8-bit state that share a scale."""
 CONTEXT_BYTES, FRAGMENTATION = int(0.6 * GIB), 0.03
 """Assumed: what the device's libraries hold, and the share of memory that an allocator loses between its blocks."""
-TILE_ELEMENTS, TILE_ROWS = 2**22, 1024
+TILE_ELEMENTS, TILE_ROWS = 2**21, 1024
 """As in `logprobs`, which cannot be imported without torch; a test holds the two together."""
 
 
@@ -39,6 +40,7 @@ class Stream:
         branch_keys: keys that branches attend to: sum(P + R - 1).
         masked: query-key pairs of which a mask is made: sum((R - 1) (P + R - 1)).
         attended: query-key pairs that attention computes: P^2 / 2 + sum(R P + R^2 / 2).
+        kept_scores: those whose softmax is kept where attention runs in blocks; fewer where a window hides some.
         squares: sum((P + R - 1)^2), the scores of whole rows.
         prompt_squares: sum(P^2), of which masks are made in layers whose window is shorter than a prompt.
         longest_prompt: tokens.
@@ -50,6 +52,7 @@ class Stream:
     branch_keys: float
     masked: float
     attended: float
+    kept_scores: float
     squares: float
     prompt_squares: float
     longest_prompt: int
@@ -67,6 +70,7 @@ class Stream:
             branch_keys=sum(p + r - 1 for p, r in branches if r > 1),
             masked=sum((r - 1) * (p + r - 1) for p, r in branches),
             attended=sum(p**2 / 2 for p in prompts) + sum(r * p + r**2 / 2 for p, r in branches),
+            kept_scores=sum(kept_scores(0, p) for p in prompts) + sum(kept_scores(p, r - 1) for p, r in branches),
             squares=sum((p + r - 1) ** 2 for p, r in branches),
             prompt_squares=sum(p**2 for p in prompts),
             longest_prompt=max(prompts, default=0),
@@ -87,6 +91,7 @@ class Setup:
         width: bytes of a number that the base computes in.
         double_quantization: None where the base isn't quantized.
         has_start: a frozen copy of a start adapter is kept as the reference.
+        in_blocks: attention runs in blocks (see `blocks`), on this machine's CPU.
     """
 
     device: Literal["cpu", "cuda"]
@@ -95,10 +100,13 @@ class Setup:
     dropout: float = 0.0
     optimizer: str = "adamw"
     has_start: bool = False
+    in_blocks: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, device: Literal["cpu", "cuda"], shape: ModelShape) -> Setup:
         """A recipe's, on a device. A base that is 4-bit already stays as it is."""
+        from qpref.policy.blocks import has_bf16_units
+
         model = recipe.model
         asked = model.double_quantization if model.quantization == "nf4" else None
         return cls(
@@ -108,6 +116,7 @@ class Setup:
             dropout=recipe.adapter.dropout,
             optimizer=recipe.train.optimizer,
             has_start=recipe.adapter.start is not None,
+            in_blocks=device == "cpu" and model.dtype == "bf16" and has_bf16_units(),
         )
 
 
@@ -249,28 +258,26 @@ def _is_flash(shape: ModelShape, setup: Setup) -> bool:
 
 def _attention_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     q, k, tokens = shape.query, shape.key, stream.tokens
-    if (
-        shape.capped
-    ):  # queries, repeated keys and values; each score under tanh, as float32 weight, as weight of b bytes
+    # Queries, repeated keys and values; each score under tanh, as float32 weight, as weight of b bytes.
+    if shape.capped:
         scores = shape.heads * stream.squares * (2 * setup.width + (4 if setup.width < 4 else 0))
         return 3 * setup.width * q * tokens + scores
     log_sums = 4 * shape.heads * tokens
     if not shape.shares_prompts:
         return setup.width * (4 * q * tokens + stream.squares) + log_sums
+    if setup.in_blocks:  # queries, keys, values, the softmax
+        return setup.width * ((q + 2 * k) * tokens + shape.heads * stream.kept_scores)
     if _is_flash(shape, setup):  # queries, gathered keys and values, the result
         return setup.width * (2 * q * tokens + 2 * k * (stream.prompts + stream.branch_keys)) + log_sums
     # Stretch by stretch: queries, repeated keys and values, the result; a copy of keys and values for each branch.
-    masks = stream.masked + (stream.prompt_squares if _prompts_are_masked(shape, stream) else 0)
+    slides = shape.window is not None and stream.longest_prompt > shape.window
+    masks = stream.masked + (stream.prompt_squares if slides else 0)
     return _stretch_width(setup) * (4 * q * tokens + 2 * q * stream.branch_keys + masks) + log_sums
 
 
 def _stretch_width(setup: Setup) -> int:
-    """A CPU attends in float32."""
+    """Stretch by stretch a CPU attends in float32."""
     return 4 if setup.device == "cpu" else setup.width
-
-
-def _prompts_are_masked(shape: ModelShape, stream: Stream) -> bool:
-    return shape.window is not None and stream.longest_prompt > shape.window
 
 
 def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, checkpointed: int) -> int:

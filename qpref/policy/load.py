@@ -285,10 +285,12 @@ def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:
 def _forget_compiled_products() -> None:
     """Let oneDNN keep the products of one micro-batch, not 1,024.
 
-    It compiles a product for each shape, 0.6 MB apiece, and every packed batch has a length of its own. Read once, at
-    the process's first product; whoever has set it is left alone.
+    It compiles a product for each shape, about 0.3 MB apiece, and every packed batch has a length of its own. Two
+    caches hold them: oneDNN's, and that of torch's layer above it. Both sizes are read once, at the process's first
+    product; whoever has set one is left alone.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def _silence_dropout(config: Any) -> None:

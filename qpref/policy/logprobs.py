@@ -10,7 +10,6 @@ needs the slices again in the backward pass, for the gradient of its B matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from qpref.errors import PolicyError
 from qpref.policy.attention import LAYOUT
+from qpref.policy.products import wide_product
 from qpref.records import PackedBatch, TokenLogProbs
 
 if TYPE_CHECKING:
     from qpref.policy.load import Policy
 
-TILE_ELEMENTS = 2**22
-"""Logits that exist at a time: 16 MiB in float32."""
+TILE_ELEMENTS = 2**21
+"""Logits that exist at a time: 8 MiB in float32."""
 MAX_ROWS = 1024
 
 
@@ -77,7 +77,7 @@ class Head:
         self, hidden: Tensor, start: int, stop: int, low: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
         """[rows, stop - start] logits of a slice of the vocabulary, accumulated and returned in float32."""
-        logits = _product(hidden, self.weight[start:stop].t())
+        logits = wide_product(hidden, self.weight[start:stop].t())
         if low is not None and b is not None:
             logits.addmm_(low.to(logits.dtype), b[start:stop].t().to(logits.dtype))
         if self.bias is not None:
@@ -93,29 +93,6 @@ class Head:
         if self.softcap is not None:
             change *= 1 - (logits / self.softcap).square()
         return change if self.scale == 1.0 else change.mul_(self.scale)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product accumulated and returned in float32 (float64 for float64), whatever 16-bit type comes in."""
-    if right.dtype in (torch.float32, torch.float64):
-        return left.to(right.dtype) @ right
-    if right.device.type == "cuda":
-        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
-    with _bf16_products(right.dtype == torch.bfloat16 == left.dtype):
-        return left.float() @ right.float()
-
-
-@contextmanager
-def _bf16_products(exact: bool) -> Iterator[None]:
-    """Let a CPU with bf16 units multiply float32 matrices on them, where both hold bf16 numbers and so lose nothing."""
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing in torch's own stubs
-    before = matmul.fp32_precision
-    if exact:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +240,7 @@ def slices(head: Head, num_rows: int) -> Iterator[tuple[int, int]]:
 
 def _low_product(left: Tensor, right: Tensor) -> Tensor:
     """A product for gradients: in the right factor's 16-bit type on a CPU, accumulated in float32 on a GPU."""
-    return left.to(right.dtype) @ right if right.device.type == "cpu" else _product(left, right)
+    return left.to(right.dtype) @ right if right.device.type == "cpu" else wide_product(left, right)
 
 
 def completion_logprobs(

@@ -1,10 +1,12 @@
 """A frozen linear layer and its LoRA adapter as one autograd function.
 
-PEFT computes them as a chain of operations: it clones the base's result, casts the input to float32 and back, and
-keeps the scaled low-rank result beside it. Here the low-rank product is added into the base's result in place, the
-input and one [T, rank] matrix are all that is kept for the backward pass, and the 4-bit weight is dequantized once in
-each pass. The layers are PEFT's own, with this in place of their forward pass, and anything that it doesn't cover
-(several adapters at once, adapters off) goes PEFT's way.
+PEFT computes them as a chain of operations: it clones the base's result, casts the input to float32 and back, and adds
+the scaled low-rank result to what the base's product was rounded to. An adapter that has learned little, as at the
+learning rates of preference training it has, then vanishes wherever it is less than half a step of the 16-bit type.
+Here the base's product is accumulated onto the low-rank one, so their sum is rounded once. The input and one [T, rank]
+matrix are all that is kept for the backward pass, and the 4-bit weight is dequantized once in each pass. The layers are
+PEFT's own, with this in place of their forward pass, and anything that it doesn't cover (several adapters at once, a
+merged one) goes PEFT's way.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ class _AdaptedLinear(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
             kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
             low = _dropped(flat, kept, dropout) @ a.to(x.dtype).t()
-            result: Tensor = base(flat)
-            result.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+            result = _onto(low @ (b * scaling).to(x.dtype).t(), flat, base)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(flat, low, a, b, kept)
             ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
@@ -41,18 +42,23 @@ class _AdaptedLinear(torch.autograd.Function):
         shape = (*gradients[0].shape[:-1], x.shape[-1])
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            low_gradient = (gradient @ b.to(x.dtype)).mul_(ctx.scaling)
+            low_gradient = gradient @ (b * ctx.scaling).to(x.dtype)
             slope_b = _float32_product(gradient.t(), low).mul_(ctx.scaling)
             slope_a = _float32_product(low_gradient.t(), _dropped(x, kept, ctx.dropout))
             slope_x = None
             if ctx.needs_input_grad[0]:
-                slope_x = gradient @ dense_weight(ctx.base, x.dtype)
-                if kept is None:
-                    slope_x.addmm_(low_gradient, a.to(x.dtype))
-                else:
-                    slope_x += _dropped(low_gradient @ a.to(x.dtype), kept, ctx.dropout)
-                slope_x = slope_x.view(shape)
+                slope_x = _dropped(low_gradient @ a.to(x.dtype), kept, ctx.dropout)
+                slope_x = slope_x.addmm_(gradient, dense_weight(ctx.base, x.dtype)).view(shape)
         return slope_x, slope_a.to(a.dtype), slope_b.to(b.dtype), None, None, None
+
+
+def _onto(start: Tensor, x: Tensor, base: Any) -> Tensor:
+    """start [T, out] + x [T, in] W^T + bias. A 16-bit sum with the product is accumulated in float32, rounded once.
+
+    The bias comes last: added first, a large one's rounding would swallow a small start.
+    """
+    start.addmm_(x, dense_weight(base, x.dtype).t())
+    return start if base.bias is None else start.add_(base.bias)
 
 
 def _dropped(x: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
@@ -80,14 +86,17 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         layer: Any = self
-        name = _only_adapter(layer, x)
-        if name is None or args or keywords:
+        base = layer.base_layer
+        name = _only_adapter(layer)
+        if args or keywords or not _is_known(base, x) or (name is None and not layer.disable_adapters) or layer.merged:
             result: Tensor = super().forward(x, *args, **keywords)  # type: ignore[misc]
             return result
-        base = layer.base_layer
+        x = x.to(compute_dtype(base, x))
+        if name is None:
+            return _alone(x, base)
         dropout = layer.lora_dropout[name]
         adapted: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(compute_dtype(base, x)),
+            x,
             layer.lora_A[name].weight,
             layer.lora_B[name].weight,
             base,
@@ -109,16 +118,26 @@ CUSTOM_MODULES = {Linear4bit: FusedLinear4bit, nn.Linear: FusedLinear}
 """What PEFT is told to wrap each kind of layer in; Linear4bit stands first, because it is an nn.Linear too."""
 
 
-def _only_adapter(layer: Any, x: Tensor) -> str | None:
-    """The one plain adapter that this layer adds at the moment; None where PEFT's own way has to be taken."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+def _only_adapter(layer: Any) -> str | None:
+    """The one plain adapter that this layer adds at the moment; None where it adds none or others."""
+    if layer.disable_adapters or len(layer.active_adapters) != 1:
         return None
     name: str = layer.active_adapters[0]
-    weight = layer.base_layer.weight
-    if weight.is_floating_point() and weight.dtype != compute_dtype(layer.base_layer, x):
-        return None
     plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
     return name if plain else None
+
+
+def _is_known(base: Any, x: Tensor) -> bool:
+    """Whether a base is multiplied in the type that it is stored in, or is 4-bit."""
+    weight: Tensor = base.weight
+    return not weight.is_floating_point() or weight.dtype == compute_dtype(base, x)
+
+
+def _alone(x: Tensor, base: Any) -> Tensor:
+    """The base by the very operations that an adapter is added in, so that one that is 0 changes no bit."""
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.reshape(-1, x.shape[-1])
+        return _onto(flat.new_zeros(len(flat), base.out_features), flat, base).view(*x.shape[:-1], -1)
 
 
 def compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:

@@ -450,3 +450,61 @@ def test_a_float32_layer_under_bf16_autocast_goes_pefts_way():
         found = model(x)
     assert type(model.base_model.model.layer) is FusedLinear
     assert (found.float() - model(x)).abs().max() <= 0.05
+
+
+# One rounding of the sum.
+
+
+def small(model: Any, factor: float = 1e-4) -> Any:
+    """The same adapter with a B so small that what it adds is under half a step of bf16 nearly everywhere."""
+    weights(model)[1].data.mul_(factor)
+    return model
+
+
+def kept_share(model: Any, x: Tensor) -> float:
+    """How much of the adapter's own part is in the layer's value: 1 where nothing is lost on average."""
+    layer = model.base_model.model.layer
+    a, b = (value.detach().double() for value in weights(model))
+    added = ALPHA / RANK * (x.double() @ a.t() @ b.t())
+    with torch.no_grad():
+        value = model(x).double()
+        layer.lora_B["default"].weight.zero_()
+        without = model(x).double()
+    return (((value - without) * added).sum() / added.square().sum()).item()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_small_adapter_is_not_lost_in_rounding(kind, bias):
+    """Under PEFT's two roundings most of it is: the sum falls back to the base's rounded value."""
+    layer = base_layer(kind, torch.bfloat16, bias)
+    x = torch.randn(4000, IN, generator=torch.Generator().manual_seed(4)).bfloat16()
+    ours, theirs = (kept_share(small(adapted(layer, fused)), x) for fused in (True, False))
+    assert ours == pytest.approx(1, abs=0.1)
+    assert theirs < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_an_adapter_that_is_zero_changes_no_bit(kind, bias, dtype):
+    model, x = adapted(base_layer(kind, dtype, bias), True), INPUTS["batch"]().to(dtype)
+    weights(model)[1].data.zero_()
+    with torch.no_grad():
+        value = model(x)
+        with model.disable_adapter():
+            assert torch.equal(value, model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_base_alone_is_the_base_and_passes_gradients_on(kind, dtype):
+    layer, x = base_layer(kind, dtype), INPUTS["batch"]().to(dtype)
+    model, ours, theirs = adapted(layer, True), x.clone().requires_grad_(), x.clone().requires_grad_()
+    with model.disable_adapter():
+        value = model(ours)
+    wanted = layer(theirs)
+    assert apart(value.detach(), wanted.detach()) <= (1e-6 if dtype == torch.float32 else 0.004)
+    value.sum().backward()
+    wanted.sum().backward()
+    assert apart(ours.grad, theirs.grad) <= (1e-6 if dtype == torch.float32 else 0.004)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
 from qpref.data.pack import pack
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.lora import FusedLinear4bit
 from qpref.policy.reference import as_reference
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
@@ -142,8 +144,26 @@ def open_trap(policy: Policy) -> None:
         layer.support_avx512bf16_for_cpu = True
 
 
+def adapt_as_peft_does(policy: Policy) -> None:
+    """PEFT's layers call that of bitsandbytes, whose forward pass has the trap; ours multiply by themselves."""
+    for module in policy.model.modules():
+        if isinstance(module, FusedLinear4bit):
+            module.__class__ = PeftLinear4bit
+
+
+def test_our_layers_dont_step_into_the_open_trap(load, batch):
+    policy = load({})
+    wanted = gradients(policy, batch)
+    open_trap(policy)
+    with as_reference(policy):
+        completion_logprobs(policy, batch)
+    assert num_repacked(policy) == 0
+    assert worst(gradients(policy, batch), wanted) == 0.0
+
+
 def test_with_the_trap_open_cpus_that_can_repack_every_layer(load, batch):
     policy = load({})
+    adapt_as_peft_does(policy)
     open_trap(policy)
     with as_reference(policy):
         completion_logprobs(policy, batch)
@@ -153,6 +173,7 @@ def test_with_the_trap_open_cpus_that_can_repack_every_layer(load, batch):
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered")
 def test_with_the_trap_open_gradients_are_wrong_on_cpus_that_repack(load, batch):
     policy = load({})
+    adapt_as_peft_does(policy)
     wanted = gradients(policy, batch)
     open_trap(policy)
     with as_reference(policy):

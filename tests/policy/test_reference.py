@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from qpref.data.pack import pack
 from qpref.errors import PolicyError
-from qpref.policy.attention import STRETCHES
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import Head, completion_logprobs
 from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
@@ -91,7 +90,7 @@ def bare_base(policy: Policy, base: str, **settings) -> Policy:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, **settings)
-    model.set_attn_implementation(STRETCHES)
+    model.set_attn_implementation(policy.attention)
     return replace(policy, model=model, decoder=model.get_decoder(), head=Head.of(model))
 
 

@@ -10,6 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from qpref.data.pack import pack
 from qpref.policy import attention, varlen
-from qpref.policy.attention import KERNELS, LAYOUT, STRETCHES
+from qpref.policy.attention import BLOCKS, KERNELS, LAYOUT, STRETCHES
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.source import resolve_base
@@ -165,9 +166,9 @@ def test_one_call_is_a_call_each_for_any_scale_and_window(scaling, window):
     layer = SimpleNamespace(config=SimpleNamespace(layer_types=None))
     one, each = (
         attention.shared_prompt_attention(
-            layer, *states, None, scaling=scaling, sliding_window=window, kernel=kernel, **{LAYOUT: batch.groups}
+            layer, *states, None, scaling=scaling, sliding_window=window, attend=attend, **{LAYOUT: batch.groups}
         )[0]
-        for kernel in (by_hand, None)
+        for attend in (partial(varlen.attend, by_hand), None)
     )
     assert one.shape == each.shape == (1, batch.num_tokens, 4, 8)
     assert (one - each).abs().max().item() <= TOLERANCE
@@ -392,7 +393,7 @@ BAD_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("path", [STRETCHES, *KERNELS])
+@pytest.mark.parametrize("path", [STRETCHES, BLOCKS, *KERNELS])
 def test_transformers_takes_the_name_of_every_path_for_ours(path, load):
     load("llama").use_attention(path)
 
@@ -437,7 +438,7 @@ def test_a_fault_of_a_call_each_is_not_a_kernels(load, said, monkeypatch):
     def broken(groups: Sequence[Group]) -> Iterator[Any]:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(attention, "_stretches", broken)
+    monkeypatch.setattr(attention, "stretches", broken)
     policy.sharing_paths = (STRETCHES,)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         check_layout(policy, EXAMPLES[0])
@@ -478,7 +479,6 @@ def test_the_paths_of_a_gpu_are_the_kernels_then_a_call_each(monkeypatch):
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     assert attention.sharing_paths(cuda, torch.bfloat16) == ("qpref_varlen_torch", STRETCHES)
     assert attention.sharing_paths(cuda, torch.float32) == (STRETCHES,)
-    assert attention.sharing_paths(CPU, torch.bfloat16) == (STRETCHES,)
 
 
 def test_a_run_says_which_attention_it_took(make_recipe, tmp_path: Path, monkeypatch):
