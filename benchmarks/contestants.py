@@ -82,6 +82,7 @@ KTO = tuple(replace(contestant, loss="kto") for contestant in (QPREF, TRL_TUNED)
 ABLATIONS = (
     QPREF,
     replace(QPREF, name="without prompt sharing", shares_prompts=False, without=("prompt sharing",)),
+    replace(QPREF, name="without attention in blocks", without=("attention in blocks",)),
     replace(QPREF, name="without a known reference", live_reference=True),
     replace(QPREF, name="with checkpointing", checkpointing=True),
     replace(QPREF, name="without fused LoRA", without=("fused LoRA",)),

@@ -15,6 +15,7 @@ from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, Single, as_singles, digest
 from qpref.data.pack import pack
 from qpref.plan import Plan, make_plan
+from qpref.policy.attention import STRETCHES
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.reference import ReferenceMemory
 from qpref.policy.source import resolve_base
@@ -36,6 +37,7 @@ def _adapt_as_peft_does(policy: Policy) -> None:
 
 SWITCHES: dict[str, Callable[[Policy], None]] = {
     "prompt sharing": lambda policy: policy.share_prompts(False),
+    "attention in blocks": lambda policy: policy.use_attention(STRETCHES),
     "fused LoRA": _adapt_as_peft_does,
 }
 """How a technique is switched off in a loaded policy. A new one's row goes into `benchmarks.contestants.ABLATIONS`."""

@@ -1,4 +1,4 @@
-"""Shared-prompt attention for CPUs with bf16 units: plain matrix products over blocks of queries.
+"""Shared-prompt attention for x86 CPUs with bf16 units: plain matrix products over blocks of queries.
 
 torch's fused kernel for CPUs is slow in bf16, and in float32 reaches a quarter of the bf16 units' speed. Here a block's
 scores are one product, accumulated and kept in float32; the softmax is rounded to bf16 once, as flash kernels on GPUs
@@ -32,7 +32,8 @@ def attend(
     """[1, heads, T, width] queries and [1, key-value heads, T, width] keys and values -> [1, T, heads, width]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     streams = [states[0].transpose(0, 1) for states in (query, key, value)]
-    attended: Tensor = _Attend.apply(*streams, groups, scale, window)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", enabled=False):  # it would make the scores bf16 again
+        attended: Tensor = _Attend.apply(*streams, groups, scale, window)  # type: ignore[no-untyped-call]
     return attended[None]
 
 

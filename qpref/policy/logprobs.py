@@ -186,11 +186,12 @@ def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool)
             inside = numbers[(tokens >= start) & (tokens < stop)]
             places = tokens[inside, None] - start
             target[inside] = logits[inside].gather(1, places)
-            part = logits.log_softmax(1)
-            part_normalizer = logits[:, :1] - part[:, :1]
+            part = logits.softmax(1)
+            # The largest share is at least one of the slice's, so its logarithm loses nothing; torch's exp is slow.
+            part_normalizer = logits.amax(1, keepdim=True) - part.amax(1, keepdim=True).log_()
             joined = torch.logaddexp(normalizer, part_normalizer)
             if wants_slope:
-                change = head.chain(part.exp_(), logits)
+                change = head.chain(part, logits)
                 share = (part_normalizer - joined).exp_()
                 rest = (normalizer - joined).exp_()
                 at_target = head.chain(torch.ones_like(target[inside]), target[inside])

@@ -34,7 +34,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(flat, low, a, b, kept)
             ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +137,7 @@ def _alone(x: Tensor, base: Any) -> Tensor:
     """The base by the very operations that an adapter is added in, so that one that is 0 changes no bit."""
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
-        return _onto(flat.new_zeros(len(flat), base.out_features), flat, base).view(*x.shape[:-1], -1)
+        return _onto(flat.new_zeros(len(flat), base.out_features), flat, base).view(*x.shape[:-1], base.out_features)
 
 
 def compute_dtype(base: nn.Module, x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor
 from qpref import fsio, shards
 from qpref.shards import KEY_BYTES, ShardStore
 
-FORMAT = 1
+FORMAT = 2
 """Part of every reference's key: raise it when the same tokens are scored differently."""
 
 DESCRIPTION = "reference.json"

@@ -49,7 +49,7 @@ def make_optimizer(train: TrainSection, parameters: Iterable[Parameter], device:
     parameters = list(parameters)
     assert all(parameter.dtype == torch.float32 for parameter in parameters)  # 16-bit ones don't move at these rates
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings, foreach=True)
+        return torch.optim.AdamW(parameters, **settings, fused=True)
     if train.optimizer.startswith("paged") and device.type == "cpu":
         raise RecipeError(f"[train] optimizer: {train.optimizer} pages a GPU's memory, and this run is on the CPU")
     from bitsandbytes import optim
