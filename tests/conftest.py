@@ -11,12 +11,15 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from qpref.records import Source, TokenizedExample
+
+if TYPE_CHECKING:
+    from qpref.policy.load import Policy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -143,6 +146,38 @@ def make_example(line: int, *lengths: int) -> TokenizedExample:
         margin=draw.uniform(-2, 2),
         source=Source(path="made", line=line),
     )
+
+
+def load_worn(tables: dict[str, dict[str, Any]]) -> Policy:
+    """The policy of a recipe, in training mode, as after many steps: every B is random. Nothing is checkpointed unless
+    the recipe says so."""
+    from qpref.policy.load import load_policy
+    from qpref.policy.source import resolve_base
+    from qpref.recipe import Recipe
+
+    values = {"data": {"train": "none"}, "loss": {"name": "none"}, "train": {"gradient_checkpointing": False}}
+    recipe = Recipe.model_validate(values | tables)
+    policy = load_policy(recipe, resolve_base(recipe.model))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.trained_parameters().items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    policy.model.train()
+    return policy
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that tensors made by `work` held at once, by every allocation that torch's profiler sees."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:

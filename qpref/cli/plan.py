@@ -271,7 +271,7 @@ def _facts(forecast: Forecast, tflops: float | None) -> dict[str, Any]:
 
 def _work(forecast: Forecast) -> dict[str, Any]:
     """Tokens, steps and floating-point operations; None what needs the number of examples."""
-    from qpref.policy.costs import forward_flops, step_flops
+    from qpref.policy.flops import forward_flops, step_flops
     from qpref.training.loop import refuse_empty_steps
     from qpref.training.optim import total_steps
 

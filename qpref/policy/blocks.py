@@ -54,10 +54,11 @@ class _Attend(torch.autograd.Function):
             keys, values = _gathered(key, stretch).float().transpose(1, 2), _gathered(value, stretch)
             for block in stretch.blocks(window):
                 rows = _rows(grouped, block.queries, torch.float32)
-                shares = _shares(rows, keys[:, :, block.keys], block, scale, window).to(query.dtype)
+                shares = _shares(rows, keys[:, :, block.keys], block, scale, window, query.dtype)
                 result[block.queries] = _unrows(torch.bmm(shares, values[:, block.keys]), grouped)
                 if stretch.keeps and any(ctx.needs_input_grad):
                     kept.append(shares)
+                del shares
         ctx.save_for_backward(query, key, value, *kept)
         ctx.groups, ctx.scale, ctx.window = groups, scale, window
         return result.view(*query.shape[:-1], -1)
@@ -78,14 +79,15 @@ class _Attend(torch.autograd.Function):
                 if wide_keys is None:
                     shares = next(remaining)
                 else:
-                    wide = _shares(rows.float(), wide_keys[:, :, block.keys], block, ctx.scale, ctx.window)
-                    shares = wide.to(query.dtype)
+                    wide = rows.float()
+                    shares = _shares(wide, wide_keys[:, :, block.keys], block, ctx.scale, ctx.window, query.dtype)
                 value_slopes[:, block.keys] += torch.bmm(shares.transpose(1, 2), slopes).float()
                 of_shares = torch.bmm(slopes, values.transpose(1, 2)[:, :, block.keys])
                 of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
                 del shares, of_shares
                 of_query[block.queries] = _unrows(torch.bmm(of_scores, keys[:, block.keys]), grouped)
                 key_slopes[:, block.keys] += torch.bmm(of_scores.transpose(1, 2), rows).float()
+                del of_scores
             _scatter(of_key, key_slopes, stretch)
             _scatter(of_value, value_slopes, stretch)
         of_query.mul_(ctx.scale)
@@ -124,8 +126,8 @@ def _scatter(total: Tensor, slopes: Tensor, stretch: Stretch) -> None:
         start = stop
 
 
-def _shares(rows: Tensor, keys: Tensor, block: Block, scale: float, window: int | None) -> Tensor:
-    """[key-value heads, rows, keys] float32: how each query shares its attention."""
+def _shares(rows: Tensor, keys: Tensor, block: Block, scale: float, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[key-value heads, rows, keys] how each query shares its attention; computed in float32, rounded once."""
     scores = torch.bmm(rows * scale, keys)
     num_queries = block.queries.stop - block.queries.start
     by_query = scores.view(len(scores), num_queries, -1, scores.shape[2])
@@ -134,7 +136,8 @@ def _shares(rows: Tensor, keys: Tensor, block: Block, scale: float, window: int 
     if window is not None and (oldest := own - window + 1) + num_queries > 1:  # oldest is never above 0
         before = oldest + num_queries
         by_query[:, -oldest:, :, : before - 1] += _earlier()[:before, :, : before - 1]
-    return scores.softmax(-1)
+    scores = scores.softmax(-1)  # the name is taken over, so that there are two such matrices at most
+    return scores.to(dtype)
 
 
 @lru_cache(maxsize=1)

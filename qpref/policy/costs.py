@@ -1,4 +1,4 @@
-"""What a step costs, by arithmetic on a model's shape: floating-point operations, and bytes of memory by part.
+"""What a step takes in memory, by arithmetic on a model's shape: bytes, by part.
 
 Bytes are what the code of this package keeps, tensor by tensor; the tests count the same on real models. A symbol in a
 comment or docstring is of one token and layer: H hidden width, Q and K width of all queries and of all keys, I width
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from qpref.policy.shape import Layer, Linear, ModelShape
-from qpref.policy.stretches import kept_scores
+from qpref.policy.stretches import KEPT_KEYS, QUERY_BLOCK, kept_scores
 from qpref.recipe import Recipe
 
 GIB = 2**30
@@ -44,6 +44,7 @@ class Stream:
         squares: sum((P + R - 1)^2), the scores of whole rows.
         prompt_squares: sum(P^2), of which masks are made in layers whose window is shorter than a prompt.
         longest_prompt: tokens.
+        longest_keys: keys that one token attends to, at most.
     """
 
     tokens: float
@@ -56,6 +57,7 @@ class Stream:
     squares: float
     prompt_squares: float
     longest_prompt: int
+    longest_keys: int
 
     @classmethod
     def of(cls, groups: Iterable[tuple[int, Sequence[int]]], shared: bool = True) -> Stream:
@@ -74,13 +76,14 @@ class Stream:
             squares=sum((p + r - 1) ** 2 for p, r in branches),
             prompt_squares=sum(p**2 for p in prompts),
             longest_prompt=max(prompts, default=0),
+            longest_keys=max([*prompts, *(p + r - 1 for p, r in branches)], default=0),
         )
 
     def of_tokens(self, tokens: float) -> Stream:
         """A stream of so many tokens that is made of the same groups."""
         factor = tokens / self.tokens
-        sums = {part.name: getattr(self, part.name) * factor for part in fields(self) if part.name != "longest_prompt"}
-        return Stream(**sums, longest_prompt=self.longest_prompt)
+        sums = [part.name for part in fields(self) if not part.name.startswith("longest")]
+        return replace(self, **{name: getattr(self, name) * factor for name in sums})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,20 +284,34 @@ def _stretch_width(setup: Setup) -> int:
 
 
 def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, checkpointed: int) -> int:
-    """Gradients inside the widest layer's MLP, less what the backward pass has freed on its way there.
+    """Gradients inside the widest layer, less what the backward pass has freed on its way there.
 
     Layers that aren't recomputed are the last ones, so their activations are gone when the first recomputed layer has
     its own again: that one counts only where all layers are recomputed.
     """
     inner = max(linear.inputs for linear in shape.linears) * stream.tokens
-    # Either an input's gradient beside a dense weight, or both factors' gradients beside their product's, whose own
-    # input is gone; under dropout four numbers for one of the input.
+    # Inside the MLP either an input's gradient beside a dense weight, or both factors' gradients beside their
+    # product's, whose own input is gone; under dropout four numbers for one of the input.
     numbers = max(4 * inner if setup.dropout else 2 * inner, inner + dense_numbers(shape))
-    total = setup.width * (numbers + shape.hidden * stream.tokens)
+    total: float = setup.width * (numbers + shape.hidden * stream.tokens)
+    if setup.in_blocks:
+        total = max(total, _block_bytes(shape, setup, stream))
     if checkpointed == shape.num_layers:
         total += max(_layer_bytes(layer, shape, setup, stream) for layer in shape.layers)
     freed = _norm_bytes((shape.hidden, 1)) * stream.tokens + setup.width * shape.hidden * stream.scored
     return max(0, int(total - freed))
+
+
+def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
+    """While attention's backward pass is in the widest block, beyond what its layer keeps from its MLP on."""
+    keys, again = stream.longest_keys, stream.longest_keys > KEPT_KEYS
+    scores = shape.heads * min(QUERY_BLOCK, keys) * keys
+    # Two matrices of scores: float32 where the softmax is computed again. Keys and values, their gradients in float32.
+    block = scores * (2 * 4 if again else 2 * setup.width) + 2 * shape.key * keys * (setup.width + 4)
+    # The result's gradient and the queries', [T, Q]; those of keys and values, [T, K], in float32.
+    block += stream.tokens * (2 * setup.width * shape.query + 2 * 4 * shape.key + setup.width * shape.hidden)
+    mlp = min(_mlp_numbers([each for each in layer.linears if not each.in_attention]) for layer in shape.layers)
+    return block + (4 * shape.key * keys if again else 0) - setup.width * mlp * stream.tokens
 
 
 def dense_numbers(shape: ModelShape) -> int:
@@ -311,38 +328,3 @@ def head_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
     sums = 4 * 4 * rows * shape.hidden
     slopes = stream.scored * shape.hidden * (4 + 4 + setup.width)
     return int(tile + slice_copy + sums + slopes)
-
-
-def forward_flops(shape: ModelShape, stream: Stream, adapted: bool = True) -> float:
-    """Of one pass forward, the head included: 2 a weight and token (Kaplan et al. 2020, section 2.1), and attention."""
-    return _blocks_flops(shape, stream) + (_lora_flops(shape, stream) if adapted else 0) + _head_flops(shape, stream)
-
-
-def step_flops(shape: ModelShape, stream: Stream, recomputed: float = 0.0, references: float = 0.0) -> float:
-    """Of one pass forward and backward through a frozen base with adapters.
-
-    Args:
-        recomputed: share of the layers that is computed again.
-        references: passes of the adapter-off reference that are charged to it.
-    """
-    blocks, lora, head = _blocks_flops(shape, stream), _lora_flops(shape, stream), _head_flops(shape, stream)
-    backward = 2 * shape.matmul_parameters * stream.tokens + 2.5 * _attention_flops(shape, stream)
-    # The head's slope is computed in the forward pass: two products, none in the backward pass.
-    own = blocks * (1 + recomputed) + backward + lora * (3 + recomputed) + 2 * head
-    return own + references * forward_flops(shape, stream, adapted=False)
-
-
-def _blocks_flops(shape: ModelShape, stream: Stream) -> float:
-    return 2 * shape.matmul_parameters * stream.tokens + _attention_flops(shape, stream)
-
-
-def _attention_flops(shape: ModelShape, stream: Stream) -> float:
-    return 4 * shape.query * shape.num_layers * stream.attended
-
-
-def _lora_flops(shape: ModelShape, stream: Stream) -> float:
-    return 2 * sum(shape.adapter_sizes) * stream.tokens
-
-
-def _head_flops(shape: ModelShape, stream: Stream) -> float:
-    return 2 * shape.vocabulary * shape.hidden * stream.scored

@@ -3,10 +3,10 @@
 PEFT computes them as a chain of operations: it clones the base's result, casts the input to float32 and back, and adds
 the scaled low-rank result to what the base's product was rounded to. An adapter that has learned little, as at the
 learning rates of preference training it has, then vanishes wherever it is less than half a step of the 16-bit type.
-Here the base's product is accumulated onto the low-rank one, so their sum is rounded once. The input and one [T, rank]
-matrix are all that is kept for the backward pass, and the 4-bit weight is dequantized once in each pass. The layers are
-PEFT's own, with this in place of their forward pass, and anything that it doesn't cover (several adapters at once, a
-merged one) goes PEFT's way.
+Here the base's product is accumulated onto the low-rank one, so their sum is rounded once (a bias is added after it).
+The input and one [T, rank] matrix are all that is kept for the backward pass, and the 4-bit weight is dequantized once
+in each pass. The layers are PEFT's own, with this in place of their forward pass, and anything that it doesn't cover
+(several adapters at once, a merged one) goes PEFT's way.
 """
 
 from __future__ import annotations
@@ -86,9 +86,8 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         layer: Any = self
-        base = layer.base_layer
-        name = _only_adapter(layer)
-        if args or keywords or not _is_known(base, x) or (name is None and not layer.disable_adapters) or layer.merged:
+        base, name = layer.base_layer, _only_adapter(layer)
+        if args or keywords or not _covers(layer, name, x):
             result: Tensor = super().forward(x, *args, **keywords)  # type: ignore[misc]
             return result
         x = x.to(compute_dtype(base, x))
@@ -127,14 +126,24 @@ def _only_adapter(layer: Any) -> str | None:
     return name if plain else None
 
 
-def _is_known(base: Any, x: Tensor) -> bool:
-    """Whether a base is multiplied in the type that it is stored in, or is 4-bit."""
+def _covers(layer: Any, name: str | None, x: Tensor) -> bool:
+    """Whether this pass, under this adapter or none, is computed here; if not, it goes PEFT's way."""
+    base, with_gradient = layer.base_layer, torch.is_grad_enabled()
+    known = type(base).forward in (nn.Linear.forward, Linear4bit.forward)
+    if layer.merged or not known or (name is None and not layer.disable_adapters):
+        return False
+    if name is None and with_gradient:  # bitsandbytes' own function keeps the weight in 4 bits
+        return False
+    if isinstance(base, Linear4bit):
+        # A GPU has a kernel that reads the 4-bit weight for one row, as where an answer is generated.
+        return with_gradient or x.device.type != "cuda" or x.numel() > x.shape[-1]
     weight: Tensor = base.weight
-    return not weight.is_floating_point() or weight.dtype == compute_dtype(base, x)
+    return weight.dtype == compute_dtype(base, x)
 
 
 def _alone(x: Tensor, base: Any) -> Tensor:
-    """The base by the very operations that an adapter is added in, so that one that is 0 changes no bit."""
+    """The base by the very operations that an adapter is added in, so that one that is 0 changes no bit. Without a
+    gradient."""
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
         return _onto(flat.new_zeros(len(flat), base.out_features), flat, base).view(*x.shape[:-1], base.out_features)

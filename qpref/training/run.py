@@ -26,6 +26,7 @@ from qpref.policy.adapter import TRAINED
 from qpref.policy.reference import ReferenceMemory
 from qpref.records import PackedBatch
 from qpref.training import best, checkpoint, invariants, optim, references, snapshot
+from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
@@ -72,12 +73,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
         memory = _open_memory(prepared, folder.description().get("reference_cache"))
         snapshot.restore(kept, prepared, optimizer, scaler, progress)
         metrics_bytes = snapshot.metrics_bytes(kept, folder)
-        progress.best = best.of_state(kept.state, folder, plan.recipe.train)
-        if memory is not None:
-            memory.restore(kept.tensors["reference"])
-            invariants.check_cached_reference(policy, memory, _first_batch(prepared))
-        checkpoint.remove_newer(folder.checkpoints, progress.step)
-        log.info("going on after step %d", progress.step)
+        _go_on(prepared, folder, kept, progress, memory)
     else:
         if resume:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
@@ -135,6 +131,18 @@ def _begin(prepared: Prepared, folder: RunFolder, progress: Progress) -> Referen
     folder.clear()
     _describe(prepared, folder, memory, progress.budget)
     return memory
+
+
+def _go_on(
+    prepared: Prepared, folder: RunFolder, kept: Checkpoint, progress: Progress, memory: ReferenceMemory | None
+) -> None:
+    """Take up what a checkpoint's run knew beside its state: its best step and the reference."""
+    progress.best = best.of_state(kept.state, folder, prepared.plan.recipe.train)
+    if memory is not None:
+        memory.restore(kept.tensors["reference"])
+        invariants.check_cached_reference(prepared.policy, memory, _first_batch(prepared))
+    checkpoint.remove_newer(folder.checkpoints, progress.step)
+    log.info("going on after step %d", progress.step)
 
 
 def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> None:

@@ -15,7 +15,9 @@ import torch
 
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import PolicyError
-from qpref.policy.costs import GIB, Setup, Stream, step_flops
+from qpref.policy.attention import BLOCKS
+from qpref.policy.costs import GIB, Setup, Stream
+from qpref.policy.flops import step_flops
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.shape import ModelShape, model_shape
@@ -81,7 +83,8 @@ def _planned(
     policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample]
 ) -> tuple[ModelShape, Settings, Workload]:
     shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
-    settings = Settings.of(recipe, Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape), shape)
+    setup = Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape)
+    settings = Settings.of(recipe, replace(setup, in_blocks=policy.attention == BLOCKS), shape)
     return shape, settings, Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from conftest import peak_bytes
 
 from qpref.data.pack import pack
 from qpref.policy import logprobs
+from qpref.policy.attention import BLOCKS
 from qpref.policy.costs import (
     CONTEXT_BYTES,
     TILE_ELEMENTS,
@@ -18,14 +19,13 @@ from qpref.policy.costs import (
     Stream,
     activation_bytes,
     adapter_bytes,
-    forward_flops,
     head_bytes,
     live_bytes,
     memory,
     optimizer_bytes,
-    step_flops,
     weight_bytes,
 )
+from qpref.policy.flops import forward_flops, step_flops
 from qpref.policy.known_shapes import named_config
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
@@ -127,15 +127,24 @@ def test_the_peak_of_a_whole_step_is_as_predicted(make_base):
     step()  # gradients are there from now on
     for checkpointed in (1, 3, 4):
         policy.checkpoint_layers(checkpointed)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            step()
-        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        level = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            level += event.nbytes()
-            peak = max(peak, level)
         part = memory(shape, setup, stream, checkpointed)
-        assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak, rel=0.06)
+        assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak_bytes(step), rel=0.06)
+
+
+def test_the_scores_of_a_long_stretch_count(make_base):
+    """Beside them all else is small."""
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 2}
+    policy, shape, setup = load(a_recipe(make_base("llama", **size, max_position_embeddings=4096)))
+    policy.use_attention(BLOCKS)
+    lengths = [(2500, (300, 30))]
+    batch = a_batch(lengths)
+
+    def step():
+        completion_logprobs(policy, batch).values.sum().backward()
+
+    step()
+    part = memory(shape, replace(setup, in_blocks=True), Stream.of(lengths), 0)
+    assert part.activations + part.live == pytest.approx(peak_bytes(step), rel=0.1)
 
 
 def test_the_last_layer_need_not_be_recomputed():

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from conftest import load_worn
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qpref.policy.load import Policy, load_policy
-from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, _AdaptedLinear
+from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, _AdaptedLinear, _covers
 from qpref.policy.source import resolve_base
 from qpref.recipe import Recipe
 
@@ -372,6 +375,48 @@ def test_adapters_that_are_not_plain_are_pefts(kind, setting, monkeypatch):
     assert calls == []
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_base_with_a_forward_pass_of_its_own_keeps_it():
+    layer, x = Doubled(IN, OUT), INPUTS["batch"]()
+    ours, theirs = (adapted(layer, fused) for fused in (True, False))
+    assert torch.equal(ours(x), theirs(x))
+    with ours.disable_adapter(), torch.no_grad():
+        assert torch.equal(ours(x), layer(x))
+
+
+def test_with_the_adapter_off_a_gradient_keeps_the_weight_in_4_bits():
+    model, x = adapted(base_layer("nf4", torch.bfloat16), True), INPUTS["rows"]().bfloat16().requires_grad_()
+    sizes: list[int] = []
+    with (
+        model.disable_adapter(),
+        torch.autograd.graph.saved_tensors_hooks(lambda each: sizes.append(each.numel()) or each, lambda each: each),
+    ):
+        model(x)
+    assert sum(sizes) < IN * OUT
+
+
+@pytest.mark.parametrize("name", ["default", None], ids=["adapter on", "adapter off"])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_one_row_without_gradient_is_bitsandbytes_on_a_gpu(kind, name):
+    """It has a kernel for it that reads the 4-bit weight, on which the speed of generating depends."""
+    model = adapted(base_layer(kind, torch.bfloat16), True)
+    layer = model.base_model.model.layer
+    layer.enable_adapters(name is not None)
+
+    def covered(device: str, *rows: int) -> bool:
+        x: Any = SimpleNamespace(device=torch.device(device), shape=(*rows, IN), numel=lambda: IN * math.prod(rows))
+        return _covers(layer, name, x)
+
+    with torch.no_grad():
+        assert covered("cuda", 1, 1) == (kind == "dense")
+        assert all(covered(*x) for x in [("cuda", 1, 2), ("cuda", 2, 1), ("cpu", 1, 1)])
+    assert covered("cuda", 1, 1) == (name is not None)
+
+
 # In a whole policy.
 
 
@@ -379,12 +424,7 @@ def test_adapters_that_are_not_plain_are_pefts(kind, setting, monkeypatch):
 def load(make_base, make_recipe) -> Callable[..., Policy]:
     def load(**model: str) -> Policy:
         changes = {f"model.{name}": value for name, value in model.items()}
-        recipe = Recipe.model_validate(make_recipe({"model.base": str(make_base(initializer_range=0.2))} | changes))
-        policy = load_policy(recipe, resolve_base(recipe.model))
-        generator = torch.Generator().manual_seed(1)
-        for parameter in policy.trained_parameters().values():
-            parameter.data.normal_(std=0.2, generator=generator)
-        return policy
+        return load_worn(make_recipe({"model.base": str(make_base(initializer_range=0.2))} | changes))
 
     return load
 

@@ -13,16 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, make_example, make_tokenizer
+from conftest import TINY, load_worn, make_example, make_tokenizer
 from torch.nn.functional import logsigmoid
 
 from qpref.data.pack import pack, split_by_tokens
 from qpref.policy.attention import LAYOUT, STRETCHES, CannotShareError, shared_prompt_attention
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.pairs import pair_logprobs
-from qpref.policy.source import resolve_base
-from qpref.recipe import Recipe
 from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 
@@ -47,23 +45,13 @@ EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate(LENGTHS,
 
 
 def load(base: Path, checkpointing: bool = False, targets: str | list[str] = "all-linear") -> Policy:
-    """A policy whose adapters are not fresh: every B is random."""
-    recipe = Recipe.model_validate(
+    return load_worn(
         {
             "model": {"base": str(base), "quantization": "none", "dtype": "float32"},
             "adapter": {"rank": RANK, "alpha": ALPHA, "targets": targets},
-            "data": {"train": "none"},
-            "loss": {"name": "none"},
             "train": {"gradient_checkpointing": checkpointing},
         }
     )
-    policy = load_policy(recipe, resolve_base(recipe.model))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.trained_parameters().items():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    policy.model.train()
-    return policy
 
 
 def whole_row_model(base: Path, policy: Policy):

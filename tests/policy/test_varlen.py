@@ -17,17 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_example
+from conftest import load_worn, make_example
 from torch import Tensor
 
 from qpref.data.pack import pack
 from qpref.policy import attention, varlen
 from qpref.policy.attention import BLOCKS, KERNELS, LAYOUT, STRETCHES
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.source import resolve_base
 from qpref.policy.varlen import KeyLayout, _Gather, key_layout
-from qpref.recipe import Recipe
 from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 
@@ -78,26 +76,14 @@ def load(make_base, monkeypatch) -> Load:
         for name, kernel in names.items():
             monkeypatch.setitem(KERNELS, name, kernel)
         monkeypatch.setattr(attention, "sharing_paths", lambda device, dtype: (*names, STRETCHES))
-        recipe = Recipe.model_validate(
+        base = make_base(family, initializer_range=0.2)
+        return load_worn(
             {
-                "model": {
-                    "base": str(make_base(family, initializer_range=0.2)),
-                    "quantization": "none",
-                    "dtype": "float32",
-                },
+                "model": {"base": str(base), "quantization": "none", "dtype": "float32"},
                 "adapter": {"rank": 4, "alpha": 8},
-                "data": {"train": "none"},
-                "loss": {"name": "none"},
                 "train": {"gradient_checkpointing": checkpointing},
             }
         )
-        policy = load_policy(recipe, resolve_base(recipe.model))
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in policy.trained_parameters().items():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.2, generator=generator)
-        policy.model.train()
-        return policy
 
     return load
 
