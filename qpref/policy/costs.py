@@ -307,7 +307,7 @@ def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     keys, again = stream.longest_keys, stream.longest_keys > KEPT_KEYS
     scores = shape.heads * min(QUERY_BLOCK, keys) * keys
     # Two matrices of scores: float32 where the softmax is computed again. Keys and values, their gradients in float32.
-    block = scores * (2 * 4 if again else 2 * setup.width) + 2 * shape.key * keys * (setup.width + 4)
+    block: float = scores * (2 * 4 if again else 2 * setup.width) + 2 * shape.key * keys * (setup.width + 4)
     # The result's gradient and the queries', [T, Q]; those of keys and values, [T, K], in float32.
     block += stream.tokens * (2 * setup.width * shape.query + 2 * 4 * shape.key + setup.width * shape.hidden)
     mlp = min(_mlp_numbers([each for each in layer.linears if not each.in_attention]) for layer in shape.layers)
