@@ -47,88 +47,125 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], scale: float, window: int | None
     ) -> Tensor:
-        grouped = _grouped(query, key)
-        result = query.new_empty(*grouped.shape[:-1], value.shape[-1])
-        kept = []
+        num_heads, wide = key.shape[1], torch.float32
+        rows, keys = _heads_first(query, num_heads, wide).mul_(scale), _heads_first(key, num_heads, wide).squeeze(2)
+        values = _heads_first(value, num_heads).squeeze(2)
+        attended, kept = [], []
         for stretch in stretches(groups):
-            keys, values = _gathered(key, stretch).float().transpose(1, 2), _gathered(value, stretch)
+            seen, told = _gathered(keys, stretch), _gathered(values, stretch)
             for block in stretch.blocks(window):
-                rows = _rows(grouped, block.queries, torch.float32)
-                shares = _shares(rows, keys[:, :, block.keys], block, scale, window, query.dtype)
-                result[block.queries] = _unrows(torch.bmm(shares, values[:, block.keys]), grouped)
+                shares = _shares(_of(rows, block), seen[:, block.keys], block, window, query.dtype)
+                attended.append(torch.bmm(shares, told[:, block.keys]))
                 if stretch.keeps and any(ctx.needs_input_grad):
                     kept.append(shares)
                 del shares
         ctx.save_for_backward(query, key, value, *kept)
         ctx.groups, ctx.scale, ctx.window = groups, scale, window
-        return result.view(*query.shape[:-1], -1)
+        return _heads_last(attended, len(query))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        grouped, above = _grouped(query, key), _grouped(gradients[0], key)
-        of_query = grouped.new_empty(grouped.shape)
-        of_key, of_value = (states.new_zeros(states.shape, dtype=torch.float32) for states in (key, value))
-        remaining = iter(kept)
+        num_heads, remaining = key.shape[1], iter(kept)
+        rows, above = _heads_first(query, num_heads), _heads_first(gradients[0], num_heads)
+        keys, values = _heads_first(key, num_heads).squeeze(2), _heads_first(value, num_heads).squeeze(2)
+        of_query: list[Tensor] = []
+        of_key, of_value = (torch.empty_like(states, dtype=torch.float32) for states in (keys, values))
         for stretch in stretches(ctx.groups):
-            keys, values = _gathered(key, stretch), _gathered(value, stretch)
-            key_slopes, value_slopes = (torch.zeros_like(states, dtype=torch.float32) for states in (keys, values))
-            wide_keys = None if stretch.keeps else keys.float().transpose(1, 2)
-            for block in stretch.blocks(ctx.window):
-                rows, slopes = _rows(grouped, block.queries), _rows(above, block.queries)
-                if wide_keys is None:
-                    shares = next(remaining)
-                else:
-                    wide = rows.float()
-                    shares = _shares(wide, wide_keys[:, :, block.keys], block, ctx.scale, ctx.window, query.dtype)
-                value_slopes[:, block.keys] += torch.bmm(shares.transpose(1, 2), slopes).float()
-                of_shares = torch.bmm(slopes, values.transpose(1, 2)[:, :, block.keys])
-                of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-                del shares, of_shares
-                of_query[block.queries] = _unrows(torch.bmm(of_scores, keys[:, block.keys]), grouped)
-                key_slopes[:, block.keys] += torch.bmm(of_scores.transpose(1, 2), rows).float()
-                del of_scores
-            _scatter(of_key, key_slopes, stretch)
-            _scatter(of_value, value_slopes, stretch)
-        of_query.mul_(ctx.scale)
+            slopes = _Slopes(_gathered(keys, stretch), _gathered(values, stretch))
+            blocks = [(block, next(remaining) if stretch.keeps else None) for block in stretch.blocks(ctx.window)]
+            of_blocks = []
+            for block, shares in reversed(blocks):
+                own = _of(rows, block)
+                if shares is None:
+                    wide = own.float() * ctx.scale
+                    shares = _shares(wide, slopes.keys[:, block.keys].float(), block, ctx.window, query.dtype)
+                of_blocks.append(slopes.of(block, own, _of(above, block), shares))
+            of_query += reversed(of_blocks)
+            _scatter(of_key, slopes.of_keys, stretch)
+            _scatter(of_value, slopes.of_values, stretch)
         of_key.mul_(ctx.scale)
-        return of_query.view(query.shape), of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
+        return (
+            _heads_last(of_query, len(query)).mul_(ctx.scale),
+            of_key.transpose(0, 1).to(key.dtype),
+            of_value.transpose(0, 1).to(value.dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def _grouped(states: Tensor, key: Tensor) -> Tensor:
-    """[T, heads, width] -> [T, key-value heads, heads for each, width]."""
-    return states.reshape(len(states), key.shape[1], -1, states.shape[-1])
+class _Slopes:
+    """Gradients of a stretch, summed over its blocks.
+
+    Attributes:
+        keys, values: [key-value heads, keys, width] of the stretch.
+        of_keys, of_values: the same of their gradients, float32.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.of_keys = self.of_values = keys.new_empty(0)
+
+    def of(self, block: Block, rows: Tensor, above: Tensor, shares: Tensor) -> Tensor:
+        """[key-value heads, rows, width] gradient of the block's scaled queries, by that of its result, `above`."""
+        self.of_values = self._added(self.of_values, torch.bmm(shares.transpose(1, 2), above), block)
+        of_shares = torch.bmm(above, self.values[:, block.keys].transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        self.of_keys = self._added(self.of_keys, torch.bmm(of_scores.transpose(1, 2), rows), block)
+        return torch.bmm(of_scores, self.keys[:, block.keys])
+
+    def _added(self, total: Tensor, part: Tensor, block: Block) -> Tensor:
+        num_keys = self.keys.shape[1]
+        if not total.numel():
+            if part.shape[1] == num_keys:  # as where a stretch's last block comes first
+                return part.float()
+            total = part.new_zeros(len(part), num_keys, part.shape[2], dtype=torch.float32)
+        total[:, block.keys] += part
+        return total
 
 
-def _rows(grouped: Tensor, queries: slice, dtype: torch.dtype | None = None) -> Tensor:
+def _heads_first(states: Tensor, num_heads: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[T, heads, width] -> [key-value heads, T, heads for each, width], in one piece."""
+    grouped = states.reshape(len(states), num_heads, -1, states.shape[-1]).transpose(0, 1)
+    return torch.empty(grouped.shape, dtype=dtype or states.dtype).copy_(grouped)
+
+
+def _of(grouped: Tensor, block: Block) -> Tensor:
     """[key-value heads, queries x heads for each, width] of a block."""
-    block = grouped[queries].transpose(0, 1)
-    return torch.empty(block.shape, dtype=dtype or grouped.dtype).copy_(block).view(len(block), -1, block.shape[-1])
+    return grouped[:, block.queries].flatten(1, 2)
 
 
-def _unrows(rows: Tensor, grouped: Tensor) -> Tensor:
-    """The way back: [queries, key-value heads, heads for each, width]."""
-    return rows.view(len(rows), -1, grouped.shape[2], rows.shape[2]).transpose(0, 1)
+def _heads_last(blocks: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """The way back from all blocks of a stream: [T, heads, width]."""
+    joined = torch.cat(list(blocks), dim=1)
+    grouped = joined.view(len(joined), num_tokens, -1, joined.shape[2])
+    return grouped.transpose(0, 1).reshape(num_tokens, -1, joined.shape[2])
 
 
 def _gathered(states: Tensor, stretch: Stretch) -> Tensor:
     """[key-value heads, keys, width] of a stretch."""
-    heads = states.transpose(0, 1)
-    return torch.cat([heads[:, span] for span in stretch.spans], dim=1)
+    spans = [states[:, span] for span in stretch.spans]
+    return spans[0] if len(spans) == 1 else torch.cat(spans, dim=1)
 
 
 def _scatter(total: Tensor, slopes: Tensor, stretch: Stretch) -> None:
-    """Add what `_gathered` has as gradient to that of the stream: a prompt collects that of all its branches."""
+    """Put what `_gathered` has as gradient where it belongs in that of the stream, [key-value heads, T, width]: a
+    prompt, which comes before its branches, collects that of all of them."""
     start = 0
     for span in stretch.spans:
-        stop = start + span.stop - span.start
-        total[span] += slopes[:, start:stop].transpose(0, 1)
-        start = stop
+        part = slopes[:, start : start + span.stop - span.start]
+        if span == stretch.queries:
+            total[:, span] = part
+        else:
+            total[:, span] += part
+        start += part.shape[1]
 
 
-def _shares(rows: Tensor, keys: Tensor, block: Block, scale: float, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[key-value heads, rows, keys] how each query shares its attention; computed in float32, rounded once."""
-    scores = torch.bmm(rows * scale, keys)
+def _shares(rows: Tensor, keys: Tensor, block: Block, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[key-value heads, rows, keys] how each query shares its attention: from float32 keys and queries, scaled ones,
+    and rounded once."""
+    scores = torch.bmm(rows, keys.transpose(1, 2))
     num_queries = block.queries.stop - block.queries.start
     by_query = scores.view(len(scores), num_queries, -1, scores.shape[2])
     own = block.own - block.keys.start

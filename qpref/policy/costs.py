@@ -115,12 +115,17 @@ class Setup:
         return cls(
             device=device,
             width=4 if model.dtype == "float32" else 2,
-            double_quantization=asked if shape.quantized is None else shape.quantized,
+            double_quantization=_packs_scales(asked if shape.quantized is None else shape.quantized, device),
             dropout=recipe.adapter.dropout,
             optimizer=recipe.train.optimizer,
             has_start=recipe.adapter.start is not None,
             in_blocks=device == "cpu" and model.dtype == "bf16" and has_bf16_units(),
         )
+
+
+def _packs_scales(asked: bool | None, device: str) -> bool | None:
+    """A CPU holds them unpacked (see `load`)."""
+    return asked if device == "cuda" or asked is None else False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,8 +313,9 @@ def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     scores = shape.heads * min(QUERY_BLOCK, keys) * keys
     # Two matrices of scores: float32 where the softmax is computed again. Keys and values, their gradients in float32.
     block: float = scores * (2 * 4 if again else 2 * setup.width) + 2 * shape.key * keys * (setup.width + 4)
-    # The result's gradient and the queries', [T, Q]; those of keys and values, [T, K], in float32.
-    block += stream.tokens * (2 * setup.width * shape.query + 2 * 4 * shape.key + setup.width * shape.hidden)
+    # [T, Q]: queries, gradients of the result and of queries; [T, K]: keys and values, their gradients in float32.
+    numbers = 3 * shape.query + 2 * shape.key + shape.hidden
+    block += stream.tokens * (setup.width * numbers + 2 * 4 * shape.key)
     mlp = min(_mlp_numbers([each for each in layer.linears if not each.in_attention]) for layer in shape.layers)
     return block + (4 * shape.key * keys if again else 0) - setup.width * mlp * stream.tokens
 

@@ -314,3 +314,18 @@ def _settle_4bit_layers(model: Any, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.support_avx512bf16_for_cpu = False
+            if module.weight.device.type == "cpu":
+                _unpack_scales(module.weight.quant_state)
+
+
+def _unpack_scales(state: Any) -> None:
+    """Hold a 4-bit weight's scales in float32 for good, with the values that double quantization gave them.
+
+    On a CPU, unpacking them in each pass takes a third of the time of unpacking the weight; half a bit a weight is
+    less dear there than on a GPU.
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if state.nested:
+        state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        state.nested, state.state2, state.offset = False, None, None

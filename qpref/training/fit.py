@@ -194,10 +194,11 @@ def _advice(shape: ModelShape, settings: Settings, limit: int, data: Workload) -
         changes['[train] tokens_per_microbatch = "auto"'] = least(settings=replace(settings, tokens=None))
     if settings.checkpointed is not None:
         changes['[train] gradient_checkpointing = "auto"'] = least(settings=replace(settings, checkpointed=None))
+    packs = setup.device == "cuda"  # a CPU holds scales unpacked
     if setup.double_quantization is None:
-        quantized = replace(settings, setup=replace(setup, double_quantization=True))
+        quantized = replace(settings, setup=replace(setup, double_quantization=packs))
         changes['[model] quantization = "nf4"'] = least(settings=quantized)
-    elif not setup.double_quantization:
+    elif packs and not setup.double_quantization:
         doubled = replace(settings, setup=replace(setup, double_quantization=True))
         changes["[model] double_quantization = true"] = least(settings=doubled)
     if setup.width == 4:

@@ -256,6 +256,13 @@ def test_nf4_by_hand():
     assert weight_bytes(one, Setup(device="cuda", double_quantization=None)) == 331_776 * 2
 
 
+def test_a_cpu_holds_scales_unpacked():
+    shape = read_shape(named_config("SmolLM2-135M"), AdapterSection())
+    values = {"model": {"base": "x"}, "data": {"train": "x"}, "loss": {"name": "dpo"}}
+    doubly = [Setup.of(Recipe.model_validate(values), device, shape).double_quantization for device in ("cpu", "cuda")]
+    assert doubly == [False, True]
+
+
 def test_a_7b_model_takes_a_little_over_four_bits_a_weight():
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
     matrices = weight_bytes(replace(shape, ends=0, rest=0), Setup(device="cuda"))

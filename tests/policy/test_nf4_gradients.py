@@ -14,6 +14,7 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from conftest import load_worn
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qpref.data.pack import pack
 from qpref.policy.load import Policy
@@ -37,6 +38,31 @@ def load(make_base, make_recipe):
         return load_worn(make_recipe({"model.base": str(base), "model.quantization": "nf4"} | changes))
 
     return load
+
+
+def test_weights_are_those_of_packed_scales(load):
+    """They are unpacked once and for all; no bit of a weight changes."""
+    policy = load({"model.double_quantization": True})
+    packed = AutoModelForCausalLM.from_pretrained(
+        policy.model.get_base_model().config._name_or_path,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+    )
+    names = policy.quantized_modules()
+    assert len(names) == NUM_LINEAR
+    for name in names:
+        ours, theirs = policy.model.get_base_model().get_submodule(name), packed.get_submodule(name)
+        weight, wanted = ours.base_layer.weight, theirs.weight
+        assert not weight.quant_state.nested
+        assert wanted.quant_state.nested
+        found = dequantize_4bit(weight, weight.quant_state)
+        assert torch.equal(found, dequantize_4bit(wanted, wanted.quant_state))
 
 
 @pytest.fixture
