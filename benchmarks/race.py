@@ -128,10 +128,7 @@ def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[lis
 
 
 def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: Path, connection: Connection) -> None:
-    log = (folder / "log").open("w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = log
+    speak_into(folder / "log")
     import torch
 
     from benchmarks.meter import Gate, meter_for
@@ -150,16 +147,25 @@ def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: 
     spare = make_pairs(race.legs[-1].workload, contestant.pairs_per_step, race.shape.vocab_size, seed=8)
     gate = Gate(meter_for(device), connection)
     try:
-        _side(contestant)(contestant, base, pairs + spare, device, folder, gate)
+        side(contestant)(contestant, base, pairs + spare, device, folder, gate)
     except (torch.OutOfMemoryError, DeviceMemoryError):
         connection.send({"failure": "out of memory"})
+
+
+def speak_into(path: Path) -> None:
+    """Let all that this process prints go into a file."""
+    log = path.open("w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
 
 
 def _num_pairs(leg: Leg, contestant: Contestant) -> int:
     return (leg.warmup + leg.timed) * contestant.pairs_per_step
 
 
-def _side(contestant: Contestant) -> Callable[..., None]:
+def side(contestant: Contestant) -> Callable[..., None]:
+    """What trains as this contestant."""
     if contestant.side == "qpref":
         from benchmarks.qpref_side import train
     elif contestant.side == "trl":

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 REASONS: dict[tuple[str, str], str] = {
     ("TRL as shipped", ""): (
-        "TRL as shipped: inferred from the compacted row, not profiled. The two differ in the head alone; on long "
-        "prompts that is 27 CPU s for 3,200 positions more, 8 ms each, where their products need 1 ms at peak. "
-        "A guess at the rest: torch operations over float32 logits, and pages for them (a fifth of the process's CPU "
-        "time was the kernel's)."
+        "TRL as shipped: one profiled chat-like step (`python -m benchmarks.profile_step DPO`): 33 % elementwise "
+        "operations, 30 % products, 20 % torch's fused attention. The compacted row differs in the head alone, which "
+        "here projects every row: elementwise operations take 5.3 s there against 1.6 s, products 4.8 s against 3.7 s. "
+        "The prediction counts products alone. Long prompts were not profiled."
+    ),
+    ("TRL compacted", "chat-like"): (
+        "TRL compacted: one profiled step (`python -m benchmarks.profile_step DPO`): torch's fused attention for CPUs "
+        "takes 29 %, elementwise operations 18 %. The prediction counts attention's operations at the speed of the "
+        "other products, and no others; qpref's attention runs as such products."
+    ),
+    ("TRL compacted", "long prompt"): (
+        "TRL compacted: one profiled step (`python -m benchmarks.profile_step 'DPO long'`): torch's fused attention "
+        "for CPUs takes 54 %, elementwise operations 13 %; see the chat-like row."
     ),
     ("TRL best tuned", "chat-like"): (
-        "TRL best tuned: partly explained. One profiled DPO step, on a busy machine (24.6 CPU s, not 10): products "
-        "32 %, mul, add, copy and fill 35 %, attention 11 %, dequantization 9 %, the head's forward and backward 10 %. "
-        "Which code the elementwise third belongs to was not traced; PEFT's unfused LoRA is at most part of it, since "
-        "qpref without its fused LoRA is barely slower. KTO was not profiled."
+        "TRL best tuned: one profiled step (`python -m benchmarks.profile_step DPO`, or KTO): torch's fused attention "
+        "for CPUs takes 34 % (29 % in KTO), elementwise operations 16 %; see the compacted row."
+    ),
+    ("TRL best tuned", "long prompt"): (
+        "TRL best tuned: one profiled step (`python -m benchmarks.profile_step 'DPO long'`): torch's fused attention "
+        "for CPUs takes 49 % (4.9 of 9.9 s; all of qpref's step takes 4.9 s), elementwise operations 18 %."
     ),
 }
 """(contestant, workload) -> why; a workload of "" is for all."""
