@@ -1,6 +1,6 @@
 """Where a step's time goes, by kind of operation: what the reasons under a table rest on.
 
-    python -m benchmarks.profile_step "DPO long"            each contestant of a race of the cpu suite, one after another
+    python -m benchmarks.profile_step "DPO long"     each contestant of a race of the cpu suite, one after another
 
 The third step is profiled; its seconds are those of the thread that calls the operations, profiler's own cost included.
 """
