@@ -103,7 +103,7 @@ def cpu_suite() -> list[Race]:
     compacted = tuple(contestant for contestant in DPO if contestant is not TRL_SHIPPED)
     return [
         Race(name="DPO", shape=shape, contestants=DPO, legs=(chat,)),
-        Race(name="DPO long", shape=shallow, contestants=compacted, legs=(replace(long, warmup=0, timed=7),)),
+        Race(name="DPO long", shape=shallow, contestants=compacted, legs=(replace(long, warmup=0, timed=5),)),
         Race(name="KTO", shape=shape, contestants=KTO, legs=(chat,)),
     ]
 
@@ -116,7 +116,7 @@ def ablation_suite() -> list[Race]:
         Race(name="ablations", shape=shape, contestants=ABLATIONS, legs=(chat,)),
         Race(name="budget", shape=shape, contestants=BUDGETS, legs=(chat,)),
         Race(
-            name="DPO long", shape=shallow, contestants=(QPREF, TRL_SHIPPED), legs=(replace(long, warmup=0, timed=7),)
+            name="DPO long", shape=shallow, contestants=(QPREF, TRL_SHIPPED), legs=(replace(long, warmup=0, timed=5),)
         ),
     ]
 

@@ -104,7 +104,7 @@ def run_race(race: Race, base: Path, device: str) -> list[Record]:
 
 @contextmanager
 def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[list[Runner]]:
-    """All contestants, loaded, each waiting for its first step; they are started one after the other."""
+    """All contestants, loaded, each waiting for its first step. On a GPU they load one after the other, for its memory."""
     runners: list[Runner] = []
     try:
         for place, contestant in enumerate(race.contestants):
@@ -117,7 +117,11 @@ def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[lis
             process.start()
             there.close()
             runners.append(Runner(contestant, process, here, folder / "log"))
-            runners[-1].hear()
+            if device == "cuda":
+                runners[-1].hear()
+        if device == "cpu":
+            for runner in runners:
+                runner.hear()
         yield runners
     finally:
         for runner in runners:
