@@ -104,7 +104,7 @@ def run_race(race: Race, base: Path, device: str) -> list[Record]:
 
 @contextmanager
 def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[list[Runner]]:
-    """All contestants, loaded, each waiting for its first step. On a GPU they load one after the other, for its memory."""
+    """All contestants, each waiting for its first step. On a GPU they load one after the other, for its memory."""
     runners: list[Runner] = []
     try:
         for place, contestant in enumerate(race.contestants):
