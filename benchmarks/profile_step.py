@@ -95,7 +95,10 @@ def main() -> None:
             child = race.processes("cpu").Process(target=_child, args=(one, contestant, base, folder, there))
             child.start()
             there.close()
-            found = here.recv()
+            try:
+                found = here.recv()
+            except EOFError:
+                raise SystemExit(f"{contestant.name} ended:\n{(folder / 'log').read_text()[-4000:]}") from None
             child.join()
             whole = sum(found.values())
             print(f"\n{contestant.name}: {whole:.2f} s")

@@ -1,6 +1,6 @@
 """The tables of a result file.
 
-    python -m benchmarks.report benchmarks/results/2026-11-22-cpu.json
+    python -m benchmarks.report benchmarks/results/2026-11-23-cpu.json
 
 The measured ratio of two contestants is that of what the same pairs took them in all; the predicted one is the same of
 the operations in `benchmarks.limit`. Where they differ by more than a tenth, a footnote says why.
@@ -95,12 +95,12 @@ def _cells(record: Record, first: Record, result: dict[str, Any], notes: list[st
         f"{_share_of_limit(record, result):.2f}",
         f"{ratio:.2f}",
         f"{model_ratio:.2f}",
-        f"{off:+.0%}{_mark(record, notes)}" if abs(off) > TOLERANCE else "",
+        f"{off:+.0%}{_mark(record, result['device'], notes)}" if abs(off) > TOLERANCE else "",
     ]
 
 
-def _mark(record: Record, notes: list[str]) -> str:
-    note = reason(record["contestant"], record["workload"])
+def _mark(record: Record, device: str, notes: list[str]) -> str:
+    note = reason(record["contestant"], record["workload"], device)
     if note not in notes:
         notes.append(note)
     return f" [{notes.index(note) + 1}]"

@@ -17,6 +17,7 @@ from qpref.evaluation.models import Subject
 from qpref.evaluation.rows import text_of
 from qpref.plan import make_data_plan
 from qpref.policy.load import Policy
+from qpref.policy.lora import decoding
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import Finding, Message, Row, Source, TokenizedExample, UnpairedExample
 
@@ -187,7 +188,7 @@ def _generate(
     rows = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     try:
-        with frozen(policy), policy.autocast():
+        with frozen(policy), policy.autocast(), decoding():
             output: torch.Tensor = policy.plain_model.generate(
                 input_ids=torch.tensor(rows, device=policy.device),
                 attention_mask=torch.tensor(mask, device=policy.device),

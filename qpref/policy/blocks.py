@@ -173,7 +173,8 @@ def _shares(rows: Tensor, keys: Tensor, block: Block, window: int | None, dtype:
     if window is not None and (oldest := own - window + 1) + num_queries > 1:  # oldest is never above 0
         before = oldest + num_queries
         by_query[:, -oldest:, :, : before - 1] += _earlier()[:before, :, : before - 1]
-    scores = scores.softmax(-1)  # the name is taken over, so that there are two such matrices at most
+    del by_query  # with it, and the name taken over, there are never more than two such matrices
+    scores = scores.softmax(-1)
     return scores.to(dtype)
 
 

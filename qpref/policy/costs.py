@@ -299,7 +299,7 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, checkpointed: in
     # product's, whose own input is gone; under dropout four numbers for one of the input.
     numbers = max(4 * inner if setup.dropout else 2 * inner, inner + dense_numbers(shape))
     total: float = setup.width * (numbers + shape.hidden * stream.tokens)
-    if setup.in_blocks:
+    if setup.in_blocks and shape.shares_prompts and not shape.capped:
         total = max(total, _block_bytes(shape, setup, stream))
     if checkpointed == shape.num_layers:
         total += max(_layer_bytes(layer, shape, setup, stream) for layer in shape.layers)

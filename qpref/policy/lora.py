@@ -11,7 +11,9 @@ in each pass. The layers are PEFT's own, with this in place of their forward pas
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -82,7 +84,13 @@ def dense_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 class _Fused:
-    """The forward pass of both layers below."""
+    """The forward pass of both layers below.
+
+    Attributes:
+        decodes: whether answers are being generated, see `decoding`.
+    """
+
+    decodes: ClassVar[bool] = False
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         layer: Any = self
@@ -103,6 +111,17 @@ class _Fused:
             dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         return adapted
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """While answers are generated a token at a time, 4-bit layers on a GPU go PEFT's way, whether their adapter is on or
+    off: bitsandbytes has kernels for few rows that read the 4-bit weight as it is."""
+    _Fused.decodes = True
+    try:
+        yield
+    finally:
+        _Fused.decodes = False
 
 
 class FusedLinear4bit(_Fused, PeftLinear4bit):  # type: ignore[misc]
@@ -135,8 +154,7 @@ def _covers(layer: Any, name: str | None, x: Tensor) -> bool:
     if name is None and with_gradient:  # bitsandbytes' own function keeps the weight in 4 bits
         return False
     if isinstance(base, Linear4bit):
-        # A GPU has a kernel that reads the 4-bit weight for one row, as where an answer is generated.
-        return with_gradient or x.device.type != "cuda" or x.numel() > x.shape[-1]
+        return not (_Fused.decodes and x.device.type == "cuda")
     weight: Tensor = base.weight
     return weight.dtype == compute_dtype(base, x)
 

@@ -31,7 +31,7 @@ from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.shape import model_shape, read_shape
 from qpref.policy.source import resolve_base
-from qpref.policy.stretches import KEPT_KEYS, kept_scores, stretches
+from qpref.policy.stretches import KEPT_KEYS, QUERY_BLOCK, kept_scores, stretches
 from qpref.recipe import AdapterSection, Recipe
 from qpref.records import Group, Source, TokenizedExample
 from qpref.training.fit import measure
@@ -136,7 +136,7 @@ def test_the_scores_of_a_long_stretch_count(make_base):
     size = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 2}
     policy, shape, setup = load(a_recipe(make_base("llama", **size, max_position_embeddings=4096)))
     policy.use_attention(BLOCKS)
-    lengths = [(2500, (300, 30))]
+    lengths = [(12 * QUERY_BLOCK, (30, 30))]
     batch = a_batch(lengths)
 
     def step():
@@ -144,7 +144,7 @@ def test_the_scores_of_a_long_stretch_count(make_base):
 
     step()
     part = memory(shape, replace(setup, in_blocks=True), Stream.of(lengths), 0)
-    assert part.activations + part.live == pytest.approx(peak_bytes(step), rel=0.1)
+    assert part.activations + part.live == pytest.approx(peak_bytes(step), rel=0.06)
 
 
 def test_the_last_layer_need_not_be_recomputed():
