@@ -115,8 +115,8 @@ class _Fused:
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """While answers are generated a token at a time, 4-bit layers on a GPU go PEFT's way, whether their adapter is on or
-    off: bitsandbytes has kernels for few rows that read the 4-bit weight as it is."""
+    """While answers are generated, 4-bit layers on a GPU go PEFT's way, whether their adapter is on or off:
+    bitsandbytes has kernels for few rows that read the 4-bit weight as it is."""
     _Fused.decodes = True
     try:
         yield
