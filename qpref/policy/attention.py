@@ -33,6 +33,8 @@ KERNELS: dict[str, varlen.Kernel] = {
     "qpref_varlen_fa2": varlen.flash_attn_kernel,
 }
 """The paths for GPUs, the preferred one first. transformers takes a name with "flash" in it for one of its own."""
+COMPARED = "qpref_compared"
+"""The path that computes as STRETCHES, and notes how far another one is off in each layer."""
 LAYOUT = "qpref_groups"
 """The keyword that carries the layout through the model."""
 
@@ -56,6 +58,34 @@ def register() -> None:
     paths |= {name: partial(varlen.attend, kernel) for name, kernel in KERNELS.items()}
     for name, attend in paths.items():
         ALL_ATTENTION_FUNCTIONS.register(name, partial(shared_prompt_attention, attend=attend))
+
+
+def register_comparison(path: str) -> list[float]:
+    """Register COMPARED for a path. Each layer that it computes adds how far the path is off there, on that layer's own
+    queries, keys and values: the relative differences of its result and of its three gradients, Euclidean."""
+    apart: list[float] = []
+    tried, plain = (ALL_ATTENTION_FUNCTIONS[name] for name in (path, STRETCHES))
+
+    def compared(module: Any, *call: Any, **keywords: Any) -> tuple[Tensor, None]:
+        found, expected = (_with_gradients(attend, module, *call, **keywords) for attend in (tried, plain))
+        pairs = zip(found, expected, strict=True)
+        for one, other in pairs:
+            size = other.float().norm().clamp_min(1e-30)  # a lone key has no gradient
+            apart.append(((one.float() - other.float()).norm() / size).item())
+        return expected[0], None
+
+    ALL_ATTENTION_FUNCTIONS.register(COMPARED, compared)
+    return apart
+
+
+def _with_gradients(attend: Callable[..., Any], module: Any, *call: Any, **keywords: Any) -> list[Tensor]:
+    """Attention's result, and the gradients of queries, keys and values of a fixed random direction of it."""
+    states = [each.detach().requires_grad_() for each in call[:3]]
+    with torch.enable_grad():
+        result, _ = attend(module, *states, *call[3:], **keywords)
+    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).to(result)
+    with torch.autocast(result.device.type, enabled=False):  # as in training
+        return [result.detach(), *torch.autograd.grad(result, states, direction)]
 
 
 def sharing_paths(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
-from qpref.policy.attention import STRETCHES, CannotShareError
+from qpref.policy.attention import COMPARED, STRETCHES, CannotShareError, register_comparison
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.pairs import sequences
@@ -33,8 +33,9 @@ LOGITS_TOLERANCE = 0.1
 """The same between our head and the model's own logits, which it rounds to 16 bits (0.03 measured)."""
 CACHE_TOLERANCE = 0.02
 """The same between what the cache holds and what another batch's layout gives."""
-SLOPE_TOLERANCE = 0.05
-"""Relative difference of gradients between two attention kernels in 16-bit types."""
+KERNEL_TOLERANCE = 0.05
+"""Relative difference of a layer's attention and its gradients between two kernels in 16-bit types (0.008 measured on
+SmolLM2-135M). Through all layers rounding adds up: there gradients are 6 to 8 % off those in float32 by any path."""
 START_TOLERANCE = 1e-4
 
 
@@ -93,7 +94,7 @@ def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor) 
         first = group.start + group.prompt
         if bool(slope[first : first + group.branches[0]].any()):
             return "one response sees the other"
-        return None if path == STRETCHES else _kernel_fault(policy, batch, slope)
+        return None if path == STRETCHES else _kernel_fault(policy, batch)
     except CannotShareError as error:
         return str(error)
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
@@ -103,14 +104,15 @@ def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor) 
         return f"{type(error).__name__}: {reason}"
 
 
-def _kernel_fault(policy: Policy, batch: PackedBatch, slope: Tensor) -> str | None:
-    """What is wrong with a kernel's backward pass, by that of the plain path on the same stream."""
+def _kernel_fault(policy: Policy, batch: PackedBatch) -> str | None:
+    """What is wrong with a kernel, by the plain path in each layer."""
     path = policy.attention
-    policy.use_attention(STRETCHES)
-    expected = _slope_of_second(policy, batch)
+    apart = register_comparison(path)
+    policy.use_attention(COMPARED)
+    completion_logprobs(policy, batch)
     policy.use_attention(path)
-    apart = ((slope - expected).norm() / expected.norm()).item()
-    return None if apart <= SLOPE_TOLERANCE else f"its gradients are off by {apart:.1%}"
+    worst = max(apart, key=lambda each: (math.isnan(each), each))
+    return None if worst <= KERNEL_TOLERANCE else f"a layer's result or gradients are off by {worst:.1%}"
 
 
 def _slope_of_second(policy: Policy, batch: PackedBatch) -> Tensor:

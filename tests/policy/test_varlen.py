@@ -373,8 +373,8 @@ BAD_KERNELS = {
     scaled: "sharing a prompt changes log-probabilities: a token's is ",
     not_a_number: "sharing a prompt changes log-probabilities: a token's is nan",
     acausal: "sharing a prompt changes log-probabilities: a token's is ",
-    with_steep_gradients: "its gradients are off by ",
-    without_gradients: "its gradients are off by ",
+    with_steep_gradients: "a layer's result or gradients are off by ",
+    without_gradients: "a layer's result or gradients are off by ",
     seeing_the_sibling: "one response sees the other",
 }
 
