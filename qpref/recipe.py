@@ -48,7 +48,9 @@ class ModelSection(Section):
         default=None, description="A folder or hub id to take the tokenizer from; default: the base's own."
     )
     quantization: Literal["nf4", "none"] = Field(default="nf4", description="4-bit NormalFloat (QLoRA), or none.")
-    double_quantization: bool = Field(default=True, description="Quantize NF4's block scales too: 0.37 bits less each.")
+    double_quantization: bool = Field(
+        default=True, description="Quantize NF4's block scales too: 0.37 bits less each (not on a CPU)."
+    )
     dtype: Literal["bf16", "fp16", "float32"] = Field(
         default="bf16",
         description="What the base computes in. fp16 trains with loss scaling, for cards without bf16. Adapters, "
