@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ class ShardStore:
     run: str
     seen: dict[str, int]
     loss_level: int = logging.WARNING
-    _places: dict[bytes, tuple[mmap.mmap, int, int]] = field(default_factory=dict)
+    _places: dict[bytes, tuple[str, mmap.mmap, int, int]] = field(default_factory=dict)
     _own: fsio.AppendLog | None = None
     _appends: int = 0
 
@@ -84,8 +84,27 @@ class ShardStore:
         place = self._places.get(key)
         if place is None:
             return None
-        data, start, count = place
+        _, data, start, count = place
         return data[start : start + WORD * count]
+
+    def shard_of(self, key: bytes) -> str | None:
+        """Name of the shard that a record is read from, or None."""
+        place = self._places.get(key)
+        return None if place is None else place[0]
+
+    def shards(self) -> set[str]:
+        """Names of the shards that records are read from."""
+        return {place[0] for place in self._places.values()}
+
+    def put_aside(self, names: Collection[str]) -> None:
+        """Stop reading these shards; a record that another shard holds too is found there."""
+        own = self.folder / f"{self.run}.shard"
+        self.seen = {name: size for name, size in self.seen.items() if name not in names}
+        self._places.clear()
+        for name, size in self.seen.items():
+            self._read(self.folder / name, size)
+        if self._own is not None and own.name not in names:
+            self._read(own, own.stat().st_size)
 
     def add(self, records_by_key: Mapping[bytes, bytes]) -> None:
         """Append records, of whole words, to the run's own shard.
@@ -127,7 +146,7 @@ class ShardStore:
             found, data = 0, None
         end = 0
         for key, start, count in _records(data) if data else ():
-            self._places.setdefault(key, (data, start, count))  # type: ignore[arg-type]
+            self._places.setdefault(key, (path.name, data, start, count))  # type: ignore[arg-type]
             end = start + WORD * count
         if end < size:
             # What a killed process, or one that still writes, has left.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import os
 import signal
 import sys
 import threading
@@ -72,6 +73,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # texts of data, on a terminal of whatever encoding
+    # Read when torch is imported. Threads that spin while they wait take the cores from each other, and from others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logger = logging.getLogger("qpref")
     logger.setLevel(logging.INFO)
     logger.handlers = [_StderrHandler()]

@@ -1,25 +1,30 @@
 """Reference log-probabilities on disk, by content, for all runs of a machine.
 
-A folder for each reference (base weights, config, quantization, type, attention), in it the shards of `qpref.shards`.
+A folder for each reference (base weights, config, quantization, type, attention), in it the shards of `qpref.shards`,
+each with check rows: a few rows and what the run that wrote the shard got for them, in that very batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from qpref import fsio, shards
+from qpref.records import Source, TokenizedExample
 from qpref.shards import KEY_BYTES, ShardStore
 
-FORMAT = 2
+FORMAT = 3
 """Part of every reference's key: raise it when the same tokens are scored differently."""
 
 DESCRIPTION = "reference.json"
@@ -52,10 +57,77 @@ def describe(folder: Path, reference: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckRows:
+    """Rows scored by the run that wrote a shard, as one batch by one thread, so that another run can repeat it.
+
+    Attributes:
+        examples: the batch, in its order; each with as many branches.
+        values: [tokens] float32 nats of all branches.
+    """
+
+    examples: tuple[TokenizedExample, ...]
+    values: Tensor
+
+    def to_bytes(self) -> bytes:
+        """The rows as safetensors."""
+        pieces = [piece for example in self.examples for piece in (example.prompt, *example.branches)]
+        tokens = [token for piece in pieces for token in piece]
+        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
+        content: bytes = save(
+            {
+                "tokens": torch.tensor(tokens, dtype=torch.int32),
+                "lengths": lengths.view(len(self.examples), -1),
+                "values": self.values.detach().to("cpu", torch.float32).contiguous(),
+            }
+        )
+        return content
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> CheckRows | None:
+        """Read what `to_bytes` gave; None where it is anything else."""
+        try:
+            found = load(content)
+            tokens, lengths, values = (found[name] for name in ("tokens", "lengths", "values"))
+            pieces = iter(tokens.split(lengths.flatten().tolist()))
+        except (SafetensorError, KeyError, RuntimeError):
+            return None
+        if len(tokens) == 0 or int(tokens.min()) < 0 or int(lengths[:, 1:].sum()) != len(values):
+            return None
+        rows = [[array("i", next(pieces).tolist()) for _ in row] for row in lengths]
+        if not all(len(row) > 1 and all(row) for row in rows):
+            return None
+        return cls(tuple(_example(prompt, branches) for prompt, *branches in rows), values)
+
+    @property
+    def key(self) -> tuple[bytes, ...]:
+        """The rows' token ids, to tell batches apart."""
+        return tuple(
+            piece.tobytes() for example in self.examples for piece in (array("i"), example.prompt, *example.branches)
+        )
+
+
+def _example(prompt: array[int], branches: list[array[int]]) -> TokenizedExample:
+    source = Source(path="the reference cache", line=0)
+    return TokenizedExample(
+        prompt=prompt,
+        branches=tuple(branches),
+        truncated=(False,) * len(branches),
+        weight=1.0,
+        margin=0.0,
+        source=source,
+    )
+
+
+@dataclass(slots=True)
 class ReferenceCache:
-    """What is known of one reference: [tokens] float32 nats for each row."""
+    """What is known of one reference: [tokens] float32 nats for each row.
+
+    Attributes:
+        check_rows: written into this run's own shard before its first rows; without them no other run reads it.
+    """
 
     store: ShardStore
+    check_rows: CheckRows | None = None
 
     @classmethod
     def open(cls, folder: Path, run: str, seen: Mapping[str, int] | None = None) -> ReferenceCache:
@@ -63,7 +135,7 @@ class ReferenceCache:
         return cls(ShardStore.open(folder, run, seen))
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.store) - sum(check_key(name) in self.store for name in self.store.shards())
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.store
@@ -74,12 +146,30 @@ class ReferenceCache:
         return None if content is None else torch.from_numpy(numpy.frombuffer(content, "<f4").copy())
 
     def add(self, rows: Mapping[bytes, Tensor]) -> None:
-        """Append rows."""
-        self.store.add({key: words(values) for key, values in rows.items()})
+        """Append rows, the first time after the check rows."""
+        records = {key: words(values) for key, values in rows.items()}
+        if self.check_rows is not None:
+            records = {check_key(f"{self.store.run}.shard"): self.check_rows.to_bytes()} | records
+            self.check_rows = None
+        self.store.add(records)
+
+    def check_rows_by_shard(self) -> dict[str, CheckRows | None]:
+        """The check rows of each shard that rows are read from; None of one that has none."""
+        contents = {name: self.store.get(check_key(name)) for name in sorted(self.store.shards())}
+        return {name: CheckRows.from_bytes(content) if content else None for name, content in contents.items()}
+
+    def put_aside(self, shards: Collection[str]) -> None:
+        """Read no row of these shards any more."""
+        self.store.put_aside(shards)
 
     def close(self) -> None:
         """Bring all that was added to the disk, if it takes it."""
         self.store.close()
+
+
+def check_key(shard: str) -> bytes:
+    """Key of a shard's check rows; one for each name, so a shard that was copied under another has none."""
+    return hashlib.blake2b(f"check rows of {shard}".encode(), digest_size=KEY_BYTES).digest()
 
 
 def words(values: Tensor) -> bytes:

@@ -18,8 +18,8 @@ from qpref.policy.attention import COMPARED, STRETCHES, CannotShareError, regist
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.pairs import sequences
-from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
-from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
+from qpref.policy.reference import as_reference, frozen
+from qpref.records import PackedBatch, TokenizedExample
 from qpref.training.inputs import Mismatched
 from qpref.training.objective import Objective
 
@@ -31,8 +31,6 @@ LAYOUT_TOLERANCE = 0.1
 """The same in 16-bit types, as a mean over tokens, between two batch layouts (0.04 measured on SmolLM2-135M)."""
 LOGITS_TOLERANCE = 0.1
 """The same between our head and the model's own logits, which it rounds to 16 bits (0.03 measured)."""
-CACHE_TOLERANCE = 0.02
-"""The same between what the cache holds and what another batch's layout gives."""
 KERNEL_TOLERANCE = 0.05
 """Relative difference of a layer's attention and its gradients between two kernels in 16-bit types (0.008 measured on
 SmolLM2-135M). Through all layers rounding adds up: there gradients are 6 to 8 % off those in float32 by any path."""
@@ -155,18 +153,13 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     return torch.cat(pieces)
 
 
-def check_start(
-    policy: Policy, objective: Objective, batch: PackedBatch, memory: ReferenceMemory | None = None
-) -> None:
+def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
     """S1: before the first step policy and reference are the same, and the loss stands where its paper says.
 
     Both are computed in one layout, so only a real difference shows.
 
-    Args:
-        memory: what is known of the reference; compared with what is computed here.
-
     Raises:
-        PolicyError: they differ, so the reference is not what the policy starts from; or the cache's differs.
+        PolicyError: they differ, so the reference is not what the policy starts from.
     """
     with frozen(policy):
         scores = objective.score(policy, batch)
@@ -179,8 +172,6 @@ def check_start(
                 "an adapter that is not fresh has to be named in [adapter] start",
             )
         _refuse_repacked_weights(policy)
-        if memory is not None:
-            _compare_cached(policy, memory, batch, reference)
         balanced = replace(objective, class_counts=(1, 1))
         level = replace(batch, margin=torch.zeros_like(batch.margin))
         mismatched = None
@@ -197,36 +188,6 @@ def check_start(
                 if not math.isclose(value, wanted, rel_tol=START_TOLERANCE, abs_tol=START_TOLERANCE):
                     offer = caller.choice.plugin.offer
                     raise PolicyError(f"before training, an example's loss is {value:.6f}; {offer} says {wanted:.6f}")
-
-
-def check_cached_reference(policy: Policy, memory: ReferenceMemory, batch: PackedBatch) -> None:
-    """Compute a batch of the reference anew and compare it with the cache's.
-
-    Raises:
-        PolicyError: they differ, so no row of the cache can be trusted.
-    """
-    if memory.cache is not None:
-        with as_reference(policy):
-            _compare_cached(policy, memory, batch, completion_logprobs(policy, batch))
-
-
-def _compare_cached(policy: Policy, memory: ReferenceMemory, batch: PackedBatch, computed: TokenLogProbs) -> None:
-    keys = [key for example in batch.examples for key in row_keys(example)]
-    pairs = [
-        (memory.rows[key], values)
-        for key, values in zip(keys, computed.values.cpu().split(list(computed.lengths)), strict=True)
-        if memory.known(key)
-    ]
-    if memory.cache is None or not pairs:
-        return
-    cached, fresh = (torch.cat(side) for side in zip(*pairs, strict=True))
-    if reason := _difference(cached, fresh, policy, CACHE_TOLERANCE):
-        raise PolicyError(
-            f"{memory.cache.store.folder}: the cached reference is not this one's: {reason}",
-            "`qpref cache clear reference` removes it; it is computed anew then",
-        )
-    log.info("reference: one batch computed again agrees with the cache, %.4f nats a token apart on average",
-             (cached - fresh).abs().mean().item())  # fmt: skip
 
 
 def _refuse_repacked_weights(policy: Policy) -> None:

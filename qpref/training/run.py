@@ -31,6 +31,7 @@ from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared, prepare
+from qpref.training.reference_check import check_cache
 from qpref.training.result import reset_peak, write_result
 from qpref.training.sizing import forecast
 
@@ -70,10 +71,12 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     folder.remove_leftovers()
     kept = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
     if kept is not None:
-        memory = _open_memory(prepared, folder.description().get("reference_cache"))
+        memory = _open_memory(prepared, folder.description().get("reference_cache"), kept)
         snapshot.restore(kept, prepared, optimizer, scaler, progress)
         metrics_bytes = snapshot.metrics_bytes(kept, folder)
-        _go_on(prepared, folder, kept, progress, memory)
+        progress.best = best.of_state(kept.state, folder, plan.recipe.train)
+        checkpoint.remove_newer(folder.checkpoints, progress.step)
+        log.info("going on after step %d", progress.step)
     else:
         if resume:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
@@ -125,24 +128,12 @@ def _begin(prepared: Prepared, folder: RunFolder, progress: Progress) -> Referen
 
     Until the checks have passed, nothing that stood in the folder is touched.
     """
-    memory = _open_memory(prepared, None)
-    invariants.check_start(prepared.policy, prepared.loss, _first_batch(prepared), memory)
+    invariants.check_start(prepared.policy, prepared.loss, _first_batch(prepared))
+    memory = _open_memory(prepared)
     progress.budget = snapshot.settled(prepared)
     folder.clear()
     _describe(prepared, folder, memory, progress.budget)
     return memory
-
-
-def _go_on(
-    prepared: Prepared, folder: RunFolder, kept: Checkpoint, progress: Progress, memory: ReferenceMemory | None
-) -> None:
-    """Take up what a checkpoint's run knew beside its state: its best step and the reference."""
-    progress.best = best.of_state(kept.state, folder, prepared.plan.recipe.train)
-    if memory is not None:
-        memory.restore(kept.tensors["reference"])
-        invariants.check_cached_reference(prepared.policy, memory, _first_batch(prepared))
-    checkpoint.remove_newer(folder.checkpoints, progress.step)
-    log.info("going on after step %d", progress.step)
 
 
 def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> None:
@@ -172,19 +163,28 @@ def _first_batch(prepared: Prepared) -> PackedBatch:
     return invariants.first_batch([prepared.examples[place] for place in places], prepared.policy)
 
 
-def _open_memory(prepared: Prepared, before: Mapping[str, Any] | None) -> ReferenceMemory | None:
-    """What is known of the reference, and says how much; None for losses without one.
+def _open_memory(
+    prepared: Prepared, before: Mapping[str, Any] | None = None, kept: Checkpoint | None = None
+) -> ReferenceMemory | None:
+    """What is known of the reference and confirmed on this machine, and says how much; None for losses without one.
 
     Args:
         before: what run.json says of the cache, for a run that goes on.
+        kept: the checkpoint that it goes on from.
     """
     if "reference" not in prepared.loss.needs:
         return None
     recipe, everything = prepared.plan.recipe, [*prepared.examples, *prepared.heldout]
+    cache = None
+    if recipe.reference.cache:
+        digest = prepared.fingerprints["start adapter"]
+        cache = references.open_cache(recipe, prepared.base, digest, prepared.policy, before)
+    memory = ReferenceMemory(cache)
+    if kept is not None:
+        memory.restore(kept.tensors["reference"])
     if not recipe.reference.cache:
-        return ReferenceMemory()
-    digest = prepared.fingerprints["start adapter"]
-    memory = ReferenceMemory(references.open_cache(recipe, prepared.base, digest, prepared.policy, before))
+        return memory
+    check_cache(memory, prepared.policy, _first_batch(prepared))
     known, asked = references.count_known(memory, everything)
     log.info("reference: %d of %d responses are in the cache (%.0f %%)", known, asked, 100 * known / asked)
     return memory
