@@ -24,9 +24,9 @@ from torch import Tensor
 from qpref.merge.guards import TrainedRun, read_run
 from qpref.merge.models import AsTrained, load_base
 from qpref.merge.replay import ScoredRow, replay
+from qpref.merge.replayed_pairs import choose_rows, read_examples
 from qpref.merge.request import Tolerance
 from qpref.merge.rounding import STORED, Retention
-from qpref.merge.rows import choose_rows, read_examples
 from qpref.merge.verdict import Judge
 
 DAMPING = 0.01
@@ -92,7 +92,7 @@ def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
     return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
 
-def second_moments(model: Any, rows: list[ScoredRow], widen: AsTrained, run: TrainedRun) -> Mapping[str, Tensor]:
+def second_moments(model: Any, rows: list[ScoredRow], to_float32: AsTrained, run: TrainedRun) -> Mapping[str, Tensor]:
     """[in, in] sum of x x^T over the tokens, for the input x of each adapted layer."""
     sums: dict[str, Tensor] = {}
 
@@ -104,7 +104,7 @@ def second_moments(model: Any, rows: list[ScoredRow], widen: AsTrained, run: Tra
         model.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs))
         for name in run.delta.modules
     ]
-    replay(model, rows, widen, run.base.device)
+    replay(model, rows, to_float32, run.base.device)
     for hook in hooks:
         hook.remove()
     return sums

@@ -13,12 +13,12 @@ from benchmarks.adapter import RANK, RATE, start_adapter
 from benchmarks.contestants import Contestant
 from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, Single, as_singles, digest
+from qpref.attention.register import SEGMENTS
 from qpref.data.pack import pack
-from qpref.plan import Plan, make_plan
-from qpref.policy.attention import STRETCHES
 from qpref.policy.load import Policy, load_policy
-from qpref.policy.reference import ReferenceMemory
+from qpref.policy.reference import ReferenceStore
 from qpref.policy.source import resolve_base
+from qpref.recipe.resolve import Plan, make_plan
 from qpref.records import MetricRow, Source, TokenizedExample
 from qpref.training import optim
 from qpref.training.loop import Progress, Trainer
@@ -37,7 +37,7 @@ def _adapt_as_peft_does(policy: Policy) -> None:
 
 SWITCHES: dict[str, Callable[[Policy], None]] = {
     "prompt sharing": lambda policy: policy.share_prompts(False),
-    "attention in blocks": lambda policy: policy.use_attention(STRETCHES),
+    "attention in blocks": lambda policy: policy.use_attention(SEGMENTS),
     "fused LoRA": _adapt_as_peft_does,
 }
 """How a technique is switched off in a loaded policy. A new one's row goes into `benchmarks.contestants.ABLATIONS`."""
@@ -54,7 +54,7 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
     gate.meter.note_loaded()
     ordered = _examples(contestant, pairs)
     gate.digest = digest(_ids(example) for example in ordered)
-    memory = ReferenceMemory()
+    memory = ReferenceStore()
     if not contestant.live_reference:
         for example in ordered:
             memory.logprobs(policy, pack([example], policy.device))

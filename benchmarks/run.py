@@ -22,7 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contestants, machine, race, report, scaling
+from benchmarks import contestants, machine, race, scaling
+from benchmarks import tables as report
 from benchmarks.contestants import Race
 from benchmarks.shapes import Shape, make_base
 

@@ -49,9 +49,9 @@ def _prepare(base: Path, rows: Path, connection: Connection) -> None:
     from qpref.data.load import load_rows, tokenize_rows
     from qpref.data.pack import pack, split_by_tokens
     from qpref.data.tokenize import PairTokenizer
-    from qpref.plan import make_plan
     from qpref.policy.source import resolve_base
     from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+    from qpref.recipe.resolve import make_plan
     from qpref.training import optim
 
     plan = make_plan({"model": {"base": str(base)}, "data": {"train": str(rows)}, "loss": {"name": "dpo"}, "sinks": []})

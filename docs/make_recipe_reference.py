@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from qpref.hooks import manager
-from qpref.recipe import DataSection, Recipe, SourceSection
+from qpref.recipe.sections import DataSection, Recipe, SourceSection
 
 HEAD = """# The recipe, key by key
 

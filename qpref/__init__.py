@@ -38,7 +38,7 @@ def train(
     Raises:
         QprefError: see `qpref.errors`; the message says what to do.
     """
-    from qpref.plan import make_plan
+    from qpref.recipe.resolve import make_plan
     from qpref.training.run import train_plan
 
     source = recipe if isinstance(recipe, Mapping) else Path(recipe)

@@ -153,7 +153,7 @@ def load_worn(tables: dict[str, dict[str, Any]]) -> Policy:
     the recipe says so."""
     from qpref.policy.load import load_policy
     from qpref.policy.source import resolve_base
-    from qpref.recipe import Recipe
+    from qpref.recipe.sections import Recipe
 
     values = {"data": {"train": "none"}, "loss": {"name": "none"}, "train": {"gradient_checkpointing": False}}
     recipe = Recipe.model_validate(values | tables)
@@ -231,7 +231,7 @@ def trained_run(make_recipe, make_base, tmp_path_factory, _trained) -> Callable[
     """
 
     def run(base: Path | None = None, **changes) -> Path:
-        from qpref.plan import make_plan
+        from qpref.recipe.resolve import make_plan
         from qpref.training.run import train_plan
 
         changes = {"train.learning_rate": 0.02, "model.base": str(base or make_base())} | changes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qpref.data.shapes import COLUMNS, SHAPES, records_of_row, shape_of
+from qpref.data.row_formats import COLUMNS, SHAPES, records_of_row, shape_of
 from qpref.hooks.manager import READER, PluginHost, installed_offers
 from qpref.records import Message, PreferencePair, Row, Source, UnpairedExample
 

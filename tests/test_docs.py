@@ -39,7 +39,7 @@ def test_the_readme_tree_names_every_module():
 
 
 def test_each_shipped_recipe_resolves_without_its_data_or_model(capsys):
-    from qpref.plan import make_plan
+    from qpref.recipe.resolve import make_plan
 
     for recipe in sorted((ROOT / "recipes").glob("*.toml")):
         assert make_plan(recipe).losses[0].plugin.record.name == "dpo"

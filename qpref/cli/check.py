@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qpref.data.audit import Audit
-    from qpref.data.report import DataReport
+    from qpref.data.data_report import DataReport
     from qpref.data.tokenize import PairTokenizer
     from qpref.errors import QprefError
-    from qpref.recipe import DataSection, ModelSection
+    from qpref.recipe.sections import DataSection, ModelSection
     from qpref.records import Finding
-    from qpref.training.swapped import SwapSearch
+    from qpref.training.swapped_labels import SwapSearch
 
 NUM_PLACES = 3
 BAR_WIDTH = 40
@@ -88,7 +88,7 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
     from qpref.data.check import check_data
     from qpref.data.load import check_rows
     from qpref.errors import RecipeError
-    from qpref.plan import make_data_plan, make_plan
+    from qpref.recipe.resolve import make_data_plan, make_plan
 
     if Path(what).suffix == ".toml":
         if base is not None:
@@ -109,13 +109,13 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
 
 def _swap_search(model: ModelSection) -> SwapSearch | None:
     """Looks for swapped labels where the base is on this machine and an earlier run has scored pairs on it."""
-    from qpref.policy.known_shapes import local_base
+    from qpref.memory.known_shapes import local_base
     from qpref.policy.reference_cache import DESCRIPTION, root
     from qpref.policy.source import resolve_base
 
     if local_base(model) is None or not any(root().glob(f"*/{DESCRIPTION}")):
         return None
-    from qpref.training.swapped import SwapSearch
+    from qpref.training.swapped_labels import SwapSearch
 
     return SwapSearch(resolve_base(model))
 

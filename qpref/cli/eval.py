@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qpref.evaluation.report import ModelReport, Report
+    from qpref.evaluation.comparison import ModelReport, Report
     from qpref.evaluation.statistics import Estimate
 
 WIDE = 250

@@ -26,7 +26,7 @@ def command(merged: Path, out: Path, gguf: bool, converter: Path | None, kind: s
     llama.cpp's own converter does it, which has to be on this machine.
     """
     from qpref.cli import ends_cleanly
-    from qpref.export import export_gguf
+    from qpref.merge.export import export_gguf
 
     with ends_cleanly():
         written = export_gguf(merged, out, kind, converter)

@@ -12,11 +12,11 @@ import click
 if TYPE_CHECKING:
     import torch
 
-    from qpref.choices import SourceChoice
     from qpref.data.source import CheckedRow
-    from qpref.plan import Plan
-    from qpref.policy.shape import ModelShape
-    from qpref.training.fit import Fit, Lengths, Settings, Workload
+    from qpref.memory.fit import Fit, Lengths, Settings, Workload
+    from qpref.memory.shape import ModelShape
+    from qpref.recipe.choices import SourceChoice
+    from qpref.recipe.resolve import Plan
 
 CHARACTERS_A_TOKEN = 4
 MOST_TOKENIZED, LONGEST_TOKENIZED = 2000, 64
@@ -48,7 +48,7 @@ def command(
     """
     from qpref.cli import quiet_transformers
     from qpref.errors import DeviceMemoryError
-    from qpref.plan import make_plan
+    from qpref.recipe.resolve import make_plan
 
     quiet_transformers()
     forecast = Forecast.of(make_plan(recipe, overrides), vram, shape)
@@ -89,7 +89,7 @@ class PlannedData:
         return replace(self, lengths=lengths, longest=longest)
 
     def workload(self, batch_size: int, shared: bool) -> Workload:
-        from qpref.training.fit import Workload
+        from qpref.memory.fit import Workload
 
         typical = Workload.of(self.lengths, batch_size, shared)
         longest = Workload.of([*self.lengths, *self.longest], batch_size, shared)
@@ -111,9 +111,9 @@ class Forecast:
 
     @classmethod
     def of(cls, plan: Plan, vram: str | None, named: str | None) -> Forecast:
-        from qpref.policy.costs import Setup
-        from qpref.policy.shape import model_shape
-        from qpref.training.fit import Settings, choose
+        from qpref.memory.costs import Setup
+        from qpref.memory.fit import Settings, choose
+        from qpref.memory.shape import model_shape
 
         recipe = plan.recipe
         device, limit, limit_from = _device_and_limit(plan, vram)
@@ -137,8 +137,8 @@ class Forecast:
 
 def _device_and_limit(plan: Plan, vram: str | None) -> tuple[str, int, str]:
     """What it is planned for: the kind of device, the bytes that may be filled, and who says so."""
+    from qpref.memory.fit import memory_limit, parse_bytes
     from qpref.policy.load import choose_device
-    from qpref.training.fit import memory_limit, parse_bytes
 
     model = plan.recipe.model
     if vram is not None:
@@ -188,7 +188,7 @@ def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | 
     """Lengths by the base's own tokenizer; None where it isn't on this machine."""
     from qpref.data.tokenize import PairTokenizer
     from qpref.errors import DataError
-    from qpref.policy.known_shapes import local_base
+    from qpref.memory.known_shapes import local_base
     from qpref.policy.source import BaseFolder
     from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 
@@ -260,7 +260,7 @@ def _facts(forecast: Forecast, tflops: float | None) -> dict[str, Any]:
         "limit": {"bytes": forecast.limit, "origin": forecast.limit_from},
         "memory": asdict(memory) | {"reserve": memory.reserve, "total": memory.total},
         "tokens_per_microbatch": fit.tokens_per_microbatch,
-        "checkpointed_layers": fit.checkpointed_layers,
+        "recomputed_layers": fit.recomputed_layers,
         "fits": fit.fits,
         "advice": list(fit.advice),
     }
@@ -271,13 +271,13 @@ def _facts(forecast: Forecast, tflops: float | None) -> dict[str, Any]:
 
 def _work(forecast: Forecast) -> dict[str, Any]:
     """Tokens, steps and floating-point operations; None what needs the number of examples."""
-    from qpref.policy.flops import forward_flops, step_flops
+    from qpref.memory.flops import forward_flops, step_flops
     from qpref.training.loop import refuse_empty_steps
     from qpref.training.optim import total_steps
 
     recipe, shape, count = forecast.plan.recipe, forecast.shape, forecast.data.num_examples
     step = forecast.workload.typical.of_tokens(forecast.workload.step_tokens)
-    each = step_flops(shape, step, forecast.fit.checkpointed_layers / shape.num_layers)
+    each = step_flops(shape, step, forecast.fit.recomputed_layers / shape.num_layers)
     work = {"tokens_per_step": forecast.workload.step_tokens, "flops_per_step": each}
     if count is None:
         return work | {"tokens_per_epoch": None, "steps": None, "flops": None}
@@ -331,7 +331,7 @@ def _print(forecast: Forecast, facts: dict[str, Any]) -> None:
     click.echo(f"  {'total':<13}{fit.memory.total / 2**30:>7.2f}   of {_gib(forecast.limit)}: {forecast.limit_from}")
     if fit.fits:
         click.echo(f"\ntokens per micro-batch  {fit.tokens_per_microbatch}  {_whose(train.tokens_per_microbatch)}")
-        layers = f"{fit.checkpointed_layers} of {shape.num_layers}"
+        layers = f"{fit.recomputed_layers} of {shape.num_layers}"
         click.echo(f"checkpointed layers     {layers}  {_whose(train.gradient_checkpointing)}")
 
 

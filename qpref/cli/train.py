@@ -18,7 +18,7 @@ def command(
     recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
     """Train an adapter by RECIPE, a TOML file."""
-    from qpref.plan import make_plan
+    from qpref.recipe.resolve import make_plan
 
     plan = make_plan(recipe, overrides, output)
     if dry_run:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qpref.choices import Choice, SourceChoice
+from qpref.data.data_report import DataReport
 from qpref.data.repeats import Repeats
-from qpref.data.report import DataReport
-from qpref.data.shapes import singles_of
+from qpref.data.row_formats import singles_of
 from qpref.data.source import CheckedRow, DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
+from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, Row, UnpairedExample
 
 

@@ -34,7 +34,7 @@ def response_of(one: object) -> object:
     return one
 
 
-def worth_of(values: Mapping[str, object], responses: Sequence[object]) -> list[float]:
+def score_of(values: Mapping[str, object], responses: Sequence[object]) -> list[float]:
     """How good each response is, more being better: ranks (1 is the best) before scores."""
     for name, sign in (("ranks", -1.0), ("scores", 1.0)):
         if values.get(name) is not None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
-from qpref.choices import SourceChoice
-from qpref.data.shapes import COLUMNS, records_of_row, with_columns
+from qpref.data.row_formats import COLUMNS, records_of_row, with_columns
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
-from qpref.problems import did_you_mean
+from qpref.recipe.choices import SourceChoice
+from qpref.recipe.problems import did_you_mean
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 CheckedRow = PreferencePair | UnpairedExample

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpref.data.guard import HINT, bounded, refuse_flood
-from qpref.data.rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
+from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
+from qpref.data.template_limits import HINT, bounded, refuse_flood
 from qpref.errors import PolicyError
 from qpref.records import Message
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from qpref import fsio, shards
-from qpref.data.rows import ExampleRow, responses_of
+from qpref.data.example_rows import ExampleRow, responses_of
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DiskError
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample

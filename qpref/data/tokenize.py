@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpref.data.control import ControlTokens
-from qpref.data.guard import bounded
-from qpref.data.rows import ExampleRow, RefusedRowError, responses_of, texts_of
+from qpref.data.control_tokens import ControlTokens
+from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, texts_of
 from qpref.data.template import ChatTemplate, Rendered
+from qpref.data.template_limits import bounded
 from qpref.data.truncate import shorten_prompt
 from qpref.records import Finding, PreferencePair, TokenizedExample
 

@@ -10,8 +10,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qpref.data.rows import ExampleRow, RefusedRowError
-from qpref.recipe import DataSection
+from qpref.data.example_rows import ExampleRow, RefusedRowError
+from qpref.recipe.sections import DataSection
 from qpref.records import Finding, TokenizedExample
 
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from qpref.errors import DataError, DeviceMemoryError, QprefError, RecipeError
-from qpref.evaluation import rows
+from qpref.evaluation import heldout_pairs as rows
+from qpref.evaluation.comparison import ModelReport, Report
 from qpref.evaluation.models import Subject, common_dtype, identify
-from qpref.evaluation.report import ModelReport, Report
 from qpref.evaluation.scores import PairScores, Reference, positions, score_pairs, score_reference
 from qpref.evaluation.statistics import Bootstrap
 from qpref.evaluation.summary import summarize

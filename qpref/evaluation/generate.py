@@ -13,12 +13,12 @@ import torch
 from qpref.data.source import DataSource
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError
+from qpref.evaluation.heldout_pairs import text_of
 from qpref.evaluation.models import Subject
-from qpref.evaluation.rows import text_of
-from qpref.plan import make_data_plan
 from qpref.policy.load import Policy
 from qpref.policy.lora import decoding
 from qpref.policy.reference import as_reference, frozen
+from qpref.recipe.resolve import make_data_plan
 from qpref.records import Finding, Message, Row, Source, TokenizedExample, UnpairedExample
 
 log = logging.getLogger("qpref")

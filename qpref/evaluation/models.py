@@ -15,11 +15,11 @@ import torch
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import PolicyError, RecipeError
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
+from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import Policy, choose_device, is_prequantized, load_plain, load_policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.policy.widen import widen
-from qpref.recipe import AdapterSection, DataSection, ModelSection, Recipe, check_document
+from qpref.recipe.sections import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
 
@@ -100,7 +100,7 @@ class Subject:
             self._put_adapter(policy)
         policy.model.eval()
         if dtype == "float32":
-            widen(policy)
+            compute_in_float32(policy)
         return policy
 
     def _put_adapter(self, policy: Policy) -> None:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack
+from qpref.memory.fit import MOST_TOKENS
+from qpref.memory.shrink import shrink_microbatch
 from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_hidden, score_tokens
 from qpref.policy.reference import as_reference, frozen, row_keys
 from qpref.records import TokenizedExample, TokenLogProbs
-from qpref.training.fit import MOST_TOKENS
-from qpref.training.room import make_room
 
 KL_POSITIONS = 8192
 """Response tokens, over all pairs, at which the whole vocabulary is compared; bounds what is kept of a reference."""
@@ -138,7 +138,7 @@ def _pass(
         members = [examples[place] for place in places]
         scored = _score(policy, members)
         if scored is None:
-            tokens = make_room(policy, members, tokens)
+            tokens = shrink_microbatch(policy, members, tokens)
             continue
         values, hidden = scored
         totals[places] = values.total.double().cpu().numpy().reshape(-1, 2)

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from qpref import fsio
-from qpref.document import fingerprint_of
 from qpref.errors import DiskError, MergeError, RecipeError
 from qpref.merge.base import TrainedBase
 from qpref.merge.request import MergeRequest
 from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
-from qpref.plan import Plan, make_plan
 from qpref.policy.adapter import COPIED_FIELDS, NOT_PLAIN_FIELDS
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
+from qpref.recipe.document import fingerprint_of
+from qpref.recipe.resolve import Plan, make_plan
 from qpref.training.folder import RunFolder
 
 

@@ -21,9 +21,9 @@ from qpref.merge.card import portable, write_card
 from qpref.merge.guards import TrainedRun
 from qpref.merge.models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.replay import Hidden, replay
+from qpref.merge.replayed_pairs import choose_rows
 from qpref.merge.request import SHARE, MergeRequest, MergeResult, Verdict
 from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey, rounded, row_blocks
-from qpref.merge.rows import choose_rows
 from qpref.merge.settings import write_settings
 from qpref.merge.verdict import Judge
 from qpref.merge.write import Weights, remove_weights, write_weights
@@ -161,9 +161,9 @@ class Session:
         merged = replay(load_merged(folder), self.replayed.rows, AsStored(run.base.device), run.base.device)
         return self.judge.judge(merged)
 
-    def replay(self, widen: AsTrained) -> Hidden:
+    def replay(self, to_float32: AsTrained) -> Hidden:
         """What the base makes of the chosen rows, its weights widened like this."""
-        return replay(self._base, self.replayed.rows, widen, self._run.base.device)
+        return replay(self._base, self.replayed.rows, to_float32, self._run.base.device)
 
     def _onto_trained(self, dtype: torch.dtype) -> Verdict:
         return self.judge.judge(self.replay(self.as_trained.after(self._run.delta, dtype)))

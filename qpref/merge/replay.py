@@ -68,7 +68,7 @@ class Hidden:
 
 
 @torch.no_grad()
-def replay(model: Any, rows: Sequence[ScoredRow], widen: Widen, device: torch.device) -> Hidden:
+def replay(model: Any, rows: Sequence[ScoredRow], to_float32: Widen, device: torch.device) -> Hidden:
     """Compute the rows under a causal language model that lies on the CPU in its stored types.
 
     Rows are computed in batches of like length, padded on the right, under the model's own attention.
@@ -76,7 +76,7 @@ def replay(model: Any, rows: Sequence[ScoredRow], widen: Widen, device: torch.de
     lengths = [len(row.prompt) + len(row.response) - 1 for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     states: list[Tensor] = [torch.empty(0)] * len(rows)
-    with _one_layer_at_a_time(model, widen, device, _tokens(rows)) as largest:
+    with _one_layer_at_a_time(model, to_float32, device, _tokens(rows)) as largest:
         for batch in _batches(order, lengths):
             ids = [torch.tensor([*rows[place].prompt, *rows[place].response[:-1]]) for place in batch]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][0])).to(device)
@@ -86,7 +86,7 @@ def replay(model: Any, rows: Sequence[ScoredRow], widen: Widen, device: torch.de
                 states[place] = hidden[number, scored].cpu()
     head = Head.of(model)
     name = next(name for name, value in model.named_parameters() if value is head.weight)
-    return Hidden(torch.cat(states), head, lambda rows: widen(name, head.weight, rows), largest[0])
+    return Hidden(torch.cat(states), head, lambda rows: to_float32(name, head.weight, rows), largest[0])
 
 
 def _tokens(rows: Sequence[ScoredRow]) -> Tensor:
@@ -105,7 +105,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
 
 
 @contextmanager
-def _one_layer_at_a_time(model: Any, widen: Widen, device: torch.device, tokens: Tensor) -> Iterator[list[float]]:
+def _one_layer_at_a_time(model: Any, to_float32: Widen, device: torch.device, tokens: Tensor) -> Iterator[list[float]]:
     """Widen each decoder layer while it computes; what stands outside the layers is widened for the whole time.
 
     Yields the largest activation so far, a list of one.
@@ -126,13 +126,16 @@ def _one_layer_at_a_time(model: Any, widen: Widen, device: torch.device, tokens:
                 largest[0] = max(largest[0], -float(low), float(high))
 
     def widen_embeddings(name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
-        return widen(name, stored[tokens][rows])
+        return to_float32(name, stored[tokens][rows])
 
     def to_places(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return torch.searchsorted(tokens.to(inputs[0].device), inputs[0]), *inputs[1:]
 
-    lasting = [_Widened(outside, names, widen, device), _Widened([embeddings], names, widen_embeddings, device)]
-    passing = [_Widened(list(layer.modules()), names, widen, device) for layer in layers]
+    lasting = [
+        _Widened(outside, names, to_float32, device),
+        _Widened([embeddings], names, widen_embeddings, device),
+    ]
+    passing = [_Widened(list(layer.modules()), names, to_float32, device) for layer in layers]
     hooks: list[Any] = [embeddings.register_forward_pre_hook(to_places)]
     watched = [part for part in decoder.modules() if isinstance(part, nn.Linear)] + layers
     hooks += [part.register_forward_hook(note) for part in watched]
@@ -155,8 +158,10 @@ def _one_layer_at_a_time(model: Any, widen: Widen, device: torch.device, tokens:
 class _Widened:
     """The own parameters and buffers of some modules, as they are stored or widened."""
 
-    def __init__(self, modules: list[nn.Module], names: dict[int, str], widen: Widen, device: torch.device) -> None:
-        self._modules, self._names, self._widen, self._device = modules, names, widen, device
+    def __init__(
+        self, modules: list[nn.Module], names: dict[int, str], to_float32: Widen, device: torch.device
+    ) -> None:
+        self._modules, self._names, self._widen, self._device = modules, names, to_float32, device
         self._stored: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def enter(self, *hook: object) -> None:

@@ -17,7 +17,7 @@ import torch
 from qpref import fsio
 from qpref.errors import MergeError
 from qpref.merge.base import TrainedBase
-from qpref.recipe import ModelSection
+from qpref.recipe.sections import ModelSection
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",

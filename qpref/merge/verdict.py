@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qpref.merge.replay import Hidden
+from qpref.merge.replayed_pairs import Replayed
 from qpref.merge.request import Flip, Tolerance, Verdict
-from qpref.merge.rows import Replayed
 
 TILE_POSITIONS = 1024
 """Response tokens whose logits exist at a time."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qpref.errors import PolicyError
-from qpref.recipe import AdapterSection
+from qpref.recipe.sections import AdapterSection
 
 TRAINED = "default"
 """PEFT's name for the adapter that is trained."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from qpref.attention import register as attention
 from qpref.errors import PolicyError
-from qpref.policy import attention
 from qpref.policy.adapter import add_adapters, is_trained
 from qpref.policy.logprobs import Head
 from qpref.policy.source import BaseFolder
-from qpref.recipe import ModelSection, Recipe
+from qpref.recipe.sections import ModelSection, Recipe
 
 log = logging.getLogger("qpref")
 
@@ -87,10 +87,10 @@ class Policy:
         return len(self._layers())
 
     @property
-    def checkpointed_layers(self) -> int:
+    def recomputed_layers(self) -> int:
         return sum(layer.gradient_checkpointing for layer in self._layers())
 
-    def checkpoint_layers(self, count: int) -> None:
+    def recompute_layers(self, count: int) -> None:
         """Recompute the first `count` decoder layers' activations in the backward pass; the others keep theirs."""
         if count:
             _enable_checkpointing(self.plain_model)
@@ -121,7 +121,7 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     model = _load_settled(recipe.model, base, device)
     policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
     policy.starts_from_adapter = recipe.adapter.start is not None
-    policy.checkpoint_layers(checkpointed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
+    policy.recompute_layers(recomputed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
     return policy
 
 
@@ -168,7 +168,7 @@ def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.devic
     return policy
 
 
-def checkpointed_layers(setting: bool | int | str, num_layers: int) -> int:
+def recomputed_layers(setting: bool | int | str, num_layers: int) -> int:
     """How many layers the recipe's setting means; all of them where it leaves the choice to the memory."""
     if isinstance(setting, bool | str):
         return num_layers if setting else 0

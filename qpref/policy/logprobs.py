@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qpref.attention.register import LAYOUT
 from qpref.errors import PolicyError
-from qpref.policy.attention import LAYOUT
-from qpref.policy.products import wide_product
+from qpref.policy.matmul import float32_matmul
 from qpref.records import PackedBatch, TokenLogProbs
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Head:
         self, hidden: Tensor, start: int, stop: int, low: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
         """[rows, stop - start] logits of a slice of the vocabulary, accumulated and returned in float32."""
-        logits = wide_product(hidden, self.weight[start:stop].t())
+        logits = float32_matmul(hidden, self.weight[start:stop].t())
         if low is not None and b is not None:
             logits.addmm_(low.to(logits.dtype), b[start:stop].t().to(logits.dtype))
         if self.bias is not None:
@@ -113,13 +113,13 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """Of R rows: values [R] log-probabilities; slope [R, width] and low_slope [R, rank] their gradients, empty unless
+    """Of R rows: values [R] log-probabilities; slope [R, width] and low_grad [R, rank] their gradients, empty unless
     asked for; squares [R] log of the sum of squared probabilities, empty unless asked for; normalizer [R, 1] the
     logits' log-sum-exp."""
 
     values: Tensor
     slope: Tensor
-    low_slope: Tensor
+    low_grad: Tensor
     squares: Tensor
     normalizer: Tensor
 
@@ -139,14 +139,14 @@ class _ScoreTokens(torch.autograd.Function):
         low: Tensor | None = None,
         b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        wants_slope = any(ctx.needs_input_grad)
-        parts = [_score_rows(rows, head, wants_slope, wants_squares) for rows in _Rows(hidden, low, b, tokens).split()]
-        if wants_slope:
+        wants_grad = any(ctx.needs_input_grad)
+        parts = [_score_rows(rows, head, wants_grad, wants_squares) for rows in _Rows(hidden, low, b, tokens).split()]
+        if wants_grad:
             slopes = torch.cat([part.slope for part in parts]).to(hidden.dtype)
             of_head: tuple[Tensor | None, ...] = ()
             if low is not None:
-                low_slopes = torch.cat([part.low_slope for part in parts])
-                of_head = (low_slopes, hidden, low, b, tokens, torch.cat([part.normalizer for part in parts]))
+                low_grads = torch.cat([part.low_grad for part in parts])
+                of_head = (low_grads, hidden, low, b, tokens, torch.cat([part.normalizer for part in parts]))
             ctx.save_for_backward(slopes, *of_head)
             ctx.head = head
         squares = torch.cat([part.squares for part in parts])
@@ -157,15 +157,15 @@ class _ScoreTokens(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slopes, *of_head = ctx.saved_tensors
         above = gradients[0][:, None]
-        low_slope = b_slope = None
+        low_grad = b_grad = None
         if of_head:
-            low_slopes, hidden, low, b, tokens, normalizer = of_head
-            low_slope = above * low_slopes
-            b_slope = _slope_of_b(_Rows(hidden, low, b, tokens), ctx.head, normalizer, above)
-        return (above * slopes).to(slopes.dtype), None, None, None, low_slope, b_slope
+            low_grads, hidden, low, b, tokens, normalizer = of_head
+            low_grad = above * low_grads
+            b_grad = _grad_of_b(_Rows(hidden, low, b, tokens), ctx.head, normalizer, above)
+        return (above * slopes).to(slopes.dtype), None, None, None, low_grad, b_grad
 
 
-def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool) -> _Scored:
+def _score_rows(rows: _Rows, head: Head, wants_grad: bool, wants_squares: bool) -> _Scored:
     """One pass over slices of the vocabulary, with the log-sum-exp and the slope's softmax part rescaled as slices come
     in (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
 
@@ -177,7 +177,7 @@ def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool)
     target = torch.empty(len(tokens), 1, dtype=wide, device=hidden.device)
     normalizer = torch.full_like(target, -torch.inf)
     factors = [weight] if rows.b is None else [weight, rows.b]
-    expected = [target.new_zeros(len(tokens), factor.shape[1]) for factor in factors] if wants_slope else []
+    expected = [target.new_zeros(len(tokens), factor.shape[1]) for factor in factors] if wants_grad else []
     chosen = [torch.zeros_like(part) for part in expected]
     square_normalizer = torch.full_like(target, -torch.inf)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -190,7 +190,7 @@ def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool)
             # The largest share is at least one of the slice's, so its logarithm loses nothing; torch's exp is slow.
             part_normalizer = logits.amax(1, keepdim=True) - part.amax(1, keepdim=True).log_()
             joined = torch.logaddexp(normalizer, part_normalizer)
-            if wants_slope:
+            if wants_grad:
                 change = head.chain(part, logits)
                 share = (part_normalizer - joined).exp_()
                 rest = (normalizer - joined).exp_()
@@ -206,13 +206,13 @@ def _score_rows(rows: _Rows, head: Head, wants_slope: bool, wants_squares: bool)
     return _Scored(
         values=(target - normalizer).squeeze(1),
         slope=slopes[0] if slopes else nothing,
-        low_slope=slopes[1] if len(slopes) > 1 else nothing,
+        low_grad=slopes[1] if len(slopes) > 1 else nothing,
         squares=(square_normalizer - 2 * normalizer).squeeze(1) if wants_squares else nothing,
         normalizer=normalizer,
     )
 
 
-def _slope_of_b(everything: _Rows, head: Head, normalizer: Tensor, above: Tensor) -> Tensor:
+def _grad_of_b(everything: _Rows, head: Head, normalizer: Tensor, above: Tensor) -> Tensor:
     """[vocabulary, rank] gradient of the adapter's B: (onehot - softmax)^T @ low, each row times what comes from
     `above` [S, 1]. The slices of logits are computed once more."""
     assert everything.b is not None
@@ -241,7 +241,7 @@ def slices(head: Head, num_rows: int) -> Iterator[tuple[int, int]]:
 
 def _low_product(left: Tensor, right: Tensor) -> Tensor:
     """A product for gradients: in the right factor's 16-bit type on a CPU, accumulated in float32 on a GPU."""
-    return left.to(right.dtype) @ right if right.device.type == "cpu" else wide_product(left, right)
+    return left.to(right.dtype) @ right if right.device.type == "cpu" else float32_matmul(left, right)
 
 
 def completion_logprobs(

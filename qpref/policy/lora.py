@@ -45,13 +45,13 @@ class _AdaptedLinear(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             low_gradient = gradient @ (b * ctx.scaling).to(x.dtype)
-            slope_b = _float32_product(gradient.t(), low).mul_(ctx.scaling)
-            slope_a = _float32_product(low_gradient.t(), _dropped(x, kept, ctx.dropout))
-            slope_x = None
+            grad_b = _float32_product(gradient.t(), low).mul_(ctx.scaling)
+            grad_a = _float32_product(low_gradient.t(), _dropped(x, kept, ctx.dropout))
+            grad_x = None
             if ctx.needs_input_grad[0]:
-                slope_x = _dropped(low_gradient @ a.to(x.dtype), kept, ctx.dropout)
-                slope_x = slope_x.addmm_(gradient, dense_weight(ctx.base, x.dtype)).view(shape)
-        return slope_x, slope_a.to(a.dtype), slope_b.to(b.dtype), None, None, None
+                grad_x = _dropped(low_gradient @ a.to(x.dtype), kept, ctx.dropout)
+                grad_x = grad_x.addmm_(gradient, dense_weight(ctx.base, x.dtype)).view(shape)
+        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None
 
 
 def _onto(start: Tensor, x: Tensor, base: Any) -> Tensor:

@@ -52,7 +52,7 @@ def as_reference(policy: Policy) -> Iterator[None]:
 
 
 @dataclass(slots=True)
-class ReferenceMemory:
+class ReferenceStore:
     """Reference log-probabilities by content: computed at a row's first use, in that batch's own layout, then reused.
 
     In the first epoch policy and reference so see the same packed stream, and a fresh adapter's rewards are exactly 0.

@@ -13,7 +13,7 @@ from typing import Any
 
 from qpref import fsio, pypi
 from qpref.errors import PolicyError
-from qpref.recipe import ModelSection
+from qpref.recipe.sections import ModelSection
 
 log = logging.getLogger("qpref")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qpref.errors import PolicyError
 from qpref.policy.source import BaseFolder
-from qpref.recipe import ModelSection
+from qpref.recipe.sections import ModelSection
 
 
 def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:

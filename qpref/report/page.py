@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from qpref import __version__
 from qpref.report import charts, curves, tables
-from qpref.report.datareport import DataReport, data_report
+from qpref.report.data_section import DataReport, data_report
 from qpref.report.facts import Facts, Sample, samples_of, shown
 from qpref.report.read import RunRecord, leaf
 from qpref.report.results import evaluation_blocks, merge_blocks

@@ -189,7 +189,7 @@ def against_plan(run: RunRecord) -> Table:
         ["optimizer steps", _or_blank(number(run.facts.get("steps")), count_text), count_text(step), ""],
         ["tokens at once", _or_blank(number(run.facts.get("tokens_per_microbatch")), count_text),
          _or_blank(number(leaf(run.result, "tokens_per_microbatch")), count_text), ""],
-        ["layers recomputed", _or_blank(number(run.facts.get("checkpointed_layers")), count_text), "", ""],
+        ["layers recomputed", _or_blank(number(run.facts.get("recomputed_layers")), count_text), "", ""],
         ["training examples", _or_blank(number(examples), count_text), "", ""],
     ]  # fmt: skip
     return Table(["", "planned", "measured", "measured / planned"], [row for row in rows if any(row[1:])])

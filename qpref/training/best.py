@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qpref.errors import CheckpointError, RecipeError
-from qpref.recipe import TrainSection, is_better_higher
+from qpref.recipe.sections import TrainSection, is_better_higher
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
 

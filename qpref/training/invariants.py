@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, register_comparison
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
-from qpref.policy.attention import COMPARED, STRETCHES, CannotShareError, register_comparison
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.pairs import sequences
@@ -87,16 +87,16 @@ def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor) 
         values = completion_logprobs(policy, batch).values
         if reason := _difference(values, rows, policy, LAYOUT_TOLERANCE):
             return f"sharing a prompt changes log-probabilities: {reason}"
-        slope = _slope_of_second(policy, batch)
+        slope = _grad_of_second(policy, batch)
         group = batch.groups[0]
         first = group.start + group.prompt
         if bool(slope[first : first + group.branches[0]].any()):
             return "one response sees the other"
-        return None if path == STRETCHES else _kernel_fault(policy, batch)
+        return None if path == SEGMENTS else _kernel_fault(policy, batch)
     except CannotShareError as error:
         return str(error)
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or path == STRETCHES:
+        if isinstance(error, torch.OutOfMemoryError) or path == SEGMENTS:
             raise
         reason, _, _ = str(error).strip().partition("\n")
         return f"{type(error).__name__}: {reason}"
@@ -113,7 +113,7 @@ def _kernel_fault(policy: Policy, batch: PackedBatch) -> str | None:
     return None if worst <= KERNEL_TOLERANCE else f"a layer's result or gradients are off by {worst:.1%}"
 
 
-def _slope_of_second(policy: Policy, batch: PackedBatch) -> Tensor:
+def _grad_of_second(policy: Policy, batch: PackedBatch) -> Tensor:
     """[T, width] float32: how the second response's score depends on each token's embedding. Exactly 0 at the first
     response's tokens says that it doesn't see them; the scores themselves may move by rounding, where a mixture's
     experts compute other tokens beside them."""

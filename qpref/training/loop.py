@@ -15,9 +15,10 @@ from torch import Tensor
 from qpref.data.mismatch import alone, partner_alone
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError, RecipeError
+from qpref.memory.shrink import shrink_microbatch
 from qpref.policy.load import Policy
-from qpref.policy.reference import ReferenceMemory, frozen
-from qpref.recipe import Recipe
+from qpref.policy.reference import ReferenceStore, frozen
+from qpref.recipe.sections import Recipe
 from qpref.records import MetricRow, PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training import heldout, optim
 from qpref.training.best import Best, Watch
@@ -25,7 +26,6 @@ from qpref.training.inputs import Inputs, Mismatched, example_metrics, joined_in
 from qpref.training.invariants import check_gradients
 from qpref.training.metrics import Averages, Recorder
 from qpref.training.objective import Objective, progress
-from qpref.training.room import make_room
 
 log = logging.getLogger("qpref")
 
@@ -72,7 +72,7 @@ class Trainer:
     recipe: Recipe
     policy: Policy
     loss: Objective
-    memory: ReferenceMemory | None
+    memory: ReferenceStore | None
     optimizer: Any
     scaler: torch.amp.GradScaler
     examples: Sequence[TokenizedExample]
@@ -171,7 +171,7 @@ class Trainer:
         """
         self.loss = self.loss.at(progress(self.progress.step, self.total_steps))
         while (metrics := self._try_gradients(examples)) is None:
-            self.progress.budget = make_room(self.policy, examples, self.progress.budget)
+            self.progress.budget = shrink_microbatch(self.policy, examples, self.progress.budget)
         self.progress.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
         for values in metrics:
             self.progress.averages.add(values)
@@ -304,7 +304,7 @@ class Trainer:
         with frozen(self.policy):
             for window in heldout.windows(self.heldout):
                 while (metrics := self._try_heldout(window)) is None:
-                    self.heldout_budget = make_room(self.policy, window, self.heldout_budget)
+                    self.heldout_budget = shrink_microbatch(self.policy, window, self.heldout_budget)
                 averages.add(metrics)
         means = heldout.with_margin(averages.means())
         known = {"rewards/accuracies", "logps/accuracies"} <= means.keys()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qpref import fsio
-from qpref.choices import Choice
 from qpref.hooks.types import SinkContext, SinkWriter
+from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
 
 log = logging.getLogger("qpref")

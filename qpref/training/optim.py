@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qpref.errors import RecipeError
-from qpref.recipe import TrainSection
+from qpref.recipe.sections import TrainSection
 
 
 def learning_rate(train: TrainSection, step: int, total: int) -> float:

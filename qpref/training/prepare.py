@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from qpref.data.check import CheckedData
+from qpref.data.data_report import DataReport
 from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
-from qpref.data.report import DataReport
 from qpref.data.tokenize import PairTokenizer
-from qpref.plan import Plan
+from qpref.memory.fit import memory_limit
 from qpref.policy.load import Policy, choose_device, load_policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+from qpref.recipe.resolve import Plan
 from qpref.records import TokenizedExample
 from qpref.training import invariants, optim
-from qpref.training.fit import memory_limit
 from qpref.training.loop import refuse_empty_steps
 from qpref.training.objective import Objective
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import ReferenceMemory, as_reference, row_keys
+from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows
 from qpref.records import PackedBatch, TokenizedExample
 
@@ -43,7 +43,7 @@ WIDE_BATCH_TOKENS = 1024
 """Size of the larger batch that rounding is measured in."""
 
 
-def check_cache(memory: ReferenceMemory, policy: Policy, batch: PackedBatch) -> None:
+def check_cache(memory: ReferenceStore, policy: Policy, batch: PackedBatch) -> None:
     """Put aside what the cache holds and this machine does not confirm.
 
     Args:
@@ -87,7 +87,7 @@ def _is_rounding(difference: float, rows: CheckRows | None, policy: Policy) -> b
     return difference <= SAME_BATCH_SHARE * measured_rounding(rows.examples, policy)
 
 
-def _compare_rows(memory: ReferenceMemory, policy: Policy, batch: PackedBatch) -> dict[str, float]:
+def _compare_rows(memory: ReferenceStore, policy: Policy, batch: PackedBatch) -> dict[str, float]:
     """Compare the batch's rows with the cache's; returns the difference of the shards that failed, now put aside."""
     cache = memory.cache
     assert cache is not None

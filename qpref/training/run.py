@@ -21,11 +21,13 @@ from qpref import fsio
 from qpref.data.load import load_rows
 from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
-from qpref.plan import Plan
+from qpref.memory.tune import forecast
 from qpref.policy.adapter import TRAINED
-from qpref.policy.reference import ReferenceMemory
+from qpref.policy.reference import ReferenceStore
+from qpref.recipe.resolve import Plan
 from qpref.records import PackedBatch
-from qpref.training import best, checkpoint, invariants, optim, references, snapshot
+from qpref.training import best, checkpoint, invariants, optim, snapshot
+from qpref.training import reference_pass as references
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Progress, Trainer
@@ -33,7 +35,6 @@ from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.reference_check import check_cache
 from qpref.training.result import reset_peak, write_result
-from qpref.training.sizing import forecast
 
 log = logging.getLogger("qpref")
 
@@ -123,7 +124,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     log.info("adapter: %s", folder.adapter)
 
 
-def _begin(prepared: Prepared, folder: RunFolder, progress: Progress) -> ReferenceMemory | None:
+def _begin(prepared: Prepared, folder: RunFolder, progress: Progress) -> ReferenceStore | None:
     """Check a new run's start, settle its sizes, write down what it is; returns what it knows of the reference.
 
     Until the checks have passed, nothing that stood in the folder is touched.
@@ -165,7 +166,7 @@ def _first_batch(prepared: Prepared) -> PackedBatch:
 
 def _open_memory(
     prepared: Prepared, before: Mapping[str, Any] | None = None, kept: Checkpoint | None = None
-) -> ReferenceMemory | None:
+) -> ReferenceStore | None:
     """What is known of the reference and confirmed on this machine, and says how much; None for losses without one.
 
     Args:
@@ -179,7 +180,7 @@ def _open_memory(
     if recipe.reference.cache:
         digest = prepared.fingerprints["start adapter"]
         cache = references.open_cache(recipe, prepared.base, digest, prepared.policy, before)
-    memory = ReferenceMemory(cache)
+    memory = ReferenceStore(cache)
     if kept is not None:
         memory.restore(kept.tensors["reference"])
     if not recipe.reference.cache:
@@ -190,7 +191,7 @@ def _open_memory(
     return memory
 
 
-def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | None, budget: int) -> None:
+def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | None, budget: int) -> None:
     """Write down what this run is: the resolved recipe, and run.json with what it was made of."""
     plan, policy = prepared.plan, prepared.policy
     fsio.write_text(folder.recipe, tomli_w.dumps(plan.document))
@@ -211,7 +212,7 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceMemory | N
             "double_quantization": plan.recipe.model.double_quantization,
             "quantized_modules": policy.quantized_modules(),
             "tokens_per_microbatch": budget,
-            "checkpointed_layers": policy.checkpointed_layers,
+            "recomputed_layers": policy.recomputed_layers,
             "attention": policy.attention,
             "shares_prompts": policy.shares_prompts,
             "reference_cache": references.describe(memory),

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from qpref.errors import CheckpointError
+from qpref.memory.tune import settle
 from qpref.policy.load import Policy
-from qpref.policy.reference import ReferenceMemory
+from qpref.policy.reference import ReferenceStore
 from qpref.training import checkpoint, optim
 from qpref.training.folder import RunFolder
 from qpref.training.loop import Progress
 from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
-from qpref.training.sizing import settle
 
 
 def capture(
@@ -22,7 +22,7 @@ def capture(
     optimizer: Any,
     scaler: torch.amp.GradScaler,
     progress: Progress,
-    memory: ReferenceMemory | None,
+    memory: ReferenceStore | None,
     metrics_bytes: int,
 ) -> checkpoint.Checkpoint:
     """The state of a run after `progress.step` steps."""
@@ -34,7 +34,7 @@ def capture(
         "nonfinite": progress.nonfinite,
         "asked_sizes": asked_sizes(prepared),
         "budget": progress.budget,
-        "checkpointed_layers": prepared.policy.checkpointed_layers,
+        "recomputed_layers": prepared.policy.recomputed_layers,
         "sums": {name: total.hex() for name, total in progress.averages.sums.items()},  # JSON has no infinity
         "counts": progress.averages.counts,
         "optimizer": numbers,
@@ -66,7 +66,7 @@ def restore(
     progress.seconds, progress.nonfinite = kept.state["seconds"], kept.state["nonfinite"]
     if kept.state["asked_sizes"] == asked_sizes(prepared):
         progress.budget = kept.state["budget"]
-        policy.checkpoint_layers(kept.state["checkpointed_layers"])
+        policy.recompute_layers(kept.state["recomputed_layers"])
     else:
         progress.budget = settled(prepared)
     sums = {name: float.fromhex(total) for name, total in kept.state["sums"].items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.contestants import ablation_suite, cpu_suite, quick
-from benchmarks.report import table
+from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[2]
 RACES = [quick(race) for race in cpu_suite() + ablation_suite()]

@@ -283,7 +283,7 @@ def test_a_dry_run_needs_neither_data_nor_model_and_makes_nothing(tmp_path):
     assert done.returncode == 0
     assert files_under(tmp_path) == before
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "qpref.plan" in imported
+    assert "qpref.recipe.resolve" in imported
     unwanted = ("transformers", "peft", "bitsandbytes", "trl", "qpref.data", "qpref.policy", "qpref.training.run")
     assert imported.isdisjoint(unwanted)
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import preference_rows, write_jsonl
 
 from qpref.cli import main
-from qpref.plan import make_plan
+from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
 

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qpref.choices import SourceChoice
 from qpref.data.check import check_data
-from qpref.data.report import DataReport
-from qpref.data.shapes import COLUMNS, SHAPES, records_of_row
+from qpref.data.data_report import DataReport
+from qpref.data.row_formats import COLUMNS, SHAPES, records_of_row
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
+from qpref.recipe.choices import SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
 
 HOST = PluginHost()

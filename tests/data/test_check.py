@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from qpref.choices import Choice, SourceChoice
 from qpref.data.check import check_data
-from qpref.data.report import NUM_SHOWN, DataReport
+from qpref.data.data_report import NUM_SHOWN, DataReport
 from qpref.data.split import HeldOutShare
 from qpref.errors import DataError, PluginError, RecipeError
 from qpref.hooks import Options, Reader, Validator
 from qpref.hooks.manager import Loaded, Offer
+from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, Row, Source
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea."}

@@ -12,8 +12,8 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from families import FAMILIES, tokenizer_of
 
-from qpref.data import guard
-from qpref.data.guard import bounded
+from qpref.data import template_limits as guard
+from qpref.data.template_limits import bounded
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import PolicyError
 from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample

@@ -10,10 +10,10 @@ from conftest import merge_to, preference_rows, write_jsonl
 
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation import generate as module
-from qpref.evaluation import rows
+from qpref.evaluation import heldout_pairs as rows
 from qpref.evaluation.generate import Sampling, as_prompt, generate, prompt_ids, read_prompts
 from qpref.evaluation.models import identify
-from qpref.plan import make_plan
+from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
 PROMPTS = [as_prompt(text) for text in ("Hi?", "What comes after the number eleven, please?", "Question 4: who?")]

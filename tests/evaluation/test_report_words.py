@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qpref.evaluation.report import ModelReport, Report
-from qpref.evaluation.rows import Overlap
+from qpref.evaluation.comparison import ModelReport, Report
+from qpref.evaluation.heldout_pairs import Overlap
 from qpref.evaluation.scores import PairScores
 from qpref.evaluation.statistics import Bootstrap
 from qpref.evaluation.summary import summarize

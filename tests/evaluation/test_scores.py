@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import preference_rows, write_jsonl
 
-from qpref.evaluation import rows
+from qpref.evaluation import heldout_pairs as rows
 from qpref.evaluation.models import identify
 from qpref.evaluation.scores import positions, score_pairs, score_reference
-from qpref.plan import make_plan
+from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.evaluation.models import common_dtype, identify
-from qpref.plan import make_plan
 from qpref.policy.reference import as_reference
+from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeError
 from qpref.merge.guards import read_run
 from qpref.merge.merge import merge_run, weights_of
+from qpref.merge.replayed_pairs import choose_rows
 from qpref.merge.request import MergeRequest, Tolerance
-from qpref.merge.rows import choose_rows
 
 Harm = Callable[[Path, Path], None]
 

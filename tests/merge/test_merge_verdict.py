@@ -21,12 +21,12 @@ from qpref.merge import models, replay, rounding
 from qpref.merge import verdict as verdict_module
 from qpref.merge.guards import read_run
 from qpref.merge.merge import Session, _survey
+from qpref.merge.replayed_pairs import choose_rows
 from qpref.merge.request import MergeRequest, Tolerance
-from qpref.merge.rows import choose_rows
-from qpref.plan import make_plan
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
 NF4 = {"model.quantization": "nf4"}
@@ -296,14 +296,14 @@ def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base)
     before = dict(model.named_parameters())
     wide = []
 
-    def widen(name, stored, rows=slice(None)):
+    def to_float32(name, stored, rows=slice(None)):
         others = {layer for layer in (0, 1) for part in model.model.layers[layer].parameters()
                   if part.dtype == torch.float32}  # fmt: skip
         wide.append((name, others))
         return stored[rows].float()
 
     rows = [replay.ScoredRow((1, 2, 3), (4, 5)), replay.ScoredRow((1, 2), (9,))]
-    replay.replay(model, rows, widen, torch.device("cpu"))
+    replay.replay(model, rows, to_float32, torch.device("cpu"))
     assert all(others <= {int(name.split(".")[2])} for name, others in wide if ".layers." in name)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()

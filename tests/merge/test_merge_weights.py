@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from qpref.merge import write
 from qpref.merge.guards import read_run
 from qpref.merge.rounding import STORED
-from qpref.plan import make_plan
 from qpref.policy.source import resolve_base
+from qpref.recipe.resolve import make_plan
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gemma3"])

@@ -8,9 +8,9 @@ import tracemalloc
 import pytest
 from pydantic import ValidationError
 
-import qpref_check_bias
 from qpref.records import Source
-from qpref_check_bias import FEWEST_EXAMPLES, BiasChecks, CheckBias, wilson_interval
+from qpref_plugins import check_bias
+from qpref_plugins.check_bias import FEWEST_EXAMPLES, BiasChecks, CheckBias, wilson_interval
 from tests.plugins.check_cases import findings, pair, severities, single
 
 
@@ -26,13 +26,13 @@ def labelled(num_good, num_bad, good=100, bad=100):
 
 
 def codes(rows, heldout=(), **options):
-    return [one.code for one in findings(qpref_check_bias, rows, heldout, **options)]
+    return [one.code for one in findings(check_bias, rows, heldout, **options)]
 
 
 def test_the_message_has_the_figures_of_a_plain_count():
     rng = random.Random(1)
     lengths = [(rng.randint(160, 300), rng.randint(40, 170)) for _ in range(20)]
-    (found,) = findings(qpref_check_bias, of_lengths(*lengths))
+    (found,) = findings(check_bias, of_lengths(*lengths))
     differences = [chosen - rejected for chosen, rejected in lengths]
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     low, high = wilson_interval(longer, longer + shorter)
@@ -88,7 +88,7 @@ def test_a_large_effect_is_told_where_shares_are_even():
 
 
 def test_shorter_answers_are_a_bias_as_well():
-    (found,) = findings(qpref_check_bias, of_lengths(*[(100, 200), (100, 180)] * 20))
+    (found,) = findings(check_bias, of_lengths(*[(100, 200), (100, 180)] * 20))
     assert found.message.startswith(
         "chosen is the shorter one in 40 of 40 pairs (100.0%, 95 % interval 91.2% to 100.0%)"
     )
@@ -102,7 +102,7 @@ def test_equal_lengths_are_no_bias():
 def test_each_source_and_split_is_judged_by_itself():
     biased, even = of_lengths(*[(200, 100)] * 50), spread(50, 50)
     elsewhere = [pair("p", "c" * 300, "r", line, "other.jsonl") for line in range(30)]
-    found = findings(qpref_check_bias, even + elsewhere, biased)
+    found = findings(check_bias, even + elsewhere, biased)
     assert [(one.source.path, "held-out" in one.message) for one in found] == [
         ("pairs.jsonl", True),
         ("other.jsonl", False),
@@ -116,7 +116,7 @@ def test_the_rarer_label_may_be_as_rare_as_the_recipe_says(num_good, num_bad, fo
     rows = labelled(num_good, num_bad)
     assert codes(rows) == found
     if found:
-        message = findings(qpref_check_bias, rows)[0].message
+        message = findings(check_bias, rows)[0].message
         assert message.startswith(f"{num_good} desirable and {num_bad} undesirable completions, for training.")
 
 
@@ -125,7 +125,7 @@ def test_the_rarer_label_may_be_as_rare_as_the_recipe_says(num_good, num_bad, fo
     [(30, 0, "desirable", "undesirable"), (0, 30, "undesirable", "desirable")],
 )
 def test_one_class_alone_is_said(num_good, num_bad, class_, missing):
-    (found,) = findings(qpref_check_bias, labelled(num_good, num_bad))
+    (found,) = findings(check_bias, labelled(num_good, num_bad))
     assert found.code == "one_class"
     assert found.message.startswith(f"all 30 completions are {class_}, for training: ")
     assert found.message.endswith(f"Add {missing} ones")
@@ -141,7 +141,7 @@ def test_classes_of_other_lengths_are_a_bias(good, found):
     assert (effect > 0.5) == bool(found)
     assert codes(rows) == found
     if found:
-        message = findings(qpref_check_bias, rows)[0].message
+        message = findings(check_bias, rows)[0].message
         assert f"6 characters (5%) longer on average (Cohen's d {effect:+.2f})" in message
 
 
@@ -155,7 +155,7 @@ CASES = {
 @pytest.mark.parametrize("code", CASES)
 @pytest.mark.parametrize(("severity", "shown"), [("warn", ["warning"]), ("off", [])])
 def test_every_check_has_the_severity_that_the_recipe_gives(code, severity, shown):
-    assert severities(qpref_check_bias, CASES[code], **{code: severity}) == shown
+    assert severities(check_bias, CASES[code], **{code: severity}) == shown
 
 
 @pytest.mark.parametrize("code", CASES)

@@ -5,11 +5,11 @@ import tracemalloc
 
 import pytest
 
-import qpref_check_leakage
 from qpref.records import Message, PreferencePair
-from qpref_check_leakage import BATCH_BYTES, CheckLeakage, LeakageChecks
-from qpref_check_leakage.index import MOST_PROMPTS
-from qpref_check_leakage.shingles import plain, shingle
+from qpref_plugins import check_leakage
+from qpref_plugins.check_leakage import BATCH_BYTES, CheckLeakage, LeakageChecks
+from qpref_plugins.check_leakage.index import MOST_PROMPTS
+from qpref_plugins.check_leakage.shingles import plain, shingle
 from tests.plugins.check_cases import findings, lines, pair, severities, single, told, words
 
 QUESTION = "Why does a loaf of rye bread rise more slowly than one of wheat, and what can a baker do about it?"
@@ -36,7 +36,7 @@ def plain_share(held_out, training):
     ids=repr,
 )
 def test_a_held_out_prompt_is_found_whatever_its_case_and_punctuation(prompt):
-    assert told(qpref_check_leakage, trained("Hello there", prompt), held("What is up?", QUESTION)) == [
+    assert told(check_leakage, trained("Hello there", prompt), held("What is up?", QUESTION)) == [
         ("leaked_prompt", 2, "this prompt is in the held-out set too, at heldout.jsonl:2")
     ]
 
@@ -53,31 +53,31 @@ def test_a_held_out_prompt_is_found_whatever_its_case_and_punctuation(prompt):
     ids=repr,
 )
 def test_another_short_prompt_is_no_leak(one, other):
-    assert told(qpref_check_leakage, trained(other), held(one)) == []
+    assert told(check_leakage, trained(other), held(one)) == []
 
 
 def test_prompts_need_not_be_ascii():
     prompts = ["Pourquoi le pain lève-t-il ?", "为什么面包会膨胀?", "Почему хлеб поднимается?"]
     changed = [f"{prompt.upper()} " for prompt in prompts]
-    assert lines(qpref_check_leakage, "leaked_prompt", trained(*changed), held(*prompts)) == [1, 2, 3]
+    assert lines(check_leakage, "leaked_prompt", trained(*changed), held(*prompts)) == [1, 2, 3]
 
 
 def test_chinese_prompts_leak_nearly():
     prompt = "请用简单的语言解释为什么黑麦面包比小麦面包发酵得更慢并给出三个建议"
-    assert lines(qpref_check_leakage, "near_leak", trained(prompt + "谢谢"), held(prompt)) == [1]
+    assert lines(check_leakage, "near_leak", trained(prompt + "谢谢"), held(prompt)) == [1]
 
 
 def test_a_whole_row_is_told_as_such_alone():
     row = pair(QUESTION, "chosen", "rejected", 4)
     copy = pair(QUESTION, "chosen", "rejected", 9, "heldout.jsonl")
-    assert told(qpref_check_leakage, [row], [copy]) == [
+    assert told(check_leakage, [row], [copy]) == [
         ("leaked_pair", 4, "this row is in the held-out set too, at heldout.jsonl:9")
     ]
 
 
 def test_single_completions_leak_too():
     rows = [single(QUESTION, "a", True, 1), single(QUESTION, "a", False, 2)]
-    assert [code for code, _, _ in told(qpref_check_leakage, rows, [single(QUESTION, "a", True, 5)])] == [
+    assert [code for code, _, _ in told(check_leakage, rows, [single(QUESTION, "a", True, 5)])] == [
         "leaked_pair",
         "leaked_prompt",
     ]
@@ -85,11 +85,11 @@ def test_single_completions_leak_too():
 
 def test_a_ranking_is_told_once():
     rows = [pair(QUESTION, "a", other, 3) for other in "bcd"]
-    assert [code for code, _, _ in told(qpref_check_leakage, rows, [pair(QUESTION, "a", "c", 1)])] == ["leaked_pair"]
+    assert [code for code, _, _ in told(check_leakage, rows, [pair(QUESTION, "a", "c", 1)])] == ["leaked_pair"]
 
 
 def test_a_longer_prompt_that_holds_a_held_out_one_is_near():
-    found = told(qpref_check_leakage, trained(f"Please answer in short. {QUESTION} Thank you!"), held(QUESTION))
+    found = told(check_leakage, trained(f"Please answer in short. {QUESTION} Thank you!"), held(QUESTION))
     assert found == [("near_leak", 1, "this prompt holds 100% of the held-out one at heldout.jsonl:1")]
 
 
@@ -99,18 +99,18 @@ def test_near_is_the_share_that_the_recipe_gives(num_kept, codes):
     text = words(random.Random(1), 54).split()
     training = " ".join(text[:num_kept])
     assert plain_share(" ".join(text), training) == (num_kept - 4) / 50
-    assert [code for code, _, _ in told(qpref_check_leakage, trained(training), held(" ".join(text)))] == codes
+    assert [code for code, _, _ in told(check_leakage, trained(training), held(" ".join(text)))] == codes
 
 
 def test_the_share_is_the_recipes():
     text = words(random.Random(1), 54).split()
     training = trained(" ".join(text[:29]))
-    assert lines(qpref_check_leakage, "near_leak", training, held(" ".join(text)), min_overlap=0.5) == [1]
+    assert lines(check_leakage, "near_leak", training, held(" ".join(text)), min_overlap=0.5) == [1]
 
 
 def test_repeating_a_sequence_does_not_add_to_the_share():
     text = words(random.Random(1), 54).split()
-    assert told(qpref_check_leakage, trained(" ".join(text[:12] * 20)), held(" ".join(text))) == []
+    assert told(check_leakage, trained(" ".join(text[:12] * 20)), held(" ".join(text))) == []
 
 
 def test_a_template_is_no_leak():
@@ -118,14 +118,14 @@ def test_a_template_is_no_leak():
     template = words(rng, 80)
     num = MOST_PROMPTS + 1
     heldout = held(*(f"{template} {words(rng, 12)}" for _ in range(4 * num)))
-    assert told(qpref_check_leakage, trained(*(f"{template} {words(rng, 12)}" for _ in range(20))), heldout) == []
+    assert told(check_leakage, trained(*(f"{template} {words(rng, 12)}" for _ in range(20))), heldout) == []
 
 
 def test_what_fills_a_template_leaks():
     rng = random.Random(2)
     template, own = words(rng, 80), [words(rng, 12) for _ in range(50)]
     heldout = held(*(f"{template} {text}" for text in own))
-    assert lines(qpref_check_leakage, "near_leak", trained(f"Hello! {template} {own[7]}"), heldout) == [1]
+    assert lines(check_leakage, "near_leak", trained(f"Hello! {template} {own[7]}"), heldout) == [1]
 
 
 def with_system(system, question, line):
@@ -137,12 +137,12 @@ def with_system(system, question, line):
 def test_a_shared_system_turn_is_no_leak():
     system = words(random.Random(3), 200)
     training = [with_system(system, "What is bread?", 1)]
-    assert told(qpref_check_leakage, training, [with_system(system, "What is butter?", 2)]) == []
+    assert told(check_leakage, training, [with_system(system, "What is butter?", 2)]) == []
 
 
 def test_a_question_leaks_whatever_the_system_turn():
     training = [with_system("Be brief.", QUESTION, 1)]
-    assert lines(qpref_check_leakage, "leaked_prompt", training, [with_system("Rhyme.", QUESTION, 2)]) == [1]
+    assert lines(check_leakage, "leaked_prompt", training, [with_system("Rhyme.", QUESTION, 2)]) == [1]
 
 
 @pytest.mark.parametrize("num_rows", [3, 500])
@@ -159,7 +159,7 @@ def test_what_is_near_is_what_plain_sets_say(num_rows):
         if max(plain_share(one, training[-1]) for one in heldout) >= 0.8:
             expected.append(line)
     assert sum(map(len, training)) > BATCH_BYTES or num_rows == 3
-    assert lines(qpref_check_leakage, "near_leak", trained(*training), held(*heldout)) == expected
+    assert lines(check_leakage, "near_leak", trained(*training), held(*heldout)) == expected
 
 
 def test_a_hash_depends_on_the_words_alone():
@@ -170,9 +170,9 @@ def test_a_hash_depends_on_the_words_alone():
 
 
 def test_prompts_without_words_or_rows_do_no_harm():
-    assert told(qpref_check_leakage, trained("", "?", QUESTION), held("", "?")) == []
-    assert told(qpref_check_leakage, trained(QUESTION)) == []
-    assert told(qpref_check_leakage, [], held(QUESTION)) == []
+    assert told(check_leakage, trained("", "?", QUESTION), held("", "?")) == []
+    assert told(check_leakage, trained(QUESTION)) == []
+    assert told(check_leakage, [], held(QUESTION)) == []
 
 
 CASES = {
@@ -185,9 +185,9 @@ CASES = {
 @pytest.mark.parametrize("code", CASES)
 @pytest.mark.parametrize(("severity", "shown"), [("error", ["error"]), ("warn", ["warning"]), ("off", [])])
 def test_every_check_has_the_severity_that_the_recipe_gives(code, severity, shown):
-    assert severities(qpref_check_leakage, CASES[code], held(QUESTION), **{code: severity}) == shown
+    assert severities(check_leakage, CASES[code], held(QUESTION), **{code: severity}) == shown
     if shown:
-        assert {one.code for one in findings(qpref_check_leakage, CASES[code], held(QUESTION))} == {code}
+        assert {one.code for one in findings(check_leakage, CASES[code], held(QUESTION))} == {code}
 
 
 def test_training_rows_take_no_memory_of_their_own():

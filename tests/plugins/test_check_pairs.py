@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qpref.records import Message, PreferencePair, Source
-from qpref_check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pair, same_text, same_words
-from qpref_check_pairs.similarity import SHORTEST_SEED, more_alike_than
+from qpref_plugins.check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pair, same_text, same_words
+from qpref_plugins.check_pairs.similarity import SHORTEST_SEED, more_alike_than
 
 LONG = "Bread rises because yeast turns sugar into gas, which the dough's gluten holds."
 OTHER = "I would not know; perhaps somebody in a bakery could be asked about all that."

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-import qpref_check_text
-from qpref_check_text import WHAT, CheckText, TextChecks, kinds_of
+from qpref_plugins import check_text
+from qpref_plugins.check_text import WHAT, CheckText, TextChecks, kinds_of
 from tests.plugins.check_cases import findings, lines, pair, severities, single, told, words
 
 PROMPT = "Tell me why bread rises, in a few words."
@@ -188,13 +188,13 @@ def test_a_rejected_refusal_is_as_it_should_be():
     refusal = "I'm sorry, but I can't help with that."
     rows = [pair(PROMPT, GOOD, refusal, 1), pair(PROMPT, refusal, GOOD, 2)]
     rows += [single(PROMPT, refusal, False, 3), single(PROMPT, refusal, True, 4)]
-    assert lines(qpref_check_text, "refusal", rows) == [2, 4]
+    assert lines(check_text, "refusal", rows) == [2, 4]
 
 
 def test_a_finding_names_the_sides():
     rows = [pair(PROMPT, "None", GOOD, 1), pair(PROMPT, GOOD, "None", 2), pair(PROMPT, "[image]", "N/A", 3)]
     rows += [single(PROMPT, "?", True, 4), pair(PROMPT, GOOD, GOOD, 5)]
-    assert told(qpref_check_text, rows) == [
+    assert told(check_text, rows) == [
         ("placeholder", 1, "chosen is a placeholder, not an answer"),
         ("placeholder", 2, "rejected is a placeholder, not an answer"),
         ("placeholder", 3, "chosen and rejected: each is a placeholder, not an answer"),
@@ -204,7 +204,7 @@ def test_a_finding_names_the_sides():
 
 def test_each_kind_is_told_once_a_row():
     row = pair(PROMPT, LOOP + "\x00", LOOP + "<br>")
-    assert [code for code, _, _ in told(qpref_check_text, [row])] == ["unseen", "markup", "repetition"]
+    assert [code for code, _, _ in told(check_text, [row])] == ["unseen", "markup", "repetition"]
 
 
 CASES = {
@@ -220,11 +220,11 @@ def test_every_kind_has_a_case():
 @pytest.mark.parametrize("code", CASES)
 @pytest.mark.parametrize(("severity", "shown"), [("error", ["error"]), ("warn", ["warning"]), ("off", [])])
 def test_every_kind_has_the_severity_that_the_recipe_gives(code, severity, shown):
-    assert severities(qpref_check_text, [pair(PROMPT, CASES[code], GOOD)], **{code: severity}) == shown
+    assert severities(check_text, [pair(PROMPT, CASES[code], GOOD)], **{code: severity}) == shown
 
 
 def test_findings_share_their_messages():
-    one, other = findings(qpref_check_text, [pair(PROMPT, "None", GOOD, 1), pair(PROMPT, "N/A", GOOD, 2)])
+    one, other = findings(check_text, [pair(PROMPT, "None", GOOD, 1), pair(PROMPT, "N/A", GOOD, 2)])
     assert one.message is other.message
 
 

@@ -23,7 +23,7 @@ from loss_cases import (
     untrained,
 )
 
-from qpref_loss_anchored import qpref_losses
+from qpref_plugins.loss_anchored import qpref_losses
 
 RECORDS = {record.name: record for record in qpref_losses()}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from loss_cases import all_finite, extremes, flat_pair, paired, random_tokens, runner, smoothed, untrained
 
-from qpref_loss_aot import qpref_losses
+from qpref_plugins.loss_aot import qpref_losses
 
 WHO, KINDS = ("policy", "reference"), ("chosen", "rejected")
 RECORDS = {record.name: record for record in qpref_losses()}

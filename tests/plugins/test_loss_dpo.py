@@ -26,7 +26,7 @@ from loss_cases import (
 from pydantic import ValidationError
 
 from qpref.records import LossOutput, PairedInputs, PairLogProbs
-from qpref_loss_dpo import DpoOptions, build, qpref_losses
+from qpref_plugins.loss_dpo import DpoOptions, build, qpref_losses
 
 VARIANTS = {
     "plain": {},

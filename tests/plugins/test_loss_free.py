@@ -13,7 +13,7 @@ import torch
 from loss_cases import finite_difference, random_tokens, runner, scores, smoothed
 
 from qpref.records import PairedInputs, PairLogProbs
-from qpref_loss_free import qpref_losses
+from qpref_plugins.loss_free import qpref_losses
 
 SIDES = ("chosen", "rejected")
 RECORDS = {record.name: record for record in qpref_losses()}

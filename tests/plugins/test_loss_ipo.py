@@ -22,7 +22,7 @@ from loss_cases import (
 )
 
 from qpref.records import LossOutput
-from qpref_loss_ipo import IpoOptions, build, qpref_losses
+from qpref_plugins.loss_ipo import IpoOptions, build, qpref_losses
 
 
 @mpmath.workdps(50)

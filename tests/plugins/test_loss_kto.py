@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qpref.hooks.types import UnpairedLoss
 from qpref.records import LossOutput, UnpairedInputs
-from qpref_loss_kto import class_weights, qpref_losses
+from qpref_plugins.loss_kto import class_weights, qpref_losses
 
 SIDES = ("policy", "reference", "mismatched_policy", "mismatched_reference")
 BETAS = (0.01, 0.1, 0.5, 2.0)

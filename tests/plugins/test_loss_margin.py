@@ -28,7 +28,7 @@ from loss_cases import (
 from pydantic import ValidationError
 
 from qpref.records import LossOutput, PairedInputs
-from qpref_loss_margin import qpref_losses
+from qpref_plugins.loss_margin import qpref_losses
 
 RECORDS = {record.name: record for record in qpref_losses()}
 CASES = [

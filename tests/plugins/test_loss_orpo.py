@@ -13,7 +13,7 @@ from loss_cases import all_finite, exact_total, nudged, random_tokens, scores
 from pydantic import ValidationError
 
 from qpref.records import LossOutput, PairedInputs, PairLogProbs
-from qpref_loss_orpo import OrpoOptions, build, log1mexp, qpref_losses
+from qpref_plugins.loss_orpo import OrpoOptions, build, log1mexp, qpref_losses
 
 SIDES = ("chosen", "rejected", "prompt")
 BETAS = (0.01, 0.1, 0.5, 2.0)

@@ -13,7 +13,7 @@ import pytest
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.records import Finding
-from qpref_read_arrow.rows import MAX_ROW_BYTES
+from qpref_plugins.read_arrow.cells import MAX_ROW_BYTES
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because.", "name": "ü"}]
 
@@ -130,8 +130,8 @@ def test_a_row_group_larger_than_memory_should_be_is_streamed(tmp_path):
     program = r"""
 import re, sys
 from pathlib import Path
-from qpref_read_arrow import read_parquet
-import qpref_read_arrow.parquet
+from qpref_plugins.read_arrow import read_parquet
+import qpref_plugins.read_arrow.parquet
 size = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 before = size()
 print(sum(1 for _ in read_parquet(Path(sys.argv[1]))), size() - before)
@@ -217,7 +217,7 @@ def test_a_damaged_folder_is_named(saved, spoil):
     ],
 )
 def test_a_hub_name_has_config_revision_and_split(name, parts):
-    from qpref_read_arrow.datasets import HubName
+    from qpref_plugins.read_arrow.datasets import HubName
 
     assert HubName.of(name) == HubName(*parts)
 
@@ -254,7 +254,7 @@ def splits(tmp_path):
 
 
 def test_streamed_rows_are_numbered_from_1(splits):
-    from qpref_read_arrow.datasets import HubName, _rows, _split
+    from qpref_plugins.read_arrow.datasets import HubName, _rows, _split
 
     rows = list(_rows(_split(splits, HubName.of("org/name:test")), "hf:org/name:test"))
     assert [(str(row.source), row.values) for row in rows] == [
@@ -263,14 +263,14 @@ def test_streamed_rows_are_numbered_from_1(splits):
 
 
 def test_without_a_split_train_is_read_or_the_only_one(splits):
-    from qpref_read_arrow.datasets import HubName, _split
+    from qpref_plugins.read_arrow.datasets import HubName, _split
 
     assert _split(splits, HubName.of("org/name")) is splits["train"]
     assert _split({"test": 1}, HubName.of("org/name")) == 1
 
 
 def test_an_unknown_split_names_the_known_ones(splits):
-    from qpref_read_arrow.datasets import HubName, _split
+    from qpref_plugins.read_arrow.datasets import HubName, _split
 
     with pytest.raises(DataError, match="hf:org/name: no split 'validation'; it has train, test"):
         _split(splits, HubName.of("org/name:validation"))
@@ -279,6 +279,8 @@ def test_an_unknown_split_names_the_known_ones(splits):
 
 
 def test_the_package_is_imported_without_pyarrow_and_datasets():
-    program = "import qpref_read_arrow, sys; print([name for name in ('pyarrow', 'datasets') if name in sys.modules])"
+    program = (
+        "import qpref_plugins.read_arrow, sys; print([name for name in ('pyarrow', 'datasets') if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

@@ -12,7 +12,7 @@ import pytest
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.records import Finding
-from qpref_read_csv import MAX_ROW_BYTES
+from qpref_plugins.read_csv import MAX_ROW_BYTES
 
 
 def found(path, name="csv"):
@@ -188,7 +188,7 @@ def test_a_file_far_larger_than_a_row_is_read_in_little_memory(tmp_path):
 import re, sys
 from functools import partial
 from pathlib import Path
-from qpref_read_csv import read_separated
+from qpref_plugins.read_csv import read_separated
 size = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1000
 before = size()
 print(sum(1 for _ in read_separated(b",", Path(sys.argv[1]))), size() - before)

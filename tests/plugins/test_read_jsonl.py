@@ -11,9 +11,9 @@ import pytest
 
 from qpref.errors import DataError
 from qpref.records import Finding
-from qpref_read_jsonl import read_array, read_gzipped_array, read_gzipped_lines, read_lines
-from qpref_read_jsonl.parse import MAX_ROW_BYTES
-from qpref_read_jsonl.stream import FREE_BYTES, MAX_RATIO
+from qpref_plugins.read_jsonl import read_array, read_gzipped_array, read_gzipped_lines, read_lines
+from qpref_plugins.read_jsonl.parse import MAX_ROW_BYTES
+from qpref_plugins.read_jsonl.stream import FREE_BYTES, MAX_RATIO
 
 
 def found(reader, path):
@@ -289,7 +289,7 @@ def test_bytes_that_are_no_utf8_stop_an_array_with_their_place(array, before):
 MEASURE = r"""
 import re, sys
 from pathlib import Path
-import qpref_read_jsonl
+from qpref_plugins import read_jsonl
 from qpref.errors import DataError
 
 def size():
@@ -297,7 +297,7 @@ def size():
 
 before, rows = size(), 0
 try:
-    for item in getattr(qpref_read_jsonl, sys.argv[1])(Path(sys.argv[2])):
+    for item in getattr(read_jsonl, sys.argv[1])(Path(sys.argv[2])):
         rows += hasattr(item, "values")
 except DataError:
     pass

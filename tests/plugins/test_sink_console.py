@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import qpref_sink_console
 from qpref.hooks import SinkContext
 from qpref.records import MetricRow
-from qpref_sink_console import ConsoleOptions, qpref_metric_sinks
+from qpref_plugins import sink_console
+from qpref_plugins.sink_console import ConsoleOptions, qpref_metric_sinks
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(qpref_sink_console, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(sink_console, "time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qpref.errors import PluginError
 from qpref.hooks import SinkContext
 from qpref.records import MetricRow
-from qpref_sink_tensorboard import TensorBoardOptions, qpref_metric_sinks
+from qpref_plugins.sink_tensorboard import TensorBoardOptions, qpref_metric_sinks
 
 
 def opened(run_folder, first_step=0, **options):
@@ -86,7 +86,7 @@ def test_the_plugin_loads_without_tensorboardx(monkeypatch):
     from qpref.hooks.manager import SINK, PluginHost
 
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.delitem(sys.modules, "qpref_sink_tensorboard")
+    monkeypatch.delitem(sys.modules, "qpref_plugins.sink_tensorboard")
     assert PluginHost().load(SINK, "tensorboard").record.name == "tensorboard"
 
 

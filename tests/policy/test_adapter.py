@@ -12,7 +12,7 @@ from conftest import TINY, make_tokenizer, tiny_config
 from qpref.errors import PolicyError
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.source import resolve_base
-from qpref.recipe import Recipe
+from qpref.recipe.sections import Recipe
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}

@@ -74,11 +74,11 @@ def test_values_are_those_of_log_softmax(kind, tile):
     assert (values - oracle(hidden, tokens, head)).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("wants_slope", [True, False])
+@pytest.mark.parametrize("wants_grad", [True, False])
 @pytest.mark.parametrize("kind", HEADS)
-def test_sums_of_squares_are_those_of_softmax(kind, wants_slope, tile):
+def test_sums_of_squares_are_those_of_softmax(kind, wants_grad, tile):
     head, (hidden, tokens) = make_head(kind), make_rows()
-    values, squares = _ScoreTokens.apply(hidden if wants_slope else hidden.detach(), tokens, head, True)
+    values, squares = _ScoreTokens.apply(hidden if wants_grad else hidden.detach(), tokens, head, True)
     whole = torch.stack([oracle(hidden, torch.full_like(tokens, word), head) for word in range(VOCABULARY)])
     assert (squares - (2 * whole).logsumexp(0)).abs().max() <= 1e-12
     assert not squares.requires_grad

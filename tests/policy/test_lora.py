@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, _AdaptedLinear, _covers, decoding
 from qpref.policy.source import resolve_base
-from qpref.recipe import Recipe
+from qpref.recipe.sections import Recipe
 
 IN, OUT, RANK, ALPHA = 64, 48, 4, 6
 SCALE = {False: ALPHA / RANK, True: ALPHA / RANK**0.5}

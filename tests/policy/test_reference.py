@@ -17,9 +17,9 @@ from qpref.data.pack import pack
 from qpref.errors import PolicyError
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import Head, completion_logprobs
-from qpref.policy.reference import ReferenceMemory, as_reference, frozen, row_keys
+from qpref.policy.reference import ReferenceStore, as_reference, frozen, row_keys
 from qpref.policy.source import resolve_base
-from qpref.recipe import Recipe
+from qpref.recipe.sections import Recipe
 from qpref.records import PackedBatch, Source, TokenizedExample
 
 CPU = torch.device("cpu")
@@ -306,7 +306,7 @@ def test_a_folder_without_an_adapter_is_refused(load, tmp_path):
 
 
 def test_a_second_look_up_computes_nothing(load):
-    policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceMemory()
+    policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceStore()
     first = memory.logprobs(policy, batch)
     assert memory.num_computed == 4
     second = memory.logprobs(policy, batch)
@@ -318,11 +318,11 @@ def test_a_second_look_up_computes_nothing(load):
 def test_what_is_remembered_is_what_the_reference_said(load):
     policy, batch = load(), pack(EXAMPLES, CPU)
     randomize(policy)
-    assert torch.equal(ReferenceMemory().logprobs(policy, batch).values, reference_score(policy, batch))
+    assert torch.equal(ReferenceStore().logprobs(policy, batch).values, reference_score(policy, batch))
 
 
 def test_rows_are_found_by_content_in_any_order_and_packing(load):
-    policy, memory = load(), ReferenceMemory()
+    policy, memory = load(), ReferenceStore()
     said = memory.logprobs(policy, pack(EXAMPLES, CPU)).values.split([len(b) for e in EXAMPLES for b in e.branches])
     for order in ([3, 1, 0, 2], [2], [0, 0]):
         again = memory.logprobs(policy, pack([EXAMPLES[place] for place in order], CPU)).values
@@ -337,7 +337,7 @@ def test_what_is_not_part_of_the_text_is_not_part_of_the_key():
 
 
 def test_sides_are_remembered_apart(load):
-    policy, memory = load(), ReferenceMemory()
+    policy, memory = load(), ReferenceStore()
     prompt, chosen, rejected = EXAMPLES[0].prompt, *EXAMPLES[0].branches
     said = memory.logprobs(policy, pack([EXAMPLES[0]], CPU)).values.split([len(chosen), len(rejected)])
     swapped = memory.logprobs(policy, pack([make_example(prompt, rejected, chosen)], CPU)).values
@@ -358,7 +358,7 @@ def test_a_key_is_of_the_prompt_the_response_and_where_one_ends():
 
 
 def test_a_known_row_keeps_its_first_value_when_a_new_row_comes_with_it(load):
-    policy, memory = load(), ReferenceMemory()
+    policy, memory = load(), ReferenceStore()
     memory.logprobs(policy, pack(EXAMPLES[:1], CPU))
     for values in memory.rows.values():
         values += 1  # as if first said in a batch of another shape, in bf16
@@ -369,10 +369,10 @@ def test_a_known_row_keeps_its_first_value_when_a_new_row_comes_with_it(load):
 
 
 def test_memory_survives_its_tensors_to_the_bit(load, tmp_path):
-    policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceMemory()
+    policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceStore()
     said = memory.logprobs(policy, batch)
     save_file(memory.to_tensors(), tmp_path / "memory.safetensors")
-    restored = ReferenceMemory()
+    restored = ReferenceStore()
     restored.restore(load_file(tmp_path / "memory.safetensors"))
     assert list(restored.rows) == sorted(memory.rows)
     assert torch.equal(restored.logprobs(policy, batch).values, said.values)
@@ -380,6 +380,6 @@ def test_memory_survives_its_tensors_to_the_bit(load, tmp_path):
 
 
 def test_an_empty_memory_survives_its_tensors():
-    restored = ReferenceMemory()
-    restored.restore(ReferenceMemory().to_tensors())
+    restored = ReferenceStore()
+    restored.restore(ReferenceStore().to_tensors())
     assert restored.rows == {}

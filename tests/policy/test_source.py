@@ -22,7 +22,7 @@ from qpref.errors import PolicyError
 from qpref.policy.load import load_policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.recipe import ModelSection, Recipe
+from qpref.recipe.sections import ModelSection, Recipe
 
 
 def section(base: object, **settings: object) -> ModelSection:

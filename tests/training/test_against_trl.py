@@ -21,8 +21,8 @@ from conftest import CHAT_TEMPLATE, make_tokenizer, preference_rows, write_jsonl
 
 from qpref.data.load import load_rows
 from qpref.hooks.types import SinkContext
-from qpref.plan import make_plan
-from qpref.policy.reference import ReferenceMemory, row_keys
+from qpref.policy.reference import ReferenceStore, row_keys
+from qpref.recipe.resolve import make_plan
 from qpref.records import TokenizedExample
 from qpref.training import optim
 from qpref.training.loop import Progress, Trainer
@@ -84,8 +84,8 @@ def prepare(loss: str, base: Path, folder: Path) -> Prepared:
     return prepared
 
 
-def train_ours(prepared: Prepared, folder: Path) -> tuple[list[dict[str, float]], ReferenceMemory]:
-    policy, memory = prepared.policy, ReferenceMemory()
+def train_ours(prepared: Prepared, folder: Path) -> tuple[list[dict[str, float]], ReferenceStore]:
+    policy, memory = prepared.policy, ReferenceStore()
     train = prepared.plan.recipe.train
     context = SinkContext(run_folder=folder, first_step=0, total_steps=STEPS)
     recorder = Recorder(folder / "metrics.jsonl", 0, (), context)

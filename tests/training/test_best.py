@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import qpref
 from qpref.errors import CheckpointError, RecipeError
-from qpref.recipe import is_better_higher
+from qpref.recipe.sections import is_better_higher
 from qpref.training import checkpoint
 from qpref.training.best import Best, Watch
 
@@ -191,7 +191,7 @@ def test_a_best_checkpoint_that_is_lost_is_said_and_the_next_best_takes_its_plac
 
 def test_rows_since_the_next_best_are_waited_for(make_toy, tmp_path):
     """As they would be had the lost one never been: patience goes on from there."""
-    from qpref.recipe import TrainSection
+    from qpref.recipe.sections import TrainSection
     from qpref.training import best as module
     from qpref.training.folder import RunFolder
 

@@ -9,13 +9,13 @@ from conftest import preference_rows, rows_of, write_jsonl
 
 import qpref
 from qpref.errors import CheckpointError, DataError
-from qpref.plan import make_plan
 from qpref.policy import reference_cache
 from qpref.policy.reference import row_keys
 from qpref.policy.reference_cache import ReferenceCache
 from qpref.policy.source import BaseFolder
+from qpref.recipe.resolve import make_plan
 from qpref.records import Source, TokenizedExample
-from qpref.training.swapped import FEWEST, SwapSearch
+from qpref.training.swapped_labels import FEWEST, SwapSearch
 
 
 def without_heldout(recipe):

@@ -19,9 +19,9 @@ from qpref.data.load import load_rows
 from qpref.data.pack import pack, split_by_tokens
 from qpref.errors import NonFiniteError, PluginError
 from qpref.hooks.types import SinkContext
-from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import ReferenceMemory, as_reference
+from qpref.policy.reference import ReferenceStore, as_reference
+from qpref.recipe.resolve import make_plan
 from qpref.records import LossOutput, PairedInputs, TokenizedExample
 from qpref.training import optim
 from qpref.training.loop import Progress, Trainer
@@ -56,7 +56,7 @@ def make_trainer(make_recipe, tmp_path: Path):
             recipe=plan.recipe,
             policy=prepared.policy,
             loss=prepared.loss,
-            memory=ReferenceMemory(),
+            memory=ReferenceStore(),
             optimizer=optim.make_optimizer(plan.recipe.train, parameters, prepared.policy.device),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             examples=prepared.examples,
@@ -125,7 +125,7 @@ def test_gradient_does_not_depend_on_sharing_prompts(make_trainer):
     trainer = make_trainer(moved=True)
     shared = gradient(trainer, trainer.examples[:8], 300)
     trainer.policy.share_prompts(False)
-    trainer.memory = ReferenceMemory()
+    trainer.memory = ReferenceStore()
     assert relative_difference(gradient(trainer, trainer.examples[:8], 300), shared) <= 1e-6
 
 

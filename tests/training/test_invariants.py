@@ -17,14 +17,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qpref
-from qpref.choices import Choice
 from qpref.data.load import load_rows
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PluginError, PolicyError
-from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import ReferenceMemory
+from qpref.policy.reference import ReferenceStore
+from qpref.recipe.choices import Choice
+from qpref.recipe.resolve import make_plan
 from qpref.records import LossOutput, Source, TokenizedExample
 from qpref.training import invariants, optim
 from qpref.training import prepare as prepare_module
@@ -61,7 +61,7 @@ def first_losses(prepared: Prepared) -> list[float]:
     prepared.policy.model.train()
     places = optim.step_order(len(prepared.examples), train.batch_size, train.seed, 0)
     batch = pack([prepared.examples[place] for place in places], prepared.policy.device)
-    reference = ReferenceMemory().logprobs(prepared.policy, batch)
+    reference = ReferenceStore().logprobs(prepared.policy, batch)
     inputs = prepared.loss.inputs(batch, prepared.loss.score(prepared.policy, batch), reference)
     return prepared.loss(inputs).losses.tolist()
 

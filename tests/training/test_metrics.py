@@ -16,11 +16,11 @@ import torch
 from conftest import preference_rows, write_jsonl
 
 import qpref
-from qpref.choices import Choice
 from qpref.hooks import Options
 from qpref.hooks.manager import Loaded, Offer
 from qpref.hooks.types import MetricSink, SinkContext
-from qpref.plan import make_plan
+from qpref.recipe.choices import Choice
+from qpref.recipe.resolve import make_plan
 from qpref.records import MetricRow
 from qpref.training import metrics
 from qpref.training.metrics import Averages, Recorder

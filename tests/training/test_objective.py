@@ -18,11 +18,11 @@ from qpref.data.mismatch import alone, partner_alone, with_mismatched
 from qpref.data.pack import pack
 from qpref.errors import DataError, RecipeError
 from qpref.hooks.types import SinkContext
-from qpref.plan import make_plan
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import ReferenceMemory
+from qpref.policy.reference import ReferenceStore
+from qpref.recipe.resolve import make_plan
+from qpref.recipe.schedule import Schedule
 from qpref.records import Source, TokenizedExample
-from qpref.schedule import Schedule
 from qpref.training import optim
 from qpref.training.inputs import Mismatched
 from qpref.training.loop import Progress, Trainer
@@ -69,7 +69,7 @@ def make_trainer(make_recipe, tmp_path: Path):
             recipe=plan.recipe,
             policy=prepared.policy,
             loss=prepared.loss,
-            memory=ReferenceMemory() if "reference" in prepared.loss.needs else None,
+            memory=ReferenceStore() if "reference" in prepared.loss.needs else None,
             optimizer=optim.make_optimizer(plan.recipe.train, parameters, prepared.policy.device),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             examples=prepared.examples,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qpref import fsio
 from qpref.errors import RecipeError
-from qpref.recipe import TrainSection
+from qpref.recipe.sections import TrainSection
 from qpref.training import optim
 
 CPU = torch.device("cpu")

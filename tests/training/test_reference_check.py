@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from qpref.data.pack import pack, split_by_tokens
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import ReferenceMemory, as_reference, row_keys
+from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows, ReferenceCache
 from qpref.records import TokenizedExample
 from qpref.training.reference_check import check_cache, measured_rounding
@@ -78,7 +78,7 @@ def write(
     budget: int = 512,
 ) -> None:
     """Fill a cache as a run does."""
-    memory = ReferenceMemory(ReferenceCache.open(folder, name))
+    memory = ReferenceStore(ReferenceCache.open(folder, name))
     check_cache(memory, policy, pack(examples[:2], policy.device))
     for members in split_by_tokens(examples, budget):
         memory.logprobs(policy, pack(members, policy.device))
@@ -87,7 +87,7 @@ def write(
 
 def num_read(policy: Policy, folder: Path, examples: Sequence[TokenizedExample] = EXAMPLES, *, first: int = 0) -> int:
     """Rows that a later run, whose first batch is another, reads from a cache."""
-    memory = ReferenceMemory(ReferenceCache.open(folder, "second"))
+    memory = ReferenceStore(ReferenceCache.open(folder, "second"))
     check_cache(memory, policy, pack(examples[first : first + 2], policy.device))
     return sum(key in memory.cache for example in examples for key in row_keys(example))
 
@@ -215,7 +215,7 @@ WRONG_ROWS = {"adapter left on": adapter_left_on, "template": other_template, "a
 def test_wrong_rows_are_put_aside_though_the_check_rows_are_right(wrong, dtype, machine, base, tmp_path, said):
     policy = policy_of(base, **SECTIONS[dtype])
     with MACHINES[machine](policy):
-        memory = ReferenceMemory(ReferenceCache.open(tmp_path / "cache", "first"))
+        memory = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "first"))
         check_cache(memory, policy, pack(EXAMPLES[:2], policy.device))
         memory.cache.add(WRONG_ROWS[wrong](policy))
         memory.cache.close()
@@ -237,7 +237,7 @@ def test_the_stand_in_for_a_machine_rounds_as_the_real_one(base):
 def test_a_shard_is_put_aside_alone(base, tmp_path, said):
     policy = policy_of(base, **SECTIONS["float32"])
     write(one_tensor_off(policy, base, tmp_path, **SECTIONS["float32"]), tmp_path / "cache", EXAMPLES[:8], name="wrong")
-    memory = ReferenceMemory(ReferenceCache.open(tmp_path / "cache", "right"))
+    memory = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "right"))
     check_cache(memory, policy, pack(EXAMPLES[8:10], policy.device))
     memory.logprobs(policy, pack(EXAMPLES[4:], policy.device))
     memory.cache.close()

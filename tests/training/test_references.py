@@ -25,12 +25,13 @@ from qpref.errors import DiskError
 from qpref.policy import reference, reference_cache
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.reference import ReferenceMemory, as_reference, row_keys
+from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import ReferenceCache, check_key
 from qpref.policy.source import resolve_base
-from qpref.recipe import Recipe
+from qpref.recipe.sections import Recipe
 from qpref.records import Source, TokenizedExample
-from qpref.training import checkpoint, invariants, optim, reference_check, references, run
+from qpref.training import checkpoint, invariants, optim, reference_check, run
+from qpref.training import reference_pass as references
 
 NUM_EXAMPLES = 16
 """Of `make_recipe`'s data, training and held-out."""
@@ -54,7 +55,7 @@ class Notes:
 
     said: list[str] = field(default_factory=list)
     passes: list[str] = field(default_factory=list)
-    memories: list[ReferenceMemory] = field(default_factory=list)
+    memories: list[ReferenceStore] = field(default_factory=list)
 
     @property
     def num_computed(self) -> int:
@@ -76,13 +77,13 @@ def notes(monkeypatch) -> Iterator[Notes]:
     def noting(module: Any) -> Callable[..., Any]:
         return lambda policy: (made.passes.append(module.__name__.rpartition(".")[2]), as_reference(policy))[1]
 
-    def remembered(*parts: Any) -> ReferenceMemory:
-        made.memories.append(ReferenceMemory(*parts))
+    def remembered(*parts: Any) -> ReferenceStore:
+        made.memories.append(ReferenceStore(*parts))
         return made.memories[-1]
 
     for module in (reference, invariants, reference_check):
         monkeypatch.setattr(module, "as_reference", noting(module))
-    monkeypatch.setattr(run, "ReferenceMemory", remembered)
+    monkeypatch.setattr(run, "ReferenceStore", remembered)
     listener, log = Listener(), logging.getLogger("qpref")
     level = log.level
     log.addHandler(listener)
@@ -295,7 +296,7 @@ RECIPE = {
     "data": {"train": "y"},
     "loss": {"name": "dpo"},
 }
-POLICY = SimpleNamespace(device=torch.device("cpu"), attention="qpref_stretches")
+POLICY = SimpleNamespace(device=torch.device("cpu"), attention="qpref_segments")
 WEIGHTS = {"model.safetensors": "1f"}
 CONFIG = {"rope_theta": 1e4, "hidden_size": 64}
 
@@ -429,7 +430,7 @@ def test_a_batch_of_old_and_new_rows_keeps_the_old_values_and_writes_down_the_ne
     cache = ReferenceCache.open(tmp_path, "one")
     cache.add({keys[0]: torch.full((len(EXAMPLES[0].branches[0]),), -1.0)})  # one branch alone, and easily told apart
     cache.close()
-    memory = ReferenceMemory(ReferenceCache.open(tmp_path, "two"))
+    memory = ReferenceStore(ReferenceCache.open(tmp_path, "two"))
     said = memory.logprobs(policy, pack(EXAMPLES[:3], policy.device)).values
     memory.cache.close()
     assert memory.num_computed == 3
@@ -440,7 +441,7 @@ def test_a_batch_of_old_and_new_rows_keeps_the_old_values_and_writes_down_the_ne
 
 def test_comparing_with_the_cache_leaves_the_adapter_on(make_recipe, tmp_path):
     policy = load(make_recipe())
-    memory = ReferenceMemory(ReferenceCache.open(tmp_path / "shards", "one"))
+    memory = ReferenceStore(ReferenceCache.open(tmp_path / "shards", "one"))
     batch = pack(EXAMPLES[:2], policy.device)
     memory.logprobs(policy, batch)
     for name, parameter in policy.trained_parameters().items():
@@ -556,7 +557,7 @@ def test_a_run_without_a_cache_resumes(make_recipe, tmp_path, unbroken, cache):
 
 
 def test_filling_scores_what_is_not_known_the_longest_first(make_recipe, monkeypatch):
-    policy, memory, batches = load(make_recipe()), ReferenceMemory(), []
+    policy, memory, batches = load(make_recipe()), ReferenceStore(), []
     memory.logprobs(policy, pack(EXAMPLES[:3], policy.device))
     monkeypatch.setattr(references, "pack", lambda some, device: (batches.append(some), pack(some, device))[1])
     limit = 3 * max(num_fed_tokens(example) for example in EXAMPLES[3:])
@@ -568,23 +569,23 @@ def test_filling_scores_what_is_not_known_the_longest_first(make_recipe, monkeyp
     for members, after in itertools.zip_longest(batches, batches[1:]):
         assert len(members) * num_fed_tokens(members[0]) <= limit
         assert after is None or (len(members) + 1) * num_fed_tokens(members[0]) > limit
-    alone = ReferenceMemory()
+    alone = ReferenceStore()
     alone.logprobs(policy, pack(EXAMPLES, policy.device))
     for key, values in alone.rows.items():
         assert torch.allclose(memory.rows[key], values, atol=1e-5)
 
 
 def test_filling_takes_an_example_that_is_over_the_limit_by_itself(make_recipe):
-    policy, memory = load(make_recipe()), ReferenceMemory()
+    policy, memory = load(make_recipe()), ReferenceStore()
     references.fill(memory, policy, EXAMPLES[:3], 1)
     assert references.count_known(memory, EXAMPLES) == (6, 24)
 
 
 def test_filling_reads_what_the_cache_knows(make_recipe, tmp_path):
-    policy, first = load(make_recipe()), ReferenceMemory(ReferenceCache.open(tmp_path, "one"))
+    policy, first = load(make_recipe()), ReferenceStore(ReferenceCache.open(tmp_path, "one"))
     references.fill(first, policy, EXAMPLES, 100)
     first.cache.close()
-    second = ReferenceMemory(ReferenceCache.open(tmp_path, "two"))
+    second = ReferenceStore(ReferenceCache.open(tmp_path, "two"))
     assert references.count_known(second, EXAMPLES) == (24, 24)
     references.fill(second, policy, EXAMPLES, 100)
     assert second.num_computed == 0

@@ -1,0 +1,1 @@
+"""The built-in plugins, one package each, registered as a third party's are (pyproject.toml, entry points)."""

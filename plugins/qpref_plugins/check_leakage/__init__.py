@@ -1,0 +1,134 @@
+"""Held-out prompts that stand in the training set as well: what is measured on them is memory, not learning.
+
+Held-out prompts are indexed, training prompts stream past. Equal means equal but for case and punctuation. Near means
+that a training prompt holds a large share of the five-word sequences of a held-out one, as in PaLM's test of
+contamination (Chowdhery et al. 2022, section 8: at least 70 % of the 8-grams). System turns are left out: whole data
+sets share them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from qpref.hooks import Field, Options, Places, Severity, Split, Validator, hookimpl, report, text_of
+from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref_plugins.check_leakage.index import HeldOutIndex
+from qpref_plugins.check_leakage.shingles import plain
+
+BATCH_BYTES = 1 << 16
+
+
+class LeakageChecks(Options):
+    """Options of the validator `leakage`: a severity for each check, and its threshold.
+
+    A training row has one finding at most, the first of these that fits. As an error, it is left out of training.
+    """
+
+    leaked_pair: Severity = Field(default="warn", description="a training row that is in the held-out set, whole")
+    leaked_prompt: Severity = Field(
+        default="warn", description="a training prompt that is a held-out one, case and punctuation aside"
+    )
+    near_leak: Severity = Field(default="warn", description="a training prompt that holds most of a held-out one")
+    min_overlap: float = Field(
+        default=0.8, gt=0, le=1, description="share of a held-out prompt's five-word sequences that are too many"
+    )
+
+
+class CheckLeakage:
+    """Prompts go in batches, so what is found is kept, 24 bytes a row, and told at the end."""
+
+    def __init__(self, options: LeakageChecks) -> None:
+        self.options = options
+        self.places = Places()
+        self.index = HeldOutIndex()
+        self.closed = False
+        self.whole: dict[int, int] = {}
+        self.prompts: list[bytes] = []
+        self.rows = array("q")
+        self.num_bytes = 0
+        self.last_place = -1
+        self.pairs = array("q")
+        self.pair_at = array("q")
+        self.found = array("q")
+        self.found_at = array("q")
+        self.shares = array("d")
+
+    def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
+        if split == "train":
+            if not self.closed:
+                self._close()
+            if not len(self.index):
+                return ()
+        place = self.places.number(example.source)
+        key = _key(example)
+        if split == "heldout":
+            self.whole.setdefault(key, place)
+        elif (known := self.whole.get(key)) is not None:
+            self.pairs.append(place)
+            self.pair_at.append(known)
+            return ()
+        if place != self.last_place:
+            self.last_place = place  # a ranking's pairs have one prompt
+            self._take(plain(text_of([turn for turn in example.prompt if turn.role != "system"])), place)
+        return ()
+
+    def finish(self) -> Iterator[Finding]:
+        self._flush()
+        pairs, first = np.unique(self.pairs, return_index=True)
+        for place, known in zip(pairs.tolist(), np.asarray(self.pair_at)[first].tolist(), strict=True):
+            message = f"this row is in the held-out set too, at {self.places.source(known)}"
+            yield from report(self.options.leaked_pair, "leaked_pair", message, self.places.source(place))
+        for number in np.flatnonzero(~np.isin(self.found, pairs)).tolist():
+            source, other = (self.places.source(places[number]) for places in (self.found, self.found_at))
+            if (share := self.shares[number]) > 1:
+                message = f"this prompt is in the held-out set too, at {other}"
+                yield from report(self.options.leaked_prompt, "leaked_prompt", message, source)
+            else:
+                message = f"this prompt holds {share:.0%} of the held-out one at {other}"
+                yield from report(self.options.near_leak, "near_leak", message, source)
+
+    def _take(self, prompt: bytes, place: int) -> None:
+        self.prompts.append(prompt)
+        self.rows.append(place)
+        self.num_bytes += len(prompt) + 1
+        if self.num_bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _close(self) -> None:
+        self._flush()
+        self.index.close()
+        self.closed = True
+
+    def _flush(self) -> None:
+        prompts, rows = self.prompts, self.rows
+        self.prompts, self.rows, self.num_bytes = [], array("q"), 0
+        if not prompts:
+            return
+        if not self.closed:
+            self.index.add(prompts, rows)
+            return
+        match = self.index.find(prompts, self.options.min_overlap)
+        for row, prompt, share, equal in zip(match.row, match.prompt, match.share, match.equal, strict=True):
+            self.found.append(rows[row])
+            self.found_at.append(self.index.first_row[prompt])
+            self.shares.append(2.0 if equal else share)
+
+
+def _key(example: PreferencePair | UnpairedExample) -> int:
+    """One hash for a whole example; texts keep their hashes, so other checks that ask for them pay nothing."""
+    if isinstance(example, PreferencePair):
+        return hash((text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)))
+    return hash((text_of(example.prompt), text_of(example.completion), example.label))
+
+
+@hookimpl
+def qpref_validators() -> Iterator[Validator]:
+    yield Validator(
+        name="leakage",
+        summary="held-out prompts in the training set, exactly or nearly",
+        options=LeakageChecks,
+        start=CheckLeakage,
+    )

@@ -1,0 +1,126 @@
+"""Answers that are no text that anybody would have wanted: placeholders, broken encodings, loops, leftovers of the web.
+
+Each kind has a code and a severity of its own, so that a report counts them apart. All of them warn: an odd answer on
+the rejected side may be why it was rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from qpref.hooks import Field, Options, Severity, Split, Validator, hookimpl, report, text_of
+from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref_plugins.check_text.kinds import (
+    declines,
+    echoes,
+    has_markup,
+    has_no_word,
+    has_unseen,
+    is_garbled,
+    is_placeholder,
+    repeats,
+)
+
+
+class TextChecks(Options):
+    """Options of the validator `text`: a severity for each kind of answer."""
+
+    placeholder: Severity = Field(
+        default="warn", description="the whole answer stands for one: <nooutput>, N/A, None, [image], [Link to ...]"
+    )
+    no_word: Severity = Field(default="warn", description="an answer without any letter or digit")
+    garbled: Severity = Field(
+        default="warn", description="U+FFFD, or UTF-8 that was read as another encoding (mojibake)"
+    )
+    unseen: Severity = Field(default="warn", description="control characters, zero-width signs, direction overrides")
+    markup: Severity = Field(default="warn", description="HTML tags or entities where the prompt is not about code")
+    echo: Severity = Field(default="warn", description="the answer starts with the whole prompt")
+    repetition: Severity = Field(default="warn", description="the answer goes round in circles")
+    refusal: Severity = Field(
+        default="warn", description='a preferred answer that declines, or says "as an AI language model"'
+    )
+
+
+WHAT = {
+    "placeholder": "is a placeholder, not an answer",
+    "no_word": "has no letter or digit",
+    "garbled": "has broken characters (a wrong encoding)",
+    "unseen": "has control or invisible characters",
+    "markup": "has HTML left in it",
+    "echo": "starts with the whole prompt",
+    "repetition": "goes round in circles",
+    "refusal": 'declines, or speaks "as an AI"',
+}
+
+
+class CheckText:
+    """Each answer by itself."""
+
+    def __init__(self, options: TextChecks) -> None:
+        self.options = options
+
+    def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
+        """At most one finding of each kind, which names the sides that have it."""
+        prompt = text_of(example.prompt)
+        if isinstance(example, PreferencePair):
+            chosen, rejected = kinds_of(text_of(example.chosen), prompt), kinds_of(text_of(example.rejected), prompt)
+            rejected = tuple(code for code in rejected if code != "refusal")
+            if not chosen and not rejected:
+                return ()
+            found = [
+                (code, _message(_sides(code in chosen, code in rejected), code))
+                for code in WHAT
+                if code in chosen or code in rejected
+            ]
+        else:
+            kinds = kinds_of(text_of(example.completion), prompt)
+            found = [(code, _message("completion", code)) for code in kinds if example.label or code != "refusal"]
+        return [finding for code, message in found for finding in self._found(code, message, example)]
+
+    def finish(self) -> Iterable[Finding]:
+        return ()
+
+    def _found(self, code: str, message: str, example: PreferencePair | UnpairedExample) -> tuple[Finding, ...]:
+        severity: Severity = getattr(self.options, code)
+        return report(severity, code, message, example.source)
+
+
+def kinds_of(answer: str, prompt: str) -> tuple[str, ...]:
+    """The codes that fit an answer. One that is a placeholder, or has no word, is nothing else."""
+    if is_placeholder(answer):
+        return ("placeholder",)
+    if has_no_word(answer):
+        return ("no_word",)
+    found = (
+        ("garbled", is_garbled(answer)),
+        ("unseen", has_unseen(answer)),
+        ("markup", has_markup(answer, prompt)),
+        ("echo", echoes(answer, prompt)),
+        ("repetition", repeats(answer)),
+        ("refusal", declines(answer)),
+    )
+    return tuple(code for code, fits in found if fits)
+
+
+def _sides(chosen: bool, rejected: bool) -> str:
+    return "chosen and rejected" if chosen and rejected else "chosen" if chosen else "rejected"
+
+
+@cache
+def _message(subject: str, code: str) -> str:
+    """One text for all findings of a kind, whatever their number."""
+    what = WHAT[code]
+    if subject == "chosen and rejected":
+        return f"chosen and rejected: each {what}"
+    return f"{subject} {what}"
+
+
+@hookimpl
+def qpref_validators() -> Iterator[Validator]:
+    yield Validator(
+        name="text",
+        summary="answers that are no text: placeholders, broken characters, loops",
+        options=TextChecks,
+        start=CheckText,
+    )

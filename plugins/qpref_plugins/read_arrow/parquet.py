@@ -1,0 +1,39 @@
+"""Parquet, streamed: a batch of rows and the pages that it lies in are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from qpref.errors import DataError
+from qpref.records import Finding, Row
+from qpref_plugins.read_arrow.cells import BATCH_ROWS, rows_of_table
+
+BUFFER_BYTES = 2**20
+
+
+def rows_of_parquet(path: Path) -> Iterator[Row | Finding]:
+    """One row for each row of the file, its number, from 1, as its line.
+
+    Raises:
+        DataError: the file is no Parquet, or its rows cannot be read on.
+    """
+    number = 1
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+                yield from rows_of_table(batch, str(path), number)
+                number += batch.num_rows
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _damaged(path, number, error) from None
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, number, error) from None
+
+
+def _damaged(path: Path, number: int, error: Exception) -> DataError:
+    return DataError(f"{path}:{number}: not a Parquet file, or a damaged one: {str(error).splitlines()[0]}")

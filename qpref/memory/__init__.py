@@ -1,0 +1,1 @@
+"""Memory of a run: predicted, fitted to the device, and what happens when it runs out."""

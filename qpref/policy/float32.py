@@ -1,0 +1,37 @@
+"""A loaded model that computes in float32, with the very weights that its own 16-bit type makes.
+
+Two models whose weights differ by a small delta differ by less than the rounding of 16-bit products. Computed in
+float32, what is left is the difference of their weights. A 4-bit layer is still dequantized to the type that it was
+trained in, a layer at a time, so its weights are those that training saw and memory stays as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+from qpref.policy.load import Policy
+from qpref.policy.lora import dense_weight
+
+
+class Float32Linear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
+    """A 4-bit layer whose weight is rounded as in training and multiplied in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, dense_weight(self, x.dtype), bias)
+
+
+def compute_in_float32(policy: Policy) -> None:
+    """Make a policy compute in float32; it isn't trained any more after this."""
+    if policy.dtype == torch.float32:
+        return
+    for tensor in (*policy.model.parameters(), *policy.model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
+    for module in policy.model.modules():
+        if type(module) is Linear4bit:
+            module.__class__ = Float32Linear4bit  # the same layer, its state as it is
+            module.compute_dtype = torch.float32
+    policy.dtype = torch.float32

@@ -1,0 +1,36 @@
+"""Matrix products whose results aren't rounded to 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def float32_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product accumulated and returned in float32 (float64 for float64), whatever 16-bit type comes in."""
+    if right.dtype in (torch.float32, torch.float64):
+        return left.to(right.dtype) @ right
+    if right.device.type == "cuda":
+        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    with bf16_products(right.dtype == torch.bfloat16 == left.dtype):
+        return left.float() @ right.float()
+
+
+@contextmanager
+def bf16_products(exact: bool) -> Iterator[None]:
+    """Let a CPU with bf16 units multiply float32 matrices on them, where both hold bf16 numbers and so lose nothing.
+
+    Without such units for float32 matrices (AMX has them) it still is the faster code: oneDNN's, not MKL's.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing in torch's own stubs
+    before = matmul.fp32_precision
+    if exact:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

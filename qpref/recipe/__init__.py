@@ -1,0 +1,1 @@
+"""A recipe's TOML -> Plan: every name resolved, every mistake reported at once."""

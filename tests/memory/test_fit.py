@@ -1,0 +1,285 @@
+"""What is chosen fits, at the border too; the recipe's own numbers stand; advice says what each change saves."""
+
+import math
+import re
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from qpref.data.pack import pack
+from qpref.errors import RecipeError
+from qpref.memory.costs import GIB, Setup, Stream, memory
+from qpref.memory.fit import (
+    MOST_TOKENS,
+    USEFUL_TOKENS,
+    Probe,
+    Settings,
+    Workload,
+    choose,
+    corrected,
+    measure,
+    memory_limit,
+    needed,
+    parse_bytes,
+)
+from qpref.memory.known_shapes import named_config
+from qpref.memory.shape import read_shape
+from qpref.recipe.sections import AdapterSection, Recipe
+from qpref.records import Source, TokenizedExample
+
+CPU = torch.device("cpu")
+PAIR = (256, (768, 768))
+LONGEST = 256 + 2 * 767
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return read_shape(named_config("Qwen2.5-7B"), AdapterSection())
+
+
+def settings(device="cuda", tokens=None, checkpointed=None, **setup):
+    return Settings(setup=Setup(device=device, **setup), tokens=tokens, checkpointed=checkpointed)
+
+
+def data(batch_size=16, pairs=(PAIR,)):
+    return Workload.of(pairs, batch_size)
+
+
+def need(shape, how, tokens, layers, load=None):
+    return needed(shape, how, load or data(), tokens, layers).total
+
+
+def choose_tight(shape):
+    return choose(shape, settings(), 5 * GIB, data())
+
+
+# The choice
+
+
+def test_all_is_kept_where_there_is_room(shape):
+    fit = choose(shape, settings(), 200 * GIB, data())
+    assert (fit.fits, fit.recomputed_layers, fit.tokens_per_microbatch) == (True, 0, MOST_TOKENS["cuda"])
+
+
+@pytest.mark.parametrize("layers", [0, 1, 13, 27])
+def test_the_border_is_exact(shape, layers):
+    """A limit that a useful micro-batch just fits is enough; one byte less takes one more recomputed layer."""
+    exact = need(shape, settings(), USEFUL_TOKENS["cuda"], layers)
+    fit = choose(shape, settings(), exact, data())
+    assert (fit.recomputed_layers, fit.tokens_per_microbatch) == (layers, USEFUL_TOKENS["cuda"])
+    assert fit.memory.total == exact
+    short = choose(shape, settings(), exact - 1, data())
+    if layers < 27:
+        assert short.recomputed_layers == layers + 1
+    else:
+        assert short.recomputed_layers == 27
+        assert short.tokens_per_microbatch < USEFUL_TOKENS["cuda"]
+
+
+def test_the_smallest_limit_is_that_of_the_longest_example(shape):
+    exact = need(shape, settings(), LONGEST, 27)
+    fit = choose(shape, settings(), exact, data())
+    assert (fit.fits, fit.tokens_per_microbatch, fit.recomputed_layers) == (True, LONGEST, 27)
+    assert not choose(shape, settings(), exact - 1, data()).fits
+
+
+@pytest.mark.parametrize("gib", [8, 10, 12, 16, 24, 40, 80])
+def test_what_is_chosen_fits(shape, gib):
+    fit = choose(shape, settings(dropout=0.05), gib * GIB, data())
+    assert fit.fits
+    assert fit.memory.total <= gib * GIB
+    assert LONGEST <= fit.tokens_per_microbatch <= MOST_TOKENS["cuda"]
+
+
+def test_more_memory_never_recomputes_more(shape):
+    fits = [choose(shape, settings(), gib * GIB, data()) for gib in range(8, 48, 4)]
+    layers = [fit.recomputed_layers for fit in fits]
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] > layers[-1]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_micro_batch_is_never_more_than_a_step(shape, batch_size):
+    fit = choose(shape, settings(), 200 * GIB, data(batch_size=batch_size))
+    assert fit.tokens_per_microbatch == batch_size * LONGEST
+
+
+def test_a_micro_batch_holds_the_longest_example(shape):
+    pairs = [(10, (20, 20))] * 50 + [(1000, (4000, 4000))]
+    fit = choose(shape, settings(), 200 * GIB, data(batch_size=1, pairs=pairs))
+    assert fit.tokens_per_microbatch == 1000 + 2 * 3999
+
+
+def test_a_cpu_takes_smaller_micro_batches():
+    small = read_shape(named_config("SmolLM2-135M"), AdapterSection())
+    fit = choose(small, settings("cpu"), 64 * GIB, data(pairs=[(50, (60, 60))], batch_size=64))
+    assert (fit.tokens_per_microbatch, fit.recomputed_layers) == (MOST_TOKENS["cpu"], 0)
+
+
+def test_the_recipes_numbers_stand(shape):
+    tokens = choose(shape, settings(tokens=2500), 24 * GIB, data())
+    assert (tokens.fits, tokens.tokens_per_microbatch) == (True, 2500)
+    layers = choose(shape, settings(checkpointed=28), 24 * GIB, data())
+    assert layers.recomputed_layers == 28
+    assert layers.tokens_per_microbatch > USEFUL_TOKENS["cuda"]
+    both = choose(shape, settings(tokens=8192, checkpointed=0), 24 * GIB, data())
+    assert (both.fits, both.tokens_per_microbatch, both.recomputed_layers) == (False, 8192, 0)
+
+
+def test_a_budget_below_the_longest_example_still_has_to_hold_it(shape):
+    assert need(shape, settings(), 100, 28) == need(shape, settings(), LONGEST, 28)
+
+
+@pytest.mark.parametrize(
+    ("train", "tokens", "layers"),
+    [
+        ({}, None, None),
+        ({"tokens_per_microbatch": 700, "gradient_checkpointing": True}, 700, 28),
+        ({"gradient_checkpointing": False}, None, 0),
+        ({"gradient_checkpointing": 5}, None, 5),
+        ({"gradient_checkpointing": 99}, None, 28),
+    ],
+)
+def test_settings_are_the_recipes(shape, make_recipe, train, tokens, layers):
+    document = make_recipe() | {"train": train}
+    recipe = Recipe.model_validate(document)
+    found = Settings.of(recipe, Setup.of(recipe, "cpu", shape), shape)
+    assert (found.tokens, found.checkpointed) == (tokens, layers)
+    assert (found.setup.width, found.setup.double_quantization) == (4, None)
+
+
+# Advice
+
+
+def test_advice_says_what_each_change_saves_most_first(shape):
+    how = settings(tokens=8192, checkpointed=0, double_quantization=False)
+    fit = choose(shape, how, 5 * GIB, data())
+    assert not fit.fits
+    *changes, last = fit.advice
+    saved = [float(re.search(r"saves ([\d.]+) GiB", change)[1]) for change in changes]
+    assert saved == sorted(saved, reverse=True)
+    text = "\n".join(changes)
+    for change in (
+        '[train] gradient_checkpointing = "auto"',
+        '[train] tokens_per_microbatch = "auto"',
+        "[adapter] rank 16 -> 8",
+        '[train] optimizer = "paged_adamw_8bit"',
+        "[model] double_quantization = true",
+    ):
+        assert change in text
+    assert re.fullmatch(r"or a base of about [\d.]+ billion parameters", last)
+    assert any(change.startswith("[data] max_length 1024 -> 512 saves") for change in choose_tight(shape).advice)
+
+
+def test_what_advice_says_of_a_change_is_so(shape):
+    """Double quantization, by the difference of the two totals."""
+    plain, doubled = settings(double_quantization=False), settings(double_quantization=True)
+    (line,) = (line for line in choose(shape, plain, 5 * GIB, data()).advice if "double_quantization" in line)
+    difference = need(shape, plain, LONGEST, 27) - need(shape, doubled, LONGEST, 27)
+    assert line == f"[model] double_quantization = true saves {difference / GIB:.2f} GiB"
+
+
+def test_advice_for_a_base_that_isnt_quantized(shape):
+    advice = choose(shape, settings(width=4, double_quantization=None), 5 * GIB, data()).advice
+    assert advice[0].startswith('[model] quantization = "nf4" saves')
+    assert any(line.startswith('[model] dtype = "bf16" saves') for line in advice)
+    assert choose(shape, settings(), 200 * GIB, data()).advice == ()
+
+
+# Probes
+
+
+def test_a_probe_as_predicted_changes_nothing(shape):
+    stream = Stream.of([PAIR] * 2)
+    part = memory(shape, settings().setup, stream, 14)
+    probe = Probe(stream=stream, checkpointed=14, measured=part.activations + max(part.live, part.head_tile))
+    assert corrected(shape, settings(), 24 * GIB, data(), probe) == choose(shape, settings(), 24 * GIB, data())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_probe_that_took_more_recomputes_more(shape, device):
+    stream, limit = Stream.of([PAIR] * 2), (12 if device == "cpu" else 24) * GIB
+    before = choose(shape, settings(device), limit, data())
+    part = memory(shape, settings(device).setup, stream, 14)
+    expected = part.activations + (max(part.live, part.head_tile) if device == "cuda" else 0)
+    after = corrected(
+        shape, settings(device), limit, data(), Probe(stream=stream, checkpointed=14, measured=expected * 3 // 2)
+    )
+    assert after.recomputed_layers > before.recomputed_layers
+    assert after.memory.total <= limit
+    less = corrected(
+        shape, settings(device), limit, data(), Probe(stream=stream, checkpointed=14, measured=expected // 2)
+    )
+    assert less.recomputed_layers < before.recomputed_layers
+
+
+def test_measuring_counts_each_kept_tensor_once_and_no_parameter():
+    weight = torch.nn.Parameter(torch.ones(7, 5))
+    x = torch.ones(3, 7, requires_grad=True)
+
+    def run_once():
+        hidden = (x @ weight).exp()  # keeps x, the weight, and the result
+        (hidden * hidden.detach()).sum().backward()  # keeps the result once more
+
+    assert measure(run_once, CPU) == 3 * 7 * 4 + 3 * 5 * 4
+
+
+def test_a_workload_is_that_of_the_packed_stream():
+    lengths = [(50, (61, 50)), (30, (21, 1)), (9, (80, 33))]
+    source = Source(path="x", line=1)
+    examples = [
+        TokenizedExample(
+            prompt=array("i", [5] * prompt),
+            branches=tuple(array("i", [6] * length) for length in branches),
+            truncated=(False, False),
+            weight=1.0,
+            margin=0.0,
+            source=source,
+        )
+        for prompt, branches in lengths
+    ]
+    batch, load = pack(examples, CPU), Workload.of(lengths, 2)
+    assert load.typical.tokens == batch.num_tokens
+    assert load.typical.scored == batch.score_at.numel()
+    assert load.step_tokens == math.ceil(batch.num_tokens / 3 * 2)
+    assert load.longest.tokens == pack(examples[:1], CPU).num_tokens
+    assert load.lengths == lengths[0]
+
+
+# The limit
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24 GiB", 24 * 2**30),
+        ("24", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("8.5gb", 8_500_000_000),
+        ("512MiB", 2**29),
+        (" 700 MB ", 700 * 10**6),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "24TB", "-24", "24GiBs", "1e3", "0", "nan", "2,4GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(RecipeError) as caught:
+        parse_bytes(text, "--vram")
+    assert caught.value.what == f"--vram: expected a size such as 24GiB or 24GB, got '{text}'"
+
+
+def test_the_recipes_memory_is_the_limit(make_recipe):
+    recipe = Recipe.model_validate(make_recipe({"model.memory": "3GiB"}))
+    assert memory_limit(recipe, CPU) == 3 * 2**30
+
+
+def test_a_cpu_gives_half_of_what_is_free(make_recipe):
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (free,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    assert memory_limit(Recipe.model_validate(make_recipe()), CPU) == pytest.approx(free / 2, rel=0.2)
