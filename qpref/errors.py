@@ -34,6 +34,10 @@ class DataError(QprefError):
     exit_code = 3
 
 
+class UnreachableDataError(DataError):
+    """The data are neither on this machine nor can anybody be asked for them at the moment."""
+
+
 class CheckpointError(QprefError):
     """Checkpoints exist and none verifies, or they belong to another run."""
 

@@ -8,7 +8,9 @@ import types
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from qpref.cli import main
 from qpref.hooks.manager import CHECK, LOSS, READER, SINK
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +40,28 @@ def test_the_readme_tree_names_every_module():
             assert path.name in readme, f"{path.relative_to(ROOT)} is not in the README's tree"
 
 
-def test_each_shipped_recipe_resolves_without_its_data_or_model(capsys):
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_each_shipped_recipe_resolves_without_its_data_or_model(recipe):
+    done = CliRunner().invoke(main, ["train", str(recipe), "--dry-run"], catch_exceptions=False)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"# run folder: runs/{recipe.stem}" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_what_a_shipped_recipe_names_is_in_the_repository_or_public(recipe):
     from qpref.recipe.resolve import make_plan
 
-    for recipe in sorted((ROOT / "recipes").glob("*.toml")):
-        assert make_plan(recipe).losses[0].plugin.record.name == "dpo"
+    plan = make_plan(recipe)
+    for location in (plan.recipe.model.base, *(source.location for source in plan.sources)):
+        is_public = location.startswith(("pypi:", "hf:")) or re.fullmatch(r"[\w.-]+/[\w.-]+", location)
+        assert is_public or Path(location).is_file(), location
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_shipped_recipe_names_itself_in_its_commands(recipe):
+    named = re.findall(r"recipes/[\w.-]+\.toml", recipe.read_text())
+    assert f"recipes/{recipe.name}" in named
+    assert all((ROOT / name).is_file() for name in named)

@@ -149,23 +149,22 @@ def _device_and_limit(plan: Plan, vram: str | None) -> tuple[str, int, str]:
 
 
 def planned_data(plan: Plan) -> PlannedData:
-    """The training file's examples by length, or what the recipe's limits allow where it isn't there.
+    """The training data's examples by length, or what the recipe's limits allow where they can't be had now.
 
     Raises:
         DataError: the file is there and training would refuse it.
     """
     from qpref.data.load import load_rows
+    from qpref.errors import UnreachableDataError
 
-    data = plan.recipe.data
     sources = [source for source in plan.sources if source.split == "train"]
     where = ", ".join(source.location for source in sources)
     if missing := [source.location for source in sources if _is_missing(source)]:
-        response = data.max_length - data.max_prompt_length
-        lengths: Lengths = (data.max_prompt_length, [response] * (2 if plan.is_paired else 1))
-        kind = "pair" if plan.is_paired else "completion"
-        said = f"{missing[0]}: no such file; each {kind} is taken to be {_as_text(lengths)} tokens, the longest allowed"
-        return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
-    train = load_rows(replace(plan, sources=tuple(sources))).train
+        return _longest_allowed(plan, f"{missing[0]}: no such file")
+    try:
+        train = load_rows(replace(plan, sources=tuple(sources))).train
+    except UnreachableDataError as error:
+        return _longest_allowed(plan, error.what)
     rows = list(train.rows())
     planned = _tokenized(plan, rows, where) or _estimated(plan, rows, where)
     weights = [train.weights.get(row.source.path, 1.0) for row in rows]
@@ -174,14 +173,20 @@ def planned_data(plan: Plan) -> PlannedData:
     return replace(planned, num_examples=round(planned.num_examples * sum(weights) / len(weights)))
 
 
+def _longest_allowed(plan: Plan, why: str) -> PlannedData:
+    """One example as long as the recipe lets any be."""
+    data = plan.recipe.data
+    response = data.max_length - data.max_prompt_length
+    kind, sides = ("pair", 2) if plan.is_paired else ("completion", 1)
+    tokens = f"{data.max_prompt_length} + {sides} x {response} tokens"
+    said = f"{why}; each {kind} is taken to be {tokens}, the longest allowed"
+    lengths: Lengths = (data.max_prompt_length, [response] * sides)
+    return PlannedData(said=said, lengths=[lengths], longest=[], num_examples=None)
+
+
 def _is_missing(source: SourceChoice) -> bool:
     is_path = source.reader.record.takes != "name" and not source.location.startswith("pypi:")
     return is_path and not Path(source.location.removeprefix(f"{source.reader.record.name}:")).exists()
-
-
-def _as_text(lengths: Lengths) -> str:
-    prompt, responses = lengths
-    return f"{prompt} + {len(responses)} x {responses[0]}"
 
 
 def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qpref import fsio, pypi
 from qpref.errors import PolicyError
+from qpref.hooks.hub import hub_failure
 from qpref.recipe.sections import ModelSection
 
 Config = dict[str, Any]
@@ -152,13 +153,16 @@ def _hub_cache(model: ModelSection) -> Path | None:
 
 def _hub_config(model: ModelSection) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    transport_error: Any = HfHubHTTPError.__bases__[0]
     try:
         return Path(hf_hub_download(model.base, "config.json", revision=model.revision)).parent
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PolicyError(f"{model.base}: the hub doesn't give its config.json: {reason}", _hint()) from error
+    except HFValidationError:
+        raise PolicyError(f"{model.base}: neither a path that exists nor a hub id", _hint()) from None
+    except (transport_error, OSError) as error:
+        failure = hub_failure(error, "model", model.revision)
+        raise PolicyError(f"{model.base}: no config.json: {failure.what}", f"{failure.hint}; or {_hint()}") from error
 
 
 def _read_config(folder: Path, **how: str) -> Any:

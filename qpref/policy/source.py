@@ -13,6 +13,7 @@ from typing import Any
 
 from qpref import fsio, pypi
 from qpref.errors import PolicyError
+from qpref.hooks.hub import hub_failure
 from qpref.recipe.sections import ModelSection
 
 log = logging.getLogger("qpref")
@@ -130,18 +131,16 @@ def shard_files(path: Path) -> list[Path]:
 
 def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    transport_error: Any = HfHubHTTPError.__bases__[0]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except HFValidationError:
         raise PolicyError(f"{name}: neither a path that exists nor a hub id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PolicyError(
-            f"{name}: no such folder, and the hub doesn't give it: {reason}",
-            "check the name and the network, set HF_TOKEN for a gated model, or name a local folder",
-        ) from error
+    except (transport_error, OSError) as error:
+        failure = hub_failure(error, "model", revision)
+        raise PolicyError(f"{name}: {failure.what}", f"{failure.hint}; or name a local folder") from error
 
 
 def cached_sha256(path: Path) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
 from qpref.recipe.sections import Recipe, SourceSection
+
+HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?(:[\w.-]+)?")
+"""`org/name/config@revision:split`, of which the last three may be left out."""
+FILE_SUFFIX = re.compile(r"\.[A-Za-z]+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,14 @@ class Locations:
 
     def path(self, path: str) -> str:
         return str((self.folder / Path(path).expanduser()).resolve())
+
+    def hub_dataset(self, location: str) -> str | None:
+        """The hub dataset that a path, where there is no such file or folder, may have been meant for: `org/name`."""
+        path = Path(location)
+        if path.exists() or not path.is_relative_to(self.folder.resolve()):
+            return None
+        name = path.relative_to(self.folder.resolve()).as_posix()
+        return name if HUB_DATASET.fullmatch(name) and not FILE_SUFFIX.search(name) else None
 
     def base(self, base: str) -> str:
         """A base or a tokenizer: a path where it looks like one or exists, else a hub id."""

@@ -279,6 +279,9 @@ class _Resolution:
             known = self._reader_names()
             fitting = sorted((name for name in known if file.lower().endswith(f".{name}")), key=len)
             if not fitting:
+                if named := self._locations.hub_dataset(source.path):
+                    self._problems.append(Problem(table, key, f"no such path; a dataset of the hub is 'hf:{named}'"))
+                    return None
                 readers = ", ".join(f".{reader}" for reader in sorted(known))
                 self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
                 return None

@@ -46,6 +46,13 @@ def test_a_good_file_exits_with_0_and_counts_its_rows(tmp_path):
     assert f"{path}: 9 rows read, 9 kept, 0 refused" in check(path).stdout
 
 
+def test_a_hub_dataset_without_its_prefix_is_told_it():
+    done = check("org/name", code=2)
+    assert done.stderr == (
+        "error: org/name: 1 problem\n  [data] train: no such path; a dataset of the hub is 'hf:org/name'\n"
+    )
+
+
 def test_refused_rows_are_named_by_line_and_exit_with_3(tmp_path):
     path = write_jsonl(tmp_path / "faulty.jsonl", FAULTY)
     found = facts(path, code=3)

@@ -6,11 +6,10 @@ import json
 import os
 import re
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
+from hub import loopback_hub
 from merge_cases import moved
 
 from qpref.cli import main
@@ -124,71 +123,29 @@ def test_a_merge_that_a_signal_ends_leaves_nothing_behind(trained_run, tmp_path,
     assert signal.getsignal(number) == before
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files needs."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.calls.append((self.path, self.headers.get("authorization"), body))
-        if self.server.refuses:
-            self._answer(403, {"error": "no write access"})
-        elif self.path == "/api/repos/create":
-            asked = json.loads(body)
-            place = f"http://127.0.0.1:{self.server.server_port}/{asked['organization']}/{asked['name']}"
-            self._answer(200, {"url": place})
-        elif "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for file in json.loads(body)["files"]]  # fmt: skip
-            self._answer(200, {"files": files})
-        elif "/commit/" in self.path:
-            place = f"http://127.0.0.1:{self.server.server_port}/org/model/commit/{'0' * 40}"
-            self._answer(200, {"commitUrl": place, "commitOid": "0" * 40, "pullRequestUrl": None})
-        else:
-            self._answer(200, {"errors": [], "warnings": []})
-
-    def do_GET(self) -> None:
-        self.server.calls.append((self.path, self.headers.get("authorization"), b""))
-        self._answer(404, {"error": "Repository not found"})
-
-    def _answer(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A hub on the loopback; huggingface_hub is told of it as HF_ENDPOINT and HF_HUB_OFFLINE=0 would."""
     from huggingface_hub import constants
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.calls, server.refuses = [], False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with loopback_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub.state
 
 
 def test_what_passes_is_pushed_whole_to_a_private_repository(hub, trained_run, make_base, tmp_path):
     done = invoke(trained_run(make_base(), **NF4), tmp_path / "out", "--push", "org/model")
     assert done.exit_code == 0, done.stderr
-    made = next(json.loads(body) for path, _, body in hub.calls if path == "/api/repos/create")
+    made = next(json.loads(body) for _, path, _, body in hub.calls if path == "/api/repos/create")
     assert (made["organization"], made["name"]) == ("org", "model")
     assert made.get("visibility") == "private" or made.get("private") is True
-    (commit,) = [body for path, _, body in hub.calls if path == "/api/models/org/model/commit/main"]
+    (commit,) = [body for _, path, _, body in hub.calls if path == "/api/models/org/model/commit/main"]
     sent = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
     assert sent == {file.name for file in (tmp_path / "out").iterdir()}
-    assert {token for _, token, _ in hub.calls if token} == {f"Bearer {TOKEN}"}
+    assert {token for _, _, token, _ in hub.calls if token} == {f"Bearer {TOKEN}"}
     assert done.stdout.splitlines()[-1].startswith("pushed: ")
     assert TOKEN not in done.stdout + done.stderr
     assert all(TOKEN.encode() not in file.read_bytes() for file in (tmp_path / "out").iterdir())

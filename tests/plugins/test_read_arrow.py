@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qpref.errors import DataError
+from qpref.errors import DataError, UnreachableDataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.records import Finding
 from qpref_plugins.read_arrow.cells import MAX_ROW_BYTES
@@ -238,7 +238,7 @@ def test_a_folder_of_the_same_name_is_not_taken_for_the_hubs(tmp_path, monkeypat
 
 
 def test_a_hub_out_of_reach_is_named():
-    with pytest.raises(DataError, match="hf:org/name:train: cannot be read: "):
+    with pytest.raises(UnreachableDataError, match="hf:org/name: HF_HUB_OFFLINE is set"):
         found("hf", Path("org/name:train"))
 
 

@@ -1,6 +1,7 @@
 """A recipe is taken whole or refused with every mistake in it; relative paths and options end where they belong."""
 
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -360,6 +361,22 @@ def test_the_reader_is_the_one_named_or_that_of_the_suffix(data, reader):
     assert [source.reader.record.name for source in make_plan(recipe_with(data=data)).sources] == [reader]
 
 
+@pytest.mark.parametrize("name", ["org/name-1.5", "org/name/config@main:test", "org/name:train"])
+def test_a_path_that_is_none_and_may_be_a_hub_dataset_is_told_its_name(name):
+    told = f"no such path; a dataset of the hub is 'hf:{name}'"
+    assert problems(recipe_with(data={"train": name, "heldout": f"{name}2"})) == [
+        f"[data] heldout: no such path; a dataset of the hub is 'hf:{name}2'",
+        f"[data] train: {told}",
+    ]
+    assert problems(recipe_with(data={"train": [{"path": name}]})) == [f"[data.train.0] path: {told}"]
+
+
+@pytest.mark.parametrize("path", ["name", "../org/name", "a/b/c/d", "org/pairs.zip", "/org/name"])
+def test_a_path_that_is_no_hub_name_is_not_taken_for_one(path):
+    (problem,) = problems(recipe_with(data={"train": path}))
+    assert "hf:" not in problem
+
+
 def test_a_folder_is_read_as_a_saved_dataset(tmp_path):
     (tmp_path / "saved").mkdir()
     plan = make_plan(recipe_with(data={"train": str(tmp_path / "saved")}))
@@ -423,10 +440,10 @@ def test_each_file_has_the_reader_of_its_own_suffix():
 
 
 @pytest.mark.parametrize("key", ["train", "heldout"])
-@pytest.mark.parametrize("file", ["pairs.zip", "jsonl", "pairs.jsonl.zip"])
+@pytest.mark.parametrize("file", ["in/pairs.zip", "jsonl", "in/pairs.jsonl.zip"])
 def test_an_unknown_suffix_is_refused_with_what_is_installed(key, file):
-    assert problems(recipe_with(data={key: f"in/{file}"})) == [
-        f"[data] {key}: no reader for '{file}'; installed: {SUFFIXES}"
+    assert problems(recipe_with(data={key: file})) == [
+        f"[data] {key}: no reader for '{Path(file).name}'; installed: {SUFFIXES}"
     ]
 
 

@@ -37,4 +37,4 @@ def qpref_readers() -> Iterator[Reader]:
     yield Reader(
         name="datasets", summary="folders of Hugging Face's Dataset.save_to_disk", read=read_saved, takes="folder"
     )
-    yield Reader(name="hf", summary="datasets of the Hugging Face hub, streamed", read=read_hub, takes="name")
+    yield Reader(name="hf", summary="datasets of the Hugging Face hub", read=read_hub, takes="name")

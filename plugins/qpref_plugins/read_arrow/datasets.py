@@ -1,4 +1,8 @@
-"""Hugging Face datasets: saved to a folder, or streamed from the hub at one commit."""
+"""Hugging Face datasets: saved to a folder, or of the hub at one commit.
+
+Those of the hub are downloaded rather than streamed: a run reads its rows several times, and a later one may have no
+network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from typing import Any
 
 import datasets
 
-from qpref.errors import DataError
+from qpref.errors import DataError, UnreachableDataError
+from qpref.hooks.hub import hub_failure
 from qpref.records import Finding, Row
 from qpref_plugins.read_arrow.cells import BATCH_ROWS, rows_of_table
 
@@ -44,17 +49,12 @@ def rows_of_hub(name: str) -> Iterator[Row | Finding]:
 
     Raises:
         DataError: the hub has no such dataset, or it cannot be read.
+        UnreachableDataError: it isn't on this machine, and the hub is out of reach.
     """
     wanted = HubName.of(name)
-    try:
-        streamed = _streamed(wanted)
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the hub's client has dozens of errors
-        raise DataError(
-            f"hf:{name}: cannot be read: {_told(error)}", "is the name right, and the hub in reach?"
-        ) from None
-    yield from _rows(streamed, f"hf:{name}")
+    if Path(wanted.dataset).exists():  # datasets would take it for the dataset
+        raise DataError(f"hf:{wanted.dataset}: a folder here has that name; start qpref elsewhere")
+    yield from _rows(_split(_downloaded(wanted.dataset, wanted.config, wanted.revision), wanted), f"hf:{name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,51 @@ class HubName:
         return cls(**parts.groupdict())
 
 
-def _streamed(wanted: HubName) -> Any:
-    if Path(wanted.dataset).exists():  # load_dataset would take it for the dataset
-        raise DataError(f"hf:{wanted.dataset}: a folder here has that name; start qpref elsewhere")
-    commit = _commit(wanted.dataset, wanted.revision)
-    splits = datasets.load_dataset(wanted.dataset, wanted.config, revision=commit, streaming=True)
-    return _split(splits, wanted)
+@cache
+def _downloaded(dataset: str, config: str | None, revision: str | None) -> Any:
+    """The splits, at the commit that the revision was at when they were first asked for, so that every pass of a run
+    reads the same rows; where the hub is out of reach, as an earlier run has kept them."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        facts = hub.dataset_info(dataset, revision=revision)
+        if facts.gated:
+            hub.auth_check(dataset, repo_type="dataset")  # datasets loses the hub's reason on its way
+        builder = datasets.load_dataset_builder(dataset, config, revision=facts.sha)
+        if builder.hash != facts.sha:  # where the hub fails it takes the newest copy, whatever its commit
+            raise ConnectionError(f"it gives the commit {builder.hash} for {facts.sha}")
+        # The card's numbers of rows and bytes are often out of date; each file's own size is checked as it comes.
+        builder.download_and_prepare(verification_mode="no_checks")
+        return builder.as_dataset()
+    except Exception as error:  # noqa: BLE001 - the hub's clients and the builders have dozens of errors
+        failure = hub_failure(error, "dataset", revision)
+        if not failure.unreachable:
+            raise DataError(f"hf:{dataset}: {failure.what}", failure.hint) from None
+    return _kept(dataset, config, revision, UnreachableDataError(f"hf:{dataset}: {failure.what}", failure.hint))
+
+
+def _kept(dataset: str, config: str | None, revision: str | None, otherwise: UnreachableDataError) -> Any:
+    """The splits that `datasets` keeps of the newest download.
+
+    Raises:
+        UnreachableDataError: there is none, or not known to be of the revision.
+    """
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        builder = Cache(
+            repo_id=dataset, dataset_name=dataset.split("/")[1], config_name=config, version="auto", hash="auto"
+        )
+    except (ValueError, OSError):
+        raise otherwise from None
+    if revision not in (None, builder.hash):
+        what = (
+            f"hf:{dataset}: revision '{revision}' can't be looked up, and the copy on this machine is of another commit"
+        )
+        raise UnreachableDataError(what, f"{otherwise.hint}; or take that copy: hf:{dataset}@{builder.hash}")
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def _split(splits: Any, wanted: HubName) -> Any:
@@ -88,14 +127,6 @@ def _split(splits: Any, wanted: HubName) -> Any:
     if split not in splits:
         raise DataError(f"hf:{wanted.dataset}: no split '{split}'; it has {', '.join(splits)}")
     return splits[split]
-
-
-@cache
-def _commit(dataset: str, revision: str | None) -> str | None:
-    """The commit that a revision is at, looked up once, so that every pass of a run reads the same rows."""
-    from huggingface_hub import HfApi
-
-    return HfApi().dataset_info(dataset, revision=revision).sha
 
 
 def _rows(dataset: Any, path: str) -> Iterator[Row | Finding]:

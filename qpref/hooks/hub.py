@@ -1,0 +1,90 @@
+"""Failures of the Hugging Face hub's clients, each as one sentence and the way out.
+
+The clients raise dozens of types, one inside the other, whose messages open with a status and a request's number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "PoolTimeout", "ProxyError")
+"""Names of the clients' errors where nothing answers; their HTTP library's own name differs between versions."""
+WITH_ACCESS = "set HF_TOKEN to a token with access to it, or run `hf auth login`"
+
+
+@dataclass(frozen=True, slots=True)
+class HubFailure:
+    """What went wrong, in words that follow the name of the model or dataset and a colon.
+
+    Attributes:
+        unreachable: nobody could be asked, so whether the hub has it isn't known.
+    """
+
+    what: str
+    hint: str
+    unreachable: bool = False
+
+
+def hub_failure(error: BaseException, kind: Literal["model", "dataset"], revision: str | None) -> HubFailure:
+    """The reason for an error that a client of the hub has raised.
+
+    Args:
+        revision: that was asked for.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    causes = _causes(error)
+    for cause in causes:
+        if isinstance(cause, GatedRepoError):
+            what = f"this {kind} is gated on the hub"
+            return HubFailure(what, f"accept its terms on its page there, and {WITH_ACCESS}")
+        if isinstance(cause, RevisionNotFoundError):
+            return HubFailure(
+                f"the hub has no revision '{revision}' of this {kind}", "name a branch, a tag or a commit"
+            )
+        if isinstance(cause, RepositoryNotFoundError):
+            what = f"the hub has no {kind} of this name, or it is private"
+            return HubFailure(what, f"check the name; for a private one {WITH_ACCESS}")
+        if isinstance(cause, HfHubHTTPError):
+            return _answered(cause.response.status_code, str(cause))
+        if type(cause).__name__ == "OfflineModeIsEnabled":
+            what = f"HF_HUB_OFFLINE is set, and this {kind} isn't in the hub's cache on this machine"
+            return HubFailure(what, "run once with HF_HUB_OFFLINE=0, which fetches it", unreachable=True)
+        if type(cause).__name__ in UNREACHABLE:
+            what = f"the hub at {constants.ENDPOINT} can't be reached: {_first_line(cause)}"
+            return HubFailure(what, "check the network and HF_ENDPOINT", unreachable=True)
+    transport_error: Any = HfHubHTTPError.__bases__[0]
+    for cause in causes:
+        if isinstance(cause, transport_error) or "Consistency check failed" in str(cause):
+            return HubFailure(f"the download broke off: {_first_line(cause)}", "run it again, what has come is kept")
+    return HubFailure(f"can't be fetched: {_first_line(_root(error))}", "check the name, the network and the disk")
+
+
+def _answered(status: int, message: str) -> HubFailure:
+    if status in (401, 403):
+        return HubFailure(f"the hub refuses access ({status})", WITH_ACCESS)
+    lines = [line for line in message.splitlines() if line.strip()]
+    return HubFailure(
+        f"the hub answers {status}: {lines[0].strip()[:200]}", "try again later", unreachable=status >= 500
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what led to it, also where it was raised again `from None`."""
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
+def _root(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
