@@ -28,6 +28,7 @@ from qpref.merge.replayed_pairs import choose_rows, read_examples
 from qpref.merge.request import Tolerance
 from qpref.merge.rounding import STORED, Retention
 from qpref.merge.verdict import Judge
+from qpref.recipe.reopen import reopen_plan
 
 DAMPING = 0.01
 """Of the mean of the second moments' diagonal, added to it (as in GPTQ)."""
@@ -88,7 +89,7 @@ class Rounded:
 
 def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
     """Prompts and responses of some training pairs."""
-    examples = read_examples(run.plan, run.base_folder, run.tokenizer, heldout=False) or []
+    examples = read_examples(reopen_plan(run.recorded), run.base_folder, run.tokenizer, heldout=False) or []
     return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
 

@@ -86,6 +86,12 @@ class MergeError(QprefError):
     exit_code = 11
 
 
+class InstallError(QprefError):
+    """A package that qpref needs is missing, or is of a version that doesn't fit."""
+
+    exit_code = 12
+
+
 class StoppedBySignal(QprefError):
     """A signal asked to stop: a run has saved itself, all else has left nothing half-written.
 

@@ -18,6 +18,7 @@ import click
 
 from qpref import __version__
 from qpref.errors import QprefError, StoppedBySignal
+from qpref.installed import as_install_error
 
 COMMANDS = {
     "plan": "Predict a recipe's memory, work and steps before any is spent.",
@@ -53,7 +54,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except QprefError as error:
+        except (QprefError, ImportError) as caught:
+            error = as_install_error(caught) if isinstance(caught, ImportError) else caught
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
 

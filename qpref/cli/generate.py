@@ -11,6 +11,8 @@ import click
 
 if TYPE_CHECKING:
     from qpref.evaluation.generate import Answers
+    from qpref.evaluation.models import Subject
+    from qpref.records import UnpairedExample
 
 WIDE = 160
 
@@ -22,7 +24,8 @@ WIDE = 160
     "--prompts",
     "data",
     metavar="DATA",
-    help="Rows with a prompt, such as pairs: a file, ...; or .txt with a prompt a line.",
+    help="Rows with a prompt, such as pairs: a file, ...; or .txt with a prompt a line.  [default, without --prompt: "
+    "the first 8 that the run holds out]",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")
 @click.option(
@@ -62,23 +65,36 @@ def command(
     """Print what the base and the trained MODEL answer to the same prompts, side by side.
 
     MODEL is a run, a checkpoint or an adapter, whose base answers with the adapter off; a plain model answers alone.
+    Prompts are those of --prompt and --prompts; without either, the first 8 held-out ones of the run.
     """
     from qpref.cli import quiet_transformers
-    from qpref.evaluation.generate import Sampling, as_prompt, generate, read_prompts
-    from qpref.evaluation.models import identify
-    from qpref.records import Source
+    from qpref.evaluation.generate import Sampling, generate
+    from qpref.evaluation.models import identify, run_folder
 
-    if not texts and data is None:
-        raise click.UsageError("name prompts with --prompt or --prompts")
+    if not texts and data is None and run_folder(model) is None:
+        raise click.UsageError(
+            f"{model}: not a run, so it holds no prompts out; name prompts with --prompt or --prompts"
+        )
     quiet_transformers()
     subject = identify(model, base=base, quantization=quantization)
-    given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
-    prompts = given + (read_prompts(data) if data else [])
+    prompts = _prompts(texts, data, subject)
     answers = generate(subject, prompts, Sampling(**sampling))
     if as_json:
         click.echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
     else:
         _print(answers, model)
+
+
+def _prompts(texts: Sequence[str], data: str | None, subject: Subject) -> list[UnpairedExample]:
+    """Those that are named; without any, the run's held-out ones."""
+    from qpref.evaluation.generate import as_prompt, heldout_prompts, read_prompts
+    from qpref.records import Source
+
+    if not texts and data is None:
+        assert subject.run is not None  # or the command line was refused
+        return heldout_prompts(subject.run)
+    given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
+    return given + (read_prompts(data) if data else [])
 
 
 def _print(answers: Sequence[Answers], name: str) -> None:

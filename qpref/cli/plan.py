@@ -120,7 +120,7 @@ class Forecast:
         shape = model_shape(recipe.model, recipe.adapter, named)
         settings = Settings.of(recipe, Setup.of(recipe, "cuda" if device == "cuda" else "cpu", shape), shape)
         data = planned_data(plan)
-        if "mismatched" in _needs(plan):
+        if "mismatched" in plan.needs:
             data = data.with_partners()
         workload = data.workload(recipe.train.batch_size, shape.shares_prompts)
         return cls(
@@ -290,16 +290,10 @@ def _work(forecast: Forecast) -> dict[str, Any]:
     steps, batch = total_steps(recipe.train, count), recipe.train.batch_size
     examples = min(steps * batch, recipe.train.epochs * count)
     total = each * examples / batch
-    if "reference" in _needs(forecast.plan):
+    if "reference" in forecast.plan.needs:
         total += forward_flops(shape, step, adapted=False) * min(examples, count) / batch
     per_epoch = round(forecast.workload.typical.tokens / len(forecast.data.lengths) * count)
     return work | {"tokens_per_epoch": per_epoch, "steps": steps, "flops": total}
-
-
-def _needs(plan: Plan) -> set[str]:
-    """What the losses need beside the policy's scores."""
-    choices = [loss.at(0.0) for loss in plan.losses]
-    return {need for choice in choices for need in choice.plugin.record.needs_of(choice.options)}
 
 
 def _print(forecast: Forecast, facts: dict[str, Any]) -> None:

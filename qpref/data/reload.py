@@ -28,8 +28,7 @@ class ReadAgain:
             fingerprints: as run.json has them.
         """
         examples, recipe = self.examples, plan.recipe
-        choices = [loss.at(0.0) for loss in plan.losses]
-        if any("mismatched" in choice.plugin.record.needs_of(choice.options) for choice in choices):
+        if "mismatched" in plan.needs:
             if self.split == "heldout":
                 return None
             examples = with_mismatched(examples, recipe.train.seed, recipe.data.max_length)
@@ -38,12 +37,15 @@ class ReadAgain:
 
 
 def read_again(plan: Plan, tokenizer: PairTokenizer) -> ReadAgain:
-    """Held-out examples as training tokenized them, without reading its data where they aren't needed for that.
+    """Held-out examples as training tokenized them; training examples where it has held nothing out.
+
+    Args:
+        plan: reopened, of the held-out data alone.
 
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    checked = check_rows(plan.of_heldout_alone())
+    checked = check_rows(plan)
     rows = checked.heldout or checked.train
     return ReadAgain(tokenized_again(rows, plan, tokenizer), rows.split)
 

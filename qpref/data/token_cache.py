@@ -10,13 +10,13 @@ import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from qpref import fsio, shards
 from qpref.data.example_rows import ExampleRow, responses_of
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DiskError
+from qpref.installed import version_of
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample
 from qpref.shards import KEY_BYTES, ShardStore
 
@@ -47,6 +47,9 @@ class TokenCache:
         template = tokenizer.template and str(tokenizer.tokenizer.chat_template)
         if backend is None or (template and "strftime_now" in template):
             return None  # a template that writes the date gives other tokens tomorrow
+        versions = [version_of(name) for name in ("transformers", "tokenizers", "jinja2")]
+        if None in versions:
+            return None
         decisive = [
             FORMAT,
             backend.to_str(),
@@ -54,7 +57,7 @@ class TokenCache:
             tokenizer.tokenizer.special_tokens_map,
             tokenizer.stop_tokens,
             tokenizer.prefix,
-            [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+            versions,
         ]
         folder = root() / _hash(decisive).hex()
         try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from qpref.evaluation.models import Subject, common_dtype, identify
 from qpref.evaluation.scores import PairScores, Reference, positions, score_pairs, score_reference
 from qpref.evaluation.statistics import Bootstrap
 from qpref.evaluation.summary import summarize
+from qpref.recipe.reopen import RecordedRun
 from qpref.records import PreferencePair, TokenizedExample
 from qpref.training.invariants import check_layout
 
@@ -121,20 +122,20 @@ def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list
     if location is not None:
         return location, rows.pairs_of(rows.data_at(location)), None
     for subject in subjects:
-        if subject.document is not None:
-            heldout = rows.data_of_run(subject.document, heldout_alone=True).heldout
+        if subject.run is not None:
+            heldout = rows.data_of_run(subject.run, heldout_alone=True).heldout
             if heldout is not None:
                 # The share that training allowed was of all rows, not of the held-out ones.
                 found = rows.pairs_of(heldout, 1.0 if subject.recipe.data.skip_bad else 0.0)
                 label = ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources))
-                return label, found, _has_changed(subject, subject.document)
+                return label, found, _has_changed(subject, subject.run)
     raise RecipeError("no run among the models holds data out", "name pairs with --data")
 
 
-def _has_changed(subject: Subject, document: Mapping[str, Any]) -> bool | None:
+def _has_changed(subject: Subject, run: RecordedRun) -> bool | None:
     """Whether a run's held-out data aren't what they were; None, and a warning, where they can't be read as then."""
     try:
-        return rows.heldout_has_changed(document, subject.fingerprints, subject.tokenizer())
+        return rows.heldout_has_changed(run, subject.tokenizer())
     except QprefError as error:
         log.warning("%s: nobody knows whether the held-out data are those of training: %s", subject.name, error.what)
         return None
@@ -142,10 +143,10 @@ def _has_changed(subject: Subject, document: Mapping[str, Any]) -> bool | None:
 
 def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> rows.Overlap | None:
     """With what the model was trained on; None, and a warning for a run, where that isn't known."""
-    if subject.document is None:
+    if subject.run is None:
         return None
     try:
-        train = rows.data_of_run(subject.document).train
+        train = rows.data_of_run(subject.run).train
         return rows.overlap(pairs, (rows.text_of(row.prompt) for row in train.rows()))
     except QprefError as error:
         log.warning("%s: nobody knows whether the prompts were trained on: %s", subject.name, error.what)

@@ -12,18 +12,21 @@ import torch
 
 from qpref.data.source import DataSource
 from qpref.data.tokenize import PairTokenizer
-from qpref.errors import DataError, DeviceMemoryError
-from qpref.evaluation.heldout_pairs import text_of
+from qpref.errors import DataError, DeviceMemoryError, RecipeError
+from qpref.evaluation.heldout_pairs import data_of_run, text_of
 from qpref.evaluation.models import Subject
 from qpref.policy.load import Policy
 from qpref.policy.lora import decoding
 from qpref.policy.reference import as_reference, frozen
+from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.resolve import make_data_plan
 from qpref.records import Finding, Message, Row, Source, TokenizedExample, UnpairedExample
 
 log = logging.getLogger("qpref")
 
 GIVEN = Source(path="--prompt", line=1)
+NUM_HELDOUT = 8
+"""Prompts of a run that are taken where none are named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,26 @@ def read_prompts(location: str) -> list[UnpairedExample]:
     if not prompts:
         raise DataError(f"{location}: holds no prompt")
     return prompts
+
+
+def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
+    """The first prompts that a run holds out, each once.
+
+    Raises:
+        RecipeError: it holds nothing out, or a reader isn't installed.
+        DataError: they cannot be read, or there is none.
+    """
+    heldout = data_of_run(run, heldout_alone=True).heldout
+    if heldout is None:
+        raise RecipeError(f"{run.path}: this run holds no data out", "name prompts with --prompt or --prompts")
+    found: dict[str, UnpairedExample] = {}
+    for row in heldout.rows():
+        found.setdefault(text_of(row.prompt), _asked(row.prompt, row.tools, row.source))
+        if len(found) == NUM_HELDOUT:
+            break
+    if not found:
+        raise DataError(heldout.why_empty)
+    return list(found.values())
 
 
 def as_prompt(text: str, source: Source = GIVEN) -> UnpairedExample:

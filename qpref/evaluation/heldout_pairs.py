@@ -7,7 +7,6 @@ import random
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
 from qpref.data.reload import read_again
@@ -15,7 +14,8 @@ from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
-from qpref.recipe.resolve import make_data_plan, make_plan
+from qpref.recipe.reopen import RecordedRun, reopen_plan
+from qpref.recipe.resolve import make_data_plan
 from qpref.recipe.sections import DataSection
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
@@ -45,36 +45,32 @@ def data_at(location: str) -> CheckedRows:
     return check_data(make_data_plan(location).sources, (), pairs_alone=False).train
 
 
-def data_of_run(document: Mapping[str, Any], *, heldout_alone: bool = False) -> CheckedData:
-    """The rows that a run trains on and holds out, by its recipe; where the metrics went is of no interest here.
+def data_of_run(run: RecordedRun, *, heldout_alone: bool = False) -> CheckedData:
+    """The rows that a run trains on and holds out, by its recipe, those among them that its checks refuse.
 
     Args:
         heldout_alone: read no training data, where they aren't needed for the held-out ones.
 
     Raises:
-        RecipeError, PluginError: the recipe names what isn't installed.
+        RecipeError: a reader isn't installed.
+        PluginError: a reader is broken.
         DataError: the data cannot be read.
     """
-    plan = make_plan({**document, "sinks": []})
+    plan = reopen_plan(run, heldout_alone=heldout_alone, checks=False)
     data, seed = plan.recipe.data, plan.recipe.train.seed
     share = HeldOutShare(data.heldout_share, seed) if data.heldout_share else None
-    sources = (plan.of_heldout_alone() if heldout_alone else plan).sources
-    return check_data(sources, (), pairs_alone=False, share=share)
+    return check_data(plan.sources, (), pairs_alone=False, share=share)
 
 
-def heldout_has_changed(
-    document: Mapping[str, Any], fingerprints: Mapping[str, str], tokenizer: PairTokenizer
-) -> bool | None:
+def heldout_has_changed(run: RecordedRun, tokenizer: PairTokenizer) -> bool | None:
     """Whether a run held other data out than its recipe names today; None where that can't be told.
 
-    Args:
-        fingerprints: as run.json has them.
-
     Raises:
+        RecipeError: a plugin that decided on rows isn't installed.
         DataError: the data cannot be read, or training would refuse them.
     """
-    plan = make_plan({**document, "sinks": []})
-    return read_again(plan, tokenizer).have_changed(plan, fingerprints)
+    plan = reopen_plan(run, heldout_alone=True)
+    return read_again(plan, tokenizer).have_changed(plan, run.facts["fingerprints"])
 
 
 def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair]:

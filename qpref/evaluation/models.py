@@ -6,7 +6,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import Policy, choose_device, is_prequantized, load_plain, load_policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
@@ -48,8 +49,7 @@ class Subject:
         base: the model folder, on this machine.
         adapter: a PEFT folder, or a checkpoint's; None for a plain model.
         beta: the run's, where its loss has one; the end of a schedule.
-        document: the run's whole recipe, its plugins' tables included; None where no run explains the model.
-        fingerprints: of what the run was made of, its data among them.
+        run: None where no run explains the model.
     """
 
     name: str
@@ -58,13 +58,12 @@ class Subject:
     base: BaseFolder
     adapter: Path | None = None
     beta: float | None = None
-    document: Mapping[str, Any] | None = None
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    run: RecordedRun | None = None
 
     @property
     def is_of_run(self) -> bool:
         """Whether a recipe says what it was trained on."""
-        return self.document is not None
+        return self.run is not None
 
     @property
     def has_reference(self) -> bool:
@@ -126,16 +125,9 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
         RecipeError: it is no model of any kind, or an unfinished run.
         PolicyError: its base is gone, has changed, or cannot be read.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        # What it is must not depend on how it is spelt: `.` in a run's adapter folder is that adapter.
-        path = path.resolve()
-    if (path / "run.json").is_file():
-        return _run(name, RunFolder(path))
-    if path.name == "adapter" and (path.parent / "run.json").is_file():
-        return _run(name, RunFolder(path.parent))
-    if path.parent.name == "checkpoints" and (path.parent.parent / "run.json").is_file():
-        return _checkpoint(name, path)
+    path = _path(name)
+    if (folder := run_folder(name)) is not None:
+        return _checkpoint(name, folder, path) if path.parent == folder.checkpoints else _run(name, folder)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter(name, path, base, quantization)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -145,6 +137,23 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
     if not path.exists() and not name.startswith("pypi:") and (name.count("/") != 1 or name.startswith((".", "~"))):
         raise RecipeError(f"{name}: no such folder, and no hub id", "name a run, an adapter or a model folder")
     return _plain(name, str(path.resolve()) if path.exists() else name, quantization)
+
+
+def run_folder(name: str) -> RunFolder | None:
+    """The run that a path is, or whose adapter or checkpoint it is."""
+    path = _path(name)
+    found = [path]
+    if path.name == "adapter":
+        found.append(path.parent)
+    if path.parent.name == "checkpoints":
+        found.append(path.parent.parent)
+    return next((RunFolder(folder) for folder in found if (folder / "run.json").is_file()), None)
+
+
+def _path(name: str) -> Path:
+    """Absolute where it exists: what it is must not depend on how it is spelt, such as `.` in a run's adapter."""
+    path = Path(name).expanduser()
+    return path.resolve() if path.exists() else path
 
 
 def common_dtype(subjects: Sequence[Subject], all_float32: bool) -> str | None:
@@ -161,10 +170,10 @@ def _run(name: str, folder: RunFolder) -> Subject:
     return _of_run(name, "run", folder, folder.adapter)
 
 
-def _checkpoint(name: str, path: Path) -> Subject:
+def _checkpoint(name: str, folder: RunFolder, path: Path) -> Subject:
     if not path.is_dir():
         raise RecipeError(f"{name}: no such checkpoint")
-    return _of_run(name, "checkpoint", RunFolder(path.parent.parent), path)
+    return _of_run(name, "checkpoint", folder, path)
 
 
 def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
@@ -190,8 +199,7 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
         base=base,
         adapter=adapter,
         beta=_beta(document["loss"]),
-        document=document,
-        fingerprints=facts["fingerprints"],
+        run=folder.recorded(document, facts),
     )
 
 

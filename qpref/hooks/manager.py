@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -17,11 +17,13 @@ from typing import Any
 
 import pluggy
 
-from qpref.errors import PluginError, RecipeError
+from qpref.errors import InstallError, PluginError, RecipeError
 from qpref.hooks import spec
 from qpref.hooks.types import Loss, MetricSink, Reader, Validator
+from qpref.installed import as_install_error, is_required, version_of
 
 GROUP = "qpref"
+NAMELESS = "an unknown distribution"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,37 +75,59 @@ def installed_offers() -> list[Offer]:
     QPREF_DISABLE is a comma-separated list of `<kind>-<name>` or `<distribution>:<kind>-<name>`.
     """
     disabled = {name.strip() for name in os.environ.get("QPREF_DISABLE", "").split(",")}
+    return [
+        offer
+        for offer in _every_offer()
+        if not disabled & {offer.entry_point, f"{offer.distribution}:{offer.entry_point}"}
+    ]
+
+
+def _every_offer() -> list[Offer]:
     offers = set()
     for point in metadata.entry_points(group=GROUP):
         kind, _, name = point.name.partition("-")
-        distribution = point.dist.name if point.dist else "an unknown distribution"
-        version = point.dist.version if point.dist else "?"
-        if not disabled & {point.name, f"{distribution}:{point.name}"}:
-            offers.add(Offer(kind, name, distribution, version, point.value))
+        # A distribution that was removed by halves may have lost its name.
+        distribution = (point.dist and point.dist.name) or NAMELESS
+        version = (point.dist and point.dist.version) or "?"
+        offers.add(Offer(kind, name, distribution, version, point.value))
     return sorted(offers)
 
 
 class PluginHost:
-    """Loads plugins by kind and name."""
+    """Loads plugins by kind and name.
 
-    def __init__(self) -> None:
+    Args:
+        recorded: the plugins of a run that is opened again; messages say where it had one from that isn't there.
+    """
+
+    def __init__(self, recorded: Sequence[Offer] = ()) -> None:
         self._manager = pluggy.PluginManager("qpref")
         self._manager.add_hookspecs(spec)
+        self._recorded = recorded
 
     @cached_property
     def offers(self) -> list[Offer]:
+        if version_of("qpref") is None:
+            raise InstallError("qpref's own metadata are missing, and with them all its plugins", "install qpref again")
         return installed_offers()
+
+    def names(self, kind: Kind) -> set[str]:
+        """What may be named: installed plugins, and those of the run, lest its files go to another reader."""
+        return {offer.name for offer in (*self.offers, *self._recorded) if offer.kind == kind.prefix}
 
     def find(self, kind: Kind, name: str) -> Offer:
         """The one installed plugin of that name.
 
         Raises:
-            RecipeError: there is none; the nearest names are given.
+            RecipeError: there is none; names the distribution that the run had it from, or the nearest names.
             PluginError: more than one distribution offers it. No built-in wins.
         """
         same_kind = [offer for offer in self.offers if offer.kind == kind.prefix]
         found = [offer for offer in same_kind if offer.name == name]
         if not found:
+            for offer in self._recorded:
+                if (offer.kind, offer.name) == (kind.prefix, name):
+                    raise RecipeError(_gone(kind, offer))
             known = sorted({offer.name for offer in same_kind})
             near = difflib.get_close_matches(name, known, n=1)
             guess = f"; did you mean '{near[0]}'?" if near else f"; installed: {', '.join(known) or 'none'}"
@@ -139,6 +163,8 @@ class PluginHost:
         try:
             module = importlib.import_module(offer.module)
         except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and is_required(error):
+                raise as_install_error(error) from error
             raise _broken(offer, f"importing {offer.module} raised {type(error).__name__}: {error}") from error
         try:
             self._manager.register(module, name=offer.module)
@@ -146,6 +172,15 @@ class PluginHost:
         except pluggy.PluginValidationError as error:
             self._manager.unregister(name=offer.module)  # its pending hook would be laid at the next plugin's door
             raise _broken(offer, str(error)) from error
+
+
+def _gone(kind: Kind, recorded: Offer) -> str:
+    """Say where a run had a plugin from, and how it comes back."""
+    what = f"{kind.noun} '{recorded.name}'"
+    if any((offer.kind, offer.name) == (recorded.kind, recorded.name) for offer in _every_offer()):
+        return f"{what}, which the run had from {recorded}, is left out by QPREF_DISABLE"
+    way = "" if recorded.distribution == NAMELESS else f": pip install {recorded.distribution}=={recorded.version}"
+    return f"{what} is not installed; the run had it from {recorded}{way}"
 
 
 def _only_record(kind: Kind, offer: Offer, records: Iterable[Any]) -> Any:

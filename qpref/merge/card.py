@@ -40,13 +40,13 @@ def _front_matter(run: TrainedRun) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     if not base.startswith("pypi:") and not Path(base).is_absolute():
         lines += [f"base_model: {base}", "base_model_relation: finetune"]
-    names = sorted({loss.plugin.record.name for loss in run.plan.losses})
+    names = sorted({loss.name for loss in run.plan.recipe.loss})
     tags = "\n".join(f"- {tag}" for tag in ["qpref", "preference-training", *names])
     return "\n".join(["---", *lines, f"tags:\n{tags}", "---"])
 
 
 def _what(run: TrainedRun, request: MergeRequest, result: MergeResult) -> str:
-    losses = " + ".join(loss.plugin.record.name for loss in run.plan.losses)
+    losses = " + ".join(loss.name for loss in run.plan.recipe.loss)
     onto = "the dequantized weights that were trained on" if request.onto == "trained" else "the original weights"
     stored = result.dtype if request.quantize is None else f"{request.quantize} (lossy), the rest {result.dtype}"
     base = portable(run.plan.recipe.model.base)

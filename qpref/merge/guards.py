@@ -24,7 +24,8 @@ from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
 from qpref.recipe.document import fingerprint_of
-from qpref.recipe.resolve import Plan, make_plan
+from qpref.recipe.reopen import RecordedRun, reopen_plan
+from qpref.recipe.resolve import Plan
 from qpref.training.folder import RunFolder
 
 
@@ -33,6 +34,7 @@ class TrainedRun:
     """A finished run whose parts are known to belong together.
 
     Attributes:
+        recorded: opens more of its data than `plan`, which has the held-out ones.
         places: tensor name in the base's files -> adapted module.
         tokenizer: the one that was trained with.
         tokenizer_files: where its own files lie.
@@ -40,6 +42,7 @@ class TrainedRun:
 
     folder: RunFolder
     facts: dict[str, Any]
+    recorded: RecordedRun
     plan: Plan
     base: TrainedBase
     delta: LoraDelta
@@ -68,7 +71,8 @@ def read_run(path: Path) -> TrainedRun:
     facts = folder.description()
     document = _recipe_of_run(folder, facts)
     shards = _base_files(facts)
-    plan = make_plan(document)
+    recorded = folder.recorded(document, facts)
+    plan = reopen_plan(recorded, heldout_alone=True)
     base_path = Path(facts["base_path"])
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
     _refuse_other_settings(folder.adapter, document["adapter"], base)
@@ -79,6 +83,7 @@ def read_run(path: Path) -> TrainedRun:
     return TrainedRun(
         folder=folder,
         facts=facts,
+        recorded=recorded,
         plan=plan,
         base=base,
         delta=delta,

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qpref.errors import PluginError
 from qpref.hooks.manager import Loaded
-from qpref.hooks.types import Split
+from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
 from qpref.recipe.schedule import Scheduled
 
 
@@ -17,6 +18,11 @@ class Choice:
 
     plugin: Loaded
     options: Any
+
+    def table(self) -> dict[str, Any]:
+        """The options as the recipe has them."""
+        table: dict[str, Any] = self.options.model_dump(mode="json", exclude_none=True)
+        return table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,3 +60,32 @@ class LossChoice:
         """The choice as the recipe has it."""
         weight = {} if self.weight == 1.0 else {"weight": self.weight}
         return {"name": self.plugin.record.name} | weight | self.options.document()
+
+
+@dataclass(frozen=True, slots=True)
+class LossFacts:
+    """What a run's losses make of its rows, all of them together.
+
+    Attributes:
+        is_paired: they are of pairs, not of single completions.
+        needs: see `qpref.hooks.types.Need`.
+    """
+
+    is_paired: bool
+    needs: frozenset[str]
+
+
+def refuse_odd_loss(plugin: Loaded) -> None:
+    """Stop where a loss's record can't be used in a recipe.
+
+    Raises:
+        PluginError: says why.
+    """
+    if not isinstance(plugin.record, PairedLoss | UnpairedLoss):
+        raise PluginError(
+            f"{plugin.offer}: a {type(plugin.record).__name__}, neither a PairedLoss nor an UnpairedLoss",
+            "report it to its author",
+        )
+    taken = {"name", "weight"} & set(getattr(plugin.record.options, "model_fields", ()))
+    if taken:
+        raise PluginError(f"{plugin.offer}: its option {min(taken)} is the recipe's own", "report it to its author")

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
-from qpref.hooks.manager import Kind, Loaded, PluginHost
-from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
-from qpref.recipe.choices import Choice, LossChoice, SourceChoice
+from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
+from qpref.hooks.types import PairedLoss, Split
+from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
 from qpref.recipe.paths import Locations
 from qpref.recipe.problems import Problem, problems_of
@@ -39,6 +39,7 @@ class Plan:
         output: the run folder.
         losses: one, or several that are added; all of pairs or all of single completions.
         sources: of the held-out data, then of the training data.
+        recorded: of a run that was reopened without its losses, what they make of its rows.
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Plan:
     sinks: tuple[Choice, ...]
     sources: tuple[SourceChoice, ...]
     output: Path
+    recorded: LossFacts | None = None
 
     @property
     def plugins(self) -> list[Loaded]:
@@ -58,12 +60,15 @@ class Plan:
     @property
     def is_paired(self) -> bool:
         """Whether the losses are of pairs."""
-        return isinstance(self.losses[0].plugin.record, PairedLoss)
+        return self.recorded.is_paired if self.recorded else isinstance(self.losses[0].plugin.record, PairedLoss)
 
-    def of_heldout_alone(self) -> Plan:
-        """The plan without its training data, which held-out data of their own don't need; else the plan as it is."""
-        heldout = tuple(source for source in self.sources if source.split == "heldout")
-        return replace(self, sources=heldout) if heldout else self
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the losses need beside the policy's scores; see `Need`."""
+        if self.recorded:
+            return self.recorded.needs
+        choices = [loss.at(0.0) for loss in self.losses]
+        return frozenset().union(*(choice.plugin.record.needs_of(choice.options) for choice in choices))
 
     @property
     def fingerprint(self) -> str:
@@ -89,7 +94,7 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
     else:
         origin, folder, document = "recipe", Path.cwd(), dict(recipe)
     document = with_overrides(document, overrides)
-    return _Resolution(origin, folder, output or Path("runs/run")).resolve(document)
+    return Resolution(origin, folder, output or Path("runs/run")).resolve(document)
 
 
 def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
@@ -124,16 +129,16 @@ def make_data_plan(location: str, base: str | None = None) -> DataPlan:
     Raises:
         RecipeError: no reader fits.
     """
-    return _Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
+    return Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
 
 
-class _Resolution:
+class Resolution:
     """Collects the problems of one recipe while its parts are resolved."""
 
-    def __init__(self, origin: str, folder: Path, output: Path) -> None:
+    def __init__(self, origin: str, folder: Path, output: Path, recorded: Sequence[Offer] = ()) -> None:
         self._origin = origin
         self._output = output
-        self._host = PluginHost()
+        self._host = PluginHost(recorded)
         self._locations = Locations(folder, lambda location: self._named_reader(location) is not None)
         self._problems: list[Problem] = []
 
@@ -153,12 +158,9 @@ class _Resolution:
         full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
         full["checks"] = {}
         for check in validators:
-            name, options = check.plugin.record.name, check.options.model_dump(mode="json", exclude_none=True)
-            full["checks"] |= options if name == DEFAULT_VALIDATOR else {name: options}
-        full["sinks"] = [
-            {"name": sink.plugin.record.name} | sink.options.model_dump(mode="json", exclude_none=True)
-            for sink in sinks
-        ]
+            name = check.plugin.record.name
+            full["checks"] |= check.table() if name == DEFAULT_VALIDATOR else {name: check.table()}
+        full["sinks"] = [{"name": sink.plugin.record.name} | sink.table() for sink in sinks]
         return Plan(
             recipe=recipe,
             document=full,
@@ -168,6 +170,30 @@ class _Resolution:
             sources=tuple(sources),
             output=self._output,
         )
+
+    def reopen(
+        self, document: dict[str, Any], losses: LossFacts | None, heldout_alone: bool, with_checks: bool
+    ) -> Plan:
+        """The plan of a run's data alone: no sinks, and losses only where it isn't known what they make of rows."""
+        checked = check_document(document)
+        if isinstance(checked, list):
+            self._problems += checked
+            raise self._error()
+        recipe = self._locations.recipe(checked)
+        splits = ("heldout",) if heldout_alone and recipe.data.heldout else SPLITS
+        plan = Plan(
+            recipe=recipe,
+            document=document,
+            losses=() if losses else tuple(self._losses(document["loss"])),
+            validators=tuple(self._validators(document.get("checks"), by_default=())) if with_checks else (),
+            sinks=(),
+            sources=tuple(self._sources(recipe.data, splits)),
+            output=self._output,
+            recorded=losses,
+        )
+        if self._problems:
+            raise self._error()
+        return plan
 
     def resolve_data(self, location: str, base: str | None) -> DataPlan:
         data = DataSection(train=self._locations.source(location))
@@ -198,7 +224,7 @@ class _Resolution:
         plugin = self._load(manager.LOSS, name, where, "name") if isinstance(name, str) else None
         if plugin is None:
             return None
-        self._refuse_odd_loss(plugin)
+        refuse_odd_loss(plugin)
         for key, value in table.items():
             if isinstance(value, dict) and can_be_scheduled(plugin.record.options, key):
                 try:
@@ -216,22 +242,12 @@ class _Resolution:
             return None
         return LossChoice(plugin, Scheduled(first.options, schedules), float(weight))
 
-    def _refuse_odd_loss(self, plugin: Loaded) -> None:
-        if not isinstance(plugin.record, PairedLoss | UnpairedLoss):
-            raise PluginError(
-                f"{plugin.offer}: a {type(plugin.record).__name__}, neither a PairedLoss nor an UnpairedLoss",
-                "report it to its author",
-            )
-        taken = {"name", "weight"} & set(getattr(plugin.record.options, "model_fields", ()))
-        if taken:
-            raise PluginError(f"{plugin.offer}: its option {min(taken)} is the recipe's own", "report it to its author")
-
-    def _validators(self, table: Any) -> list[Choice]:
+    def _validators(self, table: Any, by_default: Sequence[str] = DEFAULT_VALIDATORS) -> list[Choice]:
         table = table if isinstance(table, dict) else {}
         own = {key: value for key, value in table.items() if not isinstance(value, dict)}
         tables = {name: value for name, value in table.items() if isinstance(value, dict)}
-        installed = {offer.name for offer in self._host.offers if offer.kind == manager.CHECK.prefix}
-        defaults = {name: tables.pop(name, {}) for name in DEFAULT_VALIDATORS if name in installed or name in tables}
+        installed = self._host.names(manager.CHECK)
+        defaults = {name: tables.pop(name, {}) for name in by_default if name in installed or name in tables}
         tables = {DEFAULT_VALIDATOR: own | tables.pop(DEFAULT_VALIDATOR, {})} | defaults | tables
         choices = []
         for name, options in tables.items():
@@ -244,11 +260,11 @@ class _Resolution:
         choices = [self._choose_named(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
         return [choice for choice in choices if choice]
 
-    def _sources(self, data: DataSection | None) -> list[SourceChoice]:
+    def _sources(self, data: DataSection | None, splits: Sequence[Split] = SPLITS) -> list[SourceChoice]:
         found: list[SourceChoice] = []
         if data is None:
             return found
-        for split in SPLITS:
+        for split in splits:
             several = not isinstance(getattr(data, split), str)
             for place, source in enumerate(data.sources(split)):
                 table, key = (f"data.{split}.{place}", "path") if several else ("data", split)
@@ -276,7 +292,7 @@ class _Resolution:
             name = FOLDER_READER
         if name is None:
             file = Path(source.path).name
-            known = self._reader_names()
+            known = self._host.names(manager.READER)
             fitting = sorted((name for name in known if file.lower().endswith(f".{name}")), key=len)
             if not fitting:
                 if named := self._locations.hub_dataset(source.path):
@@ -291,10 +307,7 @@ class _Resolution:
     def _named_reader(self, location: str) -> str | None:
         """The installed reader that a location such as `hf:org/name` starts with."""
         name, colon, _ = location.partition(":")
-        return name if colon and name in self._reader_names() else None
-
-    def _reader_names(self) -> set[str]:
-        return {offer.name for offer in self._host.offers if offer.kind == manager.READER.prefix}
+        return name if colon and name in self._host.names(manager.READER) else None
 
     def _choose_named(self, kind: Kind, table: Any, where: str) -> Choice | None:
         """The plugin that the table's `name` names, with the other keys as its options."""

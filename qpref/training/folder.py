@@ -11,6 +11,7 @@ from typing import Any
 
 from qpref import fsio
 from qpref.errors import RecipeError
+from qpref.recipe.reopen import RecordedRun
 
 ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
            "report.html")  # fmt: skip
@@ -86,6 +87,21 @@ class RunFolder:
         if lacks := _lacking(facts):
             raise RecipeError(f"{self.run_json}: lacks '{lacks}': not a run of this qpref")
         return facts
+
+    def recorded(self, document: Mapping[str, Any], facts: Mapping[str, Any]) -> RecordedRun:
+        """The run as what its data can be read again by.
+
+        Args:
+            document: recipe.lock.toml.
+            facts: run.json.
+        """
+        try:
+            report = json.loads(self.data_json.read_text())
+        except (OSError, ValueError, RecursionError):
+            report = {}
+        return RecordedRun(
+            path=self.path, document=document, facts=facts, report=report if isinstance(report, dict) else {}
+        )
 
     def clear(self) -> None:
         """Remove the run, whatever it is, but for the lock. run.json goes first: without it there is no run."""

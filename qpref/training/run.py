@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from qpref import fsio
 from qpref.data.load import load_rows
 from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
+from qpref.installed import version_of
 from qpref.memory.tune import forecast
 from qpref.policy.adapter import TRAINED
 from qpref.policy.reference import ReferenceStore
@@ -201,9 +201,10 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | No
         folder.run_json,
         {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: metadata.version(name) for name in VERSIONED} | {"python": platform.python_version()},
+            "versions": {name: version_of(name) for name in VERSIONED} | {"python": platform.python_version()},
             "device": _device_name(policy.device),
             "plugins": [offer for _, offer in offers],
+            "losses": {"is_paired": plan.is_paired, "needs": sorted(plan.needs)},
             "base": plan.recipe.model.base,
             "base_path": str(prepared.base.path),
             "base_weights": prepared.base.weights,

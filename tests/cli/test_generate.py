@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -41,8 +42,54 @@ def test_prompts_come_from_the_command_line_and_a_file(run, tmp_path):
     assert [answer["prompt"] for answer in answers] == ["First?", *(row["prompt"] for row in preference_rows(2))]
 
 
-def test_no_prompt_exits_2(run):
-    assert "name prompts with --prompt or --prompts" in generate(run, code=2).stderr
+SHORT = ("--max-new-tokens", 1, "--json")
+
+
+def asked(*arguments):
+    return [answer["prompt"] for answer in json.loads(generate(*arguments, *SHORT).stdout)]
+
+
+def test_without_prompts_the_held_out_ones_of_a_run_are_asked(run):
+    heldout = [row["prompt"] for row in preference_rows(4, start=100)]
+    (saved,) = (run / "checkpoints").iterdir()
+    for model in (run, run / "adapter", saved):
+        assert asked(model) == heldout, model
+
+
+def test_the_first_eight_held_out_prompts_are_asked_each_once(run, tmp_path):
+    rows = [row for row in preference_rows(12, start=100) for _ in range(2)]
+    write_jsonl(tmp_path / "heldout.jsonl", rows)
+    assert asked(run) == [row["prompt"] for row in preference_rows(8, start=100)]
+
+
+def test_without_prompts_a_run_of_single_completions_is_asked_too(make_recipe, tmp_path):
+    singles = [{"prompt": f"And {place}?", "completion": "Yes.", "label": bool(place % 2)} for place in range(4)]
+    data = str(write_jsonl(tmp_path / "single.jsonl", singles))
+    recipe = make_recipe({"loss.name": "kto", "data.heldout": data})
+    run = train_plan(make_plan(recipe, output=tmp_path / "run"))
+    assert asked(run) == [row["prompt"] for row in singles]
+
+
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_without_prompts_what_no_run_explains_exits_2(run, make_base, tmp_path, what):
+    model = make_base() if what == "base" else shutil.copytree(run / "adapter", tmp_path / "alone")
+    assert generate(model, code=2).stderr.endswith(
+        f"Error: {model}: not a run, so it holds no prompts out; name prompts with --prompt or --prompts\n"
+    )
+
+
+def test_without_prompts_a_run_that_holds_nothing_out_exits_2(make_recipe, tmp_path):
+    recipe = make_recipe()
+    del recipe["data"]["heldout"]
+    run = train_plan(make_plan(recipe, output=tmp_path / "run"))
+    assert generate(run, code=2).stderr == (
+        f"error: {run}: this run holds no data out\nhint: name prompts with --prompt or --prompts\n"
+    )
+
+
+def test_without_prompts_held_out_data_that_are_gone_exit_3(run, tmp_path):
+    (tmp_path / "heldout.jsonl").unlink()
+    assert generate(run, code=3).stderr == f"error: {tmp_path / 'heldout.jsonl'}: no such file\n"
 
 
 def test_what_is_no_model_exits_2(tmp_path):

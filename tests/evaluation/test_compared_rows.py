@@ -8,6 +8,7 @@ from conftest import make_tokenizer, preference_rows, write_jsonl
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, RecipeError
 from qpref.evaluation import heldout_pairs as rows
+from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import DataSection
 
 LIMITS = DataSection(train="none", max_length=200, max_prompt_length=100)
@@ -86,7 +87,7 @@ def test_a_runs_data_are_split_as_in_training(make_recipe, tmp_path):
     path = write_jsonl(tmp_path / "all.jsonl", preference_rows(40))
     document = make_recipe({"data.train": str(path), "data.heldout_share": 0.5})
     del document["data"]["heldout"]
-    data = rows.data_of_run(document)
+    data = rows.data_of_run(RecordedRun(path=tmp_path, document=document, facts={}, report={}))
     train, heldout = ({rows.text_of(row.prompt) for row in part.rows()} for part in (data.train, data.heldout))
     assert train | heldout == {row["prompt"] for row in preference_rows(40)}
     assert not train & heldout
