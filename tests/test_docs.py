@@ -16,11 +16,17 @@ from qpref.hooks.manager import CHECK, LOSS, READER, SINK
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_recipe_reference_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_recipe_reference", ROOT / "docs/make_recipe_reference.py")
+def loaded(script):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"docs/{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs/recipe.md").read_text() == module.reference(), "run python docs/make_recipe_reference.py"
+    return module
+
+
+def test_the_recipe_reference_is_up_to_date():
+    reference = loaded("make_recipe_reference").reference()
+    assert (ROOT / "docs/recipe.md").read_text() == reference, "run python docs/make_recipe_reference.py"
 
 
 @pytest.mark.parametrize("kind", [LOSS, CHECK, SINK, READER], ids=lambda kind: kind.prefix)
@@ -33,11 +39,30 @@ def test_each_example_of_the_plugin_guide_yields_its_record(kind):
     assert isinstance(record, kind.record)
 
 
-def test_the_readme_tree_names_every_module():
-    readme = (ROOT / "README.md").read_text()
-    for path in sorted((ROOT / "qpref").rglob("*.py")):
-        if path.name != "__init__.py":
-            assert path.name in readme, f"{path.relative_to(ROOT)} is not in the README's tree"
+def test_the_architecture_page_has_every_module():
+    assert (ROOT / "docs/architecture.md").read_text() == loaded("make_architecture").page(), (
+        "run python docs/make_architecture.py"
+    )
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"], ids=str
+)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_exit_codes_are_those_of_the_code():
+    from qpref import errors
+
+    kinds = {errors.QprefError, *errors.QprefError.__subclasses__()} - {errors.StoppedBySignal}
+    listed = dict(re.findall(r"^\| (\d+) \|.*\| `(\w+)` \|$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
+    assert {name: int(code) for code, name in listed.items()} == {kind.__name__: kind.exit_code for kind in kinds}
 
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
