@@ -15,7 +15,7 @@ from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
 from qpref.data.order import refuse_empty_steps, total_steps
 from qpref.data.tokenize import PairTokenizer
-from qpref.memory.fit import memory_limit
+from qpref.memory.limit import memory_limit
 from qpref.policy.load import Policy, choose_device, load_policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens

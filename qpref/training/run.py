@@ -22,7 +22,7 @@ from qpref.data.load import load_rows
 from qpref.data.order import step_order, total_steps
 from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
-from qpref.memory.tune import forecast
+from qpref.memory.forecast import run_forecast
 from qpref.policy.adapter import TRAINED
 from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import Plan
@@ -219,7 +219,7 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | No
             "reference_cache": references.describe(memory),
             "fingerprints": prepared.fingerprints,
             "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
-            "forecast": forecast(policy, plan.recipe, prepared.base.path, prepared.examples, budget),
+            "forecast": run_forecast(policy, plan.recipe, prepared.base.path, prepared.examples, budget),
             "steps": total_steps(plan.recipe.train, len(prepared.examples)),
         },
     )
