@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpref.cli.options import json_object_option, set_option
+from qpref.cli.options import json_option, set_option
 
 if TYPE_CHECKING:
     from qpref.memory.forecast import Forecast
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--shape", metavar="NAME|FOLDER", help="Size of the base: a known shape, or a folder with config.json.")
 @set_option
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), help="Speed in TFLOP/s to predict hours at.")
-@json_object_option
+@json_option
 def command(
     recipe: Path, vram: str | None, shape: str | None, overrides: tuple[str, ...], tflops: float | None, as_json: bool
 ) -> None:
