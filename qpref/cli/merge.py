@@ -92,7 +92,7 @@ def _report(result: MergeResult, stored: str) -> Iterator[str]:
         yield f"{name:8} keeps {kept:6.1%} of the learned change in the weights{mark}"
     yield from result.notes
     for name, verdict in result.tried.items():
-        yield f"{name} tried and left: margin error {_error(verdict)}"
+        yield f"{name} tried and rejected: margin error {_error(verdict)}"
     yield from _verdict(result.verdict)
     if result.onto_trained is not None:
         yield f"onto the trained weights, in the same type: margin error {_error(result.onto_trained)}"

@@ -48,7 +48,7 @@ class Linear:
 
     @property
     def reads_residual(self) -> bool:
-        """Whether its input is the normed hidden states, which it shares with its siblings."""
+        """True where its input is the normed hidden states, which its siblings read too."""
         return self.name.rpartition(".")[2].startswith(READERS)
 
 
@@ -217,8 +217,8 @@ def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int,
 
 
 def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
-    """Map the full name of each linear layer that gets an adapter to its rank."""
-    from qpref.policy.adapter import _target_layers  # the single rule that resolves `targets`
+    """Rank of the adapter of each linear layer that gets one, by the layer's whole name."""
+    from qpref.policy.adapter import _target_layers  # the one rule of what `targets` means
 
     if adapter.start is None:
         return dict.fromkeys(_target_layers(model, adapter.targets), adapter.rank)
