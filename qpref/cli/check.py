@@ -142,8 +142,8 @@ def _print(audit: Audit) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     report = audit.checked.report
     console.print(f"{report.label}: {report.read} rows read, {report.kept} kept, {report.refused} refused"
-                  + (f", {report.repeated} identical to an earlier row" if report.repeated else "")
-                  + (f", {report.dropped} dropped as too long" if report.dropped else "")
+                  + (f", {report.repeated} the same as an earlier row" if report.repeated else "")
+                  + (f", {report.dropped} left out for their length" if report.dropped else "")
                   + (f", {report.num_cut} cut to length" if report.num_cut else ""))  # fmt: skip
     if report.counts:
         console.print(_findings(report))

@@ -118,7 +118,7 @@ def base_config(model: ModelSection) -> FoundConfig:
 
 
 def local_base(model: ModelSection) -> Path | None:
-    """Find the base's folder on this machine: as it is, converted, or downloaded earlier; None if there is none."""
+    """The base's folder where it lies on this machine: itself, converted, or downloaded before."""
     path = pypi.kept_at(model.base) or Path(model.base)
     if not path.is_absolute():
         return _hub_cache(model)

@@ -65,7 +65,7 @@ def planned_data(plan: Plan) -> PlannedData:
     sources = [source for source in plan.sources if source.split == "train"]
     location = ", ".join(source.location for source in sources)
     if missing := [source.location for source in sources if _is_missing(source)]:
-        return _assumed(plan, missing[0])
+        return _assumed(plan, f"{missing[0]}: no such file")
     train = load_rows(replace(plan, sources=tuple(sources))).train
     rows = list(train.rows())
     planned = _tokenized(plan, rows, location) or _estimated(plan.recipe.data, rows, location)
@@ -80,13 +80,13 @@ def _is_missing(source: SourceChoice) -> bool:
     return is_path and not Path(source.location.removeprefix(f"{source.reader.record.name}:")).exists()
 
 
-def _assumed(plan: Plan, missing: str) -> PlannedData:
+def _assumed(plan: Plan, reason: str) -> PlannedData:
     """Assume that every example has the greatest lengths that the recipe allows."""
     data = plan.recipe.data
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
     kind, count = ("pair", 2) if plan.is_paired else ("completion", 1)
     lengths = f"{prompt} + {count} x {response} tokens"
-    origin = f"{missing}: no such file; each {kind} is taken to be {lengths}, the longest allowed"
+    origin = f"{reason}; each {kind} is taken to be {lengths}, the longest allowed"
     return PlannedData(origin=origin, lengths=[(prompt, [response] * count)], longest=[], num_examples=None)
 
 
