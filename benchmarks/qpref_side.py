@@ -14,6 +14,7 @@ from benchmarks.contestants import Contestant
 from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, Single, as_singles, digest
 from qpref.attention.register import SEGMENTS
+from qpref.data.order import step_order, steps_per_epoch
 from qpref.data.pack import pack
 from qpref.policy.load import Policy, load_policy
 from qpref.policy.reference import ReferenceStore
@@ -128,11 +129,11 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
 def _placed(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
     """The examples laid such that the run's shuffle brings them up in this order."""
     train_section = plan.recipe.train
-    steps = optim.steps_per_epoch(len(ordered), train_section.batch_size)
+    steps = steps_per_epoch(len(ordered), train_section.batch_size)
     shuffled = [
         place
         for step in range(steps)
-        for place in optim.step_order(len(ordered), train_section.batch_size, train_section.seed, step)
+        for place in step_order(len(ordered), train_section.batch_size, train_section.seed, step)
     ]
     placed = list(ordered)
     for place, example in zip(shuffled, ordered, strict=True):

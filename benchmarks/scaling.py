@@ -47,12 +47,12 @@ def _prepare(base: Path, rows: Path, connection: Connection) -> None:
 
     from benchmarks.meter import CpuMeter
     from qpref.data.load import load_rows, tokenize_rows
+    from qpref.data.order import step_order, steps_per_epoch
     from qpref.data.pack import pack, split_by_tokens
     from qpref.data.tokenize import PairTokenizer
     from qpref.policy.source import resolve_base
     from qpref.policy.tokenizer import load_tokenizer, stop_tokens
     from qpref.recipe.resolve import make_plan
-    from qpref.training import optim
 
     plan = make_plan({"model": {"base": str(base)}, "data": {"train": str(rows)}, "loss": {"name": "dpo"}, "sinks": []})
     recipe, folder = plan.recipe, resolve_base(plan.recipe.model)
@@ -65,8 +65,8 @@ def _prepare(base: Path, rows: Path, connection: Connection) -> None:
     with _stage("tokenize", seconds):
         examples = tokenize_rows(checked, tokenizer, recipe.data, recipe.train.seed)
     with _stage("pack", seconds):
-        for step in range(optim.steps_per_epoch(len(examples), BATCH)):
-            places = optim.step_order(len(examples), BATCH, 0, step)
+        for step in range(steps_per_epoch(len(examples), BATCH)):
+            places = step_order(len(examples), BATCH, 0, step)
             for members in split_by_tokens([examples[place] for place in places], BUDGET):
                 pack(members, torch.device("cpu"))
     connection.send({"stages": seconds} | meter.stop())

@@ -1,4 +1,4 @@
-"""The `qpref` command. Heavy imports wait inside the commands, so `--help` and `plugins` answer at once."""
+"""The `qpref` command. Heavy imports stay inside the commands, so `--help` and `plugins` answer at once."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from qpref.errors import QprefError, StoppedBySignal
 from qpref.installed import as_install_error
 
 COMMANDS = {
-    "plan": "Predict a recipe's memory, work and steps before any is spent.",
-    "check": "Look at preference data: what is wrong with which row.",
-    "train": "Train an adapter by a recipe.",
-    "eval": "Compare what models prefer on held-out pairs.",
-    "generate": "Print what base and trained model answer, side by side.",
-    "merge": "Write base and adapter as one plain safetensors model.",
-    "report": "Write one or several runs as one HTML page.",
-    "export": "Write a merged model as GGUF, by llama.cpp's converter.",
+    "plan": "Predict the memory, work and steps of a recipe.",
+    "check": "Check preference data row by row.",
+    "train": "Train a LoRA adapter from a recipe.",
+    "eval": "Compare models' preferences on held-out pairs.",
+    "generate": "Print answers of base and trained model, side by side.",
+    "merge": "Merge base and adapter into a plain safetensors model.",
+    "report": "Write an HTML report of one or several runs.",
+    "export": "Export a merged model as GGUF with llama.cpp's converter.",
     "plugins": "List the installed plugins.",
-    "cache": "List or clear what is kept on this machine.",
+    "cache": "List or clear the cache on this machine.",
     "losses": "List, show and check the installed losses.",
 }
 
 
 class LazyGroup(click.Group):
-    """Imports `qpref.cli.<command>` when that command is asked for; errors of a user's end as one message."""
+    """Imports `qpref.cli.<command>` only when that command runs, and prints a user's error as one message."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -61,7 +61,7 @@ class LazyGroup(click.Group):
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever standard error is at the moment: a live progress bar replaces it while it runs."""
+    """Looks up standard error at every record, since a live progress bar replaces it while it runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -74,21 +74,21 @@ def main() -> None:
     """Preference training (DPO and its kin) of 4-bit language models on one consumer GPU."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # texts of data, on a terminal of whatever encoding
-    # Read when torch is imported. Threads that spin while they wait take the cores from each other, and from others.
+            stream.reconfigure(errors="backslashreplace")  # data may hold text that the terminal can't encode
+    # Read when torch is imported. Threads that spin while waiting take cores from each other and from other programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logger = logging.getLogger("qpref")
     logger.setLevel(logging.INFO)
     logger.handlers = [_StderrHandler()]
     logger.propagate = False
-    # Notes of the libraries to their own developers; errors still come through.
+    # Deprecations that libraries address to their own developers; errors still come through.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' progress bars and remarks off the console."""
+    """Keep transformers' progress bars and warnings off the console."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -96,27 +96,27 @@ def quiet_transformers() -> None:
 
 
 class _Ended(BaseException):
-    """No Exception, which a library on the way up might catch."""
+    """A BaseException, so that no library on the way up catches it."""
 
 
 @contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """Let a signal that ends the process unwind it first, so that nothing half-written stays behind.
+    """Unwind the stack on a terminating signal, so that nothing half-written stays behind.
 
-    A signal that the process was started to ignore, as nohup has it, stays ignored. Outside the main thread Python
-    takes no handlers.
+    A signal that was ignored when the process started, as under nohup, stays ignored. Outside the main thread, where
+    Python accepts no handlers, this does nothing.
 
     Raises:
-        StoppedBySignal: one came.
+        StoppedBySignal: a signal arrived.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
 
     def end(number: int, frame: object) -> None:
-        if not came:  # another one would end the clearing up
-            came.append(number)
+        if not received:  # a second signal must not interrupt the cleanup
+            received.append(number)
             raise _Ended
 
     caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
@@ -124,7 +124,7 @@ def ends_cleanly() -> Iterator[None]:
     try:
         yield
     except _Ended:
-        raise StoppedBySignal(f"ended by {signal.Signals(came[0]).name}", None, came[0]) from None
+        raise StoppedBySignal(f"ended by {signal.Signals(received[0]).name}", None, received[0]) from None
     finally:
         for number, handler in before:
             signal.signal(number, handler)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import click
 
+from qpref.cli.options import json_option
+
 KINDS = {
-    "models": "converted base models; finished runs need theirs for a merge",
-    "pypi": "files out of wheels",
+    "models": "converted base models; qpref merge needs those of its runs",
+    "pypi": "files from PyPI wheels",
     "reference": "reference log-probabilities",
     "tokens": "token ids of preference data",
     "sha256": "hashes of large files",
@@ -21,7 +23,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing in the cache; `last_used` as an ISO date and time."""
+    """An entry of the cache; `last_used` is an ISO date and time."""
 
     kind: str
     name: str
@@ -30,14 +32,14 @@ class Entry:
 
 
 @click.group("cache", invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List what qpref keeps on this machine, and how much room it takes.
+    """List the cache on this machine with sizes, or clear it.
 
-    The folder is $QPREF_CACHE, else qpref in the user's cache folder. Reference log-probabilities are bounded
-    ($QPREF_REFERENCE_CACHE_BYTES, 20 GiB unless set), and so are token ids ($QPREF_TOKEN_CACHE_BYTES, 5 GiB): what was
-    used longest ago goes first.
+    The cache folder is $QPREF_CACHE, by default qpref in the user's cache folder. Reference log-probabilities take at
+    most $QPREF_REFERENCE_CACHE_BYTES (default 20 GiB), token ids $QPREF_TOKEN_CACHE_BYTES (default 5 GiB); the least
+    recently used are removed first.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -47,10 +49,10 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
         return
-    for kind, what in KINDS.items():
+    for kind, description in KINDS.items():
         found = [entry for entry in entries if entry.kind == kind]
         size = sum(entry.num_bytes for entry in found)
-        click.echo(f"{kind:10} {_size(size):>10}  {what}")
+        click.echo(f"{kind:10} {_size(size):>10}  {description}")
         if kind != "sha256":
             for entry in found:
                 click.echo(f"{'':10} {_size(entry.num_bytes):>10}  {entry.name}, last used {entry.last_used[:16]}")
@@ -60,7 +62,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 @command.command("clear")
 @click.argument("kinds", nargs=-1, required=True, type=click.Choice(list(KINDS)))
 def clear(kinds: tuple[str, ...]) -> None:
-    """Remove everything of the KINDS named; what is needed again is fetched or computed again."""
+    """Remove all entries of the given KINDS; they are fetched or computed when next needed."""
     from qpref import fsio
 
     for kind in dict.fromkeys(kinds):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qpref.cli.options import json_option, set_option
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,30 +23,33 @@ if TYPE_CHECKING:
     from qpref.records import Finding
     from qpref.training.swapped_labels import SwapSearch
 
-NUM_PLACES = 3
+NUM_LOCATIONS = 3
 BAR_WIDTH = 40
 
 
 @click.command("check")
 @click.argument("what", metavar="RECIPE_OR_DATA")
-@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change one value of the recipe.")
-@click.option("--model", "base", metavar="BASE", help="Check a bare file's tokens too, as this base would see them.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@set_option
+@click.option("--model", "base", metavar="BASE", help="Base whose tokenizer checks a bare data file, too.")
+@json_option
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the report as a page."
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the findings as an HTML page.",
 )
 @click.option(
     "--fix",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the kept rows to FILE, and the refused ones, with the reasons, beside it (clean.refused.jsonl).",
+    help="Write the kept rows to FILE, and the refused rows with their reasons to NAME.refused.jsonl beside it.",
 )
 def command(
     what: str, overrides: tuple[str, ...], base: str | None, as_json: bool, html: Path | None, fix: Path | None
 ) -> None:
-    """Look at the data of a recipe (a .toml file), or at one source of data: a file, `hf:org/name`, ...
+    """Check the preference data of a recipe (a .toml file), or one data source: a file, `hf:org/name`, ...
 
-    No weights are loaded. Exits with 3 where a row is refused, or none is left; with 0 where there are warnings alone.
+    Loads no weights. Exits with 3 if a row is refused or no row is left; warnings alone exit with 0.
     """
     from qpref.data.clean import files_beside, write_clean
     from qpref.errors import DataError, RecipeError
@@ -57,7 +62,7 @@ def command(
         audit = _audit(what, overrides, base)
     except DataError as error:
         if as_json:
-            click.echo(json.dumps(_nothing(what, error), indent=2, ensure_ascii=False))
+            click.echo(json.dumps(_unreadable(what, error), indent=2, ensure_ascii=False))
         raise
     report = audit.checked.report
     if fix is not None:
@@ -76,14 +81,14 @@ def command(
         raise click.exceptions.Exit(DataError.exit_code)
 
 
-def _nothing(what: str, error: QprefError) -> dict[str, object]:
-    """What --json prints of data that cannot be read to their end."""
+def _unreadable(what: str, error: QprefError) -> dict[str, object]:
+    """JSON output for data that cannot be read to the end."""
     finding = {"code": "unreadable", "severity": "error", "path": what, "line": 0, "message": error.what}
     return {"read": 0, "kept": 0, "refused": 0, "dropped": 0, "findings": [finding]}
 
 
 def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
-    """A recipe's data, or one source's."""
+    """Check a recipe's data, or one source."""
     from qpref.data.audit import audit_data
     from qpref.data.check import check_data
     from qpref.data.load import check_rows
@@ -108,7 +113,7 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
 
 
 def _swap_search(model: ModelSection) -> SwapSearch | None:
-    """Looks for swapped labels where the base is on this machine and an earlier run has scored pairs on it."""
+    """Search for swapped labels; None unless the base is on this machine and an earlier run scored pairs on it."""
     from qpref.memory.known_shapes import local_base
     from qpref.policy.reference_cache import DESCRIPTION, root
     from qpref.policy.source import resolve_base
@@ -152,7 +157,7 @@ def _print(audit: Audit) -> None:
             bar = "█" * round(BAR_WIDTH * count / top)
             console.print(f"  {low:>8} .. {high:<8} {count:>8}  {bar}")
     if audit.first_row is not None:
-        console.print(f"\nthe first row as the model meets it, what is scored in ⟦ ⟧:\n{audit.first_row}")
+        console.print(f"\nthe first row as the model sees it, scored text in ⟦ ⟧:\n{audit.first_row}")
     for reason in audit.why_empty:
         console.print(f"\n{reason}")
 
@@ -161,19 +166,19 @@ def _findings(report: DataReport) -> Table:
     from rich.table import Table
 
     table = Table(title="findings", title_justify="left")
-    for column in ("what", "severity", "found", "first lines", "the first says"):
-        table.add_column(column, overflow="fold", justify="right" if column == "found" else "left")
+    for column in ("finding", "severity", "count", "first lines", "first message"):
+        table.add_column(column, overflow="fold", justify="right" if column == "count" else "left")
     for (severity, code), count in sorted(report.counts.items(), key=lambda item: (item[0][0], -item[1])):
-        first = [one for one in report.findings if (one.severity, one.code) == (severity, code)][:NUM_PLACES]
+        first = [one for one in report.findings if (one.severity, one.code) == (severity, code)][:NUM_LOCATIONS]
         if first[0].source.line:
-            table.add_row(code, severity, str(count), _places(report, first), first[0].message)
+            table.add_row(code, severity, str(count), _locations(report, first), first[0].message)
         else:
             table.add_row(code, severity, str(count), "all", "see below")
     return table
 
 
-def _places(report: DataReport, findings: Sequence[Finding]) -> str:
-    """The lines, with their file's name where there are several files."""
+def _locations(report: DataReport, findings: Sequence[Finding]) -> str:
+    """List the findings' lines, with file names where there are several files."""
     if len(report.paths) == 1:
         return ", ".join(str(one.source.line) for one in findings)
     return "\n".join(f"{Path(one.source.path).name}:{one.source.line}" for one in findings)

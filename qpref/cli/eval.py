@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli.options import base_option, json_option, quantization_option
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,37 +23,37 @@ WIDE = 250
 @click.command("eval")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
-    "--data", metavar="DATA", help="Pairs, as in [data] train: a file, ...  [default: what the first run holds out]"
+    "--data", metavar="DATA", help="Pairs, as in [data] train: a file, ...  [default: the first run's held-out pairs]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@json_option
 @click.option(
     "--beta",
     type=click.FloatRange(min=0, min_open=True),
-    help="The reward is beta times a change in nats.  [default: the first run's, else 0.1]",
+    help="Scale of implicit rewards: beta times the log-ratio to the reference.  [default: the first run's, else 0.1]",
 )
-@click.option("--samples", type=click.IntRange(min=1), default=2000, show_default=True, help="Bootstrap draws.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws and the sample.")
-@click.option("--max-pairs", type=click.IntRange(min=1), help="At most so many pairs, at random.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=2000, show_default=True, help="Number of bootstrap samples."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for bootstrap and sampling."
+)
+@click.option("--max-pairs", type=click.IntRange(min=1), help="Largest number of pairs; more are sampled at random.")
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
-    help="Longest prompt + response, in tokens; longer pairs are left out.  [default: the first run's]",
+    help="Most tokens of prompt and response; longer pairs are left out.  [default: the first run's]",
 )
-@click.option("--float32", "all_float32", is_flag=True, help="Compute in float32 even where the models have one type.")
-@click.option("--without-overlap", is_flag=True, help="Leave out pairs whose prompt a run was trained on.")
-@click.option("--base", metavar="FOLDER|ID", help="The base of an adapter, where it isn't the one that it names.")
 @click.option(
-    "--quantization",
-    type=click.Choice(["nf4", "none"]),
-    default="none",
-    show_default=True,
-    help="Of a base, or of an adapter's base, that no run explains.",
+    "--float32", "all_float32", is_flag=True, help="Compute in float32 even if all models have the same 16-bit dtype."
 )
+@click.option("--without-overlap", is_flag=True, help="Leave out pairs whose prompt is in a run's training data.")
+@base_option
+@quantization_option
 def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
-    """Compare what each MODEL prefers on held-out pairs: runs, their checkpoints, adapters, merged models, bases.
+    """Compare the preferences of each MODEL on held-out pairs: runs, their checkpoints, adapters, merged models, bases.
 
-    Rewards are against a run's or an adapter's base with the adapter off; a model without an adapter has the first
-    such reference. Brackets hold 95 % bootstrap intervals, over prompts; differences are over the same pairs.
+    The reference of a run or an adapter is its base with the adapter off; a model without an adapter takes the first
+    such reference. Brackets hold 95 % bootstrap intervals over prompts; differences are over the same pairs.
     """
     from qpref.cli import quiet_transformers
     from qpref.evaluation.evaluate import Request, evaluate
@@ -69,7 +71,7 @@ def _print(report: Report) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = WIDE  # a file has no edge to wrap at
+        console.width = WIDE  # don't wrap in a file or pipe
     console.print(f"data       {report.data}: {report.pairs} pairs", markup=False)
     console.print(f"beta       {report.beta:g} ({report.beta_from})", markup=False)
     for model in report.models:
@@ -107,7 +109,7 @@ def _metrics_table(models: Sequence[ModelReport]) -> Table:
 
 
 def _bucket_table(kind: str, models: Sequence[ModelReport]) -> Table:
-    """Accuracy in each bucket: by reward where the model has a reference."""
+    """Tabulate the accuracy in each bucket, by implicit reward where the model has a reference."""
     from rich.text import Text
 
     table = _table(f"accuracy by {kind}", ["pairs", *(model.name for model in models)])
@@ -134,7 +136,7 @@ def _difference_table(models: Sequence[ModelReport]) -> Table:
 
 
 def _cell(estimate: Estimate | None, signed: bool = False) -> str:
-    """A number and its interval, with as many digits as tell models apart."""
+    """Format a number and its interval with enough digits to tell models apart."""
     if estimate is None or math.isnan(estimate.value):
         return "-"
     plus = "+" if signed else ""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from qpref.cli.options import base_option, json_option, quantization_option
+
 if TYPE_CHECKING:
     from qpref.evaluation.generate import Answers
     from qpref.evaluation.models import Subject
@@ -19,40 +21,36 @@ WIDE = 160
 
 @click.command("generate")
 @click.argument("model")
-@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; may be given several times.")
+@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
 @click.option(
     "--prompts",
     "data",
     metavar="DATA",
-    help="Rows with a prompt, such as pairs: a file, ...; or .txt with a prompt a line.  [default, without --prompt: "
-    "the first 8 that the run holds out]",
+    help="Data with prompts, such as pairs: a file, ...; or a .txt file with one prompt per line.  [default, without "
+    "--prompt: the first 8 held-out prompts of the run]",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each answer.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens of an answer."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0: the likeliest token always.",
+    help="Sampling temperature; 0 is greedy.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Draw from the likeliest tokens that have this much probability together.",
+    help="Nucleus sampling: sample from the likeliest tokens up to this total probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the drawing.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-@click.option("--base", metavar="FOLDER|ID", help="The base of an adapter, where it isn't the one that it names.")
-@click.option(
-    "--quantization",
-    type=click.Choice(["nf4", "none"]),
-    default="none",
-    show_default=True,
-    help="Of a base, or of an adapter's base, that no run explains.",
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per batch.")
+@json_option
+@base_option
+@quantization_option
 def command(
     model: str,
     texts: tuple[str, ...],
@@ -62,10 +60,10 @@ def command(
     quantization: Literal["nf4", "none"],
     **sampling: Any,
 ) -> None:
-    """Print what the base and the trained MODEL answer to the same prompts, side by side.
+    """Print answers of the base and of the trained MODEL to the same prompts, side by side.
 
-    MODEL is a run, a checkpoint or an adapter, whose base answers with the adapter off; a plain model answers alone.
-    Prompts are those of --prompt and --prompts; without either, the first 8 held-out ones of the run.
+    MODEL is a run, a checkpoint or an adapter; its base answers with the adapter off. A plain model answers alone.
+    Without --prompt and --prompts, the first 8 held-out prompts of the run are used.
     """
     from qpref.cli import quiet_transformers
     from qpref.evaluation.generate import Sampling, generate

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli.options import json_option
+
 if TYPE_CHECKING:
     from qpref.hooks.manager import Offer, PluginHost
     from qpref.testing import Result
@@ -18,12 +20,12 @@ SCOPES = {"example": "example by example", "step": "all examples of a step at on
 
 
 @click.group("losses", invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List the installed losses, or show or check some.
+    """List the installed losses, show one, or check them against their contract.
 
-    paired losses train on pairs of a chosen and a rejected response; unpaired losses on single completions, each
+    Paired losses train on pairs of a chosen and a rejected response, unpaired losses on single completions that are
     desirable or undesirable.
     """
     if ctx.invoked_subcommand is not None:
@@ -37,8 +39,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
         return
     rows = [("NAME", "DATA", "DISTRIBUTION", "SUMMARY")]
     for loss in losses:
-        said = loss["summary"] if loss["error"] is None else f"cannot be loaded: {loss['error']}"
-        rows.append((loss["name"], loss["kind"] or "?", f"{loss['distribution']} {loss['version']}", said))
+        summary = loss["summary"] if loss["error"] is None else f"cannot be loaded: {loss['error']}"
+        rows.append((loss["name"], loss["kind"] or "?", f"{loss['distribution']} {loss['version']}", summary))
     _print_table(rows)
 
 
@@ -67,7 +69,7 @@ def show(name: str) -> None:
 
 
 def _facts(record: Any) -> dict[str, str]:
-    """What a loss says of itself, by title."""
+    """Collect the facts of a loss's record, by title."""
     from qpref.testing import options_tables
 
     tables = [(table, record.options.model_validate(dict(table))) for table in options_tables(record)]
@@ -86,9 +88,9 @@ def _facts(record: Any) -> dict[str, str]:
 @command.command("check")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 def check(names: tuple[str, ...]) -> None:
-    """Hold losses to their contract: those named, or all that are installed.
+    """Check losses against their contract: the named ones, or all that are installed.
 
-    Prints each rule for a loss that is named or breaks one. Exits 6 if a rule is broken.
+    Prints every rule of a loss that is named or breaks one. Exits with 6 if a rule is broken.
     """
     import torch
 
@@ -96,7 +98,7 @@ def check(names: tuple[str, ...]) -> None:
     from qpref.hooks.manager import LOSS, PluginHost
     from qpref.testing import check_loss
 
-    torch.set_num_threads(1)  # tensors this small lose more to a second thread than it computes
+    torch.set_num_threads(1)  # a second thread costs more than it saves on tensors this small
     host = PluginHost()
     for name in names:
         host.find(LOSS, name)
@@ -148,7 +150,7 @@ def _kind(record: Any) -> str:
 
 
 def _by_options(tables: Sequence[tuple[Any, Any]], values: Sequence[str]) -> str:
-    """The value with the default options, and where another table's differs."""
+    """Join the value with the default options, and the differing values with the tables that cause them."""
     others = [
         f"{value} with {_table(table)}" for (table, _), value in zip(tables, values, strict=True) if value != values[0]
     ]
@@ -156,7 +158,7 @@ def _by_options(tables: Sequence[tuple[Any, Any]], values: Sequence[str]) -> str
 
 
 def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> None:
-    """One line for the loss, and in full one for each rule, with what each table of options said to it."""
+    """Print one line for the loss, and with `in_full` one per rule and result, with the option tables it holds for."""
     tables = {_table(result.options) for result in results}
     is_broken = any(result.status == "broken" for result in results)
     count = f"{len(tables)} set{'s' if len(tables) > 1 else ''} of options"
@@ -165,11 +167,11 @@ def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> No
         return
     rows = []
     for rule in dict.fromkeys(result.rule for result in results):
-        said: dict[tuple[str, str], list[str]] = {}
+        outcomes: dict[tuple[str, str], list[str]] = {}
         for result in results:
             if result.rule == rule:
-                said.setdefault((result.status, result.message), []).append(_table(result.options))
-        for (status, message), where in said.items():
+                outcomes.setdefault((result.status, result.message), []).append(_table(result.options))
+        for (status, message), where in outcomes.items():
             options = "" if len(where) == len(tables) else f"with {'; '.join(where)}"
             word = {"passed": "ok", "broken": "BROKEN"}.get(status, status)
             rows.append((f"  {rule}", word, ": ".join(part for part in (options, message) if part)))
@@ -191,7 +193,7 @@ def _toml(value: object) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type as the reader of a recipe would say it."""
+    """Name a type in the words of a recipe's author."""
     import types
     from typing import Literal, Union, get_args, get_origin
 

@@ -22,32 +22,38 @@ NUM_FLIPS = 5
     type=click.Choice(["trained", "original"]),
     default="trained",
     show_default=True,
-    help="Add to the dequantized weights that were trained on, or to the base's own 16-bit ones.",
+    help="Weights to add the adapter to: the dequantized ones of training, or the base's original 16-bit ones.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bf16", "fp16", "float32"]),
     default="auto",
     show_default=True,
-    help="Stored type; auto: the first that passes the verdict.",
+    help="Dtype of the stored weights; auto takes the first that passes the verdict.",
 )
-@click.option("--quantize", type=click.Choice(["nf4"]), help="Quantize the merged weights again; this loses much.")
+@click.option(
+    "--quantize", type=click.Choice(["nf4"]), help="Requantize the merged weights; loses much of the learned change."
+)
 @click.option(
     "--max-margin-error",
     default="2%",
     show_default=True,
     metavar="SHARE|NATS",
-    help="Largest mean margin error that passes: a share of the learned change (0.05 nats at least), or nats.",
+    help="Largest mean margin error to pass: a share of the learned change (at least 0.05 nats), or nats.",
 )
 @click.option(
-    "--pairs", type=click.IntRange(64), default=64, show_default=True, help="Held-out pairs to replay; all, if fewer."
+    "--pairs",
+    type=click.IntRange(64),
+    default=64,
+    show_default=True,
+    help="Number of held-out pairs to replay; all if there are fewer.",
 )
-@click.option("--push", metavar="ORG/NAME", help="Upload to the hub if the verdict passes; the token is $HF_TOKEN.")
+@click.option("--push", metavar="ORG/NAME", help="Hub repository to upload to if the verdict passes; reads $HF_TOKEN.")
 def command(run: Path, out: Path, max_margin_error: str, push: str | None, **asked: Any) -> None:
-    """Write the model that RUN trained to OUT: plain safetensors that any engine loads.
+    """Merge base and adapter of RUN into OUT, a plain safetensors model that any engine loads.
 
-    OUT is read back and compared with the policy that was trained. Where the margins differ by more than
-    --max-margin-error the exit code is 11, and OUT is there all the same.
+    OUT is read back and compared with the trained policy. If their margins differ by more than --max-margin-error, the
+    exit code is 11; OUT is kept all the same.
     """
     from qpref.cli import ends_cleanly, quiet_transformers
     from qpref.errors import MergeError
@@ -86,7 +92,7 @@ def _report(result: MergeResult, stored: str) -> Iterator[str]:
         yield f"{name:8} keeps {kept:6.1%} of the learned change in the weights{mark}"
     yield from result.notes
     for name, verdict in result.tried.items():
-        yield f"{name} tried and left: margin error {_error(verdict)}"
+        yield f"{name} tried and rejected: margin error {_error(verdict)}"
     yield from _verdict(result.verdict)
     if result.onto_trained is not None:
         yield f"onto the trained weights, in the same type: margin error {_error(result.onto_trained)}"

@@ -6,13 +6,15 @@ import json
 
 import click
 
+from qpref.cli.options import json_option
+
 
 @click.command("plugins")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@json_option
 def command(as_json: bool) -> None:
-    """List the installed plugins, without importing any.
+    """List the installed plugins without importing them.
 
-    QPREF_DISABLE=loss-kto,acme:loss-dpo leaves some out.
+    Leave plugins out with QPREF_DISABLE=loss-kto,acme:loss-dpo.
     """
     from dataclasses import asdict
 

@@ -11,10 +11,20 @@ PATH = click.Path(path_type=Path)
 
 @click.command("report")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
-@click.option("--output", type=PATH, help="The file to write; of one run: report.html in its folder.")
-@click.option("--merged", multiple=True, type=PATH, help="A folder that qpref merge wrote, for its verdict.")
-@click.option("--eval", "evaluations", multiple=True, type=PATH, help="A file that qpref eval --json wrote.")
-@click.option("--samples", multiple=True, type=PATH, help="A file that qpref generate --json wrote.")
+@click.option("--output", type=PATH, help="HTML file to write.  [default for one run: report.html in its folder]")
+@click.option(
+    "--merged", multiple=True, type=PATH, help="Merged model of qpref merge, to show its verdict; repeatable."
+)
+@click.option(
+    "--eval",
+    "evaluations",
+    multiple=True,
+    type=PATH,
+    help="Output of qpref eval --json, to show its tables; repeatable.",
+)
+@click.option(
+    "--samples", multiple=True, type=PATH, help="Output of qpref generate --json, to show its answers; repeatable."
+)
 def command(
     runs: tuple[Path, ...],
     output: Path | None,
@@ -22,9 +32,9 @@ def command(
     evaluations: tuple[Path, ...],
     samples: tuple[Path, ...],
 ) -> None:
-    """Write one HTML page of one or several runs, finished or not.
+    """Write an HTML report of one or several runs, finished or not.
 
-    The page is a single file and loads nothing.
+    The report is a single file that loads nothing from elsewhere.
     """
     from qpref.report.write import Extras, write_report
 

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import click
 
+from qpref.cli.options import set_option
+
 
 @click.command("train")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change one value of the recipe.")
+@set_option
 @click.option("--output", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<recipe's name>]")
-@click.option("--resume", is_flag=True, help="Go on from the run folder's newest checkpoint.")
-@click.option("--overwrite", is_flag=True, help="Replace the run that stands in the folder.")
-@click.option("--dry-run", is_flag=True, help="Resolve the recipe and its plugins, print them, and stop.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in the run folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the run folder.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and its plugins, without training.")
 def command(
     recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
-    """Train an adapter by RECIPE, a TOML file."""
+    """Train a LoRA adapter from RECIPE, a TOML file."""
     from qpref.recipe.resolve import make_plan
 
     plan = make_plan(recipe, overrides, output)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.memory.fit import MOST_TOKENS
-from qpref.memory.shrink import shrink_microbatch
+from qpref.memory.tune import shrink_microbatch
 from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_hidden, score_tokens

@@ -1,1 +1,1 @@
-"""Memory of a run: predicted, fitted to the device, and what happens when it runs out."""
+"""Memory of a run: prediction, fit to the device, and recovery when it runs out."""

@@ -1,7 +1,7 @@
-"""Where a base's config comes from without its weights: this machine, a table of models that people train, the hub.
+"""Source of a base's config without its weights: this machine, a table of commonly trained models, or the hub.
 
-The table holds what costs depend on of each model's public config.json, so planning for them needs no download; the
-tests hold every entry to its published number of parameters.
+The table holds the entries of each model's public config.json that costs depend on, so planning for these models needs
+no download. A test compares every entry with the model's published number of parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from qpref.recipe.sections import ModelSection
 Config = dict[str, Any]
 
 
-def _config(family: str, layers: int, widths: tuple[int, int], heads: tuple[int, int, int], ends: tuple[int, bool],
+def _config(family: str, layers: int, widths: tuple[int, int], heads: tuple[int, int, int], head: tuple[int, bool],
             **more: Any) -> Config:  # fmt: skip
-    """widths: hidden, intermediate; heads: heads, key-value heads, head width; ends: vocabulary, tied head."""
+    """widths: hidden, intermediate; heads: heads, key-value heads, head_dim; head: vocabulary, tied."""
     return {
         "model_type": family,
         "num_hidden_layers": layers,
@@ -30,8 +30,8 @@ def _config(family: str, layers: int, widths: tuple[int, int], heads: tuple[int,
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
         "head_dim": heads[2],
-        "vocab_size": ends[0],
-        "tie_word_embeddings": ends[1],
+        "vocab_size": head[0],
+        "tie_word_embeddings": head[1],
         **more,
     }
 
@@ -67,11 +67,11 @@ ALSO_CALLED = {
     "Mistral-7B-Instruct-v0.1": "Mistral-7B-v0.1",
     "Phi-3.5-mini": "Phi-3-mini",
 }
-"""Other names -> the shape's name here."""
+"""Alias -> name in KNOWN_SHAPES."""
 
 
 def known_shape(text: str) -> str | None:
-    """The known shape whose name occurs in a base's name, whole: 7B is not in 72B. The longest where several do."""
+    """Find the longest known name that occurs whole in a base's name: 7B doesn't match 72B."""
     names = {name: name for name in KNOWN_SHAPES} | ALSO_CALLED
     text = text.replace("_", "-")
     found = [name for name in names if re.search(rf"(?i)(?<![a-z0-9]){re.escape(name)}(?![a-z0-9]|\.[0-9])", text)]
@@ -80,14 +80,14 @@ def known_shape(text: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class FoundConfig:
-    """A transformers config and where it came from."""
+    """A transformers config and its source, for messages."""
 
     config: Any
     origin: str
 
 
 def named_config(named: str) -> FoundConfig:
-    """The config that `--shape` names.
+    """Read the config that `--shape` names.
 
     Raises:
         PolicyError: it is neither a folder with a config nor a known shape.
@@ -102,10 +102,10 @@ def named_config(named: str) -> FoundConfig:
 
 
 def base_config(model: ModelSection) -> FoundConfig:
-    """The config of a recipe's base: its own where it is on this machine, else a known one, else the hub's.
+    """Read the config of a recipe's base: its own if it is on this machine, else a known shape's, else the hub's.
 
     Raises:
-        PolicyError: none of these has it.
+        PolicyError: none of them has it.
     """
     if folder := local_base(model):
         return FoundConfig(_read_config(folder), str(folder))
@@ -129,7 +129,7 @@ def local_base(model: ModelSection) -> Path | None:
 
 
 def _converted(path: Path, model: ModelSection) -> Path | None:
-    """The folder that a GGUF file was converted to before."""
+    """Find the folder that a GGUF file was converted to earlier."""
     from qpref.policy.convert import VERSION
     from qpref.policy.source import cached_sha256
 
@@ -165,17 +165,17 @@ def _hub_config(model: ModelSection) -> Path:
         raise PolicyError(f"{model.base}: no config.json: {failure.what}", f"{failure.hint}; or {_hint()}") from error
 
 
-def _read_config(folder: Path, **how: str) -> Any:
+def _read_config(folder: Path, **options: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **how)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PolicyError(f"{folder}: no config that transformers can read: {error}", _hint()) from error
 
 
 def _known_config(name: str) -> tuple[str, Any] | None:
-    """The shape's own spelling of its name and its transformers config; None where it isn't known by just this name."""
+    """Look up a shape by its exact name, in any case; returns its own spelling and its transformers config."""
     from transformers import AutoConfig
 
     name = {known.lower(): known for known in KNOWN_SHAPES}.get(name.lower(), "")
@@ -183,5 +183,5 @@ def _known_config(name: str) -> tuple[str, Any] | None:
 
 
 def _hint() -> str:
-    """What to do where no config can be had."""
-    return f"say how large it is: --shape FOLDER (with a config.json), or one of --shape {', '.join(KNOWN_SHAPES)}"
+    """Way out where no config is found."""
+    return f"give its size: --shape FOLDER (with a config.json), or one of --shape {', '.join(KNOWN_SHAPES)}"

@@ -1,7 +1,7 @@
-"""A model's shape: all that memory and time depend on, read from its config without a weight.
+"""A model's shape: the sizes that memory and time depend on, read from its config without any weights.
 
-The config's model is built on torch's meta device, which holds sizes alone, so whatever transformers can load has its
-true layers here, not those of a formula for Llamas.
+The model is built from its config on torch's meta device, which holds sizes alone. So the layers are the true ones of
+any model that transformers can load, instead of a formula for Llamas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ READERS = (
     *("q_", "k_", "v_", "qkv", "query", "key", "value", "c_attn", "W_pack"),
     *("gate", "up", "fc1", "w1", "w3", "c_fc", "dense_h_to"),
 )
-"""How linear layers that read a layer's normed input are called; the others write to the residual stream."""
+"""Name prefixes of linear layers that read a layer's normed input; the others write to the residual stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Linear:
 
     @property
     def reads_residual(self) -> bool:
-        """Whether it reads the same normed hidden states as its siblings do."""
+        """True where its input is the normed hidden states, which its siblings read too."""
         return self.name.rpartition(".")[2].startswith(READERS)
 
 
@@ -57,7 +57,7 @@ class Layer:
     """A decoder layer.
 
     Attributes:
-        norms: of each norm, how many numbers a token it normalizes, and in how many groups of their own.
+        norms: for each norm the numbers that it normalizes per token, and the groups that they fall into.
     """
 
     linears: tuple[Linear, ...]
@@ -66,42 +66,39 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What costs depend on.
+    """Sizes and properties of a model that costs depend on.
 
     Attributes:
-        origin: where the config came from, for people.
+        origin: source of the config, for messages.
         hidden: width of the residual stream.
-        query, key: width of all queries, and of all keys (as of all values), of one token.
-        intermediate: width inside the MLP.
-        tied: the head is the embedding's weight.
-        head_rank: of the head's adapter; 0 for none.
+        query_width, key_width: width of all queries, and of all keys (and of all values), of one token.
+        head_rank: rank of the head's adapter; 0 for none.
         layers: the decoder layers.
-        ends: parameters of the embeddings and the head, a tied one once.
-        rest: all other parameters outside the linear layers of `layers`: norms, biases, what isn't quantized.
-        rotary: numbers a token in the cosine and sine tables.
+        embeddings: parameters of embeddings and head; a tied head counts once.
+        other_parameters: parameters outside embeddings, head and linear layers, never quantized: norms and biases.
+        rotary: numbers per token in the cosine and sine tables.
         window: positions that a layer with a sliding window sees; None without such layers.
-        shares_prompts: whether prompts can be computed once for all their branches.
-        capped: scores are capped, which needs an attention that keeps them all.
-        quantized: the base is 4-bit already: whether with double quantization; None where it isn't.
+        shares_prompts: prompts can be computed once for all their branches.
+        softcapped: attention scores are soft-capped, which needs an attention that keeps them all.
+        double_quantization: of a base that is stored in 4 bit, whether its scales are quantized too; None for any
+            other base.
     """
 
     origin: str
     hidden: int
-    query: int
-    key: int
+    query_width: int
+    key_width: int
     heads: int
-    intermediate: int
     vocabulary: int
-    tied: bool
     head_rank: int
     layers: tuple[Layer, ...]
-    ends: int
-    rest: int
+    embeddings: int
+    other_parameters: int
     rotary: int
     window: int | None
     shares_prompts: bool
-    capped: bool
-    quantized: bool | None
+    softcapped: bool
+    double_quantization: bool | None
 
     @property
     def num_layers(self) -> int:
@@ -113,26 +110,26 @@ class ModelShape:
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights of the linear layers of the blocks."""
+        """Weights of the decoder layers' linear layers."""
         return sum(linear.numel for linear in self.linears)
 
     @property
     def parameters(self) -> int:
-        return self.matmul_parameters + self.ends + self.rest
+        return self.matmul_parameters + self.embeddings + self.other_parameters
 
     @property
     def adapter_sizes(self) -> list[int]:
-        """Weights of each of the adapter's matrices."""
-        ends = [(self.head_rank, self.hidden, self.vocabulary)]
+        """Number of weights of each of the adapter's matrices, A and B apart."""
+        head = [(self.head_rank, self.hidden, self.vocabulary)]
         layers = [(linear.rank, linear.inputs, linear.outputs) for linear in self.linears]
-        return [rank * width for rank, *widths in layers + ends if rank for width in widths]
+        return [rank * width for rank, *widths in layers + head if rank for width in widths]
 
 
 def model_shape(model: ModelSection, adapter: AdapterSection, named: str | None = None) -> ModelShape:
-    """The shape of a recipe's base, with its adapter. Nothing but a config.json is ever fetched.
+    """Read the shape of a recipe's base with its adapter; fetches a config.json at most.
 
     Args:
-        named: `--shape`: a folder with config.json, or a known shape's name; wins over the base.
+        named: value of `--shape`: a folder with config.json, or a known shape's name; wins over the base.
 
     Raises:
         PolicyError: no config can be found or read, or the adapter doesn't fit it.
@@ -142,10 +139,10 @@ def model_shape(model: ModelSection, adapter: AdapterSection, named: str | None 
 
 
 def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
-    """The shape of a config's model, built without memory.
+    """Build a config's model on the meta device and read its shape.
 
     Raises:
-        PolicyError: it is no causal language model that transformers knows, or the adapter's targets aren't in it.
+        PolicyError: it is no causal language model that transformers knows, or it lacks the adapter's targets.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -159,34 +156,31 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         raise PolicyError(f"{found.origin}: transformers can't build this model: {error}") from error
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     ranks = _ranks(model, adapter)
-    layers = _layers(model, ranks, heads * width)
+    layers = _layers(model, ranks, heads * head_dim)
     output = model.get_output_embeddings()
     embedding, head = model.get_input_embeddings().weight, output.weight
-    tied = bool(config.tie_word_embeddings)
-    ends = embedding.numel() + (0 if tied else head.numel())
+    embeddings = embedding.numel() + (0 if config.tie_word_embeddings else head.numel())
     linear = sum(linear.numel for layer in layers for linear in layer.linears)
     total = sum(value.numel() for value in model.parameters())
-    capped = bool(getattr(config, "attn_logit_softcapping", None))
+    softcapped = bool(getattr(config, "attn_logit_softcapping", None))
     return ModelShape(
         origin=found.origin,
         hidden=int(config.hidden_size),
-        query=heads * width,
-        key=int(getattr(config, "num_key_value_heads", None) or heads) * width,
+        query_width=heads * head_dim,
+        key_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
         heads=heads,
-        intermediate=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=head.shape[0],
-        tied=tied,
         head_rank=max((ranks.get(name, 0) for name, module in model.named_modules() if module is output), default=0),
         layers=layers,
-        ends=ends,
-        rest=total - ends - linear,
-        rotary=_rotary(config, width),
+        embeddings=embeddings,
+        other_parameters=total - embeddings - linear,
+        rotary=_rotary(config, head_dim),
         window=_window(config),
-        shares_prompts=not capped and not reasons_against_sharing(model),
-        capped=capped,
-        quantized=_quantized(found.config),
+        shares_prompts=not softcapped and not reasons_against_sharing(model),
+        softcapped=softcapped,
+        double_quantization=_double_quantization(found.config),
     )
 
 
@@ -195,11 +189,11 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = []
-    for place, layer in model.named_modules():
+    for prefix, layer in model.named_modules():
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
         linears = [
-            Linear(name, module.in_features, module.out_features, ranks.get(f"{place}.{name}", 0))
+            Linear(name, module.in_features, module.out_features, ranks.get(f"{prefix}.{name}", 0))
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         ]
@@ -213,7 +207,7 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
 
 
 def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int, int]:
-    """How many numbers a token a norm normalizes, and in how many groups: those of queries and keys go by heads."""
+    """Numbers per token that a norm normalizes, and their groups: norms of queries and keys have one per head."""
     size = norm.weight.numel()
     if not name.startswith(("q_", "k_")):
         return size, 1
@@ -242,11 +236,11 @@ def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
     return dict.fromkeys(layers, rank)
 
 
-def _rotary(config: Any, width: int) -> int:
-    """Numbers in one token's cosines and sines, of each kind of layer that has its own."""
+def _rotary(config: Any, head_dim: int) -> int:
+    """Numbers in one token's cosines and sines, summed over the kinds of layers that have tables of their own."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return sum(2 * int(width * float(kind.get("partial_rotary_factor") or 1)) for kind in kinds)
+    return sum(2 * int(head_dim * float(kind.get("partial_rotary_factor") or 1)) for kind in kinds)
 
 
 def _window(config: Any) -> int | None:
@@ -257,7 +251,7 @@ def _window(config: Any) -> int | None:
     return int(window) if window and getattr(config, "use_sliding_window", True) else None
 
 
-def _quantized(config: Any) -> bool | None:
+def _double_quantization(config: Any) -> bool | None:
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
         return None

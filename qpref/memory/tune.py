@@ -1,26 +1,28 @@
-"""Settles what the recipe leaves to the memory, on the loaded policy and the real data: predict, try once, correct.
+"""The one place that decides tokens per micro-batch and recomputed layers: at the start, and when memory runs out.
 
-What is predicted for the settings in force is kept in run.json, for `qpref report` to hold what happened against it.
+At the start: predict on the real data, try the longest examples once on the loaded policy, correct the prediction.
+When memory runs out: halve the micro-batch; once it is a single example, recompute all layers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qpref.attention.register import BLOCKS
-from qpref.data.pack import num_fed_tokens, pack
-from qpref.errors import PolicyError
-from qpref.memory.costs import GIB, Setup, Stream
-from qpref.memory.fit import Fit, Probe, Settings, Workload, choose, corrected, measure, needed
-from qpref.memory.flops import step_flops
-from qpref.memory.shape import ModelShape, model_shape
-from qpref.memory.shrink import shrink_microbatch
+from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
+from qpref.errors import DeviceMemoryError
+from qpref.memory.demand import Demand, Workload
+from qpref.memory.fit import Fit, fit_memory
+from qpref.memory.parts import GIB
+from qpref.memory.probe import Probe, corrected, measure_bytes
+from qpref.memory.setup import Setup
+from qpref.memory.shape import model_shape
+from qpref.memory.stream import Lengths, Stream
 from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.recipe.sections import Recipe
@@ -29,71 +31,56 @@ from qpref.records import TokenizedExample
 log = logging.getLogger("qpref")
 
 
-def settle(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample], limit: int) -> int:
-    """The tokens per micro-batch; sets how many layers the policy checkpoints, where the recipe leaves that open.
+def choose_sizes(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample], limit: int) -> int:
+    """Return the tokens per micro-batch, and set the policy's recomputed layers, where the recipe leaves them `auto`.
 
     Args:
         base: the base model's folder.
-        limit: bytes that the whole run may fill, the weights among them.
+        limit: bytes that the whole run may fill, weights included.
 
     Raises:
         DeviceMemoryError: not even the longest example fits.
     """
-    asked = recipe.train.tokens_per_microbatch, recipe.train.gradient_checkpointing
-    if "auto" not in asked:
-        return int(asked[0])
-    shape, settings, data = _planned(policy, recipe, base, examples)
-    fit = choose(shape, settings, limit, data)
+    requested = recipe.train.tokens_per_microbatch, recipe.train.gradient_checkpointing
+    if "auto" not in requested:
+        return int(requested[0])
+    demand = demand_of(policy, recipe, base, examples)
+    fit = fit_memory(demand, limit)
     if not fit.fits:
-        log.warning("memory: %.2f GiB are predicted and %.2f GiB are there; %s", fit.memory.total / GIB, limit / GIB,
+        log.warning("memory: %.2f GiB predicted, %.2f GiB available; %s", fit.memory.total / GIB, limit / GIB,
                     ", ".join(fit.advice))  # fmt: skip
     policy.recompute_layers(fit.recomputed_layers)
     budget, probe = _probe(policy, examples, fit)
     if probe is not None:
-        fit = corrected(shape, settings, limit, data, probe)
+        fit = fit_memory(corrected(demand, probe), limit)
         policy.recompute_layers(fit.recomputed_layers)
         budget = fit.tokens_per_microbatch
-    log.info("memory: %d tokens per micro-batch, %d of %d layers checkpointed; %.2f of %.2f GiB predicted", budget,
+    log.info("memory: %d tokens per micro-batch, %d of %d layers recomputed; %.2f of %.2f GiB predicted", budget,
              policy.recomputed_layers, policy.num_layers, fit.memory.total / GIB, limit / GIB)  # fmt: skip
     return budget
 
 
-def forecast(
-    policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample], budget: int
-) -> dict[str, Any] | None:
-    """What `qpref plan` says of the settings in force, as JSON data; sizes in bytes, before any probe corrects them.
+def demand_of(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample]) -> Demand:
+    """Read the demand of a loaded policy on its real data.
 
-    None for a base whose shape cannot be read, which trains where the recipe leaves nothing to the memory.
+    Raises:
+        PolicyError: the base's shape cannot be read.
     """
-    try:
-        shape, settings, data = _planned(policy, recipe, base, examples)
-    except PolicyError:
-        return None
-    layers = policy.recomputed_layers
-    memory = needed(shape, settings, data, budget, layers)
-    step = data.typical.of_tokens(data.step_tokens)
-    return {
-        "memory": asdict(memory) | {"reserve": memory.reserve, "total": memory.total},
-        "tokens_per_step": data.step_tokens,
-        "flops_per_step": step_flops(shape, step, layers / shape.num_layers),
-    }
-
-
-def _planned(
-    policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample]
-) -> tuple[ModelShape, Settings, Workload]:
     shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
     setup = Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape)
-    settings = Settings.of(recipe, replace(setup, in_blocks=policy.attention == BLOCKS), shape)
-    return shape, settings, Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
+    workload = Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
+    return Demand.of(recipe, shape, replace(setup, in_blocks=policy.attention == BLOCKS), workload)
 
 
-def _lengths(example: TokenizedExample) -> tuple[int, list[int]]:
+def _lengths(example: TokenizedExample) -> Lengths:
     return len(example.prompt), [len(branch) for branch in example.branches]
 
 
 def _probe(policy: Policy, examples: Sequence[TokenizedExample], fit: Fit) -> tuple[int, Probe | None]:
-    """Try the longest examples, up to the predicted budget. No probe where they fit a smaller budget alone."""
+    """Try the longest examples, up to the predicted budget; returns the budget that they ran within.
+
+    There is no probe where memory ran out on the way: the choice in force is then not the predicted one.
+    """
     budget = fit.tokens_per_microbatch
     longest = sorted(examples, key=lambda example: -num_fed_tokens(example, policy.shares_prompts))
     while True:
@@ -105,15 +92,15 @@ def _probe(policy: Policy, examples: Sequence[TokenizedExample], fit: Fit) -> tu
     if budget < fit.tokens_per_microbatch or policy.recomputed_layers != fit.recomputed_layers:
         return budget, None
     stream = Stream.of(map(_lengths, members), policy.shares_prompts)
-    return budget, Probe(stream=stream, checkpointed=policy.recomputed_layers, measured=measured)
+    return budget, Probe(stream=stream, recomputed_layers=policy.recomputed_layers, measured_bytes=measured)
 
 
 def _try(policy: Policy, members: Sequence[TokenizedExample]) -> int | None:
-    """Bytes that a forward and backward pass over the examples takes; None where there are not so many."""
+    """Measure a forward and backward pass over the examples, in bytes; None if memory runs out."""
     batch = pack(members, policy.device)
     policy.model.train()
     try:
-        return measure(lambda: completion_logprobs(policy, batch).values.sum().backward(), policy.device)
+        return measure_bytes(lambda: completion_logprobs(policy, batch).values.sum().backward(), policy.device)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -121,7 +108,7 @@ def _try(policy: Policy, members: Sequence[TokenizedExample]) -> int | None:
 
 
 def _within(longest: Sequence[TokenizedExample], budget: int, shared: bool) -> list[TokenizedExample]:
-    """The first examples, at least one, as long as they stay within the budget."""
+    """Take examples from the front while they stay within the budget, at least one."""
     members, used = [longest[0]], num_fed_tokens(longest[0], shared)
     for example in longest[1:]:
         used += num_fed_tokens(example, shared)
@@ -129,3 +116,45 @@ def _within(longest: Sequence[TokenizedExample], budget: int, shared: bool) -> l
             break
         members.append(example)
     return members
+
+
+def shrink_microbatch(policy: Policy, examples: Sequence[TokenizedExample], budget: int) -> int:
+    """Return the tokens per micro-batch to repeat the examples with, after `budget` tokens ran out of memory.
+
+    Call it outside the `except` block, where the failed attempt's tensors are freed. Once the largest micro-batch is a
+    single example, all layers are recomputed instead, in training mode.
+
+    Raises:
+        DeviceMemoryError: nothing is left to shrink.
+    """
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
+    smaller = smaller_budget(examples, budget, policy.shares_prompts)
+    if smaller is not None:
+        log.warning("out of memory: %d tokens per micro-batch instead of %d; the step is repeated", smaller, budget)
+        return smaller
+    if policy.model.training and policy.recomputed_layers < policy.num_layers:
+        log.warning("out of memory: all layers are recomputed from here on; the step is repeated")
+        policy.recompute_layers(policy.num_layers)
+        return budget
+    longest = max(num_fed_tokens(example, policy.shares_prompts) for example in examples)
+    raise DeviceMemoryError(
+        f"the device ran out of memory on one example of {longest} tokens",
+        "lower [data] max_length or [adapter] rank, take an 8-bit or paged [train] optimizer, or a smaller base; "
+        "`qpref plan` shows what each saves; continue with --resume where checkpoints exist",
+    )
+
+
+def smaller_budget(examples: Sequence[TokenizedExample], budget: int, shared: bool) -> int | None:
+    """Halve the budget until the largest micro-batch gets smaller; None where that is a single example already."""
+
+    def largest(limit: int) -> int:
+        parts = split_by_tokens(examples, limit, shared)
+        return max(sum(num_fed_tokens(member, shared) for member in part) for part in parts)
+
+    before = largest(budget)
+    if before == max(num_fed_tokens(example, shared) for example in examples):
+        return None
+    while largest(budget) == before:
+        budget //= 2
+    return budget

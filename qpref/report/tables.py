@@ -7,21 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qpref.memory.parts import CAPTIONS
 from qpref.report.curves import TITLES
 from qpref.report.facts import Table, cell_text
 from qpref.report.read import RunRecord, flat, leaf, number
 from qpref.report.text import count_text, number_text, share_text, size_text, time_text
 
-PARTS = {
-    "weights": "the frozen base",
-    "adapters": "adapters and their gradients",
-    "optimizer": "the optimizer's state",
-    "activations": "kept for the backward pass",
-    "live": "the backward pass in one layer",
-    "head_tile": "scoring responses",
-    "reserve": "libraries and what is lost between blocks (assumed)",
-}
-"""Of a forecast of memory. Of `live` and `head_tile` the larger counts: they are not there at the same time."""
 HELDOUT_STEPS = 8
 """Most held-out rows of a single run's table."""
 
@@ -201,17 +192,17 @@ def memory_bars(run: RunRecord) -> list[Bar]:
     total, peak = number(leaf(memory, "total")), measured_peak(run)[0]
     if math.isnan(total) or total <= 0:
         return []
-    sizes = {part: number(leaf(memory, part)) for part in PARTS}
+    sizes = {part: number(leaf(memory, part)) for part in CAPTIONS}
     sizes.pop("live" if not sizes["live"] >= sizes["head_tile"] else "head_tile")
     longest = max(total, peak) if not math.isnan(peak) else total
     parts = [
-        (max(0.0, size / longest), colour, f"{PARTS[part]}: {size_text(size)}")
+        (max(0.0, size / longest), colour, f"{CAPTIONS[part]}: {size_text(size)}")
         for colour, (part, size) in enumerate(sizes.items())
         if not math.isnan(size)
     ]
     bars = [Bar(title="planned", value=size_text(total), parts=parts)]
     if not math.isnan(peak):
-        whole = [(peak / longest, len(PARTS), f"measured: {size_text(peak)}")]
+        whole = [(peak / longest, len(CAPTIONS), f"measured: {size_text(peak)}")]
         bars.append(Bar(title="measured", value=size_text(peak), parts=whole))
     return bars
 

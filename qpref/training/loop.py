@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from qpref.data.mismatch import alone, partner_alone
+from qpref.data.order import step_order, steps_per_epoch, total_steps
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
-from qpref.errors import NonFiniteError, RecipeError
-from qpref.memory.shrink import shrink_microbatch
+from qpref.errors import NonFiniteError
+from qpref.memory.tune import shrink_microbatch
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceStore, frozen
 from qpref.recipe.sections import Recipe
@@ -92,7 +93,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        return optim.total_steps(self.recipe.train, len(self.examples))
+        return total_steps(self.recipe.train, len(self.examples))
 
     def run(self) -> bool:
         """Train to the end, which comes early where patience has run out; False where a signal stopped it, saved,
@@ -139,14 +140,14 @@ class Trainer:
         if self._is_over():
             return True
         if every == "epoch":
-            return step % optim.steps_per_epoch(len(self.examples), self.recipe.train.batch_size) == 0
+            return step % steps_per_epoch(len(self.examples), self.recipe.train.batch_size) == 0
         return isinstance(every, int) and step % every == 0
 
     def _step(self) -> tuple[float, float]:
         """One optimizer step on `batch_size` pairs; returns the gradient's norm and the learning rate."""
         train, step = self.recipe.train, self.progress.step
         optim.seed_step(train.seed, step)
-        places = optim.step_order(len(self.examples), train.batch_size, train.seed, step)
+        places = step_order(len(self.examples), train.batch_size, train.seed, step)
         self.policy.model.train()
         self._compute_gradients([self.examples[place] for place in places])
         if step == 0:
@@ -326,18 +327,3 @@ class Trainer:
         metrics = example_metrics(inputs, self.loss(inputs))
         singles = None if self.loss.is_paired else [example for members in parts for example in members]
         return heldout.with_accuracies(metrics, singles)
-
-
-def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:
-    """Say so where the data make less than one full optimizer step.
-
-    Raises:
-        RecipeError: the batch is larger than the data, so its size would not be what the recipe says.
-    """
-    if not num_examples:
-        raise RecipeError("[data] train: the sources' weights leave no training example", "raise them")
-    if num_examples < recipe.train.batch_size:
-        raise RecipeError(
-            f"[train] batch_size is {recipe.train.batch_size}, and there are {num_examples} training examples",
-            f"set batch_size to {num_examples} or less",
-        )

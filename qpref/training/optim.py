@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -96,33 +94,6 @@ def restore_optimizer(optimizer: Any, tensors: dict[str, Tensor], numbers: dict[
         place, _, name = key.partition(".")
         state.setdefault(int(place), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def step_order(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Which examples optimizer step `step` (from 0) trains on.
-
-    A function of its arguments, so a resume needs no cursor. Each epoch is a new shuffle; its last step takes the rest.
-    """
-    epoch, within = divmod(step, steps_per_epoch(num_examples, batch_size))
-    return list(_epoch_order(num_examples, seed, epoch)[within * batch_size : (within + 1) * batch_size])
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_examples: int, seed: int, epoch: int) -> Sequence[int]:
-    """An epoch's shuffle; kept, since every step of the epoch asks for a piece of it."""
-    order = array("l", range(num_examples))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
-
-
-def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    return math.ceil(num_examples / batch_size)
-
-
-def total_steps(train: TrainSection, num_examples: int) -> int:
-    """Optimizer steps of the whole run."""
-    planned = train.epochs * steps_per_epoch(num_examples, train.batch_size)
-    return planned if train.max_steps is None else min(planned, train.max_steps)
 
 
 def seed_step(seed: int, step: int, microbatch: int = 0) -> None:

@@ -13,15 +13,15 @@ from qpref.data.check import CheckedData
 from qpref.data.data_report import DataReport
 from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
+from qpref.data.order import refuse_empty_steps, total_steps
 from qpref.data.tokenize import PairTokenizer
-from qpref.memory.fit import memory_limit
+from qpref.memory.limit import memory_limit
 from qpref.policy.load import Policy, choose_device, load_policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.resolve import Plan
 from qpref.records import TokenizedExample
-from qpref.training import invariants, optim
-from qpref.training.loop import refuse_empty_steps
+from qpref.training import invariants
 from qpref.training.objective import Objective
 
 
@@ -65,7 +65,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
         heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
         examples = with_mismatched(examples, seed, longest)
     refuse_empty_steps(recipe, len(examples))
-    loss.refuse_bad_schedule(optim.total_steps(recipe.train, len(examples)))
+    loss.refuse_bad_schedule(total_steps(recipe.train, len(examples)))
     invariants.check_first_row(pairs, examples[0])
     limit = memory_limit(recipe, choose_device(recipe.model.device))
     policy = load_policy(recipe, base)

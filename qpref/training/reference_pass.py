@@ -12,7 +12,7 @@ import torch
 from qpref import shards
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError
-from qpref.memory.shrink import shrink_microbatch
+from qpref.memory.tune import shrink_microbatch
 from qpref.policy import reference_cache
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceStore, row_keys

@@ -18,10 +18,11 @@ import torch
 
 from qpref import fsio
 from qpref.data.load import load_rows
+from qpref.data.order import step_order, total_steps
 from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.installed import version_of
-from qpref.memory.tune import forecast
+from qpref.memory.forecast import run_forecast
 from qpref.policy.adapter import TRAINED
 from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import Plan
@@ -86,7 +87,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     if memory is not None and plan.recipe.reference.fill == "before":
         everything = [*prepared.examples, *prepared.heldout]
         references.fill(memory, policy, everything, references.BATCH_FACTOR * progress.budget)
-    total = optim.total_steps(plan.recipe.train, len(prepared.examples))
+    total = total_steps(plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=progress.step, total_steps=total)
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
     reset_peak(policy.device)
@@ -152,7 +153,7 @@ def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> Non
         return
     if found.step != progress.step:
         snapshot.restore_adapter(checkpoint.read(checkpoint.path_of(folder.checkpoints, found.step)), prepared.policy)
-    total = optim.total_steps(train, len(prepared.examples))
+    total = total_steps(train, len(prepared.examples))
     early = f", which stopped early, after {progress.step} of {total} steps" if progress.step < total else ""
     log.info("the adapter is that of step %d of this run%s: %s %.4f is the best of its held-out rows",
              found.step, early, train.best_by, found.value)  # fmt: skip
@@ -160,7 +161,7 @@ def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> Non
 
 def _first_batch(prepared: Prepared) -> PackedBatch:
     train = prepared.plan.recipe.train
-    places = optim.step_order(len(prepared.examples), train.batch_size, train.seed, 0)
+    places = step_order(len(prepared.examples), train.batch_size, train.seed, 0)
     return invariants.first_batch([prepared.examples[place] for place in places], prepared.policy)
 
 
@@ -219,8 +220,8 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | No
             "reference_cache": references.describe(memory),
             "fingerprints": prepared.fingerprints,
             "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
-            "forecast": forecast(policy, plan.recipe, prepared.base.path, prepared.examples, budget),
-            "steps": optim.total_steps(plan.recipe.train, len(prepared.examples)),
+            "forecast": run_forecast(policy, plan.recipe, prepared.base.path, prepared.examples, budget),
+            "steps": total_steps(plan.recipe.train, len(prepared.examples)),
         },
     )
     fsio.make_folder(folder.checkpoints)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qpref.errors import CheckpointError
-from qpref.memory.tune import settle
+from qpref.memory.tune import choose_sizes
 from qpref.policy.load import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.training import checkpoint, optim
@@ -104,7 +104,9 @@ def metrics_bytes(kept: checkpoint.Checkpoint, folder: RunFolder) -> int:
 
 def settled(prepared: Prepared) -> int:
     """The tokens per micro-batch that the recipe says or leaves to the memory; layers to checkpoint likewise."""
-    return settle(prepared.policy, prepared.plan.recipe, prepared.base.path, prepared.examples, prepared.memory_limit)
+    return choose_sizes(
+        prepared.policy, prepared.plan.recipe, prepared.base.path, prepared.examples, prepared.memory_limit
+    )
 
 
 def asked_sizes(prepared: Prepared) -> list[object]:

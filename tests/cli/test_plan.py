@@ -105,8 +105,8 @@ def test_what_is_missing_is_assumed_at_its_longest(write_recipe):
 
 def test_a_large_file_is_sampled_and_its_longest_rows_are_found(write_recipe, tmp_path, monkeypatch):
     """Row 7 is the longest and not among every third row."""
-    monkeypatch.setattr("qpref.cli.plan.MOST_TOKENIZED", 4)
-    monkeypatch.setattr("qpref.cli.plan.LONGEST_TOKENIZED", 1)
+    monkeypatch.setattr("qpref.memory.planned_data.MOST_TOKENIZED", 4)
+    monkeypatch.setattr("qpref.memory.planned_data.LONGEST_TOKENIZED", 1)
     recipe = write_recipe({"data.max_length": 500, "train.tokens_per_microbatch": "auto", "train.batch_size": 1})
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     rows[7]["chosen"] = "It is eight. " * 20
@@ -139,7 +139,7 @@ def test_work_is_that_of_the_steps_and_one_reference_pass(write_recipe):
     assert two - one == pytest.approx(none)
 
 
-def test_hours_are_said_only_at_a_given_speed(write_recipe):
+def test_hours_are_predicted_only_at_a_given_speed(write_recipe):
     recipe = write_recipe()
     assert "hours" not in facts(recipe)
     found = facts(recipe, "--tflops", "2")
@@ -166,12 +166,12 @@ def test_a_shape_can_be_named(write_recipe, make_base):
     assert facts(recipe, "--shape", make_base(num_hidden_layers=3))["shape"]["layers"] == 3
 
 
-def test_auto_is_chosen_and_said(write_recipe):
+def test_auto_is_chosen_and_printed(write_recipe):
     recipe = write_recipe({"train.tokens_per_microbatch": "auto", "train.gradient_checkpointing": "auto"})
     done = plan(recipe, "--shape", "Qwen2.5-7B", "--vram", "10GiB", "--set", "model.quantization=nf4",
                 "--set", "model.dtype=bf16", "--set", "train.batch_size=12").stdout  # fmt: skip
     assert re.search(r"tokens per micro-batch  \d+  \(auto\)", done)
-    assert re.search(r"checkpointed layers     \d+ of 28  \(auto\)", done)
+    assert re.search(r"recomputed layers       \d+ of 28  \(auto\)", done)
     assert "(the recipe's)" in plan(write_recipe()).stdout
 
 
@@ -204,19 +204,19 @@ def test_a_base_of_unknown_size_names_the_way_out(write_recipe):
     assert "--shape FOLDER" in done.stderr
 
 
-def test_mistakes_of_the_recipe_are_told_as_always(write_recipe, tmp_path):
+def test_mistakes_of_the_recipe_are_reported_as_by_train(write_recipe, tmp_path):
     assert "[train] epochs" in plan(write_recipe({"train.epochs": 0}), code=2).stderr
     assert "no such recipe" in plan(tmp_path / "none.toml", code=2).stderr
     assert "batch_size is 64, and there are 12" in plan(write_recipe({"train.batch_size": 64}), code=2).stderr
 
 
-def test_bad_rows_are_told_as_training_tells_them(write_recipe, tmp_path):
+def test_bad_rows_are_reported_as_by_train(write_recipe, tmp_path):
     recipe = write_recipe()
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     assert "train.jsonl:1" in plan(recipe, code=3).stderr
 
 
-def test_rows_that_are_all_too_long_are_told(write_recipe):
+def test_rows_that_are_all_too_long_are_an_error(write_recipe):
     recipe = write_recipe({"data.max_length": 4, "data.max_prompt_length": 2, "data.on_overflow": "drop"})
     assert "no example is left within [data] max_length" in plan(recipe, code=3).stderr
 

@@ -1,4 +1,4 @@
-"""What is predicted is what the code keeps: bytes counted on real models, and cases worked out by hand."""
+"""Predicted bytes are those that the code keeps: counted on real models, and worked out by hand."""
 
 import math
 from array import array
@@ -11,24 +11,15 @@ from conftest import peak_bytes
 from qpref.attention.register import BLOCKS
 from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK, kept_scores, segments
 from qpref.data.pack import pack
-from qpref.memory.costs import (
-    CONTEXT_BYTES,
-    TILE_ELEMENTS,
-    TILE_ROWS,
-    Setup,
-    Stream,
-    activation_bytes,
-    adapter_bytes,
-    head_bytes,
-    live_bytes,
-    memory,
-    optimizer_bytes,
-    weight_bytes,
-)
-from qpref.memory.fit import measure
+from qpref.memory.activations import TILE_ELEMENTS, TILE_ROWS, activation_bytes, head_bytes, live_bytes
+from qpref.memory.costs import adapter_bytes, optimizer_bytes, peak_memory, weight_bytes
 from qpref.memory.flops import forward_flops, step_flops
 from qpref.memory.known_shapes import named_config
+from qpref.memory.parts import CONTEXT_BYTES
+from qpref.memory.probe import measure_bytes
+from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape, read_shape
+from qpref.memory.stream import Stream
 from qpref.policy import logprobs
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
@@ -65,7 +56,7 @@ def a_batch(lengths=LENGTHS):
     examples = [
         TokenizedExample(
             prompt=array("i", [5] * prompt),
-            branches=tuple(array("i", [6 + place] * length) for place, length in enumerate(branches)),
+            branches=tuple(array("i", [6 + index] * length) for index, length in enumerate(branches)),
             truncated=(False,) * len(branches),
             weight=1.0,
             margin=0.0,
@@ -79,7 +70,7 @@ def a_batch(lengths=LENGTHS):
 def kept_bytes(policy, batch):
     """Bytes of all that autograd keeps for the backward pass of the batch's scores."""
     kept = []
-    total = measure(lambda: kept.append(completion_logprobs(policy, batch)), CPU)
+    total = measure_bytes(lambda: kept.append(completion_logprobs(policy, batch)), CPU)
     assert kept
     return total
 
@@ -90,13 +81,13 @@ def kept_bytes(policy, batch):
 @pytest.mark.parametrize("family", ["llama", "qwen", "mistral", "gemma3"])
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
 @pytest.mark.parametrize("size", [{}, MEDIUM], ids=["tiny", "medium"])
-@pytest.mark.parametrize("checkpointed", [0, 1, 2], ids=["none", "half", "all"])
-def test_activations_are_what_autograd_keeps(make_base, family, dtype, size, checkpointed):
-    setting = checkpointed or False
+@pytest.mark.parametrize("recomputed", [0, 1, 2], ids=["none", "half", "all"])
+def test_activations_are_what_autograd_keeps(make_base, family, dtype, size, recomputed):
+    setting = recomputed or False
     recipe = a_recipe(make_base(family, **size), dtype, train={"gradient_checkpointing": setting})
     policy, shape, setup = load(recipe)
     batch = a_batch()
-    predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), checkpointed)
+    predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), recomputed)
     # Gemma's layers differ in their windows, so in their masks; in blocks less is kept where a window hides keys.
     off = 0.06 if family == "gemma3" or (family == "mistral" and setup.in_blocks) else 0.001
     assert predicted == pytest.approx(kept_bytes(policy, batch), rel=off)
@@ -125,13 +116,13 @@ def test_the_peak_of_a_whole_step_is_as_predicted(make_base):
         completion_logprobs(policy, batch).values.sum().backward()
 
     step()  # gradients are there from now on
-    for checkpointed in (1, 3, 4):
-        policy.recompute_layers(checkpointed)
-        part = memory(shape, setup, stream, checkpointed)
+    for recomputed in (1, 3, 4):
+        policy.recompute_layers(recomputed)
+        part = peak_memory(shape, setup, stream, recomputed)
         assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak_bytes(step), rel=0.06)
 
 
-def test_the_scores_of_a_long_stretch_count(make_base):
+def test_the_scores_of_a_long_segment_count(make_base):
     """Beside them all else is small."""
     size = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 2}
     policy, shape, setup = load(a_recipe(make_base("llama", **size, max_position_embeddings=4096)))
@@ -143,7 +134,7 @@ def test_the_scores_of_a_long_stretch_count(make_base):
         completion_logprobs(policy, batch).values.sum().backward()
 
     step()
-    part = memory(shape, replace(setup, in_blocks=True), Stream.of(lengths), 0)
+    part = peak_memory(shape, replace(setup, in_blocks=True), Stream.of(lengths), 0)
     assert part.activations + part.live == pytest.approx(peak_bytes(step), rel=0.06)
 
 
@@ -151,7 +142,7 @@ def test_the_last_layer_need_not_be_recomputed():
     """Its activations are needed as soon as the backward pass begins."""
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
     setup, stream = Setup(device="cuda"), Stream.of([(256, (768, 768))])
-    needs = [memory(shape, setup, stream, layers).total for layers in range(shape.num_layers + 1)]
+    needs = [peak_memory(shape, setup, stream, layers).total for layers in range(shape.num_layers + 1)]
     assert needs[:-1] == sorted(needs[:-1], reverse=True)
     assert needs[-1] >= needs[-2]
 
@@ -168,7 +159,7 @@ def test_flash_attention_on_a_gpu_by_hand():
         + 180 * 4 * 9  # log-sum-exp
         + 180 * 2 * 4 * 577  # two norms
     )
-    ends = 180 * 2 * 128 + 82 * (2 * 576 + 8)  # rotary tables; slopes and places of 51 + 31 scored tokens
+    ends = 180 * 2 * 128 + 82 * (2 * 576 + 8)  # rotary tables; gradients and indices of 51 + 31 scored tokens
     assert activation_bytes(shape, Setup(device="cuda"), stream, 0) == 30 * layer + ends
     recomputed = 29 * 180 * 2 * 576 + layer + 180 * 4 * 577 + ends
     assert activation_bytes(shape, Setup(device="cuda"), stream, 29) == recomputed
@@ -187,7 +178,7 @@ def test_attention_in_blocks_by_hand():
     assert blocks == flash + 30 * (9 * 2 * stream.kept_scores - copies - log_sums)
 
 
-def test_long_stretches_keep_no_softmax():
+def test_long_segments_keep_no_softmax():
     assert Stream.of([(1800, (249, 250))]).kept_scores == Stream.of([(1800, (249, 1))]).kept_scores
     assert Stream.of([(KEPT_KEYS + 1, (9, 9))]).kept_scores == 0
 
@@ -250,7 +241,9 @@ def test_weights_are_what_is_stored(make_base, family, model):
 def test_nf4_by_hand():
     """One matrix of 576 x 576: 5184 blocks of 64, 21 blocks of 256 scales."""
     shape = read_shape(named_config("SmolLM2-135M"), AdapterSection())
-    one = replace(shape, layers=(replace(shape.layers[0], linears=shape.layers[0].linears[:1]),), ends=0, rest=0)
+    one = replace(
+        shape, layers=(replace(shape.layers[0], linears=shape.layers[0].linears[:1]),), embeddings=0, other_parameters=0
+    )
     assert weight_bytes(one, Setup(device="cuda", double_quantization=True)) == 165_888 + 64 + 5184 + 21 * 4 + 1028
     assert weight_bytes(one, Setup(device="cuda", double_quantization=False)) == 165_888 + 64 + 5184 * 4
     assert weight_bytes(one, Setup(device="cuda", double_quantization=None)) == 331_776 * 2
@@ -265,7 +258,7 @@ def test_a_cpu_holds_scales_unpacked():
 
 def test_a_7b_model_takes_a_little_over_four_bits_a_weight():
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
-    matrices = weight_bytes(replace(shape, ends=0, rest=0), Setup(device="cuda"))
+    matrices = weight_bytes(replace(shape, embeddings=0, other_parameters=0), Setup(device="cuda"))
     assert 8 * matrices / shape.matmul_parameters == pytest.approx(4.127, abs=0.001)
 
 
@@ -330,7 +323,7 @@ def test_sharing_a_prompt_costs_less():
     groups = [(1600, (150, 150))]
     shared, rows = Stream.of(groups), Stream.of(groups, shared=False)
     assert (shared.tokens, rows.tokens) == (1600 + 2 * 149, 2 * (1600 + 149))
-    assert shared.attended < rows.attended
+    assert shared.attended_scores < rows.attended_scores
 
 
 # Shapes of the whole
@@ -341,13 +334,13 @@ def test_sharing_a_prompt_costs_less():
 def test_more_tokens_take_more_memory(device, layers):
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
     stream = Stream.of([(256, (768, 768))])
-    needs = [memory(shape, Setup(device=device), stream.of_tokens(n), layers).total for n in range(512, 9000, 700)]
+    needs = [peak_memory(shape, Setup(device=device), stream.scaled_to(n), layers).total for n in range(512, 9000, 700)]
     assert needs == sorted(set(needs))
 
 
 def test_the_total_is_the_sum_of_what_is_there_at_once():
     shape = read_shape(named_config("SmolLM2-135M"), AdapterSection())
-    part = memory(shape, Setup(device="cuda"), Stream.of([(100, (50, 30))]), 10)
+    part = peak_memory(shape, Setup(device="cuda"), Stream.of([(100, (50, 30))]), 10)
     used = part.weights + part.adapters + part.optimizer + part.activations + max(part.live, part.head_tile)
     assert part.total == used + CONTEXT_BYTES + math.floor(0.03 * used)
 
@@ -359,7 +352,7 @@ def test_the_heads_tile_is_that_of_the_code():
 def test_the_heads_tile_by_hand():
     """1024 rows of 2048 columns; 2048 scored positions of width 3584, on a GPU and in bf16."""
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
-    stream = replace(Stream.of([(10, (1024, 1024))]), scored=2048)
+    stream = replace(Stream.of([(10, (1024, 1024))]), scored_tokens=2048)
     expected = 2**21 * (4 + 4 + 2) + 16 * 1024 * 3584 + 2048 * 3584 * (4 + 4 + 2)
     assert head_bytes(shape, Setup(device="cuda"), stream) == expected
 

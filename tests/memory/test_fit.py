@@ -10,22 +10,16 @@ import torch
 
 from qpref.data.pack import pack
 from qpref.errors import RecipeError
-from qpref.memory.costs import GIB, Setup, Stream, memory
-from qpref.memory.fit import (
-    MOST_TOKENS,
-    USEFUL_TOKENS,
-    Probe,
-    Settings,
-    Workload,
-    choose,
-    corrected,
-    measure,
-    memory_limit,
-    needed,
-    parse_bytes,
-)
+from qpref.memory.costs import peak_memory
+from qpref.memory.demand import Demand, Workload
+from qpref.memory.fit import MOST_TOKENS, USEFUL_TOKENS, fit_memory
 from qpref.memory.known_shapes import named_config
+from qpref.memory.limit import memory_limit, parse_bytes
+from qpref.memory.parts import GIB
+from qpref.memory.probe import Probe, corrected, measure_bytes
+from qpref.memory.setup import Setup
 from qpref.memory.shape import read_shape
+from qpref.memory.stream import Stream
 from qpref.recipe.sections import AdapterSection, Recipe
 from qpref.records import Source, TokenizedExample
 
@@ -39,38 +33,44 @@ def shape():
     return read_shape(named_config("Qwen2.5-7B"), AdapterSection())
 
 
-def settings(device="cuda", tokens=None, checkpointed=None, **setup):
-    return Settings(setup=Setup(device=device, **setup), tokens=tokens, checkpointed=checkpointed)
+def demand(shape, device="cuda", *, tokens=None, layers=None, load=None, **setup):
+    return Demand(
+        shape=shape,
+        setup=Setup(device=device, **setup),
+        workload=load or data(),
+        fixed_tokens=tokens,
+        fixed_layers=layers,
+    )
 
 
 def data(batch_size=16, pairs=(PAIR,)):
     return Workload.of(pairs, batch_size)
 
 
-def need(shape, how, tokens, layers, load=None):
-    return needed(shape, how, load or data(), tokens, layers).total
+def need(how, tokens, layers):
+    return how.peak(tokens, layers).total
 
 
-def choose_tight(shape):
-    return choose(shape, settings(), 5 * GIB, data())
+def tight_fit(shape):
+    return fit_memory(demand(shape), 5 * GIB)
 
 
 # The choice
 
 
 def test_all_is_kept_where_there_is_room(shape):
-    fit = choose(shape, settings(), 200 * GIB, data())
+    fit = fit_memory(demand(shape), 200 * GIB)
     assert (fit.fits, fit.recomputed_layers, fit.tokens_per_microbatch) == (True, 0, MOST_TOKENS["cuda"])
 
 
 @pytest.mark.parametrize("layers", [0, 1, 13, 27])
 def test_the_border_is_exact(shape, layers):
     """A limit that a useful micro-batch just fits is enough; one byte less takes one more recomputed layer."""
-    exact = need(shape, settings(), USEFUL_TOKENS["cuda"], layers)
-    fit = choose(shape, settings(), exact, data())
+    exact = need(demand(shape), USEFUL_TOKENS["cuda"], layers)
+    fit = fit_memory(demand(shape), exact)
     assert (fit.recomputed_layers, fit.tokens_per_microbatch) == (layers, USEFUL_TOKENS["cuda"])
     assert fit.memory.total == exact
-    short = choose(shape, settings(), exact - 1, data())
+    short = fit_memory(demand(shape), exact - 1)
     if layers < 27:
         assert short.recomputed_layers == layers + 1
     else:
@@ -79,22 +79,22 @@ def test_the_border_is_exact(shape, layers):
 
 
 def test_the_smallest_limit_is_that_of_the_longest_example(shape):
-    exact = need(shape, settings(), LONGEST, 27)
-    fit = choose(shape, settings(), exact, data())
+    exact = need(demand(shape), LONGEST, 27)
+    fit = fit_memory(demand(shape), exact)
     assert (fit.fits, fit.tokens_per_microbatch, fit.recomputed_layers) == (True, LONGEST, 27)
-    assert not choose(shape, settings(), exact - 1, data()).fits
+    assert not fit_memory(demand(shape), exact - 1).fits
 
 
 @pytest.mark.parametrize("gib", [8, 10, 12, 16, 24, 40, 80])
 def test_what_is_chosen_fits(shape, gib):
-    fit = choose(shape, settings(dropout=0.05), gib * GIB, data())
+    fit = fit_memory(demand(shape, dropout=0.05), gib * GIB)
     assert fit.fits
     assert fit.memory.total <= gib * GIB
     assert LONGEST <= fit.tokens_per_microbatch <= MOST_TOKENS["cuda"]
 
 
 def test_more_memory_never_recomputes_more(shape):
-    fits = [choose(shape, settings(), gib * GIB, data()) for gib in range(8, 48, 4)]
+    fits = [fit_memory(demand(shape), gib * GIB) for gib in range(8, 48, 4)]
     layers = [fit.recomputed_layers for fit in fits]
     assert layers == sorted(layers, reverse=True)
     assert layers[0] > layers[-1]
@@ -102,34 +102,34 @@ def test_more_memory_never_recomputes_more(shape):
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_a_micro_batch_is_never_more_than_a_step(shape, batch_size):
-    fit = choose(shape, settings(), 200 * GIB, data(batch_size=batch_size))
+    fit = fit_memory(demand(shape, load=data(batch_size=batch_size)), 200 * GIB)
     assert fit.tokens_per_microbatch == batch_size * LONGEST
 
 
 def test_a_micro_batch_holds_the_longest_example(shape):
     pairs = [(10, (20, 20))] * 50 + [(1000, (4000, 4000))]
-    fit = choose(shape, settings(), 200 * GIB, data(batch_size=1, pairs=pairs))
+    fit = fit_memory(demand(shape, load=data(batch_size=1, pairs=pairs)), 200 * GIB)
     assert fit.tokens_per_microbatch == 1000 + 2 * 3999
 
 
 def test_a_cpu_takes_smaller_micro_batches():
     small = read_shape(named_config("SmolLM2-135M"), AdapterSection())
-    fit = choose(small, settings("cpu"), 64 * GIB, data(pairs=[(50, (60, 60))], batch_size=64))
+    fit = fit_memory(demand(small, "cpu", load=data(pairs=[(50, (60, 60))], batch_size=64)), 64 * GIB)
     assert (fit.tokens_per_microbatch, fit.recomputed_layers) == (MOST_TOKENS["cpu"], 0)
 
 
 def test_the_recipes_numbers_stand(shape):
-    tokens = choose(shape, settings(tokens=2500), 24 * GIB, data())
+    tokens = fit_memory(demand(shape, tokens=2500), 24 * GIB)
     assert (tokens.fits, tokens.tokens_per_microbatch) == (True, 2500)
-    layers = choose(shape, settings(checkpointed=28), 24 * GIB, data())
+    layers = fit_memory(demand(shape, layers=28), 24 * GIB)
     assert layers.recomputed_layers == 28
     assert layers.tokens_per_microbatch > USEFUL_TOKENS["cuda"]
-    both = choose(shape, settings(tokens=8192, checkpointed=0), 24 * GIB, data())
+    both = fit_memory(demand(shape, tokens=8192, layers=0), 24 * GIB)
     assert (both.fits, both.tokens_per_microbatch, both.recomputed_layers) == (False, 8192, 0)
 
 
 def test_a_budget_below_the_longest_example_still_has_to_hold_it(shape):
-    assert need(shape, settings(), 100, 28) == need(shape, settings(), LONGEST, 28)
+    assert need(demand(shape), 100, 28) == need(demand(shape), LONGEST, 28)
 
 
 @pytest.mark.parametrize(
@@ -142,20 +142,19 @@ def test_a_budget_below_the_longest_example_still_has_to_hold_it(shape):
         ({"gradient_checkpointing": 99}, None, 28),
     ],
 )
-def test_settings_are_the_recipes(shape, make_recipe, train, tokens, layers):
+def test_a_demand_keeps_the_recipes_numbers(shape, make_recipe, train, tokens, layers):
     document = make_recipe() | {"train": train}
     recipe = Recipe.model_validate(document)
-    found = Settings.of(recipe, Setup.of(recipe, "cpu", shape), shape)
-    assert (found.tokens, found.checkpointed) == (tokens, layers)
-    assert (found.setup.width, found.setup.double_quantization) == (4, None)
+    found = Demand.of(recipe, shape, Setup.of(recipe, "cpu", shape), data())
+    assert (found.fixed_tokens, found.fixed_layers) == (tokens, layers)
+    assert (found.setup.dtype_bytes, found.setup.double_quantization) == (4, None)
 
 
 # Advice
 
 
 def test_advice_says_what_each_change_saves_most_first(shape):
-    how = settings(tokens=8192, checkpointed=0, double_quantization=False)
-    fit = choose(shape, how, 5 * GIB, data())
+    fit = fit_memory(demand(shape, tokens=8192, layers=0, double_quantization=False), 5 * GIB)
     assert not fit.fits
     *changes, last = fit.advice
     saved = [float(re.search(r"saves ([\d.]+) GiB", change)[1]) for change in changes]
@@ -170,48 +169,48 @@ def test_advice_says_what_each_change_saves_most_first(shape):
     ):
         assert change in text
     assert re.fullmatch(r"or a base of about [\d.]+ billion parameters", last)
-    assert any(change.startswith("[data] max_length 1024 -> 512 saves") for change in choose_tight(shape).advice)
+    assert any(change.startswith("[data] max_length 1024 -> 512 saves") for change in tight_fit(shape).advice)
 
 
 def test_what_advice_says_of_a_change_is_so(shape):
     """Double quantization, by the difference of the two totals."""
-    plain, doubled = settings(double_quantization=False), settings(double_quantization=True)
-    (line,) = (line for line in choose(shape, plain, 5 * GIB, data()).advice if "double_quantization" in line)
-    difference = need(shape, plain, LONGEST, 27) - need(shape, doubled, LONGEST, 27)
+    plain, doubled = (demand(shape, double_quantization=double) for double in (False, True))
+    (line,) = (line for line in fit_memory(plain, 5 * GIB).advice if "double_quantization" in line)
+    difference = need(plain, LONGEST, 27) - need(doubled, LONGEST, 27)
     assert line == f"[model] double_quantization = true saves {difference / GIB:.2f} GiB"
 
 
 def test_advice_for_a_base_that_isnt_quantized(shape):
-    advice = choose(shape, settings(width=4, double_quantization=None), 5 * GIB, data()).advice
+    advice = fit_memory(demand(shape, dtype_bytes=4, double_quantization=None), 5 * GIB).advice
     assert advice[0].startswith('[model] quantization = "nf4" saves')
     assert any(line.startswith('[model] dtype = "bf16" saves') for line in advice)
-    assert choose(shape, settings(), 200 * GIB, data()).advice == ()
+    assert fit_memory(demand(shape), 200 * GIB).advice == ()
 
 
 # Probes
 
 
+def probed(how, stream, measured_bytes):
+    return corrected(how, Probe(stream=stream, recomputed_layers=14, measured_bytes=measured_bytes))
+
+
 def test_a_probe_as_predicted_changes_nothing(shape):
-    stream = Stream.of([PAIR] * 2)
-    part = memory(shape, settings().setup, stream, 14)
-    probe = Probe(stream=stream, checkpointed=14, measured=part.activations + max(part.live, part.head_tile))
-    assert corrected(shape, settings(), 24 * GIB, data(), probe) == choose(shape, settings(), 24 * GIB, data())
+    how, stream = demand(shape), Stream.of([PAIR] * 2)
+    part = peak_memory(shape, how.setup, stream, 14)
+    after = probed(how, stream, part.activations + max(part.live, part.head_tile))
+    assert fit_memory(after, 24 * GIB) == fit_memory(how, 24 * GIB)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_probe_that_took_more_recomputes_more(shape, device):
-    stream, limit = Stream.of([PAIR] * 2), (12 if device == "cpu" else 24) * GIB
-    before = choose(shape, settings(device), limit, data())
-    part = memory(shape, settings(device).setup, stream, 14)
+    how, stream, limit = demand(shape, device), Stream.of([PAIR] * 2), (12 if device == "cpu" else 24) * GIB
+    before = fit_memory(how, limit)
+    part = peak_memory(shape, how.setup, stream, 14)
     expected = part.activations + (max(part.live, part.head_tile) if device == "cuda" else 0)
-    after = corrected(
-        shape, settings(device), limit, data(), Probe(stream=stream, checkpointed=14, measured=expected * 3 // 2)
-    )
+    after = fit_memory(probed(how, stream, expected * 3 // 2), limit)
     assert after.recomputed_layers > before.recomputed_layers
     assert after.memory.total <= limit
-    less = corrected(
-        shape, settings(device), limit, data(), Probe(stream=stream, checkpointed=14, measured=expected // 2)
-    )
+    less = fit_memory(probed(how, stream, expected // 2), limit)
     assert less.recomputed_layers < before.recomputed_layers
 
 
@@ -223,7 +222,7 @@ def test_measuring_counts_each_kept_tensor_once_and_no_parameter():
         hidden = (x @ weight).exp()  # keeps x, the weight, and the result
         (hidden * hidden.detach()).sum().backward()  # keeps the result once more
 
-    assert measure(run_once, CPU) == 3 * 7 * 4 + 3 * 5 * 4
+    assert measure_bytes(run_once, CPU) == 3 * 7 * 4 + 3 * 5 * 4
 
 
 def test_a_workload_is_that_of_the_packed_stream():
@@ -242,10 +241,10 @@ def test_a_workload_is_that_of_the_packed_stream():
     ]
     batch, load = pack(examples, CPU), Workload.of(lengths, 2)
     assert load.typical.tokens == batch.num_tokens
-    assert load.typical.scored == batch.score_at.numel()
+    assert load.typical.scored_tokens == batch.score_at.numel()
     assert load.step_tokens == math.ceil(batch.num_tokens / 3 * 2)
     assert load.longest.tokens == pack(examples[:1], CPU).num_tokens
-    assert load.lengths == lengths[0]
+    assert load.longest_lengths == lengths[0]
 
 
 # The limit

@@ -99,10 +99,10 @@ def test_a_shape_has_the_models_own_parameters_layers_and_adapters(make_base, fa
         for name, module in base.named_modules()
         if type(module) is torch.nn.Linear and ".layers." in name and "lora_" not in name
     }
-    places = [name for name, module in base.named_modules() if name.count(".") == 2 and ".layers." in name]
+    prefixes = [name for name, module in base.named_modules() if name.count(".") == 2 and ".layers." in name]
     found = {
-        f"{place}.{linear.name}": (linear.outputs, linear.inputs)
-        for place, layer in zip(places, shape.layers, strict=True)
+        f"{prefix}.{linear.name}": (linear.outputs, linear.inputs)
+        for prefix, layer in zip(prefixes, shape.layers, strict=True)
         for linear in layer.linears
     }
     assert found == linears
@@ -152,7 +152,7 @@ def test_an_unknown_shape_is_refused_with_those_that_are_known():
 def test_a_base_of_unknown_shape_that_cannot_be_reached_names_the_way_out(base):
     with pytest.raises(PolicyError, match=r"strange|no good") as caught:
         base_config(section(base))
-    assert caught.value.hint.startswith("say how large it is: --shape FOLDER")
+    assert caught.value.hint.startswith("give its size: --shape FOLDER")
 
 
 def test_a_config_that_isnt_one_is_refused(tmp_path):
@@ -176,12 +176,12 @@ def test_a_start_adapter_brings_its_own_rank_and_targets(tmp_path):
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_a_base_that_is_4_bit_already_is_known_as_such(make_base, tmp_path, double):
+def test_a_base_that_is_stored_in_4_bit_is_recognized(make_base, tmp_path, double):
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": double}
     config = json.loads((make_base() / "config.json").read_text()) | {"quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_shape(section(tmp_path), AdapterSection()).quantized is double
-    assert model_shape(section(make_base()), AdapterSection()).quantized is None
+    assert model_shape(section(tmp_path), AdapterSection()).double_quantization is double
+    assert model_shape(section(make_base()), AdapterSection()).double_quantization is None
 
 
 def test_capped_scores_cannot_share_prompts_and_windows_are_read():

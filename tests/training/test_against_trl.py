@@ -20,6 +20,7 @@ import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, preference_rows, write_jsonl
 
 from qpref.data.load import load_rows
+from qpref.data.order import step_order
 from qpref.hooks.types import SinkContext
 from qpref.policy.reference import ReferenceStore, row_keys
 from qpref.recipe.resolve import make_plan
@@ -170,7 +171,7 @@ def conversation(row: dict[str, object]) -> dict[str, list[dict[str, object]]]:
 
 def both(loss: str, base: Path, folder: Path) -> Trajectories:
     prepared = prepare(loss, base, folder)
-    order = [optim.step_order(BATCH * STEPS, BATCH, 0, step) for step in range(STEPS)]
+    order = [step_order(BATCH * STEPS, BATCH, 0, step) for step in range(STEPS)]
     start = {name: value.detach().clone() for name, value in prepared.policy.trained_parameters().items()}
     ours, memory = train_ours(prepared, folder)
     rows = preference_rows(BATCH * STEPS)

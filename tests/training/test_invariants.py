@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import qpref
 from qpref.data.load import load_rows
+from qpref.data.order import step_order
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PluginError, PolicyError
@@ -59,7 +60,7 @@ def first_losses(prepared: Prepared) -> list[float]:
     train = prepared.plan.recipe.train
     optim.seed_step(train.seed, 0)
     prepared.policy.model.train()
-    places = optim.step_order(len(prepared.examples), train.batch_size, train.seed, 0)
+    places = step_order(len(prepared.examples), train.batch_size, train.seed, 0)
     batch = pack([prepared.examples[place] for place in places], prepared.policy.device)
     reference = ReferenceStore().logprobs(prepared.policy, batch)
     inputs = prepared.loss.inputs(batch, prepared.loss.score(prepared.policy, batch), reference)

@@ -1,9 +1,8 @@
-"""Schedules, the order of the data, and optimizers whose state survives a save to the bit."""
+"""Schedules, and optimizers whose state survives a save to the bit."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,38 +56,6 @@ def test_warmup_of_the_whole_run_never_stands_still():
 @pytest.mark.parametrize("total", [1, 2, 7])
 def test_every_step_of_every_schedule_moves(schedule, total):
     assert min(rates(total, schedule=schedule, warmup_ratio=0.1)) > 0
-
-
-@pytest.mark.parametrize(("examples", "batch"), [(12, 4), (13, 4), (3, 3), (5, 1), (1000, 7)])
-def test_each_epoch_trains_on_every_example_once(examples, batch):
-    steps = optim.steps_per_epoch(examples, batch)
-    for epoch in (0, 1, 5):
-        order = [optim.step_order(examples, batch, 0, epoch * steps + step) for step in range(steps)]
-        assert Counter(place for places in order for place in places) == Counter(range(examples))
-
-
-def test_all_steps_but_an_epochs_last_are_full():
-    lengths = [len(optim.step_order(13, 4, 0, step)) for step in range(8)]
-    assert lengths == [4, 4, 4, 1, 4, 4, 4, 1]
-
-
-def test_order_is_a_pure_function_of_its_arguments():
-    before = [optim.step_order(50, 8, 3, step) for step in range(21)]
-    torch.manual_seed(99)
-    assert [optim.step_order(50, 8, 3, step) for step in reversed(range(21))] == before[::-1]
-
-
-def test_order_changes_with_the_epoch_and_the_seed():
-    orders = [tuple(optim.step_order(50, 50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)]
-    assert len(set(orders)) == 4
-
-
-def test_total_steps_are_those_of_the_epochs_or_max_steps_if_less():
-    # ceil(13 / 4) = 4 steps an epoch
-    totals = [
-        optim.total_steps(TrainSection(epochs=3, batch_size=4, max_steps=limit), 13) for limit in (None, 5, 12, 100)
-    ]
-    assert totals == [12, 5, 12, 12]
 
 
 def test_seed_step_repeats_every_generator():

@@ -20,8 +20,8 @@ from torch import Tensor
 import qpref
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import DeviceMemoryError
-from qpref.memory import shrink as room
-from qpref.memory.shrink import smaller_budget
+from qpref.memory import tune
+from qpref.memory.tune import smaller_budget
 from qpref.policy.load import Policy, load_policy, recomputed_layers
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceStore
@@ -42,7 +42,7 @@ BUDGET = 80
 NUM_PARTS = 3
 
 
-def test_the_examples_make_so_many_micro_batches_before_and_after():
+def test_the_examples_make_three_micro_batches_and_seven_after_halving():
     assert [len(part) for part in split_by_tokens(EXAMPLES, BUDGET)] == [2, 3, 3]
     assert [len(part) for part in split_by_tokens(EXAMPLES, BUDGET // 2)] == [1, 1, 1, 1, 1, 1, 2]
 
@@ -84,10 +84,10 @@ def randomize(policy: Policy) -> None:
 
 @dataclass
 class Device:
-    """The memory of a device, as far as a test wants it: asked in the middle of each pass through the model.
+    """A device's memory as a test wants it, checked in the middle of each pass through the model.
 
     Attributes:
-        fits: told the phase of a pass and how many of that phase there have been; says whether there is memory for it.
+        fits: takes the phase of a pass and the number of passes of that phase so far; returns whether memory suffices.
         passes: of each phase so far.
         refused: passes that had no memory.
     """
@@ -183,7 +183,7 @@ def test_a_step_that_ran_out_of_memory_again_and_again_is_the_step_that_did_not(
     assert [line.split()[3] for line in said] == ["125", "62", "31", "all"]
 
 
-def test_what_the_reference_said_before_the_memory_ran_out_is_kept(make_trainer):
+def test_reference_scores_from_before_memory_ran_out_are_kept(make_trainer):
     trainer = make_trainer()
     Device(trainer.policy, once("forward", NUM_PARTS))
     gradients(trainer)
@@ -199,7 +199,7 @@ def test_the_policy_is_itself_again_after_its_reference_ran_out_of_memory(make_t
     assert torch.equal(*(completion_logprobs(each.policy, batch).values for each in (plain, trainer)))
 
 
-def test_an_example_that_is_too_large_by_itself_has_all_layers_checkpointed(make_trainer, said):
+def test_an_example_that_is_too_large_by_itself_has_all_layers_recomputed(make_trainer, said):
     plain, short = make_trainer(), make_trainer()
     wanted, tried = gradients(plain), []
 
@@ -214,7 +214,7 @@ def test_an_example_that_is_too_large_by_itself_has_all_layers_checkpointed(make
     # At 40 tokens two examples share a micro-batch, but the largest micro-batch is one example.
     assert tried[:3] == [(80, 0), (40, 0), (40, 2)]
     assert set(tried[3:]) == {(40, 2)}
-    assert said[-1] == "out of memory: all layers are checkpointed now; the step is repeated"
+    assert said[-1] == "out of memory: all layers are recomputed from here on; the step is repeated"
 
 
 def test_an_example_that_is_too_large_even_so_is_an_error(make_trainer):
@@ -261,7 +261,7 @@ def test_a_training_step_that_ran_out_of_memory_leaves_the_held_out_rows_budget(
     assert (trainer.heldout_budget, trainer.progress.budget) == (BUDGET, BUDGET // 2)
 
 
-def test_a_held_out_example_that_is_too_large_is_an_error_and_checkpoints_nothing(make_trainer):
+def test_a_held_out_example_that_is_too_large_is_an_error_and_recomputes_nothing(make_trainer):
     trainer = make_trainer()
     Device(trainer.policy, lambda phase, count: phase != "scoring")
     trainer.policy.model.train()
@@ -377,7 +377,7 @@ def test_a_smaller_budget_is_remembered_over_a_resume(train, dying_after_step_2,
     assert [state_of(folder, step)["budget"] for step in (2, 3)] == [200, 200]
 
 
-def test_checkpointed_layers_are_remembered_over_a_resume(train, dying_after_step_2):
+def test_recomputed_layers_are_remembered_over_a_resume(train, dying_after_step_2):
     with pytest.raises(Killed):
         train("run", ShortOnce(1, "backward"), tokens_per_microbatch=1)  # an example each: no budget is smaller
     dying_after_step_2.undo()
@@ -419,7 +419,7 @@ def smaller(examples: Sequence[TokenizedExample], budget: int, shared: bool = Tr
         return split_by_tokens(*call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "split_by_tokens", split)
+        patch.setattr(tune, "split_by_tokens", split)
         return smaller_budget(examples, budget, shared)
 
 
@@ -452,7 +452,7 @@ def test_smaller_budgets_shrink_the_largest_part_until_it_is_no_larger_than_an_e
     assert smaller(examples, budget, shared) is None
 
 
-# Checkpointed layers.
+# Recomputed layers.
 
 
 @pytest.fixture
@@ -475,12 +475,12 @@ def step(policy: Policy) -> tuple[list[int], dict[str, Tensor]]:
     """How often each layer computes its attention in one step, and the gradients, under the same dropout."""
     counts = [0] * policy.num_layers
 
-    def count(place: int) -> None:
-        counts[place] += 1
+    def count(index: int) -> None:
+        counts[index] += 1
 
     hooks = [
-        layer.self_attn.register_forward_hook(lambda *call, place=place: count(place))
-        for place, layer in enumerate(policy.decoder.layers)
+        layer.self_attn.register_forward_hook(lambda *call, index=index: count(index))
+        for index, layer in enumerate(policy.decoder.layers)
     ]
     torch.manual_seed(9)
     policy.model.zero_grad(set_to_none=True)
@@ -491,7 +491,7 @@ def step(policy: Policy) -> tuple[list[int], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_just_so_many_layers_are_computed_again_to_the_same_gradients(count, deep):
+def test_just_so_many_layers_are_recomputed_to_the_same_gradients(count, deep):
     policy = deep(False)
     once_each, wanted = step(policy)
     assert once_each == [1, 1, 1]
@@ -502,14 +502,14 @@ def test_just_so_many_layers_are_computed_again_to_the_same_gradients(count, dee
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_checkpointed_layers_can_become_fewer(deep):
+def test_recomputed_layers_can_become_fewer(deep):
     policy = deep(True)
     for count in (3, 1, 0):
         policy.recompute_layers(count)
         assert step(policy)[0] == [2] * count + [1] * (3 - count)
 
 
-def test_each_checkpointed_layer_keeps_less_of_their_activations(deep):
+def test_each_recomputed_layer_keeps_less_of_their_activations(deep):
     policy, held = deep(False), []
     for count in range(4):
         policy.recompute_layers(count)
@@ -527,7 +527,7 @@ def test_each_checkpointed_layer_keeps_less_of_their_activations(deep):
 
 
 @pytest.mark.parametrize(("setting", "count"), [(False, 0), (True, 3), (1, 1), (2, 2), (7, 3), ("auto", 3)])
-def test_a_recipe_says_how_many_layers_are_checkpointed(setting, count, deep):
+def test_a_recipe_says_how_many_layers_are_recomputed(setting, count, deep):
     assert deep(setting).recomputed_layers == count
     assert recomputed_layers(setting, 3) == count
 

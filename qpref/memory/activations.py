@@ -1,0 +1,151 @@
+"""Bytes that grow with a micro-batch: activations, the backward pass of one layer, and the scoring of responses.
+
+Symbols in comments and docstrings, each for one token and layer: H hidden width, Q and K width of all queries and of
+all keys, I width inside the MLP, b bytes of a number in the recipe's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK
+from qpref.memory.setup import Setup
+from qpref.memory.shape import Layer, Linear, ModelShape
+from qpref.memory.stream import Stream
+
+TILE_ELEMENTS, TILE_ROWS = 2**21, 1024
+"""As in `qpref.policy.logprobs`, which cannot be imported without torch; a test compares the two."""
+
+
+def activation_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int) -> int:
+    """Count what autograd keeps for the backward pass when the first `recomputed` layers are recomputed.
+
+    The first layer counts like the others, although it keeps less where nothing before its MLP has an adapter.
+    """
+    kept = shape.layers[recomputed:]
+    total = sum(_layer_bytes(layer, shape, setup, stream) for layer in kept)
+    total += recomputed * setup.dtype_bytes * shape.hidden * stream.tokens
+    norm = _norm_bytes((shape.hidden, 1)) * stream.tokens
+    total += norm  # the final one
+    if recomputed == 0:
+        total -= norm  # the embeddings have no gradient, so the first norm keeps nothing
+    if kept:
+        total += setup.dtype_bytes * shape.rotary * stream.tokens
+    return int(total + stream.scored_tokens * _head_row_bytes(shape, setup))
+
+
+def _head_row_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Bytes of a scored position: hidden state's gradient, index, and what a head with an adapter keeps."""
+    own = setup.dtype_bytes * shape.hidden + 8
+    return own + (shape.head_rank and (setup.dtype_bytes + 4) * shape.hidden + 4 * (3 * shape.head_rank + 1))
+
+
+def _layer_bytes(layer: Layer, shape: ModelShape, setup: Setup, stream: Stream) -> float:
+    """Bytes that autograd keeps of one layer that isn't recomputed."""
+    b, linears = setup.dtype_bytes, layer.linears
+    adapted = [linear for linear in linears if linear.rank]
+    numbers = sum(linear.rank for linear in adapted)  # the low-rank products
+    for part in (True, False):
+        readers = {linear.inputs for linear in adapted if linear.in_attention == part and linear.reads_residual}
+        numbers += max(readers, default=0)  # layers that read the same input share one copy
+    writers = [linear for linear in adapted if not linear.reads_residual]
+    # Flash attention's result is itself the output projection's input.
+    numbers += sum(linear.inputs for linear in writers if not (linear.in_attention and _is_flash(shape, setup)))
+    numbers += _mlp_numbers([linear for linear in linears if not linear.in_attention])
+    total = b * numbers * stream.tokens + _attention_bytes(shape, setup, stream)
+    total += sum(_norm_bytes(norm) for norm in layer.norms) * stream.tokens
+    if setup.dropout:
+        total += sum(linear.inputs for linear in adapted) * stream.tokens
+    return total
+
+
+def _norm_bytes(norm: tuple[int, int]) -> int:
+    """Bytes a token: the norm's float32 input, and the inverse root mean square of each group."""
+    return 4 * sum(norm)
+
+
+def _mlp_numbers(linears: Sequence[Linear]) -> int:
+    """Count what the activation function and its product with the gate keep: gate, activated gate and up, I each."""
+    outer = sum(linear.outputs for linear in linears if linear.reads_residual)
+    inner = max((linear.inputs for linear in linears if not linear.reads_residual), default=0)
+    return outer + inner if outer > inner else outer
+
+
+def _is_flash(shape: ModelShape, setup: Setup) -> bool:
+    """Return whether all segments go through one call of a variable-length kernel."""
+    return setup.device == "cuda" and setup.dtype_bytes == 2 and shape.shares_prompts
+
+
+def _attention_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
+    q, k, tokens = shape.query_width, shape.key_width, stream.tokens
+    if shape.softcapped:
+        # Queries, repeated keys and values; every score after tanh, as softmax in float32, and as softmax in b bytes.
+        scores = shape.heads * stream.row_scores * (2 * setup.dtype_bytes + (4 if setup.dtype_bytes < 4 else 0))
+        return 3 * setup.dtype_bytes * q * tokens + scores
+    log_sums = 4 * shape.heads * tokens
+    if not shape.shares_prompts:
+        return setup.dtype_bytes * (4 * q * tokens + stream.row_scores) + log_sums
+    if setup.in_blocks:  # queries, keys, values, the softmax
+        return setup.dtype_bytes * ((q + 2 * k) * tokens + shape.heads * stream.kept_scores)
+    if _is_flash(shape, setup):  # queries, gathered keys and values, the result
+        return setup.dtype_bytes * (2 * q * tokens + 2 * k * (stream.prompt_tokens + stream.branch_keys)) + log_sums
+    # Segment by segment: queries, repeated keys and values, the result; a copy of keys and values for each branch.
+    slides = shape.window is not None and stream.longest_prompt > shape.window
+    masks = stream.masked_scores + (stream.prompt_scores if slides else 0)
+    return _segment_dtype_bytes(setup) * (4 * q * tokens + 2 * q * stream.branch_keys + masks) + log_sums
+
+
+def _segment_dtype_bytes(setup: Setup) -> int:
+    """Bytes of a number where attention runs segment by segment: a CPU computes it in float32."""
+    return 4 if setup.device == "cpu" else setup.dtype_bytes
+
+
+def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int) -> int:
+    """Count gradients and temporaries of the costliest layer, less what the backward pass has freed before it.
+
+    The last layers are the ones that keep their activations, so these are freed by the time that a recomputed layer
+    holds its own: a recomputed layer's activations count only where all layers are recomputed.
+    """
+    inner = max(linear.inputs for linear in shape.linears) * stream.tokens
+    # The MLP's peak: an input's gradient beside a dequantized weight, or the gradients of gate and up beside their
+    # product's, whose own input is freed. Dropout takes four numbers per number of the input.
+    numbers = max(4 * inner if setup.dropout else 2 * inner, inner + largest_matrix(shape))
+    total: float = setup.dtype_bytes * (numbers + shape.hidden * stream.tokens)
+    if setup.in_blocks and shape.shares_prompts and not shape.softcapped:
+        total = max(total, _block_bytes(shape, setup, stream))
+    if recomputed == shape.num_layers:
+        total += max(_layer_bytes(layer, shape, setup, stream) for layer in shape.layers)
+    freed = _norm_bytes((shape.hidden, 1)) * stream.tokens + setup.dtype_bytes * shape.hidden * stream.scored_tokens
+    return max(0, int(total - freed))
+
+
+def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
+    """Peak of attention's backward pass in its largest block, less the MLP's activations, which are freed by then."""
+    keys, recomputes = stream.longest_keys, stream.longest_keys > KEPT_KEYS
+    scores = shape.heads * min(QUERY_BLOCK, keys) * keys
+    # Two matrices of scores, float32 where the softmax is recomputed. Keys, values, and their float32 gradients.
+    block: float = scores * (2 * 4 if recomputes else 2 * setup.dtype_bytes) + 2 * shape.key_width * keys * (
+        setup.dtype_bytes + 4
+    )
+    # [T, Q]: queries, gradients of the result and of queries; [T, K]: keys, values, and their float32 gradients.
+    numbers = 3 * shape.query_width + 2 * shape.key_width + shape.hidden
+    block += stream.tokens * (setup.dtype_bytes * numbers + 2 * 4 * shape.key_width)
+    mlp = min(_mlp_numbers([each for each in layer.linears if not each.in_attention]) for layer in shape.layers)
+    return block + (4 * shape.key_width * keys if recomputes else 0) - setup.dtype_bytes * mlp * stream.tokens
+
+
+def largest_matrix(shape: ModelShape) -> int:
+    """Count the weights of the largest linear layer, which is dequantized while it is multiplied."""
+    return max(linear.numel for linear in shape.linears)
+
+
+def head_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
+    """Count a tile's logits, softmax and gradient, the head's float32 slice, and the hidden states' gradients."""
+    rows = max(1, min(TILE_ROWS, math.ceil(stream.scored_tokens)))
+    columns = max(1, min(shape.vocabulary, TILE_ELEMENTS // rows))
+    tile = rows * columns * (4 + 4 + setup.dtype_bytes)
+    slice_copy = 4 * columns * shape.hidden if setup.device == "cpu" and setup.dtype_bytes < 4 else 0
+    sums = 4 * 4 * rows * shape.hidden
+    gradients = stream.scored_tokens * shape.hidden * (4 + 4 + setup.dtype_bytes)
+    return int(tile + slice_copy + sums + gradients)

@@ -1,0 +1,49 @@
+"""Limit of a run's memory: the recipe's figure, or the share of free memory that the run may fill."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from qpref.errors import RecipeError
+from qpref.recipe.sections import Recipe
+
+UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
+CPU_SHARE = 0.5
+"""Share of the available memory that a run on a CPU may fill; the rest is left to the system and other programs."""
+
+
+def memory_limit(recipe: Recipe, device: torch.device) -> int:
+    """Return the bytes that a run may fill: the recipe's figure, a GPU's free memory, or half of a CPU's.
+
+    Raises:
+        RecipeError: the recipe's figure is no size.
+    """
+    if recipe.model.memory is not None:
+        return parse_bytes(recipe.model.memory)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(CPU_SHARE * _available_bytes())
+
+
+def _available_bytes() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def parse_bytes(text: str, origin: str = "[model] memory") -> int:
+    """Parse a size: `24GiB`, `24 GB`, `512MiB`; a bare number is in GiB.
+
+    Raises:
+        RecipeError: it is no size, or 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MiB|GiB|MB|GB)?", text.strip(), re.IGNORECASE)
+    amount = 0 if match is None else int(float(match[1]) * UNITS[(match[2] or "GiB").upper()])
+    if not amount:
+        raise RecipeError(f"{origin}: expected a size such as 24GiB or 24GB, got '{text}'")
+    return amount
