@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,7 @@ def write_recipe(tmp_path, make_recipe):
 
 
 def test_a_7b_recipe_is_planned_without_data_network_or_gpu(tmp_path):
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(
         [QPREF, "plan", RECIPES / "7b-24gb.toml", "--vram", "24GiB"],
         capture_output=True,
@@ -51,7 +51,7 @@ def test_a_7b_recipe_is_planned_without_data_network_or_gpu(tmp_path):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - started < 20
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60  # CPU seconds: no weight is made
     lines = done.stdout.splitlines()
     assert lines[0] == "base     known shape Qwen2.5-7B, by the base's name: 7.616 billion parameters, 28 layers"
     assert lines[1] == "adapter  40.4 million parameters on 196 linear layers"
