@@ -9,7 +9,7 @@ import torch
 
 from qpref.data.pack import num_fed_tokens, split_by_tokens
 from qpref.errors import DeviceMemoryError
-from qpref.policy.load import Policy
+from qpref.policy.policy import Policy
 from qpref.records import TokenizedExample
 
 log = logging.getLogger("qpref")

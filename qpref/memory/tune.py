@@ -21,8 +21,8 @@ from qpref.memory.fit import Fit, Probe, Settings, Workload, choose, corrected, 
 from qpref.memory.flops import step_flops
 from qpref.memory.shape import ModelShape, model_shape
 from qpref.memory.shrink import shrink_microbatch
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 

@@ -16,7 +16,7 @@ from qpref.data.mismatch import alone, partner_alone
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.memory.shrink import shrink_microbatch
-from qpref.policy.load import Policy
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, frozen
 from qpref.recipe.sections import Recipe
 from qpref.records import MetricRow, PackedBatch, TokenizedExample, TokenLogProbs

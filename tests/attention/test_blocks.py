@@ -15,8 +15,8 @@ from qpref.attention import register as attention
 from qpref.attention import segments as segments
 from qpref.attention.register import BLOCKS, SEGMENTS
 from qpref.data.pack import pack
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.records import Group
 from qpref.training.invariants import KERNEL_TOLERANCE, check_layout
 

@@ -18,9 +18,8 @@ from torch.nn.functional import logsigmoid
 
 from qpref.attention.register import LAYOUT, SEGMENTS, CannotShareError, shared_prompt_attention
 from qpref.data.pack import pack, split_by_tokens
-from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.pairs import pair_logprobs
+from qpref.policy.logprobs import completion_logprobs, pair_logprobs
+from qpref.policy.policy import Policy
 from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 

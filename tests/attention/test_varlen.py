@@ -25,8 +25,8 @@ from qpref.attention import varlen
 from qpref.attention.register import BLOCKS, KERNELS, LAYOUT, SEGMENTS
 from qpref.attention.varlen import KeyLayout, _Gather, key_layout
 from qpref.data.pack import pack
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 

@@ -10,7 +10,8 @@ import torch
 from conftest import TINY, make_tokenizer, tiny_config
 
 from qpref.errors import PolicyError
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import load_policy
+from qpref.policy.policy import Policy
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
 

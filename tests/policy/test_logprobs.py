@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpref.errors import PolicyError
-from qpref.policy import logprobs
-from qpref.policy.logprobs import Head, _ScoreTokens
-from qpref.policy.pairs import pair_logprobs
+from qpref.policy import vocabulary
+from qpref.policy.head import Head, _ScoreTokens
+from qpref.policy.logprobs import pair_logprobs
 from qpref.records import TokenLogProbs
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 37
@@ -63,8 +63,8 @@ def slope(values: Tensor, hidden: Tensor) -> Tensor:
 
 @pytest.fixture(params=TILES, ids=str)
 def tile(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", request.param[0])
-    monkeypatch.setattr(logprobs, "MAX_ROWS", request.param[1])
+    monkeypatch.setattr(vocabulary, "TILE_ELEMENTS", request.param[0])
+    monkeypatch.setattr(vocabulary, "MAX_ROWS", request.param[1])
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -20,8 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import load_policy
 from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, _AdaptedLinear, _covers, decoding
+from qpref.policy.policy import Policy
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from qpref.data.pack import pack
 from qpref.errors import PolicyError
-from qpref.policy.load import Policy, load_policy
-from qpref.policy.logprobs import Head, completion_logprobs
+from qpref.policy.head import Head
+from qpref.policy.load import load_policy
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, frozen, row_keys
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
