@@ -139,7 +139,7 @@ def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PolicyError(
-            f"{name}: no such folder, and the hub returned none: {reason}",
+            f"{name}: no such folder, and it can't be fetched from the hub: {reason}",
             "check the name and the network, set HF_TOKEN for a gated model, or name a local folder",
         ) from error
 

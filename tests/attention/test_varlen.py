@@ -21,7 +21,7 @@ from conftest import load_worn, make_example
 from torch import Tensor
 
 from qpref.attention import register as attention
-from qpref.attention import varlen
+from qpref.attention import sdpa, varlen
 from qpref.attention.register import BLOCKS, KERNELS, LAYOUT, SEGMENTS
 from qpref.attention.varlen import KeyLayout, _Gather, key_layout
 from qpref.data.pack import pack
@@ -425,15 +425,15 @@ def test_a_fault_of_a_call_each_is_not_a_kernels(load, said, monkeypatch):
     def broken(groups: Sequence[Group]) -> Iterator[Any]:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(attention, "segments", broken)
+    monkeypatch.setattr(sdpa, "segments", broken)
     policy.sharing_paths = (SEGMENTS,)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         check_layout(policy, EXAMPLES[0])
 
 
 def test_wrong_kernels_and_a_wrong_call_each_leave_whole_rows(load, said, monkeypatch):
-    policy, real = load("llama", first=scaled), attention.scaled_dot_product_attention
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *q, **kw: real(*q, **kw) * 1.5)
+    policy, real = load("llama", first=scaled), sdpa.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", lambda *q, **kw: real(*q, **kw) * 1.5)
     check_layout(policy, EXAMPLES[0])
     assert policy.attention == policy.own_attention
     assert not policy.shares_prompts

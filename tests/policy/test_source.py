@@ -148,7 +148,7 @@ def test_what_is_neither_a_path_nor_a_hub_id_is_refused():
 
 
 def test_a_hub_id_that_the_hub_does_not_give_is_refused_with_the_way_out():
-    with pytest.raises(PolicyError, match="no such folder, and the hub doesn't give it") as caught:
+    with pytest.raises(PolicyError, match="no such folder, and it can't be fetched from the hub") as caught:
         resolve("nobody/nothing-of-this-name")
     assert "name a local folder" in caught.value.hint
 
