@@ -114,15 +114,15 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
     return model
 
 
-def choose_device(asked: str) -> torch.device:
+def choose_device(setting: str) -> torch.device:
     """Resolve the recipe's device; "auto" prefers a GPU.
 
     Raises:
         PolicyError: the recipe requires a GPU and torch sees none.
     """
-    if asked == "cuda" and not torch.cuda.is_available():
+    if setting == "cuda" and not torch.cuda.is_available():
         raise PolicyError("[model] device is cuda, and torch sees no GPU", 'set device = "auto", or fix the driver')
-    if asked == "cpu" or not torch.cuda.is_available():
+    if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 

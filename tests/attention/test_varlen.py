@@ -122,9 +122,9 @@ def test_one_call_is_a_call_each_and_whole_rows(family, batch, checkpointing, lo
     values, gradients = outcome(policy, BY_HAND, BATCHES[batch])
     assert len(calls) == 2 * (1 + checkpointing)  # two layers
     for path in (SEGMENTS, policy.own_attention):
-        wanted, slopes = outcome(policy, path, BATCHES[batch])
+        wanted, expected = outcome(policy, path, BATCHES[batch])
         assert (values - wanted).abs().max().item() <= TOLERANCE, path
-        assert worst(gradients, slopes) <= TOLERANCE, path
+        assert worst(gradients, expected) <= TOLERANCE, path
 
 
 def test_windows_of_both_kinds_reach_the_kernel(load):
@@ -161,7 +161,7 @@ def test_one_call_is_a_call_each_for_any_scale_and_window(scaling, window):
     assert (one - each).abs().max().item() <= TOLERANCE
 
 
-# What the two kernels are told.
+# The arguments of the two kernels.
 
 
 def documented(
@@ -204,7 +204,7 @@ def flash_attn_varlen_func(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("function", [varlen_attn, older_varlen_attn, flash_attn_varlen_func])
-def test_a_kernel_is_told_what_its_documentation_asks_for(function, family, load, monkeypatch):
+def test_a_kernel_gets_the_arguments_that_it_documents(function, family, load, monkeypatch):
     if function is flash_attn_varlen_func:
         distribution, kernel = ModuleType("flash_attn"), varlen.flash_attn_kernel
         distribution.flash_attn_varlen_func = function
@@ -216,9 +216,9 @@ def test_a_kernel_is_told_what_its_documentation_asks_for(function, family, load
         monkeypatch.setattr(torchs, "varlen_attn", function)
     policy = load(family, by_hand=kernel)
     values, gradients = outcome(policy, BY_HAND, EXAMPLES)
-    wanted, slopes = outcome(policy, SEGMENTS, EXAMPLES)
+    wanted, expected = outcome(policy, SEGMENTS, EXAMPLES)
     assert (values - wanted).abs().max().item() <= TOLERANCE
-    assert worst(gradients, slopes) <= TOLERANCE
+    assert worst(gradients, expected) <= TOLERANCE
 
 
 # The layout.
