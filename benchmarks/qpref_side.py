@@ -16,7 +16,8 @@ from benchmarks.pairs import Pair, Single, as_singles, digest
 from qpref.attention.register import SEGMENTS
 from qpref.data.order import step_order, steps_per_epoch
 from qpref.data.pack import pack
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import load_policy
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import Plan, make_plan

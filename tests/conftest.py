@@ -19,7 +19,7 @@ import torch
 from qpref.records import Source, TokenizedExample
 
 if TYPE_CHECKING:
-    from qpref.policy.load import Policy
+    from qpref.policy.policy import Policy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

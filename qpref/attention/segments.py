@@ -1,4 +1,4 @@
-"""How a packed stream falls into segments that attend as one, and those into blocks. Needs no torch.
+"""Segments of a packed stream, each one attention of its own, and blocks of a segment's queries. Needs no torch.
 
 A segment is a prompt, which attends to itself, or a branch, which attends to its prompt and itself.
 """
@@ -13,17 +13,17 @@ from qpref.records import Group
 QUERY_BLOCK = 224
 """Queries of a block, at most."""
 KEPT_KEYS = 2048
-"""A segment with more keys has its softmax computed again in the backward pass."""
+"""A segment with more keys has its softmax recomputed in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some queries of a segment and the keys they may see.
+    """A run of a segment's queries and the keys that they may see.
 
     Attributes:
-        queries: their places in the stream.
-        own: where the first of them stands among the segment's keys; each query after it one further.
-        keys: the segment's keys that any of them sees.
+        queries: their positions in the stream.
+        own: index of the first query's own key among the segment's keys; the other queries' follow.
+        keys: the range of the segment's keys that any of them sees.
     """
 
     queries: slice
@@ -33,10 +33,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Queries that attend to the same run of keys, the last of them to all.
+    """Queries that attend to the same sequence of keys, the last of them to all.
 
     Attributes:
-        spans: the keys' places in the stream: the prompt, and for a branch its own.
+        spans: positions of the keys in the stream: the prompt's, and for a branch its own after them.
     """
 
     spans: tuple[slice, ...]
@@ -51,11 +51,11 @@ class Segment:
 
     @property
     def keeps(self) -> bool:
-        """Whether its softmax is kept for the backward pass."""
+        """True where the softmax is kept for the backward pass, false where it is recomputed."""
         return self.num_keys <= KEPT_KEYS
 
     def blocks(self, window: int | None) -> Iterator[Block]:
-        """Its queries in blocks of about equal length, where each sees `window` keys up to its own, or all."""
+        """Cut the queries into blocks of about equal length; each query sees `window` keys up to its own, or all."""
         start, stop = self.queries.start, self.queries.stop
         offset = self.num_keys - stop
         for first, end in _cuts(start, stop):
@@ -65,7 +65,7 @@ class Segment:
 
 
 def segments(groups: Iterable[Group]) -> Iterator[Segment]:
-    """All of a stream, in its order."""
+    """Iterate over a stream's segments in its order."""
     for group in groups:
         prompt = slice(group.start, group.start + group.prompt)
         yield Segment((prompt,))
@@ -77,7 +77,7 @@ def segments(groups: Iterable[Group]) -> Iterator[Segment]:
 
 
 def kept_scores(before: int, own: int) -> int:
-    """Query-key pairs whose softmax is kept of a segment of `own` queries with `before` keys before them."""
+    """Count the query-key pairs with a kept softmax in a segment of `own` queries with `before` keys before them."""
     if before + own > KEPT_KEYS:
         return 0
     return sum((end - first) * (before + end) for first, end in _cuts(0, own))

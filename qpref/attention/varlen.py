@@ -22,13 +22,13 @@ from qpref.records import Group
 
 @dataclass(frozen=True, slots=True)
 class KeyLayout:
-    """Which keys each segment of the stream sees, as a variable-length kernel wants it: K of them in all, gathered.
+    """The gathered keys, K in total, that the segments of a stream see, in the form of variable-length kernels.
 
     Attributes:
         index: [K] int64, the stream's index of each gathered key.
-        own: [T] int64, where in the gathered keys each token of the stream stands in its own segment.
-        shared: for each further copy of prompts: their tokens' stream indices, and where those copies stand; within one
-            pair of tensors no index occurs twice.
+        own: [T] int64, each stream token's index among the gathered keys, in its own segment.
+        shared: for each further copy of prompts, the stream indices of their tokens and the gathered indices of the
+            copies; within one pair of tensors no index occurs twice.
         query_ends, key_ends: [segments + 1] int32, cumulative lengths from 0 on.
         longest_query, longest_keys: tokens of the longest segment, and of the longest with its prompt.
     """
@@ -44,7 +44,7 @@ class KeyLayout:
 
 @lru_cache(maxsize=8)
 def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
-    """The layout of a stream; every layer of the model asks for the same."""
+    """Lay out the keys of a stream; cached, since every layer of the model requests the same."""
     index: list[int] = []
     own: list[int] = []
     copies: list[tuple[list[int], list[int]]] = []
@@ -56,13 +56,13 @@ def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
         queries.append(queries[-1] + group.prompt)
         keys.append(len(index))
         start = prompt.stop
-        for place, length in enumerate(group.branches):
+        for branch, length in enumerate(group.branches):
             if not length:
                 continue
-            while len(copies) <= place:
+            while len(copies) <= branch:
                 copies.append(([], []))
-            copies[place][0].extend(prompt)
-            copies[place][1].extend(range(len(index), len(index) + group.prompt))
+            copies[branch][0].extend(prompt)
+            copies[branch][1].extend(range(len(index), len(index) + group.prompt))
             index.extend(prompt)
             own.extend(range(len(index), len(index) + length))
             index.extend(range(start, start + length))
@@ -73,7 +73,7 @@ def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
     return KeyLayout(
         index=on_device(index),
         own=on_device(own),
-        shared=tuple((on_device(tokens), on_device(places)) for tokens, places in copies if tokens),
+        shared=tuple((on_device(tokens), on_device(copied)) for tokens, copied in copies if tokens),
         query_ends=on_device(queries, dtype=torch.int32),
         key_ends=on_device(keys, dtype=torch.int32),
         longest_query=max(stop - start for start, stop in itertools.pairwise(queries)),
@@ -82,8 +82,8 @@ def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
 
 
 class _Gather(torch.autograd.Function):
-    """states [T, ...] -> [K, ...]. The gradients of a prompt's copies are added in float32 and in a fixed order, where
-    index_select's own backward pass adds them atomically in 16 bits."""
+    """states [T, ...] -> [K, ...]. The backward pass adds the gradients of a prompt's copies in float32 and in a fixed
+    order; that of index_select adds them atomically in 16 bits."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, layout: KeyLayout) -> Tensor:
@@ -94,8 +94,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,), layout = gradients, ctx.layout
         total = gradient.index_select(0, layout.own).to(torch.promote_types(gradient.dtype, torch.float32))
-        for tokens, places in layout.shared:
-            total.index_add_(0, tokens, gradient.index_select(0, places).to(total.dtype))
+        for tokens, copied in layout.shared:
+            total.index_add_(0, tokens, gradient.index_select(0, copied).to(total.dtype))
         return total.to(gradient.dtype), None
 
 
@@ -123,10 +123,10 @@ def attend(
 def torch_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: KeyLayout, scale: float | None, window: int | None
 ) -> Tensor:
-    """torch's own (torch.nn.attention.varlen)."""
+    """Call torch's own kernel (torch.nn.attention.varlen)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key-value heads than heads without being told.
+    # torch 2.11 accepts fewer key-value heads than heads without an option for it.
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     result: Any = varlen_attn(
         query.contiguous(),
@@ -147,7 +147,7 @@ def torch_kernel(
 def flash_attn_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: KeyLayout, scale: float | None, window: int | None
 ) -> Tensor:
-    """That of the flash-attn distribution (Dao 2023, "FlashAttention-2")."""
+    """Call the kernel of the flash-attn distribution (Dao 2023, "FlashAttention-2")."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     result: Tensor = flash_attn_varlen_func(
@@ -166,5 +166,5 @@ def flash_attn_kernel(
 
 
 def _window(window: int | None) -> tuple[int, int]:
-    """The kernels count the tokens to the left of a query, transformers the query's own too."""
+    """Convert transformers' window, which counts the query's own token, to the kernels' tokens left and right of it."""
     return (-1, 0) if window is None else (window - 1, 0)

@@ -15,8 +15,8 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, RecipeError
 from qpref.evaluation.heldout_pairs import data_of_run, text_of
 from qpref.evaluation.models import Subject
-from qpref.policy.load import Policy
 from qpref.policy.lora import decoding
+from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.resolve import make_data_plan

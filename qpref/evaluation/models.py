@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,11 @@ import torch
 
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import PolicyError, RecipeError
+from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.float32 import compute_in_float32
-from qpref.policy.load import Policy, choose_device, is_prequantized, load_plain, load_policy
+from qpref.policy.load import choose_device, is_prequantized, load_plain, load_policy
+from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.reopen import RecordedRun
@@ -32,7 +33,6 @@ STORED_DTYPES: Mapping[str | None, Literal["bf16", "fp16", "float32"]] = {
     "float16": "fp16",
     "float32": "float32",
 }
-ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DEFAULT_CONTEXT = 4096
 """Tokens, for a model that doesn't say how many it was made for."""
 UNUSED_LOSS = {"name": "none"}
@@ -108,7 +108,7 @@ class Subject:
             # It was loaded as a start adapter, whose frozen copy is the reference in training. Here the base is.
             policy.starts_from_adapter = False
         elif self.kind == "run":
-            load_adapter_tensors(policy.model, _tensors(self.adapter), TRAINED, str(self.adapter))
+            load_adapter_tensors(policy.model, adapter_folder.read_tensors(self.adapter), TRAINED, str(self.adapter))
         else:
             _put_checkpoint(policy, self.adapter)
 
@@ -128,11 +128,12 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
     path = _path(name)
     if (folder := run_folder(name)) is not None:
         return _checkpoint(name, folder, path) if path.parent == folder.checkpoints else _run(name, folder)
-    if (path / ADAPTER_CONFIG).is_file():
+    if (path / adapter_folder.SETTINGS).is_file():
         return _adapter(name, path, base, quantization)
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(
-            f"{name}: neither a run nor an adapter nor a model: it has no run.json, {ADAPTER_CONFIG} or config.json"
+            f"{name}: neither a run nor an adapter nor a model: "
+            f"it has no run.json, {adapter_folder.SETTINGS} or config.json"
         )
     if not path.exists() and not name.startswith("pypi:") and (name.count("/") != 1 or name.startswith((".", "~"))):
         raise RecipeError(f"{name}: no such folder, and no hub id", "name a run, an adapter or a model folder")
@@ -191,7 +192,7 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     if base.weights != facts["base_weights"]:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
     if kind == "run" and (said := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
-        raise PolicyError(f"{adapter / ADAPTER_CONFIG}: an adapter of {said}, not of {facts['base_path']}")
+        raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {said}, not of {facts['base_path']}")
     return Subject(
         name=name,
         kind=kind,
@@ -221,10 +222,7 @@ def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf
 
 def _base_of(adapter: Path) -> object:
     """What an adapter's config names as its base."""
-    try:
-        return json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise PolicyError(f"{adapter / ADAPTER_CONFIG}: cannot be read: {error}") from None
+    return adapter_folder.read_settings(adapter).get("base_model_name_or_path")
 
 
 def _plain(name: str, base: str, quantization: Literal["nf4", "none"]) -> Subject:
@@ -266,17 +264,6 @@ def _beta(loss: Any) -> float | None:
         if isinstance(beta, int | float) and beta > 0:
             return float(beta)
     return None
-
-
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(folder / ADAPTER_TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise PolicyError(f"{folder / ADAPTER_TENSORS}: cannot be read: {error}") from None
-    return tensors
 
 
 def _put_checkpoint(policy: Policy, path: Path) -> None:

@@ -21,7 +21,8 @@ from qpref.memory.planned_data import PlannedData, planned_data
 from qpref.memory.setup import Device, Setup
 from qpref.memory.shape import model_shape
 from qpref.memory.tune import demand_of
-from qpref.policy.load import Policy, choose_device
+from qpref.policy.load import choose_device
+from qpref.policy.policy import Policy
 from qpref.recipe.resolve import Plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample

@@ -6,7 +6,6 @@ any model that transformers can load, instead of a formula for Llamas.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -218,21 +217,21 @@ def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int,
 
 def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
     """Rank of the adapter of each linear layer that gets one, by the layer's whole name."""
-    from qpref.policy.adapter import _target_layers  # the one rule of what `targets` means
+    from qpref.policy import adapter_folder
+    from qpref.policy.targets import matches, target_layers
 
     if adapter.start is None:
-        return dict.fromkeys(_target_layers(model, adapter.targets), adapter.rank)
-    path = Path(adapter.start) / "adapter_config.json"
+        return dict.fromkeys(target_layers(model, adapter.targets), adapter.rank)
+    start = adapter_folder.read_settings(Path(adapter.start))
     try:
-        start = json.loads(path.read_text())
         rank, targets = int(start["r"]), start["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PolicyError(f"{path}: no adapter in PEFT's format: {error}") from error
-    layers = _target_layers(model, "all-linear")
+    except (ValueError, KeyError, TypeError) as error:
+        raise PolicyError(f"{adapter.start}: no adapter in PEFT's format: {error!r}") from error
+    layers = target_layers(model, "all-linear")
     if isinstance(targets, str) and targets != "all-linear":
         layers = {name for name in layers if re.fullmatch(targets, name)}
     elif isinstance(targets, list):
-        layers = {name for name in layers if name in targets or name.endswith(tuple(f".{end}" for end in targets))}
+        layers = {name for name in layers if any(matches(name, target) for target in targets)}
     return dict.fromkeys(layers, rank)
 
 

@@ -23,8 +23,8 @@ from qpref.memory.probe import Probe, corrected, measure_bytes
 from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape
 from qpref.memory.stream import Lengths, Stream
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 

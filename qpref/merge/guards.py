@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from qpref import fsio
-from qpref.errors import DiskError, MergeError, RecipeError
+from qpref.errors import DiskError, MergeError, PolicyError, RecipeError
 from qpref.merge.base import TrainedBase
 from qpref.merge.request import MergeRequest
 from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
-from qpref.policy.adapter import COPIED_FIELDS, NOT_PLAIN_FIELDS
+from qpref.policy import adapter_folder
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
@@ -182,15 +182,15 @@ def _base_files(facts: Mapping[str, Any]) -> list[Path]:
 
 def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: TrainedBase) -> None:
     """Stop where adapter_config.json isn't that of this run: it scales the whole delta."""
-    file = adapter / "adapter_config.json"
+    file = adapter / adapter_folder.SETTINGS
     try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise MergeError(f"{file}: cannot be read: {error}") from error
+        values = adapter_folder.read_settings(adapter)
+    except PolicyError as error:
+        raise MergeError(error.what) from error
     if values.get("base_model_name_or_path") != str(base.path):
         raise MergeError(f"{file}: an adapter of {values.get('base_model_name_or_path')}, not of {base.path}")
-    if moving := [key for key in NOT_PLAIN_FIELDS if values.get(key)]:
-        raise MergeError(f"{file}: the adapter uses {moving[0]}, so it is no plain LoRA delta")
+    if setting := adapter_folder.unsupported_setting(values):
+        raise MergeError(f"{file}: the adapter uses {setting}, so it is no plain LoRA delta")
     wanted = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
     if recipe.get("start") is None:
         for key, name in wanted.items():
@@ -200,11 +200,9 @@ def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: Train
 
 def _places(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str]:
     """Tensor name in the files -> adapted module; every target has to have a delta of its shape, and nothing else."""
-    from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    values = json.loads((adapter / "adapter_config.json").read_text())
-    config = LoraConfig(**{key: values[key] for key in COPIED_FIELDS if values.get(key) is not None})
+    config = adapter_folder.lora_config(adapter_folder.read_settings(adapter))
     found = set(delta.modules)
     modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
     if foreign := sorted(found - set(modules)):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qpref.policy.logprobs import Head
+from qpref.policy.head import Head
 
 BATCH_TOKENS = 4096
 """Tokens that are computed at a time, padding included."""

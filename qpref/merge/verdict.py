@@ -11,6 +11,7 @@ from torch import Tensor
 from qpref.merge.replay import Hidden
 from qpref.merge.replayed_pairs import Replayed
 from qpref.merge.request import Flip, Tolerance, Verdict
+from qpref.policy.vocabulary import RunningKL, RunningLogSumExp
 
 TILE_POSITIONS = 1024
 """Response tokens whose logits exist at a time."""
@@ -84,18 +85,13 @@ class Judge:
         """[rows] log-probability of each response; [S] KL(trained || merged) at each of their tokens."""
         values, divergences = [], []
         for positions, tokens in _tiles(self.replayed, self.device):
-            mine, trained = _Normalizer(tokens), _Normalizer(tokens)
-            expected = torch.zeros_like(mine.total)  # of trained logit - merged logit, under the trained policy
+            divergence, token_logits = RunningKL(len(tokens), self.device), _TokenLogits(tokens)
             for columns in merged.columns():
                 ours = merged.logits(positions, columns, self.device)
-                theirs = self.trained.logits(positions, columns, self.device)
-                before = trained.total
-                mine.add(ours, columns)
-                trained.add(theirs, columns)
-                here = ((theirs - trained.total[:, None]).exp() * (theirs - ours)).sum(1)
-                expected = expected * (before - trained.total).exp() + here
-            values.append(mine.logprobs.cpu())
-            divergences.append((expected - trained.total + mine.total).cpu())
+                divergence.add(self.trained.logits(positions, columns, self.device), ours)
+                token_logits.add(ours, columns)
+            values.append((token_logits.values - divergence.q.total).cpu())
+            divergences.append(divergence.nats.cpu())
         return _sums(self.replayed, values), torch.cat(divergences)
 
     def _flips(self, found: Tensor) -> tuple[Flip, ...]:
@@ -109,36 +105,33 @@ class Judge:
         return tuple(sorted(flips, key=lambda flip: -abs(flip.trained)))
 
 
-class _Normalizer:
-    """The log-sum-exp of some positions' logits, slice by slice, and the logits of the tokens that stand there.
+class _TokenLogits:
+    """[positions] float64 logits of the tokens that are predicted there, gathered slice by slice.
 
-    In float64: the numbers that are wanted are far smaller than a float32 step of the logits' sum.
+    Float64, since the differences of interest are far smaller than a float32 step of the logits' sum.
     """
 
     def __init__(self, tokens: Tensor) -> None:
         self._tokens = tokens
-        self._target = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        self.total = torch.full_like(self._target, -torch.inf)
+        self.values = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
 
     def add(self, logits: Tensor, columns: slice) -> None:
-        places = self._tokens - columns.start
-        inside = (places >= 0) & (places < logits.shape[1])
-        self._target[inside] = logits[inside].gather(1, places[inside, None])[:, 0]
-        self.total = torch.logaddexp(self.total, logits.logsumexp(1))
-
-    @property
-    def logprobs(self) -> Tensor:
-        return self._target - self.total
+        indices = self._tokens - columns.start
+        inside = (indices >= 0) & (indices < logits.shape[1])
+        self.values[inside] = logits[inside].gather(1, indices[inside, None])[:, 0]
 
 
 def response_logprobs(replayed: Replayed, hidden: Hidden, device: torch.device) -> Tensor:
     """[rows] log-probability of each response."""
     values = []
     for positions, tokens in _tiles(replayed, device):
-        normalizer = _Normalizer(tokens)
+        token_logits = _TokenLogits(tokens)
+        normalizer = RunningLogSumExp(token_logits.values)
         for columns in hidden.columns():
-            normalizer.add(hidden.logits(positions, columns, device), columns)
-        values.append(normalizer.logprobs.cpu())
+            logits = hidden.logits(positions, columns, device)
+            token_logits.add(logits, columns)
+            normalizer.add(logits.logsumexp(1))
+        values.append((token_logits.values - normalizer.total).cpu())
     return _sums(replayed, values)
 
 

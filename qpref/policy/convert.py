@@ -1,7 +1,7 @@
-"""GGUF -> a plain Hugging Face folder with bf16 safetensors, once, in the cache.
+"""Conversion of a GGUF file to a plain Hugging Face folder with bf16 safetensors, once, in the cache.
 
-Needed because transformers refuses GGUF and NF4 in one load. The tokenizer is repaired on the way: a GGUF file names
-its pre-tokenizer by a word, and transformers knows only some of the words.
+Needed because transformers refuses GGUF and NF4 in one load. The tokenizer is repaired in the conversion: a GGUF file
+gives its pre-tokenizer by name alone, and transformers knows only some of the names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from qpref import fsio
 from qpref.errors import PolicyError
+from qpref.policy.pretrained import load_pretrained
 
 log = logging.getLogger("qpref")
 
@@ -27,38 +28,30 @@ SPECIAL_TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad
 
 
 def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
-    """The folder that holds the converted model; made where it isn't there.
+    """Return the folder of the converted model, converting the file where the cache lacks it.
 
     Args:
         path: the GGUF file.
         digest: its SHA-256, the cache's key.
-        has_own_tokenizer: the recipe takes the tokenizer from elsewhere, so the file's needn't be understood.
+        has_own_tokenizer: the recipe takes the tokenizer from elsewhere, so the file's needn't be readable.
 
     Raises:
-        PolicyError: transformers can't read the file, or nobody knows how its tokenizer splits text.
+        PolicyError: transformers can't read the file, or its tokenizer's rule for splitting text is unknown.
     """
-    own = "" if has_own_tokenizer else "-tokenizer"
-    folder = fsio.cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{VERSION}{own}"
+    suffix = "" if has_own_tokenizer else "-tokenizer"
+    folder = fsio.cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{VERSION}{suffix}"
     if folder.is_dir():
         return folder
     log.info("converting %s to safetensors, once, in %s", path.name, folder)
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
-    from qpref.policy.load import refuse_missing_weights
-
+    quantization = GgufConfig(dequantize=True)
+    model = load_pretrained(path.parent, path.name, quantization_config=quantization, dtype=torch.bfloat16)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            output_loading_info=True,
-        )
         tokenizer = None if has_own_tokenizer else _tokenizer(path, model.config.max_position_embeddings)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, struct.error) as error:
-        raise PolicyError(f"{path}: transformers can't read this GGUF file: {error}") from error
-    refuse_missing_weights(report, path)
+    except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
+        raise PolicyError(f"{path}: transformers can't read this GGUF file's tokenizer: {error}") from error
     model.config._name_or_path = ""
     with fsio.staged_folder(folder) as staging:
         model.save_pretrained(staging)
@@ -73,18 +66,18 @@ def _tokenizer(path: Path, max_length: int) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.model_max_length = max_length
-    says = _tokenizer_fields(path)
-    if says.get("model") == "gpt2":
-        _repair_pre_tokenizer(tokenizer, str(says.get("pre", "default")), path)
+    fields = _tokenizer_fields(path)
+    if fields.get("model") == "gpt2":
+        _repair_pre_tokenizer(tokenizer, str(fields.get("pre", "default")), path)
     for token, field in SPECIAL_TOKENS.items():
-        # transformers 5.17 forgets what the file says of its end token.
-        if field in says:
-            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(says[field])))
+        # transformers 5.17 ignores the file's end token.
+        if field in fields:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(fields[field])))
     return tokenizer
 
 
 def _tokenizer_fields(path: Path) -> dict[str, Any]:
-    """What the file says of its tokenizer, its lists left out."""
+    """Read the file's fields on its tokenizer, without the lists of tokens and merges."""
     import gguf
 
     wanted = ("model", "pre", *SPECIAL_TOKENS.values())
@@ -93,28 +86,28 @@ def _tokenizer_fields(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in found.items() if field is not None}
 
 
-def _repair_pre_tokenizer(tokenizer: Any, word: str, path: Path) -> None:
-    """Restore what transformers loses; leave what it sets itself; refuse what nobody knows.
+def _repair_pre_tokenizer(tokenizer: Any, rule: str, path: Path) -> None:
+    """Restore a splitting rule that transformers loses, keep one that it sets itself, refuse an unknown one.
 
-    transformers gives a word that it doesn't know GPT-2's splitting, without a warning: digits then stay together where
-    the model was trained on single ones, and every number in the data becomes other tokens than it saw.
+    transformers replaces a rule that it doesn't know by GPT-2's, without a warning: digits then stay together where the
+    model was trained on single ones, and every number in the data becomes tokens that the model never saw.
     """
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
-    if word in DIGIT_PRE_TOKENIZERS:
+    if rule in DIGIT_PRE_TOKENIZERS:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and word not in PLAIN_PRE_TOKENIZERS:
+    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and rule not in PLAIN_PRE_TOKENIZERS:
         raise PolicyError(
-            f"{path}: its tokenizer splits text by the rule '{word}', which transformers doesn't know",
+            f"{path}: its tokenizer splits text by the rule '{rule}', which transformers doesn't know",
             "name the original model's folder or hub id in [model] tokenizer",
         )
 
 
 def _drop_name(config: Path) -> None:
-    """Remove the training run's name that the GGUF loader leaves where a path belongs."""
+    """Remove the original model's name, which the GGUF loader leaves where a path belongs."""
     values = json.loads(config.read_text())
     values.pop("_model_name_or_path", None)
     values.pop("_name_or_path", None)

@@ -1,4 +1,4 @@
-"""The Kullback-Leibler divergence of next-token distributions, over the whole vocabulary, without a [T, vocabulary]
+"""Kullback-Leibler divergence of next-token distributions over the whole vocabulary, without a [T, vocabulary]
 matrix."""
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpref.policy.logprobs import MAX_ROWS, Head, slices
+from qpref.policy.head import Head
+from qpref.policy.vocabulary import MAX_ROWS, RunningKL, vocabulary_slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextTokens:
-    """Next-token distributions at R positions, as what makes their logits.
+    """Next-token distributions at R positions, as the hidden states and the head that their logits are made of.
 
     Attributes:
         hidden: [R, width].
-        low, b: [R, rank] and [vocabulary, rank] of an adapter on the head that was on; None for none.
+        low, b: [R, rank] and [vocabulary, rank] of an active adapter on the head; None without one.
     """
 
     head: Head
@@ -27,33 +28,35 @@ class NextTokens:
 
     @classmethod
     def of(cls, head: Head, hidden: Tensor) -> NextTokens:
-        """As the head's adapter stands at the moment."""
+        """Apply the head's adapter as it stands, on or off."""
         low, b = head.low_rank(hidden)
         return cls(head=head, hidden=hidden, low=low, b=b)
 
     @property
     def num_tokens(self) -> int:
         """Size of the vocabulary."""
-        return int(self.head.weight.shape[0])
+        return self.head.num_tokens
 
     def rows(self, start: int, stop: int) -> NextTokens:
+        """Select a range of the positions."""
         low = None if self.low is None else self.low[start:stop]
         return NextTokens(head=self.head, hidden=self.hidden[start:stop], low=low, b=self.b)
 
     def on(self, device: torch.device) -> NextTokens:
-        """The same with its positions on a device; the head stays where it is."""
+        """Move the positions to a device; the head stays where it is."""
         low = None if self.low is None else self.low.to(device)
         return NextTokens(head=self.head, hidden=self.hidden.to(device), low=low, b=self.b)
 
     def logits(self, start: int, stop: int) -> Tensor:
+        """[R, stop - start] float64 logits of a vocabulary slice."""
         return self.head.logits(self.hidden, start, stop, self.low, self.b).double()
 
 
 @torch.no_grad()
 def token_kl(policy: NextTokens, reference: NextTokens) -> Tensor:
-    """[R] float64 nats: KL(policy || reference) of the next token at each position, exact.
+    """Compute KL(policy || reference) of the next token at each position: [R] float64 nats, exact.
 
-    Both have to have the same vocabulary.
+    Both sides must have the same vocabulary.
     """
     assert policy.num_tokens == reference.num_tokens
     count = len(policy.hidden)
@@ -63,16 +66,9 @@ def token_kl(policy: NextTokens, reference: NextTokens) -> Tensor:
 
 
 def _kl(policy: NextTokens, reference: NextTokens) -> Tensor:
-    """One pass over slices of the vocabulary: sum of p (l_p - l_r), with l the logits, less the difference of their
-    log-sum-exps. The sum is rescaled as slices come in, as a softmax's."""
     count, device = len(policy.hidden), policy.hidden.device
-    norm, reference_norm = (torch.full((count, 1), -torch.inf, dtype=torch.float64, device=device) for _ in range(2))
-    apart = torch.zeros(count, 1, dtype=torch.float64, device=device)
+    divergence = RunningKL(count, device)
     with torch.autocast(device.type, enabled=False):
-        for start, stop in slices(policy.head, count):
-            ours, theirs = policy.logits(start, stop), reference.logits(start, stop)
-            joined = torch.logaddexp(norm, ours.logsumexp(1, keepdim=True))
-            apart = apart * (norm - joined).exp() + ((ours - joined).exp() * (ours - theirs)).sum(1, keepdim=True)
-            norm = joined
-            reference_norm = torch.logaddexp(reference_norm, theirs.logsumexp(1, keepdim=True))
-    return (apart - norm + reference_norm).squeeze(1).clamp_min(0.0)
+        for start, stop in vocabulary_slices(policy.num_tokens, count):
+            divergence.add(policy.logits(start, stop), reference.logits(start, stop))
+    return divergence.nats.clamp_min(0.0)

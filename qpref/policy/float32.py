@@ -1,8 +1,8 @@
-"""A loaded model that computes in float32, with the very weights that its own 16-bit type makes.
+"""Computation of a loaded model in float32, with its weights rounded to its own 16-bit dtype as in training.
 
-Two models whose weights differ by a small delta differ by less than the rounding of 16-bit products. Computed in
-float32, what is left is the difference of their weights. A 4-bit layer is still dequantized to the type that it was
-trained in, a layer at a time, so its weights are those that training saw and memory stays as it was.
+Two models whose weights differ by a small delta differ by less than the rounding of 16-bit products; in float32 only
+the difference of their weights remains. A 4-bit layer is still dequantized to the dtype that it was trained in, a layer
+at a time, so its weights are those of training and memory doesn't grow.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qpref.policy.load import Policy
 from qpref.policy.lora import dense_weight
+from qpref.policy.policy import Policy
 
 
 class Float32Linear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
@@ -24,7 +24,7 @@ class Float32Linear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes has n
 
 
 def compute_in_float32(policy: Policy) -> None:
-    """Make a policy compute in float32; it isn't trained any more after this."""
+    """Switch a policy to float32, for scoring alone: it can't be trained afterwards."""
     if policy.dtype == torch.float32:
         return
     for tensor in (*policy.model.parameters(), *policy.model.buffers()):

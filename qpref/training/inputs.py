@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpref.policy.pairs import pair_logprobs
+from qpref.policy.logprobs import pair_logprobs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
 
 Inputs = PairedInputs | UnpairedInputs

@@ -15,9 +15,8 @@ from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, regis
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, PolicyError
-from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.pairs import sequences
+from qpref.policy.logprobs import completion_logprobs, select_sequences
+from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import PackedBatch, TokenizedExample
 from qpref.training.inputs import Mismatched
@@ -177,8 +176,8 @@ def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> Non
         mismatched = None
         if objective.needs_mismatched:
             own, partners = slice(0, None, 2), slice(1, None, 2)
-            mismatched = Mismatched(sequences(scores, partners), sequences(reference, partners))
-            scores, reference = sequences(scores, own), sequences(reference, own)
+            mismatched = Mismatched(select_sequences(scores, partners), select_sequences(reference, partners))
+            scores, reference = select_sequences(scores, own), select_sequences(reference, own)
         inputs = balanced.inputs(level, scores, reference, mismatched)
         for caller in objective.callers:
             wanted = caller.starts_at()

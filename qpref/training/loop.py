@@ -17,7 +17,7 @@ from qpref.data.order import step_order, steps_per_epoch, total_steps
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError
 from qpref.memory.tune import shrink_microbatch
-from qpref.policy.load import Policy
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, frozen
 from qpref.recipe.sections import Recipe
 from qpref.records import MetricRow, PackedBatch, TokenizedExample, TokenLogProbs

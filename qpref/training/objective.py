@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.types import PairedLoss
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.recipe.choices import Choice, LossChoice
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched, paired_inputs, tensors_of, unpaired_inputs

@@ -16,7 +16,8 @@ from qpref.data.mismatch import with_mismatched
 from qpref.data.order import refuse_empty_steps, total_steps
 from qpref.data.tokenize import PairTokenizer
 from qpref.memory.limit import memory_limit
-from qpref.policy.load import Policy, choose_device, load_policy
+from qpref.policy.load import choose_device, load_policy
+from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.resolve import Plan

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows
 from qpref.records import PackedBatch, TokenizedExample
@@ -92,7 +92,7 @@ def _compare_rows(memory: ReferenceStore, policy: Policy, batch: PackedBatch) ->
     cache = memory.cache
     assert cache is not None
     keys = [key for example in batch.examples for key in row_keys(example)]
-    known = [key for key in keys if memory.known(key)]
+    known = [key for key in keys if memory.fetch(key)]
     if not known:
         return {}
     scores = dict(zip(keys, completion_logprobs(policy, batch).values.cpu().split(list(batch.lengths)), strict=True))

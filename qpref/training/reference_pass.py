@@ -14,7 +14,7 @@ from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError
 from qpref.memory.tune import shrink_microbatch
 from qpref.policy import reference_cache
-from qpref.policy.load import Policy
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, row_keys
 from qpref.policy.reference_cache import ReferenceCache
 from qpref.policy.source import BaseFolder

@@ -8,7 +8,7 @@ import torch
 
 from qpref.errors import CheckpointError
 from qpref.memory.tune import choose_sizes
-from qpref.policy.load import Policy
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.training import checkpoint, optim
 from qpref.training.folder import RunFolder

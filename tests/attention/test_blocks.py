@@ -15,8 +15,8 @@ from qpref.attention import register as attention
 from qpref.attention import segments as segments
 from qpref.attention.register import BLOCKS, SEGMENTS
 from qpref.data.pack import pack
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.records import Group
 from qpref.training.invariants import KERNEL_TOLERANCE, check_layout
 
@@ -134,7 +134,7 @@ def test_scores_are_not_rounded(attend, sizes):
 
 @pytest.mark.parametrize("attend", [blocks.attend, under_autocast])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_softmax_computed_again_is_the_one_that_was_kept(dtype, attend, monkeypatch):
+def test_a_recomputed_softmax_is_the_one_that_was_kept(dtype, attend, monkeypatch):
     inputs = states(4, 2, 16, 16, dtype=dtype)
     kept = outcome(attend, inputs, GROUPS, 80**-0.5, None)
     monkeypatch.setattr(segments, "KEPT_KEYS", 0)
@@ -142,7 +142,7 @@ def test_a_softmax_computed_again_is_the_one_that_was_kept(dtype, attend, monkey
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-def test_no_softmax_is_kept_of_long_stretches(monkeypatch):
+def test_no_softmax_is_kept_of_long_segments(monkeypatch):
     inputs = states(4, 2, 16, 16)
 
     def kept() -> int:
@@ -152,8 +152,8 @@ def test_no_softmax_is_kept_of_long_stretches(monkeypatch):
         return sum(sizes)
 
     plain = sum(each.numel() for each in inputs)
-    stretched = [(0, prompt) for prompt, _ in LENGTHS] + [(prompt, own) for prompt, both in LENGTHS for own in both]
-    scores = sum(segments.kept_scores(*each) for each in stretched)
+    spans = [(0, prompt) for prompt, _ in LENGTHS] + [(prompt, own) for prompt, both in LENGTHS for own in both]
+    scores = sum(segments.kept_scores(*each) for each in spans)
     assert kept() == plain + 4 * scores
     monkeypatch.setattr(segments, "KEPT_KEYS", 0)
     assert kept() == plain
@@ -190,10 +190,10 @@ def test_a_branch_sees_no_sibling_and_no_other_group():
             each[:, :, 64:] += 5  # the second group
     after = of_own()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    for slope in after[1:]:
-        assert slope[:, :, own].any()
-        assert not slope[:, :, 9:39].any()
-        assert not slope[:, :, 64:].any()
+    for grad in after[1:]:
+        assert grad[:, :, own].any()
+        assert not grad[:, :, 9:39].any()
+        assert not grad[:, :, 64:].any()
 
 
 # Through whole models.
@@ -216,14 +216,14 @@ def scored(policy: Policy, path: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "mistral", "gemma3"])
-@pytest.mark.parametrize(("dtype", "tolerance", "slope_tolerance"), [("float32", 1e-5, 1e-5), ("bf16", 0.05, 0.05)])
-def test_a_model_scores_as_stretch_by_stretch(family, dtype, tolerance, slope_tolerance, make_base, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tolerance", "grad_tolerance"), [("float32", 1e-5, 1e-5), ("bf16", 0.05, 0.05)])
+def test_a_model_scores_as_segment_by_segment(family, dtype, tolerance, grad_tolerance, make_base, monkeypatch):
     monkeypatch.setattr(segments, "QUERY_BLOCK", 16)
     policy = load(make_base(family, initializer_range=0.2), dtype)
-    values, slopes = scored(policy, BLOCKS)
+    values, grads = scored(policy, BLOCKS)
     wanted, expected = scored(policy, SEGMENTS)
     assert (values - wanted).abs().mean().item() <= tolerance
-    assert ((slopes - expected).norm() / expected.norm()).item() <= slope_tolerance
+    assert ((grads - expected).norm() / expected.norm()).item() <= grad_tolerance
 
 
 @pytest.fixture(params=[False, True], ids=["without bf16 units", "with bf16 units"])
@@ -249,7 +249,7 @@ def test_the_first_batch_finds_wrong_blocks(make_base, monkeypatch, caplog):
     policy = load(make_base("llama", initializer_range=0.2), "bf16")
     policy.sharing_paths = (BLOCKS, SEGMENTS)
     real = blocks._scatter
-    monkeypatch.setattr(blocks, "_scatter", lambda total, slopes, segment: real(total, slopes * 1.5, segment))
+    monkeypatch.setattr(blocks, "_scatter", lambda total, grads, segment: real(total, grads * 1.5, segment))
     check_layout(policy, EXAMPLES[2])
     assert policy.attention == SEGMENTS
     assert "attention qpref_blocks is not used: a layer's result or gradients are off by" in caplog.text
@@ -259,8 +259,8 @@ def test_rounding_of_a_deep_model_is_not_taken_for_a_fault(make_base):
     """In six layers of bf16 it adds up to more than a kernel may be off in one."""
     policy = load(make_base("llama", initializer_range=0.2, num_hidden_layers=6), "bf16")
     policy.sharing_paths = (BLOCKS, SEGMENTS)
-    slopes = [scored(policy, path)[1] for path in policy.sharing_paths]
-    assert ((slopes[0] - slopes[1]).norm() / slopes[1].norm()).item() > KERNEL_TOLERANCE
+    grads = [scored(policy, path)[1] for path in policy.sharing_paths]
+    assert ((grads[0] - grads[1]).norm() / grads[1].norm()).item() > KERNEL_TOLERANCE
     check_layout(policy, EXAMPLES[2])
     assert policy.attention == BLOCKS
 

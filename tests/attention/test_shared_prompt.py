@@ -18,9 +18,8 @@ from torch.nn.functional import logsigmoid
 
 from qpref.attention.register import LAYOUT, SEGMENTS, CannotShareError, shared_prompt_attention
 from qpref.data.pack import pack, split_by_tokens
-from qpref.policy.load import Policy
-from qpref.policy.logprobs import completion_logprobs
-from qpref.policy.pairs import pair_logprobs
+from qpref.policy.logprobs import completion_logprobs, pair_logprobs
+from qpref.policy.policy import Policy
 from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 
@@ -243,8 +242,8 @@ def test_a_response_depends_on_no_other_response_and_no_other_prompt(family, ans
     embedded = []
     policy.decoder.embed_tokens.register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_()))
     scores = completion_logprobs(policy, batch)
-    (slope,) = torch.autograd.grad(scores.values.split(scores.lengths)[7].sum(), embedded)  # the fourth pair's rejected
-    felt = slope[0].abs().amax(-1) > 0
+    (grad,) = torch.autograd.grad(scores.values.split(scores.lengths)[7].sum(), embedded)  # the fourth pair's rejected
+    felt = grad[0].abs().amax(-1) > 0
     group = batch.groups[3]
     own = torch.zeros_like(felt)
     own[group.start : group.start + group.prompt] = True
@@ -261,8 +260,8 @@ def test_mistral_sees_as_far_back_as_two_windows_and_no_further(answers):
     embedded = []
     policy.decoder.embed_tokens.register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_()))
     values = completion_logprobs(policy, batch).values
-    (slope,) = torch.autograd.grad(values[0], embedded)  # predicted at position 39, by two layers of 7 positions each
-    assert slope[0].abs().amax(-1).nonzero().squeeze(1).tolist() == list(range(39 - 2 * (WINDOW - 1), 40))
+    (grad,) = torch.autograd.grad(values[0], embedded)  # predicted at position 39, by two layers of 7 positions each
+    assert grad[0].abs().amax(-1).nonzero().squeeze(1).tolist() == list(range(39 - 2 * (WINDOW - 1), 40))
 
 
 @pytest.fixture(scope="module")

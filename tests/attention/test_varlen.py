@@ -21,12 +21,12 @@ from conftest import load_worn, make_example
 from torch import Tensor
 
 from qpref.attention import register as attention
-from qpref.attention import varlen
+from qpref.attention import sdpa, varlen
 from qpref.attention.register import BLOCKS, KERNELS, LAYOUT, SEGMENTS
 from qpref.attention.varlen import KeyLayout, _Gather, key_layout
 from qpref.data.pack import pack
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.records import Group, TokenizedExample
 from qpref.training.invariants import check_layout
 
@@ -122,9 +122,9 @@ def test_one_call_is_a_call_each_and_whole_rows(family, batch, checkpointing, lo
     values, gradients = outcome(policy, BY_HAND, BATCHES[batch])
     assert len(calls) == 2 * (1 + checkpointing)  # two layers
     for path in (SEGMENTS, policy.own_attention):
-        wanted, slopes = outcome(policy, path, BATCHES[batch])
+        wanted, expected = outcome(policy, path, BATCHES[batch])
         assert (values - wanted).abs().max().item() <= TOLERANCE, path
-        assert worst(gradients, slopes) <= TOLERANCE, path
+        assert worst(gradients, expected) <= TOLERANCE, path
 
 
 def test_windows_of_both_kinds_reach_the_kernel(load):
@@ -161,7 +161,7 @@ def test_one_call_is_a_call_each_for_any_scale_and_window(scaling, window):
     assert (one - each).abs().max().item() <= TOLERANCE
 
 
-# What the two kernels are told.
+# The arguments of the two kernels.
 
 
 def documented(
@@ -204,7 +204,7 @@ def flash_attn_varlen_func(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("function", [varlen_attn, older_varlen_attn, flash_attn_varlen_func])
-def test_a_kernel_is_told_what_its_documentation_asks_for(function, family, load, monkeypatch):
+def test_a_kernel_gets_the_arguments_that_it_documents(function, family, load, monkeypatch):
     if function is flash_attn_varlen_func:
         distribution, kernel = ModuleType("flash_attn"), varlen.flash_attn_kernel
         distribution.flash_attn_varlen_func = function
@@ -216,9 +216,9 @@ def test_a_kernel_is_told_what_its_documentation_asks_for(function, family, load
         monkeypatch.setattr(torchs, "varlen_attn", function)
     policy = load(family, by_hand=kernel)
     values, gradients = outcome(policy, BY_HAND, EXAMPLES)
-    wanted, slopes = outcome(policy, SEGMENTS, EXAMPLES)
+    wanted, expected = outcome(policy, SEGMENTS, EXAMPLES)
     assert (values - wanted).abs().max().item() <= TOLERANCE
-    assert worst(gradients, slopes) <= TOLERANCE
+    assert worst(gradients, expected) <= TOLERANCE
 
 
 # The layout.
@@ -425,15 +425,15 @@ def test_a_fault_of_a_call_each_is_not_a_kernels(load, said, monkeypatch):
     def broken(groups: Sequence[Group]) -> Iterator[Any]:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(attention, "segments", broken)
+    monkeypatch.setattr(sdpa, "segments", broken)
     policy.sharing_paths = (SEGMENTS,)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         check_layout(policy, EXAMPLES[0])
 
 
 def test_wrong_kernels_and_a_wrong_call_each_leave_whole_rows(load, said, monkeypatch):
-    policy, real = load("llama", first=scaled), attention.scaled_dot_product_attention
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *q, **kw: real(*q, **kw) * 1.5)
+    policy, real = load("llama", first=scaled), sdpa.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", lambda *q, **kw: real(*q, **kw) * 1.5)
     check_layout(policy, EXAMPLES[0])
     assert policy.attention == policy.own_attention
     assert not policy.shares_prompts

@@ -20,7 +20,7 @@ from qpref.memory.probe import measure_bytes
 from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape, read_shape
 from qpref.memory.stream import Stream
-from qpref.policy import logprobs
+from qpref.policy import vocabulary
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.source import resolve_base
@@ -346,7 +346,7 @@ def test_the_total_is_the_sum_of_what_is_there_at_once():
 
 
 def test_the_heads_tile_is_that_of_the_code():
-    assert (TILE_ELEMENTS, TILE_ROWS) == (logprobs.TILE_ELEMENTS, logprobs.MAX_ROWS)
+    assert (TILE_ELEMENTS, TILE_ROWS) == (vocabulary.TILE_ELEMENTS, vocabulary.MAX_ROWS)
 
 
 def test_the_heads_tile_by_hand():

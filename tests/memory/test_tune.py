@@ -22,8 +22,9 @@ from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import DeviceMemoryError
 from qpref.memory import tune
 from qpref.memory.tune import smaller_budget
-from qpref.policy.load import Policy, load_policy, recomputed_layers
+from qpref.policy.load import load_policy, recomputed_layers
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import make_plan

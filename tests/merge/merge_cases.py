@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from qpref.merge.merge import merge_run
 from qpref.merge.request import MergeRequest, MergeResult
 from qpref.policy.adapter import load_adapter_tensors
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import load_policy
+from qpref.policy.policy import Policy
 from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import make_plan
 

@@ -161,12 +161,14 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "another scaling": (_edit_json(CONFIG, lora_alpha=16), MergeError, "lora_alpha is 16, and the run had"),
     "another rank": (_edit_json(CONFIG, r=8), MergeError, "r is 8, and the run had"),
     "DoRA": (_edit_json(CONFIG, use_dora=True), MergeError, "use_dora"),
-    "adapter unreadable": (lambda run, base: (run / ADAPTER).write_bytes(b"{}"), MergeError, "no LoRA adapter"),
-    "adapter settings unreadable": (lambda run, base: (run / CONFIG).write_text("{"), MergeError, "cannot be read"),
+    "adapter unreadable": (
+        lambda run, base: (run / ADAPTER).write_bytes(b"{}"), MergeError, "PEFT's format with safetensors"),
+    "adapter settings unreadable": (
+        lambda run, base: (run / CONFIG).write_text("{"), MergeError, "no adapter in PEFT's format"),
     "NaN in the adapter": (_edit_tensors(ADAPTER, _poison(torch.nan)), MergeError, "not finite"),
     "infinity in the adapter": (_edit_tensors(ADAPTER, _poison(torch.inf)), MergeError, "not finite"),
     "nothing learned": (_edit_tensors(ADAPTER, _zero), MergeError, "nothing was learned"),
-    "half a pair": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_B")), MergeError, f"{SECOND_Q} is half"),
+    "half a pair": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_B")), MergeError, f"{SECOND_Q} lacks its B matrix"),
     "the other half": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_A")), MergeError, "more than LoRA matrices"),
     "a layer missing": (_edit_tensors(ADAPTER, _drop(SECOND_Q)), MergeError, f"nothing for {SECOND_Q}"),
     "a layer too many": (

@@ -1,4 +1,4 @@
-"""The tiled head: each token's log-probability and its slope, against log_softmax of all logits in float64."""
+"""The tiled head: each token's log-probability and its gradient, against log_softmax of all logits in float64."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpref.errors import PolicyError
-from qpref.policy import logprobs
-from qpref.policy.logprobs import Head, _ScoreTokens
-from qpref.policy.pairs import pair_logprobs
+from qpref.policy import vocabulary
+from qpref.policy.head import Head, _ScoreTokens
+from qpref.policy.logprobs import pair_logprobs
 from qpref.records import TokenLogProbs
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 37
@@ -55,7 +55,7 @@ def oracle(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
     return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
 
-def slope(values: Tensor, hidden: Tensor) -> Tensor:
+def grad_of(values: Tensor, hidden: Tensor) -> Tensor:
     """Of a sum in which every row has another factor, so that a swapped row shows."""
     factors = torch.linspace(-1, 2, len(values), dtype=torch.float64)
     return torch.autograd.grad((values * factors).sum(), hidden)[0]
@@ -63,8 +63,8 @@ def slope(values: Tensor, hidden: Tensor) -> Tensor:
 
 @pytest.fixture(params=TILES, ids=str)
 def tile(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", request.param[0])
-    monkeypatch.setattr(logprobs, "MAX_ROWS", request.param[1])
+    monkeypatch.setattr(vocabulary, "TILE_ELEMENTS", request.param[0])
+    monkeypatch.setattr(vocabulary, "MAX_ROWS", request.param[1])
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -86,10 +86,10 @@ def test_sums_of_squares_are_those_of_softmax(kind, wants_grad, tile):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_slopes_are_those_of_log_softmax(kind, tile):
+def test_gradients_are_those_of_log_softmax(kind, tile):
     head, (hidden, tokens) = make_head(kind), make_rows()
-    found = slope(_ScoreTokens.apply(hidden, tokens, head)[0], hidden)
-    assert (found - slope(oracle(hidden, tokens, head), hidden)).abs().max() <= 1e-12
+    found = grad_of(_ScoreTokens.apply(hidden, tokens, head)[0], hidden)
+    assert (found - grad_of(oracle(hidden, tokens, head), hidden)).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -98,7 +98,7 @@ def test_float32_keeps_float32_accuracy(kind, tile):
     values = _ScoreTokens.apply(hidden, tokens, head)[0]
     assert values.dtype == torch.float32
     assert (values - oracle(hidden, tokens, head)).abs().max() <= 1e-5
-    assert (slope(values, hidden) - slope(oracle(hidden, tokens, head), hidden)).abs().max() <= 1e-5
+    assert (grad_of(values, hidden) - grad_of(oracle(hidden, tokens, head), hidden)).abs().max() <= 1e-5
 
 
 def test_values_need_no_gradient():
@@ -116,16 +116,16 @@ def test_logits_of_any_size_keep_float32_accuracy(size):
     values = _ScoreTokens.apply(large, tokens, head)[0]
     largest = (large @ head.weight.t()).abs().max().clamp(min=1)
     assert (values - oracle(large, tokens, head)).abs().max() <= 1e-6 * largest
-    assert (slope(values, large) - slope(oracle(large, tokens, head), large)).abs().max() <= 1e-6 * largest
+    assert (grad_of(values, large) - grad_of(oracle(large, tokens, head), large)).abs().max() <= 1e-6 * largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_slope_has_the_dtype_of_the_hidden_states(dtype):
+def test_the_gradient_has_the_dtype_of_the_hidden_states(dtype):
     head, (hidden, tokens) = make_head("plain", dtype), make_rows(dtype)
-    assert slope(_ScoreTokens.apply(hidden, tokens, head)[0], hidden).dtype == dtype
+    assert grad_of(_ScoreTokens.apply(hidden, tokens, head)[0], hidden).dtype == dtype
 
 
-def test_a_value_has_no_slope_in_another_row(tile):
+def test_a_value_has_no_gradient_in_another_row(tile):
     head, (hidden, tokens) = make_head("bias, scale and cap"), make_rows()
     values = _ScoreTokens.apply(hidden, tokens, head)[0]
     for row in range(ROWS):
@@ -149,8 +149,8 @@ def make_adapter(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 def adapted_oracle(hidden: Tensor, tokens: Tensor, head: Head, low: Tensor, b: Tensor) -> Tensor:
     """The adapter as more columns of hidden states and weights."""
-    wide = replace(head, weight=torch.cat([head.weight, b], dim=1))
-    return oracle(torch.cat([hidden, low], dim=1), tokens, wide)
+    combined = replace(head, weight=torch.cat([head.weight, b], dim=1))
+    return oracle(torch.cat([hidden, low], dim=1), tokens, combined)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -184,7 +184,7 @@ def large_bf16() -> tuple[Tensor, Tensor, Head, Tensor, Tensor]:
     """1,024 tokens over a vocabulary of 32,000 in bf16 with logits of std 4, and what float64 makes of the same bits.
 
     Returns:
-        hidden, tokens, head, [1024] values, and [1024, 64] probabilities times weights: the slope's softmax part.
+        hidden, tokens, head, [1024] values, and [1024, 64] probabilities times weights: the gradient's softmax part.
     """
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(1024, 64, generator=generator).bfloat16().requires_grad_()
@@ -205,11 +205,11 @@ def test_bf16_sums_over_1024_tokens_are_within_a_thousandth_of_a_nat(large_bf16)
     assert abs(values.double().sum() - wanted.sum()) <= 1e-3
 
 
-def test_bf16_slopes_are_within_bf16_rounding(large_bf16):
+def test_bf16_gradients_are_within_bf16_rounding(large_bf16):
     hidden, tokens, head, _, expected = large_bf16
     found = torch.autograd.grad(_ScoreTokens.apply(hidden, tokens, head)[0].sum(), hidden)[0].double()
     wanted = head.weight[tokens].double() - expected
-    # Rounding to bf16's 8 binary places moves a number by 2^-9 of itself at most. Three roundings: the slope itself,
+    # Rounding to bf16's 8 binary places moves a number by 2^-9 of itself at most. Three roundings: the gradient itself,
     # the probabilities of the slices, and their mean of weights.
     assert ((found - wanted).abs() <= 2**-9 * (wanted.abs() + 2 * head.weight.abs().max().double())).all()
     assert (found - wanted).norm() <= 2**-8 * wanted.norm()

@@ -20,8 +20,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import load_policy
 from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, _AdaptedLinear, _covers, decoding
+from qpref.policy.policy import Policy
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
 
@@ -455,7 +456,7 @@ def saved_config(model: Any, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_the_saved_adapter_is_pefts_and_says_the_same(quantization, load, make_base, tmp_path):
+def test_the_saved_adapter_is_pefts_and_scores_the_same(quantization, load, make_base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     policy = load(quantization=quantization)
@@ -474,7 +475,7 @@ def test_the_saved_adapter_is_pefts_and_says_the_same(quantization, load, make_b
             assert apart(policy.model.eval()(ids).logits, loaded(ids).logits) <= 1e-5
 
 
-def test_a_float32_layer_under_bf16_autocast_goes_pefts_way():
+def test_a_float32_layer_under_bf16_autocast_falls_back_to_peft():
     class One(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -17,9 +17,9 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qpref.data.pack import pack
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.lora import FusedLinear4bit
+from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference
 from qpref.records import Source, TokenizedExample
 

@@ -1,4 +1,4 @@
-"""The model is its own reference: exactly the base (or the start adapter), leaving no trace, and asked once a row."""
+"""The model is its own reference: exactly the base (or the start adapter), leaving no trace, and scored once a row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from qpref.data.pack import pack
 from qpref.errors import PolicyError
-from qpref.policy.load import Policy, load_policy
-from qpref.policy.logprobs import Head, completion_logprobs
+from qpref.policy.head import Head
+from qpref.policy.load import load_policy
+from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, frozen, row_keys
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
@@ -177,7 +179,7 @@ def test_the_policy_is_as_before_when_a_reference_pass(starts, training, raising
     policy, batch = load({"adapter.start": str(start)} if starts else {}), pack(EXAMPLES, CPU)
     randomize(policy)
     policy.model.train(training)
-    before, said = state(policy), score(policy, batch)
+    before, scores = state(policy), score(policy, batch)
     try:
         with as_reference(policy):
             completion_logprobs(policy, batch)
@@ -186,7 +188,7 @@ def test_the_policy_is_as_before_when_a_reference_pass(starts, training, raising
     except LookupError:
         assert raising
     assert state(policy) == before
-    assert torch.equal(score(policy, batch), said)
+    assert torch.equal(score(policy, batch), scores)
 
 
 def gradients(policy: Policy, batch: PackedBatch, reference_at: str) -> dict[str, torch.Tensor]:
@@ -239,9 +241,9 @@ def test_the_start_adapter_stays_as_it_was_while_the_trained_one_moves(load, sta
 
 
 def test_the_start_adapters_rank_and_alpha_hold(load, tmp_path):
-    wide = load({"adapter.rank": 2, "adapter.alpha": 6.0, "adapter.rslora": True, "adapter.targets": ["q_proj"]})
-    wide.model.save_pretrained(tmp_path / "wide")
-    policy = load({"adapter.start": str(tmp_path / "wide")})
+    other = load({"adapter.rank": 2, "adapter.alpha": 6.0, "adapter.rslora": True, "adapter.targets": ["q_proj"]})
+    other.model.save_pretrained(tmp_path / "other")
+    policy = load({"adapter.start": str(tmp_path / "other")})
     layer = policy.decoder.layers[0].self_attn.q_proj
     assert layer.lora_A["default"].weight.shape == (2, 64)
     assert layer.scaling["default"] == layer.scaling["reference"] == pytest.approx(6.0 / 2**0.5)
@@ -306,11 +308,11 @@ def test_a_folder_without_an_adapter_is_refused(load, tmp_path):
 
 
 def test_a_second_look_up_computes_nothing(load):
-    policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceStore()
-    first = memory.logprobs(policy, batch)
-    assert memory.num_computed == 4
-    second = memory.logprobs(policy, batch)
-    assert memory.num_computed == 4
+    policy, batch, store = load(), pack(EXAMPLES, CPU), ReferenceStore()
+    first = store.logprobs(policy, batch)
+    assert store.num_computed == 4
+    second = store.logprobs(policy, batch)
+    assert store.num_computed == 4
     assert torch.equal(first.values, second.values)
     assert first.lengths == second.lengths
 
@@ -322,12 +324,12 @@ def test_what_is_remembered_is_what_the_reference_said(load):
 
 
 def test_rows_are_found_by_content_in_any_order_and_packing(load):
-    policy, memory = load(), ReferenceStore()
-    said = memory.logprobs(policy, pack(EXAMPLES, CPU)).values.split([len(b) for e in EXAMPLES for b in e.branches])
+    policy, store = load(), ReferenceStore()
+    scores = store.logprobs(policy, pack(EXAMPLES, CPU)).values.split([len(b) for e in EXAMPLES for b in e.branches])
     for order in ([3, 1, 0, 2], [2], [0, 0]):
-        again = memory.logprobs(policy, pack([EXAMPLES[place] for place in order], CPU)).values
-        assert torch.equal(again, torch.cat([said[2 * place + side] for place in order for side in (0, 1)]))
-    assert memory.num_computed == 4
+        again = store.logprobs(policy, pack([EXAMPLES[place] for place in order], CPU)).values
+        assert torch.equal(again, torch.cat([scores[2 * place + side] for place in order for side in (0, 1)]))
+    assert store.num_computed == 4
 
 
 def test_what_is_not_part_of_the_text_is_not_part_of_the_key():
@@ -337,12 +339,12 @@ def test_what_is_not_part_of_the_text_is_not_part_of_the_key():
 
 
 def test_sides_are_remembered_apart(load):
-    policy, memory = load(), ReferenceStore()
+    policy, store = load(), ReferenceStore()
     prompt, chosen, rejected = EXAMPLES[0].prompt, *EXAMPLES[0].branches
-    said = memory.logprobs(policy, pack([EXAMPLES[0]], CPU)).values.split([len(chosen), len(rejected)])
-    swapped = memory.logprobs(policy, pack([make_example(prompt, rejected, chosen)], CPU)).values
-    assert memory.num_computed == 1
-    assert torch.equal(swapped, torch.cat([said[1], said[0]]))
+    scores = store.logprobs(policy, pack([EXAMPLES[0]], CPU)).values.split([len(chosen), len(rejected)])
+    swapped = store.logprobs(policy, pack([make_example(prompt, rejected, chosen)], CPU)).values
+    assert store.num_computed == 1
+    assert torch.equal(swapped, torch.cat([scores[1], scores[0]]))
 
 
 def test_a_key_is_of_the_prompt_the_response_and_where_one_ends():
@@ -358,28 +360,28 @@ def test_a_key_is_of_the_prompt_the_response_and_where_one_ends():
 
 
 def test_a_known_row_keeps_its_first_value_when_a_new_row_comes_with_it(load):
-    policy, memory = load(), ReferenceStore()
-    memory.logprobs(policy, pack(EXAMPLES[:1], CPU))
-    for values in memory.rows.values():
-        values += 1  # as if first said in a batch of another shape, in bf16
-    known = torch.cat(list(memory.rows.values()))
-    both = memory.logprobs(policy, pack(EXAMPLES[1::-1], CPU)).values
-    assert memory.num_computed == 3
+    policy, store = load(), ReferenceStore()
+    store.logprobs(policy, pack(EXAMPLES[:1], CPU))
+    for values in store.rows.values():
+        values += 1  # as if first scored in a batch of another shape, in bf16
+    known = torch.cat(list(store.rows.values()))
+    both = store.logprobs(policy, pack(EXAMPLES[1::-1], CPU)).values
+    assert store.num_computed == 3
     assert torch.equal(both[-len(known) :], known)
 
 
-def test_memory_survives_its_tensors_to_the_bit(load, tmp_path):
-    policy, batch, memory = load(), pack(EXAMPLES, CPU), ReferenceStore()
-    said = memory.logprobs(policy, batch)
-    save_file(memory.to_tensors(), tmp_path / "memory.safetensors")
+def test_the_store_survives_its_tensors_to_the_bit(load, tmp_path):
+    policy, batch, store = load(), pack(EXAMPLES, CPU), ReferenceStore()
+    scores = store.logprobs(policy, batch)
+    save_file(store.to_tensors(), tmp_path / "store.safetensors")
     restored = ReferenceStore()
-    restored.restore(load_file(tmp_path / "memory.safetensors"))
-    assert list(restored.rows) == sorted(memory.rows)
-    assert torch.equal(restored.logprobs(policy, batch).values, said.values)
+    restored.restore(load_file(tmp_path / "store.safetensors"))
+    assert list(restored.rows) == sorted(store.rows)
+    assert torch.equal(restored.logprobs(policy, batch).values, scores.values)
     assert restored.num_computed == 0
 
 
-def test_an_empty_memory_survives_its_tensors():
+def test_an_empty_store_survives_its_tensors():
     restored = ReferenceStore()
     restored.restore(ReferenceStore().to_tensors())
     assert restored.rows == {}

@@ -175,14 +175,14 @@ def test_two_runs_at_once_do_not_see_each_other(tmp_path):
     assert [third.get(key(number)).item() for number in (1, 2, 3)] == [-1, -2, -3]
 
 
-def test_a_run_that_goes_on_sees_the_others_as_they_were_at_its_start(tmp_path):
+def test_a_resumed_run_sees_the_others_as_they_were_at_its_start(tmp_path):
     write(tmp_path, "old", {key(1): torch.tensor([-1.0])})
     started = ReferenceCache.open(tmp_path, "mine")
     write(tmp_path, "old", {key(2): torch.tensor([-2.0])})  # the old run was resumed, and found more
     write(tmp_path, "new", {key(3): torch.tensor([-3.0])})
-    again = ReferenceCache.open(tmp_path, "mine", started.store.seen)
-    assert again.store.seen == started.store.seen == {"old.shard": HEADER.size + 4}
-    assert [number for number in (1, 2, 3) if key(number) in again] == [1]
+    resumed = ReferenceCache.open(tmp_path, "mine", started.store.seen)
+    assert resumed.store.seen == started.store.seen == {"old.shard": HEADER.size + 4}
+    assert [number for number in (1, 2, 3) if key(number) in resumed] == [1]
 
 
 def test_a_run_that_saw_nothing_goes_on_seeing_nothing(tmp_path):
@@ -191,32 +191,32 @@ def test_a_run_that_saw_nothing_goes_on_seeing_nothing(tmp_path):
     assert len(ReferenceCache.open(tmp_path, "mine", started.store.seen)) == 0
 
 
-def test_a_run_that_goes_on_reads_all_that_it_wrote_itself(tmp_path):
+def test_a_resumed_run_reads_all_that_it_wrote_itself(tmp_path):
     started = ReferenceCache.open(tmp_path, "mine")
     started.add(ROWS)  # and is killed: nothing closes it
-    again = ReferenceCache.open(tmp_path, "mine", started.store.seen)
-    assert found(again) == first(3)
-    assert "mine.shard" not in again.store.seen
+    resumed = ReferenceCache.open(tmp_path, "mine", started.store.seen)
+    assert found(resumed) == first(3)
+    assert "mine.shard" not in resumed.store.seen
     started.close()
-    again.close()
+    resumed.close()
 
 
 def test_a_runs_own_shard_is_not_among_what_it_saw(tmp_path):
     write(tmp_path, "mine", ROWS)
-    again = ReferenceCache.open(tmp_path, "mine")
-    assert again.store.seen == {}
-    again.close()
+    resumed = ReferenceCache.open(tmp_path, "mine")
+    assert resumed.store.seen == {}
+    resumed.close()
 
 
 @pytest.mark.parametrize("size", range(ENDS[1], ENDS[2] + 1))
-def test_a_run_that_goes_on_cuts_its_torn_row_off_and_appends(tmp_path, size):
+def test_a_resumed_run_cuts_its_torn_row_off_and_appends(tmp_path, size):
     shard = write(tmp_path, "mine", ROWS)
     os.truncate(shard, size)
-    again = ReferenceCache.open(tmp_path, "mine", {})
+    resumed = ReferenceCache.open(tmp_path, "mine", {})
     whole = num_whole(size)
-    assert found(again) == first(whole)
-    again.add(dict(list(ROWS.items())[whole:]))
-    again.close()
+    assert found(resumed) == first(whole)
+    resumed.add(dict(list(ROWS.items())[whole:]))
+    resumed.close()
     assert shard.stat().st_size == ENDS[-1]
     assert found(ReferenceCache.open(tmp_path, "two")) == first(3)
 
@@ -262,7 +262,7 @@ def test_a_row_that_does_not_fit_is_warned_of_once_and_never_read(tmp_path, said
     with no_file_longer_than(ENDS[1] + 10):
         cache.add({names[1]: ROWS[names[1]]})
         cache.add({names[2]: ROWS[names[2]]})
-    cache.add({names[2]: ROWS[names[2]]})  # there is room again, but half a row stands before it
+    cache.add({names[2]: ROWS[names[2]]})  # there is space again, but half a row stands before it
     cache.close()
     assert said == [f"the cache is not written any more: {tmp_path}/one.shard: cannot be written: "
                     "File too large"]  # fmt: skip
@@ -275,10 +275,10 @@ def test_a_run_whose_disk_was_full_writes_again_after_a_resume(tmp_path, said):
     with no_file_longer_than(ENDS[1] + 10):
         cache.add(ROWS)
     cache.close()
-    again = ReferenceCache.open(tmp_path, "one", {})
-    assert found(again) == first(1)
-    again.add(dict(list(ROWS.items())[1:]))
-    again.close()
+    resumed = ReferenceCache.open(tmp_path, "one", {})
+    assert found(resumed) == first(1)
+    resumed.add(dict(list(ROWS.items())[1:]))
+    resumed.close()
     assert found(ReferenceCache.open(tmp_path, "two")) == first(3)
 
 

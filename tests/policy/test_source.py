@@ -375,7 +375,7 @@ def test_a_file_is_converted_once(tmp_path, caplog):
     assert sum(record.getMessage().startswith("converting") for record in caplog.records) == 1
 
 
-def test_another_file_under_the_same_name_is_converted_anew(tmp_path):
+def test_another_file_under_the_same_name_is_converted_too(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     first = resolve(tmp_path / "tiny.gguf")
     write_gguf(tmp_path / "tiny.gguf", splitting="gpt-2")

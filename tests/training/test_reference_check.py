@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qpref.data.pack import pack, split_by_tokens
-from qpref.policy.load import Policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows, ReferenceCache
 from qpref.records import TokenizedExample

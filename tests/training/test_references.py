@@ -23,8 +23,9 @@ from qpref import fsio, shards
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError
 from qpref.policy import reference, reference_cache
-from qpref.policy.load import Policy, load_policy
+from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import ReferenceCache, check_key
 from qpref.policy.source import resolve_base
@@ -130,7 +131,7 @@ def write_rows(shard: Path, rows: dict[bytes, torch.Tensor]) -> None:
     assert rows
     store = ReferenceCache.open(shard.parent, "reader", {shard.name: shard.stat().st_size}).store
     records = {check_key(shard.name): store.get(check_key(shard.name))}
-    records |= {key: reference_cache.words(values) for key, values in rows.items()}
+    records |= {key: reference_cache.to_bytes(values) for key, values in rows.items()}
     shard.write_bytes(b"".join(shards.record(key, content) for key, content in records.items()))
 
 

@@ -1,0 +1,108 @@
+"""A loaded model with its adapters, as training and evaluation see it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qpref.policy.adapter import is_trained
+from qpref.policy.head import Head
+
+
+@dataclass(slots=True)
+class Policy:
+    """A model in training, or one that is only scored and sampled from.
+
+    Attributes:
+        model: the PeftModel; the plain model where there are no adapters.
+        decoder: the text decoder inside it, whose output is hidden states.
+        head: the frozen output head.
+        device: holds all of it.
+        dtype: of the base's computation.
+        starts_from_adapter: the reference is a frozen copy of the start adapter, not the bare base.
+        own_attention: name of the attention that the model came with.
+        sharing_paths: names of the attention paths that compute each prompt once, the fastest first; empty where the
+            model's config rules them out.
+        attention: name of the one in use.
+        has_adapters: false for a plain model, which has no reference of its own.
+    """
+
+    model: Any
+    decoder: Any
+    head: Head
+    device: torch.device
+    dtype: torch.dtype
+    starts_from_adapter: bool
+    own_attention: str
+    sharing_paths: tuple[str, ...]
+    attention: str
+    has_adapters: bool = True
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context of the forward pass: LoRA's float32 weights take part in 16-bit products."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained adapter's tensors by name, in a fixed order."""
+        return {name: value for name, value in self.model.named_parameters() if is_trained(name)}
+
+    @property
+    def shares_prompts(self) -> bool:
+        """True where a batch is one stream with each prompt once, false where it is one row for each branch."""
+        return self.attention != self.own_attention
+
+    def share_prompts(self, shared: bool) -> None:
+        """Compute each prompt once, by the fastest path; or fall back to whole rows under the model's own attention."""
+        self.use_attention(self.sharing_paths[0] if shared else self.own_attention)
+
+    def use_attention(self, name: str) -> None:
+        """Switch to one of the sharing paths, or to the model's own attention."""
+        self.plain_model.set_attn_implementation(name)
+        self.attention = name
+
+    @property
+    def plain_model(self) -> Any:
+        """transformers' own model; adapters that are on take part in it."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers whose activations can be recomputed."""
+        return len(self._layers())
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Decoder layers whose activations are recomputed in the backward pass."""
+        return sum(layer.gradient_checkpointing for layer in self._layers())
+
+    def recompute_layers(self, count: int) -> None:
+        """Recompute the first `count` decoder layers' activations in the backward pass; the others keep theirs."""
+        if count:
+            _enable_checkpointing(self.plain_model)
+        for index, layer in enumerate(self._layers()):
+            layer.gradient_checkpointing = index < count
+
+    def _layers(self) -> list[Any]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def quantized_modules(self) -> list[str]:
+        """Names, as in the base model, of the layers with 4-bit weights."""
+        from bitsandbytes.nn import Linear4bit
+
+        names = [name for name, module in self.model.named_modules() if isinstance(module, Linear4bit)]
+        return [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names]
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # Renamed during transformers 5; drop the older name when the floor in pyproject has the newer.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
