@@ -28,8 +28,7 @@ class ReadAgain:
             fingerprints: as run.json has them.
         """
         examples, recipe = self.examples, plan.recipe
-        choices = [loss.at(0.0) for loss in plan.losses]
-        if any("mismatched" in choice.plugin.record.needs_of(choice.options) for choice in choices):
+        if "mismatched" in plan.needs:
             if self.split == "heldout":
                 return None
             examples = with_mismatched(examples, recipe.train.seed, recipe.data.max_length)

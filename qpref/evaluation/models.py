@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from qpref.data.tokenize import PairTokenizer
-from qpref.errors import PolicyError, RecipeError
+from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import Policy, choose_device, is_prequantized, load_plain, load_policy
@@ -22,6 +22,7 @@ from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.sections import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
+from qpref.training.snapshot import restore_adapter
 
 log = logging.getLogger("qpref")
 
@@ -272,9 +273,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _put_checkpoint(policy: Policy, path: Path) -> None:
-    parameters, saved = policy.trained_parameters(), checkpoint.read(path).tensors["adapter"]
-    if set(parameters) != set(saved):
-        raise PolicyError(f"{path}: its adapter has other layers than this base")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    saved = checkpoint.read(path)
+    try:
+        restore_adapter(saved, policy)
+    except CheckpointError:
+        raise PolicyError(f"{path}: its adapter has other layers than this base") from None

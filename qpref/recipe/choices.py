@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,12 @@ class Choice:
 
     plugin: Loaded
     options: Any
+
+
+def joint_needs(losses: Iterable[Choice]) -> frozenset[str]:
+    """Join the losses' needs beside the policy's log-probabilities: any of reference, prompt, mismatched,
+    log_sum_squares."""
+    return frozenset().union(*(loss.plugin.record.needs_of(loss.options) for loss in losses))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

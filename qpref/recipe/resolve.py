@@ -13,7 +13,7 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
-from qpref.recipe.choices import Choice, LossChoice, SourceChoice
+from qpref.recipe.choices import Choice, LossChoice, SourceChoice, joint_needs
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
 from qpref.recipe.paths import Locations
 from qpref.recipe.problems import Problem, problems_of
@@ -59,6 +59,11 @@ class Plan:
     def is_paired(self) -> bool:
         """Whether the losses are of pairs."""
         return isinstance(self.losses[0].plugin.record, PairedLoss)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Inputs that some loss needs, as `joint_needs`; a schedule doesn't change them."""
+        return joint_needs(loss.at(0.0) for loss in self.losses)
 
     def of_heldout_alone(self) -> Plan:
         """The plan without its training data, which held-out data of their own don't need; else the plan as it is."""

@@ -1,4 +1,4 @@
-"""From a plan to all that a run needs, with everything refused that can be before a weight is trained."""
+"""Prepare a run: data, tokenizer, policy and losses, with every check that can run before training."""
 
 from __future__ import annotations
 
@@ -27,22 +27,35 @@ from qpref.training.objective import Objective
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What a run has once everything that can be refused has been.
+    """The parts of a run that has passed its checks.
 
     Attributes:
-        memory_limit: bytes that the run may fill, as they were before the model was loaded.
+        base: the base model's folder.
+        memory_limit: bytes that the run may fill, measured before the model was loaded.
+        fingerprints: digests of what a resumed run must share with its checkpoint, by name.
     """
 
     plan: Plan
     base: BaseFolder
     tokenizer: Any
     policy: Policy
-    loss: Objective
+    objective: Objective
     examples: list[TokenizedExample]
     heldout: list[TokenizedExample]
     report: DataReport
     memory_limit: int
     fingerprints: dict[str, str]
+
+    @property
+    def all_examples(self) -> list[TokenizedExample]:
+        """Training examples, then held-out ones."""
+        return [*self.examples, *self.heldout]
+
+    def first_step_examples(self) -> list[TokenizedExample]:
+        """Return the examples of the first optimizer step."""
+        train = self.plan.recipe.train
+        positions = optim.step_order(len(self.examples), train.batch_size, train.seed, 0)
+        return [self.examples[position] for position in positions]
 
 
 def prepare(plan: Plan, checked: CheckedData) -> Prepared:
@@ -58,14 +71,14 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     seed = recipe.train.seed
     examples = tokenize_rows(checked.train, pairs, recipe.data, seed)
     heldout = tokenize_rows(checked.heldout, pairs, recipe.data, seed) if checked.heldout else []
-    loss = Objective.of(plan.losses, _class_counts(examples))
-    if "mismatched" in loss.needs:
+    objective = Objective.of(plan.losses, _class_counts(examples))
+    if objective.needs_mismatched:
         longest = recipe.data.max_length
         # A held-out file may have one prompt alone, so its partners come from all examples.
         heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
         examples = with_mismatched(examples, seed, longest)
     refuse_empty_steps(recipe, len(examples))
-    loss.refuse_bad_schedule(optim.total_steps(recipe.train, len(examples)))
+    objective.refuse_bad_schedule(optim.total_steps(recipe.train, len(examples)))
     invariants.check_first_row(pairs, examples[0])
     limit = memory_limit(recipe, choose_device(recipe.model.device))
     policy = load_policy(recipe, base)
@@ -75,7 +88,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
         base=base,
         tokenizer=tokenizer,
         policy=policy,
-        loss=loss,
+        objective=objective,
         examples=examples,
         heldout=heldout,
         report=checked.report,
@@ -91,13 +104,13 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
 
 
 def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
-    """Desirable and undesirable examples."""
+    """Count desirable and undesirable examples."""
     labels = [example.label for example in examples]
     return labels.count(True), labels.count(False)
 
 
 def start_digest(start: str | None) -> str:
-    """Of what a start adapter does: its tensors, and the settings that scale and place them."""
+    """Hash a start adapter: its tensors, and the settings that scale them and name their layers; empty for none."""
     if start is None:
         return ""
     settings = (Path(start) / "adapter_config.json").read_bytes()
