@@ -19,6 +19,7 @@ from qpref.policy.load import Policy, choose_device, load_policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.resolve import Plan
+from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 from qpref.training import invariants, optim
 from qpref.training.loop import refuse_empty_steps
@@ -68,15 +69,11 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     base = resolve_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model, base)
     pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
-    seed = recipe.train.seed
-    examples = tokenize_rows(checked.train, pairs, recipe.data, seed)
-    heldout = tokenize_rows(checked.heldout, pairs, recipe.data, seed) if checked.heldout else []
+    examples = tokenize_rows(checked.train, pairs, recipe.data, recipe.train.seed)
+    heldout = tokenize_rows(checked.heldout, pairs, recipe.data, recipe.train.seed) if checked.heldout else []
     objective = Objective.of(plan.losses, _class_counts(examples))
     if objective.needs_mismatched:
-        longest = recipe.data.max_length
-        # A held-out file may have one prompt alone, so its partners come from all examples.
-        heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
-        examples = with_mismatched(examples, seed, longest)
+        examples, heldout = _with_partners(recipe, examples, heldout)
     refuse_empty_steps(recipe, len(examples))
     objective.refuse_bad_schedule(optim.total_steps(recipe.train, len(examples)))
     invariants.check_first_row(pairs, examples[0])
@@ -101,6 +98,18 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
             "start adapter": start_digest(recipe.adapter.start),
         },
     )
+
+
+def _with_partners(
+    recipe: Recipe, examples: list[TokenizedExample], heldout: list[TokenizedExample]
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """Give every example a mismatched partner: training examples among themselves, held-out ones among all.
+
+    A held-out file may have one prompt alone, so its partners come from all examples.
+    """
+    seed, longest = recipe.train.seed, recipe.data.max_length
+    partnered = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
+    return with_mismatched(examples, seed, longest), partnered
 
 
 def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:

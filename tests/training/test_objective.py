@@ -16,6 +16,7 @@ import qpref
 from qpref.data.load import load_rows
 from qpref.data.mismatch import alone, partner_alone, with_mismatched
 from qpref.data.pack import pack
+from qpref.data.source import DataSource
 from qpref.errors import DataError, RecipeError
 from qpref.hooks.types import SinkContext
 from qpref.policy.logprobs import completion_logprobs
@@ -27,6 +28,7 @@ from qpref.training import optim, step
 from qpref.training.inputs import Mismatched
 from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
+from qpref.training.objective import Objective
 from qpref.training.prepare import prepare
 from qpref.training.state import TrainingState
 
@@ -293,6 +295,31 @@ def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp
     data = write_jsonl(tmp_path / "margins.jsonl", [row | {"margin": 0.5} for row in preference_rows(4)])
     load_rows(make_plan(make_recipe({"data.train": str(data)}) | {"loss": {"name": "kto"}}, (), tmp_path / "run"))
     assert "margins.jsonl: the rows' margins have no meaning for single completions" in caplog.text
+
+
+def test_a_plan_and_its_objective_join_the_needs_of_all_losses(make_recipe, tmp_path):
+    losses = [{"name": "dpo", "beta": 0.1}, {"name": "orpo"}]
+    plan = make_plan(make_recipe() | {"loss": losses}, (), tmp_path / "run")
+    assert plan.needs == Objective.of(plan.losses).needs == {"reference", "prompt"}
+
+
+def test_refused_pairs_and_their_margins_are_not_counted(make_recipe, tmp_path, caplog):
+    rows = preference_rows(6)
+    rows[2] |= {"rejected": rows[2]["chosen"], "margin": 0.5}
+    changes = {"data.train": str(write_jsonl(tmp_path / "same.jsonl", rows)), "data.skip_bad": 0.5}
+    with caplog.at_level("INFO", logger="qpref"):
+        load_rows(make_plan(make_recipe(changes) | {"loss": {"name": "kto"}}, (), tmp_path / "run"))
+    assert "5 pairs become 10 of them" in caplog.text
+    assert "have no meaning" not in caplog.text
+
+
+def test_loading_reads_the_data_as_often_for_single_completions_as_for_pairs(make_recipe, tmp_path, monkeypatch):
+    real, read = DataSource.records, []
+    monkeypatch.setattr(DataSource, "records", lambda source, row: (read.append(row), real(source, row))[1])
+    for loss in ("dpo", "kto"):
+        read.clear()
+        load_rows(make_plan(make_recipe() | {"loss": {"name": loss}}, (), tmp_path / loss))
+        assert len(read) == 16 + 2, loss  # every row once, and the first of each split to see that there is one
 
 
 def test_completions_of_a_row_stay_in_one_held_out_window(make_trainer, monkeypatch):
