@@ -23,8 +23,9 @@ from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import Plan, make_plan
 from qpref.records import MetricRow, Source, TokenizedExample
 from qpref.training import optim
-from qpref.training.loop import Progress, Trainer
+from qpref.training.loop import Trainer
 from qpref.training.objective import Objective
+from qpref.training.state import TrainingState
 
 
 def _adapt_as_peft_does(policy: Policy) -> None:
@@ -56,20 +57,20 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
     gate.meter.note_loaded()
     ordered = _examples(contestant, pairs)
     gate.digest = digest(_ids(example) for example in ordered)
-    memory = ReferenceStore()
+    references = ReferenceStore()
     if not contestant.live_reference:
         for example in ordered:
-            memory.logprobs(policy, pack([example], policy.device))
+            references.logprobs(policy, pack([example], policy.device))
     trainer = Trainer(
-        recipe=plan.recipe,
+        train=train_section,
         policy=policy,
-        loss=Objective.of(plan.losses, _class_counts(ordered)),
-        memory=memory,
+        objective=Objective.of(plan.losses, _class_counts(ordered)),
+        references=references,
         optimizer=optim.make_optimizer(train_section, policy.trained_parameters().values(), policy.device),
         scaler=torch.amp.GradScaler(policy.device.type, enabled=False),
         examples=_placed(ordered, plan),
         heldout=[],
-        progress=Progress(),
+        state=TrainingState(),
         recorder=_Losses(gate),  # the one method that the loop calls
         save=lambda: None,
         should_stop=_Pause(gate),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
-from qpref.records import Finding, Row, UnpairedExample
+from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class CheckedRows:
         report: what was found so far, of all splits.
         read: rows of this split.
         weights: path of the rows -> how often an epoch trains on each, where that isn't once.
+        pairs: path -> line of each pair, for a loss that takes pairs apart into single completions.
+        margins: path -> line of each of those pairs that has a margin.
     """
 
     split: Split
@@ -38,6 +41,8 @@ class CheckedRows:
     report: DataReport
     read: int = 0
     weights: dict[str, float] = field(default_factory=dict)
+    pairs: dict[str, array[int]] = field(default_factory=dict)
+    margins: dict[str, array[int]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[CheckedRow]:
         """The examples that nothing refuses, in the sources' order.
@@ -64,6 +69,20 @@ class CheckedRows:
         if self.share is not None and not self.read:
             return f"{self.label}: heldout_share {self.share.share:g} leaves no row for {self.split}; change it"
         return f"{self.label}: no pair is left of {self.read} rows"
+
+    def note_pairs(self, row: Sequence[CheckedRow]) -> None:
+        """Note the pairs in a row, so that those that are kept can be counted without reading the data twice."""
+        for example in row:
+            if isinstance(example, PreferencePair):
+                source = example.source
+                self.pairs.setdefault(source.path, array("q")).append(source.line)
+                if example.margin:
+                    self.margins.setdefault(source.path, array("q")).append(source.line)
+
+    def count_kept(self, noted: Mapping[str, array[int]]) -> int:
+        """Count the noted pairs (`pairs` or `margins`) whose rows nothing refuses."""
+        sources = (Source(path=path, line=line) for path, lines in noted.items() for line in lines)
+        return sum(not self.report.leaves_out(source) for source in sources)
 
     def looked_at(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
         """Each row of this split as one or more examples, or why it is none.
@@ -143,6 +162,8 @@ def _look(
         if isinstance(row, Finding):
             report.add([row])
             continue
+        if not rows.pairs_alone:
+            rows.note_pairs(row)
         for example in row:
             report.measure(example)
             for check in checks:

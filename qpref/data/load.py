@@ -15,7 +15,7 @@ from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
 from qpref.recipe.resolve import Plan
 from qpref.recipe.sections import DataSection
-from qpref.records import Finding, PreferencePair, TokenizedExample
+from qpref.records import Finding, TokenizedExample
 
 log = logging.getLogger("qpref")
 
@@ -56,17 +56,11 @@ def load_rows(plan: Plan) -> CheckedData:
 
 
 def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
-    pairs, margins = 0, False
-    for row in checked.looked_at():
-        for example in () if isinstance(row, Finding) or checked.report.leaves_out(row[0].source) else row:
-            if isinstance(example, PreferencePair):
-                pairs += 1
-                margins |= bool(example.margin)
-    label = checked.label
+    label, pairs = checked.label, checked.count_kept(checked.pairs)
     if pairs:
         log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
                  label, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
-    if margins:
+    if checked.count_kept(checked.margins):
         log.warning("%s: the rows' margins have no meaning for single completions and are left out", label)
 
 

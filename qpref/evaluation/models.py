@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from qpref.data.tokenize import PairTokenizer
-from qpref.errors import PolicyError, RecipeError
+from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.float32 import compute_in_float32
@@ -24,6 +22,7 @@ from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, DataSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
+from qpref.training.snapshot import restore_adapter
 
 log = logging.getLogger("qpref")
 
@@ -267,9 +266,8 @@ def _beta(loss: Any) -> float | None:
 
 
 def _put_checkpoint(policy: Policy, path: Path) -> None:
-    parameters, saved = policy.trained_parameters(), checkpoint.read(path).tensors["adapter"]
-    if set(parameters) != set(saved):
-        raise PolicyError(f"{path}: its adapter has other layers than this base")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    saved = checkpoint.read(path)
+    try:
+        restore_adapter(saved, policy)
+    except CheckpointError:
+        raise PolicyError(f"{path}: its adapter has other layers than this base") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,12 @@ class Choice:
         """The options as the recipe has them."""
         table: dict[str, Any] = self.options.model_dump(mode="json", exclude_none=True)
         return table
+
+
+def joint_needs(losses: Iterable[Choice]) -> frozenset[str]:
+    """Join the losses' needs beside the policy's log-probabilities: any of reference, prompt, mismatched,
+    log_sum_squares."""
+    return frozenset().union(*(loss.plugin.record.needs_of(loss.options) for loss in losses))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.types import PairedLoss, Split
-from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
+from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
 from qpref.recipe.paths import Locations
 from qpref.recipe.problems import Problem, problems_of
@@ -64,11 +64,10 @@ class Plan:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the losses need beside the policy's scores; see `Need`."""
+        """Inputs that some loss needs, as `joint_needs`; a schedule doesn't change them."""
         if self.recorded:
             return self.recorded.needs
-        choices = [loss.at(0.0) for loss in self.losses]
-        return frozenset().union(*(choice.plugin.record.needs_of(choice.options) for choice in choices))
+        return joint_needs(loss.at(0.0) for loss in self.losses)
 
     @property
     def fingerprint(self) -> str:

@@ -1,1 +1,1 @@
-"""The training loop and all that surrounds it: optimizer, checkpoints, metrics, first-batch checks, the run folder."""
+"""Training: the loop, one step's gradient, optimizer, checkpoints, metrics, first-batch checks and the run folder."""

@@ -1,4 +1,4 @@
-"""Which step did best on the held-out examples so far, and whether it is worth going on."""
+"""The best step by a held-out metric so far, and early stopping once no better one has come for long enough."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Best:
     """The best held-out row so far.
 
     Attributes:
+        step: optimizer steps done by then.
+        value: of the metric that it is the best by.
         waited: held-out rows since then.
     """
 
@@ -30,27 +32,27 @@ class Best:
     waited: int = 0
 
     def as_state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Convert to JSON values for a checkpoint."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
-    """What a recipe wants to be best.
+class Criterion:
+    """The metric that a recipe chooses its best step by.
 
     Attributes:
-        name: of the metric, without eval_.
-        higher: whether more of it is better.
-        patience: held-out rows without a better one after which to stop; None never to.
+        metric: its name, without eval_.
+        is_better_higher: True where a higher value is a better one.
+        patience: held-out rows without a better one after which to stop; None to never stop early.
     """
 
-    name: str
-    higher: bool
+    metric: str
+    is_better_higher: bool
     patience: int | None
 
     @classmethod
-    def of(cls, train: TrainSection) -> Watch | None:
-        """None where the last step is the result."""
+    def of(cls, train: TrainSection) -> Criterion | None:
+        """Read the recipe's criterion; None where the last step is the result."""
         if train.best_by is None:
             return None
         name = train.best_by.removeprefix("eval_")
@@ -58,54 +60,57 @@ class Watch:
         assert higher is not None  # the recipe has been checked
         return cls(name, higher, train.patience)
 
-    def look(self, best: Best | None, step: int, values: Mapping[str, float]) -> Best | None:
-        """The best so far, this row included.
+    def update(self, best: Best | None, step: int, means: Mapping[str, float]) -> Best | None:
+        """Compare a held-out row with the best one before it; returns the better of the two.
 
         The row of step 0 is no candidate: nothing is trained yet, and its accuracy by reward is one by log-probability.
-        A value that isn't a number is never better, and a tie isn't either.
+        NaN is never better, and neither is a tie.
 
         Raises:
             RecipeError: held-out rows have no such metric.
         """
-        if self.name not in values:
+        if self.metric not in means:
             raise RecipeError(
-                f"[train] best_by: held-out rows have no metric '{self.name}'; they have {', '.join(sorted(values))}"
+                f"[train] best_by: held-out rows have no metric '{self.metric}'; they have {', '.join(sorted(means))}"
             )
-        value = values[self.name]
+        value = means[self.metric]
         if step == 0:
             return best
-        if not math.isnan(value) and (best is None or (value > best.value if self.higher else value < best.value)):
+        if not math.isnan(value) and (best is None or self._is_better(value, best.value)):
             return Best(step, value)
         return None if best is None else Best(best.step, best.value, best.waited + 1)
 
-    def is_over(self, best: Best | None) -> bool:
-        """Whether enough rows went by without a better one."""
+    def _is_better(self, value: float, other: float) -> bool:
+        return value > other if self.is_better_higher else value < other
+
+    def is_out_of_patience(self, best: Best | None) -> bool:
+        """Return whether `patience` held-out rows have passed without a better one."""
         return self.patience is not None and best is not None and best.waited >= self.patience
 
 
-def of_state(state: Mapping[str, Any], folder: RunFolder, train: TrainSection) -> Best | None:
-    """The best of a checkpoint's state; where its own checkpoint isn't what it was, the best of those that are left.
+def restore_best(state: Mapping[str, Any], folder: RunFolder, train: TrainSection) -> Best | None:
+    """Read the best step from a checkpoint's state; if its own checkpoint is damaged, the best of the remaining ones.
 
-    Only a step whose checkpoint verifies can be shipped, so a lost one must not hide the next best.
+    Only a step whose checkpoint verifies can be exported, so a lost one must not hide the next best.
 
     Args:
         folder: its metrics.jsonl is at least as long as it was at that checkpoint.
     """
-    found, watch = state.get("best"), Watch.of(train)
-    if found is None or watch is None:
+    found, criterion = state.get("best"), Criterion.of(train)
+    if found is None or criterion is None:
         return None
     best = Best(**found)
     reason = _damage(folder, best.step)
     if reason is None:
         return best
-    again = _best_left(folder, int(state["metrics_bytes"]), watch)
-    left = "no other is left" if again is None else f"step {again.step} is the best of those that are left"
+    remaining = _best_remaining(folder, int(state["metrics_bytes"]), criterion)
+    left = "no other is left" if remaining is None else f"step {remaining.step} is the best of those that are left"
     log.warning("the best step so far, %d, is lost, and %s: %s", best.step, left, reason)
-    return again
+    return remaining
 
 
-def _best_left(folder: RunFolder, metrics_bytes: int, watch: Watch) -> Best | None:
-    """The best of the held-out rows so far whose steps' checkpoints verify; the others count as waited for."""
+def _best_remaining(folder: RunFolder, metrics_bytes: int, criterion: Criterion) -> Best | None:
+    """Find the best held-out row whose step's checkpoint verifies; every later row counts towards the patience."""
     best: Best | None = None
     with folder.metrics.open("rb") as file:
         lines = file.read(metrics_bytes).splitlines()
@@ -116,15 +121,15 @@ def _best_left(folder: RunFolder, metrics_bytes: int, watch: Watch) -> Best | No
             continue  # a damaged row is no candidate
         if not isinstance(row, dict) or row.get("split") != "eval":
             continue
-        value = row.get(f"eval_{watch.name}")
+        value = row.get(f"eval_{criterion.metric}")
         if value is None or _damage(folder, row["step"]) is not None:
             value = math.nan
-        best = watch.look(best, row["step"], {watch.name: value})
+        best = criterion.update(best, row["step"], {criterion.metric: value})
     return best
 
 
 def _damage(folder: RunFolder, step: int) -> str | None:
-    """Why a step's checkpoint doesn't verify; None where it does."""
+    """Explain why a step's checkpoint doesn't verify; None where it does."""
     try:
         checkpoint.read(checkpoint.path_of(folder.checkpoints, step))
     except CheckpointError as error:

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, verified by hash, published by one rename, the newest two or more kept.
 
-A checkpoint is trusted only if every file is as its MANIFEST says, which is written last. safetensors alone would take
-a flipped bit for a weight.
+A checkpoint is trusted only if every file matches its MANIFEST, which is written last. safetensors alone would take a
+flipped bit for a weight.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """All that a run needs to go on as if it had never stopped.
+    """A saved state, from which a run resumes as if it had never stopped.
 
     Attributes:
         step: optimizer steps done.
@@ -58,12 +58,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"step-{step:06}"
 
 
 def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None where there is none at all.
+    """Load the newest checkpoint that verifies; None where there is none at all.
 
     Raises:
         CheckpointError: checkpoints exist and none verifies, or the newest good one belongs to another recipe, base or
@@ -74,22 +74,22 @@ def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None
         try:
             checkpoint = _load(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is passed over: %s", path, error)
+            log.warning("%s is skipped: %s", path, error)
             continue
         _refuse_foreign(path, checkpoint.state, fingerprints)
         return checkpoint
     if folders:
         raise CheckpointError(
-            f"{folder}: none of {len(folders)} checkpoints verifies", "start anew with --overwrite, or restore a copy"
+            f"{folder}: none of {len(folders)} checkpoints verifies", "start over with --overwrite, or restore a copy"
         )
     return None
 
 
 def read(path: Path) -> Checkpoint:
-    """One checkpoint, if it verifies.
+    """Read one checkpoint.
 
     Raises:
-        CheckpointError: it doesn't.
+        CheckpointError: it doesn't verify.
     """
     try:
         return _load(path)
@@ -98,14 +98,14 @@ def read(path: Path) -> Checkpoint:
 
 
 def remove_newer(folder: Path, step: int) -> None:
-    """Remove what is newer than the checkpoint that a run goes on from: it is bad, and rotation would count it."""
+    """Remove checkpoints newer than `step`, which a run resumes from: they are bad, and rotation would count them."""
     for path in _folders(folder):
         if int(path.name.removeprefix("step-")) > step:
             fsio.remove_tree(path)
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The checkpoints' folders, newest first."""
+    """List the checkpoints' folders, newest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -118,7 +118,7 @@ def _load(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     if path.is_symlink() or (path / "MANIFEST.json").is_symlink():
-        raise ValueError("it is a link, or its MANIFEST.json is")
+        raise ValueError("it is a link, or its MANIFEST.json is one")
     manifest = json.loads((path / "MANIFEST.json").read_text())
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
@@ -128,7 +128,7 @@ def _load(path: Path) -> Checkpoint:
             raise ValueError(f"{name} is not as it was written")
     state = json.loads((path / "state.json").read_text())
     if not path.name == f"step-{manifest['step']:06}" == f"step-{state['step']:06}":
-        raise ValueError("its step is not the one that its name says")
+        raise ValueError("its step is not the one in its name")
     stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
     return Checkpoint(
         step=state["step"], state=state, tensors={stem: load_file(path / f"{stem}.safetensors") for stem in stems}
@@ -141,5 +141,5 @@ def _refuse_foreign(path: Path, state: dict[str, Any], fingerprints: dict[str, s
     if changed:
         raise CheckpointError(
             f"{path}: was made with another {' and another '.join(changed)}",
-            "resume with what the run was started with (recipe.lock.toml), or start anew with --overwrite",
+            "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
         )

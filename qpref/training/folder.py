@@ -1,4 +1,4 @@
-"""The run folder: who may write it, what stands in it, and that nothing is left of a run that never began."""
+"""A run's folder: its files, its lock, and cleaning up after a run that never began."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qpref.recipe.reopen import RecordedRun
 
 ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
            "report.html")  # fmt: skip
-DESCRIBED: Mapping[str, type] = {
+REQUIRED: Mapping[str, type] = {
     "base": str,
     "base_path": str,
     "base_weights": dict,
@@ -27,8 +27,8 @@ DESCRIBED: Mapping[str, type] = {
     "quantized_modules": list,
     "versions": dict,
 }
-"""What run.json says of every run, and what each is in JSON. `base_config` isn't here: a merge alone needs it."""
-DESCRIBED_WITHIN: Mapping[str, tuple[str, ...]] = {
+"""Keys of run.json that every reader relies on, and the JSON type of each. Only a merge needs `base_config`."""
+REQUIRED_WITHIN: Mapping[str, tuple[str, ...]] = {
     "examples": ("train", "heldout"),
     "fingerprints": ("recipe", "training data", "held-out data", "start adapter"),
 }
@@ -36,7 +36,7 @@ DESCRIBED_WITHIN: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of one run."""
+    """Paths of one run's files."""
 
     path: Path
 
@@ -73,19 +73,19 @@ class RunFolder:
         return self.path / "report.html"
 
     def description(self) -> dict[str, Any]:
-        """What run.json says; all of `DESCRIBED` is in it.
+        """Read run.json; every key of `REQUIRED` is in it.
 
         Raises:
-            RecipeError: it cannot be read, or isn't of a run of this qpref.
+            RecipeError: it cannot be read, or is no run of this qpref.
         """
         try:
             facts = json.loads(self.run_json.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{self.run_json}: cannot be read: {error}", "restore it, or train anew") from None
+            raise RecipeError(f"{self.run_json}: cannot be read: {error}", "restore it, or train again") from None
         if not isinstance(facts, dict):
             raise RecipeError(f"{self.run_json}: expected a JSON object; not a run of this qpref")
-        if lacks := _lacking(facts):
-            raise RecipeError(f"{self.run_json}: lacks '{lacks}': not a run of this qpref")
+        if missing := _missing_key(facts):
+            raise RecipeError(f"{self.run_json}: lacks '{missing}': not a run of this qpref")
         return facts
 
     def recorded(self, document: Mapping[str, Any], facts: Mapping[str, Any]) -> RecordedRun:
@@ -104,36 +104,36 @@ class RunFolder:
         )
 
     def clear(self) -> None:
-        """Remove the run, whatever it is, but for the lock. run.json goes first: without it there is no run."""
+        """Remove the run but keep the lock. run.json goes first: without it there is no run."""
         for path in [self.run_json, *self.path.iterdir()]:
             if path.name != "LOCK" and (path.exists() or path.is_symlink()):
                 fsio.remove_tree(path)
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove files that a killed process left half-written."""
         fsio.remove_staging(self.path)
         if self.checkpoints.is_dir():
             fsio.remove_staging(self.checkpoints)
 
 
-def _lacking(facts: Mapping[str, Any]) -> str | None:
-    """The first thing that run.json doesn't say, or says in another way than it should."""
-    for name, kind in DESCRIBED.items():
+def _missing_key(facts: Mapping[str, Any]) -> str | None:
+    """Find the first required key that is missing or has another type."""
+    for name, kind in REQUIRED.items():
         if not isinstance(facts.get(name), kind):
             return name
-    within = ((name, key) for name, keys in DESCRIBED_WITHIN.items() for key in keys if key not in facts[name])
+    within = ((name, key) for name, keys in REQUIRED_WITHIN.items() for key in keys if key not in facts[name])
     return next((f"{name}.{key}" for name, key in within), None)
 
 
 @contextmanager
 def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """Hold a run folder for this process alone.
+    """Lock a run folder for this process.
 
-    A folder that was made here and holds no run at the end is removed again. What a start that was killed has left is
-    no run and in nobody's way.
+    A folder that was made here and holds no run at the end is removed. Leftovers of a start that was killed are no run
+    and are ignored.
 
     Raises:
-        RecipeError: the folder holds a run and neither `resume` nor `overwrite` says what to do, or holds other files.
+        RecipeError: the folder holds a run and neither `resume` nor `overwrite` is set, or it holds other files.
         RunLockedError: another process holds it.
     """
     folder = RunFolder(path)
@@ -143,10 +143,12 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         raise RecipeError(f"{path}: is a file; a run needs a folder")
     existed = path.is_dir()
     found = {entry.name for entry in path.iterdir()} if existed else set()
-    if "run.json" not in found and _others(found, overwrite):
+    if "run.json" not in found and _foreign_files(found, overwrite):
         raise RecipeError(f"{path}: holds files and no run", "name another folder with --output")
     if "run.json" in found and not (resume or overwrite):
-        raise RecipeError(f"{path}: holds a run", "go on with --resume, replace it with --overwrite, or use --output")
+        raise RecipeError(
+            f"{path}: holds a run", "continue with --resume, replace it with --overwrite, or use --output"
+        )
     fsio.make_folder(path)
     with fsio.locked(path):
         try:
@@ -156,7 +158,7 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
                 fsio.remove_tree(path)
 
 
-def _others(found: set[str], overwrite: bool) -> set[str]:
-    """What isn't the start of a run that was killed before its run.json; --overwrite may die later than that."""
+def _foreign_files(found: set[str], overwrite: bool) -> set[str]:
+    """Select the files that no run left when it was killed before its run.json; under --overwrite it may die later."""
     ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
     return {name for name in found - ours if not name.startswith(fsio.STAGING_PREFIX)}

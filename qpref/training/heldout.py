@@ -1,4 +1,4 @@
-"""What is told of held-out examples beside the loss's own metrics: accuracies, and a margin where the loss has none."""
+"""Score held-out examples: the losses' own metrics, accuracies, and a margin for losses that have none."""
 
 from __future__ import annotations
 
@@ -7,14 +7,57 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qpref.data.pack import split_by_tokens
+from qpref.memory.tune import shrink_microbatch
+from qpref.policy.reference import frozen
 from qpref.records import Source, TokenizedExample
+from qpref.training.inputs import example_metrics, joined_inputs
+from qpref.training.metrics import Averages
+from qpref.training.scoring import Scorer
 
 WINDOW = 256
 """Held-out examples that are packed together; bounds the packing's quadratic search."""
 
 
+def heldout_means(scorer: Scorer, examples: Sequence[TokenizedExample], budget: int) -> tuple[dict[str, float], int]:
+    """Score held-out examples without dropout and gradient, each window as one batch of the losses.
+
+    Args:
+        budget: tokens per micro-batch to begin with.
+
+    Returns:
+        Means by metric, and the tokens per micro-batch that the memory sufficed for.
+
+    Raises:
+        DeviceMemoryError: one example is too large for the memory.
+    """
+    averages = Averages()
+    with frozen(scorer.policy):
+        for window in windows(examples):
+            while (metrics := _try_metrics(scorer, window, budget)) is None:
+                budget = shrink_microbatch(scorer.policy, window, budget)
+            averages.add(metrics)
+    return with_margin(averages.means()), budget
+
+
+def _try_metrics(scorer: Scorer, window: Sequence[TokenizedExample], budget: int) -> dict[str, Tensor] | None:
+    """Compute [N] metrics of a window; None if memory runs out."""
+    try:
+        return _metrics(scorer, split_by_tokens(window, budget, scorer.policy.shares_prompts))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _metrics(scorer: Scorer, parts: Sequence[Sequence[TokenizedExample]]) -> dict[str, Tensor]:
+    objective = scorer.objective
+    inputs = joined_inputs([scorer.inputs(members)[1] for members in parts])
+    metrics = example_metrics(inputs, objective(inputs))
+    singles = None if objective.is_paired else [example for members in parts for example in members]
+    return with_accuracies(metrics, singles)
+
+
 def windows(examples: Sequence[TokenizedExample]) -> Iterator[Sequence[TokenizedExample]]:
-    """Held-out examples that are packed together; completions of one row stay in one window."""
+    """Cut held-out examples into windows that are packed together; completions of one row stay in one window."""
     start = 0
     while start < len(examples):
         stop = min(start + WINDOW, len(examples))
@@ -25,7 +68,7 @@ def windows(examples: Sequence[TokenizedExample]) -> Iterator[Sequence[Tokenized
 
 
 def with_accuracies(metrics: Mapping[str, Tensor], singles: Sequence[TokenizedExample] | None) -> dict[str, Tensor]:
-    """[N] metrics with `logps/accuracies`; for single completions, those that were one row's pair are compared.
+    """Add `logps/accuracies` to [N] metrics; of single completions, those that came from one pair are compared.
 
     Args:
         metrics: of N pairs, or of N single completions.
@@ -37,14 +80,14 @@ def with_accuracies(metrics: Mapping[str, Tensor], singles: Sequence[TokenizedEx
 
 
 def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
-    """Places of the desirable and of the undesirable completions that came from the same pairs."""
-    places: dict[tuple[Source, int, bool | None], int] = {
-        (example.source, example.number, example.label): place for place, example in enumerate(examples)
+    """Find the positions of desirable and undesirable completions that came from the same pairs."""
+    positions: dict[tuple[Source, int, bool | None], int] = {
+        (example.source, example.number, example.label): position for position, example in enumerate(examples)
     }
     pairs = [
-        (place, places[source, number, False])
-        for (source, number, label), place in places.items()
-        if label and (source, number, False) in places
+        (position, positions[source, number, False])
+        for (source, number, label), position in positions.items()
+        if label and (source, number, False) in positions
     ]
     return [good for good, _ in pairs], [bad for _, bad in pairs]
 
@@ -52,7 +95,7 @@ def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[
 def _accuracies(
     metrics: Mapping[str, Tensor], better: list[int], worse: list[int], is_paired: bool
 ) -> dict[str, Tensor]:
-    """[N] whether the better response scores higher, NaN beyond the pairs; a tie between rewards is half right."""
+    """[N] 1 where the better response scores higher, else 0, NaN beyond the pairs; a tie between rewards is 0.5."""
 
     def higher(name: str) -> Tensor:
         good, bad = metrics[f"{name}/chosen"][better], metrics[f"{name}/rejected"][worse]
@@ -68,7 +111,14 @@ def _accuracies(
 
 
 def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """With the difference of the mean rewards as the margin, where a loss of single completions has none of its own."""
+    """Add the difference of the mean rewards as the margin, where a loss of single completions has none of its own."""
     if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
         return means
     return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+
+
+def untrained(means: dict[str, float]) -> dict[str, float]:
+    """Take the accuracy by log-probability for that by reward: before the first step every reward is 0, a tie."""
+    if not {"rewards/accuracies", "logps/accuracies"} <= means.keys():
+        return means
+    return means | {"rewards/accuracies": means["logps/accuracies"]}

@@ -1,4 +1,4 @@
-"""What losses see of a micro-batch's scores, of several at once, and what the core itself says of them."""
+"""A loss's inputs from the scores of one or several micro-batches, and the metrics that the core adds to its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Inputs = PairedInputs | UnpairedInputs
 def paired_inputs(
     batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs | None, prompts: bool
 ) -> PairedInputs:
-    """The inputs of a paired loss.
+    """Lay out the inputs of a paired loss.
 
     Args:
-        scores: the policy's, of both branches of each example, then of the prompts where `prompts` says so.
+        scores: the policy's, of both branches of each example, then of the prompts where `prompts` is set.
         reference: the same of the reference, without prompts.
     """
     return PairedInputs(
@@ -32,7 +32,7 @@ def paired_inputs(
 
 @dataclass(frozen=True, slots=True)
 class Mismatched:
-    """What policy and reference say of the mismatched completions of a batch's examples."""
+    """Scores of the mismatched completions of a batch's examples, under policy and reference."""
 
     policy: TokenLogProbs
     reference: TokenLogProbs | None
@@ -45,7 +45,7 @@ def unpaired_inputs(
     class_counts: tuple[int, int],
     mismatched: Mismatched | None,
 ) -> UnpairedInputs:
-    """The inputs of an unpaired loss.
+    """Lay out the inputs of an unpaired loss.
 
     Args:
         scores: the policy's, of each example's completion.
@@ -69,7 +69,7 @@ def _detached(scores: TokenLogProbs) -> TokenLogProbs:
 
 
 def joined_inputs(parts: Sequence[Inputs]) -> Inputs:
-    """The inputs of several micro-batches as those of one batch."""
+    """Join the inputs of several micro-batches into those of one batch."""
     first = parts[0]
     if isinstance(first, PairedInputs):
         pairs = [part for part in parts if isinstance(part, PairedInputs)]
@@ -113,7 +113,7 @@ def _joined(parts: Sequence[TokenLogProbs]) -> TokenLogProbs:
 
 
 def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:
-    """[N] metrics of a batch: the losses' own, and what the core knows of any loss. NaN where undefined."""
+    """Return [N] metrics of a batch: the losses' own and the core's, NaN where undefined."""
     if isinstance(inputs, PairedInputs):
         chosen, rejected = inputs.policy.chosen.total.detach(), inputs.policy.rejected.total.detach()
     else:
@@ -125,7 +125,7 @@ def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """All tensors of numbers in nested records."""
+    """Collect the floating-point tensors in nested records."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     names = getattr(type(value), "__dataclass_fields__", ())

@@ -5,325 +5,219 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpref.data.mismatch import alone, partner_alone
 from qpref.data.order import step_order, steps_per_epoch, total_steps
-from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
-from qpref.errors import NonFiniteError
-from qpref.memory.tune import shrink_microbatch
+from qpref.data.pack import num_fed_tokens
+from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.policy import Policy
-from qpref.policy.reference import ReferenceStore, frozen
-from qpref.recipe.sections import Recipe
-from qpref.records import MetricRow, PackedBatch, TokenizedExample, TokenLogProbs
+from qpref.policy.reference import ReferenceStore
+from qpref.recipe.sections import Recipe, TrainSection
+from qpref.records import TokenizedExample
 from qpref.training import heldout, optim
-from qpref.training.best import Best, Watch
-from qpref.training.inputs import Inputs, Mismatched, example_metrics, joined_inputs
+from qpref.training.best import Criterion
 from qpref.training.invariants import check_gradients
-from qpref.training.metrics import Averages, Recorder
+from qpref.training.metrics import Recorder
 from qpref.training.objective import Objective, progress
+from qpref.training.scoring import Scorer
+from qpref.training.state import TrainingState
+from qpref.training.step import Step, compute_gradient
 
 log = logging.getLogger("qpref")
 
 MAX_NONFINITE_STEPS = 3
 
 
-@dataclass(slots=True)
-class Progress:
-    """What changes from step to step, beside the weights and the optimizer. All of it goes into checkpoints.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens fed for training.
-        seconds: wall time of training.
-        nonfinite: steps in a row that were left out for a non-finite gradient.
-        budget: tokens per micro-batch in force; a step that runs out of memory halves it.
-        averages: of the examples since the last training row.
-        best: the best held-out row, where the recipe asks for one.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    nonfinite: int = 0
-    budget: int = 0
-    averages: Averages = field(default_factory=Averages)
-    best: Best | None = None
-
-
 @dataclass(slots=True, kw_only=True)
 class Trainer:
-    """One run's parts, and the few functions that need nearly all of them.
+    """The loop over optimizer steps: when to step, log, evaluate, save and stop.
 
     Attributes:
-        memory: reference scores of rows seen so far; None for a loss without a reference.
-        scaler: fp16's loss scaling; passes everything through for other types.
-        recorder: where rows go.
+        train: the recipe's [train].
+        objective: the losses, with the options of the step computed last.
+        references: reference scores; None for a loss without a reference.
+        scaler: fp16's loss scaling; passes everything through in other dtypes.
+        state: counters and averages, changed by every step.
+        recorder: writes the metric rows.
         save: writes a checkpoint of the present state.
-        should_stop: whether a signal asked the run to stop; looked at between steps.
-        suspicions: of the present step, which losses made values that are not finite.
-        heldout_budget: tokens per micro-batch of held-out rows; theirs alone is halved when they run out of memory.
+        should_stop: True once a signal asked the run to stop; asked between steps.
+        heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
     """
 
-    recipe: Recipe
+    train: TrainSection
     policy: Policy
-    loss: Objective
-    memory: ReferenceStore | None
+    objective: Objective
+    references: ReferenceStore | None
     optimizer: Any
     scaler: torch.amp.GradScaler
     examples: Sequence[TokenizedExample]
     heldout: Sequence[TokenizedExample]
-    progress: Progress
+    state: TrainingState
     recorder: Recorder
     save: Callable[[], None]
     should_stop: Callable[[], bool]
-    suspicions: list[Tensor] = field(default_factory=list)
     heldout_budget: int = 0
 
     def __post_init__(self) -> None:
-        asked = self.recipe.train.tokens_per_microbatch
-        if not self.progress.budget and isinstance(asked, int):
-            self.progress.budget = asked
-        self.heldout_budget = self.progress.budget
+        requested = self.train.tokens_per_microbatch
+        if not self.state.budget and isinstance(requested, int):
+            self.state.budget = requested
+        self.heldout_budget = self.state.budget
 
     @property
     def total_steps(self) -> int:
-        return total_steps(self.recipe.train, len(self.examples))
+        return total_steps(self.train, len(self.examples))
+
+    @property
+    def scorer(self) -> Scorer:
+        return Scorer(self.policy, self.objective, self.references)
 
     def run(self) -> bool:
-        """Train to the end, which comes early where patience has run out; False where a signal stopped it, saved,
-        between two steps.
+        """Train to the end, which comes early once patience has run out.
+
+        Returns:
+            False where a signal stopped the run, saved, between two steps.
 
         Raises:
             NonFiniteError: three steps in a row had no finite gradient.
-            RecipeError: held-out rows don't have the metric that the best step is chosen by.
+            RecipeError: held-out rows lack the metric that the best step is chosen by.
         """
-        progress, before = self.progress, self.progress.seconds
+        state, before = self.state, self.state.seconds
         started = time.monotonic()
-        if progress.step == 0:
-            self._record_heldout()
-        while not self._is_over():
-            grad_norm, rate = self._step()
-            progress.step += 1
-            progress.seconds = before + time.monotonic() - started
-            is_logged = self._is_due(self.recipe.train.log_every)
+        if state.step == 0:
+            self._evaluate()
+        while not self._is_finished():
+            values = self.step()
+            state.step += 1
+            state.seconds = before + time.monotonic() - started
+            is_logged = self._is_due(self.train.log_every)
             if is_logged:
-                self._record_training(grad_norm, rate)
-            is_best = self._is_due(self.recipe.train.eval_every) and self._record_heldout()
-            if self._is_over() and not is_logged:  # the held-out row was what ended it
-                self._record_training(grad_norm, rate)
+                self._record_training(values)
+            is_best = self._is_due(self.train.eval_every) and self._evaluate()
+            if self._is_finished() and not is_logged:  # this evaluation exhausted the patience
+                self._record_training(values)
             self._stop_if_nonfinite()
-            stopping = self.should_stop() and not self._is_over()
-            if stopping or is_best or self._is_due(self.recipe.train.save_every):
+            stopping = self.should_stop() and not self._is_finished()
+            if stopping or is_best or self._is_due(self.train.save_every):
                 self.save()
             if stopping:
                 return False
         return True
 
-    def _is_over(self) -> bool:
-        """Whether no step follows."""
-        watch = Watch.of(self.recipe.train)
-        out_of_patience = watch is not None and watch.is_over(self.progress.best)
-        return out_of_patience or self.progress.step == self.total_steps
+    def _is_finished(self) -> bool:
+        criterion = Criterion.of(self.train)
+        out_of_patience = criterion is not None and criterion.is_out_of_patience(self.state.best)
+        return out_of_patience or self.state.step == self.total_steps
 
     def _is_due(self, every: int | str | None) -> bool:
-        """Whether something that happens every so many steps, or every epoch, happens after this step.
+        """Return whether an event of every `every` steps, or of every epoch, is due after this step.
 
-        Training and held-out rows come at the end always.
+        Every event is due at the end.
         """
-        step = self.progress.step
-        if self._is_over():
+        step = self.state.step
+        if self._is_finished():
             return True
         if every == "epoch":
-            return step % steps_per_epoch(len(self.examples), self.recipe.train.batch_size) == 0
+            return step % steps_per_epoch(len(self.examples), self.train.batch_size) == 0
         return isinstance(every, int) and step % every == 0
 
-    def _step(self) -> tuple[float, float]:
-        """One optimizer step on `batch_size` pairs; returns the gradient's norm and the learning rate."""
-        train, step = self.recipe.train, self.progress.step
-        optim.seed_step(train.seed, step)
-        places = step_order(len(self.examples), train.batch_size, train.seed, step)
+    def step(self) -> dict[str, float]:
+        """Take one optimizer step on `batch_size` examples; returns its gradient norm and learning rate by name."""
+        train, index = self.train, self.state.step
+        optim.seed_step(train.seed, index)
+        positions = step_order(len(self.examples), train.batch_size, train.seed, index)
         self.policy.model.train()
-        self._compute_gradients([self.examples[place] for place in places])
-        if step == 0:
+        nonfinite = self.compute_gradient([self.examples[position] for position in positions])
+        if index == 0:
             check_gradients(self.policy)
         self.scaler.unscale_(self.optimizer)
-        length = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm)
-        norm, *faults = torch.cat([length[None], torch.stack(self.suspicions).any(0)]).tolist()  # one copy to the host
-        self.loss.refuse_not_finite(faults, step + 1)
-        rate = optim.learning_rate(train, step, self.total_steps)
-        if math.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm)
+        grad_norm, *faults = torch.cat([norm[None], nonfinite]).tolist()  # one copy to the host
+        self.objective.refuse_not_finite(faults, index + 1)
+        rate = optim.learning_rate(train, index, self.total_steps)
+        if math.isfinite(grad_norm):
             optim.set_learning_rate(self.optimizer, rate)
             self.scaler.step(self.optimizer)
-        self._count_nonfinite(norm)
+        self._count_nonfinite(grad_norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, rate
+        return {"grad_norm": grad_norm, "learning_rate": rate}
 
-    def _compute_gradients(self, examples: Sequence[TokenizedExample]) -> None:
-        """Accumulate the gradient of the step's weighted losses' sum, divided once by the number of examples.
+    def compute_gradient(self, examples: Sequence[TokenizedExample]) -> Tensor:
+        """Accumulate the gradient of the present step on these examples, and count their tokens and metrics.
 
-        A step that runs out of memory is repeated in smaller micro-batches: the same examples, the same divisor.
+        Returns:
+            [losses] bool, as `StepResult.nonfinite`.
         """
-        self.loss = self.loss.at(progress(self.progress.step, self.total_steps))
-        while (metrics := self._try_gradients(examples)) is None:
-            self.progress.budget = shrink_microbatch(self.policy, examples, self.progress.budget)
-        self.progress.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
-        for values in metrics:
-            self.progress.averages.add(values)
+        state = self.state
+        self.objective = self.objective.at(progress(state.step, self.total_steps))
+        step = Step(scorer=self.scorer, scaler=self.scaler, index=state.step, seed=self.train.seed, examples=examples)
+        result = compute_gradient(step, state.budget)
+        state.budget = result.budget
+        state.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
+        for part in result.parts:
+            state.averages.add(part.metrics)
+        return result.nonfinite
 
-    def _try_gradients(self, examples: Sequence[TokenizedExample]) -> list[Mapping[str, Tensor]] | None:
-        """The metrics of each micro-batch; None, and no gradient, where the memory didn't suffice."""
-        parts = split_by_tokens(examples, self.progress.budget, self.policy.shares_prompts)
-        self.suspicions.clear()
-        try:
-            if self.loss.sees_whole_steps and len(parts) > 1:
-                return [self._backward_whole_step(parts)]
-            return [self._backward_part(members, len(examples)) for members in parts]
-        except torch.OutOfMemoryError:
-            self.optimizer.zero_grad(set_to_none=True)
-            return None
+    def _count_nonfinite(self, grad_norm: float) -> None:
+        """Count consecutive steps without a finite gradient.
 
-    def _backward_part(self, members: Sequence[TokenizedExample], num_examples: int) -> Mapping[str, Tensor]:
-        batch, inputs = self._score(members)
-        return self._backward(inputs, batch.weight, num_examples)
-
-    def _score(self, members: Sequence[TokenizedExample]) -> tuple[PackedBatch, Inputs]:
-        """A micro-batch and what the loss sees of it."""
-        batch, mismatched = self._pack(members), self._mismatched(members)
-        reference = self._reference(batch)
-        return batch, self.loss.inputs(batch, self.loss.score(self.policy, batch), reference, mismatched)
-
-    def _backward_whole_step(self, parts: Sequence[Sequence[TokenizedExample]]) -> Mapping[str, Tensor]:
-        """The same for a loss that has to see all examples at once, while only one micro-batch fits the memory.
-
-        All micro-batches are scored without a graph; the loss of all gives the slope of each token's log-probability;
-        each micro-batch is then scored again, under the same dropout, and its slopes passed back through it (Gao et al.
-        2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3).
+        fp16's loss scaling overflows now and then by design; that counts once the scale has nowhere left to fall.
         """
-        batches = [self._pack(members) for members in parts]
-        mismatched = [self._mismatched(members) for members in parts]
-        references = [self._reference(batch) for batch in batches]
-        leaves = []
-        with torch.no_grad():
-            for place, batch in enumerate(batches):
-                leaves.append(self._score_again(batch, place))
-        for leaf in leaves:
-            leaf.values.requires_grad_()
-        scored = zip(batches, leaves, references, mismatched, strict=True)
-        inputs = joined_inputs([self.loss.inputs(*one) for one in scored])
-        weight = torch.cat([batch.weight for batch in batches])
-        metrics = self._backward(inputs, weight, len(weight))
-        for place, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
-            self._score_again(batch, place).values.backward(leaf.values.grad)
-        return metrics
-
-    def _pack(self, members: Sequence[TokenizedExample]) -> PackedBatch:
-        """The examples as one stream, their mismatched partners left out."""
-        if self.loss.needs_mismatched:
-            members = [alone(example) for example in members]
-        return pack(members, self.policy.device)
-
-    def _mismatched(self, members: Sequence[TokenizedExample]) -> Mismatched | None:
-        """The scores of the examples' mismatched partners, without a graph; None for losses that don't need them."""
-        if not self.loss.needs_mismatched:
-            return None
-        batch = pack([partner_alone(example) for example in members], self.policy.device)
-        with torch.no_grad():
-            return Mismatched(self.loss.score(self.policy, batch), self._reference(batch))
-
-    def _reference(self, batch: PackedBatch) -> TokenLogProbs | None:
-        """The reference's scores, before the policy's: its pass leaves no graph behind. None for losses without one."""
-        return None if self.memory is None else self.memory.logprobs(self.policy, batch)
-
-    def _score_again(self, batch: PackedBatch, place: int) -> TokenLogProbs:
-        """The policy's scores of a step's micro-batch, with the same dropout whenever it is asked."""
-        optim.seed_step(self.recipe.train.seed, self.progress.step, place)
-        return self.loss.score(self.policy, batch)
-
-    def _backward(self, inputs: Inputs, weight: Tensor, num_examples: int) -> Mapping[str, Tensor]:
-        output = self.loss(inputs)
-        objective = (output.losses * weight).sum() / num_examples
-        self.scaler.scale(objective).backward()
-        self.suspicions.append(self.loss.not_finite(inputs, output))
-        return example_metrics(inputs, output)
-
-    def _count_nonfinite(self, norm: float) -> None:
-        """fp16's scaling overflows now and then by design; that counts once the scale has nowhere left to fall."""
         searching = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if math.isfinite(norm):
-            self.progress.nonfinite = 0
+        if math.isfinite(grad_norm):
+            self.state.nonfinite = 0
         elif not searching:
-            self.progress.nonfinite += 1
-            log.warning("step %d: the gradient is not finite; the step is left out", self.progress.step + 1)
+            self.state.nonfinite += 1
+            log.warning("step %d: the gradient is not finite; the step is skipped", self.state.step + 1)
 
     def _stop_if_nonfinite(self) -> None:
-        if self.progress.nonfinite >= MAX_NONFINITE_STEPS:
+        if self.state.nonfinite >= MAX_NONFINITE_STEPS:
             raise NonFiniteError(
-                f"step {self.progress.step}: the gradient was not finite {MAX_NONFINITE_STEPS} times in a row",
+                f"step {self.state.step}: the gradient was not finite {MAX_NONFINITE_STEPS} times in a row",
                 "lower [train] learning_rate, or look at the data of these steps; the last checkpoint is good",
             )
 
-    def _record_training(self, grad_norm: float, rate: float) -> None:
-        progress = self.progress
-        means = heldout.with_margin(progress.averages.means())
-        values = means | {"grad_norm": grad_norm, "learning_rate": rate}
-        progress.averages.clear()
-        self.recorder.write(
-            MetricRow(
-                step=progress.step, split="train", values=values, tokens=progress.tokens, seconds=progress.seconds
-            )
-        )
+    def _record_training(self, values: dict[str, float]) -> None:
+        """Write a training row: means since the last one, and the last step's own values."""
+        means = heldout.with_margin(self.state.averages.means())
+        self.state.averages.clear()
+        self.recorder.write(self.state.row("train", means | values))
 
-    def _record_heldout(self) -> bool:
-        """Score the held-out examples; whether this step is the best so far by the recipe's measure."""
-        progress, watch = self.progress, Watch.of(self.recipe.train)
+    def _evaluate(self) -> bool:
+        """Score the held-out examples and write their row; returns whether this step is the best so far."""
+        state, criterion = self.state, Criterion.of(self.train)
         if self.heldout:
             means = self.heldout_means()
-            if watch is not None:
-                progress.best = watch.look(progress.best, progress.step, means)
-            values = {f"eval_{name}": value for name, value in means.items()}
-            self.recorder.write(
-                MetricRow(
-                    step=progress.step, split="eval", values=values, tokens=progress.tokens, seconds=progress.seconds
-                )
-            )
-        return progress.best is not None and progress.best.step == progress.step
+            if criterion is not None:
+                state.best = criterion.update(state.best, state.step, means)
+            self.recorder.write(state.row("eval", {f"eval_{name}": value for name, value in means.items()}))
+        return state.is_best
 
     def heldout_means(self) -> dict[str, float]:
-        """Means over the held-out pairs.
+        """Compute the metrics' means over the held-out examples.
 
-        Before the first step all implicit rewards are 0, ties alone, so `rewards/accuracies` is by log-probability
-        then; `logps/accuracies` is so always.
+        Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
-        averages = Averages()
-        with frozen(self.policy):
-            for window in heldout.windows(self.heldout):
-                while (metrics := self._try_heldout(window)) is None:
-                    self.heldout_budget = shrink_microbatch(self.policy, window, self.heldout_budget)
-                averages.add(metrics)
-        means = heldout.with_margin(averages.means())
-        known = {"rewards/accuracies", "logps/accuracies"} <= means.keys()
-        if self.progress.step == 0 and known and self.memory is not None:
-            means["rewards/accuracies"] = means["logps/accuracies"]
-        return means
+        means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget)
+        return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 
-    def _try_heldout(self, window: Sequence[TokenizedExample]) -> dict[str, Tensor] | None:
-        try:
-            return self._heldout_metrics(window)
-        except torch.OutOfMemoryError:
-            return None
 
-    def _heldout_metrics(self, window: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        """[N] metrics of some held-out examples, seen by the loss all at once. Completions that were one row's pair are
-        compared as one."""
-        parts = split_by_tokens(window, self.heldout_budget, self.policy.shares_prompts)
-        inputs = joined_inputs([self._score(members)[1] for members in parts])
-        metrics = example_metrics(inputs, self.loss(inputs))
-        singles = None if self.loss.is_paired else [example for members in parts for example in members]
-        return heldout.with_accuracies(metrics, singles)
+def refuse_empty_steps(recipe: Recipe, num_examples: int) -> None:
+    """Say so where the data make less than one full optimizer step.
+
+    Raises:
+        RecipeError: the batch is larger than the data, so its size would not be what the recipe says.
+    """
+    if not num_examples:
+        raise RecipeError("[data] train: the sources' weights leave no training example", "raise them")
+    if num_examples < recipe.train.batch_size:
+        raise RecipeError(
+            f"[train] batch_size is {recipe.train.batch_size}, and there are {num_examples} training examples",
+            f"set batch_size to {num_examples} or less",
+        )

@@ -1,4 +1,4 @@
-"""Metrics: averages over pairs, the metrics.jsonl that the core writes itself, and sinks that cannot hurt the run."""
+"""Metrics: averages over examples, the core's own metrics.jsonl, and sinks that cannot hurt the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOSE_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Averages:
-    """Running means over pairs; a pair whose value is NaN doesn't count for that name."""
+    """Running means over examples; an example whose value is NaN doesn't count for that name."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Averages:
         self._pending.append((list(values), totals))
 
     def settle(self) -> None:
-        """Bring what was added to the host, in one copy."""
+        """Copy the added totals to the host at once."""
         if self._pending:
             joined = torch.cat([totals for _, totals in self._pending], dim=1).tolist()
             names = [name for part, _ in self._pending for name in part]
@@ -66,8 +66,8 @@ class Recorder:
 
     Args:
         path: metrics.jsonl.
-        keep: bytes of it to keep; what a killed run wrote after its last checkpoint is cut off.
-        sinks: what the recipe chose, opened for `context`.
+        keep: bytes of it to keep; rows that a killed run wrote after its last checkpoint are cut off.
+        sinks: the recipe's metric sinks, opened for `context`.
     """
 
     def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
@@ -84,7 +84,7 @@ class Recorder:
         flat = {"step": row.step, "split": row.split} | values | {"tokens": row.tokens, "seconds": row.seconds}
         self._lines.append_line(json.dumps(flat, allow_nan=False))
         for sink in self._sinks:
-            sink.write(replace(row, values=dict(row.values)))  # its own, in case it changes them
+            sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
 
     def close(self) -> None:
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -96,7 +96,7 @@ class Recorder:
 
 
 class GuardedSink:
-    """A sink on a thread of its own. One that raises, or falls behind and hangs, is reported once and dropped."""
+    """A sink on its own thread; one that raises or hangs is reported once and dropped."""
 
     def __init__(self, choice: Choice, context: SinkContext) -> None:
         self._name = f"metric sink '{choice.plugin.record.name}' ({choice.plugin.offer})"
@@ -114,7 +114,7 @@ class GuardedSink:
             self._drop("takes no more rows")
 
     def finish(self) -> None:
-        """Say that no row follows."""
+        """Signal that no row follows."""
         if not self._dropped:
             try:
                 self._rows.put_nowait(None)
@@ -122,7 +122,7 @@ class GuardedSink:
                 self._drop("takes no more rows")
 
     def join(self, deadline: float) -> None:
-        """Wait until it has closed, or the deadline (of the monotonic clock) has passed."""
+        """Wait until the sink has closed, or the deadline (of the monotonic clock) has passed."""
         if not self._dropped:
             self._thread.join(max(0.0, deadline - time.monotonic()))
             if self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""What is minimized: the loss plugins that a recipe chose, called and held to their contract."""
+"""The training objective: the loss plugins that a recipe chose, called and checked against their contract."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks.types import PairedLoss
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.policy import Policy
-from qpref.recipe.choices import Choice, LossChoice
+from qpref.recipe.choices import Choice, LossChoice, joint_needs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched, paired_inputs, tensors_of, unpaired_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class LossCaller:
-    """Calls a loss plugin and holds it to its contract.
+    """Calls a loss plugin and checks it against its contract.
 
     Attributes:
         choice: the plugin and its options, for messages.
@@ -45,16 +45,11 @@ class LossCaller:
             )
         return cls(choice, function)
 
-    @property
-    def needs(self) -> frozenset[str]:
-        needs: frozenset[str] = self.choice.plugin.record.needs_of(self.choice.options)
-        return needs
-
     def starts_at(self) -> float | None:
-        """The loss of an example on which policy and reference are the same; None where that is no constant.
+        """Return the loss of an example on which policy and reference agree; None where that is no constant.
 
         Raises:
-            PluginError: the plugin raised instead of saying so.
+            PluginError: the plugin raised.
         """
         starts_at = self.choice.plugin.record.starts_at
         try:
@@ -64,7 +59,7 @@ class LossCaller:
             raise _broken(self.choice, f"starts_at raised {type(error).__name__}: {error}") from error
 
     def __call__(self, inputs: Inputs) -> LossOutput:
-        """The loss of each example.
+        """Compute the loss of each example.
 
         Raises:
             PluginError: the loss raised, or returned something other than one value an example.
@@ -72,11 +67,15 @@ class LossCaller:
         lengths = inputs.policy.chosen.lengths if isinstance(inputs, PairedInputs) else inputs.policy.lengths
         num_examples = len(lengths)
         try:
-            output = self.function(inputs)
+            output: LossOutput = self.function(inputs)
         except torch.OutOfMemoryError:
             raise
         except (Exception, SystemExit) as error:
             raise _broken(self.choice, f"raised {type(error).__name__}: {error}") from error
+        self._check_output(output, num_examples)
+        return output
+
+    def _check_output(self, output: Any, num_examples: int) -> None:
         if not isinstance(output, LossOutput):
             raise _broken(self.choice, f"returned {type(output).__name__}, not LossOutput")
         if not isinstance(output.losses, Tensor) or output.losses.shape != (num_examples,):
@@ -92,7 +91,6 @@ class LossCaller:
         for name, value in output.metrics.items():
             if not isinstance(value, Tensor) or value.shape != (num_examples,) or value.requires_grad:
                 raise _broken(self.choice, f"returned the metric {name} not as one detached value an example")
-        return output
 
 
 def _broken(choice: Choice, what: str) -> PluginError:
@@ -102,11 +100,11 @@ def _broken(choice: Choice, what: str) -> PluginError:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimized: one loss, or a weighted sum of several.
+    """One loss, or a weighted sum of several.
 
     Attributes:
         choices: the losses, with options that may change over the run.
-        callers: the same, built for one moment of the run.
+        callers: the same losses, built with the options of one step.
         class_counts: desirable and undesirable training examples.
     """
 
@@ -119,7 +117,7 @@ class Objective:
         return cls(choices, tuple(LossCaller.of(choice.at(0.0)) for choice in choices), class_counts)
 
     def at(self, progress: float) -> Objective:
-        """The objective at `progress` of the run, 0 to 1; itself where nothing is on a schedule."""
+        """Return the objective at `progress` of the run, 0 to 1; itself where nothing is on a schedule."""
         if not any(choice.options.schedules for choice in self.choices):
             return self
         callers = tuple(LossCaller.of(choice.at(progress)) for choice in self.choices)
@@ -131,37 +129,48 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(*(caller.needs for caller in self.callers))
+        """Inputs that some loss needs, as `qpref.recipe.choices.joint_needs`."""
+        return joint_needs(caller.choice for caller in self.callers)
+
+    @property
+    def needs_reference(self) -> bool:
+        return "reference" in self.needs
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """True where examples have a mismatched partner, scored apart: no gradient flows through it."""
+        return "mismatched" in self.needs
 
     @property
     def _part_names(self) -> list[str]:
-        """Metric names of the losses' own values; losses of one name are told apart by their place."""
+        """Metric names of the losses' own values; losses of one name are numbered by their position."""
         names = [caller.choice.plugin.record.name for caller in self.callers]
         return [
-            f"loss/{name}" if names.count(name) == 1 else f"loss/{name}.{place}" for place, name in enumerate(names)
+            f"loss/{name}" if names.count(name) == 1 else f"loss/{name}.{position}"
+            for position, name in enumerate(names)
         ]
 
     def refuse_bad_schedule(self, total_steps: int) -> None:
-        """Build every loss for every step ahead, so that no option leaves its range in the middle of a run.
+        """Build every loss for every step, so that no option leaves its range in the middle of a run.
 
         Raises:
-            RecipeError: one does, or what a loss needs changes on the way.
+            RecipeError: an option does, or a loss's needs change over its schedule.
         """
         for step in range(total_steps):
             ahead = self.at(progress(step, total_steps))
             if ahead is self:
                 return
             if ahead.needs != self.needs:
-                raise RecipeError(f"[loss] what the loss needs changes at step {step + 1} of its schedule")
+                raise RecipeError(f"[loss] the loss's needs change at step {step + 1} of its schedule")
 
     @property
     def sees_whole_steps(self) -> bool:
-        """Whether some loss has to see all examples of an optimizer step at once."""
+        """True where some loss has to see all examples of an optimizer step at once."""
         choices = [caller.choice for caller in self.callers]
         return any(choice.plugin.record.scope_of(choice.options) == "step" for choice in choices)
 
     def __call__(self, inputs: Inputs) -> LossOutput:
-        """The weighted sum for each example. The metrics are the first loss's, and each loss's own value besides."""
+        """Sum the weighted losses of each example. The metrics are the first loss's, and each loss's own value."""
         outputs = [caller(inputs) for caller in self.callers]
         if len(outputs) == 1 and self.choices[0].weight == 1.0:
             return outputs[0]
@@ -171,16 +180,24 @@ class Objective:
         return LossOutput(losses=losses, metrics={**outputs[0].metrics, **parts})
 
     def not_finite(self, inputs: Inputs, output: LossOutput) -> Tensor:
-        """[losses] bool: which of them made a value that isn't finite of log-probabilities that are."""
+        """Find the losses that made a non-finite value of finite log-probabilities.
+
+        Returns:
+            [losses] bool.
+        """
         parts = [output.metrics.get(name, output.losses).detach() for name in self._part_names]
         is_good = torch.stack([values.detach().isfinite().all() for values in tensors_of(inputs)]).all()
         return torch.stack([is_good & ~part.isfinite().all() for part in parts])
 
     def refuse_not_finite(self, faults: Sequence[float], step: int) -> None:
-        """Stop where `not_finite` found a loss out; `faults` has a number for each, 0 for a good one.
+        """Stop where `not_finite` found a loss.
+
+        Args:
+            faults: a number for each loss, 0 for a good one.
+            step: for the message, from 1.
 
         Raises:
-            PluginError: names it.
+            PluginError: names the loss.
         """
         for caller, bad in zip(self.callers, faults, strict=True):
             if bad:
@@ -189,14 +206,9 @@ class Objective:
                 )
 
     def score(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
-        """The policy's scores of a batch, with all that the losses need of them."""
+        """Score a batch under the policy, with the extras that the losses need."""
         needs = self.needs
         return completion_logprobs(policy, batch, prompts="prompt" in needs, squares="log_sum_squares" in needs)
-
-    @property
-    def needs_mismatched(self) -> bool:
-        """Whether examples have a mismatched partner, which is scored by itself: no gradient flows through it."""
-        return "mismatched" in self.needs
 
     def inputs(
         self,
@@ -205,12 +217,12 @@ class Objective:
         reference: TokenLogProbs | None,
         mismatched: Mismatched | None = None,
     ) -> Inputs:
-        """What the losses see of a batch's scores."""
+        """Lay out a batch's scores as the losses' inputs."""
         if self.is_paired:
             return paired_inputs(batch, scores, reference, prompts="prompt" in self.needs)
         return unpaired_inputs(batch, scores, reference, self.class_counts, mismatched)
 
 
 def progress(step: int, total_steps: int) -> float:
-    """Where optimizer step `step` (from 0) stands in the run: 0 for the first, 1 for the last."""
+    """Return the position of optimizer step `step` (from 0) in the run: 0 for the first, 1 for the last."""
     return step / max(1, total_steps - 1)

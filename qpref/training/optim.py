@@ -16,7 +16,7 @@ from qpref.recipe.sections import TrainSection
 
 
 def learning_rate(train: TrainSection, step: int, total: int) -> float:
-    """The rate of optimizer step `step` (from 0) of `total`.
+    """Compute the learning rate of optimizer step `step` (from 0) of `total`.
 
     It rises over the first `warmup_ratio` of the steps, the first of which already moves, then stays (constant), or
     falls to 0 along a line (linear) or half a cosine (cosine).
@@ -33,7 +33,7 @@ def learning_rate(train: TrainSection, step: int, total: int) -> float:
 
 
 def make_optimizer(train: TrainSection, parameters: Iterable[Parameter], device: torch.device) -> Any:
-    """AdamW with betas 0.9 and 0.999 and epsilon 1e-8 (Loshchilov and Hutter 2019), torch's or bitsandbytes'.
+    """Make AdamW with betas 0.9 and 0.999 and epsilon 1e-8 (Loshchilov and Hutter 2019), torch's or bitsandbytes'.
 
     Raises:
         RecipeError: a paged optimizer without a GPU, whose memory it would page.
@@ -66,20 +66,20 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 
 def optimizer_tensors(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The optimizer's state as tensors and plain numbers, named `<parameter's place>.<state's name>`."""
+    """Copy the optimizer's state as tensors and plain numbers, named `<parameter's index>.<state's name>`."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
-    for place, state in optimizer.state_dict()["state"].items():
+    for index, state in optimizer.state_dict()["state"].items():
         for name, value in _flat(state):
             if isinstance(value, Tensor):
-                tensors[f"{place}.{name}"] = value.detach().clone()  # bitsandbytes shares its maps between parameters
+                tensors[f"{index}.{name}"] = value.detach().clone()  # bitsandbytes shares its maps between parameters
             else:
-                numbers[f"{place}.{name}"] = value
+                numbers[f"{index}.{name}"] = value
     return tensors, numbers
 
 
 def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """bitsandbytes lays its moments in a dict of their own, to hide them from FSDP, and takes them back without it."""
+    """Flatten a parameter's state: bitsandbytes nests its moments, to hide them from FSDP, and loads them unnested."""
     for name, value in state.items():
         if isinstance(value, dict):
             yield from value.items()
@@ -88,19 +88,19 @@ def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def restore_optimizer(optimizer: Any, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-    """Put back what `optimizer_tensors` took out."""
+    """Restore the state that `optimizer_tensors` copied."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers.items()]:
-        place, _, name = key.partition(".")
-        state.setdefault(int(place), {})[name] = value
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def seed_step(seed: int, step: int, microbatch: int = 0) -> None:
     """Seed every generator for one optimizer step, or for one of its micro-batches.
 
-    The step's dropout then depends on nothing that happened before it, so no generator's state has to be saved, and an
-    evaluation or a cached reference in between changes nothing.
+    The step's dropout then depends on nothing before it, so no generator's state has to be saved, and an evaluation or
+    a cached reference in between changes nothing.
     """
     import numpy
 

@@ -1,4 +1,4 @@
-"""From a plan to all that a run needs, with everything refused that can be before a weight is trained."""
+"""Prepare a run: data, tokenizer, policy and losses, with every check that can run before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qpref.data.check import CheckedData
 from qpref.data.data_report import DataReport
 from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
-from qpref.data.order import refuse_empty_steps, total_steps
+from qpref.data.order import refuse_empty_steps, step_order, total_steps
 from qpref.data.tokenize import PairTokenizer
 from qpref.memory.limit import memory_limit
 from qpref.policy.load import choose_device, load_policy
@@ -21,6 +21,7 @@ from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.resolve import Plan
+from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 from qpref.training import invariants
 from qpref.training.objective import Objective
@@ -28,22 +29,35 @@ from qpref.training.objective import Objective
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What a run has once everything that can be refused has been.
+    """The parts of a run that has passed its checks.
 
     Attributes:
-        memory_limit: bytes that the run may fill, as they were before the model was loaded.
+        base: the base model's folder.
+        memory_limit: bytes that the run may fill, measured before the model was loaded.
+        fingerprints: digests of what a resumed run must share with its checkpoint, by name.
     """
 
     plan: Plan
     base: BaseFolder
     tokenizer: Any
     policy: Policy
-    loss: Objective
+    objective: Objective
     examples: list[TokenizedExample]
     heldout: list[TokenizedExample]
     report: DataReport
     memory_limit: int
     fingerprints: dict[str, str]
+
+    @property
+    def all_examples(self) -> list[TokenizedExample]:
+        """Training examples, then held-out ones."""
+        return [*self.examples, *self.heldout]
+
+    def first_step_examples(self) -> list[TokenizedExample]:
+        """Return the examples of the first optimizer step."""
+        train = self.plan.recipe.train
+        positions = step_order(len(self.examples), train.batch_size, train.seed, 0)
+        return [self.examples[position] for position in positions]
 
 
 def prepare(plan: Plan, checked: CheckedData) -> Prepared:
@@ -56,17 +70,13 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     base = resolve_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model, base)
     pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
-    seed = recipe.train.seed
-    examples = tokenize_rows(checked.train, pairs, recipe.data, seed)
-    heldout = tokenize_rows(checked.heldout, pairs, recipe.data, seed) if checked.heldout else []
-    loss = Objective.of(plan.losses, _class_counts(examples))
-    if "mismatched" in loss.needs:
-        longest = recipe.data.max_length
-        # A held-out file may have one prompt alone, so its partners come from all examples.
-        heldout = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
-        examples = with_mismatched(examples, seed, longest)
+    examples = tokenize_rows(checked.train, pairs, recipe.data, recipe.train.seed)
+    heldout = tokenize_rows(checked.heldout, pairs, recipe.data, recipe.train.seed) if checked.heldout else []
+    objective = Objective.of(plan.losses, _class_counts(examples))
+    if objective.needs_mismatched:
+        examples, heldout = _with_partners(recipe, examples, heldout)
     refuse_empty_steps(recipe, len(examples))
-    loss.refuse_bad_schedule(total_steps(recipe.train, len(examples)))
+    objective.refuse_bad_schedule(total_steps(recipe.train, len(examples)))
     invariants.check_first_row(pairs, examples[0])
     limit = memory_limit(recipe, choose_device(recipe.model.device))
     policy = load_policy(recipe, base)
@@ -76,7 +86,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
         base=base,
         tokenizer=tokenizer,
         policy=policy,
-        loss=loss,
+        objective=objective,
         examples=examples,
         heldout=heldout,
         report=checked.report,
@@ -91,14 +101,26 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     )
 
 
+def _with_partners(
+    recipe: Recipe, examples: list[TokenizedExample], heldout: list[TokenizedExample]
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """Give every example a mismatched partner: training examples among themselves, held-out ones among all.
+
+    A held-out file may have one prompt alone, so its partners come from all examples.
+    """
+    seed, longest = recipe.train.seed, recipe.data.max_length
+    partnered = with_mismatched([*heldout, *examples], seed, longest)[: len(heldout)]
+    return with_mismatched(examples, seed, longest), partnered
+
+
 def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
-    """Desirable and undesirable examples."""
+    """Count desirable and undesirable examples."""
     labels = [example.label for example in examples]
     return labels.count(True), labels.count(False)
 
 
 def start_digest(start: str | None) -> str:
-    """Of what a start adapter does: its tensors, and the settings that scale and place them."""
+    """Hash a start adapter: its tensors, and the settings that scale them and name their layers; empty for none."""
     if start is None:
         return ""
     settings = (Path(start) / "adapter_config.json").read_bytes()

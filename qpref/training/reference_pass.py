@@ -1,4 +1,4 @@
-"""What a run does about its reference before training: opens the cache, says how much is known, fills in the rest."""
+"""A run's reference before training: open the cache, confirm it on this machine, count and fill in what is missing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from qpref.policy import reference_cache
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, row_keys
 from qpref.policy.reference_cache import ReferenceCache
-from qpref.policy.source import BaseFolder
-from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
+from qpref.training import invariants
+from qpref.training.checkpoint import Checkpoint
+from qpref.training.prepare import Prepared
+from qpref.training.reference_check import check_cache
 
 log = logging.getLogger("qpref")
 
@@ -27,23 +29,41 @@ BATCH_FACTOR = 4
 """A pass without gradients keeps no activations, so it takes more tokens at once than training."""
 
 
-def open_cache(
-    recipe: Recipe, base: BaseFolder, start_digest: str, policy: Policy, before: Mapping[str, Any] | None
-) -> ReferenceCache | None:
-    """The cache of this reference; None, with a warning, where the disk has no place for one.
+def open_references(
+    prepared: Prepared, cache_before: Mapping[str, Any] | None = None, saved: Checkpoint | None = None
+) -> ReferenceStore | None:
+    """Open the reference store, with the cached rows that this machine confirms; None for losses without a reference.
 
     Args:
-        start_digest: of the start adapter and its config, or nothing.
-        before: `describe`'s answer at the start of a run that goes on.
+        cache_before: run.json's `cache_description`, for a resumed run.
+        saved: the checkpoint that it resumes from.
     """
+    if not prepared.objective.needs_reference:
+        return None
+    is_cached = prepared.plan.recipe.reference.cache
+    references = ReferenceStore(open_cache(prepared, cache_before) if is_cached else None)
+    if saved is not None:
+        references.restore(saved.tensors["reference"])
+    if is_cached:
+        check_cache(
+            references, prepared.policy, invariants.first_batch(prepared.first_step_examples(), prepared.policy)
+        )
+        known, total = count_known(references, prepared.all_examples)
+        log.info("reference: %d of %d responses are in the cache (%.0f %%)", known, total, 100 * known / total)
+    return references
+
+
+def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> ReferenceCache | None:
+    """Open the cache of this reference; None, with a warning, where the disk has no space for one."""
+    model, base, policy = prepared.plan.recipe.model, prepared.base, prepared.policy
     reference = {
         "weights": base.weights,
         "config": base.config,
-        "quantization": [recipe.model.quantization, recipe.model.double_quantization],
-        "dtype": recipe.model.dtype,
+        "quantization": [model.quantization, model.double_quantization],
+        "dtype": model.dtype,
         "device": policy.device.type,
         "attention": policy.attention,
-        "start": start_digest,
+        "start": prepared.fingerprints["start adapter"],
     }
     folder = reference_cache.folder_of(reference)
     try:
@@ -57,43 +77,49 @@ def open_cache(
         return None
 
 
-def describe(memory: ReferenceStore | None) -> dict[str, Any] | None:
-    """For run.json: what a resumed run has to know to read the same rows; None without a cache."""
-    if memory is None or memory.cache is None:
+def cache_description(references: ReferenceStore | None) -> dict[str, Any] | None:
+    """Describe the cache for run.json, such that a resumed run reads the same rows; None without a cache."""
+    if references is None or references.cache is None:
         return None
-    return {"run": memory.cache.store.run, "seen": memory.cache.store.seen}
+    return {"run": references.cache.store.run, "seen": references.cache.store.seen}
 
 
-def count_known(memory: ReferenceStore, examples: Sequence[TokenizedExample]) -> tuple[int, int]:
-    """Responses whose scores are known, and all responses."""
-    found = [memory.has(key) for example in examples for key in row_keys(example)]
+def count_known(references: ReferenceStore, examples: Sequence[TokenizedExample]) -> tuple[int, int]:
+    """Count the responses whose scores are known, and all responses."""
+    found = [references.has(key) for example in examples for key in row_keys(example)]
     return sum(found), len(found)
 
 
-def fill(memory: ReferenceStore, policy: Policy, examples: Sequence[TokenizedExample], tokens: int) -> None:
-    """Score what isn't known yet in one pass, the longest first, at most `tokens` of about one length in a batch.
+def fill(references: ReferenceStore, policy: Policy, examples: Sequence[TokenizedExample], tokens: int) -> None:
+    """Score the unknown examples in one pass, longest first, in batches of similar lengths.
 
-    Each batch is in the cache when the next begins, so a pass that is killed goes on where it was.
+    Each batch is in the cache before the next begins, so a pass that is killed resumes where it was.
+
+    Args:
+        tokens: size of the largest batch.
+
+    Raises:
+        DeviceMemoryError: one example is too large for the memory.
     """
-    todo = [example for example in examples if not all(memory.has(key) for key in row_keys(example))]
+    todo = [example for example in examples if not all(references.has(key) for key in row_keys(example))]
     if not todo:
         return
-    policy.model.eval()  # so that nothing is checkpointed for want of memory
+    policy.model.eval()  # so that running out of memory recomputes no layers, which would save nothing here
     log.info("reference: scoring %d examples before training", len(todo))
     todo.sort(key=lambda example: -num_fed_tokens(example, policy.shares_prompts))
     done = 0
     while done < len(todo):
         count = max(1, tokens // num_fed_tokens(todo[done], policy.shares_prompts))
-        if _score(memory, policy, todo[done : done + count]):
+        if _try_scoring(references, policy, todo[done : done + count]):
             done += count
         else:
             tokens = shrink_microbatch(policy, todo[done : done + count], tokens)
 
 
-def _score(memory: ReferenceStore, policy: Policy, members: Sequence[TokenizedExample]) -> bool:
-    """Whether the memory sufficed."""
+def _try_scoring(references: ReferenceStore, policy: Policy, members: Sequence[TokenizedExample]) -> bool:
+    """Score a batch; returns whether the memory sufficed."""
     try:
-        memory.logprobs(policy, pack(members, policy.device))
+        references.logprobs(policy, pack(members, policy.device))
     except torch.OutOfMemoryError:
         return False
     return True

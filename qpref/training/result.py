@@ -1,4 +1,4 @@
-"""What a run measured of itself, in result.json at its end: steps, tokens, time, and the memory at its peak."""
+"""A finished run's result.json: steps, tokens, time and peak memory."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from pathlib import Path
 import torch
 
 from qpref import fsio
-from qpref.training.loop import Progress
+from qpref.training.state import TrainingState
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let a GPU's peak be that of training alone. A CPU's stays that of the whole process, loading included."""
+    """Reset a GPU's peak memory to that of training alone; a CPU's stays that of the process, loading included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def write_result(path: Path, progress: Progress, device: torch.device, first_step: int) -> None:
-    """Write down a run that is at its end: its adapter is the best step's where the recipe asks for that.
+def write_result(path: Path, state: TrainingState, device: torch.device, first_step: int) -> None:
+    """Write the result of a finished run.
 
     Args:
-        first_step: where this process began; what it measured of memory holds from there on.
+        first_step: step that this process began after; its peak memory is measured from there.
     """
     fsio.write_json(
         path,
         {
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "first_step": first_step,
-            "steps": progress.step,
-            "adapter_step": progress.step if progress.best is None else progress.best.step,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-            "tokens_per_microbatch": progress.budget,
+            "steps": state.step,
+            "adapter_step": state.step if state.best is None else state.best.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "tokens_per_microbatch": state.budget,
             "peak_bytes": peak_bytes(device),
         },
     )
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """The most that was in use at once: `resident` of the process, and of a GPU what was `allocated` and `reserved`."""
+    """Return the peak bytes: `resident` of the process, `allocated` and `reserved` of a GPU."""
     peak = {"resident": _resident_bytes()}
     if device.type == "cuda":
         peak["allocated"] = torch.cuda.max_memory_allocated(device)

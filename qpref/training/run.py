@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import logging
-import platform
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import tomli_w
 import torch
 
 from qpref import fsio
 from qpref.data.load import load_rows
-from qpref.data.order import step_order, total_steps
+from qpref.data.order import total_steps
 from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
-from qpref.installed import version_of
-from qpref.memory.forecast import run_forecast
 from qpref.policy.adapter import TRAINED
-from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import Plan
-from qpref.records import PackedBatch
-from qpref.training import best, checkpoint, invariants, optim, snapshot
-from qpref.training import reference_pass as references
+from qpref.training import checkpoint, invariants, reference_pass, snapshot
+from qpref.training.best import restore_best
 from qpref.training.checkpoint import Checkpoint
+from qpref.training.description import write_description
 from qpref.training.folder import RunFolder, claimed
-from qpref.training.loop import Progress, Trainer
+from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared, prepare
-from qpref.training.reference_check import check_cache
 from qpref.training.result import reset_peak, write_result
+from qpref.training.snapshot import Session
+from qpref.training.state import TrainingState
+from qpref.training.stop import stop_request
 
 log = logging.getLogger("qpref")
-
-VERSIONED = ("qpref", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "trl")
 
 
 def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -59,180 +48,139 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 "the device ran out of memory",
-                "`qpref plan` says what needs how much; go on with --resume where checkpoints exist",
+                "`qpref plan` says what needs how much; continue with --resume where checkpoints exist",
             ) from error
     return plan.output
 
 
 def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
-    plan, policy = prepared.plan, prepared.policy
-    optimizer = optim.make_optimizer(plan.recipe.train, policy.trained_parameters().values(), policy.device)
-    scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
-    progress = Progress()
-    metrics_bytes = 0
+    session = Session.of(prepared)
     folder.remove_leftovers()
-    kept = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
-    if kept is not None:
-        memory = _open_memory(prepared, folder.description().get("reference_cache"), kept)
-        snapshot.restore(kept, prepared, optimizer, scaler, progress)
-        metrics_bytes = snapshot.metrics_bytes(kept, folder)
-        progress.best = best.of_state(kept.state, folder, plan.recipe.train)
-        checkpoint.remove_newer(folder.checkpoints, progress.step)
-        log.info("going on after step %d", progress.step)
+    saved = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
+    if saved is not None:
+        metrics_bytes = _resume(session, folder, saved)
     else:
         if resume:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
-        memory = _begin(prepared, folder, progress)
-
-    if memory is not None and plan.recipe.reference.fill == "before":
-        everything = [*prepared.examples, *prepared.heldout]
-        references.fill(memory, policy, everything, references.BATCH_FACTOR * progress.budget)
-    total = total_steps(plan.recipe.train, len(prepared.examples))
-    context = SinkContext(run_folder=folder.path, first_step=progress.step, total_steps=total)
-    recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
-    reset_peak(policy.device)
-
-    def save() -> None:
-        current = snapshot.capture(prepared, optimizer, scaler, progress, memory, recorder.size)
-        checkpoint.save_checkpoint(folder.checkpoints, current, plan.recipe.train.keep)
-
-    with _stop_request() as requested:
-        trainer = Trainer(
-            recipe=plan.recipe,
-            policy=policy,
-            loss=prepared.loss,
-            memory=memory,
-            optimizer=optimizer,
-            scaler=scaler,
-            examples=prepared.examples,
-            heldout=prepared.heldout,
-            progress=progress,
-            recorder=recorder,
-            save=save,
-            should_stop=lambda: bool(requested),
-        )
-        try:
-            finished = trainer.run()
-        finally:
-            recorder.close()
-            if memory is not None and memory.cache is not None:
-                memory.cache.close()
+        metrics_bytes = _begin(session, folder)
+    _fill_references(session)
+    first_step = session.state.step
+    with stop_request() as requested:
+        finished = _run_loop(session, folder, metrics_bytes, requested)
     if not finished:
-        raise StoppedBySignal(f"stopped after step {progress.step}, saved", "go on with --resume", requested[0])
-    _take_best(prepared, folder, progress)
-    write_result(folder.result, progress, policy.device, context.first_step)
+        raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", requested[0])
+    _take_best(prepared, folder, session.state)
+    write_result(folder.result, session.state, prepared.policy.device, first_step)
     _write_adapter(prepared, folder)
     log.info("adapter: %s", folder.adapter)
 
 
-def _begin(prepared: Prepared, folder: RunFolder, progress: Progress) -> ReferenceStore | None:
-    """Check a new run's start, settle its sizes, write down what it is; returns what it knows of the reference.
+def _begin(session: Session, folder: RunFolder) -> int:
+    """Check a new run's start, settle its sizes and describe it in its folder.
 
     Until the checks have passed, nothing that stood in the folder is touched.
+
+    Returns:
+        Bytes of metrics.jsonl to keep.
     """
-    invariants.check_start(prepared.policy, prepared.loss, _first_batch(prepared))
-    memory = _open_memory(prepared)
-    progress.budget = snapshot.settled(prepared)
+    prepared = session.prepared
+    batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
+    invariants.check_start(prepared.policy, prepared.objective, batch)
+    session.references = reference_pass.open_references(prepared)
+    session.state.budget = snapshot.settle_sizes(prepared)
     folder.clear()
-    _describe(prepared, folder, memory, progress.budget)
-    return memory
+    write_description(session, folder)
+    return 0
 
 
-def _take_best(prepared: Prepared, folder: RunFolder, progress: Progress) -> None:
-    """Let the policy be the best step's, where the recipe asks for it, and say which one it is.
+def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
+    """Restore a run from its checkpoint.
+
+    Returns:
+        Bytes of metrics.jsonl to keep.
+    """
+    prepared, state = session.prepared, session.state
+    cache_before = folder.description().get("reference_cache")
+    session.references = reference_pass.open_references(prepared, cache_before, saved)
+    snapshot.restore(saved, session)
+    metrics_bytes = snapshot.metrics_bytes(saved, folder)
+    state.best = restore_best(saved.state, folder, prepared.plan.recipe.train)
+    checkpoint.remove_newer(folder.checkpoints, state.step)
+    log.info("resuming after step %d", state.step)
+    return metrics_bytes
+
+
+def _fill_references(session: Session) -> None:
+    """Score the reference before training, where the recipe asks for it."""
+    prepared, references = session.prepared, session.references
+    if references is not None and prepared.plan.recipe.reference.fill == "before":
+        tokens = reference_pass.BATCH_FACTOR * session.state.budget
+        reference_pass.fill(references, prepared.policy, prepared.all_examples, tokens)
+
+
+def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested: Sequence[int]) -> bool:
+    """Train to the end; False where a signal stopped the run.
+
+    Args:
+        metrics_bytes: bytes of metrics.jsonl to keep.
+        requested: holds the signals that asked to stop.
+    """
+    prepared, references = session.prepared, session.references
+    plan, total = prepared.plan, total_steps(prepared.plan.recipe.train, len(prepared.examples))
+    context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
+    recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
+    reset_peak(prepared.policy.device)
+
+    def save() -> None:
+        saved = snapshot.capture(session, recorder.size)
+        checkpoint.save_checkpoint(folder.checkpoints, saved, plan.recipe.train.keep)
+
+    trainer = Trainer(
+        train=plan.recipe.train,
+        policy=prepared.policy,
+        objective=prepared.objective,
+        references=references,
+        optimizer=session.optimizer,
+        scaler=session.scaler,
+        examples=prepared.examples,
+        heldout=prepared.heldout,
+        state=session.state,
+        recorder=recorder,
+        save=save,
+        should_stop=lambda: bool(requested),
+    )
+    try:
+        return trainer.run()
+    finally:
+        recorder.close()
+        if references is not None and references.cache is not None:
+            references.cache.close()
+
+
+def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> None:
+    """Restore the best step's adapter, where the recipe asks for it, and log which one it is.
 
     Raises:
         CheckpointError: its checkpoint doesn't verify.
     """
-    train, found = prepared.plan.recipe.train, progress.best
+    train, best = prepared.plan.recipe.train, state.best
     if train.best_by is None:
         return
-    if found is None:
+    if best is None:
         log.warning("no held-out row whose checkpoint is left has a number for %s; the adapter is the last step's",
                     train.best_by)  # fmt: skip
         return
-    if found.step != progress.step:
-        snapshot.restore_adapter(checkpoint.read(checkpoint.path_of(folder.checkpoints, found.step)), prepared.policy)
+    if best.step != state.step:
+        saved = checkpoint.read(checkpoint.path_of(folder.checkpoints, best.step))
+        snapshot.restore_adapter(saved, prepared.policy)
     total = total_steps(train, len(prepared.examples))
-    early = f", which stopped early, after {progress.step} of {total} steps" if progress.step < total else ""
+    early = f", which stopped early, after {state.step} of {total} steps" if state.step < total else ""
     log.info("the adapter is that of step %d of this run%s: %s %.4f is the best of its held-out rows",
-             found.step, early, train.best_by, found.value)  # fmt: skip
-
-
-def _first_batch(prepared: Prepared) -> PackedBatch:
-    train = prepared.plan.recipe.train
-    places = step_order(len(prepared.examples), train.batch_size, train.seed, 0)
-    return invariants.first_batch([prepared.examples[place] for place in places], prepared.policy)
-
-
-def _open_memory(
-    prepared: Prepared, before: Mapping[str, Any] | None = None, kept: Checkpoint | None = None
-) -> ReferenceStore | None:
-    """What is known of the reference and confirmed on this machine, and says how much; None for losses without one.
-
-    Args:
-        before: what run.json says of the cache, for a run that goes on.
-        kept: the checkpoint that it goes on from.
-    """
-    if "reference" not in prepared.loss.needs:
-        return None
-    recipe, everything = prepared.plan.recipe, [*prepared.examples, *prepared.heldout]
-    cache = None
-    if recipe.reference.cache:
-        digest = prepared.fingerprints["start adapter"]
-        cache = references.open_cache(recipe, prepared.base, digest, prepared.policy, before)
-    memory = ReferenceStore(cache)
-    if kept is not None:
-        memory.restore(kept.tensors["reference"])
-    if not recipe.reference.cache:
-        return memory
-    check_cache(memory, prepared.policy, _first_batch(prepared))
-    known, asked = references.count_known(memory, everything)
-    log.info("reference: %d of %d responses are in the cache (%.0f %%)", known, asked, 100 * known / asked)
-    return memory
-
-
-def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | None, budget: int) -> None:
-    """Write down what this run is: the resolved recipe, and run.json with what it was made of."""
-    plan, policy = prepared.plan, prepared.policy
-    fsio.write_text(folder.recipe, tomli_w.dumps(plan.document))
-    fsio.write_json(folder.data_json, prepared.report.facts())
-    offers = sorted({str(plugin.offer): asdict(plugin.offer) for plugin in plan.plugins}.items())
-    fsio.write_json(
-        folder.run_json,
-        {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version_of(name) for name in VERSIONED} | {"python": platform.python_version()},
-            "device": _device_name(policy.device),
-            "plugins": [offer for _, offer in offers],
-            "losses": {"is_paired": plan.is_paired, "needs": sorted(plan.needs)},
-            "base": plan.recipe.model.base,
-            "base_path": str(prepared.base.path),
-            "base_weights": prepared.base.weights,
-            "base_config": fsio.sha256_file(prepared.base.path / "config.json"),
-            "dtype": plan.recipe.model.dtype,
-            "double_quantization": plan.recipe.model.double_quantization,
-            "quantized_modules": policy.quantized_modules(),
-            "tokens_per_microbatch": budget,
-            "recomputed_layers": policy.recomputed_layers,
-            "attention": policy.attention,
-            "shares_prompts": policy.shares_prompts,
-            "reference_cache": references.describe(memory),
-            "fingerprints": prepared.fingerprints,
-            "examples": {"train": len(prepared.examples), "heldout": len(prepared.heldout)},
-            "forecast": run_forecast(policy, plan.recipe, prepared.base.path, prepared.examples, budget),
-            "steps": total_steps(plan.recipe.train, len(prepared.examples)),
-        },
-    )
-    fsio.make_folder(folder.checkpoints)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+             best.step, early, train.best_by, best.value)  # fmt: skip
 
 
 def _write_adapter(prepared: Prepared, folder: RunFolder) -> None:
-    """The result in PEFT's format, with the tokenizer that it was trained with."""
+    """Write the result in PEFT's format, with the tokenizer that it was trained with."""
     model = prepared.policy.model
     bad = [name for name, value in prepared.policy.trained_parameters().items() if not bool(value.isfinite().all())]
     if bad:
@@ -241,30 +189,3 @@ def _write_adapter(prepared: Prepared, folder: RunFolder) -> None:
     with fsio.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
-
-
-@contextmanager
-def _stop_request() -> Iterator[Sequence[int]]:
-    """A list that holds the number of the first signal that asked to stop; a second interrupt stops at once.
-
-    Outside the main thread Python takes no handlers, and the list stays empty.
-    """
-    requested: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-
-    def note(number: int, frame: object) -> None:
-        if requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requested.append(number)
-        log.warning("stopping after this step; interrupt again to stop at once")
-
-    before: dict[int, Callable[..., Any] | int | None] = {}
-    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before[caught] = signal.signal(caught, note)
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

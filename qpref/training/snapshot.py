@@ -1,7 +1,8 @@
-"""What a run's state is as a checkpoint, and a checkpoint as a run's state."""
+"""Capture a run's state as a checkpoint, and restore it from one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,105 +11,133 @@ from qpref.errors import CheckpointError
 from qpref.memory.tune import choose_sizes
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
-from qpref.training import checkpoint, optim
+from qpref.training import optim
+from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder
-from qpref.training.loop import Progress
 from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
+from qpref.training.state import TrainingState
 
 
-def capture(
-    prepared: Prepared,
-    optimizer: Any,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    memory: ReferenceStore | None,
-    metrics_bytes: int,
-) -> checkpoint.Checkpoint:
-    """The state of a run after `progress.step` steps."""
-    tensors, numbers = optim.optimizer_tensors(optimizer)
-    progress.averages.settle()
-    state = {
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "nonfinite": progress.nonfinite,
-        "asked_sizes": asked_sizes(prepared),
-        "budget": progress.budget,
+@dataclass(slots=True)
+class Session:
+    """One process's share of a run: the parts that its checkpoints are made of.
+
+    Attributes:
+        scaler: fp16's loss scaling; passes everything through in other dtypes.
+        references: reference scores; None for losses without a reference.
+    """
+
+    prepared: Prepared
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    references: ReferenceStore | None = None
+    state: TrainingState = field(default_factory=TrainingState)
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Session:
+        """Make a new optimizer for a prepared run."""
+        policy = prepared.policy
+        parameters = policy.trained_parameters().values()
+        optimizer = optim.make_optimizer(prepared.plan.recipe.train, parameters, policy.device)
+        scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        return cls(prepared, optimizer, scaler)
+
+
+def capture(session: Session, metrics_bytes: int) -> Checkpoint:
+    """Copy the state of a run after `session.state.step` steps.
+
+    Args:
+        metrics_bytes: length of metrics.jsonl.
+    """
+    prepared, state = session.prepared, session.state
+    tensors, numbers = optim.optimizer_tensors(session.optimizer)
+    state.averages.settle()
+    values = {
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "nonfinite": state.nonfinite,
+        "asked_sizes": requested_sizes(prepared),
+        "budget": state.budget,
         "recomputed_layers": prepared.policy.recomputed_layers,
-        "sums": {name: total.hex() for name, total in progress.averages.sums.items()},  # JSON has no infinity
-        "counts": progress.averages.counts,
+        "sums": {name: total.hex() for name, total in state.averages.sums.items()},  # JSON has no infinity
+        "counts": state.averages.counts,
         "optimizer": numbers,
-        "scaler": scaler.state_dict(),
-        "best": None if progress.best is None else progress.best.as_state(),
+        "scaler": session.scaler.state_dict(),
+        "best": None if state.best is None else state.best.as_state(),
         "metrics_bytes": metrics_bytes,
         "fingerprints": prepared.fingerprints,
     }
     adapter = {name: parameter.detach() for name, parameter in prepared.policy.trained_parameters().items()}
     files = {"adapter": adapter, "optimizer": tensors}
-    if memory is not None:
-        files["reference"] = memory.to_tensors()
-    return checkpoint.Checkpoint(step=progress.step, state=state, tensors=files)
+    if session.references is not None:
+        files["reference"] = session.references.to_tensors()
+    return Checkpoint(step=state.step, state=values, tensors=files)
 
 
-def restore(
-    kept: checkpoint.Checkpoint, prepared: Prepared, optimizer: Any, scaler: torch.amp.GradScaler, progress: Progress
-) -> None:
-    """Put a checkpoint's state back.
+def restore(saved: Checkpoint, session: Session) -> None:
+    """Restore adapter, optimizer, counters and sizes from a checkpoint.
+
+    Sizes that the recipe has changed since are settled again.
 
     Raises:
-        CheckpointError: its adapter is another.
+        CheckpointError: its adapter is for another model.
     """
-    policy = prepared.policy
-    restore_adapter(kept, policy)
-    optim.restore_optimizer(optimizer, kept.tensors["optimizer"], kept.state["optimizer"])
-    scaler.load_state_dict(kept.state["scaler"])
-    progress.step, progress.tokens = kept.step, kept.state["tokens"]
-    progress.seconds, progress.nonfinite = kept.state["seconds"], kept.state["nonfinite"]
-    if kept.state["asked_sizes"] == asked_sizes(prepared):
-        progress.budget = kept.state["budget"]
-        policy.recompute_layers(kept.state["recomputed_layers"])
+    prepared, state, values = session.prepared, session.state, saved.state
+    restore_adapter(saved, prepared.policy)
+    optim.restore_optimizer(session.optimizer, saved.tensors["optimizer"], values["optimizer"])
+    session.scaler.load_state_dict(values["scaler"])
+    state.step, state.tokens = saved.step, values["tokens"]
+    state.seconds, state.nonfinite = values["seconds"], values["nonfinite"]
+    if values["asked_sizes"] == requested_sizes(prepared):
+        state.budget = values["budget"]
+        prepared.policy.recompute_layers(values["recomputed_layers"])
     else:
-        progress.budget = settled(prepared)
-    sums = {name: float.fromhex(total) for name, total in kept.state["sums"].items()}
-    progress.averages = Averages(sums, kept.state["counts"])
+        state.budget = settle_sizes(prepared)
+    sums = {name: float.fromhex(total) for name, total in values["sums"].items()}
+    state.averages = Averages(sums, values["counts"])
 
 
-def restore_adapter(kept: checkpoint.Checkpoint, policy: Policy) -> None:
-    """Put a checkpoint's adapter, and nothing else, back.
+def restore_adapter(saved: Checkpoint, policy: Policy) -> None:
+    """Copy a checkpoint's adapter, and nothing else, into the policy.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it has other layers than the policy's.
     """
-    parameters, saved = policy.trained_parameters(), kept.tensors["adapter"]
-    if set(parameters) != set(saved):
-        raise CheckpointError(f"step {kept.step}: its adapter has other layers than this run's")
+    parameters, tensors = policy.trained_parameters(), saved.tensors["adapter"]
+    if set(parameters) != set(tensors):
+        raise CheckpointError(f"step {saved.step}: its adapter has other layers than this run's")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(tensors[name])
 
 
-def metrics_bytes(kept: checkpoint.Checkpoint, folder: RunFolder) -> int:
-    """How much of metrics.jsonl had been written.
+def metrics_bytes(saved: Checkpoint, folder: RunFolder) -> int:
+    """Return the length that metrics.jsonl had at the checkpoint.
 
     Raises:
         CheckpointError: it is shorter now.
     """
-    wanted = int(kept.state["metrics_bytes"])
-    if not folder.metrics.is_file() or folder.metrics.stat().st_size < wanted:
+    expected = int(saved.state["metrics_bytes"])
+    if not folder.metrics.is_file() or folder.metrics.stat().st_size < expected:
         raise CheckpointError(
-            f"{folder.metrics}: is shorter than it was at step {kept.step}",
-            "restore it, or start anew with --overwrite",
+            f"{folder.metrics}: is shorter than it was at step {saved.step}",
+            "restore it, or start over with --overwrite",
         )
-    return wanted
+    return expected
 
 
-def settled(prepared: Prepared) -> int:
-    """The tokens per micro-batch that the recipe says or leaves to the memory; layers to checkpoint likewise."""
+def settle_sizes(prepared: Prepared) -> int:
+    """Settle the tokens per micro-batch, which it returns, and the number of recomputed layers, which the policy gets.
+
+    Both come from the recipe, or from the memory where the recipe says "auto".
+    """
     return choose_sizes(
         prepared.policy, prepared.plan.recipe, prepared.base.path, prepared.examples, prepared.memory_limit
     )
 
 
-def asked_sizes(prepared: Prepared) -> list[object]:
+def requested_sizes(prepared: Prepared) -> list[object]:
+    """Return the sizes as the recipe has them, to tell whether it has changed them since a checkpoint."""
     train = prepared.plan.recipe.train
     return [train.tokens_per_microbatch, train.gradient_checkpointing]

@@ -1,4 +1,4 @@
-"""Pairs whose labels may be the wrong way round, as far as the reference, scored in an earlier run, can tell."""
+"""Find pairs whose labels may be swapped, by the reference scores that earlier runs have cached."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qpref.policy.reference_cache import ReferenceCache
 from qpref.policy.source import BaseFolder
 from qpref.records import Finding, Source, TokenizedExample
 
-MAX_SCORE = 3.5
-"""Beyond so many robust standard deviations a value is an outlier (Iglewicz and Hoaglin 1993, "How to Detect and Handle
+OUTLIER_DEVIATIONS = 3.5
+"""Robust standard deviations beyond which a value is an outlier (Iglewicz and Hoaglin 1993, "How to Detect and Handle
 Outliers")."""
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation over median absolute deviation, of a normal distribution."""
-FEWEST = 30
-"""Known pairs below which no pair is called odd."""
+MIN_PAIRS = 30
+"""Known pairs below which no pair is reported."""
 
 
 class SwapSearch:
-    """Collects the reference's preferences, nats per token of chosen less those of rejected, where they are known.
+    """Collects the reference's preferences, mean log-probability of chosen less that of rejected, where they are known.
 
-    A reference does not prefer what people prefer, so a negative value says nothing. One that is far below those of all
-    other pairs does: a fluent answer was rejected for a broken one, or the two have changed places.
+    A reference does not prefer what people prefer, so a negative value says nothing. A value far below those of all
+    other pairs does: a fluent answer was rejected for a broken one, or the two were swapped.
     """
 
     def __init__(self, base: BaseFolder) -> None:
@@ -33,7 +33,7 @@ class SwapSearch:
         self._caches = list(_caches_of(base))
 
     def note(self, example: TokenizedExample) -> None:
-        """Look a pair up."""
+        """Look up a pair in the caches."""
         if example.label is not None or not self._caches:
             return
         keys = row_keys(example)
@@ -44,22 +44,22 @@ class SwapSearch:
                 return
 
     def findings(self) -> list[Finding]:
-        """One for each pair far below the others."""
+        """Report each pair whose preference is far below the others'."""
         values = [value for value, _ in self.preferences]
-        if len(values) < FEWEST:
+        if len(values) < MIN_PAIRS:
             return []
         center = statistics.median(values)
         deviation = MAD_TO_DEVIATION * statistics.median(abs(value - center) for value in values)
         found = []
         for value, source in self.preferences:
-            if value < min(0.0, center - MAX_SCORE * deviation):
+            if value < min(0.0, center - OUTLIER_DEVIATIONS * deviation):
                 message = f"the reference finds rejected likelier by {-value:.1f} nats a token: are the labels swapped?"
                 found.append(Finding(code="suspected_swap", severity="warning", message=message, source=source))
         return found
 
 
 def _caches_of(base: BaseFolder) -> Iterator[ReferenceCache]:
-    """What earlier runs have kept of references on this base, whatever its quantization."""
+    """Open the caches of all references on this base, whatever its quantization."""
     for path in sorted(reference_cache.root().glob(f"*/{reference_cache.DESCRIPTION}")):
         try:
             description = json.loads(path.read_text())

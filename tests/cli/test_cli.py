@@ -174,7 +174,7 @@ def test_a_folder_that_holds_a_run_exits_2_and_stays(tmp_path, write_recipe):
     assert refusal(tmp_path, write_recipe(), "--output", tmp_path / "run") == (
         2,
         f"error: {tmp_path}/run: holds a run\n"
-        "hint: go on with --resume, replace it with --overwrite, or use --output\n",
+        "hint: continue with --resume, replace it with --overwrite, or use --output\n",
     )
 
 

@@ -30,9 +30,11 @@ from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
-from qpref.training import checkpoint, loop, optim
-from qpref.training.loop import Progress, Trainer
+from qpref.training import checkpoint, optim
+from qpref.training.loop import Trainer
 from qpref.training.objective import Objective
+from qpref.training.state import TrainingState
+from qpref.training.step import StepResult, compute_gradient
 
 CPU = torch.device("cpu")
 
@@ -59,15 +61,15 @@ def make_trainer(make_base, make_recipe, tmp_path: Path) -> Callable[..., Traine
         policy = load_policy(plan.recipe, resolve_base(plan.recipe.model))
         randomize(policy)
         return Trainer(
-            recipe=plan.recipe,
+            train=plan.recipe.train,
             policy=policy,
-            loss=Objective.of(plan.losses),
-            memory=ReferenceStore(),
+            objective=Objective.of(plan.losses),
+            references=ReferenceStore(),
             optimizer=optim.make_optimizer(plan.recipe.train, policy.trained_parameters().values(), CPU),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             examples=EXAMPLES,
             heldout=EXAMPLES,
-            progress=Progress(),
+            state=TrainingState(),
             recorder=SimpleNamespace(write=lambda row: None),
             save=lambda: None,
             should_stop=lambda: False,
@@ -127,7 +129,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
     """Those that an optimizer step on EXAMPLES would see."""
     optim.seed_step(0, 0)
     trainer.policy.model.train()
-    trainer._compute_gradients(EXAMPLES)
+    trainer.compute_gradient(EXAMPLES)
     found = {name: value.grad.clone() for name, value in trainer.policy.trained_parameters().items()}
     trainer.optimizer.zero_grad(set_to_none=True)
     return found
@@ -145,18 +147,25 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("number", range(1, NUM_PARTS + 1))
 @pytest.mark.parametrize("phase", ["reference", "forward", "backward"])
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
-def test_a_step_that_ran_out_of_memory_is_the_step_that_did_not(loss, phase, number, make_trainer, said):
+def test_a_step_that_ran_out_of_memory_is_the_step_that_did_not(loss, phase, number, make_trainer, said, monkeypatch):
+    results: list[StepResult] = []
+
+    def noted(*call: Any) -> StepResult:
+        results.append(compute_gradient(*call))
+        return results[-1]
+
+    monkeypatch.setattr("qpref.training.loop.compute_gradient", noted)
     plain, short = make_trainer({"loss.name": loss}), make_trainer({"loss.name": loss})
     wanted = gradients(plain)
     device = Device(short.policy, once(phase, number))
     found = gradients(short)
     assert device.refused == [phase]
     assert apart(found, wanted) <= 1e-6
-    assert short.progress.budget == BUDGET // 2
-    assert short.progress.tokens == plain.progress.tokens == sum(map(num_fed_tokens, EXAMPLES))
-    assert short.progress.averages.means() == pytest.approx(plain.progress.averages.means(), rel=1e-5)
-    assert set(short.progress.averages.counts.values()) == {len(EXAMPLES)}
-    assert len(short.suspicions) == len(split_by_tokens(EXAMPLES, BUDGET // 2))
+    assert short.state.budget == BUDGET // 2
+    assert short.state.tokens == plain.state.tokens == sum(map(num_fed_tokens, EXAMPLES))
+    assert short.state.averages.means() == pytest.approx(plain.state.averages.means(), rel=1e-5)
+    assert set(short.state.averages.counts.values()) == {len(EXAMPLES)}
+    assert len(results[-1].parts) == len(split_by_tokens(EXAMPLES, BUDGET // 2))
     assert said == ["out of memory: 40 tokens per micro-batch instead of 80; the step is repeated"]
 
 
@@ -164,14 +173,14 @@ def test_a_step_that_ran_out_of_memory_is_the_step_that_did_not(loss, phase, num
 @pytest.mark.parametrize("phase", ["reference", "scoring", "forward", "backward"])
 def test_a_step_of_a_loss_that_sees_it_whole_is_the_same_too(phase, number, make_trainer):
     plain, short = make_trainer({"loss.name": "aot"}), make_trainer({"loss.name": "aot"})
-    assert short.loss.sees_whole_steps
+    assert short.objective.sees_whole_steps
     wanted = gradients(plain)
     device = Device(short.policy, once(phase, number))
     found = gradients(short)
     assert device.refused == [phase]
     assert apart(found, wanted) <= 1e-6
-    assert short.progress.averages.means() == pytest.approx(plain.progress.averages.means(), rel=1e-5)
-    assert set(short.progress.averages.counts.values()) == {len(EXAMPLES)}
+    assert short.state.averages.means() == pytest.approx(plain.state.averages.means(), rel=1e-5)
+    assert set(short.state.averages.counts.values()) == {len(EXAMPLES)}
 
 
 def test_a_step_that_ran_out_of_memory_again_and_again_is_the_step_that_did_not(make_trainer, said):
@@ -188,7 +197,7 @@ def test_reference_scores_from_before_memory_ran_out_are_kept(make_trainer):
     trainer = make_trainer()
     Device(trainer.policy, once("forward", NUM_PARTS))
     gradients(trainer)
-    assert trainer.memory.num_computed == len(EXAMPLES)
+    assert trainer.references.num_computed == len(EXAMPLES)
 
 
 def test_the_policy_is_itself_again_after_its_reference_ran_out_of_memory(make_trainer):
@@ -200,13 +209,19 @@ def test_the_policy_is_itself_again_after_its_reference_ran_out_of_memory(make_t
     assert torch.equal(*(completion_logprobs(each.policy, batch).values for each in (plain, trainer)))
 
 
-def test_an_example_that_is_too_large_by_itself_has_all_layers_recomputed(make_trainer, said):
+def test_an_example_that_is_too_large_by_itself_has_all_layers_recomputed(make_trainer, said, monkeypatch):
     plain, short = make_trainer(), make_trainer()
-    wanted, tried = gradients(plain), []
+    wanted, budgets, tried = gradients(plain), [], []
+
+    def split(examples: Sequence[TokenizedExample], budget: int, shared: bool = True) -> list[Any]:
+        budgets.append(budget)
+        return split_by_tokens(examples, budget, shared)
+
+    monkeypatch.setattr("qpref.training.step.split_by_tokens", split)
 
     def fits(phase: str, count: int) -> bool:
         if phase == "forward":
-            tried.append((short.progress.budget, short.policy.recomputed_layers))
+            tried.append((budgets[-1], short.policy.recomputed_layers))
             assert len(tried) < 50, "it never ends"
         return phase != "forward" or short.policy.recomputed_layers == short.policy.num_layers
 
@@ -238,7 +253,7 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(make_trainer
     Device(trainer.policy, fault)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         gradients(trainer)
-    assert trainer.progress.budget == BUDGET
+    assert trainer.state.budget == BUDGET
 
 
 # Held-out rows.
@@ -251,7 +266,7 @@ def test_held_out_rows_that_ran_out_of_memory_say_the_same(phase, make_trainer):
     short.policy.model.train()
     assert short.heldout_means() == pytest.approx(plain.heldout_means(), rel=1e-5, abs=1e-6)
     assert device.refused == [phase]
-    assert (short.heldout_budget, short.progress.budget) == (BUDGET // 2, BUDGET)
+    assert (short.heldout_budget, short.state.budget) == (BUDGET // 2, BUDGET)
     assert short.policy.model.training
 
 
@@ -259,7 +274,7 @@ def test_a_training_step_that_ran_out_of_memory_leaves_the_held_out_rows_budget(
     trainer = make_trainer()
     Device(trainer.policy, once("backward", 1))
     gradients(trainer)
-    assert (trainer.heldout_budget, trainer.progress.budget) == (BUDGET, BUDGET // 2)
+    assert (trainer.heldout_budget, trainer.state.budget) == (BUDGET, BUDGET // 2)
 
 
 def test_a_held_out_example_that_is_too_large_is_an_error_and_recomputes_nothing(make_trainer):
@@ -269,7 +284,7 @@ def test_a_held_out_example_that_is_too_large_is_an_error_and_recomputes_nothing
     with pytest.raises(DeviceMemoryError, match="one example of 41 tokens"):
         trainer.heldout_means()
     assert trainer.policy.recomputed_layers == 0
-    assert trainer.progress.budget == BUDGET
+    assert trainer.state.budget == BUDGET
 
 
 # Whole runs.
@@ -286,7 +301,7 @@ def train(make_recipe, tmp_path, monkeypatch) -> Callable[..., Path]:
 
     def train(name: str, fits: Callable[[int, str, int], bool], resume: bool = False, **changes: object) -> Path:
         def run(trainer: Trainer) -> bool:
-            Device(trainer.policy, lambda phase, count: fits(trainer.progress.step, phase, count))
+            Device(trainer.policy, lambda phase, count: fits(trainer.state.step, phase, count))
             return real(trainer)
 
         values = {"reference.cache": False, "train.save_every": 1, "train.log_every": 1, "train.eval_every": 1}
@@ -362,17 +377,17 @@ def dying_after_step_2() -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_a_smaller_budget_is_remembered_over_a_resume(train, dying_after_step_2, monkeypatch):
-    real, budgets = loop.split_by_tokens, []
+    budgets = []
 
     def split(examples: Sequence[TokenizedExample], budget: int, shared: bool = True) -> list[Any]:
         if torch.is_grad_enabled():  # not those of held-out rows
             budgets.append(budget)
-        return real(examples, budget, shared)
+        return split_by_tokens(examples, budget, shared)
 
     with pytest.raises(Killed):
         train("run", ShortOnce(1, "backward"))
     dying_after_step_2.undo()
-    monkeypatch.setattr(loop, "split_by_tokens", split)
+    monkeypatch.setattr("qpref.training.step.split_by_tokens", split)
     folder = train("run", always, resume=True)
     assert budgets == [200]
     assert [state_of(folder, step)["budget"] for step in (2, 3)] == [200, 200]

@@ -26,10 +26,11 @@ from qpref.policy.reference import ReferenceStore, row_keys
 from qpref.recipe.resolve import make_plan
 from qpref.records import TokenizedExample
 from qpref.training import optim
-from qpref.training.loop import Progress, Trainer
+from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared
 from qpref.training.prepare import prepare as prepare_plan
+from qpref.training.state import TrainingState
 
 BETA, RATE, CLIP, BATCH, STEPS = 0.1, 2e-3, 0.5, 4, 5
 TRL_LOSS = {"dpo": "sigmoid", "ipo": "ipo"}
@@ -86,27 +87,27 @@ def prepare(loss: str, base: Path, folder: Path) -> Prepared:
 
 
 def train_ours(prepared: Prepared, folder: Path) -> tuple[list[dict[str, float]], ReferenceStore]:
-    policy, memory = prepared.policy, ReferenceStore()
+    policy, references = prepared.policy, ReferenceStore()
     train = prepared.plan.recipe.train
     context = SinkContext(run_folder=folder, first_step=0, total_steps=STEPS)
     recorder = Recorder(folder / "metrics.jsonl", 0, (), context)
     finished = Trainer(
-        recipe=prepared.plan.recipe,
+        train=train,
         policy=policy,
-        loss=prepared.loss,
-        memory=memory,
+        objective=prepared.objective,
+        references=references,
         optimizer=optim.make_optimizer(train, policy.trained_parameters().values(), policy.device),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         examples=prepared.examples,
         heldout=[],
-        progress=Progress(),
+        state=TrainingState(),
         recorder=recorder,
         save=lambda: None,
         should_stop=lambda: False,
     ).run()
     recorder.close()
     assert finished
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], memory
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], references
 
 
 def train_trl(loss: str, base: Path, folder: Path, rows: list[dict], start: dict[str, torch.Tensor]) -> Any:
@@ -173,7 +174,7 @@ def both(loss: str, base: Path, folder: Path) -> Trajectories:
     prepared = prepare(loss, base, folder)
     order = [step_order(BATCH * STEPS, BATCH, 0, step) for step in range(STEPS)]
     start = {name: value.detach().clone() for name, value in prepared.policy.trained_parameters().items()}
-    ours, memory = train_ours(prepared, folder)
+    ours, references = train_ours(prepared, folder)
     rows = preference_rows(BATCH * STEPS)
     trainer = train_trl(loss, base, folder, [conversation(rows[place]) for step in order for place in step], start)
     logs = [log for log in trainer.state.log_history if "rewards/chosen" in log]
@@ -183,7 +184,7 @@ def both(loss: str, base: Path, folder: Path) -> Trajectories:
         trl=[log | {"loss": value} for log, value in zip(logs, trainer.losses, strict=True)],
         batches=batches,
         references=[
-            [tuple(memory.rows[key].sum().item() for key in row_keys(example)) for example in batch]
+            [tuple(references.rows[key].sum().item() for key in row_keys(example)) for example in batch]
             for batch in batches
         ],
         trl_ids=[(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset],

@@ -18,7 +18,7 @@ import qpref
 from qpref.errors import CheckpointError, RecipeError
 from qpref.recipe.sections import is_better_higher
 from qpref.training import checkpoint
-from qpref.training.best import Best, Watch
+from qpref.training.best import Best, Criterion
 
 SMALLEST = {"best_by": "eval_rewards/margins", "best_direction": "min"}
 
@@ -198,17 +198,17 @@ def test_rows_since_the_next_best_are_waited_for(make_toy, tmp_path):
     run = qpref.train(make_toy(**SMALLEST, keep=12), output=tmp_path / "run")
     state = json.loads((run / "checkpoints/step-000012/state.json").read_text())
     train = TrainSection(**make_toy(**SMALLEST)["train"])
-    assert module.of_state(state, RunFolder(run), train) == Best(**state["best"])
+    assert module.restore_best(state, RunFolder(run), train) == Best(**state["best"])
     found = margins(run)
     (run / f"checkpoints/step-{state['best']['step']:06}/state.json").write_text("{")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "split": "eval", "eval_rewards/margins": -9.0}\n')  # after the checkpoint
     found.pop(state["best"]["step"])
     step = min(found, key=found.__getitem__)
-    assert module.of_state(state, RunFolder(run), train) == Best(step, found[step], 12 - step)
+    assert module.restore_best(state, RunFolder(run), train) == Best(step, found[step], 12 - step)
     for path in (run / "checkpoints").iterdir():
         (path / "state.json").write_text("{")
-    assert module.of_state(state, RunFolder(run), train) is None
+    assert module.restore_best(state, RunFolder(run), train) is None
 
 
 def test_a_best_checkpoint_that_is_damaged_at_the_end_is_not_exported(make_toy, tmp_path, monkeypatch):
@@ -216,9 +216,9 @@ def test_a_best_checkpoint_that_is_damaged_at_the_end_is_not_exported(make_toy, 
 
     recipe, real = make_toy(**SMALLEST), module._take_best
 
-    def take(prepared, folder, progress):
-        (folder.checkpoints / f"step-{progress.best.step:06}/adapter.safetensors").write_bytes(b"")
-        real(prepared, folder, progress)
+    def take(prepared, folder, state):
+        (folder.checkpoints / f"step-{state.best.step:06}/adapter.safetensors").write_bytes(b"")
+        real(prepared, folder, state)
 
     monkeypatch.setattr(module, "_take_best", take)
     with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
@@ -265,25 +265,25 @@ def test_the_direction_of_known_metrics(metric, higher):
     assert is_better_higher(metric) is higher
 
 
-def looked(values, higher=True, patience=2):
-    """What a watch makes of held-out values, the first of which is step 0's."""
-    watch, best, found = Watch("m", higher, patience), None, []
+def updated(values, higher=True, patience=2):
+    """The best row and whether patience has run out after each held-out value, the first of which is step 0's."""
+    criterion, best, found = Criterion("m", higher, patience), None, []
     for step, value in enumerate(values):
-        best = watch.look(best, step, {"m": value})
-        found.append((best, watch.is_over(best)))
+        best = criterion.update(best, step, {"m": value})
+        found.append((best, criterion.is_out_of_patience(best)))
     return found
 
 
 def test_the_row_before_training_is_no_candidate():
-    assert looked([9.0, 1.0])[-1] == (Best(1, 1.0), False)
+    assert updated([9.0, 1.0])[-1] == (Best(1, 1.0), False)
 
 
 def test_a_tie_and_what_is_no_number_are_no_improvement():
-    assert looked([0.0, 2.0, 2.0])[-1] == (Best(1, 2.0, 1), False)
-    assert looked([0.0, 2.0, math.nan, 1.0])[-1] == (Best(1, 2.0, 2), True)
-    assert looked([0.0, math.nan, 1.0])[-1] == (Best(2, 1.0), False)
+    assert updated([0.0, 2.0, 2.0])[-1] == (Best(1, 2.0, 1), False)
+    assert updated([0.0, 2.0, math.nan, 1.0])[-1] == (Best(1, 2.0, 2), True)
+    assert updated([0.0, math.nan, 1.0])[-1] == (Best(2, 1.0), False)
 
 
 def test_patience_counts_rows_in_a_row():
-    assert [over for _, over in looked([0, 1, 0, 2, 1, 1.5])] == [False, False, False, False, False, True]
-    assert looked([0, 3, 2, 1], higher=False)[-1] == (Best(3, 1), False)
+    assert [over for _, over in updated([0, 1, 0, 2, 1, 1.5])] == [False, False, False, False, False, True]
+    assert updated([0, 3, 2, 1], higher=False)[-1] == (Best(3, 1), False)

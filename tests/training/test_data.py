@@ -15,7 +15,7 @@ from qpref.policy.reference_cache import ReferenceCache
 from qpref.policy.source import BaseFolder
 from qpref.recipe.resolve import make_plan
 from qpref.records import Source, TokenizedExample
-from qpref.training.swapped_labels import FEWEST, SwapSearch
+from qpref.training.swapped_labels import MIN_PAIRS, SwapSearch
 
 
 def without_heldout(recipe):
@@ -114,7 +114,7 @@ def known(tmp_path, monkeypatch):
 
 
 BASE = BaseFolder(path=None, weights={"model.safetensors": "abc"})
-ORDINARY = {line: (-1.0 - 0.01 * (line % 7), -1.0 - 0.01 * (line % 5)) for line in range(1, FEWEST + 20)}
+ORDINARY = {line: (-1.0 - 0.01 * (line % 7), -1.0 - 0.01 * (line % 5)) for line in range(1, MIN_PAIRS + 20)}
 
 
 def suspects(lines, base=BASE):
@@ -140,7 +140,7 @@ def test_a_chosen_answer_that_is_far_likelier_is_no_suspect(known):
 
 
 def test_of_few_known_pairs_none_is_called_odd(known):
-    few = dict(list(ORDINARY.items())[: FEWEST - 1])
+    few = dict(list(ORDINARY.items())[: MIN_PAIRS - 1])
     known(BASE, few | {5: (-4.0, -0.5)})
     assert suspects(few) == []
 

@@ -9,10 +9,10 @@ import pytest
 from qpref.errors import RecipeError
 from qpref.evaluation.models import identify
 from qpref.merge.guards import read_run
-from qpref.training.folder import DESCRIBED, DESCRIBED_WITHIN, RunFolder
+from qpref.training.folder import REQUIRED, REQUIRED_WITHIN, RunFolder
 
-WHOLE = {name: kind() for name, kind in DESCRIBED.items()} | {
-    name: dict.fromkeys(keys, "") for name, keys in DESCRIBED_WITHIN.items()
+WHOLE = {name: kind() for name, kind in REQUIRED.items()} | {
+    name: dict.fromkeys(keys, "") for name, keys in REQUIRED_WITHIN.items()
 }
 DAMAGED = {
     "cut off": ("[1", "cannot be read: "),

@@ -24,17 +24,18 @@ from qpref.policy.reference import ReferenceStore, as_reference
 from qpref.recipe.resolve import make_plan
 from qpref.records import LossOutput, PairedInputs, TokenizedExample
 from qpref.training import optim
-from qpref.training.loop import Progress, Trainer
+from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.objective import LossCaller, Objective
 from qpref.training.prepare import prepare
+from qpref.training.state import TrainingState
 
 NF4 = {"model.quantization": "nf4", "model.dtype": "bf16"}
 
 
 @pytest.fixture
 def make_trainer(make_recipe, tmp_path: Path):
-    """`make_trainer({"train.batch_size": 2}, moved=True)`: a trainer; `moved` starts B off 0, so that A has a slope."""
+    """`make_trainer({"train.batch_size": 2}, moved=True)`: a trainer; `moved` starts B off 0: A has a gradient."""
     made = []
 
     def make(changes: dict[str, object] | None = None, moved: bool = False) -> Trainer:
@@ -53,15 +54,15 @@ def make_trainer(make_recipe, tmp_path: Path):
         )
         made.append(recorder)
         return Trainer(
-            recipe=plan.recipe,
+            train=plan.recipe.train,
             policy=prepared.policy,
-            loss=prepared.loss,
-            memory=ReferenceStore(),
+            objective=prepared.objective,
+            references=ReferenceStore(),
             optimizer=optim.make_optimizer(plan.recipe.train, parameters, prepared.policy.device),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             examples=prepared.examples,
             heldout=prepared.heldout,
-            progress=Progress(),
+            state=TrainingState(),
             recorder=recorder,
             save=lambda: None,
             should_stop=lambda: False,
@@ -75,11 +76,10 @@ def make_trainer(make_recipe, tmp_path: Path):
 def gradient(trainer: Trainer, examples: Sequence[TokenizedExample], tokens: int | None = None) -> dict[str, Tensor]:
     """The gradient that an optimizer step on `examples` would see, with another `tokens_per_microbatch` if given."""
     if tokens is not None:
-        train = trainer.recipe.train.model_copy(update={"tokens_per_microbatch": tokens})
-        trainer.recipe = trainer.recipe.model_copy(update={"train": train})
+        trainer.state.budget = tokens
     optim.seed_step(0, 0)
     trainer.policy.model.train()
-    trainer._compute_gradients(examples)
+    trainer.compute_gradient(examples)
     found = {name: value.grad.clone() for name, value in trainer.policy.trained_parameters().items()}
     trainer.optimizer.zero_grad(set_to_none=True)
     return found
@@ -125,7 +125,7 @@ def test_gradient_does_not_depend_on_sharing_prompts(make_trainer):
     trainer = make_trainer(moved=True)
     shared = gradient(trainer, trainer.examples[:8], 300)
     trainer.policy.share_prompts(False)
-    trainer.memory = ReferenceStore()
+    trainer.references = ReferenceStore()
     assert relative_difference(gradient(trainer, trainer.examples[:8], 300), shared) <= 1e-6
 
 
@@ -177,8 +177,8 @@ def test_two_steps_at_rate_5e_7_move_nearly_every_element(make_trainer, optimize
     trainer = make_trainer(NF4 | rates)
     before = {name: value.detach().clone() for name, value in trainer.policy.trained_parameters().items()}
     for _ in range(2):
-        trainer._step()
-        trainer.progress.step += 1
+        trainer.step()
+        trainer.state.step += 1
     moved = [(value != before[name]).flatten() for name, value in trainer.policy.trained_parameters().items()]
     assert torch.cat(moved).float().mean().item() >= 0.99
 
@@ -244,7 +244,7 @@ def with_faults(loss: Objective, fault: Callable[[Tensor], Tensor], calls: Seque
 
 
 def steep(losses: Tensor) -> Tensor:
-    """The same values, with a slope that is not finite, as an overflow in the backward pass leaves it."""
+    """The same values, with a gradient that is not finite, as an overflow in the backward pass leaves it."""
     return losses + (losses - losses.detach()).sqrt()
 
 
@@ -252,7 +252,7 @@ FAULTS = {
     "nan": lambda losses: losses * torch.nan,
     "inf": lambda losses: losses * torch.inf,
     "-inf": lambda losses: losses * -torch.inf,
-    "nan, with a slope that is finite": lambda losses: losses + (losses * torch.nan).detach(),
+    "nan, with a gradient that is finite": lambda losses: losses + (losses * torch.nan).detach(),
 }
 WHOLE_STEPS = {"train.tokens_per_microbatch": 10_000, "data.heldout": None}
 
@@ -265,37 +265,37 @@ def everything(trainer: Trainer) -> list[list[float]]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_changes_nothing(make_trainer, fault):
     trainer = make_trainer(WHOLE_STEPS, moved=True)
-    trainer._step()
-    trainer.progress.step += 1
+    trainer.step()
+    trainer.state.step += 1
     before = everything(trainer)
-    trainer.loss = with_faults(trainer.loss, FAULTS[fault], calls=[0])
+    trainer.objective = with_faults(trainer.objective, FAULTS[fault], calls=[0])
     with pytest.raises(
         PluginError, match=r"loss 'dpo' \(qpref .* \[loss-dpo\]\) returned a value that is not finite at step 2"
     ):
-        trainer._step()
+        trainer.step()
     assert everything(trainer) == before
 
 
 def test_step_with_a_non_finite_gradient_changes_nothing(make_trainer):
     trainer = make_trainer(WHOLE_STEPS, moved=True)
-    trainer._step()
-    trainer.progress.step += 1
+    trainer.step()
+    trainer.state.step += 1
     before = everything(trainer)
-    trainer.loss = with_faults(trainer.loss, steep, calls=[0])
-    trainer._step()
+    trainer.objective = with_faults(trainer.objective, steep, calls=[0])
+    trainer.step()
     assert everything(trainer) == before
 
 
 def test_training_goes_on_after_two_non_finite_steps(make_trainer):
     trainer = make_trainer(WHOLE_STEPS | {"train.epochs": 3}, moved=True)
-    trainer.loss = with_faults(trainer.loss, steep, calls=[1, 2, 4, 5, 7])
+    trainer.objective = with_faults(trainer.objective, steep, calls=[1, 2, 4, 5, 7])
     assert trainer.run()
     assert all(bool(value.isfinite().all()) for value in trainer.policy.trained_parameters().values())
 
 
 def test_third_non_finite_step_in_a_row_stops_the_run(make_trainer):
     trainer = make_trainer(WHOLE_STEPS | {"train.epochs": 3}, moved=True)
-    trainer.loss = with_faults(trainer.loss, steep, calls=[1, 3, 4, 5])
+    trainer.objective = with_faults(trainer.objective, steep, calls=[1, 3, 4, 5])
     with pytest.raises(NonFiniteError, match="step 6: the gradient was not finite 3 times in a row") as stopped:
         trainer.run()
     assert stopped.value.exit_code == 9
@@ -303,7 +303,7 @@ def test_third_non_finite_step_in_a_row_stops_the_run(make_trainer):
 
 def test_non_finite_step_stands_as_null_in_the_metrics(make_trainer, tmp_path):
     trainer = make_trainer(WHOLE_STEPS, moved=True)
-    trainer.loss = with_faults(trainer.loss, steep, calls=[1])
+    trainer.objective = with_faults(trainer.objective, steep, calls=[1])
     trainer.run()
     rows = [json.loads(line) for line in (tmp_path / "run-0" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["grad_norm"] is None] == [2]
@@ -323,7 +323,7 @@ def build(options):
     calls = []
 
     def bursting(inputs):
-        # A loss whose slope becomes infinite from the third training step on.
+        # A loss whose gradient becomes infinite from the third training step on.
         calls.append(torch.is_grad_enabled())
         losses = -inputs.policy.chosen.mean + inputs.policy.rejected.mean
         steep = losses + (losses - losses.detach()).sqrt()

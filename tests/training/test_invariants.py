@@ -63,8 +63,8 @@ def first_losses(prepared: Prepared) -> list[float]:
     places = step_order(len(prepared.examples), train.batch_size, train.seed, 0)
     batch = pack([prepared.examples[place] for place in places], prepared.policy.device)
     reference = ReferenceStore().logprobs(prepared.policy, batch)
-    inputs = prepared.loss.inputs(batch, prepared.loss.score(prepared.policy, batch), reference)
-    return prepared.loss(inputs).losses.tolist()
+    inputs = prepared.objective.inputs(batch, prepared.objective.score(prepared.policy, batch), reference)
+    return prepared.objective(inputs).losses.tolist()
 
 
 # S1: policy and reference are the same before the first step.
@@ -116,7 +116,7 @@ def test_check_start_refuses_an_adapter_that_is_not_fresh(prepare):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     with pytest.raises(PolicyError, match=r"policy and reference differ by \d+\.\d+ nats on a token"):
-        invariants.check_start(prepared.policy, prepared.loss, batch)
+        invariants.check_start(prepared.policy, prepared.objective, batch)
 
 
 def test_check_start_refuses_one_element_of_one_adapter(prepare):
@@ -126,7 +126,7 @@ def test_check_start_refuses_one_element_of_one_adapter(prepare):
     with torch.no_grad():
         last[0, 0] = 1.0
     with pytest.raises(PolicyError, match="policy and reference differ"):
-        invariants.check_start(prepared.policy, prepared.loss, batch)
+        invariants.check_start(prepared.policy, prepared.objective, batch)
 
 
 def changed(loss: Objective, function: Callable[..., LossOutput] | None = None, **record: object) -> Objective:
@@ -143,19 +143,19 @@ def check_start_of(prepared: Prepared, loss: Objective) -> None:
 def test_check_start_refuses_a_loss_that_starts_elsewhere_than_it_says(prepare):
     prepared = prepare()
     with pytest.raises(PolicyError, match=r"an example's loss is 0\.693147; qpref 0\.1\.0 \[loss-dpo\] says 0\.500000"):
-        check_start_of(prepared, changed(prepared.loss, starts_at=lambda options: 0.5))
+        check_start_of(prepared, changed(prepared.objective, starts_at=lambda options: 0.5))
 
 
 def test_check_start_lets_a_loss_pass_that_names_no_start(prepare):
     prepared = prepare()
-    check_start_of(prepared, changed(prepared.loss, starts_at=None))
-    check_start_of(prepared, changed(prepared.loss, starts_at=lambda options: None))
+    check_start_of(prepared, changed(prepared.objective, starts_at=None))
+    check_start_of(prepared, changed(prepared.objective, starts_at=lambda options: None))
 
 
 def test_check_start_names_the_loss_whose_starts_at_raises(prepare):
     prepared = prepare()
     with pytest.raises(PluginError, match=r"loss 'dpo' \(qpref 0\.1\.0 \[loss-dpo\]\) starts_at raised ZeroDivision"):
-        check_start_of(prepared, changed(prepared.loss, starts_at=lambda options: 1 / 0))
+        check_start_of(prepared, changed(prepared.objective, starts_at=lambda options: 1 / 0))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -163,12 +163,12 @@ def test_check_start_refuses_a_pair_whose_loss_is_not_a_number(prepare, place):
     prepared = prepare()
 
     def holed(inputs):
-        losses = prepared.loss.callers[0].function(inputs).losses.clone()
+        losses = prepared.objective.callers[0].function(inputs).losses.clone()
         losses[place] = math.nan
         return LossOutput(losses=losses, metrics={})
 
     with pytest.raises(PolicyError, match="an example's loss is nan"):
-        check_start_of(prepared, changed(prepared.loss, holed))
+        check_start_of(prepared, changed(prepared.objective, holed))
 
 
 def test_start_is_checked_without_the_rows_margin(make_recipe, tmp_path):
@@ -186,7 +186,7 @@ def test_repacked_weights_are_refused(prepare):
     name = "base_model.model.model.layers.1.mlp.up_proj.base_layer"
     prepared.policy.model.get_submodule(name).weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(PolicyError, match=f"repacked the weights of {name}"):
-        check_start_of(prepared, prepared.loss)
+        check_start_of(prepared, prepared.objective)
 
 
 # S2: every adapted layer gets a gradient.

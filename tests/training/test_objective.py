@@ -16,6 +16,7 @@ import qpref
 from qpref.data.load import load_rows
 from qpref.data.mismatch import alone, partner_alone, with_mismatched
 from qpref.data.pack import pack
+from qpref.data.source import DataSource
 from qpref.errors import DataError, RecipeError
 from qpref.hooks.types import SinkContext
 from qpref.policy.logprobs import completion_logprobs
@@ -23,11 +24,13 @@ from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.schedule import Schedule
 from qpref.records import Source, TokenizedExample
-from qpref.training import optim
+from qpref.training import optim, step
 from qpref.training.inputs import Mismatched
-from qpref.training.loop import Progress, Trainer
+from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
+from qpref.training.objective import Objective
 from qpref.training.prepare import prepare
+from qpref.training.state import TrainingState
 
 STEP_LOSSES = {
     "kto": {"name": "kto"},
@@ -66,15 +69,15 @@ def make_trainer(make_recipe, tmp_path: Path):
         context = SinkContext(run_folder=folder, first_step=0, total_steps=1)
         made.append(Recorder(folder / "metrics.jsonl", 0, (), context))
         return Trainer(
-            recipe=plan.recipe,
+            train=plan.recipe.train,
             policy=prepared.policy,
-            loss=prepared.loss,
-            memory=ReferenceStore() if "reference" in prepared.loss.needs else None,
+            objective=prepared.objective,
+            references=ReferenceStore() if prepared.objective.needs_reference else None,
             optimizer=optim.make_optimizer(plan.recipe.train, parameters, prepared.policy.device),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             examples=prepared.examples,
             heldout=prepared.heldout,
-            progress=Progress(),
+            state=TrainingState(),
             recorder=made[-1],
             save=lambda: None,
             should_stop=lambda: False,
@@ -87,7 +90,7 @@ def make_trainer(make_recipe, tmp_path: Path):
 
 def gradients_of_step(trainer: Trainer) -> dict[str, torch.Tensor]:
     trainer.policy.model.train()
-    trainer._compute_gradients(trainer.examples[: trainer.recipe.train.batch_size])
+    trainer.compute_gradient(trainer.examples[: trainer.train.batch_size])
     return {name: value.grad.clone() for name, value in trainer.policy.trained_parameters().items()}
 
 
@@ -105,19 +108,19 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(make_trainer, loss, b
     whole = make_trainer({"train.tokens_per_microbatch": 100_000, "train.batch_size": 8}, STEP_LOSSES[loss])
     pieces = make_trainer({"train.tokens_per_microbatch": budget, "train.batch_size": 8}, STEP_LOSSES[loss])
     assert_close(gradients_of_step(pieces), gradients_of_step(whole))
-    assert pieces.progress.averages.means() == pytest.approx(whole.progress.averages.means(), rel=1e-5, nan_ok=True)
+    assert pieces.state.averages.means() == pytest.approx(whole.state.averages.means(), rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("changes", [{"adapter.dropout": 0.5}, {"train.gradient_checkpointing": True}], ids=str)
 def test_both_passes_over_a_micro_batch_are_the_same(make_trainer, monkeypatch, changes):
     trainer = make_trainer({"train.tokens_per_microbatch": 1, "train.batch_size": 4} | changes, STEP_LOSSES["kto"])
-    passes, score = [], Trainer._score_again
+    passes, score = [], step._score_microbatch
 
-    def noted(self, batch, place):
-        passes.append(score(self, batch, place))
+    def noted(*call):
+        passes.append(score(*call))
         return passes[-1]
 
-    monkeypatch.setattr(Trainer, "_score_again", noted)
+    monkeypatch.setattr(step, "_score_microbatch", noted)
     gradients_of_step(trainer)
     assert len(passes) == 8
     for first, second in zip(passes[:4], passes[4:], strict=True):
@@ -193,15 +196,15 @@ def test_bad_completion_is_named_by_file_and_line(make_recipe, tmp_path, change,
 def test_class_counts_are_those_of_the_training_set(make_trainer, tmp_path):
     rows = write_jsonl(tmp_path / "unpaired.jsonl", unpaired_rows(5) + unpaired_rows(4, start=50, label=True))
     trainer = make_trainer({"data.train": str(rows)}, {"name": "kto"})
-    assert trainer.loss.class_counts == (7, 2)
+    assert trainer.objective.class_counts == (7, 2)
 
 
 def test_held_out_completions_of_one_pair_are_compared(make_trainer):
     trainer = make_trainer(None, {"name": "kto"})
-    trainer.progress.step = 1
+    trainer.state.step = 1
     means = trainer.heldout_means()
     chosen = make_trainer({"loss.name": "dpo"})
-    chosen.progress.step = 1
+    chosen.state.step = 1
     wanted = chosen.heldout_means()
     for name in ("logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies", "logps/accuracies"):
         assert means[name] == pytest.approx(wanted[name], rel=1e-4), name
@@ -264,7 +267,7 @@ def test_pair_of_which_one_side_is_too_long_is_left_out_whole(make_trainer, tmp_
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     with caplog.at_level("INFO", logger="qpref"):
         trainer = make_trainer({"data.train": str(data), "data.on_overflow": "drop"}, {"name": "kto"})
-    assert trainer.loss.class_counts == (11, 11)
+    assert trainer.objective.class_counts == (11, 11)
     assert "of 12 rows, 1 left out and 0 cut for their length" in caplog.text
 
 
@@ -283,7 +286,7 @@ def test_pair_that_cutting_makes_the_same_is_dropped_as_completions_too(make_tra
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     with caplog.at_level("INFO", logger="qpref"):
         trainer = make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
-    assert trainer.loss.class_counts == (11, 11)
+    assert trainer.objective.class_counts == (11, 11)
     assert "long.jsonl:4: dropped: cut to their first" in caplog.text
     assert "1 left out and 0 cut for their length" in caplog.text
 
@@ -292,6 +295,31 @@ def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp
     data = write_jsonl(tmp_path / "margins.jsonl", [row | {"margin": 0.5} for row in preference_rows(4)])
     load_rows(make_plan(make_recipe({"data.train": str(data)}) | {"loss": {"name": "kto"}}, (), tmp_path / "run"))
     assert "margins.jsonl: the rows' margins have no meaning for single completions" in caplog.text
+
+
+def test_a_plan_and_its_objective_join_the_needs_of_all_losses(make_recipe, tmp_path):
+    losses = [{"name": "dpo", "beta": 0.1}, {"name": "orpo"}]
+    plan = make_plan(make_recipe() | {"loss": losses}, (), tmp_path / "run")
+    assert plan.needs == Objective.of(plan.losses).needs == {"reference", "prompt"}
+
+
+def test_refused_pairs_and_their_margins_are_not_counted(make_recipe, tmp_path, caplog):
+    rows = preference_rows(6)
+    rows[2] |= {"rejected": rows[2]["chosen"], "margin": 0.5}
+    changes = {"data.train": str(write_jsonl(tmp_path / "same.jsonl", rows)), "data.skip_bad": 0.5}
+    with caplog.at_level("INFO", logger="qpref"):
+        load_rows(make_plan(make_recipe(changes) | {"loss": {"name": "kto"}}, (), tmp_path / "run"))
+    assert "5 pairs become 10 of them" in caplog.text
+    assert "have no meaning" not in caplog.text
+
+
+def test_loading_reads_the_data_as_often_for_single_completions_as_for_pairs(make_recipe, tmp_path, monkeypatch):
+    real, read = DataSource.records, []
+    monkeypatch.setattr(DataSource, "records", lambda source, row: (read.append(row), real(source, row))[1])
+    for loss in ("dpo", "kto"):
+        read.clear()
+        load_rows(make_plan(make_recipe() | {"loss": {"name": loss}}, (), tmp_path / loss))
+        assert len(read) == 16 + 2, loss  # every row once, and the first of each split to see that there is one
 
 
 def test_completions_of_a_row_stay_in_one_held_out_window(make_trainer, monkeypatch):
@@ -389,15 +417,15 @@ def test_a_loss_is_not_blamed_for_scores_that_are_not_finite(make_trainer):
         pack([side(example) for example in trainer.examples[:2]], trainer.policy.device)
         for side in (alone, partner_alone)
     )
-    scores, spoilt = (trainer.loss.score(trainer.policy, batch) for batch in (own, partners))
+    scores, spoilt = (trainer.objective.score(trainer.policy, batch) for batch in (own, partners))
     reference, other = (replace(said, values=said.values.detach().clone()) for said in (scores, spoilt))
     with torch.no_grad():
         spoilt.values[-1] = torch.nan
-    inputs = trainer.loss.inputs(own, scores, reference, Mismatched(spoilt, other))
+    inputs = trainer.objective.inputs(own, scores, reference, Mismatched(spoilt, other))
     assert not inputs.mismatched_policy.values.requires_grad
-    output = trainer.loss(inputs)
+    output = trainer.objective(inputs)
     assert not output.losses.isfinite().any()
-    assert not trainer.loss.not_finite(inputs, output).any()
+    assert not trainer.objective.not_finite(inputs, output).any()
 
 
 def test_mixture_in_toml_and_its_lock_file_resolve_to_the_same(make_recipe, tmp_path):
@@ -459,9 +487,9 @@ def test_scheduled_beta_is_what_the_loss_gets(make_trainer, kind, wanted):
     trainer = make_trainer({"train.epochs": 2, "data.heldout": None}, {"name": "dpo", "beta": beta})
     seen = []
     for _ in range(trainer.total_steps):
-        trainer._step()
-        seen.append(trainer.loss.callers[0].choice.options.beta)
-        trainer.progress.step += 1
+        trainer.step()
+        seen.append(trainer.objective.callers[0].choice.options.beta)
+        trainer.state.step += 1
     assert seen == pytest.approx(wanted, rel=1e-12)
     assert (seen[0], seen[-1]) == (0.1, 0.3)
 

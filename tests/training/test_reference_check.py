@@ -78,18 +78,18 @@ def write(
     budget: int = 512,
 ) -> None:
     """Fill a cache as a run does."""
-    memory = ReferenceStore(ReferenceCache.open(folder, name))
-    check_cache(memory, policy, pack(examples[:2], policy.device))
+    references = ReferenceStore(ReferenceCache.open(folder, name))
+    check_cache(references, policy, pack(examples[:2], policy.device))
     for members in split_by_tokens(examples, budget):
-        memory.logprobs(policy, pack(members, policy.device))
-    memory.cache.close()
+        references.logprobs(policy, pack(members, policy.device))
+    references.cache.close()
 
 
 def num_read(policy: Policy, folder: Path, examples: Sequence[TokenizedExample] = EXAMPLES, *, first: int = 0) -> int:
     """Rows that a later run, whose first batch is another, reads from a cache."""
-    memory = ReferenceStore(ReferenceCache.open(folder, "second"))
-    check_cache(memory, policy, pack(examples[first : first + 2], policy.device))
-    return sum(key in memory.cache for example in examples for key in row_keys(example))
+    references = ReferenceStore(ReferenceCache.open(folder, "second"))
+    check_cache(references, policy, pack(examples[first : first + 2], policy.device))
+    return sum(key in references.cache for example in examples for key in row_keys(example))
 
 
 @contextmanager
@@ -217,10 +217,10 @@ WRONG_ROWS = {"adapter left on": adapter_left_on, "template": other_template, "a
 def test_wrong_rows_are_put_aside_though_the_check_rows_are_right(wrong, dtype, machine, base, tmp_path, said):
     policy = policy_of(base, **SECTIONS[dtype])
     with MACHINES[machine](policy):
-        memory = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "first"))
-        check_cache(memory, policy, pack(EXAMPLES[:2], policy.device))
-        memory.cache.add(WRONG_ROWS[wrong](policy))
-        memory.cache.close()
+        references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "first"))
+        check_cache(references, policy, pack(EXAMPLES[:2], policy.device))
+        references.cache.add(WRONG_ROWS[wrong](policy))
+        references.cache.close()
         for first in (0, 5, 10):
             assert num_read(policy, tmp_path / "cache", first=first) == 0
     assert len(said) == 3
@@ -239,10 +239,10 @@ def test_the_stand_in_for_a_machine_rounds_as_the_real_one(base):
 def test_a_shard_is_put_aside_alone(base, tmp_path, said):
     policy = policy_of(base, **SECTIONS["float32"])
     write(one_tensor_off(policy, base, tmp_path, **SECTIONS["float32"]), tmp_path / "cache", EXAMPLES[:8], name="wrong")
-    memory = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "right"))
-    check_cache(memory, policy, pack(EXAMPLES[8:10], policy.device))
-    memory.logprobs(policy, pack(EXAMPLES[4:], policy.device))
-    memory.cache.close()
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "right"))
+    check_cache(references, policy, pack(EXAMPLES[8:10], policy.device))
+    references.logprobs(policy, pack(EXAMPLES[4:], policy.device))
+    references.cache.close()
     assert num_read(policy, tmp_path / "cache") == 24
     assert len(said) == 2
 

@@ -31,8 +31,7 @@ from qpref.policy.reference_cache import ReferenceCache, check_key
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
 from qpref.records import Source, TokenizedExample
-from qpref.training import checkpoint, invariants, optim, reference_check, run
-from qpref.training import reference_pass as references
+from qpref.training import checkpoint, invariants, optim, reference_check, reference_pass
 
 NUM_EXAMPLES = 16
 """Of `make_recipe`'s data, training and held-out."""
@@ -52,18 +51,18 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @dataclass
 class Notes:
-    """What runs did: log lines of all, reference passes by the module that asked, examples that the memory computed."""
+    """What runs did: log lines of all, reference passes by the module that asked, examples that the stores computed."""
 
     said: list[str] = field(default_factory=list)
     passes: list[str] = field(default_factory=list)
-    memories: list[ReferenceStore] = field(default_factory=list)
+    stores: list[ReferenceStore] = field(default_factory=list)
 
     @property
     def num_computed(self) -> int:
-        return sum(memory.num_computed for memory in self.memories)
+        return sum(store.num_computed for store in self.stores)
 
     def clear(self) -> None:
-        for each in (self.said, self.passes, self.memories):
+        for each in (self.said, self.passes, self.stores):
             each.clear()
 
 
@@ -78,13 +77,13 @@ def notes(monkeypatch) -> Iterator[Notes]:
     def noting(module: Any) -> Callable[..., Any]:
         return lambda policy: (made.passes.append(module.__name__.rpartition(".")[2]), as_reference(policy))[1]
 
-    def remembered(*parts: Any) -> ReferenceStore:
-        made.memories.append(ReferenceStore(*parts))
-        return made.memories[-1]
+    def opened(*parts: Any) -> ReferenceStore:
+        made.stores.append(ReferenceStore(*parts))
+        return made.stores[-1]
 
     for module in (reference, invariants, reference_check):
         monkeypatch.setattr(module, "as_reference", noting(module))
-    monkeypatch.setattr(run, "ReferenceStore", remembered)
+    monkeypatch.setattr(reference_pass, "ReferenceStore", opened)
     listener, log = Listener(), logging.getLogger("qpref")
     level = log.level
     log.addHandler(listener)
@@ -143,7 +142,7 @@ def test_a_first_run_computes_each_row_once_and_writes_it_down(make_recipe, tmp_
     assert notes.num_computed == NUM_EXAMPLES
     (shard,) = cache.glob("*/*.shard")
     assert {key: values.tolist() for key, values in rows_in(shard).items()} == {
-        key: values.tolist() for key, values in notes.memories[0].rows.items()
+        key: values.tolist() for key, values in notes.stores[0].rows.items()
     }
     assert len(ReferenceCache.open(shard.parent, "reader")) == 2 * NUM_EXAMPLES
     described = json.loads((tmp_path / "run" / "run.json").read_text())["reference_cache"]
@@ -169,9 +168,7 @@ def test_a_run_computes_nothing_but_its_check_batch_after_one_with_another(
     assert notes.num_computed == 0
     assert notes.passes == ["invariants", "reference_check"]
     assert ALL_KNOWN in notes.said
-    assert (
-        "reference: one batch computed again agrees with the cache, 0.0000 nats a token apart on average" in notes.said
-    )
+    assert "reference: one recomputed batch agrees with the cache, 0.0000 nats a token apart on average" in notes.said
     assert len(list(cache.glob("*/*.shard"))) == 1
 
 
@@ -321,7 +318,13 @@ def folder(
     changes = recipe or {}
     document = {table: RECIPE.get(table, {}) | changes.get(table, {}) for table in RECIPE.keys() | changes.keys()}
     used = SimpleNamespace(**vars(POLICY) | (policy or {}))
-    cache = references.open_cache(Recipe.model_validate(document), Base(**base or {}), start, used, None)
+    prepared = SimpleNamespace(
+        plan=SimpleNamespace(recipe=Recipe.model_validate(document)),
+        base=Base(**base or {}),
+        policy=used,
+        fingerprints={"start adapter": start},
+    )
+    cache = reference_pass.open_cache(prepared, None)
     cache.close()
     return cache.store.folder
 
@@ -355,7 +358,7 @@ def test_a_reference_is_the_same_whatever_is_trained_on_it():
     assert folder(free, base={"path": Path("elsewhere")}) == folder()
 
 
-def test_a_base_whose_config_was_changed_is_scored_anew(make_recipe, make_base, tmp_path, notes, cache):
+def test_a_base_whose_config_was_changed_is_recomputed(make_recipe, make_base, tmp_path, notes, cache):
     base = tmp_path / "base"
     shutil.copytree(make_base(), base)
     qpref.train(make_recipe({"model.base": str(base)}), output=tmp_path / "first")
@@ -387,9 +390,7 @@ def test_rows_with_other_numbers_are_put_aside_once_and_computed_again(error, ma
 def test_rows_that_are_off_by_rounding_are_read(make_recipe, tmp_path, known, notes):
     rewrite(known, lambda values: values + 2e-4)
     qpref.train(make_recipe(), output=tmp_path / "second")
-    assert (
-        "reference: one batch computed again agrees with the cache, 0.0002 nats a token apart on average" in notes.said
-    )
+    assert "reference: one recomputed batch agrees with the cache, 0.0002 nats a token apart on average" in notes.said
     assert notes.num_computed == 0
 
 
@@ -431,10 +432,10 @@ def test_a_batch_of_old_and_new_rows_keeps_the_old_values_and_writes_down_the_ne
     cache = ReferenceCache.open(tmp_path, "one")
     cache.add({keys[0]: torch.full((len(EXAMPLES[0].branches[0]),), -1.0)})  # one branch alone, and easily told apart
     cache.close()
-    memory = ReferenceStore(ReferenceCache.open(tmp_path, "two"))
-    said = memory.logprobs(policy, pack(EXAMPLES[:3], policy.device)).values
-    memory.cache.close()
-    assert memory.num_computed == 3
+    references = ReferenceStore(ReferenceCache.open(tmp_path, "two"))
+    said = references.logprobs(policy, pack(EXAMPLES[:3], policy.device)).values
+    references.cache.close()
+    assert references.num_computed == 3
     assert said[: len(EXAMPLES[0].branches[0])].unique().tolist() == [-1.0]
     own = ReferenceCache.open(tmp_path, "reader", {"two.shard": (tmp_path / "two.shard").stat().st_size})
     assert list(own.store._places) == keys[1:]
@@ -442,16 +443,16 @@ def test_a_batch_of_old_and_new_rows_keeps_the_old_values_and_writes_down_the_ne
 
 def test_comparing_with_the_cache_leaves_the_adapter_on(make_recipe, tmp_path):
     policy = load(make_recipe())
-    memory = ReferenceStore(ReferenceCache.open(tmp_path / "shards", "one"))
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "shards", "one"))
     batch = pack(EXAMPLES[:2], policy.device)
-    memory.logprobs(policy, batch)
+    references.logprobs(policy, batch)
     for name, parameter in policy.trained_parameters().items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     said = completion_logprobs(policy, batch).values
-    reference_check.check_cache(memory, policy, batch)  # by the reference, not by the adapter as it stands
+    reference_check.check_cache(references, policy, batch)  # by the reference, not by the adapter as it stands
     assert torch.equal(completion_logprobs(policy, batch).values, said)
-    memory.cache.close()
+    references.cache.close()
 
 
 # Killed, and resumed while others write.
@@ -558,12 +559,12 @@ def test_a_run_without_a_cache_resumes(make_recipe, tmp_path, unbroken, cache):
 
 
 def test_filling_scores_what_is_not_known_the_longest_first(make_recipe, monkeypatch):
-    policy, memory, batches = load(make_recipe()), ReferenceStore(), []
-    memory.logprobs(policy, pack(EXAMPLES[:3], policy.device))
-    monkeypatch.setattr(references, "pack", lambda some, device: (batches.append(some), pack(some, device))[1])
+    policy, references, batches = load(make_recipe()), ReferenceStore(), []
+    references.logprobs(policy, pack(EXAMPLES[:3], policy.device))
+    monkeypatch.setattr(reference_pass, "pack", lambda some, device: (batches.append(some), pack(some, device))[1])
     limit = 3 * max(num_fed_tokens(example) for example in EXAMPLES[3:])
-    references.fill(memory, policy, EXAMPLES, limit)
-    assert memory.num_computed == len(EXAMPLES)
+    reference_pass.fill(references, policy, EXAMPLES, limit)
+    assert references.num_computed == len(EXAMPLES)
     longest_first = sorted(EXAMPLES[3:], key=lambda example: -num_fed_tokens(example))
     assert [example for members in batches for example in members] == longest_first
     assert len(batches[0]) == 3
@@ -573,20 +574,20 @@ def test_filling_scores_what_is_not_known_the_longest_first(make_recipe, monkeyp
     alone = ReferenceStore()
     alone.logprobs(policy, pack(EXAMPLES, policy.device))
     for key, values in alone.rows.items():
-        assert torch.allclose(memory.rows[key], values, atol=1e-5)
+        assert torch.allclose(references.rows[key], values, atol=1e-5)
 
 
 def test_filling_takes_an_example_that_is_over_the_limit_by_itself(make_recipe):
-    policy, memory = load(make_recipe()), ReferenceStore()
-    references.fill(memory, policy, EXAMPLES[:3], 1)
-    assert references.count_known(memory, EXAMPLES) == (6, 24)
+    policy, references = load(make_recipe()), ReferenceStore()
+    reference_pass.fill(references, policy, EXAMPLES[:3], 1)
+    assert reference_pass.count_known(references, EXAMPLES) == (6, 24)
 
 
 def test_filling_reads_what_the_cache_knows(make_recipe, tmp_path):
     policy, first = load(make_recipe()), ReferenceStore(ReferenceCache.open(tmp_path, "one"))
-    references.fill(first, policy, EXAMPLES, 100)
+    reference_pass.fill(first, policy, EXAMPLES, 100)
     first.cache.close()
     second = ReferenceStore(ReferenceCache.open(tmp_path, "two"))
-    assert references.count_known(second, EXAMPLES) == (24, 24)
-    references.fill(second, policy, EXAMPLES, 100)
+    assert reference_pass.count_known(second, EXAMPLES) == (24, 24)
+    reference_pass.fill(second, policy, EXAMPLES, 100)
     assert second.num_computed == 0

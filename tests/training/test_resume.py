@@ -33,7 +33,7 @@ import qpref
 from qpref import fsio
 from qpref.errors import CheckpointError, NonFiniteError, RecipeError, RunLockedError, StoppedBySignal
 from qpref.records import LossOutput
-from qpref.training import checkpoint, objective, optim, run
+from qpref.training import checkpoint, objective, optim, stop
 from qpref.training.folder import claimed
 from qpref.training.metrics import Recorder
 
@@ -170,7 +170,7 @@ def test_run_killed_before_its_manifest_goes_on_from_the_save_before(make_toy, u
     train_until(make_toy(), tmp_path / "run", after_save(2))
     train_until(make_toy(), tmp_path / "run", writing("MANIFEST.json"), resume=True)
     assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
-    assert said.count("going on after step 2") == 2
+    assert said.count("resuming after step 2") == 2
 
 
 def test_run_killed_at_every_step_in_turn_ends_as_if_it_never_stopped(make_toy, unbroken, tmp_path):
@@ -487,7 +487,7 @@ def test_link_to_a_checkpoint_is_passed_over(stopped):
 def test_run_that_fell_back_ends_as_if_nothing_had_happened(make_toy, stopped, unbroken, said, damage):
     DAMAGE[damage](stopped / "checkpoints" / "step-000004" / "optimizer.safetensors")
     again = qpref.train(make_toy(), output=stopped, resume=True)
-    assert "going on after step 3" in said
+    assert "resuming after step 3" in said
     assert outcome(again) == unbroken
 
 
@@ -555,11 +555,11 @@ def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken
             qpref.train(recipe, output=tmp_path / "run")
     assert stop.value.exit_code == 128 + number
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
 
 
 def test_second_interrupt_stops_at_once():
-    with run._stop_request() as requested:
+    with stop.stop_request() as requested:
         signal.raise_signal(signal.SIGINT)
         assert list(requested) == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -660,7 +660,7 @@ def test_process_killed_three_times_ends_as_if_it_never_stopped(make_toy, start,
         assert child.wait()[0] == -signal.SIGKILL
         options = ["--resume"]
     code, said = start(recipe, tmp_path / "run", "--resume").wait()
-    assert (code, "going on after step" in said) == (0, True)
+    assert (code, "resuming after step" in said) == (0, True)
     assert outcome(tmp_path / "run") == long_run
 
 
@@ -678,9 +678,9 @@ def test_terminated_command_exits_143_saved_and_a_resume_completes_it(make_toy, 
     said = child.communicate(timeout=120)[1]
     assert child.returncode == 143
     stopped_after = max(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert f"error: stopped after step {stopped_after}, saved\nhint: go on with --resume\n" in said
+    assert f"error: stopped after step {stopped_after}, saved\nhint: continue with --resume\n" in said
     code, said = start(recipe, tmp_path / "run", "--resume").wait()
-    assert (code, f"going on after step {stopped_after}\n" in said) == (0, True)
+    assert (code, f"resuming after step {stopped_after}\n" in said) == (0, True)
     assert outcome(tmp_path / "run") == long_run
 
 

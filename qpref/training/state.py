@@ -1,0 +1,43 @@
+"""The state of training that changes from step to step, beside the weights and the optimizer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qpref.records import MetricRow
+from qpref.training.best import Best
+from qpref.training.metrics import Averages
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """Counters and running averages, all of which go into checkpoints.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens fed for training.
+        seconds: wall time of training.
+        nonfinite: consecutive steps that were skipped for a non-finite gradient.
+        budget: tokens per micro-batch in force; a step that runs out of memory lowers it.
+        averages: metrics of the examples since the last training row.
+        best: the best held-out row so far, where the recipe asks for one.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    nonfinite: int = 0
+    budget: int = 0
+    averages: Averages = field(default_factory=Averages)
+    best: Best | None = None
+
+    def row(self, split: Literal["train", "eval"], values: Mapping[str, float]) -> MetricRow:
+        """Make a metric row of the values as of the present step."""
+        return MetricRow(step=self.step, split=split, values=dict(values), tokens=self.tokens, seconds=self.seconds)
+
+    @property
+    def is_best(self) -> bool:
+        """True where the present step has the best held-out row so far."""
+        return self.best is not None and self.best.step == self.step
