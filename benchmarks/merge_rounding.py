@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.merge.compared_models import AsTrained, load_base
 from qpref.merge.guards import TrainedRun, read_run
-from qpref.merge.models import AsTrained, load_base
 from qpref.merge.replay import ScoredRow, replay
-from qpref.merge.replayed_pairs import choose_rows, read_examples
+from qpref.merge.replayed_pairs import choose_pairs, read_examples
 from qpref.merge.request import Tolerance
 from qpref.merge.rounding import STORED, Retention
 from qpref.merge.verdict import Judge
@@ -42,7 +42,7 @@ def main() -> None:
     run = read_run(parsed.run)
     model, before = load_base(run.base), AsTrained(run.base)
     after, device = before.after(run.delta), run.base.device
-    replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, 10**9)
+    replayed = choose_pairs(run.plan, run.base_folder, run.tokenizer, 10**9)
     rows = replayed.rows
     reference, trained = replay(model, rows, before, device), replay(model, rows, after, device)
     judge = Judge.of(replayed, reference, trained, Tolerance(), device)

@@ -65,7 +65,7 @@ def command(
     """
     from qpref.cli import quiet_transformers
     from qpref.evaluation.generate import Sampling, as_prompt, generate, read_prompts
-    from qpref.evaluation.models import identify
+    from qpref.evaluation.subjects import identify
     from qpref.records import Source
 
     if not texts and data is None:

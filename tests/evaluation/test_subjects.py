@@ -12,7 +12,7 @@ from conftest import merge_to, preference_rows, write_jsonl
 from safetensors.torch import load_file
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
-from qpref.evaluation.models import common_dtype, identify
+from qpref.evaluation.subjects import common_dtype, identify
 from qpref.policy.reference import as_reference
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
@@ -78,7 +78,7 @@ def test_an_adapter_on_an_unquantized_base_is_said(run, tmp_path, said):
     assert not said
     identify(adapter)
     assert said == [
-        f"{adapter}: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits",
+        f"{adapter}: its base is loaded unquantized; use --quantization nf4 if it was trained in 4 bits",
     ]
 
 
@@ -120,7 +120,7 @@ def test_an_adapter_can_be_put_on_a_base_that_has_moved(run, make_base, tmp_path
     adapter = adapter_alone(run, tmp_path)
     values = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "/gone/away"}))
-    with pytest.raises(PolicyError, match=r"its base /gone/away is not there\nhint: name the base with --base"):
+    with pytest.raises(PolicyError, match=r"its base /gone/away does not exist\nhint: name the base with --base"):
         identify(str(adapter))
     identify(str(adapter), base=str(make_base())).load("float32")
 

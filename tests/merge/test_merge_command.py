@@ -241,5 +241,5 @@ def test_a_damaged_run_is_one_message_and_leaves_nothing(trained_run, make_base,
     (base / "model.safetensors").write_bytes(b"")
     done = invoke(run, tmp_path / "merged/out")
     assert (done.exit_code, done.stdout) == (11, "")
-    assert done.stderr == f"error: {base}/model.safetensors: not the file that was trained on; its SHA-256 differs\n"
+    assert done.stderr == f"error: {base}/model.safetensors: not the file used in training; its SHA-256 differs\n"
     assert not (tmp_path / "merged").exists()

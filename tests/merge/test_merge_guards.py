@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeError
 from qpref.merge.guards import read_run
 from qpref.merge.merge import merge_run, weights_of
-from qpref.merge.replayed_pairs import choose_rows
+from qpref.merge.replayed_pairs import choose_pairs
 from qpref.merge.request import MergeRequest, Tolerance
 
 Harm = Callable[[Path, Path], None]
@@ -128,12 +128,12 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "vocabulary resized": (_resize_vocabulary, MergeError, "config.json: not the config"),
     "another quantization in the base's config": (
         _edit_json("config.json", quantization_config={"load_in_4bit": True}), MergeError, "not the config"),
-    "config never noted": (_forget_the_config, MergeError, "doesn't say which config"),
+    "config never noted": (_forget_the_config, MergeError, "no hash of the base's config"),
     "no run": (lambda run, base: (run / "run.json").unlink(), RecipeError, "no run of qpref"),
     "not finished": (lambda run, base: shutil.rmtree(run / "adapter"), RecipeError, "not finished"),
     "no recipe": (lambda run, base: (run / "recipe.lock.toml").unlink(), MergeError, "recipe.lock.toml: cannot be"),
     "another base in the recipe": (
-        _replace("recipe.lock.toml", 'base = "', 'base = "other'), MergeError, "not the recipe that was trained"),
+        _replace("recipe.lock.toml", 'base = "', 'base = "other'), MergeError, "not the recipe of this run"),
     "another revision": (
         _replace("recipe.lock.toml", "[model]", '[model]\nrevision = "abc"'), MergeError, "not the recipe"),
     "another quantization": (
@@ -144,22 +144,22 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "another compute type": (
         _replace("recipe.lock.toml", 'dtype = "float32"', 'dtype = "bf16"'), MergeError, "not the recipe"),
     "run's chat template changed": (
-        _replace("adapter/chat_template.jinja", "assistant", "helper"), MergeError, "chat template isn't the base's"),
+        _replace("adapter/chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from the base's"),
     "base's chat template changed": (
-        _replace("chat_template.jinja", "assistant", "helper"), MergeError, "chat template isn't the base's"),
+        _replace("chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from the base's"),
     "run's tokenizer changed": (
-        _replace("adapter/tokenizer.json", '"!": ', '"!!": '), MergeError, "tokenizer isn't the base's"),
+        _replace("adapter/tokenizer.json", '"!": ', '"!!": '), MergeError, "tokenizer differs from the base's"),
     "base's tokenizer splits otherwise": (
         _replace("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
-        MergeError, "tokenizer isn't the base's"),
+        MergeError, "tokenizer differs from the base's"),
     "another end token": (
-        _edit_json("tokenizer_config.json", eos_token="<|endoftext|>"), MergeError, "tokenizer isn't the base's"),
+        _edit_json("tokenizer_config.json", eos_token="<|endoftext|>"), MergeError, "tokenizer differs from the base's"),
     "tokenizer lost": (
         lambda run, base: (run / "adapter/tokenizer.json").unlink(), MergeError, "tokenizer can't be loaded"),
     "adapter of another base": (
         _edit_json(CONFIG, base_model_name_or_path="org/other"), MergeError, "an adapter of org/other"),
-    "another scaling": (_edit_json(CONFIG, lora_alpha=16), MergeError, "lora_alpha is 16, and the run had"),
-    "another rank": (_edit_json(CONFIG, r=8), MergeError, "r is 8, and the run had"),
+    "another scaling": (_edit_json(CONFIG, lora_alpha=16), MergeError, "lora_alpha is 16, but the run's"),
+    "another rank": (_edit_json(CONFIG, r=8), MergeError, "r is 8, but the run's"),
     "DoRA": (_edit_json(CONFIG, use_dora=True), MergeError, "use_dora"),
     "adapter unreadable": (lambda run, base: (run / ADAPTER).write_bytes(b"{}"), MergeError, "no LoRA adapter"),
     "adapter settings unreadable": (lambda run, base: (run / CONFIG).write_text("{"), MergeError, "cannot be read"),
@@ -168,10 +168,10 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "nothing learned": (_edit_tensors(ADAPTER, _zero), MergeError, "nothing was learned"),
     "half a pair": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_B")), MergeError, f"{SECOND_Q} is half"),
     "the other half": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_A")), MergeError, "more than LoRA matrices"),
-    "a layer missing": (_edit_tensors(ADAPTER, _drop(SECOND_Q)), MergeError, f"nothing for {SECOND_Q}"),
+    "a layer missing": (_edit_tensors(ADAPTER, _drop(SECOND_Q)), MergeError, f"no matrices for its target {SECOND_Q}"),
     "a layer too many": (
         _edit_tensors(ADAPTER, _add("model.layers.9.self_attn.q_proj")), MergeError, "no weight for model.layers.9"),
-    "a layer that is no target": (_edit_tensors(ADAPTER, _add("lm_head")), MergeError, "lm_head, which is none"),
+    "a layer that is no target": (_edit_tensors(ADAPTER, _add("lm_head")), MergeError, "lm_head, which is not one"),
     "a bias": (_edit_tensors(ADAPTER, _add_a_bias), MergeError, "more than LoRA matrices"),
     "another shape": (_edit_tensors(ADAPTER, _add(SECOND_Q, width=32)), MergeError, r"\(64, 32\), the base's weight"),
 }  # fmt: skip
@@ -207,7 +207,7 @@ def test_held_out_pairs_alone_are_read_where_they_have_a_file_of_their_own(train
     train = json.dumps(str(trained_run().parent / "train.jsonl"))
     _replace("recipe.lock.toml", train, '"/nowhere/train.jsonl"')(run, run)
     opened = read_run(run)
-    replayed = choose_rows(opened.plan, opened.base_folder, opened.tokenizer, 64)
+    replayed = choose_pairs(opened.plan, opened.base_folder, opened.tokenizer, 64)
     assert (len(replayed.contrasts), replayed.origin) == (4, "held-out pairs")
 
 

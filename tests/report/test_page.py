@@ -282,7 +282,7 @@ def test_a_merge_that_did_not_pass_is_no_good_news(tmp_path):
 
 
 EVALUATION = {
-    "data": "heldout.jsonl", "pairs": 32, "warnings": ["32 pairs are few"],
+    "data": "heldout.jsonl", "pairs": 32, "warnings": ["only 32 pairs"],
     "models": [
         {"model": "runs/a", "metrics": {"logps/accuracies": {"value": 0.8125, "low": 0.7, "high": 0.9, "pairs": 32},
                                         "rewards/accuracies": {"value": 1.0, "low": None, "high": None, "pairs": 32}},
@@ -305,7 +305,7 @@ def test_evaluation_has_a_column_for_each_model_with_intervals(tmp_path):
     ]
     assert by_length[1] == ["short", "0.5 (0.4 to 0.6)", ""]
     assert difference[1] == ["accuracy by log-probability", "-0.0625 (-0.2 to 0.1)"]
-    assert section.one("p", class_="warn").text.strip() == "32 pairs are few"
+    assert section.one("p", class_="warn").text.strip() == "only 32 pairs"
 
 
 @pytest.mark.parametrize(

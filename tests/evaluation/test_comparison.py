@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qpref.evaluation.comparison import ModelReport, Report
+from qpref.evaluation.comparison import ComparedModel, Comparison
 from qpref.evaluation.heldout_pairs import Overlap
 from qpref.evaluation.scores import PairScores
 from qpref.evaluation.statistics import Bootstrap
@@ -26,7 +26,7 @@ def scores(chosen=2.0, rejected=-2.0, lengths=None):
 def report_of(found, overlap=None, beta=0.1):
     bootstrap = Bootstrap.of([str(number) for number in range(N)], 300, 0)
     (summary,) = summarize([found], beta, bootstrap, ["pairs.jsonl"] * N)
-    return Report(
+    return Comparison(
         data="pairs.jsonl",
         read=N,
         pairs=N,
@@ -37,7 +37,7 @@ def report_of(found, overlap=None, beta=0.1):
         seed=0,
         samples=300,
         dtype=None,
-        models=[ModelReport(name="m", kind="run", reference="m", overlap=overlap, summary=summary)],
+        models=[ComparedModel(name="m", kind="run", reference="m", overlap=overlap, summary=summary)],
     )
 
 
@@ -77,12 +77,15 @@ def test_a_taste_for_length_is_said():
         policy=found.reference + np.stack([moved, np.zeros(N)], 1), reference=found.reference, lengths=lengths, kl=None
     )
     warnings = report_of(found).warnings()
-    assert any("it prefers longer responses beyond what is right: its accuracy by reward margin" in w for w in warnings)
+    assert any(
+        "length bias: it prefers longer responses more than the labels do; its accuracy by reward margin" in w
+        for w in warnings
+    )
 
 
 def test_an_overlap_is_said():
     (warning,) = report_of(scores(), Overlap(3, 5, frozenset(range(5)))).warnings()
-    assert warning.startswith("m: 5 of 200 prompts, 2 of them but for case and white space stand in its training data")
+    assert warning.startswith("m: 5 of 200 prompts are in its training data (2 of them up to case and white space)")
     assert "--without-overlap" in warning
 
 
