@@ -60,15 +60,15 @@ def step_passes(contestant: Contestant, rows: Sequence[Pair] | Sequence[Single])
     for part in parts:
         branches = [_branches(row) for row in part]
         if isinstance(part[0], Single) and contestant.side == "qpref":  # so does qpref, without padding
-            works = [sum_of([shared_work(p, (own[place],)) for p, own in branches]) for place in (0, 1)]
+            works = [sum_of([shared_work(p, (own[index],)) for p, own in branches]) for index in (0, 1)]
         elif contestant.shares_prompts:
             works = [sum_of([shared_work(prompt, responses) for prompt, responses in branches])]
         elif isinstance(part[0], Single):  # TRL computes the KL's rows apart, without a graph
-            works = [row_work([(prompt, responses[place]) for prompt, responses in branches]) for place in (0, 1)]
+            works = [row_work([(prompt, responses[index]) for prompt, responses in branches]) for index in (0, 1)]
         else:
             flat = [(prompt, response) for prompt, responses in branches for response in responses]
             works = [row_work(flat, contestant.compacts_head)]
-        passes += [Pass(work=work, trains=place == 0) for place, work in enumerate(works)]
+        passes += [Pass(work=work, trains=index == 0) for index, work in enumerate(works)]
         if contestant.live_reference:
             passes += [Pass(work=work, trains=False, adapted=False) for work in works]
     return passes

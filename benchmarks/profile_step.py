@@ -89,8 +89,8 @@ def main() -> None:
         race.settle_environment(Path(scratch))
         base = Path(scratch) / "base"
         make_base(one.shape, base)
-        for place, contestant in enumerate(one.contestants):
-            (folder := Path(scratch) / str(place)).mkdir()
+        for index, contestant in enumerate(one.contestants):
+            (folder := Path(scratch) / str(index)).mkdir()
             here, there = race.processes("cpu").Pipe()
             child = race.processes("cpu").Process(target=_child, args=(one, contestant, base, folder, there))
             child.start()

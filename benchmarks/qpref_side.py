@@ -130,13 +130,13 @@ def _placed(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedEx
     train_section = plan.recipe.train
     steps = optim.steps_per_epoch(len(ordered), train_section.batch_size)
     shuffled = [
-        place
+        index
         for step in range(steps)
-        for place in optim.step_order(len(ordered), train_section.batch_size, train_section.seed, step)
+        for index in optim.step_order(len(ordered), train_section.batch_size, train_section.seed, step)
     ]
     placed = list(ordered)
-    for place, example in zip(shuffled, ordered, strict=True):
-        placed[place] = example
+    for index, example in zip(shuffled, ordered, strict=True):
+        placed[index] = example
     return placed
 
 

@@ -107,8 +107,8 @@ def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[lis
     """All contestants, each waiting for its first step. On a GPU they load one after the other, for its memory."""
     runners: list[Runner] = []
     try:
-        for place, contestant in enumerate(race.contestants):
-            folder = scratch / str(place)
+        for index, contestant in enumerate(race.contestants):
+            folder = scratch / str(index)
             folder.mkdir()
             here, there = multiprocessing.Pipe()
             process = processes(device).Process(

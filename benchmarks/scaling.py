@@ -66,8 +66,8 @@ def _prepare(base: Path, rows: Path, connection: Connection) -> None:
         examples = tokenize_rows(checked, tokenizer, recipe.data, recipe.train.seed)
     with _stage("pack", seconds):
         for step in range(optim.steps_per_epoch(len(examples), BATCH)):
-            places = optim.step_order(len(examples), BATCH, 0, step)
-            for members in split_by_tokens([examples[place] for place in places], BUDGET):
+            indices = optim.step_order(len(examples), BATCH, 0, step)
+            for members in split_by_tokens([examples[index] for index in indices], BUDGET):
                 pack(members, torch.device("cpu"))
     connection.send({"stages": seconds} | meter.stop())
 

@@ -142,9 +142,9 @@ def _data_table(records: Sequence[Record]) -> list[str]:
     lines += _rows(
         "pairs", *(f"{name}, CPU s" for name in names), "pairs / CPU minute", "peak MiB", "time grew", "memory grew"
     )
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         total = sum(record["stages"].values())
-        before = records[place - 1] if place else None
+        before = records[index - 1] if index else None
         lines += _row(
             [
                 f"{record['pairs']:,}",

@@ -144,16 +144,16 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "another compute type": (
         _replace("recipe.lock.toml", 'dtype = "float32"', 'dtype = "bf16"'), MergeError, "not the recipe"),
     "run's chat template changed": (
-        _replace("adapter/chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from the base's"),
+        _replace("adapter/chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from"),
     "base's chat template changed": (
-        _replace("chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from the base's"),
+        _replace("chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from"),
     "run's tokenizer changed": (
-        _replace("adapter/tokenizer.json", '"!": ', '"!!": '), MergeError, "tokenizer differs from the base's"),
+        _replace("adapter/tokenizer.json", '"!": ', '"!!": '), MergeError, "tokenizer differs from"),
     "base's tokenizer splits otherwise": (
         _replace("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
-        MergeError, "tokenizer differs from the base's"),
+        MergeError, "tokenizer differs from"),
     "another end token": (
-        _edit_json("tokenizer_config.json", eos_token="<|endoftext|>"), MergeError, "tokenizer differs from the base's"),
+        _edit_json("tokenizer_config.json", eos_token="<|endoftext|>"), MergeError, "tokenizer differs from"),
     "tokenizer lost": (
         lambda run, base: (run / "adapter/tokenizer.json").unlink(), MergeError, "tokenizer can't be loaded"),
     "adapter of another base": (
@@ -215,7 +215,7 @@ def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds something"):
+    with pytest.raises(RecipeError, match="is not empty"):
         merge(trained_run(), out)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
@@ -330,7 +330,7 @@ def test_an_original_that_is_4_bit_already_is_refused(trained_run, make_base, tm
         make_base(), quantization_config=quantization, dtype=torch.float32
     ).save_pretrained(base)
     run = trained_run(base, **{"model.quantization": "nf4"})
-    with pytest.raises(RecipeError, match="4-bit weights and no original ones"):
+    with pytest.raises(RecipeError, match="only 4-bit weights, no original ones"):
         merge(run, tmp_path / "merged/out", onto="original")
     assert not (tmp_path / "merged").exists()
 
