@@ -1,6 +1,6 @@
 """The minimum work of a training step, and the time that a machine needs for it.
 
-Counted are the FLOPs of matrix products, two per multiply-add; the rest of a step (norms, softmax, casts, the optimizer)
+Counted are the FLOPs of matrix products, two per multiply-add; the rest of a step (norms, softmax, casts, optimizer)
 counts as zero, and so shows up as distance from the limit. Symbols follow the papers on transformer FLOPs: H and I are
 the hidden and intermediate sizes, Q and K the total widths of query and key heads, L the number of layers, V the
 vocabulary size, r LoRA's rank.

@@ -77,8 +77,8 @@ def growing(total: int) -> Workload:
 def make_pairs(workload: Workload, count: int, vocabulary: int, seed: int = 7) -> list[Pair]:
     """Generate `count` pairs; a larger count extends the same sequence.
 
-    The first pair has mean lengths. Each following group of eight covers the distribution's octiles, shuffled separately
-    for prompts, chosen and rejected, so that few pairs represent the distribution.
+    The first pair has mean lengths. Each following group of eight covers the distribution's octiles, shuffled
+    separately for prompts, chosen and rejected, so that few pairs represent the distribution.
     """
     rng = random.Random(seed)
     spreads = (workload.prompt_spread, workload.response_spread, workload.response_spread)

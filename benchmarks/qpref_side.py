@@ -1,4 +1,4 @@
-"""qpref as a contestant: the training loop itself, held up between two steps."""
+"""qpref as a contestant: its own training loop, paused between steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ SWITCHES: dict[str, Callable[[Policy], None]] = {
     "attention in blocks": lambda policy: policy.use_attention(SEGMENTS),
     "fused LoRA": _adapt_as_peft_does,
 }
-"""How a technique is switched off in a loaded policy. A new one's row goes into `benchmarks.contestants.ABLATIONS`."""
+"""Switches that turn a technique off in a loaded policy; a new one also needs a row in
+`benchmarks.contestants.ABLATIONS`."""
 
 
 def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
@@ -54,21 +55,21 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
     gate.meter.note_loaded()
     ordered = _examples(contestant, pairs)
     gate.digest = digest(_ids(example) for example in ordered)
-    memory = ReferenceStore()
+    store = ReferenceStore()
     if not contestant.live_reference:
         for example in ordered:
-            memory.logprobs(policy, pack([example], policy.device))
+            store.logprobs(policy, pack([example], policy.device))
     trainer = Trainer(
         recipe=plan.recipe,
         policy=policy,
         loss=Objective.of(plan.losses, _class_counts(ordered)),
-        memory=memory,
+        memory=store,
         optimizer=optim.make_optimizer(train_section, policy.trained_parameters().values(), policy.device),
         scaler=torch.amp.GradScaler(policy.device.type, enabled=False),
-        examples=_placed(ordered, plan),
+        examples=_before_shuffle(ordered, plan),
         heldout=[],
         progress=Progress(),
-        recorder=_Losses(gate),  # the one method that the loop calls
+        recorder=_LossRecorder(gate),  # the loop calls nothing but `write`
         save=lambda: None,
         should_stop=_Pause(gate),
     )
@@ -97,13 +98,13 @@ def _recipe(contestant: Contestant, base: Path, device: str, folder: Path) -> di
 
 
 def _examples(contestant: Contestant, pairs: Sequence[Pair]) -> list[TokenizedExample]:
-    """In the order in which they are trained on."""
+    """Make the examples in training order."""
     rows: Sequence[Pair | Single] = pairs if contestant.loss == "dpo" else as_singles(pairs)
     return [_example(row, number) for number, row in enumerate(rows, 1)]
 
 
 def _example(row: Pair | Single, number: int) -> TokenizedExample:
-    """What qpref's tokenizing gives of such a row."""
+    """Make the example that qpref's tokenizing produces for a row."""
     branches = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion, row.mismatched)
     return TokenizedExample(
         prompt=array("i", row.prompt),
@@ -125,8 +126,8 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
     return labels.count(True), labels.count(False)
 
 
-def _placed(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
-    """The examples laid such that the run's shuffle brings them up in this order."""
+def _before_shuffle(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
+    """Invert the run's shuffle: permute the examples so that training visits them in the given order."""
     train_section = plan.recipe.train
     steps = optim.steps_per_epoch(len(ordered), train_section.batch_size)
     shuffled = [
@@ -134,14 +135,14 @@ def _placed(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedEx
         for step in range(steps)
         for index in optim.step_order(len(ordered), train_section.batch_size, train_section.seed, step)
     ]
-    placed = list(ordered)
+    permuted = list(ordered)
     for index, example in zip(shuffled, ordered, strict=True):
-        placed[index] = example
-    return placed
+        permuted[index] = example
+    return permuted
 
 
-class _Losses:
-    """Stands in for the recorder: keeps the training rows' losses."""
+class _LossRecorder:
+    """Replacement for the loop's recorder that passes the training loss to the gate."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -151,7 +152,7 @@ class _Losses:
 
 
 class _Pause:
-    """The loop asks between two steps whether to stop: never, but not so fast."""
+    """Replacement for the loop's stop check, called between steps: waits at the gate, and never stops."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate

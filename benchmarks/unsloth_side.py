@@ -1,4 +1,4 @@
-"""Unsloth's DPO recipe as a contestant, by its documentation. Written without a GPU at hand: it hasn't been run."""
+"""Unsloth's DPO recipe as a contestant, following its documentation. Written without a GPU; it hasn't been run."""
 
 from __future__ import annotations
 

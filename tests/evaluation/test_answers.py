@@ -155,7 +155,7 @@ def test_a_prompt_with_a_control_token_is_refused(run):
     ("empty.txt", "\n", "has no prompt"),
     ("none.txt", None, "no such file"),
 ])  # fmt: skip
-def test_bad_prompts_are_refused_by_their_place(tmp_path, name, content, words):
+def test_bad_prompts_are_refused_with_their_location(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=words):

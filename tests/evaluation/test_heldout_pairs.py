@@ -35,7 +35,7 @@ def test_single_completions_are_refused_with_a_way_out(tmp_path):
         pairs_of(tmp_path, table)
 
 
-def test_a_row_that_is_no_pair_is_refused_by_its_place(tmp_path):
+def test_a_row_that_is_no_pair_is_refused_with_its_location(tmp_path):
     with pytest.raises(DataError, match=r"pairs\.jsonl:2: not a preference pair: no rejected"):
         pairs_of(tmp_path, [*preference_rows(1), {"prompt": "a", "chosen": "b"}])
 
@@ -46,7 +46,7 @@ def test_a_file_without_a_reader_is_refused(tmp_path):
         heldout_pairs.data_at(str(tmp_path / "pairs.xyz"))
 
 
-def test_a_missing_file_is_said(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         heldout_pairs.data_at(str(tmp_path / "none.jsonl"))
 

@@ -132,7 +132,7 @@ def test_batches_that_run_out_of_memory_are_made_smaller(scored, monkeypatch):
     assert found.kl == pytest.approx(scores.kl, rel=1e-3)
 
 
-def test_a_wide_model_multiplies_the_weights_that_training_saw(run):
+def test_a_float32_model_multiplies_the_weights_of_training(run):
     """The base's 4-bit weights come out rounded to bf16, as in training, and are multiplied in float32."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -148,6 +148,6 @@ def test_a_wide_model_multiplies_the_weights_that_training_saw(run):
     assert policy.plain_model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_a_model_in_its_own_type_is_left_as_it_is(run):
+def test_a_model_in_its_own_dtype_is_left_unchanged(run):
     policy = identify(str(run)).load("bf16")
     assert policy.dtype == torch.bfloat16 == policy.head.weight.dtype

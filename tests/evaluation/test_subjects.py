@@ -1,4 +1,4 @@
-"""What a path is taken for, and what is refused with clear words."""
+"""The kind of model that a path names, and clear refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(make_base, tmp_path_factory):
 
 
 def adapter_alone(run: Path, tmp_path: Path) -> Path:
-    """A stranger's PEFT folder: the run's adapter, without the run."""
+    """A third-party PEFT folder: the run's adapter, without the run."""
     return Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
 
 
@@ -72,7 +72,7 @@ def test_what_a_path_is_doesnt_depend_on_how_it_is_spelt(run, tmp_path, monkeypa
     assert identify(str(tmp_path / "link")).kind == "run"
 
 
-def test_an_adapter_on_an_unquantized_base_is_said(run, tmp_path, said):
+def test_an_adapter_on_an_unquantized_base_is_warned_of(run, tmp_path, said):
     adapter = str(adapter_alone(run, tmp_path))
     identify(adapter, quantization="nf4")
     assert not said
@@ -200,14 +200,14 @@ def unfinished(run: Path, tmp_path: Path) -> str:
     return str(copy)
 
 
-def stranger(run: Path, tmp_path: Path) -> str:
-    (tmp_path / "stranger").mkdir()
-    return str(tmp_path / "stranger")
+def empty_folder(run: Path, tmp_path: Path) -> str:
+    (tmp_path / "empty").mkdir()
+    return str(tmp_path / "empty")
 
 
 REFUSED = {
     "unfinished": (unfinished, "this run is not finished\nhint: .*name one of its checkpoints"),
-    "no run": (stranger, "neither a run nor an adapter nor a model: it has no run.json"),
+    "no run": (empty_folder, "neither a run nor an adapter nor a model: it has no run.json"),
     "nothing there": (lambda run, tmp_path: str(tmp_path / "none"), "no such folder, and no hub id"),
     "a relative path": (lambda run, tmp_path: "./none", "no such folder, and no hub id"),
 }

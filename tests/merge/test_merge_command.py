@@ -164,7 +164,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on the loopback; huggingface_hub is told of it as HF_ENDPOINT and HF_HUB_OFFLINE=0 would."""
+    """A hub on the loopback; huggingface_hub is configured as by HF_ENDPOINT and HF_HUB_OFFLINE=0."""
     from huggingface_hub import constants
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)

@@ -211,7 +211,7 @@ def test_held_out_pairs_alone_are_read_where_they_have_a_file_of_their_own(train
     assert (len(replayed.contrasts), replayed.origin) == (4, "held-out pairs")
 
 
-def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(trained_run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -227,7 +227,7 @@ def test_an_empty_folder_is_filled(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["the current folder", "a link to an empty folder", "a dangling link"])
-def test_a_folder_that_is_named_in_another_way_is_filled(trained_run, tmp_path, monkeypatch, kind):
+def test_an_output_folder_may_be_a_link_or_the_current_folder(trained_run, tmp_path, monkeypatch, kind):
     real, link = tmp_path / "real", tmp_path / "link"
     link.symlink_to(real)
     if kind != "a dangling link":
@@ -241,7 +241,7 @@ def test_a_folder_that_is_named_in_another_way_is_filled(trained_run, tmp_path, 
     assert result.path == real
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_run_is_read(tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_before_the_run_is_read(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot be written"):
         merge(tmp_path / "no-run", tmp_path / "file/deep/out")

@@ -107,7 +107,7 @@ def test_auto_leaves_untried_what_surely_fails_and_says_so(trained_run, make_bas
     assert result.verdict.passed
 
 
-def test_auto_goes_on_to_the_next_type_where_the_verdict_fails(trained_run, make_base, tmp_path):
+def test_auto_tries_the_next_dtype_where_the_verdict_fails(trained_run, make_base, tmp_path):
     run = trained_run(make_base(), **NF4)
     error = merge(run, tmp_path / "bf16", "bf16").verdict.margin_error
     result = merge(run, tmp_path / "out", tolerance=Tolerance(nats=error / 2))
@@ -147,7 +147,7 @@ def test_a_merge_onto_the_original_adds_the_delta_to_its_own_bytes(trained_run, 
         assert torch.equal(merged[name], wanted), name
 
 
-def test_a_quantized_merge_loads_in_4_bit_and_its_loss_is_told(trained_run, make_base, tmp_path):
+def test_a_quantized_merge_loads_in_4_bit_and_reports_its_error(trained_run, make_base, tmp_path):
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
@@ -291,27 +291,27 @@ def test_batches_and_tiles_change_nothing(trained_run, make_base, tmp_path, monk
         assert getattr(single, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
 
 
-def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base):
+def test_one_layer_is_in_float32_at_a_time_and_the_stored_weights_are_restored(make_base):
     model = compared_models.load_causal_lm(make_base(dtype=torch.bfloat16), torch.bfloat16)
     before = dict(model.named_parameters())
-    wide = []
+    seen = []
 
     def to_float32(name, stored, rows=slice(None)):
         others = {layer for layer in (0, 1) for part in model.model.layers[layer].parameters()
                   if part.dtype == torch.float32}  # fmt: skip
-        wide.append((name, others))
+        seen.append((name, others))
         return stored[rows].float()
 
     rows = [replay.ScoredRow((1, 2, 3), (4, 5)), replay.ScoredRow((1, 2), (9,))]
     replay.replay(model, rows, to_float32, torch.device("cpu"))
-    assert all(others <= {int(name.split(".")[2])} for name, others in wide if ".layers." in name)
+    assert all(others <= {int(name.split(".")[2])} for name, others in seen if ".layers." in name)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(part is before[name] for name, part in after.items())
     assert not model.model.embed_tokens._forward_pre_hooks
 
 
-def test_a_base_in_another_type_than_the_run_is_loaded_as_its_files_have_it(trained_run, make_base, tmp_path):
+def test_a_base_in_a_different_dtype_than_the_run_is_loaded_as_its_files_have_it(trained_run, make_base, tmp_path):
     run = trained_run(make_base(dtype=torch.float16), **NF4, **{"model.dtype": "bf16"})
     model = compared_models.load_base(read_run(run).base)
     assert {value.dtype for value in model.parameters()} == {torch.float16}
@@ -319,7 +319,7 @@ def test_a_base_in_another_type_than_the_run_is_loaded_as_its_files_have_it(trai
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen"])
-def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_base, tmp_path, family):
+def test_a_few_float32_tensors_convert_no_other_and_lose_nothing(trained_run, make_base, tmp_path, family):
     base = tmp_path / "mixed"
     shutil.copytree(make_base(family, dtype=torch.bfloat16), base)
     tensors = load_file(base / "model.safetensors")
