@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from benchmarks.pairs import WORKLOADS, Workload, growing
+from benchmarks.pairs import WORKLOADS, Pair, Workload, growing
 from benchmarks.shapes import SHAPES, Shape
 
 
@@ -37,6 +39,23 @@ class Contestant:
     pairs_per_step: int = 1
     tokens_per_microbatch: int = 4096
     without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One contestant's training in its own process.
+
+    Attributes:
+        pairs: in training order.
+        device: cpu or cuda.
+        folder: scratch folder.
+    """
+
+    contestant: Contestant
+    base: Path
+    pairs: Sequence[Pair]
+    device: str
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

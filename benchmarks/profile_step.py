@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import contestants, race
-from benchmarks.contestants import Contestant, Race
+from benchmarks.contestants import Contestant, Job, Race
 from benchmarks.shapes import make_base
 
 PROFILED = 3
@@ -78,7 +78,7 @@ def _child(one: Race, contestant: Contestant, base: Path, folder: Path, connecti
     torch.set_num_threads(race.THREADS)
     pairs = make_pairs(one.legs[0].workload, PROFILED + 2, one.shape.vocab_size)
     gate: Any = _Profiler(connection)
-    race.side(contestant)(contestant, base, pairs, "cpu", folder, gate)
+    race.side(contestant)(Job(contestant=contestant, base=base, pairs=pairs, device="cpu", folder=folder), gate)
 
 
 def main() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.adapter import RANK, RATE, start_adapter
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Contestant, Job
 from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, Single, as_singles, digest
 from qpref.attention.register import SEGMENTS
@@ -44,16 +43,17 @@ SWITCHES: dict[str, Callable[[Policy], None]] = {
 `benchmarks.contestants.ABLATIONS`."""
 
 
-def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
+def train(job: Job, gate: Gate) -> None:
     """Train on the pairs in their order, passing the gate before each step."""
-    plan = make_plan(_recipe(contestant, base, device, folder), (), folder / "run")
+    contestant = job.contestant
+    plan = make_plan(_recipe(job), (), job.folder / "run")
     train_section = plan.recipe.train
     policy = load_policy(plan.recipe, resolve_base(plan.recipe.model))
     start_adapter(policy.trained_parameters())
     for technique in contestant.without:
         SWITCHES[technique](policy)
     gate.meter.note_loaded()
-    ordered = _examples(contestant, pairs)
+    ordered = _examples(contestant, job.pairs)
     gate.digest = digest(_ids(example) for example in ordered)
     store = ReferenceStore()
     if not contestant.live_reference:
@@ -77,11 +77,11 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
     trainer.run()
 
 
-def _recipe(contestant: Contestant, base: Path, device: str, folder: Path) -> dict[str, Any]:
-    empty = folder / "empty.jsonl"
+def _recipe(job: Job) -> dict[str, Any]:
+    contestant, empty = job.contestant, job.folder / "empty.jsonl"
     empty.touch()
     return {
-        "model": {"base": str(base), "dtype": "bf16", "device": device},
+        "model": {"base": str(job.base), "dtype": "bf16", "device": job.device},
         "adapter": {"rank": RANK, "alpha": 2 * RANK},
         "data": {"train": str(empty)},
         "loss": {"name": contestant.loss, "beta": 0.1},

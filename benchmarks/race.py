@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import Contestant, Leg, Race
+from benchmarks.contestants import Contestant, Job, Leg, Race
 
 THREADS = 2
 PRELOADED = ["torch", "bitsandbytes", "transformers", "peft", "datasets", "trl", "qpref", "benchmarks.qpref_side"]
@@ -156,7 +156,7 @@ def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: 
     spare = make_pairs(race.legs[-1].workload, contestant.pairs_per_step, race.shape.vocab_size, seed=8)
     gate = Gate(meter_for(device), connection)
     try:
-        side(contestant)(contestant, base, pairs + spare, device, folder, gate)
+        side(contestant)(Job(contestant=contestant, base=base, pairs=pairs + spare, device=device, folder=folder), gate)
     except (torch.OutOfMemoryError, DeviceMemoryError):
         connection.send({"failure": "out of memory"})
 

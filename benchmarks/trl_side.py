@@ -17,23 +17,24 @@ from unittest import mock
 import torch
 
 from benchmarks.adapter import RANK, RATE, start_adapter
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Job
 from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, as_singles, digest, text
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
+def train(job: Job, gate: Gate) -> None:
     """Train on the pairs in their order, passing the gate before each step."""
     from transformers import AutoTokenizer
 
-    with head_as_on_cuda() if contestant.compacts_head and device == "cpu" else contextlib.nullcontext():
+    contestant = job.contestant
+    with head_as_on_cuda() if contestant.compacts_head and job.device == "cpu" else contextlib.nullcontext():
         trainer = trainer_class(contestant.loss, gate)(
-            model=_load(base, device),
-            args=make_config(contestant, device, folder),
-            train_dataset=make_dataset(contestant.loss, pairs),
-            processing_class=AutoTokenizer.from_pretrained(base),
+            model=_load(job.base, job.device),
+            args=make_config(job),
+            train_dataset=make_dataset(contestant.loss, job.pairs),
+            processing_class=AutoTokenizer.from_pretrained(job.base),
             peft_config=_lora(),
             callbacks=[turns(gate)],
         )
@@ -83,12 +84,13 @@ def _lora() -> Any:
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=LINEAR, task_type="CAUSAL_LM")
 
 
-def make_config(contestant: Contestant, device: str, folder: Path) -> Any:
+def make_config(job: Job) -> Any:
     from trl import DPOConfig, KTOConfig
 
+    contestant = job.contestant
     kind = DPOConfig if contestant.loss == "dpo" else KTOConfig
     return kind(
-        output_dir=str(folder / "trl"),
+        output_dir=str(job.folder / "trl"),
         beta=0.1,
         max_length=None,
         learning_rate=RATE,
@@ -100,8 +102,8 @@ def make_config(contestant: Contestant, device: str, folder: Path) -> Any:
         gradient_checkpointing=contestant.checkpointing,
         precompute_ref_log_probs=not contestant.live_reference,
         bf16=True,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device == "cuda",
+        use_cpu=job.device == "cpu",
+        dataloader_pin_memory=job.device == "cuda",
         logging_steps=1,
         save_strategy="no",
         report_to="none",

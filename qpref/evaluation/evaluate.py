@@ -163,9 +163,9 @@ def _tokenize(
     return examples, indices, f"{refused[0].source}: {refused[0].message}" if refused else ""
 
 
-def _beta(subjects: Sequence[Subject], asked: float | None) -> tuple[float, str]:
-    if asked is not None:
-        return asked, "--beta"
+def _beta(subjects: Sequence[Subject], given: float | None) -> tuple[float, str]:
+    if given is not None:
+        return given, "--beta"
     for subject in subjects:
         if subject.beta is not None:
             return subject.beta, subject.name
