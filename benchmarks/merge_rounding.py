@@ -21,13 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.data.load import check_rows
+from qpref.data.reload import tokenized_again
+from qpref.data.tokenize import PairTokenizer
 from qpref.merge.compared_models import AsTrained, load_base
 from qpref.merge.guards import TrainedRun, read_run
 from qpref.merge.replay import ScoredRow, replay
-from qpref.merge.replayed_pairs import choose_pairs, read_examples
+from qpref.merge.replayed_pairs import choose_pairs
 from qpref.merge.request import Tolerance
 from qpref.merge.rounding import STORED, Retention
 from qpref.merge.verdict import Judge
+from qpref.policy.tokenizer import stop_tokens
 
 DAMPING = 0.01
 """Share of the mean of the second moments' diagonal that is added to the diagonal (as in GPTQ)."""
@@ -92,7 +96,9 @@ class Rounded:
 
 def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
     """Read the prompts and responses of the first `limit` training pairs."""
-    examples = read_examples(run.plan, run.base_folder, run.tokenizer, heldout=False) or []
+    plan = run.plan
+    tokenizer = PairTokenizer.of(run.tokenizer, plan.recipe.data.template, stop_tokens(run.base_folder))
+    examples = tokenized_again(check_rows(plan).train, plan, tokenizer)
     return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
 

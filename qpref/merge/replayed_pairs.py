@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref.data.load import check_rows
-from qpref.data.reload import read_again, tokenized_again
+from qpref.data.reload import read_again
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
 from qpref.policy.source import BaseFolder
@@ -64,7 +63,7 @@ def choose_pairs(
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    read = read_again(plan, _pair_tokenizer(plan, base, tokenizer))
+    read = read_again(plan, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)))
     origin = "held-out" if read.split == "heldout" else "training"
     changed = None if fingerprints is None else read.have_changed(plan, fingerprints)
     if changed:
@@ -74,21 +73,6 @@ def choose_pairs(
     chosen = [contrasts[index * len(contrasts) // count] for index in range(count)]
     single = any(len(contrast.rows) == 1 for contrast in chosen)
     return Replayed(chosen, f"{origin} {'completions' if single else 'pairs'}", changed)
-
-
-def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -> list[TokenizedExample] | None:
-    """Read a run's held-out or training examples, as it tokenized them; None if it held nothing out.
-
-    Raises:
-        DataError: the data are gone, or can't be read.
-    """
-    checked = check_rows(plan)
-    rows = checked.heldout if heldout else checked.train
-    return None if rows is None else tokenized_again(rows, plan, _pair_tokenizer(plan, base, tokenizer))
-
-
-def _pair_tokenizer(plan: Plan, base: BaseFolder, tokenizer: Any) -> PairTokenizer:
-    return PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
 
 
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:
