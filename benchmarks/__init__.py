@@ -1,1 +1,1 @@
-"""Measurements that the documents quote. `python -m benchmarks.<name> --help` says what each takes."""
+"""Measurements quoted in the documentation. `python -m benchmarks.<name> --help` shows the options of each."""

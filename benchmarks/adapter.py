@@ -10,12 +10,12 @@ from torch import Tensor
 
 RANK = 16
 RATE = 1e-3
-"""High for preferences, so that a few steps move the losses by more than bf16's rounding does."""
+"""Learning rate; high for preferences, so that a few steps move the losses by more than bf16's rounding."""
 
 
 @torch.no_grad()
 def start_adapter(parameters: Mapping[str, Tensor]) -> None:
-    """A at random by its name, B at 0, so that all contestants start alike, as far as their types can tell."""
+    """Initialize A at random, seeded by its name, and B at 0, so that all contestants start alike up to dtype."""
     for name, parameter in parameters.items():
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -1,28 +1,30 @@
-"""Who is measured, and on what. To add a row, add a `Contestant` here; nothing else names them one by one."""
+"""The contestants and their workloads. To add a row to a table, add a `Contestant` here."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from benchmarks.pairs import WORKLOADS, Workload, growing
+from benchmarks.pairs import WORKLOADS, Pair, Workload, growing
 from benchmarks.shapes import SHAPES, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contestant:
-    """One way to train on a step's pairs.
+    """One implementation and configuration to measure.
 
     Attributes:
-        checkpointing: activations are recomputed in the backward pass, in all layers.
-        live_reference: the reference is computed in the step; else its log-probabilities are known.
-        shares_prompts: a prompt is computed once a pair.
-        compacts_head: the output head runs on scored positions alone.
-        head_products: products with the vocabulary in a training step: two where the slope is computed in the forward
-            pass, three where the backward pass computes the logits again.
-        pairs_per_step: pairs of one optimizer step.
-        tokens_per_microbatch: of qpref.
+        checkpointing: activation checkpointing in all layers.
+        live_reference: the reference is computed in each step; otherwise its log-probabilities are cached.
+        shares_prompts: each pair's prompt is computed once.
+        compacts_head: the output head runs on the scored positions only.
+        head_products: matrix products with the vocabulary per training step: two where the forward pass computes the
+            gradient too, three where the backward pass recomputes the logits.
+        pairs_per_step: pairs per optimizer step.
+        tokens_per_microbatch: qpref's setting.
         without: techniques of qpref that are switched off: keys of `benchmarks.qpref_side.SWITCHES`.
     """
 
@@ -40,8 +42,25 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One contestant's training in its own process.
+
+    Attributes:
+        pairs: in training order.
+        device: cpu or cuda.
+        folder: scratch folder.
+    """
+
+    contestant: Contestant
+    base: Path
+    pairs: Sequence[Pair]
+    device: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leg:
-    """Timed steps on one kind of data, after untimed ones."""
+    """Timed steps on one workload, after warm-up steps."""
 
     workload: Workload
     timed: int = 8
@@ -50,10 +69,10 @@ class Leg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """Contestants that take turns, step by step, on the same pairs. Ratios are to the first one.
+    """Contestants that take turns, step by step, on the same pairs; ratios are to the first one.
 
     Attributes:
-        gpu_gib: what the GPU's memory is capped at; None for all of it.
+        gpu_gib: cap on the GPU's memory; None for no cap.
     """
 
     name: str
@@ -61,12 +80,6 @@ class Race:
     contestants: tuple[Contestant, ...]
     legs: tuple[Leg, ...]
     gpu_gib: float | None = None
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs for each contestant: one step more than is run, since TRL speaks up at the beginnings of steps."""
-        steps = 1 + sum(leg.warmup + leg.timed for leg in self.legs)
-        return steps * max(contestant.pairs_per_step for contestant in self.contestants)
 
 
 QPREF = Contestant(name="qpref", side="qpref", shares_prompts=True, head_products=2)
@@ -87,8 +100,8 @@ ABLATIONS = (
     replace(QPREF, name="with checkpointing", checkpointing=True),
     replace(QPREF, name="without fused LoRA", without=("fused LoRA",)),
 )
-"""Each technique of qpref's first row switched off. The next one goes here: say how to switch it off in
-`benchmarks.qpref_side.SWITCHES`, and name that in `without`."""
+"""The first row, then each of qpref's techniques switched off. For a new one, add its switch to
+`benchmarks.qpref_side.SWITCHES` and name it in `without`."""
 BUDGETS = (
     replace(QPREF, name="2 pairs a step, in one micro-batch", pairs_per_step=2),
     replace(QPREF, name="2 pairs a step, each alone", pairs_per_step=2, tokens_per_microbatch=1),
@@ -96,8 +109,8 @@ BUDGETS = (
 
 
 def cpu_suite() -> list[Race]:
-    """What qpref claims, within a quarter of an hour: on long prompts with 12 of the 30 layers, and without TRL as
-    shipped, which takes longer there than all the rest (it is in `ablation_suite`)."""
+    """Races behind qpref's claims, in a quarter of an hour: long prompts use 12 of the 30 layers and leave out TRL as
+    shipped, which takes longer there than all others together (it is in `ablation_suite`)."""
     shape, chat, long = SHAPES["135M"], Leg(workload=WORKLOADS["chat-like"]), Leg(workload=WORKLOADS["long prompt"])
     shallow = replace(shape, name="135M with 12 layers", num_hidden_layers=12)
     compacted = tuple(contestant for contestant in DPO if contestant is not TRL_SHIPPED)
@@ -109,7 +122,7 @@ def cpu_suite() -> list[Race]:
 
 
 def ablation_suite() -> list[Race]:
-    """Each technique switched off, and TRL as shipped on long prompts."""
+    """Races with each technique switched off, and TRL as shipped on long prompts."""
     shape, chat, long = SHAPES["135M"], Leg(workload=WORKLOADS["chat-like"]), Leg(workload=WORKLOADS["long prompt"])
     shallow = replace(shape, name="135M with 12 layers", num_hidden_layers=12)
     return [
@@ -122,20 +135,20 @@ def ablation_suite() -> list[Race]:
 
 
 def growth_suite() -> list[Race]:
-    """qpref on ever longer pairs. Six layers instead of 30: what grows with the length is the same in each."""
+    """Race of qpref on growing pair lengths; six layers instead of 30, since all layers grow alike."""
     shape = replace(SHAPES["135M"], name="135M with 6 layers", num_hidden_layers=6)
     legs = tuple(Leg(workload=growing(length), timed=1) for length in (512, 1024, 2048, 4096, 8192))
     return [Race(name="growth", shape=shape, contestants=(QPREF, QPREF_CHECKPOINTED), legs=legs)]
 
 
 def quick(race: Race) -> Race:
-    """The same contestants on next to nothing: whether the machinery works."""
+    """Shrink a race to a smoke test with the same contestants."""
     lengths = [growing(length) for length in (64, 128)] if race.name == "growth" else [WORKLOADS["tiny"]]
     return replace(race, shape=SHAPES["tiny"], legs=tuple(Leg(workload=one, timed=3) for one in lengths))
 
 
 def cuda_suite() -> list[Race]:
-    """The same on a GPU and larger models, then what fits under the memory of a card."""
+    """Races on a GPU with larger models, then under the memory limits of smaller cards."""
     unsloth = (UNSLOTH,) if importlib.util.find_spec("unsloth") else ()
     legs = tuple(Leg(workload=WORKLOADS[name], timed=9, warmup=2) for name in ("chat-like", "long prompt"))
     races = [

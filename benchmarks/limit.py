@@ -1,9 +1,9 @@
-"""The work that a training step cannot avoid, and how long a machine needs for it.
+"""The minimum work of a training step, and the time that a machine needs for it.
 
-Counted are multiplications and additions of matrix products, two a multiply-add; the rest of a step (norms, softmax,
-casts, the optimizer) counts as nothing, and so shows up as distance from the limit. Names are those of the papers on
-transformer FLOPs: H and I are the widths of the hidden and the inner layer, Q and K those of all query and all key
-heads, L layers, V the vocabulary, r LoRA's rank.
+Counted are the FLOPs of matrix products, two per multiply-add; the rest of a step (norms, softmax, casts, optimizer)
+counts as zero, and so shows up as distance from the limit. Symbols follow the papers on transformer FLOPs: H and I are
+the hidden and intermediate sizes, Q and K the total widths of query and key heads, L the number of layers, V the
+vocabulary size, r LoRA's rank.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from benchmarks.shapes import Shape
 
 NF4_BYTES = 0.516
-"""Of one weight: 4 bits, an 8-bit scale for each 64 of them, and the scales' own scales."""
+"""Bytes per weight: 4 bits, an 8-bit scale for each 64 weights, and the scales' own scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one pass through the model has to compute.
+    """Work of one pass through the model.
 
     Attributes:
-        tokens: positions that go through the blocks.
-        attended: pairs of a position and one that it sees.
+        tokens: positions that go through the layers.
+        attended: pairs of a query and a key position.
         head_rows: positions that go through the output head.
     """
 
@@ -40,7 +40,7 @@ class Work:
 
 
 def shared_work(prompt: int, responses: Sequence[int]) -> Work:
-    """A prompt once, and responses that each see it and themselves."""
+    """Count the work of a prompt computed once, and responses that each attend to it and to themselves."""
     return Work(
         tokens=prompt + sum(responses),
         attended=prompt**2 / 2 + sum(response * prompt + response**2 / 2 for response in responses),
@@ -49,7 +49,11 @@ def shared_work(prompt: int, responses: Sequence[int]) -> Work:
 
 
 def row_work(rows: Sequence[tuple[int, int]], compacts_head: bool = True) -> Work:
-    """A row of prompt and response each, padded to the longest; the head on the responses, or on all but the last."""
+    """Count the work of rows of prompt and response, padded to the longest.
+
+    Args:
+        compacts_head: the head runs on response tokens only, not on every position.
+    """
     width = max(prompt + response for prompt, response in rows)
     scored = sum(response for _, response in rows)
     return Work(
@@ -60,48 +64,49 @@ def row_work(rows: Sequence[tuple[int, int]], compacts_head: bool = True) -> Wor
 
 
 def block_weights(shape: Shape) -> int:
-    """N, the weights of all blocks' matrices: L (2 H Q + 2 H K + 3 H I)."""
+    """Count N, the weights of all layers' matrices: L (2 H Q + 2 H K + 3 H I)."""
     return shape.num_hidden_layers * sum(rows * columns for rows, columns in shape.linear_sizes().values())
 
 
 def adapter_widths(shape: Shape) -> int:
-    """sio, the sum of inputs and outputs of all adapted matrices; times the rank it is LoRA's number of weights."""
+    """Sum sio, the inputs and outputs of all adapted matrices; r sio is LoRA's number of weights."""
     return shape.num_hidden_layers * sum(rows + columns for rows, columns in shape.linear_sizes().values())
 
 
 def attention_flops(shape: Shape, work: Work) -> float:
-    """A = 4 Q L att: scores, and the weighted sum of values."""
+    """Count A = 4 Q L att: attention scores, and the weighted sum of values."""
     return 4 * shape.query_width * shape.num_hidden_layers * work.attended
 
 
 def head_flops(shape: Shape, work: Work) -> float:
-    """2 V H rows: one product with the vocabulary."""
+    """Count 2 V H rows: one product with the vocabulary."""
     return 2 * shape.vocab_size * shape.hidden_size * work.head_rows
 
 
 def adapter_flops(shape: Shape, work: Work, rank: int) -> float:
-    """2 r sio T: LoRA's two products, once through."""
+    """Count 2 r sio T: LoRA's two products in one pass."""
     return 2 * rank * adapter_widths(shape) * work.tokens
 
 
 def block_flops(shape: Shape, work: Work) -> float:
-    """fwd = 2 N T + A: the blocks once through, without adapters."""
+    """Count fwd = 2 N T + A: one forward pass through the layers, without adapters."""
     return 2 * block_weights(shape) * work.tokens + attention_flops(shape, work)
 
 
 def forward_flops(shape: Shape, work: Work, rank: int = 0) -> float:
-    """A pass without a graph: a reference (rank 0), or the policy."""
+    """Count a forward pass without gradients: of a reference (rank 0), or of the policy."""
     return block_flops(shape, work) + adapter_flops(shape, work, rank) + head_flops(shape, work)
 
 
 def training_flops(shape: Shape, work: Work, rank: int, recomputed: float = 0.0, head_products: int = 3) -> float:
-    """Forward and backward: fwd (1 + g) + 2 N T + 2.5 A + lora (3 + g) + 3 head.
+    """Count a forward and backward pass: fwd (1 + g) + 2 N T + 2.5 A + lora (3 + g) + 3 head.
 
-    The base is frozen, so its backward pass is one product a matrix; attention's is five for its forward's two.
+    The base is frozen, so its backward pass is one product per matrix; attention's backward has five products to its
+    forward's two.
 
     Args:
-        recomputed: g, the share of layers whose activations are computed again.
-        head_products: products with the vocabulary: 3 where the backward pass computes the logits again.
+        recomputed: g, the share of layers with activation checkpointing.
+        head_products: products with the vocabulary: 3 where the backward pass recomputes the logits.
     """
     return (
         block_flops(shape, work) * (1 + recomputed)
@@ -113,14 +118,14 @@ def training_flops(shape: Shape, work: Work, rank: int, recomputed: float = 0.0,
 
 
 def weight_bytes(shape: Shape, passes: float) -> float:
-    """Bytes that move for the 4-bit weights: read, and written once as 16 bits, in each pass."""
+    """Count the bytes moved for 4-bit weights: in each pass read once, and written once in 16 bits."""
     return passes * (NF4_BYTES + 2) * block_weights(shape)
 
 
 def activation_bytes(shape: Shape, tokens: float, recomputed: float = 0.0) -> float:
-    """What the graph keeps, 16 bits a number: T (g L H 2 + (1 - g) L s), and one layer at work.
+    """Count the bytes that autograd saves, in 16 bits: T (g L H 2 + (1 - g) L s), plus one layer in progress.
 
-    s = 2 (2 H + 2 Q + 2 K + 2 I) is a token's share of one layer.
+    s = 2 (2 H + 2 Q + 2 K + 2 I) is the bytes per token in one layer.
     """
     layers = shape.num_hidden_layers
     widths = shape.hidden_size + shape.query_width + shape.key_width + shape.intermediate_size
@@ -132,11 +137,11 @@ def activation_bytes(shape: Shape, tokens: float, recomputed: float = 0.0) -> fl
 def peak_bytes(
     shape: Shape, tokens: float, rank: int, recomputed: float = 0.0, adapter_bytes: int = 12, tile_bytes: float = 2**24
 ) -> float:
-    """The least peak above the loaded model: activations, LoRA's gradients and optimizer, and the largest scratch.
+    """Bound from below the peak above the loaded model: activations, LoRA's gradients and optimizer state, scratch.
 
     Args:
-        adapter_bytes: for each of LoRA's weights: gradient and two moments, in the adapter's type.
-        tile_bytes: logits that exist at a time.
+        adapter_bytes: bytes per LoRA weight: gradient and two moments, in the adapter's dtype.
+        tile_bytes: logits in memory at a time.
     """
     largest = max(rows * columns for rows, columns in shape.linear_sizes().values())
     state = adapter_bytes * rank * adapter_widths(shape)
@@ -144,5 +149,5 @@ def peak_bytes(
 
 
 def least_seconds(flops: float, moved_bytes: float, flops_per_second: float, bytes_per_second: float) -> float:
-    """The limit: products at the machine's measured peak, or weights at its measured bandwidth, whichever is slower."""
+    """Bound the time from below: FLOPs at the measured peak, or bytes at the measured bandwidth, the slower one."""
     return max(flops / flops_per_second, moved_bytes / bytes_per_second)

@@ -1,4 +1,4 @@
-"""The machine that is measured on: what it is, and the fastest that it can multiply and move numbers."""
+"""The machine that is measured on: its description, and its peak FLOP rate and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS_PER_PEAK = 4.0
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """What it is, without its name."""
+    """Describe the machine, without its host name."""
     models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
     return {
@@ -33,7 +33,7 @@ def _lines(path: str) -> list[str]:
 
 
 def send_peaks(connection: Connection, device: str, threads: int) -> None:
-    """The body of a process: measures and sends `peaks`."""
+    """Measure `peaks` and send them; the body of a process."""
     import torch
 
     torch.set_num_threads(threads)
@@ -41,9 +41,9 @@ def send_peaks(connection: Connection, device: str, threads: int) -> None:
 
 
 def peaks(device: str) -> dict[str, Any]:
-    """flops_per_second of bf16 matrix products and bytes_per_second of a copy; a second is a CPU second on a CPU.
+    """Measure flops_per_second of bf16 matrix products and bytes_per_second of a copy, in CPU seconds on a CPU.
 
-    Several sizes, each many times, and the best: noise only ever makes a product slower.
+    The best of many repetitions of several sizes, since noise only slows a product down.
     """
     import torch
 
@@ -51,7 +51,7 @@ def peaks(device: str) -> dict[str, Any]:
     rates = []
     for side in sides:
         left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-        # Tall and thin too: a block's weights, and a batch of tokens.
+        # Also a narrow right-hand side, like a layer's weights times a batch of tokens.
         for a, b in ((left, right), (left, right[:, : side // 2].contiguous())):
             out = a @ b
             seconds = _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, len(sides))
@@ -67,7 +67,7 @@ def peaks(device: str) -> dict[str, Any]:
 
 
 def _fastest(work: Callable[[], Any], device: str, shares: int) -> float:
-    """The least seconds of a call, of as many as fit the time."""
+    """Time repeated calls for a fixed duration; return the seconds of the fastest."""
     import torch
 
     def clock() -> float:

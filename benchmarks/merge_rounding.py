@@ -1,12 +1,12 @@
-"""What storing a merged model in a type costs, in held-out margins.
+"""Measure the error of held-out margins for each dtype that a merged model can be stored in.
 
     python -m benchmarks.merge_rounding runs/quickstart
 
-Every model is computed in float32, so only the stored weights differ: the exact ones (the dequantized base plus the
-delta in float32), rounded to the nearest number of each type, and rounded to bf16 with error feedback. Feedback goes
-through the columns of a weight in turn and moves each rounding error into the columns that are left, such that the
-layer's output on calibration activations stays as close as it can: GPTQ (Frantar et al. 2023, algorithm 1) with bf16's
-numbers as the grid, calibrated on the training pairs. Prints JSON, errors in nats.
+Every model is computed in float32, so only the stored weights differ: exact ones (the dequantized base plus the delta
+in float32), rounded to the nearest number of each dtype, and rounded to bf16 with error feedback. Feedback goes through
+the columns of a weight in turn and moves each rounding error into the remaining columns, to keep the layer's output on
+calibration activations as close as possible: GPTQ (Frantar et al. 2023, algorithm 1) with bf16's numbers as the grid,
+calibrated on the training pairs. Prints JSON, errors in nats.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.data.load import check_rows
+from qpref.data.reload import tokenized_again
+from qpref.data.tokenize import PairTokenizer
+from qpref.merge.compared_models import AsTrained, load_base
 from qpref.merge.guards import TrainedRun, read_run
-from qpref.merge.models import AsTrained, load_base
 from qpref.merge.replay import ScoredRow, replay
-from qpref.merge.replayed_pairs import choose_rows, read_examples
+from qpref.merge.replayed_pairs import choose_pairs
 from qpref.merge.request import Tolerance
 from qpref.merge.rounding import STORED, Retention
 from qpref.merge.verdict import Judge
+from qpref.policy.tokenizer import stop_tokens
 from qpref.recipe.reopen import reopen_plan
 
 DAMPING = 0.01
-"""Of the mean of the second moments' diagonal, added to it (as in GPTQ)."""
+"""Share of the mean of the second moments' diagonal that is added to the diagonal (as in GPTQ)."""
 BLOCK = 128
 
 
@@ -43,18 +47,18 @@ def main() -> None:
     run = read_run(parsed.run)
     model, before = load_base(run.base), AsTrained(run.base)
     after, device = before.after(run.delta), run.base.device
-    replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, 10**9)
+    replayed = choose_pairs(run.plan, run.base_folder, run.tokenizer, 10**9)
     rows = replayed.rows
     reference, trained = replay(model, rows, before, device), replay(model, rows, after, device)
     judge = Judge.of(replayed, reference, trained, Tolerance(), device)
     report: dict[str, Any] = {"pairs": len(replayed.contrasts), "learned_margin": judge.learned}
     moments = second_moments(model, calibration_rows(run, parsed.calibration), after, run)
-    ways: dict[str, Callable[[str, Tensor], Tensor]] = {
+    roundings: dict[str, Callable[[str, Tensor], Tensor]] = {
         name: lambda module, weight, dtype=dtype: weight.to(dtype) for name, dtype in STORED.items()
     }
-    ways["bf16 with feedback"] = lambda module, weight: with_feedback(weight, moments[module])
-    for name, way in ways.items():
-        stored = Rounded(run, before, way)
+    roundings["bf16 with feedback"] = lambda module, weight: with_feedback(weight, moments[module])
+    for name, rounding in roundings.items():
+        stored = Rounded(run, before, rounding)
         verdict = judge.judge(replay(model, rows, stored, device))
         report[name] = {
             "margin_error": verdict.margin_error,
@@ -68,33 +72,39 @@ def main() -> None:
 
 @dataclass(slots=True)
 class Rounded:
-    """Widens merged weights that were rounded in some way; each is rounded once."""
+    """Convert merged weights to float32 after rounding them; each weight is rounded once and cached.
+
+    Attributes:
+        rounding: module name, weight -> rounded weight.
+    """
 
     run: TrainedRun
     before: AsTrained
-    way: Callable[[str, Tensor], Tensor]
-    known: dict[str, Tensor] = field(default_factory=dict)
+    rounding: Callable[[str, Tensor], Tensor]
+    rounded: dict[str, Tensor] = field(default_factory=dict)
     retention: Retention = field(default_factory=Retention)
 
     def __call__(self, name: str, stored: Tensor, rows: slice = slice(None)) -> Tensor:
         module = name.removesuffix(".weight")
         if module not in self.run.delta.matrices:
             return self.before(name, stored, rows)
-        if module not in self.known:
+        if module not in self.rounded:
             weight, change = self.before(name, stored), self.run.delta.of(module)
-            self.known[module] = self.way(module, weight + change)
-            self.retention.add(weight, change, self.known[module])
-        return self.known[module][rows].float()
+            self.rounded[module] = self.rounding(module, weight + change)
+            self.retention.add(weight, change, self.rounded[module])
+        return self.rounded[module][rows].float()
 
 
 def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
-    """Prompts and responses of some training pairs."""
-    examples = read_examples(reopen_plan(run.recorded), run.base_folder, run.tokenizer, heldout=False) or []
+    """Read the prompts and responses of the first `limit` training pairs."""
+    plan = reopen_plan(run.recorded)
+    tokenizer = PairTokenizer.of(run.tokenizer, plan.recipe.data.template, stop_tokens(run.base_folder))
+    examples = tokenized_again(check_rows(plan).train, plan, tokenizer)
     return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
 
 def second_moments(model: Any, rows: list[ScoredRow], to_float32: AsTrained, run: TrainedRun) -> Mapping[str, Tensor]:
-    """[in, in] sum of x x^T over the tokens, for the input x of each adapted layer."""
+    """Sum [in, in] x x^T over all tokens, for the input x of each adapted layer."""
     sums: dict[str, Tensor] = {}
 
     def add(module: str, inputs: tuple[Tensor, ...]) -> None:
@@ -112,7 +122,7 @@ def second_moments(model: Any, rows: list[ScoredRow], to_float32: AsTrained, run
 
 
 def with_feedback(weight: Tensor, moments: Tensor) -> Tensor:
-    """[out, in] bf16 whose product with the calibration activations is close to that of `weight`."""
+    """Round [out, in] `weight` to bf16 so that its product with the calibration activations changes little."""
     moments = moments.clone()
     moments.diagonal().add_(DAMPING * moments.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))

@@ -1,4 +1,4 @@
-"""What a step costs: CPU seconds of all threads, wall time, and the memory's high-water mark."""
+"""Measure a step's cost: CPU seconds of all threads, wall time, and peak memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 
 class Meter(Protocol):
     def note_loaded(self) -> None:
-        """Memory is counted above the present level from here on."""
+        """Take the present memory as the baseline."""
 
     def start(self) -> None: ...
 
     def stop(self) -> dict[str, float]:
-        """What happened since `start`: cpu_seconds, wall_seconds, peak_bytes."""
+        """Return cpu_seconds, wall_seconds and peak_bytes since `start`."""
 
 
 @dataclass(slots=True)
 class CpuMeter:
-    """The process's own clocks, and Linux's high-water mark of its resident memory, which can be reset."""
+    """Meter by the process's clocks and Linux's resettable high-water mark of resident memory."""
 
     loaded: int = 0
     cpu: float = 0.0
@@ -48,7 +48,7 @@ class CpuMeter:
 
 @dataclass(slots=True)
 class CudaMeter:
-    """The allocator's high-water mark, and the wall clock around work that has truly ended."""
+    """Meter by the allocator's peak and the wall clock, synchronized with the GPU."""
 
     loaded: int = 0
     cpu: float = 0.0
@@ -89,9 +89,9 @@ def _status_bytes(name: str) -> int:
 
 @dataclass(slots=True)
 class Gate:
-    """Stands between a contestant's steps: tells what the last one cost and waits until it is this one's turn.
+    """Synchronization point between a contestant's steps: reports the last step's cost, and waits for its next turn.
 
-    A trainer calls `wait` before its first step and after each. Where the other end has closed, the process ends there.
+    A trainer calls `wait` before its first step and after each. If the other end has closed, the process exits.
     """
 
     meter: Meter

@@ -1,4 +1,4 @@
-"""What the limit's formulas say of each contestant's steps."""
+"""Predict each contestant's steps with the formulas of `benchmarks.limit`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Pass:
 
 
 def predictions(race: Race, leg: Leg, contestant: Contestant, steps: Iterable[int]) -> dict[str, list[float]]:
-    """For each of these steps of the leg: flops, moved_bytes (of weights), peak_bytes, useful_tokens."""
+    """Predict flops, moved_bytes (of weights), peak_bytes and useful_tokens for steps of a leg."""
     each = contestant.pairs_per_step
     pairs = make_pairs(leg.workload, (leg.warmup + leg.timed + 1) * each, race.shape.vocab_size)
     found: dict[str, list[float]] = {"flops": [], "moved_bytes": [], "peak_bytes": [], "useful_tokens": []}
     for step in steps:
-        # One pair more than the step's, since the KTO step borrows a prompt from the next one.
+        # One pair more than the step's, since the last KTO pair is mixed with the next step's first.
         rows = step_rows(contestant, pairs[step * each : (step + 1) * each + 1])
         passes = step_passes(contestant, rows)
         found["flops"].append(sum(_flops(race.shape, contestant, one) for one in passes))
@@ -46,29 +46,29 @@ def predictions(race: Race, leg: Leg, contestant: Contestant, steps: Iterable[in
 
 
 def step_rows(contestant: Contestant, pairs: Sequence[Pair]) -> list[Pair] | list[Single]:
-    """The rows of one optimizer step; of `pairs` the last is the next step's."""
+    """Make the rows of one optimizer step; the last of `pairs` is the next step's."""
     each = contestant.pairs_per_step
     return list(pairs[:each]) if contestant.loss == "dpo" else as_singles(pairs)[: 2 * each]
 
 
 def step_passes(contestant: Contestant, rows: Sequence[Pair] | Sequence[Single]) -> list[Pass]:
-    """What a contestant computes for a step."""
+    """List the passes through the model that a contestant computes for a step."""
     parts: list[Sequence[Pair] | Sequence[Single]] = [rows]
     if sum(row.useful_tokens for row in rows) > contestant.tokens_per_microbatch and contestant.side == "qpref":
         parts = [[row] for row in rows]  # type: ignore[list-item,misc]
     passes = []
     for part in parts:
         branches = [_branches(row) for row in part]
-        if isinstance(part[0], Single) and contestant.side == "qpref":  # so does qpref, without padding
-            works = [sum_of([shared_work(p, (own[place],)) for p, own in branches]) for place in (0, 1)]
+        if isinstance(part[0], Single) and contestant.side == "qpref":  # the KL's rows in a second pass, unpadded
+            works = [sum_of([shared_work(p, (own[index],)) for p, own in branches]) for index in (0, 1)]
         elif contestant.shares_prompts:
             works = [sum_of([shared_work(prompt, responses) for prompt, responses in branches])]
-        elif isinstance(part[0], Single):  # TRL computes the KL's rows apart, without a graph
-            works = [row_work([(prompt, responses[place]) for prompt, responses in branches]) for place in (0, 1)]
+        elif isinstance(part[0], Single):  # TRL computes the KL's rows in a second pass, without gradients
+            works = [row_work([(prompt, responses[index]) for prompt, responses in branches]) for index in (0, 1)]
         else:
             flat = [(prompt, response) for prompt, responses in branches for response in responses]
             works = [row_work(flat, contestant.compacts_head)]
-        passes += [Pass(work=work, trains=place == 0) for place, work in enumerate(works)]
+        passes += [Pass(work=work, trains=index == 0) for index, work in enumerate(works)]
         if contestant.live_reference:
             passes += [Pass(work=work, trains=False, adapted=False) for work in works]
     return passes

@@ -1,8 +1,8 @@
-"""Where a step's time goes, by kind of operation: what the reasons under a table rest on.
+"""Profile a step's time by kind of operation: the evidence for the reasons under a table.
 
     python -m benchmarks.profile_step "DPO long"     each contestant of a race of the cpu suite, one after another
 
-The third step is profiled; its seconds are those of the thread that calls the operations, profiler's own cost included.
+The third step is profiled; its seconds are those of the calling thread, the profiler's overhead included.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import contestants, race
-from benchmarks.contestants import Contestant, Race
+from benchmarks.contestants import Contestant, Job, Race
 from benchmarks.shapes import make_base
 
 PROFILED = 3
@@ -25,7 +25,7 @@ COPIES = ("copy_", "cat", "fill_", "clone", "index", "index_put_", "gather", "em
 
 
 def kind(name: str) -> str:
-    """What an operation is counted as."""
+    """Classify an operation by its name."""
     space, _, operation = name.partition("::")
     if space == "bitsandbytes":
         return "dequantization"
@@ -39,7 +39,7 @@ def kind(name: str) -> str:
 
 
 def seconds_by_kind(events: Iterable[Any]) -> Counter[str]:
-    """Of the key averages of torch's profile."""
+    """Sum the self CPU seconds of a torch profile's key averages by kind."""
     found: Counter[str] = Counter()
     for event in events:
         found[kind(event.key)] += event.self_cpu_time_total / 1e6
@@ -47,7 +47,7 @@ def seconds_by_kind(events: Iterable[Any]) -> Counter[str]:
 
 
 class _Profiler:
-    """Stands where the race's gate stands; lets all steps through and profiles one."""
+    """Replacement for the race's gate that lets all steps through and profiles one."""
 
     def __init__(self, connection: Connection) -> None:
         from benchmarks.meter import meter_for
@@ -70,7 +70,7 @@ class _Profiler:
 
 
 def _child(one: Race, contestant: Contestant, base: Path, folder: Path, connection: Connection) -> None:
-    race.speak_into(folder / "log")
+    race.redirect_output(folder / "log")
     import torch
 
     from benchmarks.pairs import make_pairs
@@ -78,7 +78,7 @@ def _child(one: Race, contestant: Contestant, base: Path, folder: Path, connecti
     torch.set_num_threads(race.THREADS)
     pairs = make_pairs(one.legs[0].workload, PROFILED + 2, one.shape.vocab_size)
     gate: Any = _Profiler(connection)
-    race.side(contestant)(contestant, base, pairs, "cpu", folder, gate)
+    race.side(contestant)(Job(contestant=contestant, base=base, pairs=pairs, device="cpu", folder=folder), gate)
 
 
 def main() -> None:
@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("race", choices=[one.name for one in contestants.cpu_suite()])
     (one,) = [each for each in contestants.cpu_suite() if each.name == parser.parse_args().race]
     with tempfile.TemporaryDirectory(prefix="qpref-benchmark-") as scratch:
-        race.settle_environment(Path(scratch))
+        race.set_environment(Path(scratch))
         base = Path(scratch) / "base"
         make_base(one.shape, base)
-        for place, contestant in enumerate(one.contestants):
-            (folder := Path(scratch) / str(place)).mkdir()
+        for index, contestant in enumerate(one.contestants):
+            (folder := Path(scratch) / str(index)).mkdir()
             here, there = race.processes("cpu").Pipe()
             child = race.processes("cpu").Process(target=_child, args=(one, contestant, base, folder, there))
             child.start()

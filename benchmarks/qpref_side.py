@@ -1,16 +1,15 @@
-"""qpref as a contestant: the training loop itself, held up between two steps."""
+"""qpref as a contestant: its own training loop, paused between steps."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.adapter import RANK, RATE, start_adapter
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Contestant, Job
 from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, Single, as_singles, digest
 from qpref.attention.register import SEGMENTS
@@ -43,19 +42,21 @@ SWITCHES: dict[str, Callable[[Policy], None]] = {
     "attention in blocks": lambda policy: policy.use_attention(SEGMENTS),
     "fused LoRA": _adapt_as_peft_does,
 }
-"""How a technique is switched off in a loaded policy. A new one's row goes into `benchmarks.contestants.ABLATIONS`."""
+"""Switches that turn a technique off in a loaded policy; a new one also needs a row in
+`benchmarks.contestants.ABLATIONS`."""
 
 
-def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
+def train(job: Job, gate: Gate) -> None:
     """Train on the pairs in their order, passing the gate before each step."""
-    plan = make_plan(_recipe(contestant, base, device, folder), (), folder / "run")
+    contestant = job.contestant
+    plan = make_plan(_recipe(job), (), job.folder / "run")
     train_section = plan.recipe.train
     policy = load_policy(plan.recipe, resolve_base(plan.recipe.model))
     start_adapter(policy.trained_parameters())
     for technique in contestant.without:
         SWITCHES[technique](policy)
     gate.meter.note_loaded()
-    ordered = _examples(contestant, pairs)
+    ordered = _examples(contestant, job.pairs)
     gate.digest = digest(_ids(example) for example in ordered)
     references = ReferenceStore()
     if not contestant.live_reference:
@@ -68,10 +69,10 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
         references=references,
         optimizer=optim.make_optimizer(train_section, policy.trained_parameters().values(), policy.device),
         scaler=torch.amp.GradScaler(policy.device.type, enabled=False),
-        examples=_placed(ordered, plan),
+        examples=_before_shuffle(ordered, plan),
         heldout=[],
         state=TrainingState(),
-        recorder=_Losses(gate),  # the one method that the loop calls
+        recorder=_LossRecorder(gate),  # the loop calls nothing but `write`
         save=lambda: None,
         should_stop=_Pause(gate),
     )
@@ -79,11 +80,11 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
     trainer.run()
 
 
-def _recipe(contestant: Contestant, base: Path, device: str, folder: Path) -> dict[str, Any]:
-    empty = folder / "empty.jsonl"
+def _recipe(job: Job) -> dict[str, Any]:
+    contestant, empty = job.contestant, job.folder / "empty.jsonl"
     empty.touch()
     return {
-        "model": {"base": str(base), "dtype": "bf16", "device": device},
+        "model": {"base": str(job.base), "dtype": "bf16", "device": job.device},
         "adapter": {"rank": RANK, "alpha": 2 * RANK},
         "data": {"train": str(empty)},
         "loss": {"name": contestant.loss, "beta": 0.1},
@@ -100,13 +101,13 @@ def _recipe(contestant: Contestant, base: Path, device: str, folder: Path) -> di
 
 
 def _examples(contestant: Contestant, pairs: Sequence[Pair]) -> list[TokenizedExample]:
-    """In the order in which they are trained on."""
+    """Make the examples in training order."""
     rows: Sequence[Pair | Single] = pairs if contestant.loss == "dpo" else as_singles(pairs)
     return [_example(row, number) for number, row in enumerate(rows, 1)]
 
 
 def _example(row: Pair | Single, number: int) -> TokenizedExample:
-    """What qpref's tokenizing gives of such a row."""
+    """Make the example that qpref's tokenizing produces for a row."""
     branches = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion, row.mismatched)
     return TokenizedExample(
         prompt=array("i", row.prompt),
@@ -128,23 +129,23 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
     return labels.count(True), labels.count(False)
 
 
-def _placed(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
-    """The examples laid such that the run's shuffle brings them up in this order."""
+def _before_shuffle(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
+    """Invert the run's shuffle: permute the examples so that training visits them in the given order."""
     train_section = plan.recipe.train
     steps = steps_per_epoch(len(ordered), train_section.batch_size)
     shuffled = [
-        place
+        index
         for step in range(steps)
-        for place in step_order(len(ordered), train_section.batch_size, train_section.seed, step)
+        for index in step_order(len(ordered), train_section.batch_size, train_section.seed, step)
     ]
-    placed = list(ordered)
-    for place, example in zip(shuffled, ordered, strict=True):
-        placed[place] = example
-    return placed
+    permuted = list(ordered)
+    for index, example in zip(shuffled, ordered, strict=True):
+        permuted[index] = example
+    return permuted
 
 
-class _Losses:
-    """Stands in for the recorder: keeps the training rows' losses."""
+class _LossRecorder:
+    """Replacement for the loop's recorder that passes the training loss to the gate."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -154,7 +155,7 @@ class _Losses:
 
 
 class _Pause:
-    """The loop asks between two steps whether to stop: never, but not so fast."""
+    """Replacement for the loop's stop check, called between steps: waits at the gate, and never stops."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate

@@ -1,5 +1,5 @@
-"""Runs a race: every contestant in a process of its own, one step each in turn, so that a shared machine's noise hits
-all alike."""
+"""Run a race: each contestant in its own process, one step each in turn, so that a shared machine's noise affects all
+alike."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import Contestant, Leg, Race
+from benchmarks.contestants import Contestant, Job, Leg, Race
 
 THREADS = 2
 PRELOADED = ["torch", "bitsandbytes", "transformers", "peft", "datasets", "trl", "qpref", "benchmarks.qpref_side"]
-PATIENCE_SECONDS = 1800.0
+STEP_TIMEOUT_SECONDS = 1800.0
 
 Record = dict[str, Any]
 
 
-def settle_environment(cache: Path) -> None:
-    """What every process below inherits.
+def set_environment(cache: Path) -> None:
+    """Set the environment variables and CPU affinity that every contestant's process inherits.
 
-    `OMP_WAIT_POLICY=passive`: a thread that waits for another sleeps. One that spins counts as busy, and with a
-    neighbour on the same cores the same steps took 2.4 to 6.6 times the CPU seconds.
+    `OMP_WAIT_POLICY=passive`: a waiting thread sleeps. A spinning one counts as busy, and with another job on the same
+    cores the same steps took 2.4 to 6.6 times the CPU seconds.
     """
     os.environ |= {
         "OMP_NUM_THREADS": str(THREADS),
@@ -42,7 +42,7 @@ def settle_environment(cache: Path) -> None:
 
 
 def processes(device: str) -> Any:
-    """How children start: from one process that has imported everything; anew where there is a GPU, which bitsandbytes
+    """Choose the start method: forked from a server that has imported everything; spawned on a GPU, which bitsandbytes
     touches at import."""
     if device == "cuda":
         return multiprocessing.get_context("spawn")
@@ -56,7 +56,7 @@ class Runner:
     """One contestant's process.
 
     Attributes:
-        failure: why it is out of the race; None while it runs.
+        failure: reason for leaving the race; None while it runs.
     """
 
     contestant: Contestant
@@ -66,17 +66,22 @@ class Runner:
     digest: str = ""
     failure: str | None = None
 
-    def turn(self) -> Record | None:
-        """Let it take a step; what that cost, or None where it is out."""
+    def step(self) -> Record | None:
+        """Let it take a step, and return its cost; None after a failure."""
         if self.failure is None:
             self.connection.send("go")
-        return self.hear()
+        return self.receive()
 
-    def hear(self) -> Record | None:
+    def receive(self) -> Record | None:
+        """Wait for its next message; None after a failure.
+
+        Raises:
+            SystemExit: it ended, or took too long.
+        """
         if self.failure is not None:
             return None
-        if not self.connection.poll(PATIENCE_SECONDS):
-            raise SystemExit(f"{self.contestant.name}: no step within {PATIENCE_SECONDS:.0f} s")
+        if not self.connection.poll(STEP_TIMEOUT_SECONDS):
+            raise SystemExit(f"{self.contestant.name}: no step within {STEP_TIMEOUT_SECONDS:.0f} s")
         try:
             message: Record = self.connection.recv()
         except EOFError:
@@ -88,10 +93,10 @@ class Runner:
 
 
 def run_race(race: Race, base: Path, device: str) -> list[Record]:
-    """A record for each contestant and leg, with every timed step.
+    """Run all legs, and return a record for each contestant and leg, with every timed step.
 
     Raises:
-        SystemExit: a contestant failed, or two did not train on the same token ids.
+        SystemExit: a contestant failed, or two trained on different token ids.
     """
     records = []
     with tempfile.TemporaryDirectory() as scratch, _runners(race, base, device, Path(scratch)) as runners:
@@ -104,11 +109,11 @@ def run_race(race: Race, base: Path, device: str) -> list[Record]:
 
 @contextmanager
 def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[list[Runner]]:
-    """All contestants, each waiting for its first step. On a GPU they load one after the other, for its memory."""
+    """Start all contestants, each waiting for its first step. On a GPU they load one after another, to save memory."""
     runners: list[Runner] = []
     try:
-        for place, contestant in enumerate(race.contestants):
-            folder = scratch / str(place)
+        for index, contestant in enumerate(race.contestants):
+            folder = scratch / str(index)
             folder.mkdir()
             here, there = multiprocessing.Pipe()
             process = processes(device).Process(
@@ -118,10 +123,10 @@ def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[lis
             there.close()
             runners.append(Runner(contestant, process, here, folder / "log"))
             if device == "cuda":
-                runners[-1].hear()
+                runners[-1].receive()
         if device == "cpu":
             for runner in runners:
-                runner.hear()
+                runner.receive()
         yield runners
     finally:
         for runner in runners:
@@ -132,7 +137,7 @@ def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[lis
 
 
 def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: Path, connection: Connection) -> None:
-    speak_into(folder / "log")
+    redirect_output(folder / "log")
     import torch
 
     from benchmarks.meter import Gate, meter_for
@@ -151,13 +156,13 @@ def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: 
     spare = make_pairs(race.legs[-1].workload, contestant.pairs_per_step, race.shape.vocab_size, seed=8)
     gate = Gate(meter_for(device), connection)
     try:
-        side(contestant)(contestant, base, pairs + spare, device, folder, gate)
+        side(contestant)(Job(contestant=contestant, base=base, pairs=pairs + spare, device=device, folder=folder), gate)
     except (torch.OutOfMemoryError, DeviceMemoryError):
         connection.send({"failure": "out of memory"})
 
 
-def speak_into(path: Path) -> None:
-    """Let all that this process prints go into a file."""
+def redirect_output(path: Path) -> None:
+    """Redirect this process's stdout and stderr to a file."""
     log = path.open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -169,7 +174,7 @@ def _num_pairs(leg: Leg, contestant: Contestant) -> int:
 
 
 def side(contestant: Contestant) -> Callable[..., None]:
-    """What trains as this contestant."""
+    """Import the train function of this contestant's side."""
     if contestant.side == "qpref":
         from benchmarks.qpref_side import train
     elif contestant.side == "trl":
@@ -185,15 +190,15 @@ def _refuse_different_ids(race: Race, runners: Sequence[Runner]) -> None:
         if runner.failure is None:
             known = seen.setdefault(runner.contestant.pairs_per_step, runner.digest)
             if known != runner.digest:
-                raise SystemExit(f"{race.name}: {runner.contestant.name} trains on other token ids than the others")
+                raise SystemExit(f"{race.name}: {runner.contestant.name} trains on different token ids than the others")
 
 
 def _leg(leg: Leg, runners: Sequence[Runner]) -> list[list[Record]]:
-    """All steps of each, taken in turn."""
+    """Let the runners step in turn, and return each one's steps."""
     taken: list[list[Record]] = [[] for _ in runners]
     for _ in range(leg.warmup + leg.timed):
         for runner, steps in zip(runners, taken, strict=True):
-            step = runner.turn()
+            step = runner.step()
             if step is not None:
                 steps.append(step)
     return taken

@@ -1,6 +1,6 @@
-"""Why a measured ratio is off the predicted one, and how much of that is known.
+"""Footnotes: reasons for a measured ratio that differs from the predicted one.
 
-Each text says what it rests on. A guess is called one; profile again when the code changes.
+Each text names its evidence, and calls a guess a guess. Profile again when the code changes.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ REASONS: dict[tuple[str, str], str] = {
         "prediction doesn't count. Not profiled."
     ),
 }
-"""(contestant, workload) -> why, on a CPU; a workload of "" is for all."""
+"""(contestant, workload) -> reason, on a CPU; the workload "" stands for all."""
 
 
 def reason(contestant: str, workload: str, device: str) -> str:
+    """Look up the reason for a row, or say that there is none yet."""
     found = REASONS.get((contestant, workload)) or REASONS.get((contestant, "")) if device == "cpu" else None
     return found or f"{contestant}, {workload}: not explained yet; profile it."

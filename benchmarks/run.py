@@ -2,12 +2,12 @@
 
     python -m benchmarks.run --suite cpu                    two CPU cores, 135M: what qpref claims
     python -m benchmarks.run --suite ablations              its techniques one by one; TRL as shipped on long prompts
-    python -m benchmarks.run --suite scaling                the same code on growing work
+    python -m benchmarks.run --suite scaling                growing numbers of pairs and growing lengths
     python -m benchmarks.run --suite cuda                   a GPU, 135M to 8B; HAS NOT BEEN RUN: no GPU was at hand
-    python -m benchmarks.run --suite cpu --quick            whether the machinery works, in half a minute
+    python -m benchmarks.run --suite cpu --quick            a smoke test, in half a minute
 
 Writes a dated JSON with every step's figures, and a table made from it, to benchmarks/results or to --output.
-Everything is made on the spot in a temporary folder: the models (true shapes, random weights), the tokenizer, the data.
+Models (true shapes, random weights), tokenizer and data are generated in a temporary folder.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contestants, machine, race, scaling
-from benchmarks import tables as report
+from benchmarks import contestants, machine, race, scaling, tables
 from benchmarks.contestants import Race
 from benchmarks.shapes import Shape, make_base
 
@@ -39,12 +38,12 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=tuple(SUITES), required=True)
-    parser.add_argument("--quick", action="store_true", help="a two-layer model and three steps: a smoke run")
-    parser.add_argument("--only", help="races whose names contain this")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON and the table")
+    parser.add_argument("--quick", action="store_true", help="two-layer model and three steps: a smoke test")
+    parser.add_argument("--only", help="run the races whose name contains this text")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qpref-benchmark-") as scratch:
-        race.settle_environment(Path(scratch))
+        race.set_environment(Path(scratch))
         result = _describe(options) | {"records": []}
         if options.suite == "scaling":
             result["data"] = scaling.measure(Path(scratch), options.quick)
@@ -53,7 +52,7 @@ def main() -> None:
             print(f"{one.name}: {', '.join(contestant.name for contestant in one.contestants)}", flush=True)
             base = _base(one.shape, Path(scratch))
             result["records"] += race.run_race(one, base, result["device"])
-            _write(result, options)  # what there is, in case a later race fails
+            _write(result, options)  # in case a later race fails
     print(_write(result, options))
 
 
@@ -69,7 +68,7 @@ def _device(suite: str) -> str:
 
 
 def _describe(options: argparse.Namespace) -> dict[str, Any]:
-    """The head of the JSON: machine, date, command."""
+    """Describe the measurement: date, command, machine."""
     device = _device(options.suite)
     here, there = race.processes(device).Pipe()
     process = race.processes(device).Process(target=machine.send_peaks, args=(there, device, race.THREADS))
@@ -87,7 +86,7 @@ def _describe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _base(shape: Shape, scratch: Path) -> Path:
-    """The shape's model, made once; the one before it goes, since an 8B's weights take 16 GB."""
+    """Make the shape's model unless it exists; remove the previous one, since an 8B's weights take 16 GB."""
     folder = scratch / shape.name
     if not folder.exists():
         for other in scratch.glob("*/config.json"):
@@ -97,11 +96,11 @@ def _base(shape: Shape, scratch: Path) -> Path:
 
 
 def _write(result: dict[str, Any], options: argparse.Namespace) -> str:
-    """Both files; returns the table."""
+    """Write the JSON and the table, and return the table."""
     options.output.mkdir(parents=True, exist_ok=True)
     name = f"{result['date'][:10]}-{options.suite}{'-quick' if options.quick else ''}"
     (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    table = report.table(result)
+    table = tables.table(result)
     (options.output / f"{name}.md").write_text(table)
     return table
 

@@ -1,4 +1,4 @@
-"""How the cost of preparing data grows with their number: reading and checking, tokenizing, packing."""
+"""Measure how the cost of reading, checking, tokenizing and packing grows with the number of pairs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH, BUDGET = 16, 4096
 
 
 def measure(scratch: Path, quick: bool) -> list[dict[str, Any]]:
-    """One record for each number of pairs, each measured in a process of its own."""
+    """Measure each number of pairs in a process of its own, and return a record for each."""
     base = make_base(SHAPES["tiny"], scratch / "tiny")
     found = []
     for count in (100, 300) if quick else (1_000, 10_000, 100_000):
@@ -42,7 +42,7 @@ def _write_rows(path: Path, count: int) -> Path:
 
 
 def _prepare(base: Path, rows: Path, connection: Connection) -> None:
-    """The body of a process: everything that happens to rows before they are computed on."""
+    """Prepare the rows as for training, and send the cost; the body of a process."""
     import torch
 
     from benchmarks.meter import CpuMeter

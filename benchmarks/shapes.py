@@ -1,7 +1,7 @@
-"""Models to measure on: true shapes of known models, random weights made on the spot, a tokenizer for chosen ids.
+"""Generate the benchmark's models: shapes of real models with random weights, and a tokenizer for given ids.
 
-How long a step takes doesn't depend on what the weights say, so nothing is fetched. The tokenizer's word for token 17
-is `t17`: both sides read the same text and so get the very ids that were chosen, through their own tokenizing code.
+A step's cost doesn't depend on the values of the weights, so nothing is downloaded. The tokenizer's word for token 17
+is `t17`: all sides read the same text, and get exactly the given ids through their own tokenizing code.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 END = 1
-"""The token that ends a response; padding too, as in many real tokenizers."""
+"""End-of-sequence token; also the padding token, as in many real tokenizers."""
 FIRST_WORD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A Llama's sizes, in config.json's words.
+    """A Llama's sizes, by their names in config.json.
 
     Attributes:
         tied: the output head is the embedding's weight.
@@ -45,7 +45,7 @@ class Shape:
         return self.num_key_value_heads * self.head_dim
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of one layer's linear weights, by their names in the checkpoint."""
+        """List rows and columns of one layer's linear weights, by their names in the checkpoint."""
         hidden, inner, query, key = self.hidden_size, self.intermediate_size, self.query_width, self.key_width
         return {
             "self_attn.q_proj": (query, hidden),
@@ -87,15 +87,15 @@ SHAPES = {
 
 
 def make_base(shape: Shape, folder: Path) -> Path:
-    """A Hugging Face folder with random bf16 weights, one file a layer, so that no more than a layer is in memory."""
+    """Write a Hugging Face folder with random bf16 weights, one file per layer, to hold only one layer in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(shape, folder)
     _write_tokenizer(shape, folder)
     generator = torch.Generator().manual_seed(0)
-    where = _write_shard(folder, "ends", _end_weights(shape, generator))
+    weight_map = _write_shard(folder, "ends", _end_weights(shape, generator))
     for layer in range(shape.num_hidden_layers):
-        where |= _write_shard(folder, f"layer-{layer:03}", _layer_weights(shape, layer, generator))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        weight_map |= _write_shard(folder, f"layer-{layer:03}", _layer_weights(shape, layer, generator))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -149,7 +149,8 @@ def _write_config(shape: Shape, folder: Path) -> None:
 
 
 def word(token: int) -> str:
-    """The tokenizer's word for a token. The end's begins no other: special tokens are found inside words too."""
+    """Return the tokenizer's word for a token; the end token's is no prefix of another, since special tokens are also
+    matched inside words."""
     return "</s>" if token == END else f"t{token}"
 
 

@@ -1,9 +1,9 @@
-"""The tables of a result file.
+"""Format a result file as Markdown tables.
 
     python -m benchmarks.tables benchmarks/results/2026-11-23-cpu.json
 
-The measured ratio of two contestants is that of what the same pairs took them in all; the predicted one is the same of
-the operations in `benchmarks.limit`. Where they differ by more than a tenth, a footnote says why.
+The measured ratio of two contestants is the ratio of their total costs for the same pairs; the predicted one is the
+ratio of the FLOPs in `benchmarks.limit`. Where they differ by more than a tenth, a footnote gives the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of a whole result."""
+    """Format a whole result."""
     lines = [*_head(result), *_data_table(result.get("data", []))]
     notes: list[str] = []
     for (race, workload, shape), group in groupby(
@@ -54,7 +54,7 @@ def _head(result: dict[str, Any]) -> list[str]:
 
 
 def _race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str]) -> list[str]:
-    """One row a contestant. Everything but memory is per pair."""
+    """Tabulate a race, one row per contestant; all figures except memory are per pair."""
     unit = "s" if result["device"] == "cuda" else "CPU s"
     lines = _rows(
         "contestant",
@@ -111,22 +111,22 @@ def _of(record: Record, name: str) -> list[float]:
 
 
 def _costs(record: Record, result: dict[str, Any]) -> list[float]:
-    """Seconds of each step: the wall's on a GPU, else CPU seconds."""
+    """Return the seconds of each step: wall time on a GPU, CPU seconds on a CPU."""
     return _of(record, "wall_seconds" if result["device"] == "cuda" else "cpu_seconds")
 
 
 def _ratio(record: Record, first: Record, result: dict[str, Any]) -> tuple[float, float]:
-    """How many times the first contestant's cost, measured and predicted."""
+    """Divide the cost by the first contestant's, measured and predicted."""
 
-    def in_all(own: Sequence[float], others: Sequence[float]) -> float:
+    def of_sums(own: Sequence[float], others: Sequence[float]) -> float:
         return sum(own) / sum(others)
 
-    measured = in_all(_costs(record, result), _costs(first, result))
-    return measured, in_all(record["predicted"]["flops"], first["predicted"]["flops"])
+    measured = of_sums(_costs(record, result), _costs(first, result))
+    return measured, of_sums(record["predicted"]["flops"], first["predicted"]["flops"])
 
 
 def _share_of_limit(record: Record, result: dict[str, Any]) -> float:
-    """U: the least seconds that this machine needs for the contestant's own operations, over those that it took."""
+    """Compute U: the machine's minimum seconds for the contestant's own FLOPs, over its measured seconds."""
     peaks, predicted = result["peaks"], record["predicted"]
     return median(
         least_seconds(flops, moved, peaks["flops_per_second"], peaks["bytes_per_second"]) / cost
@@ -142,9 +142,9 @@ def _data_table(records: Sequence[Record]) -> list[str]:
     lines += _rows(
         "pairs", *(f"{name}, CPU s" for name in names), "pairs / CPU minute", "peak MiB", "time grew", "memory grew"
     )
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         total = sum(record["stages"].values())
-        before = records[place - 1] if place else None
+        before = records[index - 1] if index else None
         lines += _row(
             [
                 f"{record['pairs']:,}",

@@ -1,9 +1,9 @@
-"""TRL as a contestant: its own trainers and `train()`, held up between two steps by a callback.
+"""TRL as a contestant: its own trainers and `train()`, paused between steps by a callback.
 
-Two things are set that TRL leaves alone. `max_length` is None: by default it would cut long prompts. And every 4-bit
-layer gets `support_avx512bf16_for_cpu = False`: on CPUs with AVX512-BF16 bitsandbytes 0.50 otherwise repacks its
-weights at the first evaluation pass (the reference's), and from then on the base has no gradient and LoRA's are wrong;
-the steps would be faster, and train nothing.
+Two settings differ from TRL's defaults. `max_length` is None, since the default would truncate long prompts. And every
+4-bit layer gets `support_avx512bf16_for_cpu = False`: on CPUs with AVX512-BF16, bitsandbytes 0.50 otherwise repacks the
+weights at the first forward pass in eval mode (the reference's), after which no gradient flows through the base and
+LoRA's gradients are wrong; the steps would be faster, and train nothing.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from unittest import mock
 import torch
 
 from benchmarks.adapter import RANK, RATE, start_adapter
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Job
 from benchmarks.meter import Gate
 from benchmarks.pairs import Pair, as_singles, digest, text
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
+def train(job: Job, gate: Gate) -> None:
     """Train on the pairs in their order, passing the gate before each step."""
     from transformers import AutoTokenizer
 
-    with head_as_on_cuda() if contestant.compacts_head and device == "cpu" else contextlib.nullcontext():
+    contestant = job.contestant
+    with head_as_on_cuda() if contestant.compacts_head and job.device == "cpu" else contextlib.nullcontext():
         trainer = trainer_class(contestant.loss, gate)(
-            model=_load(base, device),
-            args=make_config(contestant, device, folder),
-            train_dataset=make_dataset(contestant.loss, pairs),
-            processing_class=AutoTokenizer.from_pretrained(base),
+            model=_load(job.base, job.device),
+            args=make_config(job),
+            train_dataset=make_dataset(contestant.loss, job.pairs),
+            processing_class=AutoTokenizer.from_pretrained(job.base),
             peft_config=_lora(),
             callbacks=[turns(gate)],
         )
@@ -41,7 +42,7 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
 
 
 def run(trainer: Any, gate: Gate) -> None:
-    """Start the adapter like everyone's, and train."""
+    """Initialize the adapter as for all contestants, and train."""
     start_adapter({name: value for name, value in trainer.model.named_parameters() if value.requires_grad})
     gate.digest = digest(_ids(row) for row in trainer.train_dataset)
     trainer.train()
@@ -49,10 +50,10 @@ def run(trainer: Any, gate: Gate) -> None:
 
 @contextlib.contextmanager
 def head_as_on_cuda() -> Iterator[None]:
-    """Make TRL's output head on a CPU project the scored positions alone, by the very code that it has for a GPU.
+    """Make TRL's output head project only the scored positions on a CPU, with the code that it uses on a GPU.
 
-    `_use_triton` is what lets it; its kernels ask a name of their own, and stay torch's. How it multiplies is its own
-    choice: 16-bit matrices where the result may be rounded to 16 bits, matrices cast to float32 where it may not.
+    Patching `_use_triton` in this module enables that path; the kernels check another name, and stay torch's. TRL still
+    chooses the dtype of the products: 16-bit where the result may be rounded to 16 bits, float32 otherwise.
     """
     with mock.patch("trl.trainer.utils._use_triton", return_value=True):
         yield
@@ -83,12 +84,13 @@ def _lora() -> Any:
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=LINEAR, task_type="CAUSAL_LM")
 
 
-def make_config(contestant: Contestant, device: str, folder: Path) -> Any:
+def make_config(job: Job) -> Any:
     from trl import DPOConfig, KTOConfig
 
+    contestant = job.contestant
     kind = DPOConfig if contestant.loss == "dpo" else KTOConfig
     return kind(
-        output_dir=str(folder / "trl"),
+        output_dir=str(job.folder / "trl"),
         beta=0.1,
         max_length=None,
         learning_rate=RATE,
@@ -100,8 +102,8 @@ def make_config(contestant: Contestant, device: str, folder: Path) -> Any:
         gradient_checkpointing=contestant.checkpointing,
         precompute_ref_log_probs=not contestant.live_reference,
         bf16=True,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device == "cuda",
+        use_cpu=job.device == "cpu",
+        dataloader_pin_memory=job.device == "cuda",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -133,7 +135,7 @@ def _ids(row: dict[str, Any]) -> list[list[int]]:
 
 
 def trainer_class(loss: str, gate: Gate) -> type:
-    """TRL's trainer, telling when the model and its adapter are loaded, and its losses before they are rounded."""
+    """Subclass TRL's trainer to notify the gate once the model is loaded, and of each loss before it is rounded."""
     from trl import DPOTrainer, KTOTrainer
 
     parent: Any = DPOTrainer if loss == "dpo" else KTOTrainer

@@ -1,27 +1,23 @@
-"""Unsloth's DPO recipe as a contestant, by its documentation. Written without a GPU at hand: it hasn't been run."""
+"""Unsloth's DPO recipe as a contestant, following its documentation. Written without a GPU; it hasn't been run."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks import trl_side
 from benchmarks.adapter import RANK
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Job
 from benchmarks.meter import Gate
-from benchmarks.pairs import Pair
 
 
-def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str, folder: Path, gate: Gate) -> None:
+def train(job: Job, gate: Gate) -> None:
     """Train on the pairs in their order, passing the gate before each step."""
     from unsloth import FastLanguageModel, PatchDPOTrainer  # before trl, which it patches
 
     PatchDPOTrainer()
-    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in job.pairs)
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(base), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=True
+        str(job.base), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=True
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -32,11 +28,11 @@ def train(contestant: Contestant, base: Path, pairs: Sequence[Pair], device: str
         bias="none",
         use_gradient_checkpointing="unsloth",
     )
-    trainer = trl_side.trainer_class(contestant.loss, gate)(
+    trainer = trl_side.trainer_class(job.contestant.loss, gate)(
         model=model,
         ref_model=None,
-        args=trl_side.make_config(contestant, device, folder),
-        train_dataset=trl_side.make_dataset(contestant.loss, pairs),
+        args=trl_side.make_config(job),
+        train_dataset=trl_side.make_dataset(job.contestant.loss, job.pairs),
         processing_class=tokenizer,
         callbacks=[trl_side.turns(gate)],
     )

@@ -14,7 +14,7 @@ from qpref.cli.options import base_option, json_option, quantization_option
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qpref.evaluation.comparison import ModelReport, Report
+    from qpref.evaluation.comparison import ComparedModel, Comparison
     from qpref.evaluation.statistics import Estimate
 
 WIDE = 250
@@ -66,7 +66,7 @@ def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
         _print(report)
 
 
-def _print(report: Report) -> None:
+def _print(report: Comparison) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -97,7 +97,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _metrics_table(models: Sequence[ModelReport]) -> Table:
+def _metrics_table(models: Sequence[ComparedModel]) -> Table:
     from qpref.evaluation.summary import labels
 
     table = _table("held-out pairs", [model.name for model in models])
@@ -108,7 +108,7 @@ def _metrics_table(models: Sequence[ModelReport]) -> Table:
     return table
 
 
-def _bucket_table(kind: str, models: Sequence[ModelReport]) -> Table:
+def _bucket_table(kind: str, models: Sequence[ComparedModel]) -> Table:
     """Tabulate the accuracy in each bucket, by implicit reward where the model has a reference."""
     from rich.text import Text
 
@@ -124,7 +124,7 @@ def _bucket_table(kind: str, models: Sequence[ModelReport]) -> Table:
     return table
 
 
-def _difference_table(models: Sequence[ModelReport]) -> Table:
+def _difference_table(models: Sequence[ComparedModel]) -> Table:
     from qpref.evaluation.summary import METRICS
 
     table = _table(f"difference from {models[0].name}, pair by pair", [model.name for model in models[1:]])

@@ -13,7 +13,7 @@ from qpref.cli.options import base_option, json_option, quantization_option
 
 if TYPE_CHECKING:
     from qpref.evaluation.generate import Answers
-    from qpref.evaluation.models import Subject
+    from qpref.evaluation.subjects import Subject
     from qpref.records import UnpairedExample
 
 WIDE = 160
@@ -67,7 +67,7 @@ def command(
     """
     from qpref.cli import quiet_transformers
     from qpref.evaluation.generate import Sampling, generate
-    from qpref.evaluation.models import identify, run_folder
+    from qpref.evaluation.subjects import identify, run_folder
 
     if not texts and data is None and run_folder(model) is None:
         raise click.UsageError(

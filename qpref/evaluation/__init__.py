@@ -1,1 +1,1 @@
-"""Held-out reports: what a trained model prefers, and what it writes."""
+"""Held-out evaluation: compare models on preference pairs, and generate answers."""

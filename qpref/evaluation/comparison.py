@@ -1,4 +1,4 @@
-"""A report in words and as JSON: what the numbers mean for somebody who has to act on them."""
+"""The result of an evaluation: models compared on the same pairs, as JSON, and warnings about what the numbers show."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ MOST_FELL = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelReport:
-    """One model of the report.
+class ComparedModel:
+    """One model of the comparison.
 
     Attributes:
-        reference: name of the model whose reference its rewards are against; None where it has none.
-        overlap: of the prompts with this run's training data, before any were left out; None where those data aren't
-            known.
+        reference: name of the model whose reference its rewards are computed against; None without a reference.
+        overlap: of the prompts with this model's training data, before any were left out; None if those are unknown.
     """
 
     name: str
@@ -34,16 +33,18 @@ class ModelReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What `qpref eval` says.
+class Comparison:
+    """The result of `qpref eval`.
 
     Attributes:
-        data: the file.
-        data_changed: whether a run held out other data than these; None where nobody knows, or others were named.
-        pairs: how many were compared; `read` less those left out for overlap and those for `left_out`'s reason.
-        left_out: pairs that some model can't be asked about, and the first one's reason.
-        beta_from: who says beta.
-        dtype: what all models computed in; None for each its own.
+        data: name of the data, such as their file.
+        data_changed: whether a run's held-out data have changed since its training; None if unknown, or for data given
+            by the user.
+        read: number of pairs read, after sampling.
+        pairs: number of pairs compared: `read` less those left out for overlap or for `left_out`'s reason.
+        left_out: number of pairs that some model can't be scored on, and the reason for the first.
+        beta_from: source of beta: a run, an option, or the default.
+        dtype: compute dtype of all models; None where each used its own.
     """
 
     data: str
@@ -56,18 +57,18 @@ class Report:
     seed: int
     samples: int
     dtype: str | None
-    models: Sequence[ModelReport]
+    models: Sequence[ComparedModel]
     data_changed: bool | None = None
 
     def warnings(self) -> list[str]:
-        """What somebody should know before trusting the table, and what to try."""
-        found = list(self._about_data())
+        """List what to know before trusting the numbers, and what to try."""
+        warnings = list(self._data_warnings())
         for model in self.models:
-            found += [f"{model.name}: {text}" for text in _about_model(model.summary.metrics)]
-        return found
+            warnings += [f"{model.name}: {text}" for text in _model_warnings(model.summary.metrics)]
+        return warnings
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON values; what is undefined is null."""
+        """Convert the comparison to JSON values; an undefined number is null."""
         return {
             "data": self.data,
             "data_changed": self.data_changed,
@@ -81,60 +82,63 @@ class Report:
             "warnings": self.warnings(),
         }
 
-    def _about_data(self) -> Iterator[str]:
+    def _data_warnings(self) -> Iterator[str]:
         if self.data_changed:
-            yield f"{self.data}: has changed since training; these aren't the pairs that the run has held out"
+            yield f"{self.data}: changed since training; these aren't the pairs that the run held out"
         if self.pairs < FEW_PAIRS:
-            yield f"{self.pairs} pairs are few: the intervals say how little is certain"
+            yield f"only {self.pairs} pairs: the intervals are wide"
         count, reason = self.left_out
         if count:
-            yield f"{count} of {self.read} pairs are left out of all models, the first: {reason}"
+            yield f"{count} of {self.read} pairs are left out for all models; the first: {reason}"
         for model in self.models:
             if model.overlap is not None and model.overlap.normalized:
-                also = model.overlap.normalized - model.overlap.exact
-                close = f", {also} of them but for case and white space" if also else ""
-                share = f"{model.overlap.normalized} of {self.read} prompts{close}"
-                if self.overlapping_left_out:
-                    yield f"{model.name}: {share} stand in its training data; they are left out"
-                else:
-                    yield (
-                        f"{model.name}: {share} stand in its training data, so its numbers are better than on prompts "
-                        "that it hasn't seen; --without-overlap leaves them out"
-                    )
+                yield self._overlap_warning(model.name, model.overlap)
+
+    def _overlap_warning(self, name: str, overlap: Overlap) -> str:
+        similar = overlap.normalized - overlap.exact
+        up_to_case = f" ({similar} of them up to case and white space)" if similar else ""
+        found = f"{name}: {overlap.normalized} of {self.read} prompts are in its training data{up_to_case}"
+        if self.overlapping_left_out:
+            return f"{found}; they are left out"
+        return f"{found}, so its numbers are better than on unseen prompts; --without-overlap leaves them out"
 
 
-def _about_model(metrics: Mapping[str, Estimate]) -> Iterator[str]:
+def _model_warnings(metrics: Mapping[str, Estimate]) -> Iterator[str]:
     drift, fell = metrics.get("drift/chosen"), metrics.get("drift/chosen_fell")
     if drift and fell and drift.high < 0 and fell.value > MOST_FELL:
         rejected = metrics["drift/rejected"].value
         yield (
-            f"the chosen responses have become less likely since the start ({drift.value:+.1f} nats on average, in "
-            f"{fell.value:.0%} of the pairs), while the rejected ones moved by {rejected:+.1f}: likelihood "
-            "displacement; the probability goes to answers that are in neither column. Read some with qpref generate. "
-            "To try: a larger beta, a lower learning_rate, fewer steps, a loss that also raises the chosen responses' "
-            "likelihood (qpref losses), or data without pairs whose two responses are nearly the same"
+            "likelihood displacement: the chosen responses have become less likely since the start "
+            f"({drift.value:+.1f} nats on average, in {fell.value:.0%} of the pairs), while the rejected ones moved by "
+            f"{rejected:+.1f}; the probability goes to answers that are in neither column. Read some with "
+            "qpref generate. To try: a larger beta, a lower learning_rate, fewer steps, a loss that also raises the "
+            "chosen responses' likelihood (qpref losses), or data without pairs whose two responses are nearly the same"
         )
     saturated = metrics.get("saturated")
     if saturated and saturated.value > MANY_SATURATED:
         yield (
-            f"{saturated.value:.0%} of the pairs are saturated: a logistic loss has less than a hundredth of its slope "
-            "left there, and more training moves the rest alone. To try: stop earlier, harder pairs, or a loss with a "
-            "target for the margin"
+            f"{saturated.value:.0%} of the pairs are saturated: a logistic loss has less than a hundredth of its "
+            "gradient left there, and more training moves only the others. To try: stop earlier, harder pairs, or a "
+            "loss with a target margin"
         )
-    for accuracy in ("rewards/accuracies", "logps/accuracies"):
+    yield from _length_warning(metrics)
+
+
+def _length_warning(metrics: Mapping[str, Estimate]) -> Iterator[str]:
+    """Warn of one length effect at most: of the accuracy by reward where there is one."""
+    for accuracy, by in (("rewards/accuracies", "by reward margin"), ("logps/accuracies", "by log-probability")):
         effect = metrics.get(f"{accuracy}_length_effect")
         if effect and (effect.low > 0 or effect.high < 0):
             plain, equal = metrics[accuracy].value, metrics[f"{accuracy}_length_controlled"].value
             kind = "longer" if effect.value > 0 else "shorter"
             yield (
-                f"it prefers {kind} responses beyond what is right: its accuracy "
-                f"{'by reward margin' if accuracy.startswith('rewards') else 'by log-probability'} is {plain:.3f}, and "
-                f"{equal:.3f} at equal length"
+                f"length bias: it prefers {kind} responses more than the labels do; its accuracy {by} is {plain:.3f}, "
+                f"and {equal:.3f} at equal length"
             )
-            return  # by reward where there is one
+            return
 
 
-def _model_json(model: ModelReport) -> dict[str, Any]:
+def _model_json(model: ComparedModel) -> dict[str, Any]:
     overlap = None
     if model.overlap is not None:
         overlap = {"exact": model.overlap.exact, "normalized": model.overlap.normalized}

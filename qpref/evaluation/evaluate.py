@@ -1,4 +1,4 @@
-"""One evaluation from paths to report: the same pairs through one model after the other."""
+"""Evaluate models from their paths to the comparison: the same pairs through one model after the other."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 
 from qpref.errors import DataError, DeviceMemoryError, QprefError, RecipeError
-from qpref.evaluation import heldout_pairs as rows
-from qpref.evaluation.comparison import ModelReport, Report
-from qpref.evaluation.models import Subject, common_dtype, identify
-from qpref.evaluation.scores import PairScores, Reference, positions, score_pairs, score_reference
+from qpref.evaluation import heldout_pairs
+from qpref.evaluation.comparison import ComparedModel, Comparison
+from qpref.evaluation.scores import PairScores, Reference, kl_positions, score_pairs, score_reference
 from qpref.evaluation.statistics import Bootstrap
+from qpref.evaluation.subjects import Subject, common_dtype, identify
 from qpref.evaluation.summary import summarize
 from qpref.recipe.reopen import RecordedRun
 from qpref.records import PreferencePair, TokenizedExample
@@ -28,18 +28,18 @@ DEFAULT_BETA = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked of `evaluate`.
+    """Options of one evaluation.
 
     Attributes:
-        models: paths or hub ids, the first of which the others are compared with.
-        data: where the pairs are, as `[data] train` has it; None for what the first run holds out.
+        models: paths or hub ids; the others are compared with the first.
+        data: location of the pairs, as in `[data] train`; None for the first run's held-out data.
         beta: None for the first run's.
-        samples: bootstrap draws.
-        max_pairs: at most so many, at random.
-        max_length: tokens of prompt and response; None for the first run's, else what the models were made for.
-        all_float32: compute in float32 even where all models have one type.
-        base, quantization: for models that no run explains.
-        without_overlap: leave out the pairs whose prompt a run was trained on.
+        samples: number of bootstrap resamples.
+        max_pairs: evaluate a random sample of this size; None for all pairs.
+        max_length: tokens of prompt and response; None for the first run's, else the models' context length.
+        all_float32: compute in float32 even where all models share a dtype.
+        base, quantization: for models without a run.
+        without_overlap: drop the pairs whose prompt is in a run's training data.
     """
 
     models: Sequence[str]
@@ -55,40 +55,40 @@ class Request:
     without_overlap: bool = False
 
 
-def evaluate(request: Request) -> Report:
+def evaluate(request: Request) -> Comparison:
     """Score the pairs under every model, one model in memory at a time.
 
     Raises:
-        QprefError: of the kind that fits.
+        QprefError: a model or the data cannot be read, no pair is left, or memory ran out.
     """
     subjects = [identify(name, base=request.base, quantization=request.quantization) for name in request.models]
     subjects = _with_common_settings(subjects, request.max_length)
-    label, everything, changed = _pairs(subjects, request.data)
-    asked = rows.sample_pairs(everything, request.max_pairs, request.seed)
-    overlaps = [_overlap(subject, asked) for subject in subjects]
+    label, all_pairs, changed = _pairs(subjects, request.data)
+    sampled = heldout_pairs.sample_pairs(all_pairs, request.max_pairs, request.seed)
+    overlaps = [_overlap(subject, sampled) for subject in subjects]
     if not any(subject.is_of_run for subject in subjects):
         for subject in subjects:
-            log.warning("%s: nobody knows whether its prompts were trained on; name its run too", subject.name)
-    seen: frozenset[int] = frozenset()
+            log.warning("%s: its training data are unknown, so overlap isn't checked; name its run too", subject.name)
+    trained_on: frozenset[int] = frozenset()
     if request.without_overlap:
-        seen = seen.union(*(found.pairs for found in overlaps if found))
-    pairs = [pair for place, pair in enumerate(asked) if place not in seen]
+        trained_on = trained_on.union(*(overlap.pairs for overlap in overlaps if overlap))
+    pairs = [pair for index, pair in enumerate(sampled) if index not in trained_on]
     if not pairs:
-        raise DataError(f"{label}: every prompt stands in the training data", "bring pairs with other prompts")
-    examples, places, reason = _tokenize(subjects, pairs)
-    left_out = len(pairs) - len(places), reason
-    pairs = [pairs[place] for place in places]
+        raise DataError(f"{label}: every prompt is in the training data", "use pairs with other prompts")
+    examples, indices, reason = _tokenize(subjects, pairs)
+    left_out = len(pairs) - len(indices), reason
+    pairs = [pairs[index] for index in indices]
     beta, beta_from = _beta(subjects, request.beta)
     scores, references = _score(subjects, examples, request)
-    bootstrap = Bootstrap.of([rows.text_of(pair.prompt) for pair in pairs], request.samples, request.seed)
+    bootstrap = Bootstrap.of([heldout_pairs.text_of(pair.prompt) for pair in pairs], request.samples, request.seed)
     summaries = summarize(scores, beta, bootstrap, [pair.source.path for pair in pairs])
     models = zip(subjects, references, overlaps, summaries, strict=True)
-    return Report(
+    return Comparison(
         data=label,
         data_changed=changed,
-        read=len(asked),
+        read=len(sampled),
         pairs=len(pairs),
-        overlapping_left_out=len(seen),
+        overlapping_left_out=len(trained_on),
         left_out=left_out,
         beta=beta,
         beta_from=beta_from,
@@ -96,37 +96,37 @@ def evaluate(request: Request) -> Report:
         samples=request.samples,
         dtype=common_dtype(subjects, request.all_float32),
         models=[
-            ModelReport(name=subject.name, kind=subject.kind, reference=reference, overlap=overlap, summary=summary)
+            ComparedModel(name=subject.name, kind=subject.kind, reference=reference, overlap=overlap, summary=summary)
             for subject, reference, overlap, summary in models
         ],
     )
 
 
 def _with_common_settings(subjects: Sequence[Subject], max_length: int | None) -> list[Subject]:
-    """The subjects with one limit of lengths, and the first run's template for those that no run explains."""
+    """Give all subjects one length limit, and the first run's chat template to those without a run."""
     runs = [subject.recipe.data for subject in subjects if subject.is_of_run]
     data = runs[0] if runs else min((subject.recipe.data for subject in subjects), key=lambda data: data.max_length)
     if max_length is not None:
         data = data.model_copy(update={"max_length": max_length, "max_prompt_length": max_length - 1})
     limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
 
-    def settled(subject: Subject) -> Subject:
+    def with_limits(subject: Subject) -> Subject:
         own = subject.recipe.data.model_copy(update=limits) if subject.is_of_run else data
         return replace(subject, recipe=subject.recipe.model_copy(update={"data": own}))
 
-    return [settled(subject) for subject in subjects]
+    return [with_limits(subject) for subject in subjects]
 
 
 def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list[PreferencePair], bool | None]:
-    """What to call the data, their pairs, and whether a run held out others than these."""
+    """Read the pairs; return the data's name, the pairs, and whether they have changed since a run's training."""
     if location is not None:
-        return location, rows.pairs_of(rows.data_at(location)), None
+        return location, heldout_pairs.pairs_of(heldout_pairs.data_at(location)), None
     for subject in subjects:
         if subject.run is not None:
-            heldout = rows.data_of_run(subject.run, heldout_alone=True).heldout
+            heldout = heldout_pairs.data_of_run(subject.run, heldout_alone=True).heldout
             if heldout is not None:
-                # The share that training allowed was of all rows, not of the held-out ones.
-                found = rows.pairs_of(heldout, 1.0 if subject.recipe.data.skip_bad else 0.0)
+                # Training applied its allowed share of bad rows to all rows, not to the held-out ones alone.
+                found = heldout_pairs.pairs_of(heldout, 1.0 if subject.recipe.data.skip_bad else 0.0)
                 label = ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources))
                 return label, found, _has_changed(subject, subject.run)
     raise RecipeError("no run among the models holds data out", "name pairs with --data")
@@ -135,58 +135,58 @@ def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list
 def _has_changed(subject: Subject, run: RecordedRun) -> bool | None:
     """Whether a run's held-out data aren't what they were; None, and a warning, where they can't be read as then."""
     try:
-        return rows.heldout_has_changed(run, subject.tokenizer())
+        return heldout_pairs.heldout_has_changed(run, subject.tokenizer())
     except QprefError as error:
-        log.warning("%s: nobody knows whether the held-out data are those of training: %s", subject.name, error.what)
+        log.warning("%s: can't check whether the held-out data have changed: %s", subject.name, error.what)
         return None
 
 
-def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> rows.Overlap | None:
+def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> heldout_pairs.Overlap | None:
     """With what the model was trained on; None, and a warning for a run, where that isn't known."""
     if subject.run is None:
         return None
     try:
-        train = rows.data_of_run(subject.run).train
-        return rows.overlap(pairs, (rows.text_of(row.prompt) for row in train.rows()))
+        train = heldout_pairs.data_of_run(subject.run).train
+        return heldout_pairs.overlap(pairs, (heldout_pairs.text_of(row.prompt) for row in train.rows()))
     except QprefError as error:
-        log.warning("%s: nobody knows whether the prompts were trained on: %s", subject.name, error.what)
+        log.warning("%s: can't check the overlap with its training data: %s", subject.name, error.what)
         return None
 
 
 def _tokenize(
     subjects: Sequence[Subject], pairs: Sequence[PreferencePair]
 ) -> tuple[list[list[TokenizedExample]], list[int], str]:
-    """For each model the pairs that all of them can be asked about; their numbers; why the first other isn't there."""
-    tokenized = [rows.tokenize_pairs(pairs, subject.tokenizer(), subject.recipe.data) for subject in subjects]
-    places = rows.same_for_all([kept for kept, _ in tokenized], pairs)
+    """Tokenize for each model the pairs that all can be scored on; also their indices and the first refusal."""
+    tokenized = [heldout_pairs.tokenize_pairs(pairs, subject.tokenizer(), subject.recipe.data) for subject in subjects]
+    indices = heldout_pairs.same_for_all([kept for kept, _ in tokenized], pairs)
     refused = [finding for _, findings in tokenized for finding in findings]
-    examples = [[kept[place] for place in places] for kept, _ in tokenized]
-    return examples, places, f"{refused[0].source}: {refused[0].message}" if refused else ""
+    examples = [[kept[index] for index in indices] for kept, _ in tokenized]
+    return examples, indices, f"{refused[0].source}: {refused[0].message}" if refused else ""
 
 
-def _beta(subjects: Sequence[Subject], asked: float | None) -> tuple[float, str]:
-    if asked is not None:
-        return asked, "--beta"
+def _beta(subjects: Sequence[Subject], given: float | None) -> tuple[float, str]:
+    if given is not None:
+        return given, "--beta"
     for subject in subjects:
         if subject.beta is not None:
             return subject.beta, subject.name
-    return DEFAULT_BETA, "the default; --beta says another"
+    return DEFAULT_BETA, "default; override with --beta"
 
 
 def _score(
     subjects: Sequence[Subject], examples: Sequence[Sequence[TokenizedExample]], request: Request
 ) -> tuple[list[PairScores], list[str | None]]:
-    """Each model's scores, and the name of the model whose reference they are against.
+    """Score every model, and name the model whose reference each one is compared with.
 
-    Models with a reference of their own go first: the first one's serves the models that have none.
+    Models with a reference of their own go first: models without one are compared with the first such reference.
     """
     dtype = common_dtype(subjects, request.all_float32)
     scores: dict[int, PairScores] = {}
     names: dict[int, str | None] = {}
     shared: Reference | None = None
-    wanted = any(not subject.has_reference for subject in subjects)
-    for place in sorted(range(len(subjects)), key=lambda place: not subjects[place].has_reference):
-        subject, own = subjects[place], examples[place]
+    needs_shared = any(not subject.has_reference for subject in subjects)
+    for index in sorted(range(len(subjects)), key=lambda index: not subjects[index].has_reference):
+        subject, own = subjects[index], examples[index]
         log.info("%s: scoring %d pairs", subject.name, len(own))
         try:
             found, reference = _score_one(subject, own, shared, dtype or subject.dtype, request.seed)
@@ -194,31 +194,31 @@ def _score(
             hint = (
                 "compare fewer models, or lower --max-length"
                 if dtype is None
-                else ("the models compute in float32 here; evaluate them one at a time, each in its own type")
+                else "the models compute in float32 here; evaluate them one at a time, each in its own dtype"
             )
             raise DeviceMemoryError(f"{subject.name}: the device ran out of memory", hint) from error
-        scores[place], names[place] = found, reference.name if reference else None
-        if wanted and shared is None:
+        scores[index], names[index] = found, reference.name if reference else None
+        if needs_shared and shared is None:
             shared = reference
         del reference
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     order = range(len(subjects))
-    return [scores[place] for place in order], [names[place] for place in order]
+    return [scores[index] for index in order], [names[index] for index in order]
 
 
 def _score_one(
     subject: Subject, examples: Sequence[TokenizedExample], shared: Reference | None, dtype: str, seed: int
 ) -> tuple[PairScores, Reference | None]:
-    """One model's scores and what they are against."""
+    """One model's scores, and the reference that they are compared with."""
     policy = subject.load(dtype)
     check_layout(policy, examples[0])
-    looked_at = positions(examples, seed)
+    positions = kl_positions(examples, seed)
     reference = shared
     if subject.has_reference:
-        reference = score_reference(subject.name, policy, examples, looked_at)
+        reference = score_reference(subject.name, policy, examples, positions)
     elif shared is not None and not shared.fits(examples):
-        log.warning("%s: its tokens aren't those of %s, so it has no reference here", subject.name, shared.name)
+        log.warning("%s: its token ids differ from those of %s, so it has no reference here", subject.name, shared.name)
         reference = None
-    return score_pairs(policy, examples, looked_at, reference), reference
+    return score_pairs(policy, examples, positions, reference), reference

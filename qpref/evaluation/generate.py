@@ -1,4 +1,4 @@
-"""Answers of a model, and of its base with the adapter off, to the same prompts: for people to look at."""
+"""Generate a model's answers, and its base's with the adapter off, to the same prompts: for people to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qpref.data.source import DataSource
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, RecipeError
 from qpref.evaluation.heldout_pairs import data_of_run, text_of
-from qpref.evaluation.models import Subject
+from qpref.evaluation.subjects import Subject
 from qpref.policy.lora import decoding
 from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
@@ -31,12 +31,12 @@ NUM_HELDOUT = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How answers are drawn.
+    """Sampling settings.
 
     Attributes:
-        temperature: 0 for the likeliest token always.
-        top_p: from the likeliest tokens that have this much probability together.
-        batch_size: prompts at once; halved when the memory runs out.
+        temperature: 0 for greedy decoding.
+        top_p: nucleus sampling's probability mass.
+        batch_size: prompts per batch; halved when memory runs out.
     """
 
     max_new_tokens: int = 128
@@ -48,11 +48,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What was answered to one prompt; `base` is None for a model without an adapter.
+    """The answers to one prompt; `base` is None for a model without an adapter.
 
     Attributes:
         prompt: its text, all turns.
-        ended: for the model and the base, whether the answer ended by itself.
+        ended: for the model and the base, whether the answer ended with a stop token.
     """
 
     prompt: str
@@ -62,11 +62,11 @@ class Answers:
 
 
 def read_prompts(location: str) -> list[UnpairedExample]:
-    """The prompts of some data: each row's, whatever else it has or lacks; each line of a .txt file.
+    """Read the prompts of a data file: one from each row, with or without responses; from a .txt file, one per line.
 
     Raises:
         RecipeError: no reader fits.
-        DataError: it cannot be read, a row has no prompt, or there is none.
+        DataError: it cannot be read, a row has no prompt, or the file is empty.
     """
     if location.lower().endswith(".txt"):
         prompts = _lines(Path(location))
@@ -74,7 +74,7 @@ def read_prompts(location: str) -> list[UnpairedExample]:
         sources = [DataSource(choice) for choice in make_data_plan(location).sources]
         prompts = [_prompt_of(source, row) for source in sources for row in source.raw()]
     if not prompts:
-        raise DataError(f"{location}: holds no prompt")
+        raise DataError(f"{location}: has no prompt")
     return prompts
 
 
@@ -90,7 +90,7 @@ def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
         raise RecipeError(f"{run.path}: this run holds no data out", "name prompts with --prompt or --prompts")
     found: dict[str, UnpairedExample] = {}
     for row in heldout.rows():
-        found.setdefault(text_of(row.prompt), _asked(row.prompt, row.tools, row.source))
+        found.setdefault(text_of(row.prompt), _without_response(row.prompt, row.tools, row.source))
         if len(found) == NUM_HELDOUT:
             break
     if not found:
@@ -99,12 +99,14 @@ def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
 
 
 def as_prompt(text: str, source: Source = GIVEN) -> UnpairedExample:
-    """A text as one turn of the user's."""
-    return _asked((Message(role="user", content=text),), (), source)
+    """Make a prompt of one user turn."""
+    return _without_response((Message(role="user", content=text),), (), source)
 
 
-def _asked(prompt: tuple[Message, ...], tools: tuple[Mapping[str, object], ...], source: Source) -> UnpairedExample:
-    """A prompt as a row, which a template can render: with a response that stands for none."""
+def _without_response(
+    prompt: tuple[Message, ...], tools: tuple[Mapping[str, object], ...], source: Source
+) -> UnpairedExample:
+    """Make an example that a chat template can render: the prompt and a placeholder response."""
     response = (Message(role="assistant", content="."),)
     return UnpairedExample(prompt=prompt, tools=tools, completion=response, label=True, source=source)
 
@@ -116,12 +118,12 @@ def _lines(path: Path) -> list[UnpairedExample]:
         raise DataError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    places = enumerate(lines, start=1)
-    return [as_prompt(line, Source(path=str(path), line=number)) for number, line in places if line.strip()]
+    numbered = enumerate(lines, start=1)
+    return [as_prompt(line, Source(path=str(path), line=number)) for number, line in numbered if line.strip()]
 
 
 def _prompt_of(source: DataSource, row: Row | Finding) -> UnpairedExample:
-    """A row's prompt: of the example that it is, or the column `prompt` of a row that has no response."""
+    """Take the prompt of a row: of its example, or of the column `prompt` where the row has no response."""
     found = source.records(row)
     if isinstance(found, Finding) and isinstance(row, Row):
         if row.values.get("prompt") is None:
@@ -130,28 +132,28 @@ def _prompt_of(source: DataSource, row: Row | Finding) -> UnpairedExample:
         found = source.records(Row(values=filled, source=row.source))
     if isinstance(found, Finding):
         raise DataError(f"{found.source}: {found.message}")
-    return _asked(found[0].prompt, found[0].tools, found[0].source)
+    return _without_response(found[0].prompt, found[0].tools, found[0].source)
 
 
 def prompt_ids(tokenizer: PairTokenizer, prompts: Sequence[UnpairedExample]) -> list[list[int]]:
-    """The ids that a model is asked with: the same as before a response in training.
+    """Tokenize the prompts exactly as they precede a response in training.
 
     Raises:
         DataError: a prompt holds a control token, or the chat template refuses it.
     """
     found = [one for one in tokenizer.tokenize(prompts) if isinstance(one, TokenizedExample) or one.severity == "error"]
     if refused := [one for one in found if isinstance(one, Finding)]:
-        raise DataError(f"{refused[0].source}: cannot be asked: {refused[0].message}")
+        raise DataError(f"{refused[0].source}: not a usable prompt: {refused[0].message}")
     return [list(example.prompt) for example in found if isinstance(example, TokenizedExample)]
 
 
 def generate(
     subject: Subject, prompts: Sequence[UnpairedExample], sampling: Sampling, dtype: str | None = None
 ) -> list[Answers]:
-    """The model's answers, and its base's, in the prompts' order.
+    """Generate the model's answers, and its base's, in the prompts' order.
 
-    Prompts of about one length are answered together, padded on the left. The base's answers are drawn with the seed
-    that the model's are.
+    Prompts of similar length share a batch, padded on the left. The base's answers are sampled with the same seed as
+    the model's.
 
     Raises:
         DataError: a prompt cannot be rendered.
@@ -162,50 +164,50 @@ def generate(
     ids = prompt_ids(tokenizer, prompts)
     policy = subject.load(dtype or subject.dtype)
     policy.share_prompts(False)
-    ours = _answers(policy, tokenizer, ids, sampling)
-    theirs: list[tuple[str, bool]] | None = None
+    answers = _answers(policy, tokenizer, ids, sampling)
+    of_base: list[tuple[str, bool]] | None = None
     if subject.has_reference:
         with as_reference(policy):
-            theirs = _answers(policy, tokenizer, ids, sampling)
+            of_base = _answers(policy, tokenizer, ids, sampling)
     return [
         Answers(
             prompt=text_of(prompt.prompt),
-            model=ours[place][0],
-            base=theirs[place][0] if theirs else None,
-            ended=(ours[place][1], theirs[place][1] if theirs else None),
+            model=answers[index][0],
+            base=of_base[index][0] if of_base else None,
+            ended=(answers[index][1], of_base[index][1] if of_base else None),
         )
-        for place, prompt in enumerate(prompts)
+        for index, prompt in enumerate(prompts)
     ]
 
 
 def _answers(
     policy: Policy, tokenizer: PairTokenizer, ids: Sequence[list[int]], sampling: Sampling
 ) -> list[tuple[str, bool]]:
-    """Each prompt's answer under the policy as it stands, and whether it ended by itself."""
-    order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
+    """Generate each prompt's answer under the policy in its current mode; True where a stop token ended it."""
+    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     found: dict[int, tuple[str, bool]] = {}
     torch.manual_seed(sampling.seed)
     size = sampling.batch_size
     while len(found) < len(ids):
-        places = order[len(found) : len(found) + size]
-        new = _generate(policy, tokenizer, [ids[place] for place in places], sampling)
+        indices = order[len(found) : len(found) + size]
+        new = _generate(policy, tokenizer, [ids[index] for index in indices], sampling)
         if new is None:
             if size == 1:
                 raise DeviceMemoryError("the device ran out of memory on one prompt", "lower --max-new-tokens")
             size //= 2
-            log.warning("out of memory: %d prompts at once", size)
+            log.warning("out of memory: continuing with %d prompts per batch", size)
             continue
-        for place, answer in zip(places, new, strict=True):
+        for index, answer in zip(indices, new, strict=True):
             stop = next((at for at, token in enumerate(answer) if token in tokenizer.stop_tokens), None)
             text = tokenizer.tokenizer.decode(answer[:stop], skip_special_tokens=True)
-            found[place] = (text, stop is not None)
-    return [found[place] for place in range(len(ids))]
+            found[index] = (text, stop is not None)
+    return [found[index] for index in range(len(ids))]
 
 
 def _generate(
     policy: Policy, tokenizer: PairTokenizer, prompts: Sequence[list[int]], sampling: Sampling
 ) -> list[list[int]] | None:
-    """The new tokens of each prompt; None where the memory didn't suffice."""
+    """Generate the new tokens of each prompt; None if memory ran out."""
     longest = max(map(len, prompts))
     padding = tokenizer.stop_tokens[0]
     rows = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -234,6 +236,6 @@ def _settings(policy: Policy, tokenizer: PairTokenizer, sampling: Sampling) -> A
         use_cache=True,
         **drawn,
     )
-    # transformers fills what isn't set from the model's own settings, such as a repetition penalty.
+    # transformers fills unset fields from the model's own generation config, such as a repetition penalty.
     policy.plain_model.generation_config = settings
     return settings

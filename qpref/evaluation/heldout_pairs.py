@@ -1,5 +1,5 @@
-"""The pairs that models are compared on: read, cut to a number, freed of what can't be compared, and held against the
-prompts that were trained on."""
+"""The pairs that models are compared on: read, sampled, tokenized for each model, and checked for overlap with the
+training data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qpref.records import Finding, Message, PreferencePair, TokenizedExample, Un
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """How many of the evaluated prompts stand in some training data.
+    """Evaluated prompts that also occur in some training data.
 
     Attributes:
-        exact: word for word.
-        normalized: in their case, white space and Unicode form alone different, the exact ones included.
-        pairs: the numbers of those pairs, by `normalized`.
+        exact: number of identical prompts.
+        normalized: number of prompts equal up to case, white space and Unicode form, the identical ones included.
+        pairs: indices of the pairs counted by `normalized`.
     """
 
     exact: int
@@ -36,7 +36,7 @@ class Overlap:
 
 
 def data_at(location: str) -> CheckedRows:
-    """The rows of a file, or of another place that a reader knows.
+    """Read the rows of a file, or of another location that a reader knows.
 
     Raises:
         RecipeError: no reader fits.
@@ -49,7 +49,7 @@ def data_of_run(run: RecordedRun, *, heldout_alone: bool = False) -> CheckedData
     """The rows that a run trains on and holds out, by its recipe, those among them that its checks refuse.
 
     Args:
-        heldout_alone: read no training data, where they aren't needed for the held-out ones.
+        heldout_alone: skip the training data unless the held-out rows are split from them.
 
     Raises:
         RecipeError: a reader isn't installed.
@@ -74,10 +74,10 @@ def heldout_has_changed(run: RecordedRun, tokenizer: PairTokenizer) -> bool | No
 
 
 def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair]:
-    """All pairs, in their order.
+    """List all pairs, in file order.
 
     Raises:
-        DataError: some row is no pair, more rows than allowed are bad, or there is none.
+        DataError: a row is no pair, more rows than allowed are bad, or there are no rows.
     """
     checked.report.stop_on_errors(skip_bad)
     rows = list(checked.rows())
@@ -89,68 +89,75 @@ def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair
             "evaluate on pairs: rows of prompt, chosen, rejected",
         )
     if not rows:
-        raise DataError(f"{checked.report.label}: holds no pair")
+        raise DataError(f"{checked.report.label}: has no pairs")
     return [row for row in rows if isinstance(row, PreferencePair)]
 
 
 def sample_pairs(pairs: Sequence[PreferencePair], most: int | None, seed: int) -> list[PreferencePair]:
-    """At most so many of the pairs, at random but in their order."""
+    """Draw a random sample of at most `most` pairs, kept in their order."""
     if most is None or most >= len(pairs):
         return list(pairs)
-    return [pairs[place] for place in sorted(random.Random(seed).sample(range(len(pairs)), most))]
+    return [pairs[index] for index in sorted(random.Random(seed).sample(range(len(pairs)), most))]
 
 
 def overlap(pairs: Sequence[PreferencePair], trained_on: Iterable[str]) -> Overlap:
-    """Which pairs have a prompt that was trained on: the whole prompt, all its turns."""
+    """Find the pairs whose whole prompt, all turns, is in the training data.
+
+    Args:
+        trained_on: the training prompts, by `text_of`.
+    """
     exact = set(trained_on)
     normalized = {normalize(text) for text in exact}
     texts = [text_of(pair.prompt) for pair in pairs]
-    found = frozenset(place for place, text in enumerate(texts) if normalize(text) in normalized)
+    found = frozenset(index for index, text in enumerate(texts) if normalize(text) in normalized)
     return Overlap(sum(text in exact for text in texts), len(found), found)
 
 
 def text_of(prompt: Sequence[Message]) -> str:
-    """A whole prompt as one text; a lone user turn is its words, as in a row that gives it as a text."""
+    """Join a prompt's turns into one text; a single user turn is its bare content, as in a row with a plain string."""
     if len(prompt) == 1 and prompt[0].role == "user":
         return prompt[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in prompt)
 
 
 def normalize(text: str) -> str:
-    """What is left of a text without case, Unicode form and white space's kind and amount."""
+    """Normalize case, Unicode form (NFKC) and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def tokenize_pairs(
     pairs: Sequence[PreferencePair], tokenizer: PairTokenizer, data: DataSection
 ) -> tuple[dict[int, TokenizedExample], list[Finding]]:
-    """The pairs as one model meets them, by their numbers, and why it can't be asked about the others: its template or
-    tokenizer refuses them, or they are longer than `data` allows and it doesn't have them cut."""
+    """Tokenize the pairs for one model; return the examples by pair index, and the findings on refused pairs.
+
+    A pair is refused by the model's chat template or tokenizer, or where it exceeds the length limits of `data` and
+    `data.on_overflow` isn't truncate.
+    """
     kept: dict[int, TokenizedExample] = {}
     refused: list[Finding] = []
     limits = data if data.on_overflow == "truncate" else data.model_copy(update={"on_overflow": "error"})
     found = tokenizer.tokenize(pairs, prompt_limit(limits))
     ends = (one for one in found if isinstance(one, TokenizedExample) or one.severity == "error")
-    for number, (_, example) in enumerate(zip(pairs, ends, strict=True)):
+    for index, (_, example) in enumerate(zip(pairs, ends, strict=True)):
         fitted = example if isinstance(example, Finding) else fit_length(example, limits)
         assert fitted is not None
         if isinstance(fitted, Finding):
             refused.append(fitted)
         else:
-            kept[number] = fitted
+            kept[index] = fitted
     return kept, refused
 
 
 def same_for_all(tokenized: Sequence[Mapping[int, TokenizedExample]], pairs: Sequence[PreferencePair]) -> list[int]:
-    """The numbers of the pairs that every model can be asked about.
+    """Indices of the pairs that every model can be scored on.
 
     Raises:
-        DataError: there is none.
+        DataError: no pair is left.
     """
-    kept = [number for number in range(len(pairs)) if all(number in examples for examples in tokenized)]
+    kept = [index for index in range(len(pairs)) if all(index in examples for examples in tokenized)]
     if not kept:
         raise DataError(
-            f"{pairs[0].source.path}: no pair is left that every model can be asked about",
-            "they are longer than --max-length allows, or a chat template refuses them",
+            f"{pairs[0].source.path}: no pair is left that every model can be scored on",
+            "the pairs are longer than --max-length, or a chat template refuses them",
         )
     return kept

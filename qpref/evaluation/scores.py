@@ -1,4 +1,4 @@
-"""What a model says of pairs: both responses' log-probabilities, and how far its next tokens are from a reference's."""
+"""Score pairs under a model: log-probabilities of both responses, and the KL of its next tokens from a reference's."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from qpref.policy.reference import as_reference, frozen, row_keys
 from qpref.records import TokenizedExample, TokenLogProbs
 
 KL_POSITIONS = 8192
-"""Response tokens, over all pairs, at which the whole vocabulary is compared; bounds what is kept of a reference."""
+"""Response tokens, over all pairs, at which the KL over the whole vocabulary is computed; bounds the memory for a
+reference's distributions."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairScores:
-    """What one model says of N pairs, chosen before rejected.
+    """One model's scores of N pairs, chosen before rejected.
 
     Attributes:
         policy: [N, 2] summed log-probabilities, nats.
         reference: [N, 2] the reference's; None without one.
         lengths: [N, 2] response tokens.
-        kl: [N] KL(policy || reference) a token, a mean over the pair's positions that were looked at; None without a
+        kl: [N] KL(policy || reference) per token, nats, a mean over the pair's `kl_positions`; None without a
             reference, or with one of another vocabulary.
     """
 
@@ -47,13 +48,13 @@ class PairScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What a reference says of the pairs, for its own model and for those that have none.
+    """A reference's scores of the pairs, for its own model and for models without a reference.
 
     Attributes:
         name: the model whose reference it is.
-        keys: of each pair's token ids: another tokenizer's pairs are others.
-        totals: [N, 2] summed log-probabilities.
-        next_tokens: its distributions at the positions of each pair that are looked at.
+        keys: hashes of each pair's token ids; they differ between tokenizers.
+        totals: [N, 2] summed log-probabilities, nats.
+        next_tokens: its distributions at each pair's `kl_positions`.
     """
 
     name: str
@@ -62,96 +63,100 @@ class Reference:
     next_tokens: list[NextTokens]
 
     def fits(self, examples: Sequence[TokenizedExample]) -> bool:
-        """Whether these are the same token ids."""
+        """Return whether these examples have the token ids that were scored."""
         return self.keys == [row_keys(example) for example in examples]
 
 
-def positions(examples: Sequence[TokenizedExample], seed: int, most: int = KL_POSITIONS) -> list[Tensor]:
-    """For each pair, at which of its response tokens the whole vocabulary is compared, at random where all are too
-    many."""
+def kl_positions(examples: Sequence[TokenizedExample], seed: int, most: int = KL_POSITIONS) -> list[Tensor]:
+    """Choose the response tokens of each pair at which the KL is computed: all, or a random sample beyond `most`.
+
+    Args:
+        most: bound on the positions of all pairs; each pair has at least one.
+    """
     each = max(1, most // len(examples))
     chosen = []
-    for place, example in enumerate(examples):
+    for index, example in enumerate(examples):
         count = sum(map(len, example.branches))
-        draw = random.Random(f"{seed} {place}").sample(range(count), each) if count > each else range(count)
+        draw = random.Random(f"{seed} {index}").sample(range(count), each) if count > each else range(count)
         chosen.append(torch.tensor(sorted(draw)))
     return chosen
 
 
 def score_reference(
-    name: str, policy: Policy, examples: Sequence[TokenizedExample], looked_at: Sequence[Tensor]
+    name: str, policy: Policy, examples: Sequence[TokenizedExample], positions: Sequence[Tensor]
 ) -> Reference:
-    """What the policy's own reference says."""
+    """Score the pairs under the policy's own reference."""
     with as_reference(policy):
-        totals, next_tokens = _pass(policy, examples, looked_at)
+        totals, next_tokens = _forward_all(policy, examples, positions)
     return Reference(
         name=name, keys=[row_keys(example) for example in examples], totals=totals, next_tokens=next_tokens
     )
 
 
 def score_pairs(
-    policy: Policy, examples: Sequence[TokenizedExample], looked_at: Sequence[Tensor], reference: Reference | None
+    policy: Policy, examples: Sequence[TokenizedExample], positions: Sequence[Tensor], reference: Reference | None
 ) -> PairScores:
-    """What the policy says, beside what a reference has said of the same pairs."""
-    apart: dict[int, float] = {}
+    """Score the pairs under the policy, and compare it with a reference that has scored the same pairs."""
+    kl: dict[int, float] = {}
     comparable = reference is not None and reference.next_tokens[0].num_tokens == policy.head.weight.shape[0]
 
-    def compare(place: int, ours: NextTokens) -> None:
+    def compare(index: int, of_policy: NextTokens) -> None:
         assert reference is not None
-        theirs = reference.next_tokens[place].on(policy.device)
-        apart[place] = token_kl(ours, theirs).mean().item()
+        of_reference = reference.next_tokens[index].on(policy.device)
+        kl[index] = token_kl(of_policy, of_reference).mean().item()
 
     with frozen(policy):
-        totals, _ = _pass(policy, examples, looked_at, compare if comparable else _ignore)
+        totals, _ = _forward_all(policy, examples, positions, compare if comparable else _ignore)
     return PairScores(
         policy=totals,
         reference=None if reference is None else reference.totals,
         lengths=np.array([[len(branch) for branch in example.branches] for example in examples]),
-        kl=np.array([apart[place] for place in range(len(examples))]) if comparable else None,
+        kl=np.array([kl[index] for index in range(len(examples))]) if comparable else None,
     )
 
 
-def _ignore(place: int, found: NextTokens) -> None:
-    """For a pass whose distributions nobody asks for."""
+def _ignore(index: int, next_tokens: NextTokens) -> None:
+    """Drop the distributions, where there is nothing to compare them with."""
 
 
-def _pass(
+def _forward_all(
     policy: Policy,
     examples: Sequence[TokenizedExample],
-    looked_at: Sequence[Tensor],
+    positions: Sequence[Tensor],
     take: Callable[[int, NextTokens], None] | None = None,
 ) -> tuple[Floats, list[NextTokens]]:
-    """[N, 2] log-probabilities under the policy as it stands, and the distributions at the positions looked at.
+    """Compute [N, 2] log-probabilities under the policy in its current mode, and the next-token distributions.
 
-    The longest pairs go first, so that memory runs out at once if it does; the batches are then smaller.
+    The longest pairs go first, so that memory runs out in the first batch if at all; the batches then shrink.
 
     Args:
-        take: gets each pair's distributions instead, on the device, as soon as they are there.
+        positions: for each pair, the response tokens whose distributions are wanted.
+        take: receives each pair's distributions on the device; by default they are moved to the CPU and returned.
     """
     totals = np.empty((len(examples), 2))
     kept: dict[int, NextTokens] = {}
-    take = take or (lambda place, found: kept.__setitem__(place, found.on(torch.device("cpu"))))
-    order = sorted(range(len(examples)), key=lambda place: -num_fed_tokens(examples[place], policy.shares_prompts))
+    take = take or (lambda index, next_tokens: kept.__setitem__(index, next_tokens.on(torch.device("cpu"))))
+    order = sorted(range(len(examples)), key=lambda index: -num_fed_tokens(examples[index], policy.shares_prompts))
     tokens, done = MOST_TOKENS[policy.device.type], 0
     while done < len(order):
         longest = num_fed_tokens(examples[order[done]], policy.shares_prompts)
-        places = order[done : done + max(1, tokens // longest)]
-        members = [examples[place] for place in places]
+        indices = order[done : done + max(1, tokens // longest)]
+        members = [examples[index] for index in indices]
         scored = _score(policy, members)
         if scored is None:
             tokens = shrink_microbatch(policy, members, tokens)
             continue
         values, hidden = scored
-        totals[places] = values.total.double().cpu().numpy().reshape(-1, 2)
+        totals[indices] = values.total.double().cpu().numpy().reshape(-1, 2)
         starts = np.cumsum([0, *(sum(map(len, member.branches)) for member in members)])
-        for place, start in zip(places, starts[:-1].tolist(), strict=True):
-            take(place, NextTokens.of(policy.head, hidden[start + looked_at[place].to(hidden.device)]))
-        done += len(places)
-    return totals, [kept[place] for place in sorted(kept)]
+        for index, start in zip(indices, starts[:-1].tolist(), strict=True):
+            take(index, NextTokens.of(policy.head, hidden[start + positions[index].to(hidden.device)]))
+        done += len(indices)
+    return totals, [kept[index] for index in sorted(kept)]
 
 
 def _score(policy: Policy, members: Sequence[TokenizedExample]) -> tuple[TokenLogProbs, Tensor] | None:
-    """The log-probabilities and the hidden states that make them; None where the memory didn't suffice."""
+    """Compute the log-probabilities and the hidden states behind them; None if memory ran out."""
     batch = pack(members, policy.device)
     try:
         hidden = completion_hidden(policy, batch)

@@ -1,8 +1,8 @@
-"""Estimates with bootstrap confidence intervals, and accuracy at equal length. Arrays in, numbers out; no model here.
+"""Bootstrap confidence intervals, and accuracy at equal length; arrays in, numbers out.
 
 Every estimate is a ratio of two sums over pairs, so a resample is a vector of weights. Pairs of one prompt aren't
-independent, so whole prompts are drawn (Cameron, Gelbach and Miller 2008 call it the pairs cluster bootstrap). The same
-seed gives the same draws, for every model and statistic: differences between models are paired.
+independent, so whole prompts are resampled (the pairs cluster bootstrap of Cameron, Gelbach and Miller 2008). A seed
+gives the same draws for every model and statistic, so differences between models are paired.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 CHUNK_NUMBERS = 2**22
-"""Weights that exist at a time: 32 MiB."""
+"""Weights in memory at a time: 32 MiB."""
 LENGTH_PRIOR_SD = 2.5
-"""Of a normal prior on the effect of length, so that it stays finite where length separates right from wrong; the scale
-of Gelman et al. 2008, "A weakly informative default prior distribution for logistic and other regression models"."""
+"""Standard deviation of a normal prior on the length effect, so that it stays finite where length separates right from
+wrong; the scale of Gelman et al. 2008, "A weakly informative default prior distribution for logistic and other
+regression models"."""
 NEWTON_STEPS = 50
-SATURATED_SLOPE = 0.01
+SATURATED_GRADIENT = 0.01
+"""A logistic loss's gradient, sigmoid(-margin), below which a pair counts as saturated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number, its 95 % interval, and of how many pairs it is."""
+    """A number, its 95 % interval, and the number of pairs behind it."""
 
     value: float
     low: float
@@ -38,11 +40,11 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
-    """Draws of whole prompts with replacement.
+    """Resampling of whole prompts with replacement.
 
     Attributes:
-        cluster: [N] which prompt, from 0 on, each pair has.
-        samples: how many draws.
+        cluster: [N] index of each pair's prompt, from 0.
+        samples: number of draws.
     """
 
     cluster: NDArray[np.int64]
@@ -55,7 +57,7 @@ class Bootstrap:
         return cls(np.array([numbers[prompt] for prompt in prompts]), samples, seed)
 
     def weights(self) -> Iterator[Floats]:
-        """[draws, N] how often each pair stands in a draw, some draws at a time; the same ones at every call."""
+        """Yield [draws, N] counts of each pair in each draw, chunk by chunk; the same draws at every call."""
         random = np.random.default_rng(self.seed)
         clusters = int(self.cluster.max()) + 1
         chunk = max(1, CHUNK_NUMBERS // max(clusters, len(self.cluster)))
@@ -67,31 +69,31 @@ class Bootstrap:
             yield counts[:, self.cluster].astype(np.float64)
 
     def mean(self, values: Floats, share: Floats | None = None) -> Estimate:
-        """The mean of [N] values; a pair whose value is NaN doesn't count.
+        """Estimate the mean of [N] values; NaN values are left out.
 
         Args:
-            share: [N] what each pair weighs in the mean, such as its tokens.
+            share: [N] weight of each pair in the mean, such as its tokens.
         """
         known = ~np.isnan(values)
         share = np.where(known, 1.0 if share is None else share, 0.0)
         sums = np.where(known, values, 0.0) * share
 
-        def of(weights: Floats) -> Floats:
+        def weighted_mean(weights: Floats) -> Floats:
             with np.errstate(invalid="ignore"):
                 ratios: Floats = (weights @ sums) / (weights @ share)
             return ratios
 
-        return self.statistic(of, int(known.sum()))
+        return self.statistic(weighted_mean, int(known.sum()))
 
-    def statistic(self, of: Callable[[Floats], Floats], pairs: int) -> Estimate:
-        """The interval of any statistic of weighted pairs, by percentiles (Efron 1979).
+    def statistic(self, compute: Callable[[Floats], Floats], pairs: int) -> Estimate:
+        """Estimate any statistic of weighted pairs, with a percentile interval (Efron 1979).
 
         Args:
-            of: [draws, N] weights -> [draws] values, NaN where a draw has none.
-            pairs: of how many it is.
+            compute: [draws, N] weights -> [draws] values, NaN where a draw's is undefined.
+            pairs: number of pairs that count.
         """
-        value = float(of(np.ones((1, len(self.cluster))))[0])
-        draws = np.concatenate([of(weights) for weights in self.weights()])
+        value = float(compute(np.ones((1, len(self.cluster))))[0])
+        draws = np.concatenate([compute(weights) for weights in self.weights()])
         draws = draws[~np.isnan(draws)]
         if not len(draws) or math.isnan(value):
             return Estimate(value=value, low=math.nan, high=math.nan, pairs=pairs)
@@ -101,26 +103,26 @@ class Bootstrap:
 
 
 def is_right(better: Floats, worse: Floats) -> Floats:
-    """[N] 1 where the better one scores higher, 0 where lower, a half for a tie."""
+    """Return [N] 1 where the better response scores higher, 0 where it scores lower, 0.5 for a tie."""
     right: Floats = (better > worse) + 0.5 * (better == worse)
     return right
 
 
 def length_controlled(right: Floats, difference: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """[draws] accuracy at equal length, and the effect of length on it.
+    """Fit the [draws] accuracy at equal length, and the [draws] effect of length on it.
 
-    After Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2 and 3, with the two responses of a pair in the place
-    of two models' answers: the chance that the model prefers the chosen one is
+    After Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2 and 3, where a pair's two responses replace two
+    models' answers: the probability that the model prefers the chosen one is
 
         sigmoid(theta + phi * tanh(d / sd(d))),  d = tokens of chosen - tokens of rejected
 
     fitted by maximum likelihood with a weak prior on phi. The accuracy at equal length is its value at d = 0,
-    sigmoid(theta). phi is above 0 for a model that prefers longer answers, beyond what is right. Their terms for the
-    models and the prompts have no counterpart here.
+    sigmoid(theta). phi is above 0 for a model that prefers longer answers more than the labels do. The paper's terms
+    for models and prompts are left out.
 
     Args:
-        right: [N] 0, 0.5 or 1.
-        difference: [N] tokens.
+        right: [N] 0, 0.5 or 1, see `is_right`.
+        difference: [N] d in tokens.
         weights: [draws, N].
     """
     spread = float(difference.std())
@@ -131,17 +133,18 @@ def length_controlled(right: Floats, difference: Floats, weights: Floats) -> tup
     theta = np.log(np.clip(plain, 1e-3, 1 - 1e-3) / (1 - np.clip(plain, 1e-3, 1 - 1e-3)))
     phi = np.zeros_like(theta)
     for _ in range(NEWTON_STEPS):
-        chance = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * feature)))
-        slope = weights * (right - chance)
-        curve = weights * chance * (1 - chance)
-        first, second = slope.sum(1), slope @ feature - phi / LENGTH_PRIOR_SD**2
-        a, b, c = curve.sum(1), curve @ feature, curve @ feature**2 + 1 / LENGTH_PRIOR_SD**2
+        probability = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * feature)))
+        residual = weights * (right - probability)
+        curvature = weights * probability * (1 - probability)
+        grad_theta, grad_phi = residual.sum(1), residual @ feature - phi / LENGTH_PRIOR_SD**2
+        # The negative Hessian [[a, b], [b, c]] of the log-posterior.
+        a, b, c = curvature.sum(1), curvature @ feature, curvature @ feature**2 + 1 / LENGTH_PRIOR_SD**2
         with np.errstate(invalid="ignore", divide="ignore"):
             determinant = a * c - b * b
-            step, turn = (c * first - b * second) / determinant, (a * second - b * first) / determinant
-        step, turn = (np.clip(np.nan_to_num(change, posinf=0.0, neginf=0.0), -1, 1) for change in (step, turn))
-        theta, phi = theta + step, phi + turn
-        if max(np.abs(step).max(initial=0.0), np.abs(turn).max(initial=0.0)) < 1e-9:
+            steps = (c * grad_theta - b * grad_phi) / determinant, (a * grad_phi - b * grad_theta) / determinant
+        step_theta, step_phi = (np.clip(np.nan_to_num(step, posinf=0.0, neginf=0.0), -1, 1) for step in steps)
+        theta, phi = theta + step_theta, phi + step_phi
+        if max(np.abs(step_theta).max(initial=0.0), np.abs(step_phi).max(initial=0.0)) < 1e-9:
             break
     one_sided = (plain <= 0) | (plain >= 1)
     accuracy = np.where(one_sided, plain, 1 / (1 + np.exp(-theta)))
@@ -149,13 +152,18 @@ def length_controlled(right: Floats, difference: Floats, weights: Floats) -> tup
 
 
 def is_saturated(margins: Floats) -> Floats:
-    """[N] 1 where the logistic loss's slope, sigmoid(-margin), has all but vanished: below 0.01, from 4.6 on."""
-    saturated: Floats = (margins > math.log(1 / SATURATED_SLOPE - 1)).astype(np.float64)
+    """Return [N] 1 where the logistic loss's gradient, sigmoid(-margin), has all but vanished: below 0.01, that is for
+    margins above 4.6."""
+    saturated: Floats = (margins > math.log(1 / SATURATED_GRADIENT - 1)).astype(np.float64)
     return saturated
 
 
 def length_buckets(lengths: NDArray[np.int64], most: int = 4) -> list[str]:
-    """[N] for each length the range of quantiles that it falls in, such as "65-128"; empty ranges are left out."""
+    """Name [N] quantile buckets, such as "65-128", one for each length; empty buckets are left out.
+
+    Args:
+        most: number of buckets at most.
+    """
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, most + 1), method="lower"))
     inner = edges[1:-1] if len(edges) > 2 else edges[:0]
     bucket = np.searchsorted(inner, lengths, side="right")
@@ -168,13 +176,14 @@ def _range(low: int, high: int) -> str:
 
 
 def length_strata(lengths: NDArray[np.int64], tolerance: float = 0.1) -> list[str]:
-    """[N] how long the chosen response is beside the rejected one; within 10 % of the longer is as long.
+    """Name [N] strata: the chosen response is "longer" than the rejected one, "shorter" or "as long".
 
     Args:
-        lengths: [N, 2] chosen, rejected.
+        lengths: [N, 2] tokens of chosen and rejected.
+        tolerance: lengths within this share of the longer one are "as long".
     """
     names = []
     for chosen, rejected in lengths.tolist():
-        about = abs(chosen - rejected) <= tolerance * max(chosen, rejected)
-        names.append("as long" if about else "longer" if chosen > rejected else "shorter")
+        similar = abs(chosen - rejected) <= tolerance * max(chosen, rejected)
+        names.append("as long" if similar else "longer" if chosen > rejected else "shorter")
     return names

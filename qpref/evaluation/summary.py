@@ -1,4 +1,4 @@
-"""The numbers of a report: each metric of each model, by bucket, and the differences between models."""
+"""The numbers of a comparison: each metric of each model, overall and by bucket, and differences between models."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from qpref.evaluation.statistics import (
 )
 
 Column = tuple[Floats, Floats | None]
-"""[N] values of a metric, and what each pair weighs in their mean (None: all the same)."""
+"""[N] values of a metric, and each pair's weight in their mean (None: equal weights)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of the report.
+    """One number of the comparison.
 
     Attributes:
         label: for people.
-        of: scores and beta -> its values; None where the model has no reference to compare with.
+        compute: scores and beta -> its values; None where the metric needs a reference and the model has none.
     """
 
     label: str
-    of: Callable[[PairScores, float], Column | None]
+    compute: Callable[[PairScores, float], Column | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """All numbers of one model.
+    """One model's numbers.
 
     Attributes:
         metrics: by key; those that need a reference are left out without one.
-        buckets: by kind of bucket (response tokens, length of chosen beside rejected, source), bucket and key.
-        differences: this model less the first, over the same pairs; empty for the first.
+        buckets: by kind of bucket (response tokens, length of chosen beside rejected, source), then bucket, then key.
+        differences: this model minus the first, over the same pairs; empty for the first.
     """
 
     metrics: Mapping[str, Estimate]
@@ -52,23 +52,23 @@ class Summary:
 
 
 def rewards(scores: PairScores, beta: float) -> Floats | None:
-    """[N, 2] implicit rewards: beta times the change of each response's log-probability since the reference."""
+    """Compute [N, 2] implicit rewards: beta * (log p(response) - log p_reference(response))."""
     return None if scores.reference is None else beta * (scores.policy - scores.reference)
 
 
 def _of_rewards(make: Callable[[Floats], Floats]) -> Callable[[PairScores, float], Column | None]:
-    def of(scores: PairScores, beta: float) -> Column | None:
+    def compute(scores: PairScores, beta: float) -> Column | None:
         found = rewards(scores, beta)
         return None if found is None else (make(found), None)
 
-    return of
+    return compute
 
 
 def _of_drift(side: int, make: Callable[[Floats], Floats] = np.asarray) -> Callable[[PairScores, float], Column | None]:
-    def of(scores: PairScores, beta: float) -> Column | None:
+    def compute(scores: PairScores, beta: float) -> Column | None:
         return None if scores.reference is None else (make(scores.policy[:, side] - scores.reference[:, side]), None)
 
-    return of
+    return compute
 
 
 def _fell(change: Floats) -> Floats:
@@ -76,7 +76,7 @@ def _fell(change: Floats) -> Floats:
 
 
 def _drift_per_token(scores: PairScores, beta: float) -> Column | None:
-    """Of all tokens, so a long response counts as all its tokens."""
+    """Change of the chosen response's log-probability per token, a mean over all tokens: pairs weigh by length."""
     if scores.reference is None:
         return None
     tokens = scores.lengths[:, 0].astype(np.float64)
@@ -101,29 +101,29 @@ METRICS: Mapping[str, Metric] = {
     "logps/accuracies": Metric(
         "accuracy by log-probability", lambda scores, beta: (is_right(scores.policy[:, 0], scores.policy[:, 1]), None)
     ),
-    "logps/accuracies_per_token": Metric("accuracy by log-probability a token", _per_token),
+    "logps/accuracies_per_token": Metric("accuracy by log-probability per token", _per_token),
     "rewards/margins": Metric("reward margin", _of_rewards(lambda pair: pair[:, 0] - pair[:, 1])),
     "rewards/chosen": Metric("rewards/chosen", _of_rewards(lambda pair: pair[:, 0])),
     "rewards/rejected": Metric("rewards/rejected", _of_rewards(lambda pair: pair[:, 1])),
     "logps/chosen": Metric("logps/chosen (nats)", lambda scores, beta: (scores.policy[:, 0], None)),
     "logps/rejected": Metric("logps/rejected (nats)", lambda scores, beta: (scores.policy[:, 1], None)),
     "drift/chosen": Metric("change of logps/chosen since the start (nats)", _of_drift(0)),
-    "drift/chosen_per_token": Metric("the same a token", _drift_per_token),
+    "drift/chosen_per_token": Metric("the same, per token", _drift_per_token),
     "drift/chosen_fell": Metric("share of chosen that became less likely", _of_drift(0, _fell)),
     "drift/rejected": Metric("change of logps/rejected since the start (nats)", _of_drift(1)),
-    "kl": Metric("KL from the reference (nats a token)", _kl),
+    "kl": Metric("KL from the reference (nats per token)", _kl),
     "saturated": Metric("share of saturated pairs", _of_rewards(lambda pair: is_saturated(pair[:, 0] - pair[:, 1]))),
 }  # fmt: skip
 CONTROLLED = {
     "rewards/accuracies": "accuracy by reward margin",
     "logps/accuracies": "accuracy by log-probability",
 }
-"""Accuracies that are also given length-controlled, with `_length_controlled` after their key."""
+"""Accuracies that are also computed at equal length, under their key with `_length_controlled` appended."""
 IN_BUCKETS = ("rewards/accuracies", "logps/accuracies", "rewards/margins")
 
 
 def labels() -> dict[str, str]:
-    """What people read for each key, in the report's order: accuracies, then those at equal length, then the rest."""
+    """Map each key to its label, in the order of the table: an accuracy is followed by its value at equal length."""
     named: dict[str, str] = {}
     for key, metric in METRICS.items():
         named[key] = metric.label
@@ -134,10 +134,10 @@ def labels() -> dict[str, str]:
 
 
 def summarize(models: Sequence[PairScores], beta: float, bootstrap: Bootstrap, sources: Sequence[str]) -> list[Summary]:
-    """Every model's numbers over the same pairs.
+    """Compute every model's numbers over the same pairs.
 
     Args:
-        sources: [N] the file that each pair came from.
+        sources: [N] the file of each pair.
     """
     columns = [_columns(scores, beta) for scores in models]
     groups = _groups(models[0], sources)
@@ -152,7 +152,7 @@ def summarize(models: Sequence[PairScores], beta: float, bootstrap: Bootstrap, s
 
 
 def _columns(scores: PairScores, beta: float) -> dict[str, Column]:
-    found = {key: metric.of(scores, beta) for key, metric in METRICS.items()}
+    found = {key: metric.compute(scores, beta) for key, metric in METRICS.items()}
     return {key: column for key, column in found.items() if column is not None}
 
 
@@ -173,7 +173,7 @@ def _part_of_fit(right: Floats, difference: Floats, part: int, weights: Floats) 
 
 
 def _groups(scores: PairScores, sources: Sequence[str]) -> dict[str, Sequence[str]]:
-    """[N] the bucket of each pair, for each kind of bucket."""
+    """Assign each of [N] pairs to a bucket, for each kind of bucket."""
     groups: dict[str, Sequence[str]] = {
         "response tokens": length_buckets(scores.lengths.sum(1)),
         "length of chosen beside rejected": length_strata(scores.lengths),
@@ -182,10 +182,10 @@ def _groups(scores: PairScores, sources: Sequence[str]) -> dict[str, Sequence[st
 
 
 def _by_bucket(own: Mapping[str, Column], names: Sequence[str], bootstrap: Bootstrap) -> dict[str, dict[str, Estimate]]:
-    places = np.array(names)
+    buckets = np.array(names)
     return {
         name: {
-            key: bootstrap.mean(np.where(places == name, own[key][0], np.nan), own[key][1])
+            key: bootstrap.mean(np.where(buckets == name, own[key][0], np.nan), own[key][1])
             for key in IN_BUCKETS
             if key in own
         }
@@ -199,7 +199,7 @@ def _bucket_order(name: str) -> tuple[int, str]:
 
 
 def _differences(first: Mapping[str, Column], own: Mapping[str, Column], bootstrap: Bootstrap) -> dict[str, Estimate]:
-    """Pair by pair, so what makes a pair hard for both models cancels."""
+    """Estimate paired differences: a pair's difficulty, common to both models, cancels."""
     return {
         key: bootstrap.mean(own[key][0] - first[key][0], own[key][1]) for key in METRICS if key in own and key in first
     }

@@ -1,1 +1,1 @@
-"""Adapter + base -> one plain safetensors model that is held to the policy that was trained."""
+"""Merge adapter and base into one plain safetensors model, and compare it with the trained policy."""

@@ -1,7 +1,7 @@
 """The base's tensors as the run's forward pass used them, file by file.
 
-The base of a QLoRA run is not the original model but its NF4 rounding, dequantized: the adapter has learned to correct
-that. So 4-bit layers are dequantized as training did; what wasn't quantized stays as it was.
+The base of a QLoRA run is not the original model but its NF4 rounding, dequantized, and the adapter has learned to
+correct that. So 4-bit layers are dequantized as in training; other tensors stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ QUANTIZED_STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "
 
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names."""
+"""Floating-point dtypes by their names in a safetensors header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of the base as its file describes it.
+    """A tensor of the base, from its file's header.
 
     Attributes:
-        shape: as the model uses it; that of a packed 4-bit weight is the model's, not the file's.
-        dtype: its floating-point type; None for whole numbers and packed 4-bit weights.
-        is_packed: whether it is a packed 4-bit weight.
+        shape: its shape in the model, also for a packed 4-bit weight.
+        dtype: its floating-point dtype; None for integers and packed 4-bit weights.
+        is_packed: it is a packed 4-bit weight.
     """
 
     file: Path
@@ -41,7 +41,7 @@ class Stored:
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds floating-point numbers once it is dequantized."""
+        """True where its values are floating-point numbers, after dequantizing."""
         return self.is_packed or self.dtype is not None
 
 
@@ -51,19 +51,19 @@ class TrainedBase:
 
     Attributes:
         names: tensor name in the files -> its name in the loaded model; transformers renames some.
-        tensors: tensor name in the files -> what stands there, in the files' order, helpers of 4-bit weights left out.
-        helpers: the files that hold those helpers, by name.
-        linear: names of the model's linear layers but the output head.
+        tensors: tensor name in the files -> its description, in file order, without quantization state.
+        quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
+        linear: names of the model's linear layers except the output head.
         head: the output head's name.
         quantized: modules that were 4-bit in training, by their name in the model.
-        dtype: what the base computed in.
-        device: where 4-bit weights are made and unmade.
+        dtype: the compute dtype of training.
+        device: where weights are quantized and dequantized.
     """
 
     path: Path
     names: Mapping[str, str]
     tensors: Mapping[str, Stored]
-    helpers: Mapping[str, Path]
+    quantization_state: Mapping[str, Path]
     linear: frozenset[str]
     head: str
     quantized: frozenset[str]
@@ -97,7 +97,7 @@ class TrainedBase:
                 )
                 for key, name in names.items()
             },
-            helpers={key: header.file for key, header in headers.items() if key not in names},
+            quantization_state={key: header.file for key, header in headers.items() if key not in names},
             linear=frozenset(name for name, module in linear.items() if module is not head),
             head=next(name for name, module in model.named_modules() if module is head),
             quantized=frozenset(facts["quantized_modules"]),
@@ -108,14 +108,14 @@ class TrainedBase:
 
     @property
     def is_prequantized(self) -> bool:
-        return bool(self.helpers)
+        return bool(self.quantization_state)
 
     def module_of(self, key: str) -> str:
-        """The module whose weight a tensor is, by its name in the model."""
+        """Name the module whose weight a tensor is."""
         return self.names[key].removesuffix(".weight")
 
     def as_trained(self, key: str) -> Tensor:
-        """A tensor as training computed with it, on the CPU: in the run's type, 4-bit ones dequantized."""
+        """Read a tensor as training computed with it, on the CPU: in the run's dtype, 4-bit weights dequantized."""
         tensor = self.original(key)
         if self.tensors[key].is_packed:
             from bitsandbytes.functional import dequantize_4bit
@@ -129,10 +129,10 @@ class TrainedBase:
         return tensor.to(self.dtype)
 
     def through_nf4(self, weight: Tensor) -> Tensor:
-        """A 16- or 32-bit weight as it is once bitsandbytes has made it 4-bit and back, on `device`."""
+        """Quantize a 16- or 32-bit weight to NF4 and back on `device`, as bitsandbytes does in training."""
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        # As Linear4bit does when a weight comes to its device: the same call on the same numbers.
+        # The same call on the same values as in Linear4bit when a weight is moved to its device.
         packed, state = quantize_4bit(
             weight.to(self.device, self.dtype), compress_statistics=self.double_quantization, quant_type="nf4"
         )
@@ -140,15 +140,15 @@ class TrainedBase:
         return dequantized.to(self.dtype)
 
     def original(self, key: str) -> Tensor:
-        """A tensor as its file has it."""
+        """Read a tensor as stored in its file."""
         return _read(self.tensors[key].file, key)
 
     def _stored_state(self, key: str) -> Any:
-        """The quantization state that a bitsandbytes checkpoint keeps beside a 4-bit weight."""
+        """Read the quantization state that a bitsandbytes checkpoint stores beside a 4-bit weight."""
         from bitsandbytes.functional import QuantState
 
-        names = [name for name in (f"{key}.{part}" for part in QUANTIZED_STATE) if name in self.helpers]
-        return QuantState.from_dict({name: _read(self.helpers[name], name) for name in names}, self.device)
+        names = [name for name in (f"{key}.{part}" for part in QUANTIZED_STATE) if name in self.quantization_state]
+        return QuantState.from_dict({name: _read(self.quantization_state[name], name) for name in names}, self.device)
 
 
 def _read(file: Path, key: str) -> Tensor:
@@ -178,7 +178,7 @@ def _headers(shard: Path) -> dict[str, _Header]:
 
 
 def _empty_model(path: Path) -> Any:
-    """The base's model without weights."""
+    """Build the base's model on the meta device, without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -187,7 +187,7 @@ def _empty_model(path: Path) -> Any:
 
 
 def _names_in_model(model: Any, keys: list[str]) -> dict[str, str]:
-    """How transformers names each tensor of the files once it has loaded them."""
+    """Map each tensor name in the files to its name in the model that transformers loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

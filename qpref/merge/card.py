@@ -1,4 +1,4 @@
-"""The model card: what the model is, how it was made, and how far it is from the policy that was trained."""
+"""The model card: the model, its training, and its distance from the trained policy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: Merge
     parts = [
         _front_matter(run),
         f"# {request.out.name}",
-        _what(run, request, result),
+        _summary(run, request, result),
         "## Verdict",
         verdict_table(result.verdict),
         "## Held-out metrics",
@@ -45,7 +45,7 @@ def _front_matter(run: TrainedRun) -> str:
     return "\n".join(["---", *lines, f"tags:\n{tags}", "---"])
 
 
-def _what(run: TrainedRun, request: MergeRequest, result: MergeResult) -> str:
+def _summary(run: TrainedRun, request: MergeRequest, result: MergeResult) -> str:
     losses = " + ".join(loss.name for loss in run.plan.recipe.loss)
     onto = "the dequantized weights that were trained on" if request.onto == "trained" else "the original weights"
     stored = result.dtype if request.quantize is None else f"{request.quantize} (lossy), the rest {result.dtype}"
@@ -57,32 +57,32 @@ def _what(run: TrainedRun, request: MergeRequest, result: MergeResult) -> str:
 
 
 def verdict_table(verdict: Verdict) -> str:
-    """The verdict as a Markdown table with a sentence that says what was compared."""
+    """Format the verdict as a Markdown table, after a sentence on what was compared."""
     share = "" if verdict.share is None else f" ({verdict.share:.2%} of the learned change)"
     rows = [
         ("mean learned change of the margin", f"{verdict.learned:.4g} nats"),
-        ("mean margin error", f"{verdict.margin_error:.4g} nats{share}; {verdict.allowed:.4g} pass"),
+        ("mean margin error", f"{verdict.margin_error:.4g} nats{share}; at most {verdict.allowed:.4g} passes"),
         ("largest margin error", f"{verdict.largest_margin_error:.4g} nats"),
         ("mean error of a response's log-probability", f"{verdict.logprob_error:.4g} nats"),
         ("KL(trained, merged) per token", f"{verdict.kl:.3g} nats (largest {verdict.largest_kl:.3g})"),
         ("preference flips", str(len(verdict.flips))),
     ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-    said = "passed" if verdict.passed else "**not passed**"
+    outcome = "passed" if verdict.passed else "**not passed**"
     changed = " Their data have changed since training." if verdict.data_changed else ""
     return (
-        f"This folder, read back with transformers, beside the policy that was trained, on {verdict.pairs} "
-        f"{verdict.origin}, both computed in float32: {said}.{changed}\n\n{table}"
+        f"This folder, read back with transformers, compared with the trained policy on {verdict.pairs} "
+        f"{verdict.origin}, both computed in float32: {outcome}.{changed}\n\n{table}"
     )
 
 
 def _metrics(folder: RunFolder) -> str:
-    """The first held-out row of metrics.jsonl, and that of the step whose adapter was merged."""
-    held = _held_out_rows(folder.metrics)
-    if not held:
-        return "The run has held no pairs out."
+    """Format the first held-out row of metrics.jsonl beside the row of the merged adapter's step."""
+    rows = _held_out_rows(folder.metrics)
+    if not rows:
+        return "The run has no held-out metrics."
     step = _adapter_step(folder.result)
-    first, merged = held[0], next((row for row in held if row["step"] == step), held[-1])
+    first, merged = rows[0], next((row for row in rows if row["step"] == step), rows[-1])
     names = [name for name in merged if name.startswith("eval_")]
     lines = [f"| | step {first['step']} | step {merged['step']} |", "|---|---|---|"]
     lines += [
@@ -92,12 +92,12 @@ def _metrics(folder: RunFolder) -> str:
 
 
 def _held_out_rows(path: Path) -> list[dict[str, Any]]:
-    """Lines that are no rows are left out, and said: a merge that has passed isn't thrown away for them."""
+    """Read the held-out rows; skip unreadable lines with a warning, so that they don't discard a finished merge."""
     if not path.is_file():
         return []
     found = [_row(line) for line in path.read_text(errors="replace").splitlines()]
     if bad := [number for number, row in enumerate(found, 1) if row is None]:
-        log.warning("%s:%d: no row of metrics; the card goes without it (%d in all)", path, bad[0], len(bad))
+        log.warning("%s:%d: not a metrics row, left out of the card (%d in all)", path, bad[0], len(bad))
     return [row for row in found if row is not None and row["split"] == "eval"]
 
 
@@ -110,12 +110,12 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _adapter_step(result: Path) -> Any:
-    """The step that result.json says the adapter is of: under `best_by`, not the last; None where it doesn't say."""
+    """Read the adapter's step from result.json (under `best_by`, not the last step); None if unknown."""
     try:
-        said = json.loads(result.read_text())
+        values = json.loads(result.read_text())
     except (OSError, ValueError):
         return None
-    return said.get("adapter_step") if isinstance(said, dict) else None
+    return values.get("adapter_step") if isinstance(values, dict) else None
 
 
 def _number(value: Any) -> str:
@@ -125,14 +125,14 @@ def _number(value: Any) -> str:
 def _data(facts: dict[str, Any]) -> str:
     counts, prints = facts["examples"], facts["fingerprints"]
     return "\n".join(
-        f"- {counts[name]} {what} examples, fingerprint `{prints[f'{what} data']}`"
-        for name, what in (("train", "training"), ("heldout", "held-out"))
+        f"- {counts[name]} {split} examples, fingerprint `{prints[f'{split} data']}`"
+        for name, split in (("train", "training"), ("heldout", "held-out"))
         if counts[name]
     )
 
 
 def portable(value: Any) -> Any:
-    """Settings without this machine's folders: of a path, the last part."""
+    """Strip this machine's folders from settings: an absolute path becomes its last part."""
     if isinstance(value, dict):
         return {key: portable(part) for key, part in value.items()}
     if isinstance(value, list):

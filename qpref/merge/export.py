@@ -1,7 +1,7 @@
-"""A merged model as GGUF, by llama.cpp's own converter: found on this machine or told, never bundled.
+"""Export a merged model as GGUF with llama.cpp's own converter, found on this machine or named by the user.
 
-The converter knows each architecture's tensors and tokenizer as llama.cpp reads them; a copy of that knowledge here
-would be behind it within weeks.
+The converter isn't bundled: it maps each architecture's tensors and tokenizer to llama.cpp's format, and a copy would
+be outdated within weeks.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = logging.getLogger("qpref")
 CONVERTER = "convert_hf_to_gguf.py"
 FOLDER_VARIABLE = "LLAMA_CPP"
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
-"""A weight's size in each type; q8_0 has a scale of two bytes for 32 weights."""
+"""Bytes per weight in each type; q8_0 has a scale of two bytes for 32 weights."""
 AS_STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 MAGIC = b"GGUF"
 SHOWN_LINES = 40
-"""Of a converter's output, from its end."""
+"""Last lines of the converter's output shown in an error."""
 
 
 def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Path | None = None) -> Path:
@@ -36,14 +36,14 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
 
     Args:
         merged: a folder that `qpref merge` wrote.
-        out: the file to write, which must not exist; it appears whole or not at all.
-        kind: one of `BYTES`; by default the type that the model is stored in, which rounds nothing.
-        converter: `CONVERTER`, or the folder that it is in; by default $LLAMA_CPP or the PATH say.
+        out: the file to write, which must not exist; it is renamed into place once complete.
+        kind: one of `BYTES`; by default the model's stored dtype, which rounds nothing.
+        converter: `CONVERTER` or its folder; by default it is searched in $LLAMA_CPP and on the PATH.
 
     Raises:
-        RecipeError: `merged` is no merged model, `out` exists, or there is no converter.
-        MergeError: the converter failed, or left no GGUF file.
-        DiskError: there is no room.
+        RecipeError: `merged` is no merged model, `out` exists, or the converter isn't found.
+        MergeError: the converter failed, or wrote no GGUF file.
+        DiskError: the disk is full.
     """
     config = _config(merged)
     if out.exists() or out.is_symlink():
@@ -56,7 +56,7 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
     _refuse_full_disk(merged, out, BYTES.get(kind, 2.0) / BYTES.get(stored or "", 2.0))
     log.info("converting with %s", script)
     with fsio.staged_file(out) as staged:
-        # Run in the staging folder: the converter reads braces in the file's path as places to fill in.
+        # Run in the staging folder: the converter reads braces in the file's path as template fields.
         command = [sys.executable, str(script), str(merged.resolve()), "--outfile", staged.name, "--outtype", kind]
         done = subprocess.run(  # noqa: S603 - the script that the user has or names, without a shell
             command,
@@ -78,18 +78,18 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
 
 
 def find_converter(named: Path | None = None) -> Path:
-    """The converter that was named, else the one in $LLAMA_CPP, else the first on the PATH.
+    """Find the converter: the one named, else the one in $LLAMA_CPP, else the first on the PATH.
 
     Raises:
-        RecipeError: it isn't there.
+        RecipeError: it isn't found.
     """
-    told = [(named, "--converter")] if named is not None else []
-    if not told and (variable := os.environ.get(FOLDER_VARIABLE)):
-        told = [(Path(variable), f"${FOLDER_VARIABLE}")]
-    for place, origin in told:
-        script = place / CONVERTER if place.is_dir() else place
+    location, origin = named, "--converter"
+    if location is None and (variable := os.environ.get(FOLDER_VARIABLE)):
+        location, origin = Path(variable), f"${FOLDER_VARIABLE}"
+    if location is not None:
+        script = location / CONVERTER if location.is_dir() else location
         if not script.is_file():
-            raise RecipeError(f"{origin} {place}: no {CONVERTER} there")
+            raise RecipeError(f"{origin} {location}: no {CONVERTER} there")
         return script.resolve()
     for folder in os.get_exec_path():
         if (Path(folder) / CONVERTER).is_file():
@@ -101,10 +101,10 @@ def find_converter(named: Path | None = None) -> Path:
 
 
 def _config(merged: Path) -> dict[str, Any]:
-    """config.json of a plain model folder.
+    """Read config.json of a plain model folder.
 
     Raises:
-        RecipeError: it is something else, with the way to get from there to a merged model.
+        RecipeError: it is no plain model folder; the hint says how to make one.
     """
     if (merged / "run.json").is_file():
         raise RecipeError(f"{merged}: a run, no merged model", f"qpref merge {merged} OUT writes one")
@@ -137,13 +137,13 @@ def _ending(code: int) -> str:
 def _hint(output: str) -> str:
     missing = re.findall(r"No module named '([\w.]+)'", output)
     if missing:
-        return f"the converter needs a package more: pip install {missing[-1].partition('.')[0]}"
-    return "a newer llama.cpp may know this model"
+        return f"the converter needs another package: pip install {missing[-1].partition('.')[0]}"
+    return "a newer llama.cpp may support this model"
 
 
 def _tail(output: str) -> str:
     lines = output.strip().splitlines()[-SHOWN_LINES:]
-    return "\n".join(f"  {line}" for line in lines) if lines else "  (it said nothing)"
+    return "\n".join(f"  {line}" for line in lines) if lines else "  (no output)"
 
 
 def _is_gguf(path: Path) -> bool:

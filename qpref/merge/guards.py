@@ -1,4 +1,4 @@
-"""Everything that would make a merge wrong, refused before its first byte is written."""
+"""Refuse, before the first byte is written, anything that would make a merge wrong."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from qpref.training.folder import RunFolder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedRun:
-    """A finished run whose parts are known to belong together.
+    """A finished run whose parts have been checked to belong together.
 
     Attributes:
-        recorded: opens more of its data than `plan`, which has the held-out ones.
-        places: tensor name in the base's files -> adapted module.
-        tokenizer: the one that was trained with.
-        tokenizer_files: where its own files lie.
+        recorded: the run's record, which opens its training data too; `plan` has the held-out data alone.
+        adapted: tensor name in the base's files -> adapted module.
+        tokenizer: the tokenizer used in training.
+        tokenizer_files: the folder of its files.
     """
 
     folder: RunFolder
@@ -46,7 +46,7 @@ class TrainedRun:
     plan: Plan
     base: TrainedBase
     delta: LoraDelta
-    places: dict[str, str]
+    adapted: dict[str, str]
     tokenizer: Any
     tokenizer_files: Path
 
@@ -56,11 +56,11 @@ class TrainedRun:
 
 
 def read_run(path: Path) -> TrainedRun:
-    """A finished run, its base, adapter and tokenizer compared with what was trained.
+    """Read a finished run, and check its base, adapter and tokenizer against its training record.
 
     Raises:
         RecipeError: `path` is no finished run.
-        MergeError: the base, the recipe, the adapter or the tokenizer isn't that of the run.
+        MergeError: the base, the recipe, the adapter or the tokenizer isn't the run's.
         PolicyError: one of the base's files is missing.
     """
     folder = RunFolder(path)
@@ -77,7 +77,7 @@ def read_run(path: Path) -> TrainedRun:
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
     _refuse_other_settings(folder.adapter, document["adapter"], base)
     delta = LoraDelta.read(folder.adapter)
-    places = _places(base, delta, folder.adapter)
+    adapted = _adapted_tensors(base, delta, folder.adapter)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
     _refuse_other_tokenizer(tokenizer, folder.adapter)
     return TrainedRun(
@@ -87,14 +87,14 @@ def read_run(path: Path) -> TrainedRun:
         plan=plan,
         base=base,
         delta=delta,
-        places=places,
+        adapted=adapted,
         tokenizer=tokenizer,
         tokenizer_files=tokenizer_folder(plan.recipe.model, base_path),
     )
 
 
 def real_output(request: MergeRequest) -> MergeRequest:
-    """The request with a folder that a finished one can be renamed onto: a link's target, and `.` by its name."""
+    """Resolve the output to a folder that can be renamed onto: a link to its target, `.` to its full path."""
     with fsio.disk_errors(request.out):
         if not request.out.is_symlink() and request.out.name not in ("", ".."):
             return request
@@ -102,38 +102,38 @@ def real_output(request: MergeRequest) -> MergeRequest:
 
 
 def refuse_output(request: MergeRequest) -> None:
-    """Stop where the output folder holds something, lies inside the run, or can't be made.
+    """Refuse an output folder that isn't empty, is inside the run, or can't be made.
 
     Raises:
-        RecipeError: says which.
-        DiskError: the disk refuses the folder.
+        RecipeError: it isn't empty, is inside the run, or is a mount point.
+        DiskError: it can't be made.
     """
     out = request.out
     with fsio.disk_errors(out):
         if out.is_mount():
             raise RecipeError(f"{out}: is a mount point, which no folder can be renamed onto", "name a folder in it")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RecipeError(f"{out}: holds something already", "name a new or empty folder")
+            raise RecipeError(f"{out}: is not empty", "name a new or empty folder")
     if out.resolve().is_relative_to(request.run.resolve()):
-        raise RecipeError(f"{out}: lies inside the run", "name a folder elsewhere")
+        raise RecipeError(f"{out}: is inside the run", "name a folder elsewhere")
     fsio.try_folder(out)
 
 
 def refuse_original(request: MergeRequest, base: TrainedBase) -> None:
-    """Stop where there are no original weights to merge onto.
+    """Refuse `--onto original` where there are no original weights.
 
     Raises:
-        RecipeError: the base has been 4-bit from the start.
+        RecipeError: the base is stored in 4 bits.
     """
     if request.onto == "original" and base.is_prequantized:
-        raise RecipeError(f"--onto original: {base.path} holds 4-bit weights and no original ones", "leave it out")
+        raise RecipeError(f"--onto original: {base.path} has only 4-bit weights, no original ones", "leave it out")
 
 
 def refuse_full_disk(out: Path, weights: Weights) -> None:
-    """Stop where there is no room.
+    """Refuse to write weights that don't fit on the disk.
 
     Raises:
-        DiskError: says what is needed and what is free.
+        DiskError: with the bytes needed and free.
     """
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
@@ -142,7 +142,7 @@ def refuse_full_disk(out: Path, weights: Weights) -> None:
 
 
 def _device(plan: Plan) -> torch.device:
-    """Where the base was quantized in training: bitsandbytes' kernels may round differently on another."""
+    """Choose the kind of device that quantized the base in training: bitsandbytes may round differently on another."""
     gpu = plan.recipe.model.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if gpu else "cpu")
 
@@ -155,33 +155,33 @@ def _recipe_of_run(folder: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any
     same_base = document.get("model", {}).get("base") == facts["base"]
     if not same_base or fingerprint_of(document) != facts["fingerprints"]["recipe"]:
         raise MergeError(
-            f"{folder.recipe}: not the recipe that was trained; revision, quantization or another setting was changed",
+            f"{folder.recipe}: not the recipe of this run; revision, quantization or another setting was changed",
             "restore it; to train with other settings, start another run",
         )
     return document
 
 
 def _base_files(facts: Mapping[str, Any]) -> list[Path]:
-    """The base's safetensors files, each with the hash that was trained on."""
+    """List the base's safetensors files, after checking their hashes against the run's."""
     path = Path(facts["base_path"])
     if not path.is_dir():
-        raise MergeError(f"{path}: the base that was trained is gone", "qpref train --resume fetches it again")
+        raise MergeError(f"{path}: the run's base is gone", "qpref train --resume fetches it again")
     if "base_config" not in facts:
-        raise MergeError("run.json doesn't say which config the base had: another version of qpref trained this run")
+        raise MergeError("run.json has no hash of the base's config: another version of qpref trained this run")
     config = path / "config.json"
     if not config.is_file() or fsio.sha256_file(config) != facts["base_config"]:
-        raise MergeError(f"{config}: not the config that was trained with; its SHA-256 differs")
+        raise MergeError(f"{config}: not the config used in training; its SHA-256 differs")
     shards = shard_files(path)
     for shard in shards:
         if facts["base_weights"].get(shard.name) != cached_sha256(shard):
-            raise MergeError(f"{shard}: not the file that was trained on; its SHA-256 differs")
+            raise MergeError(f"{shard}: not the file used in training; its SHA-256 differs")
     if missing := sorted(set(facts["base_weights"]) - {shard.name for shard in shards}):
-        raise MergeError(f"{path}: {missing[0]} was trained on, and the index doesn't name it")
+        raise MergeError(f"{path}: {missing[0]} was used in training, but the index doesn't name it")
     return shards
 
 
 def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: TrainedBase) -> None:
-    """Stop where adapter_config.json isn't that of this run: it scales the whole delta."""
+    """Refuse an adapter_config.json that isn't this run's: it scales the whole delta."""
     file = adapter / adapter_folder.SETTINGS
     try:
         values = adapter_folder.read_settings(adapter)
@@ -190,28 +190,30 @@ def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: Train
     if values.get("base_model_name_or_path") != str(base.path):
         raise MergeError(f"{file}: an adapter of {values.get('base_model_name_or_path')}, not of {base.path}")
     if setting := adapter_folder.unsupported_setting(values):
-        raise MergeError(f"{file}: the adapter uses {setting}, so it is no plain LoRA delta")
-    wanted = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
+        raise MergeError(f"{file}: the adapter uses {setting}, so it is not a plain LoRA delta")
+    expected = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
     if recipe.get("start") is None:
-        for key, name in wanted.items():
+        for key, name in expected.items():
             if values.get(key) != recipe[name]:
-                raise MergeError(f"{file}: {key} is {values.get(key)}, and the run had [adapter] {name} {recipe[name]}")
+                raise MergeError(
+                    f"{file}: {key} is {values.get(key)}, but the run's [adapter] {name} is {recipe[name]}"
+                )
 
 
-def _places(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str]:
-    """Tensor name in the files -> adapted module; every target has to have a delta of its shape, and nothing else."""
+def _adapted_tensors(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str]:
+    """Map tensor names in the files to adapted modules, after checking that exactly the targets have a delta."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     config = adapter_folder.lora_config(adapter_folder.read_settings(adapter))
     found = set(delta.modules)
     modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
     if foreign := sorted(found - set(modules)):
-        raise MergeError(f"{base.path}: holds no weight for {foreign[0]} ({len(foreign)} missing)")
-    wanted = {name for name in base.linear | (found & {base.head}) if check_target_module_exists(config, name)}
-    if missing := sorted(wanted - found):
-        raise MergeError(f"{adapter}: has nothing for {missing[0]}, which it names as a target")
-    if extra := sorted(found - wanted):
-        raise MergeError(f"{adapter}: adapts {extra[0]}, which is none of its targets")
+        raise MergeError(f"{base.path}: has no weight for {foreign[0]} ({len(foreign)} missing)")
+    targets = {name for name in base.linear | (found & {base.head}) if check_target_module_exists(config, name)}
+    if missing := sorted(targets - found):
+        raise MergeError(f"{adapter}: has no matrices for its target {missing[0]}")
+    if extra := sorted(found - targets):
+        raise MergeError(f"{adapter}: adapts {extra[0]}, which is not one of its targets")
     for module in delta.modules:
         shape = base.tensors[modules[module]].shape
         if delta.shape(module) != shape:
@@ -220,17 +222,17 @@ def _places(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str
 
 
 def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:
-    """Stop where the tokenizer isn't the one that the run has saved: its ids would mean other words."""
+    """Refuse a tokenizer that differs from the one saved with the adapter: its ids would mean other tokens."""
     try:
         difference = tokenizer_difference(tokenizer, adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MergeError(f"{adapter}: the run's tokenizer can't be loaded: {error}") from error
     if difference:
-        raise MergeError(f"{adapter}: its {difference} isn't the base's; one of them was changed after training")
+        raise MergeError(f"{adapter}: its {difference} differs from the base's; one of them was changed after training")
 
 
 def tokenizer_difference(tokenizer: Any, folder: Path) -> str | None:
-    """What about the tokenizer in a folder isn't as in `tokenizer`; None where they are the same.
+    """Name the part in which the tokenizer in a folder differs from `tokenizer`; None where they are the same.
 
     Raises:
         OSError, ValueError, KeyError, ImportError: transformers can't load it.
@@ -246,6 +248,6 @@ def tokenizer_difference(tokenizer: Any, folder: Path) -> str | None:
 def _identity(tokenizer: Any) -> tuple[Any, ...]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
-    # How the last call was padded or cut is no property of the tokenizer.
+    # The padding and truncation of the last call don't describe the tokenizer.
     kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
     return tokenizer.get_vocab(), kept, tokenizer.bos_token, tokenizer.eos_token

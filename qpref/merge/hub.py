@@ -1,4 +1,4 @@
-"""A merged folder -> the hub, once its verdict has passed; the token comes from the environment alone."""
+"""Push a merged folder to the hub, once its verdict has passed; the token comes only from the environment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from qpref.errors import MergeError, RecipeError
 
 
 def refuse_push(name: str) -> None:
-    """Stop before any work where a push cannot succeed.
+    """Refuse, before any work, a push that cannot succeed.
 
     Raises:
-        RecipeError: the name is none of the hub's, or HF_TOKEN isn't set.
+        RecipeError: the name is no valid hub id, or HF_TOKEN isn't set.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing in its __all__
@@ -29,7 +29,7 @@ def refuse_push(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a folder as one commit; a repository that isn't there is made, private. Returns its address.
+    """Upload a folder as one commit, and return the repository's URL; a missing repository is created, private.
 
     Raises:
         MergeError: the hub refuses.
@@ -46,5 +46,5 @@ def push(folder: Path, name: str) -> str:
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by qpref")
     except (transport_error, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MergeError(f"{name}: not pushed: {reason}", f"the model stands in {folder}") from error
+        raise MergeError(f"{name}: not pushed: {reason}", f"the model is in {folder}") from error
     return str(repository)

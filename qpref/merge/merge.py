@@ -1,8 +1,8 @@
-"""A finished run -> a plain model folder and the verdict on it.
+"""Merge a finished run into a plain model folder, and judge the result.
 
-The delta is added in float32 onto the weights that were trained on, and nothing is quantized again (PEFT's merge on
-4-bit layers re-quantizes, and a preference delta is smaller than NF4's steps). The stored type is chosen by what the
-written model says of held-out pairs beside the policy that was trained.
+The delta is added in float32 to the weights that were trained on, and nothing is requantized (PEFT's merge on 4-bit
+layers requantizes, and a preference delta is smaller than NF4's steps). The stored dtype is chosen by comparing the
+written model with the trained policy on held-out pairs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from qpref import fsio
 from qpref.errors import MergeError
 from qpref.merge import guards
 from qpref.merge.card import portable, write_card
+from qpref.merge.compared_models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.guards import TrainedRun
-from qpref.merge.models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.replay import Hidden, replay
-from qpref.merge.replayed_pairs import choose_rows
+from qpref.merge.replayed_pairs import choose_pairs
 from qpref.merge.request import SHARE, MergeRequest, MergeResult, Verdict
 from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey, rounded, row_blocks
 from qpref.merge.settings import write_settings
@@ -33,33 +33,33 @@ from qpref.training.prepare import start_digest
 log = logging.getLogger("qpref")
 
 SURELY_LOST = 5
-"""A type is left untried where the share of the delta that its rounding takes from the weights is more than so many
-times the margin error that passes. The margins lose less than the weights do: 30 % where the weights lose 58 %, 0.6 %
-where they lose 1.5 % (benchmarks/results). The verdict decides on all others."""
+"""A dtype isn't tried where its rounding loses a larger share of the delta in the weights than this factor times the
+allowed margin error. Margins lose less than the weights do: 30 % where the weights lose 58 %, 0.6 % where they lose
+1.5 % (benchmarks/results). All other dtypes are decided by the verdict."""
 LOSSY = "nf4 is lossy: its steps are far larger than what was learned"
 HEADROOM = 2
-"""How far below float16's largest number activations have to stay: another text's may be larger."""
+"""Factor by which activations must stay below float16's largest number, since other texts may have larger ones."""
 
 
 def merge_run(request: MergeRequest) -> MergeResult:
     """Write the trained model of a run as a plain model folder, and compare it with the policy that was trained.
 
-    The folder appears whole, whether its verdict has passed or not; the result says.
+    The folder is renamed into place once complete, whether its verdict has passed or not.
 
     Raises:
-        RecipeError: there is no finished run, or the output folder holds something.
-        MergeError: the run's parts don't belong together, or a value doesn't fit the type that was asked for.
-        DataError: the pairs that the verdict needs can't be read.
-        DiskError: there is no room, or the output folder can't be made.
+        RecipeError: the run isn't finished, or the output folder isn't empty.
+        MergeError: the run's parts don't belong together, or a value doesn't fit the requested dtype.
+        DataError: the pairs for the verdict can't be read.
+        DiskError: the disk is full, or the output folder can't be made.
     """
     request = guards.real_output(request)
     guards.refuse_output(request)
     run = guards.read_run(request.run)
     guards.refuse_original(request, run.base)
-    named = STORED["bf16"] if request.dtype == "auto" else STORED[request.dtype]
-    guards.refuse_full_disk(request.out, weights_of(run, request, named))
+    smallest = STORED["bf16"] if request.dtype == "auto" else STORED[request.dtype]
+    guards.refuse_full_disk(request.out, weights_of(run, request, smallest))
     survey = _survey(run, request)
-    survey.refuse_overflow(named)
+    survey.refuse_overflow(smallest)
     session = Session(run, request, survey)
     with fsio.staged_folder(request.out) as staging:
         result = session.write(staging)
@@ -70,12 +70,12 @@ def merge_run(request: MergeRequest) -> MergeResult:
 
 
 def weights_of(run: TrainedRun, request: MergeRequest, dtype: torch.dtype) -> Weights:
-    """The merged weights that are asked for, in a stored type."""
+    """Describe the requested merged weights, in a stored dtype."""
     packed = (run.base.quantized or run.base.linear) if request.quantize else frozenset()
     return Weights(
         base=run.base,
         delta=run.delta,
-        places=run.places,
+        adapted=run.adapted,
         dtype=dtype,
         original=request.onto == "original",
         packed=packed,
@@ -83,6 +83,7 @@ def weights_of(run: TrainedRun, request: MergeRequest, dtype: torch.dtype) -> We
 
 
 def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
+    """Measure on all weights how much of the delta each candidate dtype retains."""
     base, original = run.base, request.onto == "original"
     names = list(STORED) if request.dtype == "auto" and not request.quantize else [request.dtype]
     survey = Survey({name: Retention() for name in names if name in STORED})
@@ -90,39 +91,39 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
     for key, stored in base.tensors.items():
         if not stored.is_float:
             continue
-        weight, module = base.original(key) if original else base.as_trained(key), run.places.get(key)
+        weight, module = base.original(key) if original else base.as_trained(key), run.adapted.get(key)
         survey.add(key, weight, run.delta, module)
         if request.quantize and module:
-            # Quantized whole, as 4-bit blocks and their scales go on from row to row; summed in slices.
-            again = base.through_nf4(rounded(weight, run.delta, module, base.dtype)).cpu()
+            # Quantized whole, since 4-bit blocks and their scales cross rows; summed in slices.
+            requantized = base.through_nf4(rounded(weight, run.delta, module, base.dtype)).cpu()
             for rows in row_blocks(weight):
-                packed.add(weight[rows], run.delta.of(module, rows), again[rows])
+                packed.add(weight[rows], run.delta.of(module, rows), requantized[rows])
     if request.quantize:
         survey.retention[request.quantize] = packed
     return survey
 
 
 def _origin(run: TrainedRun, request: MergeRequest) -> dict[str, Any]:
-    """Where the merged model comes from, for merge.json."""
+    """Collect the request and the run's provenance for merge.json."""
     asked = {"onto": request.onto, "quantize": request.quantize, "dtype": request.dtype, "pairs": request.pairs}
     facts = {name: run.facts[name] for name in ("base_weights", "created", "fingerprints", "versions")}
     return {"asked": asked, "run": {"base": portable(run.facts["base"])} | facts}
 
 
 class Session:
-    """Writes a model in one type after another, until one passes.
+    """Writes the merged model in one dtype after another, until one passes the verdict.
 
     Attributes:
-        as_trained: how the base's weights are widened before training.
-        replayed: the rows that are scored.
-        judge: holds what was written to the trained policy.
+        as_trained: converts the base's weights, as before training, to float32.
+        replayed: the pairs that are scored.
+        judge: compares a written model with the trained policy.
     """
 
     def __init__(self, run: TrainedRun, request: MergeRequest, survey: Survey) -> None:
         self._run, self._request, self._survey = run, request, survey
         self._base = load_base(run.base)
         self.as_trained = AsTrained(run.base)
-        self.replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, request.pairs, run.facts["fingerprints"])
+        self.replayed = choose_pairs(run.plan, run.base_folder, run.tokenizer, request.pairs, run.facts["fingerprints"])
         self._notes: list[str] = [LOSSY] if request.quantize else []
         reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
         trained = self.replay(self.as_trained.after(run.delta))
@@ -130,9 +131,9 @@ class Session:
         self.judge = Judge.of(self.replayed, reference, trained, request.tolerance, run.base.device)
 
     def write(self, folder: Path) -> MergeResult:
-        """Fill the folder with the first type that passes, or with the last there is."""
+        """Fill the folder with the first dtype that passes, or else with the last candidate."""
         tried: dict[str, Verdict] = {}
-        names = self._names()
+        names = self._candidates()
         for name in names:
             verdict = self._write(folder, name)
             if verdict.passed or name == names[-1]:
@@ -151,30 +152,30 @@ class Session:
     def _write(self, folder: Path, name: str) -> Verdict:
         run, dtype = self._run, STORED[name]
         weights = weights_of(run, self._request, dtype)
-        remove_weights(folder)  # of a type that was tried, before the room is looked at
+        remove_weights(folder)  # of the dtype tried before: free its disk space first
         guards.refuse_full_disk(self._request.out, weights)
-        self.as_trained.known.clear()  # a shard takes its room, and the next replay fills it again
+        self.as_trained.dequantized.clear()  # free the memory for a shard; the next replay refills the cache
         write_weights(weights, folder)
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
         if difference := guards.tokenizer_difference(run.tokenizer, folder):
-            raise MergeError(f"the merged folder's {difference} would not be the one that was trained with")
+            raise MergeError(f"the merged folder's {difference} would differ from the one used in training")
         merged = replay(load_merged(folder), self.replayed.rows, AsStored(run.base.device), run.base.device)
         return self.judge.judge(merged)
 
     def replay(self, to_float32: AsTrained) -> Hidden:
-        """What the base makes of the chosen rows, its weights widened like this."""
+        """Replay the selected rows through the base, with its weights converted by `to_float32`."""
         return replay(self._base, self.replayed.rows, to_float32, self._run.base.device)
 
     def _onto_trained(self, dtype: torch.dtype) -> Verdict:
         return self.judge.judge(self.replay(self.as_trained.after(self._run.delta, dtype)))
 
-    def _names(self) -> list[str]:
-        """The types to try, in order. Whoever names one gets it."""
+    def _candidates(self) -> list[str]:
+        """List the dtypes to try, in order; a dtype named by the user is the only one."""
         request, run = self._request, self._run
         overflow = self._overflow()
         if request.dtype != "auto":
             if request.dtype == "fp16" and overflow:
-                log.warning("fp16 was asked for, and %s", overflow)
+                log.warning("fp16 was requested, but %s", overflow)
             return [request.dtype]
         if request.quantize:
             return [run.facts["dtype"]]
@@ -183,27 +184,27 @@ class Session:
         fitting = [name for name in STORED if name != "fp16" or not overflow]
         lost = {name: 1 - kept for name, kept in self._survey.kept.items()}
         if request.onto == "original":
-            # No type can pass for the rounding's sake where another base has moved the margins already.
+            # The verdict can't choose here: the base's quantization error moves the margins in every dtype.
             return [next(name for name in fitting if lost[name] <= SHARE or name == "float32")]
         allowed = SURELY_LOST * self.judge.allowed / self.judge.learned if self.judge.learned else math.inf
-        hopeless = [name for name in fitting if lost[name] > allowed and name != "float32"]
-        self._notes += [f"{name} not tried: it keeps {1 - lost[name]:.1%} of the learned change" for name in hopeless]
-        return [name for name in fitting if name not in hopeless]
+        too_lossy = [name for name in fitting if lost[name] > allowed and name != "float32"]
+        self._notes += [f"{name} not tried: it keeps {1 - lost[name]:.1%} of the learned change" for name in too_lossy]
+        return [name for name in fitting if name not in too_lossy]
 
     def _overflow(self) -> str | None:
-        """Why float16 is too small for a merged value, or for an activation that the replayed rows have shown."""
+        """Explain why float16's range is too small for a weight or for a replayed activation; None if it fits."""
         if self._survey.largest > LARGEST_FP16:
             return f"a weight is {self._survey.largest:.3g}, beyond its range"
         if self._largest * HEADROOM > LARGEST_FP16:
-            return f"an activation reaches {self._largest:.3g}, near the end of its range"
+            return f"an activation reaches {self._largest:.3g}, too close to the end of its range"
         return None
 
 
 def _start(run: TrainedRun) -> LoraDelta | None:
-    """What the run's start adapter adds: with it, the base is the reference."""
+    """Read the delta of the run's start adapter, if any: base plus start adapter is the reference."""
     start = run.plan.recipe.adapter.start
     if start is None:
         return None
     if not Path(start).is_dir() or start_digest(start) != run.facts["fingerprints"]["start adapter"]:
-        raise MergeError(f"{start}: not the adapter that the run started from", "the verdict needs it as its reference")
+        raise MergeError(f"{start}: not the adapter that the run started from", "the verdict needs it as reference")
     return LoraDelta.read(Path(start))

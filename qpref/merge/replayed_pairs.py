@@ -1,4 +1,4 @@
-"""The rows that a verdict replays: held-out ones of the run's own recipe."""
+"""The pairs that a verdict replays: held-out pairs of the run's own recipe, as token ids."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref.data.load import check_rows
-from qpref.data.reload import read_again, tokenized_again
+from qpref.data.reload import read_again
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
 from qpref.policy.source import BaseFolder
@@ -22,25 +21,26 @@ log = logging.getLogger("qpref")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contrast:
-    """What a margin is taken of: a pair, or a single completion.
+    """A pair, or a single completion, with the signs that make a margin of its log-probabilities.
 
     Attributes:
         rows: chosen and rejected, or the completion.
-        sign: of each row's log-probability in the margin.
-        place: the row's place in its file.
+        sign: sign of each row's log-probability in the margin.
+        location: file:line, without the folder.
     """
 
     rows: tuple[ScoredRow, ...]
     sign: tuple[int, ...]
-    place: str
+    location: str
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The chosen contrasts, and in words what they are.
+    """The selected contrasts.
 
     Attributes:
-        data_changed: whether they are of other data than the run's; None where nobody knows.
+        origin: their split and kind, such as "held-out pairs".
+        data_changed: their data have changed since training; None if unknown.
     """
 
     contrasts: list[Contrast]
@@ -52,58 +52,43 @@ class Replayed:
         return [row for contrast in self.contrasts for row in contrast.rows]
 
 
-def choose_rows(
+def choose_pairs(
     plan: Plan, base: BaseFolder, tokenizer: Any, limit: int, fingerprints: Mapping[str, str] | None = None
 ) -> Replayed:
-    """Up to `limit` held-out pairs, spread evenly over the file; training ones where the run has held nothing out.
+    """Select up to `limit` held-out pairs, spread evenly over the file; training pairs of a run without held-out data.
 
     Args:
-        fingerprints: of the run, to say whether these are its data; None where nobody asks.
+        fingerprints: the run's, to check whether the data have changed; None to skip the check.
 
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    read = read_again(plan, _pair_tokenizer(plan, base, tokenizer))
+    read = read_again(plan, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)))
     origin = "held-out" if read.split == "heldout" else "training"
     changed = None if fingerprints is None else read.have_changed(plan, fingerprints)
     if changed:
-        log.warning("the %s data have changed since training; the verdict is on what they are today", origin)
+        log.warning("the %s data have changed since training; the verdict is on the present data", origin)
     contrasts = list(_contrasts(read.examples))
     count = min(limit, len(contrasts))
-    chosen = [contrasts[place * len(contrasts) // count] for place in range(count)]
+    chosen = [contrasts[index * len(contrasts) // count] for index in range(count)]
     single = any(len(contrast.rows) == 1 for contrast in chosen)
     return Replayed(chosen, f"{origin} {'completions' if single else 'pairs'}", changed)
 
 
-def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -> list[TokenizedExample] | None:
-    """A run's held-out or training examples, as it tokenized them; None where it has held nothing out.
-
-    Raises:
-        DataError: the data are gone, or can't be read.
-    """
-    checked = check_rows(plan)
-    rows = checked.heldout if heldout else checked.train
-    return None if rows is None else tokenized_again(rows, plan, _pair_tokenizer(plan, base, tokenizer))
-
-
-def _pair_tokenizer(plan: Plan, base: BaseFolder, tokenizer: Any) -> PairTokenizer:
-    return PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base))
-
-
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:
-    """Pairs as they are; two completions of one row, which were a pair, as that pair; others one by one."""
-    place = 0
-    while place < len(examples):
-        example = examples[place]
-        partner = examples[place + 1] if place + 1 < len(examples) else None
+    """Yield pairs, and completions; two completions that were split from one pair are that pair again."""
+    index = 0
+    while index < len(examples):
+        example = examples[index]
+        partner = examples[index + 1] if index + 1 < len(examples) else None
         if example.label is None:
             yield _contrast([example] * 2, [0, 1], (1, -1))
         elif partner and _are_one_pair(example, partner):
             yield _contrast([example, partner], [0, 0], (1, -1))
-            place += 1
+            index += 1
         else:
             yield _contrast([example], [0], (1 if example.label else -1,))
-        place += 1
+        index += 1
 
 
 def _are_one_pair(example: TokenizedExample, partner: TokenizedExample) -> bool:
@@ -117,5 +102,5 @@ def _contrast(examples: Sequence[TokenizedExample], branches: Sequence[int], sig
         for example, branch in zip(examples, branches, strict=True)
     ]
     # Without its folder: merge.json may be published.
-    place = f"{Path(examples[0].source.path).name}:{examples[0].source.line}"
-    return Contrast(rows=tuple(rows), sign=sign, place=place)
+    location = f"{Path(examples[0].source.path).name}:{examples[0].source.line}"
+    return Contrast(rows=tuple(rows), sign=sign, location=location)

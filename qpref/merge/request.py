@@ -1,4 +1,4 @@
-"""What a merge is asked for, and what it answers."""
+"""The request and the result of a merge."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SMALLEST_NATS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How large the mean error of a margin may be: a share of the mean learned change, or nats.
+    """The largest mean margin error that passes: a share of the mean learned change, or nats.
 
     Attributes:
-        share: of the learned change; no less than `SMALLEST_NATS` is asked for, which is below what 16-bit
-            arithmetic does to a margin by itself.
-        nats: where given, this and no share.
+        share: of the learned change; never below `SMALLEST_NATS`, which is less than the error of 16-bit arithmetic
+            alone.
+        nats: replaces the share where given.
     """
 
     share: float = SHARE
@@ -27,10 +27,10 @@ class Tolerance:
 
     @classmethod
     def parse(cls, text: str) -> Tolerance:
-        """`2%` or `0.3` (nats).
+        """Parse `2%` (a share) or `0.3` (nats).
 
         Raises:
-            RecipeError: it is neither.
+            RecipeError: `text` is neither.
         """
         number, percent, rest = text.strip().partition("%")
         try:
@@ -42,22 +42,22 @@ class Tolerance:
         return cls(share=value / 100) if percent else cls(nats=value)
 
     def in_nats(self, learned: float) -> float:
-        """The largest error that passes where the margins have changed by `learned` nats on average."""
+        """Convert to nats, given the mean learned change of the margins in nats."""
         return self.nats if self.nats is not None else max(SMALLEST_NATS, self.share * learned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest:
-    """One merge.
+    """Options of one merge.
 
     Attributes:
         run: a finished run folder.
         out: the folder to write, new or empty.
         onto: `trained`: the dequantized weights that the adapter was trained on; `original`: the base's own.
-        quantize: `nf4` to quantize the merged weights again; None for a plain model.
-        dtype: bf16, fp16 or float32; auto takes the first of them that passes the verdict.
-        tolerance: what passes.
-        pairs: held-out pairs to replay; all, where there are fewer.
+        quantize: `nf4` to requantize the merged weights; None for a plain model.
+        dtype: stored dtype: bf16, fp16 or float32; `auto` for the first of them that passes the verdict.
+        tolerance: the largest margin error that passes.
+        pairs: number of held-out pairs to replay; all, where there are fewer.
     """
 
     run: Path
@@ -71,34 +71,34 @@ class MergeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flip:
-    """A pair that the merged model prefers the other way round. Margins in nats."""
+    """A pair whose preferred response differs between the trained policy and the merged model; margins in nats."""
 
-    place: str
+    location: str
     trained: float
     merged: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the merged model, read back from disk, says beside the policy that was trained. All in nats.
+    """Comparison of the merged model, read back from disk, with the trained policy; errors in nats.
 
     A margin is log p(chosen) - log p(rejected); of a single completion, its log-probability, negative where the
     completion is undesirable.
 
     Attributes:
-        pairs: how many were replayed.
-        origin: "held-out" or "training" pairs (or completions, for a loss of those).
-        tokens: response tokens that were scored.
-        learned: mean absolute change of the margin in training, by the policy that was trained.
-        margin_error: mean absolute difference of the margins, merged less trained.
-        largest_margin_error: of one pair.
-        worst: the place of that pair.
+        pairs: number of replayed pairs.
+        origin: "held-out pairs" or "training pairs" (or completions, for a loss of those).
+        tokens: number of scored response tokens.
+        learned: mean absolute change of the margin in training.
+        margin_error: mean absolute difference of the margins, merged minus trained.
+        largest_margin_error: of a single pair.
+        worst: location (file:line) of that pair.
         logprob_error: mean absolute difference of a response's log-probability.
         kl: mean over the scored tokens of KL(trained || merged).
-        largest_kl: of one token.
-        flips: pairs whose preference is the other way round.
+        largest_kl: of a single token.
+        flips: pairs whose preferred response has changed.
         allowed: the largest `margin_error` that passes.
-        data_changed: whether the pairs are of other data than the run's; None where nobody knows.
+        data_changed: the pairs' data have changed since training; None if unknown.
     """
 
     pairs: int
@@ -122,23 +122,23 @@ class Verdict:
 
     @property
     def share(self) -> float | None:
-        """The margin error as a share of what was learned; None where nothing was."""
+        """Margin error as a share of the learned change; None where nothing was learned."""
         return self.margin_error / self.learned if self.learned else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """What was written.
+    """The written folder and its verdict.
 
     Attributes:
         path: the folder.
-        dtype: the stored type (of what isn't 4-bit).
-        kept: for each type that was looked at, the share of the learned change that its rounding leaves in the
-            weights: the projection of what is stored on what was learned; 1 is all of it.
-        verdict: of the folder.
-        tried: of the types that `auto` has tried and left.
-        onto_trained: for a merge onto the original, what the same type would give on the trained weights.
-        notes: what was decided on the way, a sentence each.
+        dtype: the stored dtype (of tensors that aren't 4-bit).
+        kept: for each candidate dtype, the share of the learned change that survives its rounding in the weights: the
+            projection of the stored change on the learned one; 1 is all of it.
+        verdict: on the folder.
+        tried: verdicts on the dtypes that `auto` tried before, which failed.
+        onto_trained: for a merge onto the original, the verdict on the same dtype with the trained weights.
+        notes: decisions on the way, one sentence each.
     """
 
     path: Path
@@ -150,7 +150,7 @@ class MergeResult:
     notes: list[str] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
-        """The verdicts and figures, for merge.json."""
+        """Collect the verdicts and figures for merge.json."""
         from dataclasses import asdict
 
         def plain(verdict: Verdict) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Base weight + delta, rounded to a stored type, and how much of the delta that leaves.
+"""Round base weight + delta to a stored dtype, and measure how much of the delta survives.
 
-A preference delta is small. A dequantized weight is itself a number of the run's 16-bit type, so adding less than half
-a step of that type and rounding gives the same number back: nearest rounding loses most of what was learned where the
-delta is far below the weights.
+A preference delta is small. A dequantized weight already is a number of the run's 16-bit dtype, so adding less than
+half a step of that dtype and rounding gives the same number back: rounding to nearest loses most of what was learned
+where the delta is far below the weights.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from qpref.errors import MergeError
 from qpref.policy.delta import LoraDelta
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
-"""What a merged model may be stored in, the first to try first."""
+"""Dtypes that a merged model may be stored in, in the order of trying."""
 BLOCK_ELEMENTS = 2**23
-"""Elements of a weight that are worked on at a time, so that memory doesn't grow with a vocabulary."""
+"""Elements of a weight processed at a time, so that memory doesn't grow with the vocabulary."""
 LARGEST_FP16 = torch.finfo(torch.float16).max
 
 
 @dataclass(slots=True)
 class Retention:
-    """How much of a delta survives rounding: sums of <stored change, delta> and <delta, delta> over layers."""
+    """Share of a delta that survives rounding: sums of <stored change, delta> and <delta, delta> over layers."""
 
     survived: float = 0.0
     learned: float = 0.0
@@ -43,23 +43,24 @@ class Retention:
 
 @dataclass(slots=True)
 class Survey:
-    """What each type would keep of the delta, by the weights alone.
+    """Statistics of the merged weights: the share of the delta that each dtype retains, and the largest value.
 
     Attributes:
-        largest: of all merged values, in absolute value.
-        where: the tensor that holds it.
+        retention: by dtype.
+        largest: largest absolute value.
+        largest_in: name of the tensor that holds it.
     """
 
     retention: dict[str, Retention]
     largest: float = 0.0
-    where: str = ""
+    largest_in: str = ""
 
     @property
     def kept(self) -> dict[str, float]:
         return {name: retention.kept for name, retention in self.retention.items()}
 
     def add(self, key: str, weight: Tensor, delta: LoraDelta, module: str | None) -> None:
-        """Take one more weight into account; `module` is None for one that the adapter leaves alone."""
+        """Add one weight; `module` is its adapted module, or None."""
         for rows in row_blocks(weight):
             exact = weight[rows].float()
             if module is not None:
@@ -69,21 +70,21 @@ class Survey:
                     retention.add(weight[rows], change, exact.to(STORED[name]))
             largest = float(exact.abs().max())
             if not largest <= self.largest:  # NaN too
-                self.largest, self.where = largest, key
+                self.largest, self.largest_in = largest, key
 
     def refuse_overflow(self, dtype: torch.dtype) -> None:
-        """Stop where a merged value is too large for a stored type.
+        """Refuse a stored dtype that is too small for a merged value.
 
         Raises:
-            MergeError: names the tensor.
+            MergeError: with the tensor's name.
         """
         if not self.largest <= torch.finfo(dtype).max:
             name = str(dtype).removeprefix("torch.")
-            raise MergeError(f"{self.where} doesn't fit {name}", "choose --dtype bf16 or float32")
+            raise MergeError(f"{self.largest_in} doesn't fit {name}", "choose --dtype bf16 or float32")
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension, `BLOCK_ELEMENTS` elements each."""
+    """Yield slices of the first dimension, `BLOCK_ELEMENTS` elements each."""
     if not weight.dim():
         yield slice(None)
         return
@@ -93,7 +94,7 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def rounded(weight: Tensor, delta: LoraDelta, module: str | None, dtype: torch.dtype) -> Tensor:
-    """The merged weight, added in float32 and rounded once, to the nearest number of `dtype`."""
+    """Add weight and delta in float32, and round once to the nearest number of `dtype`."""
     if module is None:
         return weight.to(dtype)
     stored = torch.empty_like(weight, dtype=dtype)

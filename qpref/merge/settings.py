@@ -1,8 +1,8 @@
-"""A merged model's config, tokenizer and generation settings, from the base's own files.
+"""Write a merged model's config, tokenizer and generation settings, from the base's own files.
 
-Everything is copied byte for byte but two files. transformers 5 writes a config and a tokenizer config that
-transformers 4.57 reads wrongly: without a top-level rope_theta it takes 10000, whatever the model was trained with, and
-it knows no tokenizer class of the name TokenizersBackend. Both get the older words beside the newer ones.
+All files are copied byte for byte except two. transformers 4.57 misreads the config and the tokenizer config that
+transformers 5 writes: without a top-level rope_theta it assumes 10000, and it doesn't know the tokenizer class
+TokenizersBackend. Both files get the older keys beside the newer ones.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ TOKENIZER_FILES = (
 BASE_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*",
               "USE_POLICY*")  # fmt: skip
 NEW_TOKENIZER_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend")
-"""Classes that came with transformers 5; all of them load tokenizer.json, as 4.57's PreTrainedTokenizerFast does."""
-OF_ONE_LOAD = ("backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
-"""What transformers 5 notes of the load that a tokenizer came from; no property of the tokenizer."""
+"""Classes new in transformers 5; all of them load tokenizer.json, as 4.57's PreTrainedTokenizerFast does."""
+LOAD_RECORD = ("backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
+"""Keys in which transformers 5 records how a tokenizer was loaded; dropped, since they don't describe the tokenizer."""
 
 
 def tokenizer_folder(model: ModelSection, base: Path) -> Path:
-    """Where the tokenizer's files lie that the run was trained with.
+    """Locate the files of the tokenizer that the run was trained with.
 
     Raises:
-        MergeError: the recipe takes it from the hub, and it isn't there.
+        MergeError: it can't be fetched from the hub.
     """
     if model.tokenizer is None:
         return base
@@ -55,7 +55,7 @@ def tokenizer_folder(model: ModelSection, base: Path) -> Path:
 def write_settings(
     base: TrainedBase, tokenizer: Path, folder: Path, dtype: torch.dtype, packed: frozenset[str]
 ) -> None:
-    """Fill in all of a merged model's folder that isn't weights.
+    """Write all files of a merged model's folder except the weights.
 
     Args:
         tokenizer: the folder of the tokenizer's own files.
@@ -81,26 +81,26 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
 
 
 def patched_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A base's config for plain weights of `dtype`, in the words of transformers 4.57 too."""
+    """Adapt a base's config to plain weights of `dtype`, with transformers 4.57's keys added."""
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     for key, value in values.items():
         if isinstance(value, dict) and key.endswith("_config"):
-            values[key] = _with_old_words(value, dtype) if "dtype" in value or "torch_dtype" in value else value
+            values[key] = _with_dtype(value, dtype) if "dtype" in value or "torch_dtype" in value else value
             values[key] = _with_old_rope(values[key])
-    return _with_old_rope(_with_old_words(values, dtype))
+    return _with_old_rope(_with_dtype(values, dtype))
 
 
-def _with_old_words(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _with_dtype(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     return {**values, "dtype": name, "torch_dtype": name}
 
 
 def _with_old_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling beside rope_parameters; what stands there already stays."""
+    """Add rope_theta and rope_scaling beside rope_parameters; existing keys stay."""
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict):
         return dict(values)
-    # Families with two kinds of attention have a table for each.
+    # Families that mix full and sliding attention have a table for each.
     main = rope.get("full_attention", rope)
     local = rope.get("sliding_attention")
     old = _old_rope(main) if isinstance(main, dict) else {}
@@ -117,8 +117,8 @@ def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patched_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer's config in words that transformers 4.57 knows."""
-    values = {key: value for key, value in config.items() if key not in OF_ONE_LOAD}
+    """Adapt a tokenizer's config to the keys and classes that transformers 4.57 knows."""
+    values = {key: value for key, value in config.items() if key not in LOAD_RECORD}
     if values.get("tokenizer_class") in NEW_TOKENIZER_CLASSES:
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = values.get("extra_special_tokens")

@@ -1,4 +1,4 @@
-"""How far a merged model is from the policy that was trained, by log-probabilities in float32."""
+"""Compare a merged model with the trained policy, by margins, log-probabilities and KL in float32."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from qpref.merge.request import Flip, Tolerance, Verdict
 from qpref.policy.vocabulary import RunningKL, RunningLogSumExp
 
 TILE_POSITIONS = 1024
-"""Response tokens whose logits exist at a time."""
+"""Response tokens whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """Holds merged models to the policy that was trained.
+    """Compares merged models with the trained policy, on the same pairs.
 
     Attributes:
-        trained: what the policy makes of the rows after training.
-        before, after: [contrasts] margins under the policy before and after training.
-        logprobs: [rows] of each response under the trained policy.
+        trained: the trained policy's hidden states and head.
+        before, after: [contrasts] margins under the policy before and after training, nats.
+        logprobs: [rows] log-probability of each response under the trained policy, nats.
     """
 
     replayed: Replayed
@@ -61,10 +61,10 @@ class Judge:
         return self.tolerance.in_nats(self.learned)
 
     def judge(self, merged: Hidden) -> Verdict:
-        """The verdict on what a merged model makes of the same rows."""
+        """Judge a merged model by its hidden states for the same rows."""
         logprobs, kl = self._compare(merged)
-        found = margins(self.replayed, logprobs)
-        errors = (found - self.after).abs()
+        merged_margins = margins(self.replayed, logprobs)
+        errors = (merged_margins - self.after).abs()
         return Verdict(
             pairs=len(self.replayed.contrasts),
             origin=self.replayed.origin,
@@ -73,16 +73,16 @@ class Judge:
             learned=self.learned,
             margin_error=float(errors.mean()),
             largest_margin_error=float(errors.max()),
-            worst=self.replayed.contrasts[int(errors.argmax())].place,
+            worst=self.replayed.contrasts[int(errors.argmax())].location,
             logprob_error=float((logprobs - self.logprobs).abs().mean()),
             kl=float(kl.mean()),
             largest_kl=float(kl.max()),
-            flips=self._flips(found),
+            flips=self._flips(merged_margins),
             allowed=self.allowed,
         )
 
     def _compare(self, merged: Hidden) -> tuple[Tensor, Tensor]:
-        """[rows] log-probability of each response; [S] KL(trained || merged) at each of their tokens."""
+        """Compute [rows] log-probability of each response, and [S] KL(trained || merged) at each response token."""
         values, divergences = [], []
         for positions, tokens in _tiles(self.replayed, self.device):
             divergence, token_logits = RunningKL(len(tokens), self.device), _TokenLogits(tokens)
@@ -92,16 +92,25 @@ class Judge:
                 token_logits.add(ours, columns)
             values.append((token_logits.values - divergence.q.total).cpu())
             divergences.append(divergence.nats.cpu())
-        return _sums(self.replayed, values), torch.cat(divergences)
+        return _per_row_sums(self.replayed, values), torch.cat(divergences)
 
-    def _flips(self, found: Tensor) -> tuple[Flip, ...]:
-        """A pair's preference is its margin's sign; a single completion's is whether training has raised it."""
+    def _flips(self, merged_margins: Tensor) -> tuple[Flip, ...]:
+        """List the flipped preferences, the largest margins first.
+
+        A pair's preference is the sign of its margin; a completion's, the sign of its margin's change in training.
+        """
         flips = []
-        rows = zip(self.replayed.contrasts, self.before.tolist(), self.after.tolist(), found.tolist(), strict=True)
+        rows = zip(
+            self.replayed.contrasts,
+            self.before.tolist(),
+            self.after.tolist(),
+            merged_margins.tolist(),
+            strict=True,
+        )
         for contrast, before, trained, merged in rows:
-            zero = 0.0 if len(contrast.rows) > 1 else before
-            if (trained > zero) != (merged > zero):
-                flips.append(Flip(place=contrast.place, trained=trained, merged=merged))
+            threshold = 0.0 if len(contrast.rows) > 1 else before
+            if (trained > threshold) != (merged > threshold):
+                flips.append(Flip(location=contrast.location, trained=trained, merged=merged))
         return tuple(sorted(flips, key=lambda flip: -abs(flip.trained)))
 
 
@@ -122,7 +131,7 @@ class _TokenLogits:
 
 
 def response_logprobs(replayed: Replayed, hidden: Hidden, device: torch.device) -> Tensor:
-    """[rows] log-probability of each response."""
+    """Compute [rows] log-probability of each response, nats."""
     values = []
     for positions, tokens in _tiles(replayed, device):
         token_logits = _TokenLogits(tokens)
@@ -132,24 +141,24 @@ def response_logprobs(replayed: Replayed, hidden: Hidden, device: torch.device) 
             token_logits.add(logits, columns)
             normalizer.add(logits.logsumexp(1))
         values.append((token_logits.values - normalizer.total).cpu())
-    return _sums(replayed, values)
+    return _per_row_sums(replayed, values)
 
 
 def _tiles(replayed: Replayed, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Some positions at a time, and [positions] the tokens that are predicted there."""
+    """Yield slices of `TILE_POSITIONS` response positions, and the [positions] tokens to predict there."""
     tokens = torch.tensor([token for row in replayed.rows for token in row.response])
     for start in range(0, len(tokens), TILE_POSITIONS):
         positions = slice(start, start + TILE_POSITIONS)
         yield positions, tokens[positions].to(device)
 
 
-def _sums(replayed: Replayed, values: Sequence[Tensor]) -> Tensor:
+def _per_row_sums(replayed: Replayed, values: Sequence[Tensor]) -> Tensor:
     lengths = [len(row.response) for row in replayed.rows]
     return torch.stack([piece.sum() for piece in torch.cat(list(values)).split(lengths)])
 
 
 def margins(replayed: Replayed, logprobs: Tensor) -> Tensor:
-    """[contrasts] of the rows' log-probabilities."""
+    """Compute [contrasts] margins from [rows] log-probabilities."""
     pieces = logprobs.split([len(contrast.rows) for contrast in replayed.contrasts])
     signs = [torch.tensor(contrast.sign, dtype=logprobs.dtype) for contrast in replayed.contrasts]
     return torch.stack([(piece * sign).sum() for piece, sign in zip(pieces, signs, strict=True)])

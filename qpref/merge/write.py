@@ -1,4 +1,4 @@
-"""Merged weights -> safetensors files and their index, one shard in memory at a time."""
+"""Write merged weights as safetensors shards and their index, one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from qpref.merge.rounding import rounded
 from qpref.policy.delta import LoraDelta
 
 SHARD_BYTES = 5 * 10**9
-"""A shard is closed before it would grow beyond this, as the hub's own tools do."""
+"""Maximum shard size, as in the hub's own tools."""
 NF4_BYTES = 0.6
-"""An upper bound for a packed value with its block's scale and the quantizer's tables."""
+"""Upper bound in bytes for a packed value with its share of the scales and tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The merged weights, computed when they are asked for.
+    """The merged weights, computed on demand.
 
     Attributes:
-        places: tensor name in the files -> adapted module.
-        dtype: the stored type.
-        original: add to the base's own weights, not to the dequantized ones that were trained on.
-        packed: modules to quantize to NF4 again.
+        adapted: tensor name in the files -> adapted module.
+        dtype: the stored dtype.
+        original: add to the base's own weights instead of the dequantized ones that were trained on.
+        packed: modules to requantize to NF4.
     """
 
     base: TrainedBase
     delta: LoraDelta
-    places: Mapping[str, str]
+    adapted: Mapping[str, str]
     dtype: torch.dtype
     original: bool = False
     packed: frozenset[str] = frozenset()
 
     def merged(self, key: str) -> dict[str, Tensor]:
-        """What is stored for a tensor of the base: itself, and what a 4-bit weight needs beside it."""
+        """Compute the tensors to store for a tensor of the base: itself, and a 4-bit weight's quantization state."""
         source = self.base.original(key) if self.original else self.base.as_trained(key)
         if not source.is_floating_point():
             return {key: source}
-        stored = rounded(source, self.delta, self.places.get(key), self.dtype)
+        stored = rounded(source, self.delta, self.adapted.get(key), self.dtype)
         return self._packed(key, stored) if self._is_packed(key) else {key: stored}
 
     def size(self, key: str) -> int:
-        """Bytes that a tensor takes; of a 4-bit one, an upper bound."""
+        """Bytes of a stored tensor; an upper bound for a 4-bit one."""
         stored = self.base.tensors[key]
-        numbers = math.prod(stored.shape)
+        num_elements = math.prod(stored.shape)
         if self._is_packed(key):
-            return int(numbers * NF4_BYTES) + 4096
-        return numbers * (self.dtype.itemsize if stored.is_float else 8)
+            return int(num_elements * NF4_BYTES) + 4096
+        return num_elements * (self.dtype.itemsize if stored.is_float else 8)
 
     @property
     def num_bytes(self) -> int:
         return sum(self.size(key) for key in self.base.tensors)
 
     def shards(self) -> list[list[str]]:
-        """The tensors of each file, in the base's order."""
+        """Assign the tensors to files, in the base's order."""
         shards: list[list[str]] = [[]]
         size = 0
         for key in self.base.tensors:
@@ -85,23 +85,23 @@ class Weights:
 
 
 def remove_weights(folder: Path) -> None:
-    """Remove what `write_weights` has left in a folder, if anything."""
+    """Remove the files that `write_weights` wrote to a folder, if any."""
     for old in folder.glob("model*.safetensors*"):
         fsio.remove_tree(old)
 
 
 def write_weights(weights: Weights, folder: Path) -> None:
-    """Write all tensors into an existing folder that holds none.
+    """Write all tensors to an existing folder without weights.
 
     Raises:
-        DiskError: the disk refuses.
+        DiskError: the disk is full or not writable.
     """
     shards = weights.shards()
     weight_map: dict[str, str] = {}
     total = 0
     for number, keys in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = dict(_of_shard(weights, keys))
+        tensors = dict(_shard_tensors(weights, keys))
         fsio.write_tensors(folder / name, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -111,6 +111,6 @@ def write_weights(weights: Weights, folder: Path) -> None:
         fsio.write_json(folder / "model.safetensors.index.json", index)
 
 
-def _of_shard(weights: Weights, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _shard_tensors(weights: Weights, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
     for key in keys:
         yield from weights.merged(key).items()

@@ -1,1 +1,1 @@
-"""One HTML page of one or several runs, from the files of their folders alone: no torch, no network, no model."""
+"""Render one HTML page on one or several runs, from the files of their folders: no torch, no network, no model."""

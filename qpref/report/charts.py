@@ -1,8 +1,8 @@
-"""Curves as drawn things: paths in the coordinates of one SVG, for the page's template to put down.
+"""Lay out curves as SVG paths and ticks, for the page's template to render.
 
-Hundreds of thousands of rows fall into a few hundred pixel columns. Of each column the range of its values is drawn, so
-that no spike is lost, and their mean. A row without a value (null in metrics.jsonl: not finite, or not defined for that
-batch) breaks the line and is marked on the axis.
+Hundreds of thousands of rows fall into a few hundred pixel columns. For each column the mean is drawn, and the range
+of its values, so that no spike is lost. A row without a value (null in metrics.jsonl: not finite, or not defined for
+that batch) breaks the line and is marked on the axis.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from qpref.report.text import count_text, number_text, tick_texts, ticks
 
 WIDTH, HEIGHT = 640, 270
 LEFT, RIGHT, TOP, BOTTOM = 66, 32, 12, 34
-PIXELS_A_COLUMN = 2
-NUM_COLUMNS = (WIDTH - LEFT - RIGHT) // PIXELS_A_COLUMN
+PIXELS_PER_COLUMN = 2
+NUM_COLUMNS = (WIDTH - LEFT - RIGHT) // PIXELS_PER_COLUMN
 TABLE_ROWS = 24
-"""Most steps of a curve in the table beneath its chart."""
-DOTS = 60
-"""Most points that are marked with dots."""
+"""Maximum rows per curve in the table below its chart."""
+MAX_DOTS = 60
+"""Maximum points of a curve that is drawn with dots."""
 COLOURS = 8
-"""In the page's style; the ninth curve has the first's colour again."""
+"""Colours in the page's style; the ninth curve reuses the first."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What is to be drawn.
+    """A curve to draw.
 
     Attributes:
-        colour: place in the page's palette, which repeats.
-        is_dashed: held-out rows, which are few: dashed, with a dot for each.
+        colour: index into the page's palette, which repeats.
+        is_dashed: dashed with dots, for held-out rows.
     """
 
     label: str
@@ -52,9 +52,9 @@ class Trace:
     """A drawn curve.
 
     Attributes:
-        line, band: SVG path data; the band is empty where each point is a row.
-        dots: places of points to mark.
-        points: of each point its place along the axis, its step, and its text, for whoever points at it.
+        line, band: SVG path data; the band is empty where each point is a single row.
+        dots: coordinates of the points to mark.
+        points: x, step and value text of each point, for the tooltip.
     """
 
     label: str
@@ -71,12 +71,12 @@ class Chart:
     """A drawn chart.
 
     Attributes:
-        summary: what it shows in words, for those who don't see it.
-        gaps: places along the axis of rows without a value.
-        zero: height of the line at 0; None where 0 is not in view.
+        summary: text alternative for screen readers.
+        gaps: x of rows without a value.
+        zero: y of the line at 0; None where 0 is out of range.
         hover: the traces' points as JSON.
-        header, rows, table_note: the table beneath, and what it leaves out.
-        notes: what was left out or drawn together.
+        header, rows, table_note: the table below the chart, and a note on omitted rows.
+        notes: captions on aggregated and missing values.
     """
 
     title: str
@@ -95,19 +95,19 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class _Points:
-    """A curve reduced to what the pixels can tell: mean, lowest and highest of each column, NaN where there is none."""
+    """A curve reduced to one point per pixel column: mean, lowest and highest value, NaN where there is none."""
 
     steps: Floats
     means: Floats
     lowest: Floats
     highest: Floats
     gaps: Floats
-    rows_a_point: float
+    rows_per_point: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From steps and values to the SVG's coordinates."""
+    """Mapping of steps and values to SVG coordinates."""
 
     last_step: float
     low: float
@@ -121,7 +121,7 @@ class _Scale:
 
 
 def draw(title: str, curves: Sequence[Curve], last_step: int) -> Chart:
-    """A chart of at least one curve, over the steps from 0 to `last_step`."""
+    """Draw at least one curve over the steps from 0 to `last_step`."""
     last_step = max(1, last_step)
     reduced = [_reduce(curve.column, last_step) for curve in curves]
     scale = _Scale(last_step, *_value_range(reduced))
@@ -142,7 +142,7 @@ def draw(title: str, curves: Sequence[Curve], last_step: int) -> Chart:
         header=header,
         rows=rows,
         notes=_notes(curves, reduced),
-        table_note=f"{TABLE_ROWS} of {longest:,} rows a curve, evenly chosen." if longest > TABLE_ROWS else "",
+        table_note=f"{TABLE_ROWS} of {longest:,} rows per curve, evenly spaced." if longest > TABLE_ROWS else "",
     )
 
 
@@ -152,93 +152,92 @@ def _reduce(column: Column, last_step: int) -> _Points:
     known = np.isfinite(values)
     if len(steps) <= 2 * NUM_COLUMNS:
         return _Points(steps, values, values, values, steps[~known], 1.0)
-    places = np.clip((steps / last_step * NUM_COLUMNS).astype(int), 0, NUM_COLUMNS - 1)
-    occupied = np.unique(places)
-    counts = np.bincount(places[known], minlength=NUM_COLUMNS)
+    columns = np.clip((steps / last_step * NUM_COLUMNS).astype(int), 0, NUM_COLUMNS - 1)
+    occupied = np.unique(columns)
+    counts = np.bincount(columns[known], minlength=NUM_COLUMNS)
     lowest, highest = np.full(NUM_COLUMNS, np.inf), np.full(NUM_COLUMNS, -np.inf)
-    np.minimum.at(lowest, places[known], values[known])
-    np.maximum.at(highest, places[known], values[known])
-    sums = np.bincount(places[known], values[known], minlength=NUM_COLUMNS)
-    all_steps = np.bincount(places, steps, minlength=NUM_COLUMNS) / np.maximum(
-        1, np.bincount(places, minlength=NUM_COLUMNS)
+    np.minimum.at(lowest, columns[known], values[known])
+    np.maximum.at(highest, columns[known], values[known])
+    sums = np.bincount(columns[known], values[known], minlength=NUM_COLUMNS)
+    mean_steps = np.bincount(columns, steps, minlength=NUM_COLUMNS) / np.maximum(
+        1, np.bincount(columns, minlength=NUM_COLUMNS)
     )
     empty = counts == 0
     means = np.where(empty, np.nan, sums / np.maximum(1, counts))
     lowest, highest = np.where(empty, np.nan, lowest), np.where(empty, np.nan, highest)
     return _Points(
-        all_steps[occupied],
+        mean_steps[occupied],
         means[occupied],
         lowest[occupied],
         highest[occupied],
-        all_steps[np.unique(places[~known])],
+        mean_steps[np.unique(columns[~known])],
         len(steps) / len(occupied),
     )
 
 
 def _value_range(reduced: Sequence[_Points]) -> tuple[float, float]:
-    """The least and the greatest value, with room around; a range of its own for a constant."""
+    """Compute the value axis' range: the lowest and highest value with padding; a constant gets a range around it."""
     lows = np.concatenate([points.lowest for points in reduced])
     highs = np.concatenate([points.highest for points in reduced])
     if not np.isfinite(lows).any():
         return 0.0, 1.0
     low, high = float(np.nanmin(lows)), float(np.nanmax(highs))
-    room = 0.06 * (high - low)
-    if room <= 1e-12 * max(abs(low), abs(high)):
-        room = 0.1 * abs(low) or 1.0
-    return low - room, high + room
+    padding = 0.06 * (high - low)
+    if padding <= 1e-12 * max(abs(low), abs(high)):
+        padding = 0.1 * abs(low) or 1.0
+    return low - padding, high + padding
 
 
 def _trace(curve: Curve, points: _Points, scale: _Scale) -> Trace:
-    runs = list(_unbroken(points))
-    together = points.rows_a_point > 1
-    places = [place for run in runs for place in run]
-    dotted = len(places) <= DOTS
+    segments = list(_segments(points))
+    indices = [index for segment in segments for index in segment]
+    dotted = len(indices) <= MAX_DOTS
     return Trace(
         label=curve.label,
         colour=curve.colour % COLOURS,
         is_dashed=curve.is_dashed,
-        line="".join(_path(points.steps, points.means, run, scale) for run in runs),
-        band="".join(_band(points, run, scale) for run in runs) if together else "",
-        dots=[(scale.x(points.steps[place]), scale.y(points.means[place])) for place in places] if dotted else [],
+        line="".join(_path(points.steps, points.means, segment, scale) for segment in segments),
+        band="".join(_band(points, segment, scale) for segment in segments) if points.rows_per_point > 1 else "",
+        dots=[(scale.x(points.steps[index]), scale.y(points.means[index])) for index in indices] if dotted else [],
         points=[
-            (scale.x(points.steps[place]), count_text(points.steps[place]), _point_text(points, place))
-            for place in places
+            (scale.x(points.steps[index]), count_text(points.steps[index]), _point_text(points, index))
+            for index in indices
         ],
     )
 
 
-def _unbroken(points: _Points) -> Iterable[list[int]]:
-    """Places of points that follow each other without one that has no value between them."""
-    run: list[int] = []
-    for place, value in enumerate(points.means):
+def _segments(points: _Points) -> Iterable[list[int]]:
+    """Yield the indices of consecutive points, split where a value is missing."""
+    segment: list[int] = []
+    for index, value in enumerate(points.means):
         if math.isfinite(value):
-            run.append(place)
-        elif run:
-            yield run
-            run = []
-    if run:
-        yield run
+            segment.append(index)
+        elif segment:
+            yield segment
+            segment = []
+    if segment:
+        yield segment
 
 
-def _path(steps: Floats, values: Floats, run: Sequence[int], scale: _Scale) -> str:
-    """A line through some points; of a single one, a line of no length, which round ends make a dot."""
-    pairs = [f"{scale.x(steps[place])} {scale.y(values[place])}" for place in run]
+def _path(steps: Floats, values: Floats, segment: Sequence[int], scale: _Scale) -> str:
+    """Draw a line through points; a single point becomes a zero-length line, which round caps show as a dot."""
+    pairs = [f"{scale.x(steps[index])} {scale.y(values[index])}" for index in segment]
     return "M" + "L".join(pairs if len(pairs) > 1 else pairs * 2)
 
 
-def _band(points: _Points, run: Sequence[int], scale: _Scale) -> str:
-    upper = [f"{scale.x(points.steps[place])} {scale.y(points.highest[place])}" for place in run]
-    lower = [f"{scale.x(points.steps[place])} {scale.y(points.lowest[place])}" for place in reversed(run)]
+def _band(points: _Points, segment: Sequence[int], scale: _Scale) -> str:
+    upper = [f"{scale.x(points.steps[index])} {scale.y(points.highest[index])}" for index in segment]
+    lower = [f"{scale.x(points.steps[index])} {scale.y(points.lowest[index])}" for index in reversed(segment)]
     return "M" + "L".join(upper + lower) + "Z"
 
 
-def _point_text(points: _Points, place: int) -> str:
-    mean, low, high = (number_text(values[place]) for values in (points.means, points.lowest, points.highest))
+def _point_text(points: _Points, index: int) -> str:
+    mean, low, high = (number_text(values[index]) for values in (points.means, points.lowest, points.highest))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _table(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
-    """Values of rows, evenly chosen, the first and the last among them; empty where a curve has no row at a step."""
+    """Tabulate evenly spaced rows, first and last included; a cell is empty where a curve has no row at a step."""
     chosen: set[float] = set()
     for curve in curves:
         steps = curve.column.steps
@@ -257,7 +256,7 @@ def _table(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
 
 def _in_words(curve: Curve) -> str:
     column = curve.column
-    known = [place for place, value in enumerate(column.values) if math.isfinite(value)]
+    known = [index for index, value in enumerate(column.values) if math.isfinite(value)]
     if not known:
         return f"{curve.label}: no value."
     first, last = known[0], known[-1]
@@ -268,15 +267,15 @@ def _in_words(curve: Curve) -> str:
 
 def _notes(curves: Sequence[Curve], reduced: Sequence[_Points]) -> list[str]:
     notes = []
-    most = max(points.rows_a_point for points in reduced)
+    most = max(points.rows_per_point for points in reduced)
     if most > 1:
         rows = max(len(curve.column) for curve in curves)
         notes.append(
-            f"{rows:,} rows: each column of pixels stands for about {most:,.0f} of them, the line for their mean, "
-            "the band for their range."
+            f"{rows:,} rows: each pixel column combines about {most:,.0f} of them; the line is their mean, the band "
+            "their range."
         )
     missing = sum(not math.isfinite(value) for curve in curves for value in curve.column.values)
     if missing:
-        rows_are = "1 row has" if missing == 1 else f"{missing:,} rows have"
-        notes.append(f"{rows_are} no value (not finite, or not defined there); marked on the axis.")
+        rows_have = "1 row has" if missing == 1 else f"{missing:,} rows have"
+        notes.append(f"{rows_have} no value (not finite, or undefined for the batch); marked on the axis.")
     return notes

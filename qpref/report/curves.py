@@ -1,4 +1,4 @@
-"""Which curves a report has, and which of them share a chart."""
+"""Choose the report's curves, and which of them share a chart."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TITLES = {
     "grad_norm": "gradient norm, before clipping",
     "learning_rate": "learning rate",
 }
-"""The metrics that most losses share, in the order of their charts."""
+"""Titles of the metrics that most losses share, in the order of their charts."""
 TOGETHER = {
     "rewards of chosen and rejected": ("rewards/chosen", "rewards/rejected"),
     "log-probability of chosen and rejected (nats)": ("logps/chosen", "logps/rejected"),
 }
-"""What one chart shows of a single run; of several runs each has a chart of its own."""
+"""Metrics of a single run that share a chart; with several runs, each metric has its own."""
 COUNTERS = ("tokens", "seconds")
 SPLIT_NAMES = {"train": "training", "eval": "held-out"}
 
 
 def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Every metric that the runs have, the usual ones first."""
+    """Draw every metric of the runs, the common ones first."""
     found = dict.fromkeys(name for run in runs for name in run.metrics.names if name not in COUNTERS)
     names = [name for name in TITLES if name in found] + sorted(name for name in found if name not in TITLES)
     last_step = max(run.metrics.last_step for run in runs)
@@ -51,30 +51,30 @@ def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Curve]:
-    """Coloured by run, or by metric where one chart of a single run has two."""
-    for place, run in enumerate(runs):
-        for colour, name in enumerate(names, place):
-            for split, said in SPLIT_NAMES.items():
+    """Yield the curves of one chart, coloured by run, or by metric where a single run's chart has two."""
+    for index, run in enumerate(runs):
+        for colour, name in enumerate(names, index):
+            for split, split_name in SPLIT_NAMES.items():
                 column = run.metrics.column(split, name)
                 if column:
-                    what = [run.name] if len(runs) > 1 else []
-                    what += [name.rpartition("/")[2]] if len(names) > 1 else []
-                    yield Curve(", ".join([*what, said]), colour, split == "eval", column)
+                    label = [run.name] if len(runs) > 1 else []
+                    label += [name.rpartition("/")[2]] if len(names) > 1 else []
+                    yield Curve(", ".join([*label, split_name]), colour, split == "eval", column)
 
 
 def speed_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    """Tokens a second between two rows; None where no run has two."""
+    """Draw training speed in tokens per second; None where no run has two rows."""
     curves = [
-        Curve(run.name if len(runs) > 1 else "tokens a second", place, False, speed)
-        for place, run in enumerate(runs)
+        Curve(run.name if len(runs) > 1 else "tokens per second", index, False, speed)
+        for index, run in enumerate(runs)
         if (speed := speeds(run))
     ]
     last_step = max(run.metrics.last_step for run in runs)
-    return draw("tokens a second, from row to row", curves, last_step) if curves else None
+    return draw("training speed (tokens per second)", curves, last_step) if curves else None
 
 
 def speeds(run: RunRecord) -> Column:
-    """Of each training row but the first: tokens fed since the row before, by the seconds that passed."""
+    """Compute tokens per second between consecutive training rows."""
     tokens, seconds = (run.metrics.column("train", name) or Column() for name in COUNTERS)
     speed = Column()
     rows = zip(tokens.steps, tokens.values, seconds.values, strict=False)

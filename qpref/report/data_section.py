@@ -1,4 +1,4 @@
-"""data.json, what the data checks found, as tables and bars."""
+"""The page's data section: the counts, findings and length histograms of data.json, as tables and bars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qpref.report.facts import Facts, Table, cell_text, shown, words
+from qpref.report.cells import Fields, Table, cell, cell_text, label_of
 from qpref.report.read import number
 from qpref.report.tables import Bar
 from qpref.report.text import count_text, share_text
@@ -15,7 +15,7 @@ from qpref.report.text import count_text, share_text
 COUNTS = ("read", "kept", "refused", "dropped", "cut", "repeated")
 COUNTED, FINDINGS, NOT_LISTED, LENGTHS = "counts", "findings", "findings_not_listed", "lengths"
 EXAMPLES = 5
-"""Findings of a code that are shown in full."""
+"""Findings shown per code."""
 SEVERITIES = ("error", "warning")
 
 Kind = tuple[str, str]
@@ -23,33 +23,34 @@ Kind = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataReport:
-    """What became of the rows.
+class DataTables:
+    """Contents of the data section.
 
     Attributes:
-        counts: of rows: what became of them, how many, and as a share of those that were read.
-        findings: by severity and code: how many, and the first few.
-        histograms: of lengths: what was measured, and its bars.
-        others: what else the file says.
+        counts: of rows: label, number, and share of the rows read.
+        findings: by severity and code: their number and the first few.
+        histograms: of lengths: title and bars.
+        others: the file's other values.
     """
 
     counts: list[tuple[str, str, str]]
     findings: Table | None
     histograms: list[tuple[str, list[Bar]]]
-    others: Facts | None
+    others: Fields | None
 
 
-def data_report(data: Mapping[str, Any]) -> DataReport:
+def data_tables(data: Mapping[str, Any]) -> DataTables:
+    """Lay out the contents of data.json."""
     lengths = data.get(LENGTHS)
-    drawn = [(str(name), bars) for name, value in lengths.items() if (bars := _bars(value))] if isinstance(
+    histograms = [(str(name), bars) for name, value in lengths.items() if (bars := _bars(value))] if isinstance(
         lengths, dict) else []  # fmt: skip
-    known = {*COUNTS, COUNTED, FINDINGS, NOT_LISTED, *([LENGTHS] if drawn else [])}
+    known = {*COUNTS, COUNTED, FINDINGS, NOT_LISTED, *([LENGTHS] if histograms else [])}
     others = {name: value for name, value in data.items() if name not in known and value not in (None, [], {})}
-    return DataReport(
+    return DataTables(
         counts=_counts(data),
         findings=_findings(data.get(FINDINGS), data.get(COUNTED)),
-        histograms=drawn,
-        others=Facts([(words(name), shown(value)) for name, value in others.items()]) if others else None,
+        histograms=histograms,
+        others=Fields([(label_of(name), cell(value)) for name, value in others.items()]) if others else None,
     )
 
 
@@ -65,7 +66,7 @@ def _counts(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _findings(findings: Any, counted: Any) -> Table | None:
-    """The first findings of each code under its number, which may be larger than that of the findings in the file."""
+    """Tabulate the first findings of each code with the code's total, which may exceed the findings in the file."""
     if not isinstance(findings, list):
         return None
     groups: dict[Kind, list[Mapping[str, Any]]] = {}
@@ -78,12 +79,12 @@ def _findings(findings: Any, counted: Any) -> Table | None:
             totals[_kind(count)] = max(totals[_kind(count)], number(count.get("count")))
     rows = []
     for kind in sorted(groups, key=lambda kind: (_rank(kind[0]), -totals[kind], kind[1])):
-        for place, finding in enumerate(groups[kind][:EXAMPLES]):
-            first = [*kind, count_text(totals[kind])] if place == 0 else ["", "", ""]
-            rows.append([*first, _where(finding), cell_text(finding.get("message"))])
+        for index, finding in enumerate(groups[kind][:EXAMPLES]):
+            first = [*kind, count_text(totals[kind])] if index == 0 else ["", "", ""]
+            rows.append([*first, _location(finding), cell_text(finding.get("message"))])
         if totals[kind] > EXAMPLES:
             rows.append(["", "", "", f"and {count_text(totals[kind] - EXAMPLES)} more", ""])
-    return Table(["severity", "code", "rows", "where", "what"], rows)
+    return Table(["severity", "code", "rows", "location", "message"], rows)
 
 
 def _kind(finding: Mapping[str, Any]) -> Kind:
@@ -94,7 +95,7 @@ def _rank(severity: str) -> int:
     return SEVERITIES.index(severity) if severity in SEVERITIES else len(SEVERITIES)
 
 
-def _where(finding: Mapping[str, Any]) -> str:
+def _location(finding: Mapping[str, Any]) -> str:
     path, line = finding.get("path"), finding.get("line")
     if path is None:
         return ""
@@ -102,18 +103,18 @@ def _where(finding: Mapping[str, Any]) -> str:
 
 
 def _bars(histogram: Any) -> list[Bar]:
-    """Bars of `[{from, to, count}]`; none where it is something else."""
+    """Draw the bars of `[{from, to, count}]`; none where the value has another form."""
     if not isinstance(histogram, list) or not all(isinstance(bar, dict) for bar in histogram):
         return []
-    ends = [(number(bar.get("from")), number(bar.get("to")), number(bar.get("count"))) for bar in histogram]
-    if any(math.isnan(end) for bar in ends for end in bar) or any(size < 0 for _, _, size in ends):
+    bins = [(number(bar.get("from")), number(bar.get("to")), number(bar.get("count"))) for bar in histogram]
+    if any(math.isnan(value) for bar in bins for value in bar) or any(count < 0 for _, _, count in bins):
         return []
-    most = max((size for _, _, size in ends), default=0.0) or 1.0
+    most = max((count for _, _, count in bins), default=0.0) or 1.0
     return [
         Bar(
             title=count_text(low) if low == high else f"{count_text(low)} to {count_text(high)}",
-            value=count_text(size),
-            parts=[(size / most, 0, "")],
+            value=count_text(count),
+            parts=[(count / most, 0, "")],
         )
-        for low, high, size in ends
+        for low, high, count in bins
     ]

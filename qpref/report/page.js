@@ -1,6 +1,6 @@
 
 "use strict";
-// The values under the pointer, or under the arrow keys. The curves, and the numbers in tables, are there without it.
+// Tooltips with the values at the pointer, or at the step chosen with the arrow keys. Curves and tables work without it.
 
 function nearest(points, x) {
   let best = null;
@@ -29,9 +29,9 @@ function attach(svg) {
   const traces = JSON.parse(svg.dataset.points).filter((trace) => trace.points.length);
   const tip = svg.parentElement.querySelector(".tip");
   const cross = svg.querySelector(".cross");
-  const places = [...new Set(traces.flatMap((trace) => trace.points.map((point) => point[0])))].sort((a, b) => a - b);
+  const positions = [...new Set(traces.flatMap((trace) => trace.points.map((point) => point[0])))].sort((a, b) => a - b);
   const width = svg.viewBox.baseVal.width;
-  let at = -1;
+  let current = -1;
 
   function hide() {
     tip.hidden = true;
@@ -40,23 +40,23 @@ function attach(svg) {
 
   function show(x) {
     const found = traces.map((trace) => ({ trace, point: nearest(trace.points, x) }));
-    const middle = found.reduce((a, b) => (Math.abs(b.point[0] - x) < Math.abs(a.point[0] - x) ? b : a)).point;
-    at = places.indexOf(middle[0]);
-    cross.setAttribute("transform", `translate(${middle[0]} 0)`);
+    const closest = found.reduce((a, b) => (Math.abs(b.point[0] - x) < Math.abs(a.point[0] - x) ? b : a)).point;
+    current = positions.indexOf(closest[0]);
+    cross.setAttribute("transform", `translate(${closest[0]} 0)`);
     cross.setAttribute("visibility", "visible");
-    tip.replaceChildren(row("", "step", middle[1]));
+    tip.replaceChildren(row("", "step", closest[1]));
     for (const { trace, point } of found) {
-      const label = point[1] === middle[1] ? trace.label : `${trace.label}, step ${point[1]}`;
+      const label = point[1] === closest[1] ? trace.label : `${trace.label}, step ${point[1]}`;
       tip.append(row(`c${trace.colour}`, label, point[2]));
     }
     tip.hidden = false;
-    const room = svg.clientWidth;
-    const left = (middle[0] / width) * room;
-    const fits = left + 14 + tip.offsetWidth <= room;
+    const available = svg.clientWidth;
+    const left = (closest[0] / width) * available;
+    const fits = left + 14 + tip.offsetWidth <= available;
     tip.style.left = `${fits ? left + 14 : Math.max(0, left - 14 - tip.offsetWidth)}px`;
   }
 
-  if (!places.length) return;
+  if (!positions.length) return;
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     show(((event.clientX - box.left) / box.width) * width);
@@ -68,7 +68,7 @@ function attach(svg) {
     if (event.key === "Escape") hide();
     if (!move) return;
     event.preventDefault();
-    show(places[Math.min(places.length - 1, Math.max(0, at + move))]);
+    show(positions[Math.min(positions.length - 1, Math.max(0, current + move))]);
   });
 }
 

@@ -1,7 +1,7 @@
-"""The whole page: sections from the runs and the files beside them, put down by one template.
+"""Render the page: its sections from the runs and from other commands' files, by one template.
 
-The page loads nothing and may not: its Content-Security-Policy allows its own style and script by their hashes, and
-forbids all else. Every text goes through the template's escaping; nothing here makes markup.
+The page loads nothing: its Content-Security-Policy allows only its own style and script, by their hashes. Every text is
+escaped by the template; no code here produces markup.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from markupsafe import Markup
 
 from qpref import __version__
 from qpref.report import charts, curves, tables
-from qpref.report.data_section import DataReport, data_report
-from qpref.report.facts import Facts, Sample, samples_of, shown
-from qpref.report.read import RunRecord, leaf
+from qpref.report.cells import Fields, cell, label_of
+from qpref.report.data_section import DataTables, data_tables
+from qpref.report.read import RunRecord, nested
 from qpref.report.results import evaluation_blocks, merge_blocks
+from qpref.report.samples import Sample, samples_of
 
 TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
 AREA = {
@@ -34,12 +35,12 @@ AREA = {
     "top": charts.TOP,
     "bottom": charts.HEIGHT - charts.BOTTOM,
 }
-"""Where a chart's axes lie."""
+"""The plot area inside a chart's SVG."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
-    """Files that other commands wrote, each with the path that it came from.
+class ExtraResults:
+    """Parsed JSON files of other commands, by path.
 
     Attributes:
         merged: merge.json of merged models.
@@ -53,16 +54,16 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """A file of samples; `other` where it holds none that can be told apart."""
+class SampleFile:
+    """A file's samples; `other` shows the file's content where no samples are recognized."""
 
     path: str
     samples: list[Sample]
     other: Any
 
 
-def render(runs: Sequence[RunRecord], beside: Beside) -> str:
-    """The page as HTML."""
+def render(runs: Sequence[RunRecord], extras: ExtraResults) -> str:
+    """Render the page as HTML."""
     style, script = _packaged(STYLE), _packaged(SCRIPT)
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -85,35 +86,35 @@ def render(runs: Sequence[RunRecord], beside: Beside) -> str:
         heldout=tables.heldout(runs),
         data=[_data(run) for run in runs],
         speed=curves.speed_chart(runs),
-        merged={path: merge_blocks(value) for path, value in beside.merged.items()},
-        evaluations={path: evaluation_blocks(value) for path, value in beside.evaluations.items()},
-        answers=[_answers(path, value) for path, value in beside.samples.items()],
+        merged={path: merge_blocks(value) for path, value in extras.merged.items()},
+        evaluations={path: evaluation_blocks(value) for path, value in extras.evaluations.items()},
+        sample_files=[_sample_file(path, value) for path, value in extras.samples.items()],
         about=[_about(run) for run in runs],
     )  # fmt: skip
 
 
-def _data(run: RunRecord) -> DataReport | None:
-    return None if run.data is None else data_report(run.data)
+def _data(run: RunRecord) -> DataTables | None:
+    return None if run.data is None else data_tables(run.data)
 
 
-def _answers(path: str, value: Any) -> Answers:
+def _sample_file(path: str, value: Any) -> SampleFile:
     samples = samples_of(value)
-    return Answers(path, samples, None if samples else shown(value))
+    return SampleFile(path, samples, None if samples else cell(value))
 
 
-def _about(run: RunRecord) -> Facts:
-    """Where a run came from."""
+def _about(run: RunRecord) -> Fields:
+    """Collect a run's provenance."""
     facts = run.facts
     offers = facts.get("plugins")
     plugins = [
-        f"{leaf(offer, 'kind')} {leaf(offer, 'name')} ({leaf(offer, 'distribution')} {leaf(offer, 'version')})"
+        f"{nested(offer, 'kind')} {nested(offer, 'name')} ({nested(offer, 'distribution')} {nested(offer, 'version')})"
         for offer in (offers if isinstance(offers, list) else [])
         if isinstance(offer, dict)
     ]
-    kept = ("created", "base", "base_path", "device", "dtype", "attention", "versions", "fingerprints")
-    said = {name: facts[name] for name in kept if name in facts} | ({"plugins": plugins} if plugins else {})
-    pairs = [("folder", str(run.path.resolve()))]
-    return Facts(pairs + [(name.replace("_", " "), shown(value)) for name, value in said.items()])
+    keys = ("created", "base", "base_path", "device", "dtype", "attention", "versions", "fingerprints")
+    known = {key: facts[key] for key in keys if key in facts} | ({"plugins": plugins} if plugins else {})
+    folder = [("folder", str(run.path.resolve()))]
+    return Fields(folder + [(label_of(key), cell(value)) for key, value in known.items()])
 
 
 @cache
@@ -134,9 +135,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_never_a_path,
+        finalize=_path_to_text,
     )
 
 
-def _never_a_path(value: Any) -> Any:
+def _path_to_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value

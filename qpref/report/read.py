@@ -1,6 +1,6 @@
-"""What a run folder says, whatever state it is in: running, killed, old, or damaged in places.
+"""Read a run folder in any state: running, killed, from an older version, or partly damaged.
 
-Nothing here is trusted. A line of metrics.jsonl that cannot be read is counted and left out; a missing file is None.
+Nothing in it is trusted. Unreadable lines of metrics.jsonl are counted and left out; a missing file is None.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qpref.errors import DataError, RecipeError
 from qpref.training.folder import RunFolder
 
 SPLITS = {"train": "", "eval": "eval_"}
-"""Splits of metrics.jsonl, each with the prefix of its names."""
+"""Splits of metrics.jsonl, each with the prefix of its metric names."""
 LARGEST = 1e200
-"""Beyond it a number counts as none: sums and differences of such numbers overflow."""
+"""A larger number counts as missing: sums and differences of such numbers overflow."""
 
 
 @dataclass(slots=True)
 class Column:
-    """One metric of one split, row by row; NaN where a row has none."""
+    """One metric of one split, row by row; NaN where a row has no value."""
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
@@ -43,8 +43,8 @@ class Metrics:
     """metrics.jsonl by split and name, held-out names without their `eval_`.
 
     Attributes:
-        bad_lines: numbers of lines that are no row, from 1.
-        is_torn: the last line has no end, as it is while a run writes it, or when it was killed.
+        bad_lines: numbers of the lines that aren't rows, from 1.
+        is_torn: the last line is incomplete: the run is writing it, or was killed.
     """
 
     columns: dict[str, dict[str, Column]] = field(default_factory=lambda: {split: {} for split in SPLITS})
@@ -55,13 +55,13 @@ class Metrics:
         return self.columns[split].get(name)
 
     def last(self, split: str, name: str) -> float:
-        """The newest value; NaN where there is none."""
+        """Return the newest value; NaN if there is none."""
         column = self.column(split, name)
         return column.values[-1] if column else math.nan
 
     @property
     def names(self) -> list[str]:
-        """Every metric's name once, as the file brings them."""
+        """Metric names without repetition, in file order."""
         return list(dict.fromkeys(name for columns in self.columns.values() for name in columns))
 
     @property
@@ -70,7 +70,7 @@ class Metrics:
         return int(max(steps, default=0))
 
     def add(self, row: object) -> bool:
-        """Add a row; False where it is none."""
+        """Add a row; return False if it isn't a valid one."""
         if not isinstance(row, dict) or row.get("split") not in tuple(SPLITS):
             return False
         step = number(row.get("step"))
@@ -85,16 +85,16 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """All that a run's folder says.
+    """The contents of a run's folder.
 
     Attributes:
-        name: for people; no two runs of a report share one.
+        name: for people; unique within a report.
         facts: run.json.
-        recipe, recipe_text: recipe.lock.toml, parsed and as it stands.
-        result: result.json, what the run measured of itself; None before its end.
-        data: data.json, the data report; None where there is none.
-        is_finished: its adapter is written.
-        unreadable: why a file that a run can be shown without can't be read, by its name.
+        recipe, recipe_text: recipe.lock.toml, parsed and verbatim.
+        result: result.json, the run's own measurements; None before its end.
+        data: data.json, the data report; None if missing.
+        is_finished: the adapter is written.
+        unreadable: name of an optional file -> why it can't be read.
     """
 
     path: Path
@@ -110,19 +110,19 @@ class RunRecord:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """The runs of some folders.
+    """Read several run folders.
 
     Raises:
         RecipeError: a folder is no run, or is named twice.
     """
-    twice = {path for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
-    if twice:
-        raise RecipeError(f"{min(twice)}: is named twice")
+    repeated = {path for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
+    if repeated:
+        raise RecipeError(f"{min(repeated)}: is named twice")
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def read_run(path: Path, name: str) -> RunRecord:
-    """A run folder's record.
+    """Read one run folder.
 
     Raises:
         RecipeError: it is no run.
@@ -155,16 +155,16 @@ def read_run(path: Path, name: str) -> RunRecord:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The rows of metrics.jsonl; none where it isn't there yet."""
+    """Read metrics.jsonl; empty if the file doesn't exist yet."""
     metrics = Metrics()
     if not path.is_file():
         return metrics
     with path.open("rb") as file:
-        for number_of_line, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 metrics.is_torn = True
             elif not metrics.add(_parsed(line)):
-                metrics.bad_lines.append(number_of_line)
+                metrics.bad_lines.append(line_number)
     return metrics
 
 
@@ -176,7 +176,7 @@ def _parsed(line: bytes) -> object:
 
 
 def read_json(path: Path) -> Any:
-    """Any JSON file.
+    """Read any JSON file.
 
     Raises:
         DataError: it cannot be read, or is no JSON.
@@ -190,10 +190,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
-        DataError: it cannot be read, or holds something else.
+        DataError: it cannot be read, or holds another type.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -217,34 +217,34 @@ def is_number(value: object) -> bool:
 
 
 def number(value: object) -> float:
-    """A JSON number as a float; NaN for anything else, and for what no chart can show."""
+    """Convert a JSON number to a float; NaN for any other value and beyond `LARGEST`."""
     if not is_number(value):
         return math.nan
     assert isinstance(value, int | float)
     return float(value) if abs(value) <= LARGEST else math.nan
 
 
-def leaf(document: Mapping[str, Any] | None, *keys: str) -> Any:
-    """What stands at a place of nested objects; None where the way there is missing."""
-    place: Any = document
+def nested(document: Mapping[str, Any] | None, *keys: str) -> Any:
+    """Look up a value in nested objects; None if a key is missing."""
+    value: Any = document
     for key in keys:
-        place = place.get(key) if isinstance(place, dict) else None
-    return place
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
-def flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested tables by its dotted name; arrays of tables by their places."""
+def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested tables with its dotted name; arrays of tables are numbered."""
     for key, value in document.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from flat(value, f"{name}.")
+            yield from flatten(value, f"{name}.")
         elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-            yield from flat({str(place): part for place, part in enumerate(value)}, f"{name}.")
+            yield from flatten({str(index): part for index, part in enumerate(value)}, f"{name}.")
         else:
             yield name, value
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names; the paths themselves where those are not enough to tell the runs apart."""
+    """Choose the runs' names: folder names, or the paths where folder names repeat."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]

@@ -1,8 +1,7 @@
-"""What `qpref eval --json` and a merge's merge.json say, as blocks of a page.
+"""Lay out the results of other commands, `qpref eval --json` and a merge's merge.json, as blocks of the page.
 
-Their known parts have tables of their own; anything else in them is shown as it stands.
-
-A block is a heading with a text, Facts or a Table.
+Known values get tables of their own; other values are shown as they are. A block is a heading with a text, Fields or a
+Table.
 """
 
 from __future__ import annotations
@@ -10,29 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qpref.report.cells import Fields, Table, cell, cell_text, label_of
 from qpref.report.curves import TITLES
-from qpref.report.facts import Facts, Table, cell_text, shown, words
-from qpref.report.read import is_number, leaf, number
+from qpref.report.read import is_number, nested, number
 from qpref.report.text import number_text, share_text
 
-Block = tuple[str, str | Facts | Table]
+Block = tuple[str, str | Fields | Table]
 VERDICT_ROWS = {
     "learned": "mean learned change of the margin, nats",
     "margin_error": "mean margin error, nats",
-    "allowed": "the largest that passes, nats",
+    "allowed": "largest that passes, nats",
     "largest_margin_error": "largest margin error, nats",
     "logprob_error": "mean error of a response's log-probability, nats",
-    "kl": "KL(trained, merged) a token, nats",
-    "largest_kl": "the largest of one token, nats",
+    "kl": "KL(trained, merged) per token, nats",
+    "largest_kl": "largest KL of a single token, nats",
     "tokens": "tokens compared",
 }
 
 
 def evaluation_blocks(value: Any) -> list[Block]:
-    """An evaluation: its metrics with their intervals, a column for each model, and its warnings."""
+    """Lay out an evaluation: its warnings, and its metrics with intervals, one column per model."""
     models = value.get("models") if isinstance(value, dict) else None
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        return [("", shown(value))]
+        return [("", cell(value))]
     names = [cell_text(model.get("model")) for model in models]
     blocks: list[Block] = [
         ("warning", cell_text(text))
@@ -41,16 +40,16 @@ def evaluation_blocks(value: Any) -> list[Block]:
     blocks += _estimates("metrics", names, [model.get("metrics") for model in models])
     kinds = dict.fromkeys(kind for model in models for kind in (model.get("by") or ()) if isinstance(model["by"], dict))
     for kind in kinds:
-        blocks += _estimates(f"by {kind}", names, [_accuracies(leaf(model, "by", kind)) for model in models])
+        blocks += _estimates(f"by {kind}", names, [_accuracies(nested(model, "by", kind)) for model in models])
     differences = [model.get("difference_from_first") for model in models]
     if names:
         blocks += _estimates(f"difference from {names[0]}, pair by pair", names[1:], differences[1:])
     others = {name: part for name, part in value.items() if name not in ("models", "warnings")}
-    return [*blocks, ("what was compared", shown(others))]
+    return [*blocks, ("settings", cell(others))]
 
 
 def _accuracies(buckets: Any) -> dict[str, Any] | None:
-    """Of each bucket its accuracy: by reward where there is one."""
+    """Pick each bucket's accuracy, by reward if there is one."""
     if not isinstance(buckets, dict):
         return None
     names = ("rewards/accuracies", "logps/accuracies")
@@ -62,18 +61,18 @@ def _accuracies(buckets: Any) -> dict[str, Any] | None:
 
 
 def _estimates(heading: str, names: Sequence[str], columns: Sequence[Any]) -> Iterator[Block]:
-    """One table of estimates, a row for each name that any column has."""
+    """Yield a table of estimates, with a row for each key of any column; nothing without keys."""
     known = [column if isinstance(column, dict) else {} for column in columns]
     keys = dict.fromkeys(key for column in known for key in column)
     if keys:
         rows: list[list[Any]] = [
-            [TITLES.get(key, words(key)), *(_estimate(column.get(key)) for column in known)] for key in keys
+            [TITLES.get(key, label_of(key)), *(_estimate(column.get(key)) for column in known)] for key in keys
         ]
         yield heading, Table(["", *names], rows)
 
 
 def _estimate(value: Any) -> str:
-    """A number with its interval."""
+    """Format a number with its interval."""
     if not isinstance(value, dict):
         return "" if value is None else cell_text(value)
     middle, low, high = (number(value.get(name)) for name in ("value", "low", "high"))
@@ -83,10 +82,10 @@ def _estimate(value: Any) -> str:
 
 
 def merge_blocks(value: Any) -> list[Block]:
-    """A merge: whether it passed, its figures beside those of the types that were tried before, and flips."""
+    """Lay out a merge: its verdict, its figures beside those of the dtypes tried before, and preference flips."""
     verdict = value.get("verdict") if isinstance(value, dict) else None
     if not isinstance(verdict, dict):
-        return [("", shown(value))]
+        return [("", cell(value))]
     tried = value.get("tried") if isinstance(value.get("tried"), dict) else {}
     asked = value.get("asked")
     quantized = asked.get("quantize") if isinstance(asked, dict) else None
@@ -96,33 +95,33 @@ def merge_blocks(value: Any) -> list[Block]:
     blocks: list[Block] = [("verdict", _headline(verdict, value))]
     kept = value.get("kept_in_weights")
     kept = kept if isinstance(kept, dict) else {}
-    header = ["", *(f"{name}, stored" if place == 0 else f"{name}, tried" for place, name in enumerate(columns))]
+    header = ["", *(f"{name}, stored" if index == 0 else f"{name}, tried" for index, name in enumerate(columns))]
     rows: list[list[Any]] = [["passed", *(cell_text(part.get("passed")) for part in columns.values())]]
     for key, title in VERDICT_ROWS.items():
         if any(key in part for part in columns.values()):
             rows.append([title, *(cell_text(part.get(key)) for part in columns.values())])
-    rows.append(["learned change kept in the weights", *(_share(kept.get(name)) for name in columns)])
+    rows.append(["learned change retained in the weights", *(_share(kept.get(name)) for name in columns)])
     blocks.append(("figures", Table(header, rows)))
     if verdict.get("flips"):
-        blocks.append(("preferences that flipped", shown(verdict["flips"])))
+        blocks.append(("preference flips", cell(verdict["flips"])))
     others = {
         name: part
         for name, part in value.items()
         if name not in ("verdict", "tried", "dtype", "run") and part not in (None, [], {})
     }
-    return [*blocks, ("how it was merged", shown(others))]
+    return [*blocks, ("settings", cell(others))]
 
 
 def _headline(verdict: Mapping[str, Any], value: Mapping[str, Any]) -> str:
     passed = {True: "passed", False: "NOT passed"}.get(bool(verdict.get("passed")), "")
     share = verdict.get("share_of_learned")
-    of = f", {100 * number(share):.2f} % of the learned change" if is_number(share) else ""
+    of_learned = f", {100 * number(share):.2f} % of the learned change" if is_number(share) else ""
     flips = verdict.get("flips")
-    flipped = f", {len(flips):,} preference(s) flipped" if isinstance(flips, list) else ""
+    flipped = f"; preference flips: {len(flips):,}" if isinstance(flips, list) else ""
     return (
         f"{passed}: on {cell_text(verdict.get('pairs'))} {cell_text(verdict.get('origin'))}, read back from disk as "
         f"{cell_text(value.get('dtype'))}, the mean margin error is {cell_text(verdict.get('margin_error'))} nats"
-        f"{of}{flipped}."
+        f"{of_learned}{flipped}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's numbers: what runs came to, where recipes differ, held-out rows, memory and speed against the plan."""
+"""The report's tables: outcomes of the runs, differing settings, held-out rows, memory and speed against the plan."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpref.memory.parts import CAPTIONS
+from qpref.report.cells import Table, cell_text
 from qpref.report.curves import TITLES
-from qpref.report.facts import Table, cell_text
-from qpref.report.read import RunRecord, flat, leaf, number
+from qpref.report.read import RunRecord, flatten, nested, number
 from qpref.report.text import count_text, number_text, share_text, size_text, time_text
 
 HELDOUT_STEPS = 8
-"""Most held-out rows of a single run's table."""
+"""Maximum columns of a single run's held-out table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One number of a run's summary, with what it was before, or what it is out of."""
+    """One number of a run's summary, with a note such as its value at the start."""
 
     title: str
     value: str
@@ -28,10 +28,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A length among others.
+    """One bar of a bar chart.
 
     Attributes:
-        parts: lengths that follow each other, as shares of the longest bar, each with its colour and its words.
+        parts: stacked segments: length as a share of the longest bar, colour, and caption.
     """
 
     title: str
@@ -40,6 +40,7 @@ class Bar:
 
 
 def state(run: RunRecord) -> str:
+    """Describe the run's progress and its adapter's step."""
     steps = run.facts.get("steps")
     total = f" of {count_text(number(steps))}" if not math.isnan(number(steps)) else ""
     step = f"step {run.metrics.last_step:,}{total}"
@@ -49,20 +50,20 @@ def state(run: RunRecord) -> str:
 
 
 def adapter_step(run: RunRecord) -> int:
-    """The step that the adapter is of: the last, or the best where the recipe asked for it."""
-    step = number(leaf(run.result, "adapter_step"))
+    """Return the adapter's step: the last one, or the best one with `best_by`."""
+    step = number(nested(run.result, "adapter_step"))
     return run.metrics.last_step if math.isnan(step) else int(step)
 
 
 def _outcome(run: RunRecord, name: str) -> float:
-    """The held-out mean of the step that the adapter is of; the newest where that step has none."""
+    """Return the held-out mean at the adapter's step; the newest where that step has none."""
     column = run.metrics.column("eval", name)
     values = dict(zip(column.steps, column.values, strict=True)) if column else {}
     return values.get(adapter_step(run), run.metrics.last("eval", name))
 
 
 def tiles(run: RunRecord) -> list[Tile]:
-    """A single run at a glance."""
+    """Summarize a single run."""
     found = [Tile("state", "finished" if run.is_finished else "not finished", state(run).partition(", ")[2])]
     for name, title, text in (
         ("rewards/accuracies", "held-out accuracy", share_text),
@@ -82,7 +83,7 @@ def tiles(run: RunRecord) -> list[Tile]:
 
 
 def overview(runs: Sequence[RunRecord]) -> Table:
-    """Several runs side by side, one a row."""
+    """Compare several runs, one per row."""
     rows = []
     for run in runs:
         tokens, seconds = _spent(run)
@@ -104,8 +105,8 @@ def overview(runs: Sequence[RunRecord]) -> Table:
 
 
 def differences(runs: Sequence[RunRecord]) -> Table:
-    """The recipes' settings that aren't the same in all runs."""
-    recipes = [dict(flat(run.recipe)) for run in runs]
+    """Tabulate the settings in which the runs' recipes differ."""
+    recipes = [dict(flatten(run.recipe)) for run in runs]
     names = dict.fromkeys(name for recipe in recipes for name in recipe)
     missing = object()
     rows = []
@@ -121,7 +122,7 @@ def _setting(value: Any) -> str:
 
 
 def heldout(runs: Sequence[RunRecord]) -> Table | None:
-    """Held-out means: of a single run at several steps, of several runs before and after; None without any."""
+    """Tabulate held-out means: of a single run at several steps, of several runs before and after; None without any."""
     names = [name for run in runs for name in run.metrics.columns["eval"] if name not in ("tokens", "seconds")]
     ordered = [name for name in TITLES if name in names] + sorted(set(names) - set(TITLES))
     if not ordered:
@@ -144,55 +145,55 @@ def heldout(runs: Sequence[RunRecord]) -> Table | None:
 
 
 def starts_at_no_reward(runs: Sequence[RunRecord]) -> bool:
-    """Whether some run's rewards are all 0 at step 0: it has a reference, and starts there."""
+    """Return whether a run's rewards are all 0 at step 0, since it starts at its reference."""
     margins = [run.metrics.column("eval", "rewards/margins") for run in runs]
     return any(column is not None and column.steps[0] == 0 and column.values[0] == 0 for column in margins)
 
 
 def _heldout_steps(run: RunRecord, most: int) -> list[float]:
-    """The first and the last, the adapter's, and others evenly between."""
+    """Choose the first and last step, the adapter's, and evenly spaced ones between."""
     steps = sorted({step for column in run.metrics.columns["eval"].values() for step in column.steps})
     if len(steps) <= most:
         return steps
-    chosen = {steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)}
+    chosen = {steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)}
     return sorted(chosen | ({adapter_step(run)} & set(steps)))
 
 
 def against_plan(run: RunRecord) -> Table:
-    """What was planned and what was measured, one thing a row; empty cells where one of the two isn't known."""
-    forecast, examples = leaf(run.facts, "forecast"), leaf(run.facts, "examples", "train")
-    planned_total = number(leaf(forecast, "memory", "total"))
+    """Tabulate planned and measured values, one quantity per row; a cell is empty where its value is unknown."""
+    forecast, examples = nested(run.facts, "forecast"), nested(run.facts, "examples", "train")
+    planned_total = number(nested(forecast, "memory", "total"))
     peak, kind = measured_peak(run)
     tokens, seconds = _spent(run)
     step = run.metrics.last_step
-    a_step = tokens / step if step else math.nan
-    planned_step, flops = number(leaf(forecast, "tokens_per_step")), number(leaf(forecast, "flops_per_step"))
+    tokens_per_step = tokens / step if step else math.nan
+    planned_step, flops = number(nested(forecast, "tokens_per_step")), number(nested(forecast, "flops_per_step"))
     speed = tokens / seconds if seconds > 0 else math.nan
     rate = flops * step / seconds / 1e12 if seconds > 0 else math.nan
     rows = [
         ["peak memory", _or_blank(planned_total, size_text), _or_blank(peak, size_text), _ratio(peak, planned_total)],
         ["", "", kind, ""],
-        ["tokens a step", _or_blank(planned_step, count_text), _or_blank(a_step, count_text),
-         _ratio(a_step, planned_step)],
-        ["work a step", _or_blank(flops / 1e12, _tera), "", ""],
-        ["speed", "", _or_blank(speed, lambda value: f"{number_text(value)} tokens a second"), ""],
-        ["", "", _or_blank(rate, lambda value: f"{_tera(value)} a second"), ""],
+        ["tokens per step", _or_blank(planned_step, count_text), _or_blank(tokens_per_step, count_text),
+         _ratio(tokens_per_step, planned_step)],
+        ["compute per step", _or_blank(flops / 1e12, _tera), "", ""],
+        ["speed", "", _or_blank(speed, lambda value: f"{number_text(value)} tokens per second"), ""],
+        ["", "", _or_blank(rate, lambda value: f"{_tera(value)} per second"), ""],
         ["optimizer steps", _or_blank(number(run.facts.get("steps")), count_text), count_text(step), ""],
-        ["tokens at once", _or_blank(number(run.facts.get("tokens_per_microbatch")), count_text),
-         _or_blank(number(leaf(run.result, "tokens_per_microbatch")), count_text), ""],
-        ["layers recomputed", _or_blank(number(run.facts.get("recomputed_layers")), count_text), "", ""],
+        ["tokens per micro-batch", _or_blank(number(run.facts.get("tokens_per_microbatch")), count_text),
+         _or_blank(number(nested(run.result, "tokens_per_microbatch")), count_text), ""],
+        ["recomputed layers", _or_blank(number(run.facts.get("recomputed_layers")), count_text), "", ""],
         ["training examples", _or_blank(number(examples), count_text), "", ""],
     ]  # fmt: skip
     return Table(["", "planned", "measured", "measured / planned"], [row for row in rows if any(row[1:])])
 
 
 def memory_bars(run: RunRecord) -> list[Bar]:
-    """The forecast by its parts above what was measured; none without a forecast."""
-    memory = leaf(run.facts, "forecast", "memory")
-    total, peak = number(leaf(memory, "total")), measured_peak(run)[0]
+    """Draw the forecast by its parts, and the measured peak below; no bars without a forecast."""
+    memory = nested(run.facts, "forecast", "memory")
+    total, peak = number(nested(memory, "total")), measured_peak(run)[0]
     if math.isnan(total) or total <= 0:
         return []
-    sizes = {part: number(leaf(memory, part)) for part in CAPTIONS}
+    sizes = {part: number(nested(memory, part)) for part in CAPTIONS}
     sizes.pop("live" if not sizes["live"] >= sizes["head_tile"] else "head_tile")
     longest = max(total, peak) if not math.isnan(peak) else total
     parts = [
@@ -208,18 +209,18 @@ def memory_bars(run: RunRecord) -> list[Bar]:
 
 
 def measured_peak(run: RunRecord) -> tuple[float, str]:
-    """Bytes at the peak, and of what; NaN where the run hasn't ended, or is older than result.json."""
-    for name, kind in (("allocated", "allocated on the GPU"), ("resident", "resident, of the whole process")):
-        size = number(leaf(run.result, "peak_bytes", name))
+    """Return the peak in bytes and its kind; NaN where the run hasn't ended, or is older than result.json."""
+    for name, kind in (("allocated", "allocated on the GPU"), ("resident", "resident memory of the whole process")):
+        size = number(nested(run.result, "peak_bytes", name))
         if not math.isnan(size):
-            resumed = number(leaf(run.result, "first_step"))
-            since = f", since step {count_text(resumed)}, where it was resumed" if resumed > 0 else ""
+            resumed = number(nested(run.result, "first_step"))
+            since = f", since the run was resumed at step {count_text(resumed)}" if resumed > 0 else ""
             return size, f"{kind}{since}"
     return math.nan, ""
 
 
 def _spent(run: RunRecord) -> tuple[float, float]:
-    """Tokens fed and seconds passed."""
+    """Return tokens fed and seconds passed."""
     return run.metrics.last("train", "tokens"), run.metrics.last("train", "seconds")
 
 

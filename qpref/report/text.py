@@ -1,4 +1,4 @@
-"""Numbers, sizes and times as a person reads them, and round ticks for an axis."""
+"""Format numbers, sizes and times for people, and choose round ticks for an axis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NO_VALUE = "no value"
 
 
 def number_text(value: float) -> str:
-    """Five significant digits: 0.69315, -121.96, 12,346, 1.2e-05."""
+    """Format with five significant digits: 0.69315, -121.96, 12,346, 1.2e-05."""
     if not math.isfinite(value):
         return NO_VALUE
     size = abs(value)
@@ -23,14 +23,14 @@ def number_text(value: float) -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes in GiB, or in MiB below a tenth of one."""
+    """Format bytes in GiB, or in MiB below 0.1 GiB."""
     if not math.isfinite(size):
         return NO_VALUE
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as 12.3 s, 4 min 05 s or 3 h 20 min."""
+    """Format seconds as 12.3 s, 4 min 05 s or 3 h 20 min."""
     if not math.isfinite(seconds):
         return NO_VALUE
     if seconds < 100:
@@ -49,10 +49,10 @@ def share_text(value: float) -> str:
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, at most so many; multiples of 1, 2 or 5 times a power of ten.
+    """Choose about `most` round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
 
     Args:
-        whole: none but whole numbers.
+        whole: only whole numbers.
     """
     assert low < high
     rough = (high - low) / most
@@ -61,16 +61,16 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     if whole:
         step = max(1.0, step)
     first = math.ceil(low / step - 1e-9)
-    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [multiple * step for multiple in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def tick_texts(places: Sequence[float]) -> list[str]:
-    """The ticks' labels, all with as many decimals as their distance asks for."""
-    largest = max((abs(place) for place in places), default=0.0)
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Format tick labels, with as many decimals as their distance requires."""
+    largest = max((abs(value) for value in values), default=0.0)
     if largest == 0:
-        return ["0" for _ in places]
-    step = abs(places[1] - places[0]) if len(places) > 1 else largest
+        return ["0" for _ in values]
+    step = abs(values[1] - values[0]) if len(values) > 1 else largest
     power = math.floor(math.log10(largest)) if largest < 1e-3 or largest >= 1e7 else 0
     decimals = max(0, power - math.floor(math.log10(step) + 1e-9))
     end = f"e{power}" if power else ""
-    return ["0" if place == 0 else f"{place / 10.0**power:,.{decimals}f}{end}" for place in places]
+    return ["0" if value == 0 else f"{value / 10.0**power:,.{decimals}f}{end}" for value in values]

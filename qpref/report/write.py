@@ -1,4 +1,4 @@
-"""Runs in, one HTML file out."""
+"""Write the report of some runs as one HTML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qpref import fsio
 from qpref.errors import RecipeError
-from qpref.report.page import Beside, render
+from qpref.report.page import ExtraResults, render
 from qpref.report.read import read_json, read_runs
 from qpref.training.folder import RunFolder
 
@@ -19,7 +19,7 @@ SUFFIXES = (".html", ".htm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """What other commands wrote, by path: merged model folders, and files of `qpref eval` and `qpref generate`."""
+    """Paths of other commands' output: merged model folders, and files of `qpref eval` and `qpref generate`."""
 
     merged: Sequence[Path] = ()
     evaluations: Sequence[Path] = ()
@@ -31,15 +31,15 @@ def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extra
 
     Args:
         runs: run folders, finished or not.
-        output: the file; an older one is replaced. By default `report.html` in the folder of a single run.
+        output: the file, which is replaced if it exists; by default `report.html` in the folder of a single run.
 
     Raises:
-        RecipeError: a folder is no run, or it isn't said where several runs' report goes.
+        RecipeError: a folder is no run, or several runs are given without `output`.
         DataError: a file cannot be read.
     """
     extras = extras or Extras()
     if output is None and len(runs) != 1:
-        raise RecipeError("a report of several runs belongs to none of their folders", "name its file with --output")
+        raise RecipeError("a report of several runs has no default path", "name its file with --output")
     path = output if output is not None else RunFolder(runs[0]).report
     if path.suffix.lower() not in SUFFIXES or path.is_dir():
         raise RecipeError(f"--output {path}: expected the name of an .html file")
@@ -47,14 +47,14 @@ def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extra
     merged = [*extras.merged, *(run for run in runs if (run / VERDICT).is_file())]
     page = render(
         records,
-        Beside(
+        ExtraResults(
             merged=_read([folder / VERDICT if folder.is_dir() else folder for folder in merged]),
             evaluations=_read(extras.evaluations),
             samples=_read(extras.samples),
         ),
     )
     fsio.make_folder(path.absolute().parent)
-    fsio.write_bytes(path, page.encode(errors="replace"))  # JSON may hold halves of characters
+    fsio.write_bytes(path, page.encode(errors="replace"))  # JSON may hold lone surrogates
     fsio.make_readable(path)
     return path
 

@@ -142,7 +142,7 @@ def test_a_place_without_the_converter_is_named_and_no_other_is_taken(merged, co
 FAILURES = {
     "exit code": ("print('no such architecture'); raise SystemExit(3)", "failed with exit code 3:\n  no such"),
     "traceback": ("raise ValueError('bad model')", "failed with exit code 1:\n  Traceback"),
-    "half a file": (WRITES + "raise SystemExit(1)", "failed with exit code 1:\n  (it said nothing)"),
+    "half a file": (WRITES + "raise SystemExit(1)", "failed with exit code 1:\n  (no output)"),
     "signal": ("import os; os.kill(os.getpid(), 9)", "was ended by signal 9"),
     "no file": ("print('done')", "left no GGUF file:\n  done"),
     "another format": (WRITES.replace('b"GGUF"', 'b"GGML"'), "left no GGUF file"),
@@ -166,7 +166,7 @@ def test_a_converter_that_fails_is_quoted_and_leaves_nothing(merged, converter, 
 def test_a_package_that_the_converter_lacks_is_named(merged, converter, tmp_path):
     source = "import nosuchpiece.part"
     done = export(merged, tmp_path / "m.gguf", "--converter", converter(source), code=11)
-    assert done.stderr.endswith("hint: the converter needs a package more: pip install nosuchpiece\n")
+    assert done.stderr.endswith("hint: the converter needs another package: pip install nosuchpiece\n")
 
 
 def test_of_a_long_output_the_end_is_shown(merged, converter, tmp_path):

@@ -57,9 +57,7 @@ def test_a_report_replaces_the_one_before_and_others_may_read_it(make_run):
 def test_several_runs_need_a_file_that_is_named(make_run, tmp_path):
     runs = make_run("a"), make_run("b")
     done = report(*runs, code=2)
-    assert done.stderr == (
-        "error: a report of several runs belongs to none of their folders\nhint: name its file with --output\n"
-    )
+    assert done.stderr == ("error: a report of several runs has no default path\nhint: name its file with --output\n")
     out = tmp_path / "new" / "both.html"
     assert report(*runs, "--output", out).stdout == f"report: {out}\n"
     assert "2 runs: a, b" in out.read_text()

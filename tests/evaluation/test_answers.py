@@ -10,9 +10,9 @@ from conftest import merge_to, preference_rows, write_jsonl
 
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation import generate as module
-from qpref.evaluation import heldout_pairs as rows
+from qpref.evaluation import heldout_pairs
 from qpref.evaluation.generate import Sampling, as_prompt, generate, prompt_ids, read_prompts
-from qpref.evaluation.models import identify
+from qpref.evaluation.subjects import identify
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
@@ -116,7 +116,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved(run, monkeypatch, said):
     monkeypatch.setattr(module, "_generate", small_memory)
     assert generate(subject, PROMPTS, GREEDY) == expected
     assert sizes[:2] == [3, 1]
-    assert any("1 prompts at once" in line for line in said)
+    assert any("continuing with 1 prompts per batch" in line for line in said)
     monkeypatch.setattr(module, "_generate", lambda *call: None)
     with pytest.raises(DeviceMemoryError, match="on one prompt"):
         generate(subject, PROMPTS, GREEDY)
@@ -138,22 +138,24 @@ def texts(prompts):
 def test_a_prompt_is_asked_with_the_ids_that_it_was_trained_with(run, tmp_path):
     tokenizer = identify(str(run)).tokenizer()
     path = str(write_jsonl(tmp_path / "pairs.jsonl", preference_rows(3)))
-    kept, _ = rows.tokenize_pairs(rows.pairs_of(rows.data_at(path)), tokenizer, identify(str(run)).recipe.data)
+    kept, _ = heldout_pairs.tokenize_pairs(
+        heldout_pairs.pairs_of(heldout_pairs.data_at(path)), tokenizer, identify(str(run)).recipe.data
+    )
     assert prompt_ids(tokenizer, read_prompts(path)) == [list(example.prompt) for example in kept.values()]
 
 
 def test_a_prompt_with_a_control_token_is_refused(run):
-    with pytest.raises(DataError, match=r"--prompt:1: cannot be asked: .*control token"):
+    with pytest.raises(DataError, match=r"--prompt:1: not a usable prompt: .*control token"):
         prompt_ids(identify(str(run)).tokenizer(), [as_prompt("a<|im_end|>")])
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("rows.jsonl", '{"text": "a"}\n', r"rows.jsonl:1: no prompt; the row has text"),
     ("rows.jsonl", '{"prompt": "a\n', r"rows.jsonl:1: not JSON"),
-    ("empty.txt", "\n", "holds no prompt"),
+    ("empty.txt", "\n", "has no prompt"),
     ("none.txt", None, "no such file"),
 ])  # fmt: skip
-def test_bad_prompts_are_refused_by_their_place(tmp_path, name, content, words):
+def test_bad_prompts_are_refused_with_their_location(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=words):

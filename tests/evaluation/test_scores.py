@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import preference_rows, write_jsonl
 
-from qpref.evaluation import heldout_pairs as rows
-from qpref.evaluation.models import identify
-from qpref.evaluation.scores import positions, score_pairs, score_reference
+from qpref.evaluation import heldout_pairs
+from qpref.evaluation.scores import kl_positions, score_pairs, score_reference
+from qpref.evaluation.subjects import identify
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
@@ -32,18 +32,18 @@ def run(make_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(run, tmp_path_factory):
-    """The run's policy in float32, five pairs, their scores, and the positions looked at."""
+    """The run's policy in float32, five pairs, their scores, and the KL positions."""
     subject = identify(str(run))
     path = write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", preference_rows(5, start=50))
-    kept, left_out = rows.tokenize_pairs(
-        rows.pairs_of(rows.data_at(str(path))), subject.tokenizer(), subject.recipe.data
+    kept, left_out = heldout_pairs.tokenize_pairs(
+        heldout_pairs.pairs_of(heldout_pairs.data_at(str(path))), subject.tokenizer(), subject.recipe.data
     )
     assert not left_out
     examples = list(kept.values())
     policy = subject.load("float32")
-    looked_at = positions(examples, seed=0)
-    reference = score_reference("run", policy, examples, looked_at)
-    return policy, examples, score_pairs(policy, examples, looked_at, reference), looked_at
+    positions = kl_positions(examples, seed=0)
+    reference = score_reference("run", policy, examples, positions)
+    return policy, examples, score_pairs(policy, examples, positions, reference), positions
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_kl_over_slices_of_the_vocabulary_is_the_same(scored, monkeypatch):
 
 def test_kl_at_some_positions_estimates_that_at_all(scored):
     policy, examples, scores, _ = scored
-    some = positions(examples, seed=3, most=5 * 20)
+    some = kl_positions(examples, seed=3, most=5 * 20)
     assert all(len(places) == 20 == len(set(places.tolist())) for places in some)
     reference = score_reference("run", policy, examples, some)
     estimate = score_pairs(policy, examples, some, reference).kl
@@ -105,8 +105,8 @@ def test_kl_at_some_positions_estimates_that_at_all(scored):
 
 def test_positions_are_seeded_and_of_the_pairs_own_tokens(scored):
     _, examples, _, _ = scored
-    again, other = positions(examples, 3, 50), positions(examples, 4, 50)
-    assert all(torch.equal(a, b) for a, b in zip(positions(examples, 3, 50), again, strict=True))
+    again, other = kl_positions(examples, 3, 50), kl_positions(examples, 4, 50)
+    assert all(torch.equal(a, b) for a, b in zip(kl_positions(examples, 3, 50), again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(again, other, strict=True))
     for places, example in zip(again, examples, strict=True):
         assert places.max() < sum(map(len, example.branches))
@@ -115,7 +115,7 @@ def test_positions_are_seeded_and_of_the_pairs_own_tokens(scored):
 def test_batches_that_run_out_of_memory_are_made_smaller(scored, monkeypatch):
     from qpref.evaluation import scores as module
 
-    policy, examples, scores, looked_at = scored
+    policy, examples, scores, positions = scored
     real, sizes = module.completion_hidden, []
 
     def small_memory(policy, batch):
@@ -125,14 +125,14 @@ def test_batches_that_run_out_of_memory_are_made_smaller(scored, monkeypatch):
         return real(policy, batch)
 
     monkeypatch.setattr(module, "completion_hidden", small_memory)
-    reference = score_reference("run", policy, examples, looked_at)
-    found = score_pairs(policy, examples, looked_at, reference)
+    reference = score_reference("run", policy, examples, positions)
+    found = score_pairs(policy, examples, positions, reference)
     assert sizes[0] == 5
     assert found.policy == pytest.approx(scores.policy, abs=1e-3)
     assert found.kl == pytest.approx(scores.kl, rel=1e-3)
 
 
-def test_a_wide_model_multiplies_the_weights_that_training_saw(run):
+def test_a_float32_model_multiplies_the_weights_of_training(run):
     """The base's 4-bit weights come out rounded to bf16, as in training, and are multiplied in float32."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -148,6 +148,6 @@ def test_a_wide_model_multiplies_the_weights_that_training_saw(run):
     assert policy.plain_model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_a_model_in_its_own_type_is_left_as_it_is(run):
+def test_a_model_in_its_own_dtype_is_left_unchanged(run):
     policy = identify(str(run)).load("bf16")
     assert policy.dtype == torch.bfloat16 == policy.head.weight.dtype

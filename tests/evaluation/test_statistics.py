@@ -164,8 +164,8 @@ def test_responses_of_one_length_leave_the_accuracy_as_it_is():
     assert accuracy[0] == pytest.approx(0.75)
 
 
-def test_a_pair_is_saturated_where_the_logistic_loss_has_a_hundredth_of_its_slope():
-    """Slope sigmoid(-m): 0.01 at m = ln 99 = 4.595. A pair that is very wrong has all of its slope."""
+def test_a_pair_is_saturated_where_the_logistic_loss_has_a_hundredth_of_its_gradient():
+    """Gradient sigmoid(-m): 0.01 at m = ln 99 = 4.595. A pair that is very wrong has its full gradient."""
     edge = math.log(99)
     assert is_saturated(np.array([edge - 0.01, edge + 0.01, 50, -50, 0])).tolist() == [0, 1, 1, 0, 0]
 

@@ -1,4 +1,4 @@
-"""What a path is taken for, and what is refused with clear words."""
+"""The kind of model that a path names, and clear refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import merge_to, preference_rows, write_jsonl
 from safetensors.torch import load_file
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
-from qpref.evaluation.models import common_dtype, identify
+from qpref.evaluation.subjects import common_dtype, identify
 from qpref.policy.reference import as_reference
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
@@ -39,7 +39,7 @@ def run(make_base, tmp_path_factory):
 
 
 def adapter_alone(run: Path, tmp_path: Path) -> Path:
-    """A stranger's PEFT folder: the run's adapter, without the run."""
+    """A third-party PEFT folder: the run's adapter, without the run."""
     return Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
 
 
@@ -72,13 +72,13 @@ def test_what_a_path_is_doesnt_depend_on_how_it_is_spelt(run, tmp_path, monkeypa
     assert identify(str(tmp_path / "link")).kind == "run"
 
 
-def test_an_adapter_on_an_unquantized_base_is_said(run, tmp_path, said):
+def test_an_adapter_on_an_unquantized_base_is_warned_of(run, tmp_path, said):
     adapter = str(adapter_alone(run, tmp_path))
     identify(adapter, quantization="nf4")
     assert not said
     identify(adapter)
     assert said == [
-        f"{adapter}: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits",
+        f"{adapter}: its base is loaded unquantized; use --quantization nf4 if it was trained in 4 bits",
     ]
 
 
@@ -120,7 +120,7 @@ def test_an_adapter_can_be_put_on_a_base_that_has_moved(run, make_base, tmp_path
     adapter = adapter_alone(run, tmp_path)
     values = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "/gone/away"}))
-    with pytest.raises(PolicyError, match=r"its base /gone/away is not there\nhint: name the base with --base"):
+    with pytest.raises(PolicyError, match=r"its base /gone/away does not exist\nhint: name the base with --base"):
         identify(str(adapter))
     identify(str(adapter), base=str(make_base())).load("float32")
 
@@ -200,14 +200,14 @@ def unfinished(run: Path, tmp_path: Path) -> str:
     return str(copy)
 
 
-def stranger(run: Path, tmp_path: Path) -> str:
-    (tmp_path / "stranger").mkdir()
-    return str(tmp_path / "stranger")
+def empty_folder(run: Path, tmp_path: Path) -> str:
+    (tmp_path / "empty").mkdir()
+    return str(tmp_path / "empty")
 
 
 REFUSED = {
     "unfinished": (unfinished, "this run is not finished\nhint: .*name one of its checkpoints"),
-    "no run": (stranger, "neither a run nor an adapter nor a model: it has no run.json"),
+    "no run": (empty_folder, "neither a run nor an adapter nor a model: it has no run.json"),
     "nothing there": (lambda run, tmp_path: str(tmp_path / "none"), "no such folder, and no hub id"),
     "a relative path": (lambda run, tmp_path: "./none", "no such folder, and no hub id"),
 }

@@ -25,4 +25,4 @@ def test_a_line_that_is_no_row_costs_the_card_that_line_alone(trained_run, make_
     (run / "result.json").write_text("{")
     merge(run, tmp_path / "out", "bf16")
     assert "| | step 3 | step 3 |\n|---|---|---|\n| loss | 0.5 | 0.5 |" in (tmp_path / "out/README.md").read_text()
-    assert f"{run}/metrics.jsonl:1: no row of metrics; the card goes without it (2 in all)" in said
+    assert f"{run}/metrics.jsonl:1: not a metrics row, left out of the card (2 in all)" in said

@@ -125,7 +125,7 @@ def test_a_merge_that_a_signal_ends_leaves_nothing_behind(trained_run, tmp_path,
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on the loopback; huggingface_hub is told of it as HF_ENDPOINT and HF_HUB_OFFLINE=0 would."""
+    """A hub on the loopback; huggingface_hub is configured as by HF_ENDPOINT and HF_HUB_OFFLINE=0."""
     from huggingface_hub import constants
 
     with loopback_hub() as hub:
@@ -198,5 +198,5 @@ def test_a_damaged_run_is_one_message_and_leaves_nothing(trained_run, make_base,
     (base / "model.safetensors").write_bytes(b"")
     done = invoke(run, tmp_path / "merged/out")
     assert (done.exit_code, done.stdout) == (11, "")
-    assert done.stderr == f"error: {base}/model.safetensors: not the file that was trained on; its SHA-256 differs\n"
+    assert done.stderr == f"error: {base}/model.safetensors: not the file used in training; its SHA-256 differs\n"
     assert not (tmp_path / "merged").exists()

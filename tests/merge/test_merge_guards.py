@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeError
 from qpref.merge.guards import read_run
 from qpref.merge.merge import merge_run, weights_of
-from qpref.merge.replayed_pairs import choose_rows
+from qpref.merge.replayed_pairs import choose_pairs
 from qpref.merge.request import MergeRequest, Tolerance
 
 Harm = Callable[[Path, Path], None]
@@ -128,12 +128,12 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "vocabulary resized": (_resize_vocabulary, MergeError, "config.json: not the config"),
     "another quantization in the base's config": (
         _edit_json("config.json", quantization_config={"load_in_4bit": True}), MergeError, "not the config"),
-    "config never noted": (_forget_the_config, MergeError, "doesn't say which config"),
+    "config never noted": (_forget_the_config, MergeError, "no hash of the base's config"),
     "no run": (lambda run, base: (run / "run.json").unlink(), RecipeError, "no run of qpref"),
     "not finished": (lambda run, base: shutil.rmtree(run / "adapter"), RecipeError, "not finished"),
     "no recipe": (lambda run, base: (run / "recipe.lock.toml").unlink(), MergeError, "recipe.lock.toml: cannot be"),
     "another base in the recipe": (
-        _replace("recipe.lock.toml", 'base = "', 'base = "other'), MergeError, "not the recipe that was trained"),
+        _replace("recipe.lock.toml", 'base = "', 'base = "other'), MergeError, "not the recipe of this run"),
     "another revision": (
         _replace("recipe.lock.toml", "[model]", '[model]\nrevision = "abc"'), MergeError, "not the recipe"),
     "another quantization": (
@@ -144,22 +144,22 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "another compute type": (
         _replace("recipe.lock.toml", 'dtype = "float32"', 'dtype = "bf16"'), MergeError, "not the recipe"),
     "run's chat template changed": (
-        _replace("adapter/chat_template.jinja", "assistant", "helper"), MergeError, "chat template isn't the base's"),
+        _replace("adapter/chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from"),
     "base's chat template changed": (
-        _replace("chat_template.jinja", "assistant", "helper"), MergeError, "chat template isn't the base's"),
+        _replace("chat_template.jinja", "assistant", "helper"), MergeError, "chat template differs from"),
     "run's tokenizer changed": (
-        _replace("adapter/tokenizer.json", '"!": ', '"!!": '), MergeError, "tokenizer isn't the base's"),
+        _replace("adapter/tokenizer.json", '"!": ', '"!!": '), MergeError, "tokenizer differs from"),
     "base's tokenizer splits otherwise": (
         _replace("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
-        MergeError, "tokenizer isn't the base's"),
+        MergeError, "tokenizer differs from"),
     "another end token": (
-        _edit_json("tokenizer_config.json", eos_token="<|endoftext|>"), MergeError, "tokenizer isn't the base's"),
+        _edit_json("tokenizer_config.json", eos_token="<|endoftext|>"), MergeError, "tokenizer differs from"),
     "tokenizer lost": (
         lambda run, base: (run / "adapter/tokenizer.json").unlink(), MergeError, "tokenizer can't be loaded"),
     "adapter of another base": (
         _edit_json(CONFIG, base_model_name_or_path="org/other"), MergeError, "an adapter of org/other"),
-    "another scaling": (_edit_json(CONFIG, lora_alpha=16), MergeError, "lora_alpha is 16, and the run had"),
-    "another rank": (_edit_json(CONFIG, r=8), MergeError, "r is 8, and the run had"),
+    "another scaling": (_edit_json(CONFIG, lora_alpha=16), MergeError, "lora_alpha is 16, but the run's"),
+    "another rank": (_edit_json(CONFIG, r=8), MergeError, "r is 8, but the run's"),
     "DoRA": (_edit_json(CONFIG, use_dora=True), MergeError, "use_dora"),
     "adapter unreadable": (
         lambda run, base: (run / ADAPTER).write_bytes(b"{}"), MergeError, "PEFT's format with safetensors"),
@@ -170,10 +170,10 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "nothing learned": (_edit_tensors(ADAPTER, _zero), MergeError, "nothing was learned"),
     "half a pair": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_B")), MergeError, f"{SECOND_Q} lacks its B matrix"),
     "the other half": (_edit_tensors(ADAPTER, _drop(f"{SECOND_Q}.lora_A")), MergeError, "more than LoRA matrices"),
-    "a layer missing": (_edit_tensors(ADAPTER, _drop(SECOND_Q)), MergeError, f"nothing for {SECOND_Q}"),
+    "a layer missing": (_edit_tensors(ADAPTER, _drop(SECOND_Q)), MergeError, f"no matrices for its target {SECOND_Q}"),
     "a layer too many": (
         _edit_tensors(ADAPTER, _add("model.layers.9.self_attn.q_proj")), MergeError, "no weight for model.layers.9"),
-    "a layer that is no target": (_edit_tensors(ADAPTER, _add("lm_head")), MergeError, "lm_head, which is none"),
+    "a layer that is no target": (_edit_tensors(ADAPTER, _add("lm_head")), MergeError, "lm_head, which is not one"),
     "a bias": (_edit_tensors(ADAPTER, _add_a_bias), MergeError, "more than LoRA matrices"),
     "another shape": (_edit_tensors(ADAPTER, _add(SECOND_Q, width=32)), MergeError, r"\(64, 32\), the base's weight"),
 }  # fmt: skip
@@ -209,15 +209,15 @@ def test_held_out_pairs_alone_are_read_where_they_have_a_file_of_their_own(train
     train = json.dumps(str(trained_run().parent / "train.jsonl"))
     _replace("recipe.lock.toml", train, '"/nowhere/train.jsonl"')(run, run)
     opened = read_run(run)
-    replayed = choose_rows(opened.plan, opened.base_folder, opened.tokenizer, 64)
+    replayed = choose_pairs(opened.plan, opened.base_folder, opened.tokenizer, 64)
     assert (len(replayed.contrasts), replayed.origin) == (4, "held-out pairs")
 
 
-def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(trained_run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds something"):
+    with pytest.raises(RecipeError, match="is not empty"):
         merge(trained_run(), out)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
@@ -229,7 +229,7 @@ def test_an_empty_folder_is_filled(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["the current folder", "a link to an empty folder", "a dangling link"])
-def test_a_folder_that_is_named_in_another_way_is_filled(trained_run, tmp_path, monkeypatch, kind):
+def test_an_output_folder_may_be_a_link_or_the_current_folder(trained_run, tmp_path, monkeypatch, kind):
     real, link = tmp_path / "real", tmp_path / "link"
     link.symlink_to(real)
     if kind != "a dangling link":
@@ -243,7 +243,7 @@ def test_a_folder_that_is_named_in_another_way_is_filled(trained_run, tmp_path, 
     assert result.path == real
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_run_is_read(tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_before_the_run_is_read(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot be written"):
         merge(tmp_path / "no-run", tmp_path / "file/deep/out")
@@ -332,7 +332,7 @@ def test_an_original_that_is_4_bit_already_is_refused(trained_run, make_base, tm
         make_base(), quantization_config=quantization, dtype=torch.float32
     ).save_pretrained(base)
     run = trained_run(base, **{"model.quantization": "nf4"})
-    with pytest.raises(RecipeError, match="4-bit weights and no original ones"):
+    with pytest.raises(RecipeError, match="only 4-bit weights, no original ones"):
         merge(run, tmp_path / "merged/out", onto="original")
     assert not (tmp_path / "merged").exists()
 

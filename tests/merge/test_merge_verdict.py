@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from qpref.data.load import load_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import MergeError
+from qpref.merge import compared_models, replay, rounding
 from qpref.merge import merge as merge_module
-from qpref.merge import models, replay, rounding
 from qpref.merge import verdict as verdict_module
 from qpref.merge.guards import read_run
 from qpref.merge.merge import Session, _survey
-from qpref.merge.replayed_pairs import choose_rows
+from qpref.merge.replayed_pairs import choose_pairs
 from qpref.merge.request import MergeRequest, Tolerance
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import resolve_base
@@ -107,7 +107,7 @@ def test_auto_leaves_untried_what_surely_fails_and_says_so(trained_run, make_bas
     assert result.verdict.passed
 
 
-def test_auto_goes_on_to_the_next_type_where_the_verdict_fails(trained_run, make_base, tmp_path):
+def test_auto_tries_the_next_dtype_where_the_verdict_fails(trained_run, make_base, tmp_path):
     run = trained_run(make_base(), **NF4)
     error = merge(run, tmp_path / "bf16", "bf16").verdict.margin_error
     result = merge(run, tmp_path / "out", tolerance=Tolerance(nats=error / 2))
@@ -147,7 +147,7 @@ def test_a_merge_onto_the_original_adds_the_delta_to_its_own_bytes(trained_run, 
         assert torch.equal(merged[name], wanted), name
 
 
-def test_a_quantized_merge_loads_in_4_bit_and_its_loss_is_told(trained_run, make_base, tmp_path):
+def test_a_quantized_merge_loads_in_4_bit_and_reports_its_error(trained_run, make_base, tmp_path):
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
@@ -183,7 +183,7 @@ def test_auto_leaves_float16_where_activations_come_near_the_end_of_its_range(tr
     assert any(note.startswith("fp16 left out: an activation reaches ") for note in result.notes)
     said.clear()
     assert merge(loud, tmp_path / "named", "fp16").dtype == "fp16"
-    assert said[0].startswith("fp16 was asked for, and an activation reaches ")
+    assert said[0].startswith("fp16 was requested, but an activation reaches ")
 
 
 def test_the_margins_of_single_completions_are_those_of_their_pairs(make_recipe, tmp_path):
@@ -205,7 +205,7 @@ def test_completions_without_a_partner_are_judged_one_by_one(make_recipe, tmp_pa
     result = merge(run, tmp_path / "out", "bf16")
     assert (result.verdict.pairs, result.verdict.origin) == (4, "held-out completions")
     opened = read_run(run)
-    replayed = choose_rows(opened.plan, opened.base_folder, opened.tokenizer, 64)
+    replayed = choose_pairs(opened.plan, opened.base_folder, opened.tokenizer, 64)
     assert [contrast.sign for contrast in replayed.contrasts] == [(-1,), (1,), (-1,), (1,)]
 
 
@@ -238,15 +238,15 @@ def test_data_that_have_changed_since_training_are_said_and_recorded(make_recipe
     assert ("Their data have changed since training." in card) is (knows is not None)
     assert [line for line in said if "data have changed since training" in line] == [
         f"the {'held-out' if split == 'heldout' else 'training'} data have changed since training; the verdict is on "
-        "what they are today"
+        "the present data"
     ] * (knows is not None)
 
 
 @pytest.mark.parametrize(("limit", "lines"), [(64, [1, 2, 3, 4]), (2, [1, 3]), (3, [1, 2, 3]), (1, [1])])
 def test_the_pairs_that_are_replayed_are_spread_over_the_file(trained_run, limit, lines):
     run = read_run(trained_run())
-    replayed = choose_rows(run.plan, run.base_folder, run.tokenizer, limit)
-    assert [int(contrast.place.rpartition(":")[2]) for contrast in replayed.contrasts] == lines
+    replayed = choose_pairs(run.plan, run.base_folder, run.tokenizer, limit)
+    assert [int(contrast.location.rpartition(":")[2]) for contrast in replayed.contrasts] == lines
 
 
 def _session(run, tmp_path, **asked) -> Session:
@@ -261,8 +261,8 @@ def test_the_model_before_training_fails_by_all_that_was_learned(trained_run, ma
     assert verdict.margin_error == verdict.learned > 1
     assert not verdict.passed
     before, after = session.judge.before, session.judge.after
-    assert {flip.place for flip in verdict.flips} == {
-        contrast.place
+    assert {flip.location for flip in verdict.flips} == {
+        contrast.location
         for contrast, old, new in zip(session.replayed.contrasts, before, after, strict=True)
         if (old > 0) != (new > 0)
     }
@@ -285,41 +285,41 @@ def test_batches_and_tiles_change_nothing(trained_run, make_base, tmp_path, monk
     monkeypatch.setattr(replay, "BATCH_TOKENS", 1)
     monkeypatch.setattr(replay, "TILE_WIDTH", 7)
     monkeypatch.setattr(verdict_module, "TILE_POSITIONS", 5)
-    monkeypatch.setattr(models, "KEPT_BYTES", 0)
+    monkeypatch.setattr(compared_models, "CACHED_BYTES", 0)
     single = verdict_on_the_reference()
     for name in ("learned", "margin_error", "largest_margin_error", "logprob_error", "kl", "largest_kl"):
         assert getattr(single, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
 
 
-def test_one_layer_is_wide_at_a_time_and_the_stored_weights_come_back(make_base):
-    model = models.load_causal_lm(make_base(dtype=torch.bfloat16), torch.bfloat16)
+def test_one_layer_is_in_float32_at_a_time_and_the_stored_weights_are_restored(make_base):
+    model = compared_models.load_causal_lm(make_base(dtype=torch.bfloat16), torch.bfloat16)
     before = dict(model.named_parameters())
-    wide = []
+    seen = []
 
     def to_float32(name, stored, rows=slice(None)):
         others = {layer for layer in (0, 1) for part in model.model.layers[layer].parameters()
                   if part.dtype == torch.float32}  # fmt: skip
-        wide.append((name, others))
+        seen.append((name, others))
         return stored[rows].float()
 
     rows = [replay.ScoredRow((1, 2, 3), (4, 5)), replay.ScoredRow((1, 2), (9,))]
     replay.replay(model, rows, to_float32, torch.device("cpu"))
-    assert all(others <= {int(name.split(".")[2])} for name, others in wide if ".layers." in name)
+    assert all(others <= {int(name.split(".")[2])} for name, others in seen if ".layers." in name)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(part is before[name] for name, part in after.items())
     assert not model.model.embed_tokens._forward_pre_hooks
 
 
-def test_a_base_in_another_type_than_the_run_is_loaded_as_its_files_have_it(trained_run, make_base, tmp_path):
+def test_a_base_in_a_different_dtype_than_the_run_is_loaded_as_its_files_have_it(trained_run, make_base, tmp_path):
     run = trained_run(make_base(dtype=torch.float16), **NF4, **{"model.dtype": "bf16"})
-    model = models.load_base(read_run(run).base)
+    model = compared_models.load_base(read_run(run).base)
     assert {value.dtype for value in model.parameters()} == {torch.float16}
     assert merge(run, tmp_path / "out", "float32").verdict.logprob_error < 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen"])
-def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_base, tmp_path, family):
+def test_a_few_float32_tensors_convert_no_other_and_lose_nothing(trained_run, make_base, tmp_path, family):
     base = tmp_path / "mixed"
     shutil.copytree(make_base(family, dtype=torch.bfloat16), base)
     tensors = load_file(base / "model.safetensors")
@@ -328,7 +328,7 @@ def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_ba
         tensors[name] = tensors[name].float() * (1 + noise / 50)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     run = trained_run(base, **NF4)
-    model = models.load_base(read_run(run).base)
+    model = compared_models.load_base(read_run(run).base)
     loaded = dict(model.named_parameters())
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -339,11 +339,11 @@ def test_a_few_wide_tensors_widen_no_other_and_lose_nothing(trained_run, make_ba
 
 def test_no_dequantized_weight_is_kept_while_shards_are_written(trained_run, make_base, tmp_path, monkeypatch):
     session = _session(trained_run(make_base(), **NF4), tmp_path, dtype="bf16")
-    assert session.as_trained.known
+    assert session.as_trained.dequantized
     write, kept = merge_module.write_weights, []
 
     def watched(weights, folder):
-        kept.append(len(session.as_trained.known))
+        kept.append(len(session.as_trained.dequantized))
         write(weights, folder)
 
     monkeypatch.setattr(merge_module, "write_weights", watched)

@@ -62,7 +62,7 @@ def test_a_row_without_a_value_breaks_the_line_and_is_marked():
     assert [len(stroke) for stroke in strokes] == [2, 2]  # the second is one point, drawn as a dot
     assert strokes[1][0] == strokes[1][1]
     assert len(drawn.gaps) == 2
-    assert drawn.notes == ["2 rows have no value (not finite, or not defined there); marked on the axis."]
+    assert drawn.notes == ["2 rows have no value (not finite, or undefined for the batch); marked on the axis."]
     assert [row[1] for row in drawn.rows] == ["1", "2", "no value", "3", "no value"]
 
 
@@ -128,7 +128,7 @@ def test_rows_without_a_value_are_marked_even_where_their_column_has_others(many
     values, drawn, _ = many
     expected = [charts.LEFT + (RIGHT - charts.LEFT) * step / len(values) for step in (50_001, 200_000)]
     assert drawn.gaps == pytest.approx(expected, abs=3)
-    assert drawn.notes[0].startswith("200,000 rows: each column of pixels stands for about 738 of them")
+    assert drawn.notes[0].startswith("200,000 rows: each pixel column combines about 738 of them")
     assert drawn.notes[1].startswith("3 rows have no value")
 
 
@@ -153,7 +153,7 @@ def test_the_table_has_the_first_and_the_last_row_and_says_what_it_leaves_out(ma
     assert drawn.rows[0] == ["1", number_text(values[0])]
     assert drawn.rows[-1] == ["200,000", "no value"]
     assert len(drawn.rows) == charts.TABLE_ROWS
-    assert drawn.table_note == "24 of 200,000 rows a curve, evenly chosen."
+    assert drawn.table_note == "24 of 200,000 rows per curve, evenly spaced."
 
 
 def test_the_table_leaves_cells_blank_where_a_curve_has_no_row():

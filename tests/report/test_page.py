@@ -58,7 +58,7 @@ def trained(make_base, tmp_path_factory):
 
 def test_heldout_table_of_a_real_run_has_the_numbers_of_its_metrics(trained):
     rows = [row for row in rows_of(trained) if row["split"] == "eval"]
-    header, *body = table_under(page_of(trained), "Held-out rows")
+    header, *body = table_under(page_of(trained), "Held-out metrics")
     assert header == ["", "step 0", "step 3"]
     shown = {name: cells for name, *cells in body}
     assert shown["loss"] == [number_text(row["eval_loss"]) for row in rows] != ["0.69315", "0.69315"]
@@ -80,10 +80,10 @@ def test_each_chart_of_a_real_run_has_its_rows_in_the_table_beneath(trained):
 
 def test_a_real_runs_memory_and_work_stand_beside_the_plan(trained):
     facts, result = (json.loads((trained / name).read_text()) for name in ("run.json", "result.json"))
-    found = {name: cells for name, *cells in table_under(page_of(trained), "Memory and speed, against the plan")}
+    found = {name: cells for name, *cells in table_under(page_of(trained), "Memory and speed, planned and measured")}
     planned, measured = facts["forecast"]["memory"]["total"], result["peak_bytes"]["resident"]
     assert found["peak memory"] == [size_text(planned), size_text(measured), f"{measured / planned:.2f}"]
-    assert found["tokens a step"][:2] == [
+    assert found["tokens per step"][:2] == [
         f"{facts['forecast']['tokens_per_step']:,}",
         f"{round(result['tokens'] / 3):,}",
     ]
@@ -97,12 +97,12 @@ def test_speed_and_work_follow_from_tokens_seconds_and_the_forecast(tmp_path):
         facts={"forecast": {"flops_per_step": 3e12, "tokens_per_step": 200, "memory": {"total": 2**31}}},
         result={"peak_bytes": {"resident": 2**30, "allocated": 3 * 2**30}, "first_step": 1},
     )
-    found = table_under(page_of(run), "Memory and speed, against the plan")
-    assert ["speed", "", "50 tokens a second", ""] in found
-    assert ["", "", "1.5 TFLOP a second", ""] in found
-    assert ["tokens a step", "200", "100", "0.50"] in found
+    found = table_under(page_of(run), "Memory and speed, planned and measured")
+    assert ["speed", "", "50 tokens per second", ""] in found
+    assert ["", "", "1.5 TFLOP per second", ""] in found
+    assert ["tokens per step", "200", "100", "0.50"] in found
     assert ["peak memory", "2.00 GiB", "3.00 GiB", "1.50"] in found
-    assert ["", "", "allocated on the GPU, since step 1, where it was resumed", ""] in found
+    assert ["", "", "allocated on the GPU, since the run was resumed at step 1", ""] in found
 
 
 @pytest.mark.parametrize(("peak", "scale", "length"), [(16, 1.0, 800), (40, 0.5, 1000)])
@@ -145,8 +145,8 @@ def test_a_run_at_work_is_shown_with_what_it_has(tmp_path):
     assert tiles_of(page)[0] == ["state", "not finished", "step 1 of 12"]
     warnings = [part.text for part in page.all("p", class_="warn")]
     assert warnings == [
-        "run: 1 line(s) of metrics.jsonl can't be read and are left out, the first is line 2.",
-        "run: the last line of metrics.jsonl is not complete and is left out; the run is writing it, or was killed.",
+        "run: 1 unreadable line(s) of metrics.jsonl are left out, the first is line 2.",
+        "run: the last line of metrics.jsonl is incomplete and left out; the run is still writing it, or was killed.",
     ]
     assert "qpref train --resume" in page.text
 
@@ -162,7 +162,7 @@ def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
         ["state", "finished", "step 22, adapter of step 2"],
         ["held-out accuracy", "90.0 %", "50.0 % at step 0"],
     ]
-    header, *body = table_under(page, "Held-out rows")
+    header, *body = table_under(page, "Held-out metrics")
     assert dict(zip(header, body[1], strict=True))["step 2"] == "0.9"
     both = page_of(run, make_run(tmp_path / "last", rows), output=tmp_path / "both.html")
     assert [row[4] for row in both.one("section", id="runs").all("table")[0].rows()] == ["accuracy", "90.0 %", "80.0 %"]
@@ -171,7 +171,7 @@ def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
 @pytest.mark.parametrize(("margin", "noted"), [(0.0, True), (0.4, False), (None, False)])
 def test_the_first_accuracy_is_explained_where_all_rewards_start_at_0(tmp_path, margin, noted):
     row = {"step": 0, "split": "eval", "eval_loss": 0.7, "eval_rewards/margins": margin}
-    assert ("at step 0 is the one by log-probability" in page_of(make_run(tmp_path / "run", [row])).text) == noted
+    assert ("at step 0 is computed by log-probability" in page_of(make_run(tmp_path / "run", [row])).text) == noted
 
 
 def test_sections_without_a_file_say_which_command_makes_it(tmp_path):
@@ -184,7 +184,7 @@ def test_sections_without_a_file_say_which_command_makes_it(tmp_path):
         f"qpref plan {run}/recipe.lock.toml",
     ):
         assert command in text
-    assert "metrics.jsonl has no row yet" in text
+    assert "No metrics yet" in text
 
 
 DATA = {
@@ -219,7 +219,7 @@ def test_data_report_counts_groups_findings_and_draws_histograms(tmp_path):
         ["rows repeated", "20", "10.0 %"],
     ]
     header, *rows = section.one("table").rows()
-    assert header == ["severity", "code", "rows", "where", "what"]
+    assert header == ["severity", "code", "rows", "location", "message"]
     assert rows[0] == ["error", "identical", "1", "a.jsonl:1412", "the same text"]
     assert rows[1] == ["warning", "short", "1,008", "a.jsonl:1", "12 characters"]
     assert rows[-1][3] == "and 1,003 more"
@@ -257,12 +257,12 @@ def test_merge_verdict_is_said_with_its_figures(tmp_path):
     section = page_of(run, extras=Extras(merged=[out])).one("section", id="merge")
     assert section.one("p", class_="good").text.strip() == (
         "passed: on 32 held-out pairs, read back from disk as fp16, the mean margin error is 0.05 nats, "
-        "0.35 % of the learned change, 0 preference(s) flipped."
+        "0.35 % of the learned change; preference flips: 0."
     )
     rows = section.all("table")[0].rows()
     assert rows[:2] == [["", "fp16, stored", "bf16, tried"], ["passed", "yes", "no"]]
     assert ["mean margin error, nats", "0.05", "4.3"] in rows
-    assert rows[-1] == ["learned change kept in the weights", "98.5 %", "42.0 %"]
+    assert rows[-1] == ["learned change retained in the weights", "98.5 %", "42.0 %"]
 
 
 def test_a_merge_that_quantized_again_shows_what_nf4_kept(tmp_path):
@@ -271,7 +271,7 @@ def test_a_merge_that_quantized_again_shows_what_nf4_kept(tmp_path):
     merged = MERGE | {"dtype": "bf16", "asked": {"quantize": "nf4"}, "tried": {}, "kept_in_weights": {"nf4": 0.5}}
     (out / "merge.json").write_text(json.dumps(merged))
     section = page_of(run, extras=Extras(merged=[out])).one("section", id="merge")
-    assert section.all("table")[0].rows()[-1] == ["learned change kept in the weights", "50.0 %"]
+    assert section.all("table")[0].rows()[-1] == ["learned change retained in the weights", "50.0 %"]
 
 
 def test_a_merge_that_did_not_pass_is_no_good_news(tmp_path):
@@ -282,7 +282,7 @@ def test_a_merge_that_did_not_pass_is_no_good_news(tmp_path):
 
 
 EVALUATION = {
-    "data": "heldout.jsonl", "pairs": 32, "warnings": ["32 pairs are few"],
+    "data": "heldout.jsonl", "pairs": 32, "warnings": ["only 32 pairs"],
     "models": [
         {"model": "runs/a", "metrics": {"logps/accuracies": {"value": 0.8125, "low": 0.7, "high": 0.9, "pairs": 32},
                                         "rewards/accuracies": {"value": 1.0, "low": None, "high": None, "pairs": 32}},
@@ -305,7 +305,7 @@ def test_evaluation_has_a_column_for_each_model_with_intervals(tmp_path):
     ]
     assert by_length[1] == ["short", "0.5 (0.4 to 0.6)", ""]
     assert difference[1] == ["accuracy by log-probability", "-0.0625 (-0.2 to 0.1)"]
-    assert section.one("p", class_="warn").text.strip() == "32 pairs are few"
+    assert section.one("p", class_="warn").text.strip() == "only 32 pairs"
 
 
 @pytest.mark.parametrize(

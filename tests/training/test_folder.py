@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qpref.errors import RecipeError
-from qpref.evaluation.models import identify
+from qpref.evaluation.subjects import identify
 from qpref.merge.guards import read_run
 from qpref.training.folder import REQUIRED, REQUIRED_WITHIN, RunFolder
 

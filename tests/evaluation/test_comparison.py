@@ -1,11 +1,11 @@
-"""What a report warns of, and that it doesn't where there is nothing to warn of."""
+"""The warnings of a comparison, and none where there is nothing to warn of."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from qpref.evaluation.comparison import ModelReport, Report
+from qpref.evaluation.comparison import ComparedModel, Comparison
 from qpref.evaluation.heldout_pairs import Overlap
 from qpref.evaluation.scores import PairScores
 from qpref.evaluation.statistics import Bootstrap
@@ -26,7 +26,7 @@ def scores(chosen=2.0, rejected=-2.0, lengths=None):
 def report_of(found, overlap=None, beta=0.1):
     bootstrap = Bootstrap.of([str(number) for number in range(N)], 300, 0)
     (summary,) = summarize([found], beta, bootstrap, ["pairs.jsonl"] * N)
-    return Report(
+    return Comparison(
         data="pairs.jsonl",
         read=N,
         pairs=N,
@@ -37,7 +37,7 @@ def report_of(found, overlap=None, beta=0.1):
         seed=0,
         samples=300,
         dtype=None,
-        models=[ModelReport(name="m", kind="run", reference="m", overlap=overlap, summary=summary)],
+        models=[ComparedModel(name="m", kind="run", reference="m", overlap=overlap, summary=summary)],
     )
 
 
@@ -45,7 +45,7 @@ def test_a_model_that_raised_what_was_chosen_has_no_warning():
     assert report_of(scores()).warnings() == []
 
 
-def test_displacement_is_said_with_its_size_and_what_to_try():
+def test_displacement_is_warned_of_with_its_size_and_what_to_try():
     """Both sides fell, the rejected one further: the margin grew, and the chosen responses got less likely."""
     (warning,) = report_of(scores(chosen=-10, rejected=-30)).warnings()
     assert "the chosen responses have become less likely since the start (-10." in warning
@@ -59,15 +59,15 @@ def test_a_fall_within_chance_is_no_displacement():
     assert report_of(scores(chosen=-0.01)).warnings() == []
 
 
-def test_saturation_is_said_where_most_margins_are_beyond_the_slope():
-    """beta 0.1 and a difference of 60 nats: margin 6, where the logistic loss's slope is 0.0025."""
+def test_saturation_is_warned_of_where_most_gradients_have_vanished():
+    """beta 0.1 and a difference of 60 nats: margin 6, where the logistic loss's gradient is 0.0025."""
     found = report_of(scores(chosen=30, rejected=-30))
     assert found.models[0].summary.metrics["saturated"].value == 1.0
     (warning,) = found.warnings()
     assert "100% of the pairs are saturated" in warning
 
 
-def test_a_taste_for_length_is_said():
+def test_length_bias_is_warned_of():
     """Right where the chosen response is longer, wrong where it is shorter; chosen ones are longer on average."""
     longer = np.arange(N) % 4 > 0
     lengths = np.where(longer[:, None], [60, 30], [30, 60])
@@ -77,12 +77,15 @@ def test_a_taste_for_length_is_said():
         policy=found.reference + np.stack([moved, np.zeros(N)], 1), reference=found.reference, lengths=lengths, kl=None
     )
     warnings = report_of(found).warnings()
-    assert any("it prefers longer responses beyond what is right: its accuracy by reward margin" in w for w in warnings)
+    assert any(
+        "length bias: it prefers longer responses more than the labels do; its accuracy by reward margin" in w
+        for w in warnings
+    )
 
 
-def test_an_overlap_is_said():
+def test_overlap_is_warned_of():
     (warning,) = report_of(scores(), Overlap(3, 5, frozenset(range(5)))).warnings()
-    assert warning.startswith("m: 5 of 200 prompts, 2 of them but for case and white space stand in its training data")
+    assert warning.startswith("m: 5 of 200 prompts are in its training data (2 of them up to case and white space)")
     assert "--without-overlap" in warning
 
 

