@@ -8,7 +8,7 @@ from typing import Any
 
 from qpref.data.data_report import DataReport
 from qpref.data.repeats import Repeats
-from qpref.data.row_formats import singles_of
+from qpref.data.singles import singles_of
 from qpref.data.source import CheckedRow, DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError

@@ -27,7 +27,7 @@ class DataSource:
         for name in self.choice.columns:
             if name not in COLUMNS:
                 raise RecipeError(
-                    f"[data] columns: no shape has a column '{name}'{did_you_mean(name, sorted(COLUMNS))}"
+                    f"[data] columns: no row format has a column '{name}'{did_you_mean(name, sorted(COLUMNS))}"
                 )
 
     def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
@@ -50,7 +50,7 @@ class DataSource:
         if isinstance(row, Finding):
             return row
         named = self.named(row)
-        return named if isinstance(named, Finding) else records_of_row(named, self.choice.shape)
+        return named if isinstance(named, Finding) else records_of_row(named, self.choice.format)
 
     def named(self, row: Row) -> Row | Finding:
         """A row with our names of its columns, or which one it lacks."""

@@ -21,19 +21,19 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChoice:
-    """One place that rows come from.
+    """A source of rows.
 
     Attributes:
         location: a path, `NAME:...` for a reader that takes names, or `pypi:...`.
-        shape: of its rows; "auto" finds it out.
-        columns: our names of columns -> the source's.
-        weight: how often an epoch trains on each of its rows.
+        format: row format, a name of `RowFormat`; "auto" recognizes it by the columns of each row.
+        columns: qpref's column names -> the source's.
+        weight: times that an epoch trains on each row.
     """
 
     location: str
     split: Split
     reader: Loaded
-    shape: str = "auto"
+    format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
 

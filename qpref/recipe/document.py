@@ -17,7 +17,7 @@ FREE_TO_CHANGE = {
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
     *(
         ("data", key)
-        for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad", "cache")
+        for key in ("train", "heldout", "heldout_share", "reader", "format", "columns", "skip_bad", "cache")
     ),
     ("adapter", "start"),
     # How it is computed and how often it is told or saved.

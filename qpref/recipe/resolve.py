@@ -261,7 +261,7 @@ class _Resolution:
                             location=source.path,
                             split=split,
                             reader=reader,
-                            shape=source.shape or "auto",
+                            format=source.format or "auto",
                             columns=source.columns or {},
                             weight=source.weight,
                         )

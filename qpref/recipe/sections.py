@@ -107,17 +107,22 @@ class AdapterSection(Section):
         return value
 
 
-Shape = Literal[
+RowFormat = Literal[
     "auto", "pair", "whole", "hh", "sharegpt", "alpaca", "openai", "ranked", "shp", "saferlhf", "arena", "unpaired"
 ]
+
+
+RENAMED_DATA_KEYS = {"shape": "unknown key; did you mean 'format'?"}
 
 
 class SourceSection(Section):
     """One of several sources: an entry of `[[data.train]]` or `[[data.heldout]]`."""
 
+    refused = RENAMED_DATA_KEYS
+
     path: str = Field(min_length=1, description="As `train` in `[data]`.")
     reader: str | None = Field(default=None, description="Default: that of `[data]`.")
-    shape: Shape | None = Field(default=None, description="Default: that of `[data]`.")
+    format: RowFormat | None = Field(default=None, description="Default: that of `[data]`.")
     columns: dict[str, str] | None = Field(default=None, description="Default: those of `[data]`.")
     weight: float = Field(
         default=1.0,
@@ -129,6 +134,8 @@ class SourceSection(Section):
 
 class DataSection(Section):
     """The preference data and how long its texts may be, in tokens."""
+
+    refused = RENAMED_DATA_KEYS
 
     train: Annotated[str | list[SourceSection], Field(min_length=1)] = Field(
         description="What to train on: a file, `NAME:...` for the reader of that name (`hf:org/name`), "
@@ -146,7 +153,10 @@ class DataSection(Section):
     reader: str | None = Field(
         default=None, description="Reader of all files; default: the one named like a file's suffix."
     )
-    shape: Shape = Field(default="auto", description="Shape of the rows ([examples](data.md)); auto: found out.")
+    format: RowFormat = Field(
+        default="auto",
+        description="Row format ([examples](data.md#row-formats)). auto: recognized by the columns of each row.",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description='Columns of other names: `{ prompt = "question" }` reads `question`.'
     )
@@ -176,7 +186,7 @@ class DataSection(Section):
             source.model_copy(
                 update={
                     "reader": source.reader or self.reader,
-                    "shape": source.shape or self.shape,
+                    "format": source.format or self.format,
                     "columns": self.columns if source.columns is None else source.columns,
                 }
             )

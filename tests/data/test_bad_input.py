@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qpref.data.check import check_data
 from qpref.data.data_report import DataReport
-from qpref.data.row_formats import COLUMNS, SHAPES, records_of_row
+from qpref.data.row_formats import COLUMNS, ROW_FORMATS, records_of_row
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
@@ -146,14 +146,14 @@ TOO_LONG = {
     "64 MiB of brackets": Bad(b"[" * 64 * 2**20, "unreadable", "the line is longer than 4 MiB"),
 }
 PARTS = {
-    "an empty object": Bad(b"{}", "no_shape", "it has no column"),
-    "unknown columns": row("no_shape", "it has question", prompt=None, chosen=None, rejected=None, question="x"),
-    "all columns null": Bad(b'{"prompt": null, "chosen": null}', "no_shape", "no known shape"),
+    "an empty object": Bad(b"{}", "unknown_format", "it has no column"),
+    "unknown columns": row("unknown_format", "it has question", prompt=None, chosen=None, rejected=None, question="x"),
+    "all columns null": Bad(b'{"prompt": null, "chosen": null}', "unknown_format", "no known row format"),
     "prompt alone": row("not_a_pair", "no chosen and no rejected", chosen=None, rejected=None),
     "no prompt": row("not_a_pair", "no prompt", prompt=None),
     "no chosen": row("not_a_pair", "no chosen", chosen=None),
     "no rejected": row("not_a_pair", "no rejected", rejected=None),
-    "columns in capitals": Bad(b'{"Prompt": "a", "Chosen": "b", "Rejected": "c"}', "no_shape", "Prompt, Chosen"),
+    "columns in capitals": Bad(b'{"Prompt": "a", "Chosen": "b", "Rejected": "c"}', "unknown_format", "Prompt, Chosen"),
     "a prompt of white space": row("empty", "prompt is empty", prompt=" \n\t"),
     "an empty prompt": row("empty", "prompt is empty", prompt=""),
     "an empty chosen": row("empty", "chosen is empty", chosen=""),
@@ -400,7 +400,7 @@ FILES = {
     "an array in UTF-16": ("json", '[{"a": 1}]'.encode("utf-16"), 0, "stopped", "not UTF-8 (byte 1)"),
     "an element that is no object": ("json", b"[1]", 1, "unreadable", "expected a JSON object, found a number"),
     "an element with NaN": ("json", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
-    "an element without a shape": ("json", b"[{}]", 1, "no_shape", "no column"),
+    "an element of unknown format": ("json", b"[{}]", 1, "unknown_format", "no column"),
     "text as gzip": ("jsonl.gz", b"{}\n", 1, "stopped", "Not a gzipped file"),
     "an empty file as gzip, cut": ("jsonl.gz", gzip.compress(b"")[:12], 1, "stopped", "cut off"),
     "a cut gzip file": (
@@ -421,7 +421,13 @@ FILES = {
     "a Parquet file cut off": ("parquet", b"PAR1" + bytes(999), 1, "stopped", "not a Parquet file"),
     "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "stopped", "'prompt' stands twice"),
     "a CSV header with an empty name": ("csv", b"prompt,\na,b\n", 1, "stopped", "a column has no name"),
-    "a CSV file without a header": ("csv", b"Why?,Because.,No.\na,b,c\n", 2, "no_shape", "it has Why?, Because., No."),
+    "a CSV file without a header": (
+        "csv",
+        b"Why?,Because.,No.\na,b,c\n",
+        2,
+        "unknown_format",
+        "it has Why?, Because., No.",
+    ),
     "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns alone"),
     "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 1, "stopped", "not UTF-8"),
     "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "that is not closed"),
@@ -557,9 +563,9 @@ def check_record(record: PreferencePair | UnpairedExample) -> None:
 
 
 def check_judged(item: Row | Finding, path: str) -> None:
-    """The row is records, or a finding with place and reason; whichever shape it is taken for."""
-    for shape in ("auto",) if isinstance(item, Finding) else ("auto", *SHAPES):
-        result = item if isinstance(item, Finding) else records_of_row(item, shape)
+    """The row is records, or a finding with place and reason; whichever format it is read as."""
+    for row_format in ("auto",) if isinstance(item, Finding) else ("auto", *ROW_FORMATS):
+        result = item if isinstance(item, Finding) else records_of_row(item, row_format)
         if isinstance(result, Finding):
             assert (result.severity, result.source) == ("error", item.source)
             assert result.source.path == path
@@ -574,7 +580,7 @@ def check_judged(item: Row | Finding, path: str) -> None:
 
 
 def valid_lines() -> list[bytes]:
-    """A good row of each shape, as JSON."""
+    """A good row of each format, as JSON."""
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     blocks = [part.partition("```")[0] for part in page.split("```json\n")[1:]]
     return [json.dumps(json.loads(block)).encode() for block in blocks]

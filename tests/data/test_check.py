@@ -85,7 +85,7 @@ def test_counts_add_up(path):
     report = read_rows(path, read, [judge(*found)]).report
     report.drop(source(7))
     report.drop(source(6))  # refused already
-    # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
+    # 8 rows; refused: 2 and 5 by the validator, 4 for its format, 6 by the reader; 1 too long.
     assert (report.read, report.refused, report.dropped, report.kept) == (8, 4, 1, 3)
 
 
@@ -336,9 +336,9 @@ def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
     ]
 
 
-def test_a_column_that_no_shape_has_is_a_mistake_in_the_recipe(path):
+def test_a_column_that_no_format_has_is_a_mistake_in_the_recipe(path):
     source = SourceChoice(location=str(path), split="train", reader=rows(GOOD), columns={"chozen": "good"})
-    with pytest.raises(RecipeError, match="no shape has a column 'chozen'; did you mean 'chosen'"):
+    with pytest.raises(RecipeError, match="no row format has a column 'chozen'; did you mean 'chosen'"):
         check_data([source], [])
 
 

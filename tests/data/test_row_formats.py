@@ -1,4 +1,4 @@
-"""A row becomes records in one of the shapes of docs/data.md, or is refused with the reason; nothing is guessed."""
+"""A row becomes records in one of the formats of docs/data.md, or is refused with the reason; nothing is guessed."""
 
 import itertools
 import json
@@ -7,7 +7,8 @@ import math
 import pytest
 
 from qpref.data.ranked import MAX_RESPONSES
-from qpref.data.row_formats import SHAPES, records_of_row, shape_of, singles_of, unpair, with_columns
+from qpref.data.row_formats import ROW_FORMATS, format_of, records_of_row, with_columns
+from qpref.data.singles import singles_of, unpair
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
 
 SOURCE = Source(path="pairs.jsonl", line=7)
@@ -34,24 +35,24 @@ RANKED = {"prompt": "Why?", "responses": ["a", "b", "c"]}
 SIDES = list(TEXTS)
 
 
-def records(values, shape="auto"):
+def records(values, row_format="auto"):
     """The records that a row becomes."""
-    result = records_of_row(Row(values=values, source=SOURCE), shape)
+    result = records_of_row(Row(values=values, source=SOURCE), row_format)
     assert not isinstance(result, Finding), result
     assert all(record.source == SOURCE for record in result)
     return result
 
 
-def pair(values, shape="auto"):
+def pair(values, row_format="auto"):
     """The one pair that a row becomes."""
-    (result,) = records(values, shape)
+    (result,) = records(values, row_format)
     assert isinstance(result, PreferencePair)
     return result
 
 
-def refusal(values, shape="auto"):
+def refusal(values, row_format="auto"):
     """(code, message) of the finding that a row becomes; asserts that it refuses the row at its place."""
-    result = records_of_row(Row(values=values, source=SOURCE), shape)
+    result = records_of_row(Row(values=values, source=SOURCE), row_format)
     assert isinstance(result, Finding), result
     assert (result.severity, result.source) == ("error", SOURCE)
     return result.code, result.message
@@ -140,9 +141,9 @@ def test_every_missing_side_is_named(absent, told, as_null):
     ("values", "told"),
     [({}, "no column"), ({"question": 1, "answer": 2}, "question, answer"), (dict.fromkeys(SIDES), "prompt, chosen")],
 )
-def test_a_row_of_no_shape_names_its_columns(values, told):
+def test_a_row_of_unknown_format_names_its_columns(values, told):
     code, message = refusal(values)
-    assert (code, f"it has {told}" in message) == ("no_shape", True)
+    assert (code, f"it has {told}" in message) == ("unknown_format", True)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -525,7 +526,7 @@ def test_another_prompt_beside_whole_conversations_is_refused(prompt):
     values = {side: [*TALK, *TURNS[side]] for side in ("chosen", "rejected")}
     assert refusal(values | {"prompt": prompt}) == (
         "different_prompts",
-        "chosen and rejected are conversations that don't begin with the prompt",
+        "chosen and rejected are conversations that don't start with the prompt",
     )
 
 
@@ -658,7 +659,7 @@ def test_weight_margin_and_tools_stand_for_each_pair():
 def test_responses_of_one_worth_are_refused():
     assert refusal(RANKED | {"scores": [1, 1.0, 1]}) == (
         "tied",
-        "all 3 responses are worth the same, so none is preferred",
+        "all 3 responses have the same score, so none is preferred",
     )
 
 
@@ -782,11 +783,11 @@ def test_a_pair_as_two_completions_keeps_what_a_completion_has():
         assert (example.prompt, example.weight, example.tools, example.source) == (result.prompt, 2.0, (CALL,), SOURCE)
 
 
-# Which shape a row has.
+# Recognizing the format of a row.
 
 
 @pytest.mark.parametrize(
-    ("values", "shape"),
+    ("values", "row_format"),
     [
         (TEXTS | SINGLE, "pair"),
         (TEXTS | {"conversations": [USER], "instruction": "x", "messages": [USER]}, "pair"),
@@ -804,16 +805,16 @@ def test_a_pair_as_two_completions_keeps_what_a_completion_has():
         ({"prompt": "x"}, "pair"),
     ],
 )
-def test_the_first_shape_whose_columns_a_row_has_is_taken(values, shape):
-    assert shape_of(values) == shape
+def test_the_first_format_whose_columns_a_row_has_is_taken(values, row_format):
+    assert format_of(values) == row_format
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_named_shape_is_read_and_no_other(shape):
-    if shape == "unpaired":
-        assert isinstance(records(TEXTS | SINGLE, shape)[0], UnpairedExample)
-    elif shape not in ("pair",):
-        assert isinstance(records_of_row(Row(values=TEXTS, source=SOURCE), shape), Finding)
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_a_named_format_is_read_and_no_other(row_format):
+    if row_format == "unpaired":
+        assert isinstance(records(TEXTS | SINGLE, row_format)[0], UnpairedExample)
+    elif row_format not in ("pair",):
+        assert isinstance(records_of_row(Row(values=TEXTS, source=SOURCE), row_format), Finding)
 
 
 # Columns of other names.

@@ -7,12 +7,12 @@ import pytest
 import tomli_w
 
 from qpref import __version__
-from qpref.data.row_formats import SHAPES
+from qpref.data.row_formats import ROW_FORMATS
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
 from qpref.recipe.document import with_overrides
 from qpref.recipe.resolve import DEFAULT_VALIDATORS, make_plan
-from qpref.recipe.sections import Shape
+from qpref.recipe.sections import RowFormat
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
 
@@ -373,11 +373,11 @@ def test_a_location_may_name_its_reader():
 
 def test_several_sources_have_settings_of_their_own_or_the_datas(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = [{"path": "a.jsonl", "weight": 0.5, "shape": "hh"}, {"path": "b.csv", "columns": {"prompt": "p"}}]
-    data = {"train": train, "heldout": "c.json", "columns": {"chosen": "good"}, "shape": "pair"}
+    train = [{"path": "a.jsonl", "weight": 0.5, "format": "hh"}, {"path": "b.csv", "columns": {"prompt": "p"}}]
+    data = {"train": train, "heldout": "c.json", "columns": {"chosen": "good"}, "format": "pair"}
     plan = make_plan(recipe_with(data=data))
     assert [
-        (source.location, source.split, source.reader.record.name, source.weight, source.shape, source.columns)
+        (source.location, source.split, source.reader.record.name, source.weight, source.format, source.columns)
         for source in plan.sources
     ] == [
         (f"{tmp_path}/c.json", "heldout", "json", 1.0, "pair", {"chosen": "good"}),
@@ -397,7 +397,9 @@ def test_several_sources_have_settings_of_their_own_or_the_datas(tmp_path, monke
         ({"train": "a.jsonl", "heldout": "a.jsonl"}, "[data] train: "),
         ({"train": "a.jsonl", "heldout": [{"path": "b.jsonl", "weight": 2.0}]}, "[data] heldout: a weight says how"),
         ({"train": [{"path": "a.jsonl", "weight": 1e12}]}, "[data.train.0] weight: expected less than or equal to 100"),
-        ({"train": "a.jsonl", "shape": "pears"}, "[data] shape: expected 'auto', 'pair', "),
+        ({"train": "a.jsonl", "shape": "pair"}, "[data] shape: unknown key; did you mean 'format'?"),
+        ({"train": [{"path": "a.jsonl", "shape": "hh"}]}, "[data.train.0] shape: unknown key; did you mean 'format'?"),
+        ({"train": "a.jsonl", "format": "pears"}, "[data] format: expected 'auto', 'pair', "),
         ({"train": "a.jsonl", "heldout": "b.jsonl", "heldout_share": 0.1}, "[data] heldout names the held-out data"),
         ({"train": "a.jsonl", "heldout_share": 0.9}, "[data] heldout_share: expected less than or equal to 0.5"),
     ],
@@ -407,8 +409,8 @@ def test_mistakes_in_the_sources_are_named(data, problem):
     assert found.startswith(problem)
 
 
-def test_the_recipe_knows_the_shapes_that_there_are():
-    assert set(get_args(Shape)) == {"auto", *SHAPES}
+def test_the_recipe_knows_the_row_formats_that_there_are():
+    assert set(get_args(RowFormat)) == {"auto", *ROW_FORMATS}
 
 
 def test_of_two_readers_that_fit_the_longer_suffix_wins(offer_by_acme):
