@@ -217,7 +217,7 @@ CONVERSATIONS = {
         rejected=[*WHOLE, *WHOLE],
     ),
     "a prompt that is not the conversations'": row(
-        "different_prompts", "begin with the prompt", prompt="How?", chosen=WHOLE, rejected=WHOLE
+        "different_prompts", "start with the prompt", prompt="How?", chosen=WHOLE, rejected=WHOLE
     ),
     "a longer chosen": row(
         "role_order", "chosen: expected one turn", prompt=None, chosen=[*WHOLE, *WHOLE], rejected=WHOLE
