@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from qpref.data.data_report import DataReport
     from qpref.data.tokenize import PairTokenizer
     from qpref.errors import QprefError
-    from qpref.recipe.sections import DataSection, ModelSection
+    from qpref.recipe.data_section import DataSection
+    from qpref.recipe.sections import ModelSection
     from qpref.records import Finding
     from qpref.training.swapped_labels import SwapSearch
 

@@ -9,7 +9,7 @@ from typing import Any
 from qpref.data.check import CheckedData
 from qpref.data.load import tokenized
 from qpref.data.tokenize import PairTokenizer
-from qpref.recipe.sections import DataSection
+from qpref.recipe.data_section import DataSection
 from qpref.records import TokenizedExample
 
 

@@ -13,8 +13,8 @@ from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.resolve import Plan
-from qpref.recipe.sections import DataSection
 from qpref.records import Finding, PreferencePair, TokenizedExample
 
 log = logging.getLogger("qpref")

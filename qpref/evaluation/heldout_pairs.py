@@ -15,8 +15,8 @@ from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.resolve import make_data_plan, make_plan
-from qpref.recipe.sections import DataSection
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
 

@@ -19,7 +19,8 @@ from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import Policy, choose_device, is_prequantized, load_plain, load_policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.recipe.sections import AdapterSection, DataSection, ModelSection, Recipe, check_document
+from qpref.recipe.data_section import DataSection
+from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
 

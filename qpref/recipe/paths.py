@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
-from qpref.recipe.sections import Recipe, SourceSection
+from qpref.recipe.data_section import SourceSection
+from qpref.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
 from qpref.recipe.choices import Choice, LossChoice, SourceChoice
+from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
 from qpref.recipe.paths import Locations
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
-from qpref.recipe.sections import DataSection, ModelSection, Recipe, SourceSection, check_document
+from qpref.recipe.sections import ModelSection, Recipe, check_document
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length
-from qpref.recipe.sections import DataSection
+from qpref.recipe.data_section import DataSection
 from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
 
 MAX_LENGTH, MAX_PROMPT = 10, 4
