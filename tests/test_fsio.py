@@ -99,8 +99,8 @@ def failing(number):
 @pytest.mark.parametrize(
     ("number", "hint"),
     [
-        (errno.ENOSPC, "\nhint: free some space and go on with --resume"),
-        (errno.EDQUOT, "\nhint: free some space and go on with --resume"),
+        (errno.ENOSPC, "\nhint: free some space and continue with --resume"),
+        (errno.EDQUOT, "\nhint: free some space and continue with --resume"),
         (errno.EIO, ""),
         (errno.EROFS, ""),
     ],
@@ -406,7 +406,7 @@ def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
         log.append_line("one")
     log.close()
     assert str(caught.value) == (
-        f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and go on with --resume"
+        f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and continue with --resume"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a recipe chose among the plugins, with the options of each parsed."""
+"""Plugins that a recipe chose, with their parsed options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qpref.recipe.schedule import Scheduled
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A plugin that the recipe chose, with its parsed options."""
+    """A plugin with its parsed options."""
 
     plugin: Loaded
     options: Any
@@ -40,17 +40,17 @@ class SourceChoice:
 
 @dataclass(frozen=True, slots=True)
 class LossChoice:
-    """A loss that the recipe chose, its options, which may change over the run, and its share of the sum."""
+    """A loss that the recipe chose, its options, which may follow a schedule, and its factor in the sum."""
 
     plugin: Loaded
     options: Scheduled
     weight: float = 1.0
 
     def at(self, progress: float) -> Choice:
-        """The choice at `progress` of the run, 0 to 1."""
+        """Return the choice with the options at `progress` of the run, 0 to 1."""
         return Choice(self.plugin, self.options.at(progress))
 
     def table(self) -> dict[str, Any]:
-        """The choice as the recipe has it."""
+        """Return the choice as a table of the recipe."""
         weight = {} if self.weight == 1.0 else {"weight": self.weight}
         return {"name": self.plugin.record.name} | weight | self.options.document()

@@ -530,11 +530,11 @@ def test_a_set_value_is_checked_like_the_recipes():
         ("=1", "expected table.key=value"),
         ("loss.=1", "expected table.key=value"),
         ("loss..beta=1", "expected table.key=value"),
-        ("loss.name.x=1", "'loss.name.x' is no place in this recipe"),
-        ("loss.name.x.y=1", "'loss.name.x.y' is no place in this recipe"),
-        ("sinks.1.name=console", "'sinks.1.name' is no place in this recipe"),
-        ("sinks.first.name=console", "'sinks.first.name' is no place in this recipe"),
-        ("sinks.name=console", "'sinks.name' is no place in this recipe"),
+        ("loss.name.x=1", "'loss.name.x' is not a key of this recipe"),
+        ("loss.name.x.y=1", "'loss.name.x.y' is not a key of this recipe"),
+        ("sinks.1.name=console", "'sinks.1.name' is not a key of this recipe"),
+        ("sinks.first.name=console", "'sinks.first.name' is not a key of this recipe"),
+        ("sinks.name=console", "'sinks.name' is not a key of this recipe"),
     ],
 )
 def test_a_set_that_leads_nowhere_is_refused(override, complaint):

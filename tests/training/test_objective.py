@@ -411,7 +411,7 @@ def test_mixture_in_toml_and_its_lock_file_resolve_to_the_same(make_recipe, tmp_
 
 
 def test_pairs_and_completions_do_not_mix(make_recipe, tmp_path):
-    with pytest.raises(RecipeError, match="'dpo' and 'kto': one is of pairs, another of single completions"):
+    with pytest.raises(RecipeError, match="'dpo' and 'kto': one is on pairs, another on single completions"):
         make_plan(make_recipe() | {"loss": [{"name": "dpo"}, {"name": "kto"}]}, (), tmp_path / "run")
 
 
@@ -430,7 +430,7 @@ def test_pairs_and_completions_do_not_mix(make_recipe, tmp_path):
         ),
         (
             {"name": "dpo", "beta": {"start": 0.1, "end": -1}},
-            "[loss] beta: expected greater than 0, got -1.0 (its end)",
+            "[loss] beta: expected greater than 0, got -1.0 (end of the schedule)",
         ),
         ([], "[loss] expected a table, got []"),
         ("dpo", "[loss] expected a table, got 'dpo'"),
