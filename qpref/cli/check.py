@@ -104,7 +104,7 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
     if overrides:
         raise RecipeError("--set changes a recipe, and this is a source of data")
     plan = make_data_plan(what, base)
-    checked = check_data(plan.sources, plan.validators, pairs_alone=False)
+    checked = check_data(plan.sources, plan.validators, pairs_only=False)
     return audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
 
 

@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
-    from qpref.data.source import CheckedRow
+    from qpref.data.example_rows import ExampleRow
     from qpref.memory.fit import Fit, Lengths, Settings, Workload
     from qpref.memory.shape import ModelShape
     from qpref.recipe.choices import SourceChoice
@@ -184,7 +184,7 @@ def _as_text(lengths: Lengths) -> str:
     return f"{prompt} + {len(responses)} x {responses[0]}"
 
 
-def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | None:
+def _tokenized(plan: Plan, rows: list[ExampleRow], where: str) -> PlannedData | None:
     """Lengths by the base's own tokenizer; None where it isn't on this machine."""
     from qpref.data.tokenize import PairTokenizer
     from qpref.errors import DataError
@@ -212,7 +212,7 @@ def _tokenized(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData | 
     return PlannedData(said=said, lengths=lengths, longest=longest_lengths, num_examples=kept)
 
 
-def _lengths(tokenizer: Any, rows: list[CheckedRow], plan: Plan) -> list[Lengths]:
+def _lengths(tokenizer: Any, rows: list[ExampleRow], plan: Plan) -> list[Lengths]:
     """Of the rows that training would keep."""
     from qpref.data.truncate import fit_length, prompt_limit
     from qpref.records import Finding, TokenizedExample
@@ -225,7 +225,7 @@ def _lengths(tokenizer: Any, rows: list[CheckedRow], plan: Plan) -> list[Lengths
     return found
 
 
-def _estimated(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData:
+def _estimated(plan: Plan, rows: list[ExampleRow], where: str) -> PlannedData:
     data = plan.recipe.data
     lengths: list[Lengths] = []
     for row in rows:
@@ -236,7 +236,7 @@ def _estimated(plan: Plan, rows: list[CheckedRow], where: str) -> PlannedData:
     return PlannedData(said=said, lengths=lengths, longest=[], num_examples=len(rows))
 
 
-def _sizes(row: CheckedRow) -> list[int]:
+def _sizes(row: ExampleRow) -> list[int]:
     """Characters of the prompt and of each response."""
     from qpref.records import PreferencePair
 
@@ -244,7 +244,7 @@ def _sizes(row: CheckedRow) -> list[int]:
     return [sum(len(message.content) for message in turns) for turns in (row.prompt, *sides)]
 
 
-def _characters(row: CheckedRow) -> int:
+def _characters(row: ExampleRow) -> int:
     return sum(_sizes(row))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
-from qpref.data.reload import read_again
+from qpref.data.reload import reload_data
 from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
@@ -42,7 +42,7 @@ def data_at(location: str) -> CheckedRows:
         RecipeError: no reader fits.
         DataError: it cannot be read.
     """
-    return check_data(make_data_plan(location).sources, (), pairs_alone=False).train
+    return check_data(make_data_plan(location).sources, (), pairs_only=False).train
 
 
 def data_of_run(document: Mapping[str, Any], *, heldout_alone: bool = False) -> CheckedData:
@@ -59,7 +59,7 @@ def data_of_run(document: Mapping[str, Any], *, heldout_alone: bool = False) -> 
     data, seed = plan.recipe.data, plan.recipe.train.seed
     share = HeldOutShare(data.heldout_share, seed) if data.heldout_share else None
     sources = (plan.of_heldout_alone() if heldout_alone else plan).sources
-    return check_data(sources, (), pairs_alone=False, share=share)
+    return check_data(sources, (), pairs_only=False, share=share)
 
 
 def heldout_has_changed(
@@ -74,7 +74,7 @@ def heldout_has_changed(
         DataError: the data cannot be read, or training would refuse them.
     """
     plan = make_plan({**document, "sinks": []})
-    return read_again(plan, tokenizer).have_changed(plan, fingerprints)
+    return reload_data(plan, tokenizer).has_changed(plan, fingerprints)
 
 
 def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair]:

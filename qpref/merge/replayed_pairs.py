@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.data.load import check_rows
-from qpref.data.reload import read_again, tokenized_again
+from qpref.data.reload import reload_data, reload_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
 from qpref.policy.source import BaseFolder
@@ -63,9 +63,9 @@ def choose_rows(
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    read = read_again(plan, _pair_tokenizer(plan, base, tokenizer))
+    read = reload_data(plan, _pair_tokenizer(plan, base, tokenizer))
     origin = "held-out" if read.split == "heldout" else "training"
-    changed = None if fingerprints is None else read.have_changed(plan, fingerprints)
+    changed = None if fingerprints is None else read.has_changed(plan, fingerprints)
     if changed:
         log.warning("the %s data have changed since training; the verdict is on what they are today", origin)
     contrasts = list(_contrasts(read.examples))
@@ -83,7 +83,7 @@ def read_examples(plan: Plan, base: BaseFolder, tokenizer: Any, heldout: bool) -
     """
     checked = check_rows(plan)
     rows = checked.heldout if heldout else checked.train
-    return None if rows is None else tokenized_again(rows, plan, _pair_tokenizer(plan, base, tokenizer))
+    return None if rows is None else reload_rows(rows, plan, _pair_tokenizer(plan, base, tokenizer))
 
 
 def _pair_tokenizer(plan: Plan, base: BaseFolder, tokenizer: Any) -> PairTokenizer:

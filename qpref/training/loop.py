@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.data.mismatch import alone, partner_alone
+from qpref.data.mismatch import only_partner, without_partner
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.memory.shrink import shrink_microbatch
@@ -225,14 +225,14 @@ class Trainer:
     def _pack(self, members: Sequence[TokenizedExample]) -> PackedBatch:
         """The examples as one stream, their mismatched partners left out."""
         if self.loss.needs_mismatched:
-            members = [alone(example) for example in members]
+            members = [without_partner(example) for example in members]
         return pack(members, self.policy.device)
 
     def _mismatched(self, members: Sequence[TokenizedExample]) -> Mismatched | None:
         """The scores of the examples' mismatched partners, without a graph; None for losses that don't need them."""
         if not self.loss.needs_mismatched:
             return None
-        batch = pack([partner_alone(example) for example in members], self.policy.device)
+        batch = pack([only_partner(example) for example in members], self.policy.device)
         with torch.no_grad():
             return Mismatched(self.loss.score(self.policy, batch), self._reference(batch))
 

@@ -174,7 +174,7 @@ PARTS = {
     "a content of parts": row("not_a_message", "make its parts one text", prompt=[{"role": "user", "content": [{}]}]),
     "a content that is a number": row("not_a_message", "found a number", prompt=[{"role": "user", "content": 3}]),
     "an image": row("not_a_message", "images cannot be", prompt=[{"role": "user", "content": "x", "images": ["a"]}]),
-    "messages as Python prints them": row("not_a_message", "as Python prints them", prompt=str(turns("user"))),
+    "messages in Python notation": row("not_a_message", "in Python notation", prompt=str(turns("user"))),
     "chosen is a number": row("not_a_message", "chosen: expected a text", chosen=3),
     "chosen is true": row("not_a_message", "chosen: expected a text", chosen=True),
     "chosen is an object": row("not_a_message", "chosen: expected a text", chosen={"text": "x"}),
@@ -362,7 +362,7 @@ CSV = {
     "an empty last field": Bad(b"a,b,", "empty", "rejected is empty"),
     "NUL": Bad(b"a,b,\0", "control_character", "U+0000"),
     "messages out of order": Bad(b'"[{""role"": ""system"", ""content"": ""x""}]",b,c', "role_order", "the system's"),
-    "messages as pandas writes them": Bad(b"\"[{'role': 'user', 'content': 'x'}]\",b,c", "not_a_message", "as Python"),
+    "messages as pandas writes them": Bad(b"\"[{'role': 'user', 'content': 'x'}]\",b,c", "not_a_message", "in Python notation"),
 }
 
 

@@ -55,10 +55,10 @@ def judge(*findings):
     return validator(finish=lambda: findings)
 
 
-def read_rows(path, reader, validators, pairs_alone=True):
+def read_rows(path, reader, validators, pairs_only=True):
     """The training rows of one file."""
     choice = SourceChoice(location=str(path), split="train", reader=reader)
-    return check_data([choice], validators, pairs_alone=pairs_alone).train
+    return check_data([choice], validators, pairs_only=pairs_only).train
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def stop(report, allowed_share=0.0):
 
 
 GENERAL_HINT = (
-    "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with [data] skip_bad"
+    "hint: fix or drop the rows (`qpref check` lists all of them), or allow a share of them with [data] skip_bad"
 )
 
 

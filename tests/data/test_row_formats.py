@@ -116,7 +116,7 @@ def test_a_list_of_messages_may_be_json_text():
 def test_a_list_of_messages_as_python_prints_it_is_refused():
     assert refusal(TEXTS | {"chosen": str(TURNS["chosen"])}) == (
         "not_a_message",
-        "chosen: messages as Python prints them; write them as JSON (json.dumps)",
+        "chosen: messages in Python notation; write them as JSON (json.dumps)",
     )
 
 
@@ -229,7 +229,7 @@ def test_other_keys_of_a_message_are_left_alone():
 def test_what_no_text_can_carry_is_refused(key):
     assert refusal(TEXTS | {"prompt": [USER | {key: ["x.png"]}]}) == (
         "not_a_message",
-        f"prompt, turn 1: {key} cannot be trained on; take it out, or drop the row",
+        f"prompt, turn 1: {key} cannot be trained on; remove it, or drop the row",
     )
     assert pair(TEXTS | {"prompt": [USER | {key: None}]}) == pair(TEXTS)
 
@@ -360,7 +360,7 @@ CONTROL = [chr(code) for code in [*range(0x20), 0x7F] if chr(code) not in "\t\n\
 
 @pytest.mark.parametrize("character", CONTROL, ids=ascii)
 def test_a_control_character_is_refused_with_its_place(character):
-    told = f"the control character U+{ord(character):04X} at character 4; take it out"
+    told = f"the control character U+{ord(character):04X} at character 4; remove it"
     for side in SIDES:
         assert refusal(TEXTS | {side: f"ü😀x{character}y"}) == ("control_character", f"{side}: {told}")
 
@@ -368,7 +368,7 @@ def test_a_control_character_is_refused_with_its_place(character):
 def test_half_a_surrogate_pair_is_refused_with_its_place():
     assert refusal(TEXTS | {"chosen": "ab\ud800c"}) == (
         "control_character",
-        "chosen: half of a surrogate pair at character 3, which no text holds",
+        "chosen: half of a surrogate pair at character 3, which isn't valid Unicode",
     )
 
 

@@ -131,7 +131,7 @@ def test_the_tightest_limits_leave_one_token_of_a_response():
     assert (fitted.prompt.tolist(), [branch.tolist() for branch in fitted.branches]) == ([1], [[101], [201]])
 
 
-# Prompts: what a cut leaves is a conversation as the template writes it
+# Prompts: what truncation leaves is a conversation as the template writes it
 
 
 def with_history(family: Family, num_earlier: int, question: str) -> PreferencePair:
@@ -203,7 +203,7 @@ def test_a_limit_that_the_headers_and_the_system_turn_fill_refuses_the_row():
     tokenizer = PairTokenizer.of(tokenizer_of(FAMILIES["chatml"]), "chat", [])
     finding = tokenized(tokenizer, with_history(FAMILIES["chatml"], 1, "and?"), 10)
     assert (finding.code, finding.severity) == ("too_long", "error")
-    assert finding.message == "what a cut leaves of the prompt is over max_prompt_length 10"
+    assert finding.message == "the prompt is over max_prompt_length 10 even after truncation"
 
 
 def test_what_follows_the_last_question_stays():

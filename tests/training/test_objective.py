@@ -14,7 +14,7 @@ from conftest import preference_rows, write_jsonl
 
 import qpref
 from qpref.data.load import load_rows
-from qpref.data.mismatch import alone, partner_alone, with_mismatched
+from qpref.data.mismatch import only_partner, with_mismatched, without_partner
 from qpref.data.pack import pack
 from qpref.errors import DataError, RecipeError
 from qpref.hooks.types import SinkContext
@@ -157,7 +157,7 @@ def test_pairs_become_completions_and_the_run_says_so(make_recipe, tmp_path, cap
         plan = make_plan(make_recipe() | {"loss": {"name": "kto"}}, (), tmp_path / "run")
         checked = load_rows(plan).train
     rows, report = list(checked.rows()), checked.report
-    assert "the loss 'kto' is of single completions; 12 pairs become 24 of them" in caplog.text
+    assert "the loss 'kto' is on single completions: 12 pairs become 24 of them" in caplog.text
     assert [row.label for row in rows[:4]] == [True, False, True, False]
     assert (report.read, report.kept) == (16, 16)  # 4 of them held out
 
@@ -387,7 +387,7 @@ def test_a_loss_is_not_blamed_for_scores_that_are_not_finite(make_trainer):
     trainer = make_trainer(None, {"name": "kto"})
     own, partners = (
         pack([side(example) for example in trainer.examples[:2]], trainer.policy.device)
-        for side in (alone, partner_alone)
+        for side in (without_partner, only_partner)
     )
     scores, spoilt = (trainer.loss.score(trainer.policy, batch) for batch in (own, partners))
     reference, other = (replace(said, values=said.values.detach().clone()) for said in (scores, spoilt))
