@@ -130,7 +130,7 @@ def test_data_that_are_a_folder_exit_3(tmp_path, write_recipe):
     recipe = write_recipe({"data.train": "folder.jsonl"})
     assert refusal(tmp_path, recipe, "--output", tmp_path / "run") == (
         3,
-        f"error: {tmp_path}/folder.jsonl: no folder of Dataset.save_to_disk; it has no state.json\n",
+        f"error: {tmp_path}/folder.jsonl: not a folder of Dataset.save_to_disk: it has no state.json\n",
     )
 
 

@@ -96,9 +96,9 @@ NOT_JSON = {
     "NaN": Bad(b'{"prompt": NaN}', "unreadable", "NaN is not JSON"),
     "Infinity": Bad(b'{"weight": Infinity}', "unreadable", "Infinity is not JSON"),
     "-Infinity": Bad(b'{"weight": [-Infinity]}', "unreadable", "-Infinity is not JSON"),
-    "a key twice": Bad(b'{"prompt": "a", "prompt": "b"}', "unreadable", "the key 'prompt' stands twice"),
-    "a key twice, once escaped": Bad(b'{"prompt": "a", "\\u0070rompt": "b"}', "unreadable", "stands twice"),
-    "a key twice in a message": Bad(b'{"prompt": [{"role": "a", "role": "b"}]}', "unreadable", "'role' stands twice"),
+    "a key twice": Bad(b'{"prompt": "a", "prompt": "b"}', "unreadable", "duplicate key 'prompt'"),
+    "a key twice, once escaped": Bad(b'{"prompt": "a", "\\u0070rompt": "b"}', "unreadable", "duplicate key 'prompt'"),
+    "a key twice in a message": Bad(b'{"prompt": [{"role": "a", "role": "b"}]}', "unreadable", "duplicate key 'role'"),
     "half a surrogate pair": Bad(b'{"prompt": "\\ud800"}', "unreadable", "half of a surrogate pair"),
     "the other half": Bad(b'{"prompt": "\\uDC00"}', "unreadable", "half of a surrogate pair"),
     "surrogates the wrong way round": Bad(b'{"prompt": "\\ude00\\ud83d"}', "unreadable", "half of a surrogate pair"),
@@ -362,7 +362,9 @@ CSV = {
     "an empty last field": Bad(b"a,b,", "empty", "rejected is empty"),
     "NUL": Bad(b"a,b,\0", "control_character", "U+0000"),
     "messages out of order": Bad(b'"[{""role"": ""system"", ""content"": ""x""}]",b,c', "role_order", "the system's"),
-    "messages as pandas writes them": Bad(b"\"[{'role': 'user', 'content': 'x'}]\",b,c", "not_a_message", "in Python notation"),
+    "messages as pandas writes them": Bad(
+        b"\"[{'role': 'user', 'content': 'x'}]\",b,c", "not_a_message", "in Python notation"
+    ),
 }
 
 
@@ -402,13 +404,13 @@ FILES = {
     "an element with NaN": ("json", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
     "an element of unknown format": ("json", b"[{}]", 1, "unknown_format", "no column"),
     "text as gzip": ("jsonl.gz", b"{}\n", 1, "stopped", "Not a gzipped file"),
-    "an empty file as gzip, cut": ("jsonl.gz", gzip.compress(b"")[:12], 1, "stopped", "cut off"),
+    "an empty file as gzip, cut": ("jsonl.gz", gzip.compress(b"")[:12], 1, "stopped", "truncated"),
     "a cut gzip file": (
         "jsonl.gz",
         gzip.compress(random.Random(0).randbytes(9999).hex().encode())[:5000],
         1,
         "stopped",
-        "cut off",
+        "truncated",
     ),
     "a gzip file with another checksum": ("jsonl.gz", gzip.compress(b"\n")[:-8] + bytes(8), 2, "stopped", "CRC"),
     "a gzip bomb of one line": ("jsonl.gz", gzip.compress(bytes(2**27)), 1, "stopped", "more than 200 times"),
@@ -419,7 +421,7 @@ FILES = {
     "text as Parquet": ("parquet", b"prompt,chosen,rejected\n", 1, "stopped", "not a Parquet file"),
     "an empty file as Parquet": ("parquet", b"", 1, "stopped", "not a Parquet file"),
     "a Parquet file cut off": ("parquet", b"PAR1" + bytes(999), 1, "stopped", "not a Parquet file"),
-    "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "stopped", "'prompt' stands twice"),
+    "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "stopped", "duplicate column 'prompt'"),
     "a CSV header with an empty name": ("csv", b"prompt,\na,b\n", 1, "stopped", "a column has no name"),
     "a CSV file without a header": (
         "csv",
@@ -428,9 +430,9 @@ FILES = {
         "unknown_format",
         "it has Why?, Because., No.",
     ),
-    "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns alone"),
+    "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns only"),
     "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 1, "stopped", "not UTF-8"),
-    "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "that is not closed"),
+    "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "an unclosed quote"),
 }
 
 

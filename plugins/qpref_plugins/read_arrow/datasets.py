@@ -1,4 +1,4 @@
-"""Hugging Face datasets: saved to a folder, or streamed from the hub at one commit."""
+"""Rows of Hugging Face datasets: saved in a folder, or streamed from the hub at one commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(
 
 
 def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
-    """One row for each row of a `Dataset.save_to_disk` folder, its number, from 1, as its line.
+    """Yield the rows of a `Dataset.save_to_disk` folder; the line of a row is its number, from 1.
 
     Raises:
         DataError: the folder holds no dataset, or several splits.
@@ -31,16 +31,16 @@ def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
         named = f"name one: {folder / splits[0]}" if splits else "and they are missing"
         raise DataError(f"{folder}: holds the splits {', '.join(splits) or 'of a DatasetDict'}; {named}")
     if not (folder / "state.json").is_file():
-        raise DataError(f"{folder}: no folder of Dataset.save_to_disk; it has no state.json")
+        raise DataError(f"{folder}: not a folder of Dataset.save_to_disk: it has no state.json")
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 - whatever a damaged folder makes the library raise
-        raise DataError(f"{folder}: cannot be read as a saved dataset: {_told(error)}") from None
+        raise DataError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
     yield from _rows(saved, str(folder))
 
 
 def rows_of_hub(name: str) -> Iterator[Row | Finding]:
-    """One row for each row of a hub dataset, its number, from 1, as its line; `org/name/config@revision:split`.
+    """Yield the rows of a hub dataset, `org/name/config@revision:split`; the line of a row is its number, from 1.
 
     Raises:
         DataError: the hub has no such dataset, or it cannot be read.
@@ -52,14 +52,14 @@ def rows_of_hub(name: str) -> Iterator[Row | Finding]:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client has dozens of errors
         raise DataError(
-            f"hf:{name}: cannot be read: {_told(error)}", "is the name right, and the hub in reach?"
+            f"hf:{name}: cannot be read: {_first_line(error)}", "check the name and the connection to the hub"
         ) from None
     yield from _rows(streamed, f"hf:{name}")
 
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """The parts of `org/name/config@revision:split`; config, revision and split may be left out."""
+    """Parts of `org/name/config@revision:split`; config, revision and split are optional."""
 
     dataset: str
     config: str | None
@@ -70,20 +70,20 @@ class HubName:
     def of(cls, name: str) -> HubName:
         parts = _NAME.fullmatch(name)
         if parts is None:
-            raise DataError(f"hf:{name}: expected hf:org/name, with /config, @revision and :split where wanted")
+            raise DataError(f"hf:{name}: expected hf:org/name, optionally with /config, @revision and :split")
         return cls(**parts.groupdict())
 
 
 def _streamed(wanted: HubName) -> Any:
-    if Path(wanted.dataset).exists():  # load_dataset would take it for the dataset
-        raise DataError(f"hf:{wanted.dataset}: a folder here has that name; start qpref elsewhere")
+    if Path(wanted.dataset).exists():  # load_dataset would load this folder instead
+        raise DataError(f"hf:{wanted.dataset}: the current folder has a folder of that name; run qpref in another one")
     commit = _commit(wanted.dataset, wanted.revision)
     splits = datasets.load_dataset(wanted.dataset, wanted.config, revision=commit, streaming=True)
     return _split(splits, wanted)
 
 
 def _split(splits: Any, wanted: HubName) -> Any:
-    """The named split, or `train`, or the only one."""
+    """Select the named split, else `train`, else the only one."""
     split = wanted.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
         raise DataError(f"hf:{wanted.dataset}: no split '{split}'; it has {', '.join(splits)}")
@@ -92,7 +92,7 @@ def _split(splits: Any, wanted: HubName) -> Any:
 
 @cache
 def _commit(dataset: str, revision: str | None) -> str | None:
-    """The commit that a revision is at, looked up once, so that every pass of a run reads the same rows."""
+    """Look up the commit of a revision, once per process, so that every pass of a run reads the same rows."""
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(dataset, revision=revision).sha
@@ -105,13 +105,14 @@ def _rows(dataset: Any, path: str) -> Iterator[Row | Finding]:
         try:
             table = next(tables, None)
         except Exception as error:  # noqa: BLE001 - files and connections break in the library's own ways
-            raise DataError(f"{path}:{number}: cannot be read on: {_told(error)}") from None
+            raise DataError(f"{path}:{number}: reading stopped: {_first_line(error)}") from None
         if table is None:
             return
         yield from rows_of_table(table, path, number)
         number += table.num_rows
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
+    """Return type and first line of an exception's message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
