@@ -36,7 +36,7 @@ def test_the_message_has_the_figures_of_a_plain_count():
     differences = [chosen - rejected for chosen, rejected in lengths]
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     low, high = wilson_interval(longer, longer + shorter)
-    ties = f", {20 - longer - shorter} ties aside" if longer + shorter < 20 else ""
+    ties = f", without {20 - longer - shorter} ties" if longer + shorter < 20 else ""
     effect = statistics.mean(differences) / statistics.stdev(differences)
     mean, of = statistics.mean(differences), statistics.mean(rejected for _, rejected in lengths)
     assert found.source == Source(path="pairs.jsonl", line=0)

@@ -53,13 +53,13 @@ def test_tool_calls_tell_answers_apart():
 
 def test_splits_are_looked_at_by_themselves():
     assert told(check_duplicates, [pair("p", "a", "b", 2)], [pair("p", "a", "b", 1), pair("p", "b", "a", 1)]) == [
-        ("contradictory", 1, "the same two answers are preferred the other way round at the same row")
+        ("contradictory", 1, "the same two responses have the preference reversed at the same row")
     ]
 
 
 def test_both_rows_of_a_contradiction_are_told():
     rows = [pair("p", "a", "b", 1), pair("p", "c", "d", 2), pair("p", "b", "a", 3)]
-    message = "the same two answers are preferred the other way round at pairs.jsonl:{}"
+    message = "the same two responses have the preference reversed at pairs.jsonl:{}"
     assert told(check_duplicates, rows) == [
         ("contradictory", 1, message.format(3)),
         ("contradictory", 3, message.format(1)),
@@ -138,7 +138,7 @@ def test_few_prompts_are_those_under_the_share(num_prompts, count):
     found = findings(check_duplicates, rows)
     assert [(one.code, one.source) for one in found] == [("few_prompts", Source(path="pairs.jsonl", line=0))] * count
     if count:
-        assert found[0].message.startswith("19 distinct prompts in 80 training rows (23.8%); ")
+        assert found[0].message.startswith("19 distinct prompts in 80 training rows (23.8%): ")
 
 
 @pytest.mark.parametrize(("num_rows", "count"), [(FEWEST_ROWS - 1, 0), (FEWEST_ROWS, 1)])

@@ -90,7 +90,7 @@ def test_a_ranking_is_told_once():
 
 def test_a_longer_prompt_that_holds_a_held_out_one_is_near():
     found = told(check_leakage, trained(f"Please answer in short. {QUESTION} Thank you!"), held(QUESTION))
-    assert found == [("near_leak", 1, "this prompt holds 100% of the held-out one at heldout.jsonl:1")]
+    assert found == [("near_leak", 1, "this prompt contains 100% of the held-out one at heldout.jsonl:1")]
 
 
 @pytest.mark.parametrize(("num_kept", "codes"), [(44, ["near_leak"]), (43, [])])

@@ -195,9 +195,9 @@ def test_a_finding_names_the_sides():
     rows = [pair(PROMPT, "None", GOOD, 1), pair(PROMPT, GOOD, "None", 2), pair(PROMPT, "[image]", "N/A", 3)]
     rows += [single(PROMPT, "?", True, 4), pair(PROMPT, GOOD, GOOD, 5)]
     assert told(check_text, rows) == [
-        ("placeholder", 1, "chosen is a placeholder, not an answer"),
-        ("placeholder", 2, "rejected is a placeholder, not an answer"),
-        ("placeholder", 3, "chosen and rejected: each is a placeholder, not an answer"),
+        ("placeholder", 1, "chosen is a placeholder, not a response"),
+        ("placeholder", 2, "rejected is a placeholder, not a response"),
+        ("placeholder", 3, "chosen and rejected: each is a placeholder, not a response"),
         ("no_word", 4, "completion has no letter or digit"),
     ]
 

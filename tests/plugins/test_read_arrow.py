@@ -233,7 +233,9 @@ def test_a_name_that_is_none_is_refused(name):
 def test_a_folder_of_the_same_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="hf:org/name: the current folder has a folder of that name; run qpref in another one"):
+    with pytest.raises(
+        DataError, match="hf:org/name: the current folder has a folder of that name; run qpref in another one"
+    ):
         found("hf", Path("org/name"))
 
 

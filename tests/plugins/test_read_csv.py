@@ -78,7 +78,10 @@ BAD = {
     "a field too few": (b"1", "1 fields, where the header has 2"),
     "a field too many": (b"1,2,3", "3 fields, where the header has 2"),
     "a field too many, quoted": (b'"1",2,3', "more fields than the 2 of the header"),
-    "text after a closing quote": (b'"1"x,2', "text after a closing quote; a quote inside a quoted field has to be doubled"),
+    "text after a closing quote": (
+        b'"1"x,2',
+        "text after a closing quote; a quote inside a quoted field has to be doubled",
+    ),
     "no UTF-8": (b"\xff,2", "the row is not UTF-8"),
     "no UTF-8 in quotes": (b'"\xff",2', "the row is not UTF-8"),
     "a cut character": (b"\xc3,2", "the row is not UTF-8"),
