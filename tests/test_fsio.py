@@ -435,7 +435,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_refused_and_told_the_first(tmp_path, holder):
+def test_a_second_process_is_refused_and_the_first_is_named(tmp_path, holder):
     with pytest.raises(RunLockedError) as caught, fsio.locked(tmp_path):
         pass
     assert str(caught.value) == (

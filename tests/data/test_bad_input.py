@@ -42,29 +42,29 @@ def verdicts(path: Path, reader: str | None = None) -> list[tuple[int, str, str]
 
     What stops the reading is the last: its line is 0 where its message names none, its code "stopped".
     """
-    told, stop = [], ""
+    reported, stop = [], ""
     started = time.process_time()
     try:
         for item in HOST.load(READER, reader or path.name.partition(".")[2]).record.read(path):
             result = item if isinstance(item, Finding) else records_of_row(item)
             if isinstance(result, Finding):
                 assert (result.severity, result.source.path) == ("error", str(path))
-                told.append((result.source.line, result.code, result.message))
+                reported.append((result.source.line, result.code, result.message))
             else:
-                told.append((item.source.line, "kept", type(result[0]).__name__))
+                reported.append((item.source.line, "kept", type(result[0]).__name__))
     except DataError as error:
         stop = error.what
     assert time.process_time() - started < MAX_SECONDS
     if stop:
         assert stop.startswith(f"{path}:")
         line, _, message = stop.removeprefix(f"{path}:").partition(": ")
-        told.append((int(line), "stopped", message) if line.isdigit() else (0, "stopped", stop))
-    return told
+        reported.append((int(line), "stopped", message) if line.isdigit() else (0, "stopped", stop))
+    return reported
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A bad row, or file, and what is told of it."""
+    """A bad row, or file, and what is reported of it."""
 
     raw: bytes
     code: str
@@ -437,13 +437,13 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_file_is_told_with_its_place(tmp_path, name):
+def test_a_bad_file_is_reported_with_its_place(tmp_path, name):
     suffix, raw, line, code, reason = FILES[name]
     path = tmp_path / f"pairs.{suffix}"
     path.write_bytes(raw)
-    told = next(verdict for verdict in verdicts(path) if verdict[1] != "kept")
-    assert told[:2] == (line, code)
-    assert reason in told[2]
+    reported = next(verdict for verdict in verdicts(path) if verdict[1] != "kept")
+    assert reported[:2] == (line, code)
+    assert reason in reported[2]
 
 
 PARQUET = {
@@ -463,9 +463,9 @@ def test_a_bad_parquet_row_is_refused_at_its_number(tmp_path, name):
     rows, code, reason = PARQUET[name]
     path = tmp_path / "pairs.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    ((line, found, told),) = verdicts(path)
+    ((line, found, reported),) = verdicts(path)
     assert (line, found) == (1, code)
-    assert reason in told
+    assert reason in reported
 
 
 KEPT = {

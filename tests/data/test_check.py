@@ -283,7 +283,7 @@ def test_the_run_stops_with_bad_rows_beyond_the_share():
     assert "3 of 10 rows are refused" in stop(report_of(10, finding(1), finding(2), finding(3)), 0.2)
 
 
-def test_rows_that_are_left_out_are_told(log):
+def test_rows_that_are_left_out_are_reported(log):
     report_of(10, finding(4), finding(7)).stop_on_errors(0.2)
     assert log.messages == ["pairs.x: 2 of 10 rows are left out (first: pairs.x:4: is bad)"]
 
@@ -408,7 +408,7 @@ def test_values_that_python_hashes_alike_are_no_repeats(path):
     assert read_rows(path, read, []).report.repeated == 0
 
 
-def test_a_share_that_leaves_nothing_is_told(path):
+def test_a_share_that_leaves_nothing_is_reported(path):
     source = SourceChoice(location=str(path), split="train", reader=rows(GOOD))
     checked = check_data([source], [], share=HeldOutShare(1e-9, seed=0))
     assert checked.heldout.is_empty

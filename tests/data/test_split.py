@@ -63,7 +63,7 @@ def test_punctuation_and_the_system_turn_make_no_other_prompt():
         assert split.split_of([replace(asked, prompt=with_system)]) == bare
 
 
-def test_prompts_without_a_letter_are_told_apart():
+def test_prompts_without_a_letter_are_distinguished():
     split = HeldOutShare(0.5, seed=0)
     assert {split.split_of([pair("?" * number)]) for number in range(1, 30)} == {"train", "heldout"}
 

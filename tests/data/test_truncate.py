@@ -209,8 +209,8 @@ def test_a_limit_that_the_headers_and_the_system_turn_fill_refuses_the_row():
 def test_what_follows_the_last_question_stays():
     tokenizer = PairTokenizer.of(tokenizer_of(FAMILIES["qwen"]), "chat", [])
     row = with_history(FAMILIES["qwen"], 2, QUESTION)
-    told = (Message(role="assistant", content="let me look"), Message(role="tool", content="rain"))
-    row = replace(row, prompt=row.prompt + told)
+    lookup = (Message(role="assistant", content="let me look"), Message(role="tool", content="rain"))
+    row = replace(row, prompt=row.prompt + lookup)
     cut = tokenized(tokenizer, row, 120)
     text = tokenizer.tokenizer.decode(cut.prompt.tolist())
     assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n")

@@ -80,7 +80,7 @@ def test_a_handful_of_pairs_is_not_judged(num_pairs, found):
     assert codes(of_lengths(*[(200, 100)] * num_pairs)) == found
 
 
-def test_a_large_effect_is_told_where_shares_are_even():
+def test_a_large_effect_is_reported_where_shares_are_even():
     # Half of the pairs differ by +1000 give or take, the others by -1: the share is even, the mean difference isn't.
     rows = of_lengths(*[(1100, 100), (100, 101)] * 50)
     assert codes(rows) == ["length_bias"]

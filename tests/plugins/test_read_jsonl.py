@@ -177,7 +177,7 @@ def test_every_finding_refuses_its_row(tmp_path):
     assert {(item.code, item.severity) for item in read_lines(path)} == {("unreadable", "error")}
 
 
-def test_an_array_in_a_jsonl_file_is_told_from_a_broken_line(lines):
+def test_an_array_in_a_jsonl_file_is_distinguished_from_a_broken_line(lines):
     (line, message), *_ = lines(b'[\n  {"a": 1}\n]\n')
     assert (line, message) == (
         1,

@@ -264,7 +264,7 @@ def test_a_row_that_does_not_fit_is_warned_of_once_and_never_read(tmp_path, said
         cache.add({names[2]: ROWS[names[2]]})
     cache.add({names[2]: ROWS[names[2]]})  # there is room again, but half a row stands before it
     cache.close()
-    assert said == [f"the cache is not written any more: {tmp_path}/one.shard: cannot be written: "
+    assert said == [f"the cache is no longer written: {tmp_path}/one.shard: cannot be written: "
                     "File too large"]  # fmt: skip
     assert (tmp_path / "one.shard").stat().st_size == ENDS[1] + 10
     assert found(ReferenceCache.open(tmp_path, "two")) == first(1)
@@ -296,7 +296,7 @@ def test_a_disk_that_is_full_from_the_start_is_warned_of_once(tmp_path, said, mo
     for name, values in ROWS.items():
         cache.add({name: values})
     cache.close()
-    assert [line.partition(":")[0] for line in said] == ["the cache is not written any more"]
+    assert [line.partition(":")[0] for line in said] == ["the cache is no longer written"]
     assert said[0].endswith("No space left on device")
 
 

@@ -144,11 +144,11 @@ def test_one_mistake_is_one_problem():
         ({"data": {"reader": "jsonll"}}, "[data] reader: no reader 'jsonll' is installed; did you mean 'jsonl'?"),
     ],
 )
-def test_a_misspelt_name_is_told_the_nearest(tables, problem):
+def test_a_misspelt_name_gets_the_nearest(tables, problem):
     assert problems(recipe_with(**tables)) == [problem]
 
 
-def test_a_word_like_no_key_is_told_them_all():
+def test_a_word_like_no_key_gets_all_of_them():
     assert problems(recipe_with(zzzzz={})) == [
         "[zzzzz] unknown key; known: model, adapter, data, checks, loss, reference, train, sinks"
     ]
@@ -458,7 +458,7 @@ def test_a_table_of_checks_adds_a_validator_with_its_options(no_urls):
     assert plan.validators[-1].options.model_dump() == {"allowed": 3}
 
 
-def test_a_validators_key_like_no_other_is_told_what_it_knows(no_urls):
+def test_a_validators_key_like_no_other_gets_the_known_ones(no_urls):
     assert problems(recipe_with(checks={"no-urls": {"zzz": 3}})) == [
         "[checks.no-urls] zzz: unknown option of validator 'no-urls' (acme 2.0 [check-no-urls]); known: allowed"
     ]

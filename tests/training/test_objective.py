@@ -265,7 +265,7 @@ def test_pair_of_which_one_side_is_too_long_is_left_out_whole(make_trainer, tmp_
     with caplog.at_level("INFO", logger="qpref"):
         trainer = make_trainer({"data.train": str(data), "data.on_overflow": "drop"}, {"name": "kto"})
     assert trainer.loss.class_counts == (11, 11)
-    assert "of 12 rows, 1 left out and 0 cut for their length" in caplog.text
+    assert "of 12 rows, 1 dropped and 0 truncated for their length" in caplog.text
 
 
 def test_cut_rows_are_counted_once(make_trainer, tmp_path, caplog):
@@ -274,7 +274,7 @@ def test_cut_rows_are_counted_once(make_trainer, tmp_path, caplog):
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     with caplog.at_level("INFO", logger="qpref"):
         make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
-    assert "of 12 rows, 0 left out and 1 cut for their length" in caplog.text
+    assert "of 12 rows, 0 dropped and 1 truncated for their length" in caplog.text
 
 
 def test_pair_that_cutting_makes_the_same_is_dropped_as_completions_too(make_trainer, tmp_path, caplog):
@@ -285,7 +285,7 @@ def test_pair_that_cutting_makes_the_same_is_dropped_as_completions_too(make_tra
         trainer = make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
     assert trainer.loss.class_counts == (11, 11)
     assert "long.jsonl:4: dropped: cut to their first" in caplog.text
-    assert "1 left out and 0 cut for their length" in caplog.text
+    assert "1 dropped and 0 truncated for their length" in caplog.text
 
 
 def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp_path, caplog):
