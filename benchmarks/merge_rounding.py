@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qpref.data.load import check_rows
-from qpref.data.reload import tokenized_again
+from qpref.data.reload import reload_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.compared_models import AsTrained, load_base
 from qpref.merge.guards import TrainedRun, read_run
@@ -99,7 +99,7 @@ def calibration_rows(run: TrainedRun, limit: int) -> list[ScoredRow]:
     """Read the prompts and responses of the first `limit` training pairs."""
     plan = reopen_plan(run.recorded)
     tokenizer = PairTokenizer.of(run.tokenizer, plan.recipe.data.template, stop_tokens(run.base_folder))
-    examples = tokenized_again(check_rows(plan).train, plan, tokenizer)
+    examples = reload_rows(check_rows(plan).train, plan, tokenizer)
     return [ScoredRow(tuple(one.prompt), tuple(branch)) for one in examples[:limit] for branch in one.branches]
 
 

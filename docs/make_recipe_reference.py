@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md from the models that check a recipe, so that it cannot fall behind them.
+"""Generate docs/recipe.md from the pydantic models that check a recipe, so that the two cannot diverge.
 
 python docs/make_recipe_reference.py
 """
@@ -13,26 +13,27 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from qpref.hooks import manager
-from qpref.recipe.sections import DataSection, Recipe, SourceSection
+from qpref.recipe.data_section import DataSection, SourceSection
+from qpref.recipe.sections import Recipe
 
 HEAD = """# The recipe, key by key
 
 Made by `python docs/make_recipe_reference.py`; do not edit.
 
-A recipe is TOML. Unknown keys are errors. `--set table.key=value` changes one value. Relative paths start at the
-recipe's folder. What a table of a plugin holds, beside `name`, is the plugin's own.
+A recipe is a TOML file. Unknown keys are errors. `--set table.key=value` overrides one value. Relative paths start at
+the recipe's folder. Tables of plugins hold `name` and the plugin's own options.
 """
 
 LOSS = """## [loss]
 
-`name` picks the loss; the other keys are its own. Several `[[loss]]` tables are added up, each times its `weight` (1
-unless given); all of pairs or all of single completions. Any option that is a number may change over the run:
+`name` selects the loss; the other keys are its own options. Several `[[loss]]` tables make a weighted sum (`weight`,
+default 1); all of them on pairs, or all on single completions. Any numeric option can follow a schedule over the run:
 `beta = { start = 0.1, end = 0.3, schedule = "linear" }` (or `"cosine"`), from the first optimizer step to the last.
 """
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return the page as Markdown."""
     parts = [HEAD]
     for table, field in Recipe.model_fields.items():
         model = field.annotation
@@ -73,12 +74,12 @@ def _kind(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(arm) for arm in arms if arm is not type(None))
     if origin is list:
-        return "tables" if arms[0] is SourceSection else f"list of {_kind(arms[0])}"
+        return "tables" if arms[0] is SourceSection else f"list of {_kind(arms[0])}s"
     if origin is dict:
-        return "table of texts"
+        return "table of strings"
     if hasattr(annotation, "__metadata__"):
         return _kind(annotation.__origin__)
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))
+    return {str: "string", int: "integer", float: "number", bool: "boolean"}.get(annotation, str(annotation))
 
 
 if __name__ == "__main__":

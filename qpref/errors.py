@@ -1,14 +1,14 @@
-"""The errors that a user can cause. Each carries what is wrong, the way out, and the exit code of its kind."""
+"""Errors that a user can cause; each has a message, a hint with the way out, and the exit code of its kind."""
 
 from __future__ import annotations
 
 
 class QprefError(Exception):
-    """A failure that is shown as one message without a traceback.
+    """A failure that the command line prints as one message without a traceback.
 
     Args:
-        what: what is wrong, where, and what was found; lines after the first are indented by the writer.
-        hint: what to do about it, or None where `what` says it.
+        what: the problem, its location and the value found; the caller indents lines after the first.
+        hint: the way to fix it, or None where `what` already names it.
     """
 
     exit_code = 1
@@ -23,13 +23,13 @@ class QprefError(Exception):
 
 
 class RecipeError(QprefError):
-    """The recipe or the command line is wrong, or names something that is not installed."""
+    """An invalid recipe or command line, or a plugin name that isn't installed."""
 
     exit_code = 2
 
 
 class DataError(QprefError):
-    """The preference data cannot be read or trusted."""
+    """Preference data that cannot be read or trusted."""
 
     exit_code = 3
 
@@ -39,49 +39,49 @@ class UnreachableDataError(DataError):
 
 
 class CheckpointError(QprefError):
-    """Checkpoints exist and none verifies, or they belong to another run."""
+    """Checkpoints of which none verifies, or that belong to another run."""
 
     exit_code = 4
 
 
 class DeviceMemoryError(QprefError):
-    """The device ran out of memory at the smallest micro-batch."""
+    """Out of memory at the smallest micro-batch."""
 
     exit_code = 5
 
 
 class PluginError(QprefError):
-    """A plugin failed to import, clashes with another, or broke its contract."""
+    """A plugin that cannot be imported, clashes with another, or broke its contract."""
 
     exit_code = 6
 
 
 class RunLockedError(QprefError):
-    """Another process is writing this run."""
+    """A run folder that another process is writing."""
 
     exit_code = 7
 
 
 class DiskError(QprefError):
-    """The disk refused a write."""
+    """A write that the disk refused."""
 
     exit_code = 8
 
 
 class NonFiniteError(QprefError):
-    """The loss or its gradient stayed non-finite."""
+    """A loss or gradient that stayed non-finite."""
 
     exit_code = 9
 
 
 class PolicyError(QprefError):
-    """The base model or adapter cannot be read, or is not what the run needs."""
+    """A base model or adapter that cannot be read, or doesn't fit the run."""
 
     exit_code = 10
 
 
 class MergeError(QprefError):
-    """The merge cannot be done faithfully."""
+    """A merge that would change the model's predictions too much, or cannot be done."""
 
     exit_code = 11
 
@@ -93,9 +93,9 @@ class InstallError(QprefError):
 
 
 class StoppedBySignal(QprefError):
-    """A signal asked to stop: a run has saved itself, all else has left nothing half-written.
+    """A signal (Ctrl+C, SIGTERM): a run has saved a checkpoint, other commands leave nothing half-written.
 
-    Exits as the shell has it: 128 + the signal's number.
+    The exit code is the shell's: 128 + the signal number.
     """
 
     def __init__(self, what: str, hint: str | None, signal_number: int) -> None:

@@ -1,8 +1,8 @@
-"""The only module of the core that writes to disk.
+"""Atomic and durable writes; no other module of the core writes to disk.
 
-Every file appears whole or not at all: written under a temporary name, fsynced, renamed, and the folder fsynced.
-Folders that must appear as one (a checkpoint, an adapter, a merged model) are built beside their place and renamed
-into it.
+Every file appears whole or not at all: written under a temporary name, fsynced, renamed, and its folder fsynced.
+Folders that must appear as one (a checkpoint, an adapter, a merged model) are filled under a temporary name beside
+their final one and renamed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STAGING_PREFIX = ".tmp-"
 
 
 def cache_folder() -> Path:
-    """Where converted base models and downloads are kept: $QPREF_CACHE, else the user's cache folder."""
+    """Return the folder of converted bases, downloads and caches: $QPREF_CACHE, else qpref in the user's cache."""
     named = os.environ.get("QPREF_CACHE")
     if named:
         return Path(named).expanduser()
@@ -41,17 +41,18 @@ def cache_folder() -> Path:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into a DiskError that names `path`."""
+    """Convert errors of the operating system to a DiskError that names `path`."""
     try:
         yield
     except SafetensorError as error:
         raise DiskError(f"{path}: cannot be written: {error}") from error
     except OSError as error:
-        hint = "free some space and go on with --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        hint = "free some space and continue with --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
         raise DiskError(f"{path}: cannot be written: {error.strerror or error}", hint) from error
 
 
 def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries (names of files, renames) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -60,7 +61,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Bring every file and folder below `folder`, written by whomever, to the disk."""
+    """Flush every file and folder below `folder` to the disk, whichever library wrote it."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             fsync_folder(path)
@@ -71,13 +72,14 @@ def fsync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path, mode: int = 0o700) -> None:
+    """Create a folder and its parents, unless they exist."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
 @contextmanager
 def _published(path: Path) -> Iterator[Path]:
-    """A temporary name to write; on leaving without an error what stands there is fsynced and named `path`."""
+    """Yield a temporary path to write; without an error that file is then fsynced and renamed to `path`."""
     temporary = path.with_name(f"{STAGING_PREFIX}{path.name}-{os.getpid()}")
     with disk_errors(path):
         try:
@@ -91,6 +93,7 @@ def _published(path: Path) -> Iterator[Path]:
 
 
 def write_stream(path: Path, source: IO[bytes]) -> None:
+    """Write all bytes of an open file, 1 MiB at a time."""
     with _published(path) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -106,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file line by line; nothing is kept in memory."""
+    """Write a text file line by line; only one line is in memory."""
     with _published(path) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -114,11 +117,12 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write indented JSON with sorted keys; NaN is an error."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. Tensors are made contiguous; none may share memory with another."""
+    """Write a safetensors file. Tensors are made contiguous; no two may share memory."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -133,9 +137,9 @@ def copy_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to fill; on leaving without an error it is fsynced and takes the name `final`.
+    """Yield a temporary folder to fill; without an error it is then fsynced and renamed to `final`.
 
-    `final` must not exist, or be an empty folder; it is never seen half-filled.
+    `final` must not exist, or be an empty folder; it never exists half-filled.
     """
     staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
     with disk_errors(final):
@@ -154,28 +158,30 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 
 def try_folder(final: Path) -> None:
-    """Stop where `staged_folder(final)` could not begin, and leave nothing behind.
+    """Check that `staged_folder(final)` could start; leaves nothing behind.
 
     Raises:
-        DiskError: says why.
+        DiskError: it could not.
     """
     staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
     with disk_errors(final):
-        made = [parent for parent in staging.parents if not parent.exists()]
+        created = [parent for parent in staging.parents if not parent.exists()]
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             staging.mkdir(mode=0o700)
             staging.rmdir()
         finally:
-            for folder in made:
+            for folder in created:
                 if folder.is_dir():
                     folder.rmdir()
 
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
-    """A path, alone in a folder beside `final`, for another program to write; on leaving without an error it is
-    fsynced and takes the name `final`, which must not exist then either."""
+    """Yield a path in a temporary folder for another program to write; it is then fsynced and renamed to `final`.
+
+    `final` must not exist at the end either.
+    """
     staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +203,7 @@ def staged_file(final: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Remove what killed processes of this machine have left half-filled for `final`: a merged model is large."""
+    """Remove staging folders for `final` that killed processes of this machine left: a merged model is large."""
     for path in final.parent.glob(f"{STAGING_PREFIX}{glob.escape(final.name)}-*"):
         number = path.name.rpartition("-")[2]
         if path.name != f"{STAGING_PREFIX}{final.name}-{number}" or not number.isdecimal():
@@ -207,11 +213,11 @@ def _remove_abandoned(final: Path) -> None:
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, OverflowError):
-            continue  # somebody else's process
+            continue  # alive, of another user
 
 
 def make_readable(top: Path) -> None:
-    """Give a file or folder that is meant for others, and all in it, the modes that the user's umask asks for."""
+    """Set the modes of a file, or of a folder and its contents, to those of the user's umask, so others can read it."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (top, *top.rglob("*")):
@@ -219,6 +225,7 @@ def make_readable(top: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
+    """Remove a file, a link, or a folder with its contents; a missing path is fine."""
     with disk_errors(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -227,7 +234,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_staging(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
+    """Remove half-written files and folders that a killed process left in `folder`."""
     for path in folder.glob(f"{STAGING_PREFIX}*"):
         remove_tree(path)
 
@@ -238,18 +245,18 @@ def sha256_file(path: Path) -> str:
 
 
 class AppendLog:
-    """A file that only grows.
+    """An append-only file.
 
     Args:
-        path: the file; made where it isn't there.
-        keep: bytes to keep of what it holds, the rest is cut off; None keeps all.
+        path: the file, created if missing.
+        keep: bytes to keep at its start, the rest is cut off; None keeps all.
     """
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self._path = path
         with disk_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            # Unbuffered, so that nothing is left to write when a full disk has refused a line.
+            # Unbuffered, so that nothing stays in a buffer when a full disk has refused a line.
             self._file = os.fdopen(descriptor, "ab", buffering=0)
             try:
                 if keep is not None:
@@ -260,11 +267,11 @@ class AppendLog:
                 raise
 
     def append(self, data: bytes, durable: bool = True) -> None:
-        """Write at the end; where `durable`, all that was written so far is on the disk on return."""
+        """Append bytes; `durable` also flushes everything appended so far to the disk."""
         with disk_errors(self._path):
-            left = memoryview(data)
-            while left:
-                left = left[self._file.write(left) :]
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             if durable:
                 os.fsync(self._file.fileno())
 
@@ -273,7 +280,7 @@ class AppendLog:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """Size of the file in bytes."""
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
@@ -281,17 +288,17 @@ class AppendLog:
 
 
 def touch(path: Path) -> None:
-    """Note that a file of the cache was used just now."""
+    """Set a cache file's modification time to now, which marks it as used."""
     with disk_errors(path):
         os.utime(path)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`'s LOCK file; the kernel frees it when the process ends, however it ends.
+    """Hold `folder`'s LOCK file; the kernel releases it when the process ends, even if it is killed.
 
     Raises:
-        RunLockedError: another process holds it; its pid and host are named.
+        RunLockedError: another process holds it; the message has its pid and host.
     """
     path = folder / "LOCK"
     with disk_errors(path):

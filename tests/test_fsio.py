@@ -99,8 +99,8 @@ def failing(number):
 @pytest.mark.parametrize(
     ("number", "hint"),
     [
-        (errno.ENOSPC, "\nhint: free some space and go on with --resume"),
-        (errno.EDQUOT, "\nhint: free some space and go on with --resume"),
+        (errno.ENOSPC, "\nhint: free some space and continue with --resume"),
+        (errno.EDQUOT, "\nhint: free some space and continue with --resume"),
         (errno.EIO, ""),
         (errno.EROFS, ""),
     ],
@@ -406,7 +406,7 @@ def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
         log.append_line("one")
     log.close()
     assert str(caught.value) == (
-        f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and go on with --resume"
+        f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and continue with --resume"
     )
 
 
@@ -435,7 +435,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_refused_and_told_the_first(tmp_path, holder):
+def test_a_second_process_is_refused_and_the_first_is_named(tmp_path, holder):
     with pytest.raises(RunLockedError) as caught, fsio.locked(tmp_path):
         pass
     assert str(caught.value) == (

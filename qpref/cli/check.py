@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from qpref.data.data_report import DataReport
     from qpref.data.tokenize import PairTokenizer
     from qpref.errors import QprefError
-    from qpref.recipe.sections import DataSection, ModelSection
+    from qpref.recipe.data_section import DataSection
+    from qpref.recipe.sections import ModelSection
     from qpref.records import Finding
     from qpref.training.swapped_labels import SwapSearch
 
@@ -108,7 +109,7 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
     if overrides:
         raise RecipeError("--set changes a recipe, and this is a source of data")
     plan = make_data_plan(what, base)
-    checked = check_data(plan.sources, plan.validators, pairs_alone=False)
+    checked = check_data(plan.sources, plan.validators, pairs_only=False)
     return audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
 
 

@@ -1,4 +1,4 @@
-"""A data set looked at as a whole, without training on it and without a model's weights: what `qpref check` shows."""
+"""Audit of a data set for `qpref check`: checks and token lengths, without training and without model weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from qpref.data.check import CheckedData
 from qpref.data.load import tokenized
 from qpref.data.tokenize import PairTokenizer
-from qpref.recipe.sections import DataSection
+from qpref.recipe.data_section import DataSection
 from qpref.records import TokenizedExample
 
 
 @dataclass(slots=True)
 class Audit:
-    """What was seen.
+    """Result of an audit.
 
     Attributes:
-        first_row: the first kept row as the model meets it; None where no tokenizer was at hand.
+        first_row: text of the first kept row as the model sees it; None without a tokenizer.
     """
 
     checked: CheckedData
@@ -26,12 +26,12 @@ class Audit:
 
     @property
     def why_empty(self) -> list[str]:
-        """Of each split of which nothing is left, why."""
+        """Reasons for each split of which no row is left."""
         splits = (self.checked.train, self.checked.heldout)
         return [rows.why_empty for rows in splits if rows is not None and rows.is_empty]
 
     def facts(self) -> dict[str, Any]:
-        """All of it as JSON data."""
+        """Return the audit as JSON data."""
         return self.checked.report.facts() | {"first_row": self.first_row}
 
 
@@ -41,18 +41,18 @@ def audit_data(
     tokenizer: PairTokenizer | None,
     note: Callable[[TokenizedExample], None] | None = None,
 ) -> Audit:
-    """Tokenize checked data, where there is a tokenizer, and keep nothing but what is told.
+    """Tokenize checked data, if there is a tokenizer, and add token lengths and findings to its report.
 
     Args:
-        note: is shown each tokenized example.
+        note: called with each tokenized example.
     """
-    seen = Audit(checked)
+    audit = Audit(checked)
     for rows in (checked.heldout, checked.train):
         if rows is None or tokenizer is None:
             continue
-        seen.first_row = None
+        audit.first_row = None
         for example in tokenized(rows, tokenizer, data):
-            seen.first_row = seen.first_row or tokenizer.render_first(example)
+            audit.first_row = audit.first_row or tokenizer.render_first(example)
             if note is not None:
                 note(example)
-    return seen
+    return audit

@@ -1,4 +1,4 @@
-"""Shows every row of a data set to the validators, and says which are refused and why; keeps none of them."""
+"""Run the validators over every row of a data set and collect the findings; no row stays in memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qpref.data.data_report import DataReport
-from qpref.data.repeats import Repeats
-from qpref.data.row_formats import singles_of
-from qpref.data.source import CheckedRow, DataSource
+from qpref.data.example_rows import ExampleRow
+from qpref.data.singles import singles_of
+from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
@@ -20,10 +20,10 @@ from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
 
 @dataclass(slots=True, kw_only=True)
 class CheckedRows:
-    """The rows of one split, all of which have been looked at. They aren't kept: whoever wants them reads them again.
+    """The rows of one split after all checks. They are not kept in memory: each pass reads the sources again.
 
     Attributes:
-        pairs_alone: refuse single completions, which the loss cannot use.
+        pairs_only: refuse single completions, which the loss cannot use.
         as_singles: give each pair as the two single completions that it holds.
         share: where the split is a part of its sources; None where it is all of them.
         report: what was found so far, of all splits.
@@ -36,7 +36,7 @@ class CheckedRows:
     split: Split
     sources: tuple[DataSource, ...]
     share: HeldOutShare | None
-    pairs_alone: bool
+    pairs_only: bool
     as_singles: bool = False
     report: DataReport
     read: int = 0
@@ -44,13 +44,13 @@ class CheckedRows:
     pairs: dict[str, array[int]] = field(default_factory=dict)
     margins: dict[str, array[int]] = field(default_factory=dict)
 
-    def rows(self) -> Iterator[CheckedRow]:
-        """The examples that nothing refuses, in the sources' order.
+    def rows(self) -> Iterator[ExampleRow]:
+        """Read the kept examples, in the order of the sources.
 
         Raises:
-            DataError: a file has changed since it was read first.
+            DataError: a file has changed since it was first read.
         """
-        for row in self.looked_at():
+        for row in self.all_rows():
             if isinstance(row, Finding) or self.report.leaves_out(row[0].source):
                 continue
             yield from singles_of(row) if self.as_singles else row
@@ -61,7 +61,7 @@ class CheckedRows:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of it is left."""
+        """True where no example is kept."""
         return next(self.rows(), None) is None
 
     @property
@@ -70,7 +70,7 @@ class CheckedRows:
             return f"{self.label}: heldout_share {self.share.share:g} leaves no row for {self.split}; change it"
         return f"{self.label}: no pair is left of {self.read} rows"
 
-    def note_pairs(self, row: Sequence[CheckedRow]) -> None:
+    def note_pairs(self, row: Sequence[ExampleRow]) -> None:
         """Note the pairs in a row, so that those that are kept can be counted without reading the data twice."""
         for example in row:
             if isinstance(example, PreferencePair):
@@ -84,11 +84,11 @@ class CheckedRows:
         sources = (Source(path=path, line=line) for path, lines in noted.items() for line in lines)
         return sum(not self.report.leaves_out(source) for source in sources)
 
-    def looked_at(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
+    def all_rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
         """Each row of this split as one or more examples, or why it is none.
 
         Args:
-            note: is shown each row of the sources that could be read.
+            note: called with each raw row of the sources.
         """
         for source in self.sources:
             for row in source.rows(note):
@@ -96,9 +96,9 @@ class CheckedRows:
                     continue
                 if not isinstance(row, Finding) and source.choice.weight != 1:
                     self.weights[row[0].source.path] = source.choice.weight
-                yield self._refused_singles(row) if self.pairs_alone and not isinstance(row, Finding) else row
+                yield self._refused_singles(row) if self.pairs_only and not isinstance(row, Finding) else row
 
-    def _refused_singles(self, row: Sequence[CheckedRow]) -> Sequence[CheckedRow] | Finding:
+    def _refused_singles(self, row: Sequence[ExampleRow]) -> Sequence[ExampleRow] | Finding:
         if not isinstance(row[0], UnpairedExample):
             return row
         message = "a single completion with a label; the loss needs pairs (prompt, chosen, rejected)"
@@ -107,7 +107,7 @@ class CheckedRows:
 
 @dataclass(frozen=True, slots=True)
 class CheckedData:
-    """A data set whose rows have all been looked at; `heldout` is None where the recipe names none."""
+    """A data set after all checks; `heldout` is None where the recipe has no held-out data."""
 
     train: CheckedRows
     heldout: CheckedRows | None
@@ -118,14 +118,14 @@ def check_data(
     sources: Sequence[SourceChoice],
     validators: Sequence[Choice],
     *,
-    pairs_alone: bool = True,
+    pairs_only: bool = True,
     share: HeldOutShare | None = None,
 ) -> CheckedData:
-    """Look at all rows of a data set, none of which stays in memory: the held-out ones, then those to train on.
+    """Check all rows of a data set, the held-out ones first; no row stays in memory.
 
     Args:
-        pairs_alone: refuse single completions, which the loss cannot use.
-        share: what part of the training sources to hold out; None where held-out data have sources of their own.
+        pairs_only: refuse single completions, which a loss on pairs cannot use.
+        share: the share of the training sources to hold out; None where the held-out data have sources of their own.
 
     Raises:
         DataError: a source cannot be read.
@@ -136,33 +136,33 @@ def check_data(
 
     def rows_of(split: Split) -> CheckedRows:
         own = tuple(source for of, source in opened if of == split or share is not None)
-        return CheckedRows(split=split, sources=own, share=share, pairs_alone=pairs_alone, report=report)
+        return CheckedRows(split=split, sources=own, share=share, pairs_only=pairs_only, report=report)
 
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
-    repeats = Repeats()
+    repeats = RepeatCounter()
     for rows in (heldout, train):
-        # A held-out share is a part of the training sources, which are noted with the training rows.
-        _look(rows, checks, report, None if rows is heldout and share else repeats.note)
+        # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
+        _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note)
     report.repeated = repeats.count()
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
 
-def _look(
+def _check_rows(
     rows: CheckedRows,
     checks: Sequence[_RunningCheck],
     report: DataReport,
     note: Callable[[Row], None] | None,
 ) -> None:
-    for row in rows.looked_at(note):
+    for row in rows.all_rows(note):
         report.read += 1
         rows.read += 1
         if isinstance(row, Finding):
             report.add([row])
             continue
-        if not rows.pairs_alone:
+        if not rows.pairs_only:
             rows.note_pairs(row)
         for example in row:
             report.measure(example)
@@ -170,9 +170,28 @@ def _look(
                 report.add(check.look(example, rows.split))
 
 
+class RepeatCounter:
+    """Count raw rows that repeat an earlier row in every column.
+
+    Keeps an 8-byte hash per row: among 10 million rows, two different ones collide with a probability of 1 in 370,000.
+    """
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+
+    def note(self, row: Row) -> None:
+        self._hashes.append(hash(repr(row.values)))  # Python's hash distinguishes texts, but not 1, 1.0 and True
+
+    def count(self) -> int:
+        """Return the number of rows that repeat an earlier one."""
+        import numpy
+
+        return len(self._hashes) - len(numpy.unique(numpy.frombuffer(self._hashes, "q"))) if self._hashes else 0
+
+
 @dataclass(frozen=True, slots=True)
 class _RunningCheck:
-    """A validator at work; whatever it raises names it."""
+    """A started validator; its exceptions become PluginErrors that name it."""
 
     validator: Choice
     check: RowCheck
@@ -184,14 +203,14 @@ class _RunningCheck:
         except (Exception, SystemExit) as error:
             raise _failure(validator, error) from error
 
-    def look(self, example: CheckedRow, split: Split) -> Iterator[Finding]:
+    def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
         return self._findings(self.check.look, example, split)
 
     def finish(self) -> Iterator[Finding]:
         return self._findings(self.check.finish)
 
     def _findings(self, find: Callable[..., Iterable[Finding]], *arguments: Any) -> Iterator[Finding]:
-        """One at a time: there may be as many as rows."""
+        """Yield findings one at a time: there may be one for each row."""
         try:
             for finding in find(*arguments):
                 if not isinstance(finding, Finding):

@@ -1,4 +1,4 @@
-"""Writes a data set's rows to new files: those that were kept, and those that weren't, with the reasons."""
+"""Write the kept rows of a data set to new files, and the refused rows with the reasons."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from qpref.records import Finding, Row
 
 
 def write_clean(checked: CheckedData, path: Path) -> list[Path]:
-    """Write the kept training rows to `path`, as JSON Lines; the kept held-out rows and all refused ones beside it.
+    """Write the kept training rows to `path` as JSON Lines, and the held-out and the refused rows beside it.
 
-    A kept row is written as its reader found it, renamed columns under our names; a refused one as it was. Values that
-    JSON doesn't have (NaN) become null.
+    Kept rows have their original values under qpref's column names; refused rows are unchanged. Values that JSON lacks
+    (NaN) become null.
     """
     train, heldout, refused = files_beside(path)
     files = {train: _kept(checked.train)}
@@ -32,13 +32,13 @@ def write_clean(checked: CheckedData, path: Path) -> list[Path]:
 
 
 def files_beside(path: Path) -> tuple[Path, Path, Path]:
-    """The three files for `clean.jsonl`: itself, `clean.heldout.jsonl` and `clean.refused.jsonl`.
+    """Return the three files for `clean.jsonl`: itself, `clean.heldout.jsonl` and `clean.refused.jsonl`.
 
     Raises:
-        RecipeError: one of them exists, or the name isn't that of a JSON Lines file.
+        RecipeError: one of them exists, the folder is missing, or the suffix isn't .jsonl.
     """
     if path.suffix != ".jsonl":
-        raise RecipeError(f"{path}: what is written is JSON Lines; name a .jsonl file")
+        raise RecipeError(f"{path}: the output is JSON Lines; name a .jsonl file")
     files = path, path.with_suffix(".heldout.jsonl"), path.with_suffix(".refused.jsonl")
     if taken := [file for file in files if file.exists()]:
         raise RecipeError(f"{taken[0]}: exists already", "name another file")
@@ -51,7 +51,7 @@ def _kept(rows: CheckedRows) -> Iterator[str]:
     for source, row in _raw(rows):
         if isinstance(row, Row) and not rows.report.leaves_out(row.source):
             named = source.named(row)
-            assert isinstance(named, Row)  # a row without a named column is refused
+            assert isinstance(named, Row)  # rows that lack a mapped column are refused
             yield _json(dict(named.values))
 
 
@@ -59,15 +59,15 @@ def _refused(checked: CheckedData) -> Iterator[str]:
     reasons = checked.report.reasons()
     for rows in (checked.train, checked.heldout):
         for _, row in _raw(rows) if rows is not None else ():
-            place = {"path": row.source.path, "line": row.source.line}
+            location = {"path": row.source.path, "line": row.source.line}
             if isinstance(row, Finding):
-                yield _json(place | {"reasons": [row.message]})
+                yield _json(location | {"reasons": [row.message]})
             elif checked.report.leaves_out(row.source):
-                yield _json(place | {"reasons": reasons(row.source), "row": dict(row.values)})
+                yield _json(location | {"reasons": reasons(row.source), "row": dict(row.values)})
 
 
 def _raw(rows: CheckedRows) -> Iterator[tuple[DataSource, Row | Finding]]:
-    """The split's rows as their readers found them, each with its source."""
+    """Read the split's raw rows, each with its source."""
     for source in rows.sources:
         for raw in source.raw():
             if rows.share is None or rows.share.split_of(source.records(raw)) == rows.split:

@@ -1,4 +1,4 @@
-"""What single columns of a row say: its prompt under each name that data give it, its tools, numbers and label."""
+"""Values of single columns of a row: the prompt under each of its names, tools, numbers and the label."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from qpref.records import Message
 Turns = tuple[Message, ...]
 
 HUMAN = "\n\nHuman:"
-ASKED = "\n\nAssistant:"
+ASSISTANT = "\n\nAssistant:"
 
 
 def need(values: Mapping[str, object], *names: str) -> None:
+    """Refuse a row in which one of these columns is missing or null."""
     missing = [name for name in names if values.get(name) is None]
     if missing:
         raise BadRowError("not_a_pair", f"not a preference pair: no {' and no '.join(missing)}")
 
 
 def text_in(values: Mapping[str, object], name: str) -> str:
+    """Return a column that has to be a text."""
     value = values[name]
     if not isinstance(value, str):
         raise BadRowError("not_a_pair", f"{name}: expected a text, found {kind_of(value)}")
@@ -28,7 +30,7 @@ def text_in(values: Mapping[str, object], name: str) -> str:
 
 
 def any_prompt(values: Mapping[str, object]) -> Turns:
-    """The prompt under whichever name the row has it."""
+    """Return the prompt from the first column that has one: prompt, conversations, messages or instruction."""
     if values.get("prompt") is not None:
         return prompt_column(values)
     for name in ("conversations", "messages"):
@@ -38,23 +40,24 @@ def any_prompt(values: Mapping[str, object]) -> Turns:
 
 
 def prompt_column(values: Mapping[str, object]) -> Turns:
+    """Return the turns of the column `prompt`: a text, messages, or a dialogue of Human and Assistant marks."""
     prompt = values["prompt"]
-    if isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASKED):
+    if isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
         return with_system(values, dialogue_of(prompt, "prompt")[:-1])
     return with_system(values, turns_of(prompt, "prompt", "user"))
 
 
 def instruction(values: Mapping[str, object]) -> Turns:
-    """Alpaca's prompt: the earlier turns, then instruction and input with a newline between."""
+    """Return Alpaca's prompt: the turns of `history`, then instruction and input, joined by a newline."""
     if values.get("instruction") is None:
         raise BadRowError("not_a_pair", "no prompt: none of prompt, conversations, messages, instruction")
-    asked = [text_in(values, "instruction")]
+    parts = [text_in(values, "instruction")]
     if values.get("input") is not None and text_in(values, "input").strip():
-        asked.append(text_in(values, "input"))
+        parts.append(text_in(values, "input"))
     turns = []
     for turn in _history(values):
         turns += [*turns_of(turn[0], "history", "user"), *turns_of(turn[1], "history", "assistant")]
-    return with_system(values, (*turns, *turns_of("\n".join(asked), "instruction", "user")))
+    return with_system(values, (*turns, *turns_of("\n".join(parts), "instruction", "user")))
 
 
 def _history(values: Mapping[str, object]) -> Iterator[list[str]]:
@@ -69,7 +72,7 @@ def _history(values: Mapping[str, object]) -> Iterator[list[str]]:
 
 
 def with_system(values: Mapping[str, object], prompt: Turns) -> Turns:
-    """The prompt behind the text of the column `system`, if there is one."""
+    """Prepend the column `system` as a system turn, if the row has one."""
     if values.get("system") in (None, ""):
         return prompt
     (system,) = turns_of(text_in(values, "system"), "system", "system")
@@ -79,6 +82,7 @@ def with_system(values: Mapping[str, object], prompt: Turns) -> Turns:
 
 
 def label_in(values: Mapping[str, object]) -> bool:
+    """Return the label of a single completion: true or false, 1 or 0, or one of these as a text."""
     label = next((values[name] for name in ("label", "kto_tag") if values.get(name) is not None), None)
     if label is None:
         raise BadRowError("not_an_example", "not a labelled completion: no label")
@@ -91,6 +95,7 @@ def label_in(values: Mapping[str, object]) -> bool:
 
 
 def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
+    """Return the JSON schemas of the column `tools`, a list or its JSON text."""
     tools = values.get("tools") or []
     found = json_value(tools) if isinstance(tools, str) else tools
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
@@ -100,6 +105,7 @@ def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
 
 
 def number_in(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:
+    """Return a numeric column; `default` where it is missing, null or empty."""
     if values.get(name) in (None, ""):
         return default
     number = finite(values[name], name)
@@ -109,6 +115,7 @@ def number_in(values: Mapping[str, object], name: str, default: float, at_least:
 
 
 def finite(value: object, name: str) -> float:
+    """Convert a number, or its text, to a finite float."""
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except (OverflowError, ValueError):

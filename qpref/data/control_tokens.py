@@ -1,4 +1,4 @@
-"""Control tokens: they end turns and tell whose turn it is, so they come from templates alone and never from a text."""
+"""Control tokens, which end turns and name roles: only templates may write them, texts with one are refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qpref.data.example_rows import RefusedRowError
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """A tokenizer's special tokens, and those that generation stops at.
+    """A tokenizer's special tokens and stop tokens.
 
     Attributes:
-        pattern: finds their texts, the longest first.
-        ids: without that of unknown text, which any text may hold.
+        pattern: matches their texts, the longest first.
+        ids: their ids, without the unknown token, which any text may contain.
     """
 
     tokenizer: Any
@@ -26,6 +26,7 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer: Any, stop_tokens: Iterable[int]) -> ControlTokens:
+        """Collect the control tokens of a tokenizer."""
         added = tokenizer.added_tokens_decoder
         texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         texts |= {added[token].content for token in stop_tokens if token in added}
@@ -33,31 +34,32 @@ class ControlTokens:
         ids = frozenset(tokenizer.convert_tokens_to_ids(sorted(texts))) - {tokenizer.unk_token_id}
         return cls(tokenizer, pattern, ids)
 
-    def refuse_typed(self, texts: Iterable[str]) -> None:
-        """
+    def refuse_in_texts(self, texts: Iterable[str]) -> None:
+        """Refuse texts of the data that contain a control token.
+
         Raises:
-            RefusedRowError: a text of the data holds a control token.
+            RefusedRowError: one does.
         """
         for text in texts:
             if found := self.pattern.search(text):
                 raise RefusedRowError("control_token", f"the text holds the control token {found[0]}")
 
-    def refuse_hidden(self, text: str, ids: Sequence[int]) -> None:
-        """Refuse a control token that only the tokenizer's normalizing makes of a text.
+    def refuse_normalized(self, text: str, ids: Sequence[int]) -> None:
+        """Refuse control tokens that only appear through the tokenizer's Unicode normalization.
 
         Args:
-            text: a rendering, all of whose written control tokens are the template's.
-            ids: its tokens.
+            text: rendered text; the control tokens written in it are the template's.
+            ids: its token ids.
 
         Raises:
-            RefusedRowError: there are more control tokens than are written.
+            RefusedRowError: the ids have more control tokens than the text.
         """
         found = [token for token in ids if token in self.ids]
         if len(found) > len(written := self.pattern.findall(text)):
             rest = Counter(found) - Counter(self.tokenizer.convert_tokens_to_ids(written))
             name = self.tokenizer.convert_ids_to_tokens(next(iter(rest)))
-            raise RefusedRowError("control_token", f"the tokenizer makes the control token {name} of the text")
+            raise RefusedRowError("control_token", f"the tokenizer normalizes text to the control token {name}")
 
-    def last_in(self, text: str) -> int:
-        """The character at which a text's last control token starts; 0 where it has none."""
+    def last_start(self, text: str) -> int:
+        """Return the offset of the last control token in a text; 0 if it has none."""
         return max((match.start() for match in self.pattern.finditer(text)), default=0)

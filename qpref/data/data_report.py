@@ -1,4 +1,4 @@
-"""What is told of a data set: how many rows became what, what was found, and how long its texts are."""
+"""Report on a data set: rows read, kept, refused and dropped; findings; lengths of the texts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from qpref.records import Finding, Message, PreferencePair, Source, UnpairedExam
 log = logging.getLogger("qpref")
 
 NUM_SHOWN = 20
+"""Refused rows in the message of an error."""
 NUM_KEPT = 1000
-"""Findings of one code that are kept whole; of the rest only their number and, for errors, their rows are."""
+"""Findings of each code that are kept in full; further ones are counted, and errors among them refuse their rows."""
 
 
 class Histogram(Counter[int]):
-    """How many values lie in [2^(k-1), 2^k), by k; 0 has k = 0, and negative values negative k."""
+    """Counts of values in [2^(k-1), 2^k), by k; 0 has k = 0, and negative values have negative k."""
 
     def note(self, value: int) -> None:
         self[value.bit_length() if value >= 0 else -value.bit_length()] += 1
 
     def bars(self) -> list[tuple[int, int, int]]:
-        """Lowest value, highest value and number of each bar, from the lowest bar that has any to the highest."""
+        """Return lowest value, highest value and count of each bar, from the lowest non-empty bar to the highest."""
         if not self:
             return []
         return [(*_range(k), self[k]) for k in range(min(self), max(self) + 1)]
@@ -40,15 +41,16 @@ def _range(k: int) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class DataReport:
-    """What became of the rows of a data set: read = kept + refused + dropped.
+    """Counts and findings of a data set: read = kept + refused + dropped.
 
     Attributes:
-        read: rows, of all sources.
-        findings: the first 1,000 of each code, in the order in which they were found.
-        counts: how many of each (severity, code) there are.
-        lengths: of texts, by what is measured: "prompt characters", "chosen tokens", ...
-        repeated: rows whose columns all hold what an earlier row's do, refused ones too.
-        num_cut: rows that were cut to length.
+        paths: locations of the sources.
+        read: rows of all sources.
+        findings: the first 1,000 findings of each code, in order of discovery.
+        counts: (severity, code) -> number of findings.
+        lengths: "prompt characters", "chosen tokens", ... -> histogram.
+        repeated: rows that repeat an earlier row in every column, refused ones included.
+        num_cut: rows that were truncated to the maximum lengths.
     """
 
     paths: tuple[str, ...]
@@ -62,7 +64,7 @@ class DataReport:
     _dropped: dict[str, set[int]] = field(default_factory=dict)
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Note what was found; an error refuses its row."""
+        """Add findings; an error refuses its row."""
         for finding in findings:
             key = finding.severity, finding.code
             if self.counts[key] < NUM_KEPT:
@@ -72,24 +74,24 @@ class DataReport:
                 self._refused.setdefault(finding.source.path, {}).setdefault(finding.source.line, finding.code)
 
     def drop(self, source: Source) -> None:
-        """Note a row that is left out for its length, by the recipe's wish."""
+        """Record a row that is dropped for its length (`on_overflow`)."""
         self._dropped.setdefault(source.path, set()).add(source.line)
 
     def leaves_out(self, source: Source) -> bool:
-        """Whether the row is refused or dropped."""
+        """Return whether the row is refused or dropped."""
         refused, dropped = self._refused.get(source.path, ()), self._dropped.get(source.path, ())
         return source.line in refused or source.line in dropped
 
     def reasons(self) -> Callable[[Source], list[str]]:
-        """Tells of each row that is left out why: what the findings say, as far as they are kept, else a code."""
-        said: dict[Source, list[str]] = {}
+        """Return a function from a row that is left out to its reasons: messages of kept findings, else a code."""
+        messages: dict[Source, list[str]] = {}
         for finding in self.findings:
             if finding.severity == "error" or finding.message.startswith("dropped: "):
-                said.setdefault(finding.source, []).append(finding.message)
+                messages.setdefault(finding.source, []).append(finding.message)
 
         def of(source: Source) -> list[str]:
-            code = self._refused.get(source.path, {}).get(source.line, "over the recipe's lengths")
-            return said.get(source, [code])
+            code = self._refused.get(source.path, {}).get(source.line, "over the recipe's maximum lengths")
+            return messages.get(source, [code])
 
         return of
 
@@ -110,7 +112,7 @@ class DataReport:
         return ", ".join(self.paths)
 
     def measure(self, example: PreferencePair | UnpairedExample) -> None:
-        """Count the characters of an example's sides."""
+        """Add the lengths of an example's sides, in characters."""
         sizes = {"prompt": _characters(example.prompt)}
         if isinstance(example, PreferencePair):
             sizes["chosen"], sizes["rejected"] = _characters(example.chosen), _characters(example.rejected)
@@ -119,7 +121,7 @@ class DataReport:
         self.note_lengths(sizes, "characters")
 
     def note_lengths(self, sizes: dict[str, int], unit: Literal["characters", "tokens"]) -> None:
-        """Count lengths by side; of a pair, the difference of its responses too."""
+        """Add lengths by side, and for a pair the difference of its responses."""
         if "chosen" in sizes:
             sizes = sizes | {"chosen - rejected": sizes["chosen"] - sizes["rejected"]}
         for side, size in sizes.items():
@@ -128,14 +130,14 @@ class DataReport:
                 self.lengths[name] = Histogram()
             self.lengths[name].note(size)
 
-    def log_warnings(self, told: Container[tuple[str, str]] = ()) -> None:
-        """One line for each warning of a whole source, and for each kind of the others, with the first place.
+    def log_warnings(self, logged: Container[tuple[str, str]] = ()) -> None:
+        """Log one line for each warning of a whole source, and one for each code of the others, with the first row.
 
         Args:
-            told: (severity, code) of those that have had their line.
+            logged: (severity, code) of warnings that have been logged before.
         """
         warnings = [finding for finding in self.findings if finding.severity == "warning"]
-        warnings = [finding for finding in warnings if ("warning", finding.code) not in told]
+        warnings = [finding for finding in warnings if ("warning", finding.code) not in logged]
         for finding in warnings:
             if not finding.source.line:
                 log.warning("%s: %s", finding.source, finding.message)
@@ -146,10 +148,10 @@ class DataReport:
                         finding.message)  # fmt: skip
 
     def stop_on_errors(self, allowed_share: float) -> None:
-        """Refuse to go on with bad rows beyond the allowed share, or with no row at all.
+        """Raise if more rows are refused than the allowed share, or if none is kept.
 
         Raises:
-            DataError: names the first rows that are refused, one a line.
+            DataError: the first refused rows, one per line.
         """
         errors = [finding for finding in self.findings if finding.severity == "error"]
         refused = self.refused
@@ -167,7 +169,7 @@ class DataReport:
                         errors[0].source, errors[0].message)  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """The report as JSON data."""
+        """Return the report as JSON data."""
         left_out: Counter[str] = Counter()
         for (_, code), number in self.counts.items():
             left_out[code] += max(0, number - NUM_KEPT)
@@ -203,11 +205,11 @@ def _fact(finding: Finding) -> dict[str, Any]:
 
 
 def _hint(codes: set[str]) -> str:
-    hint = "correct or drop the rows (`qpref check` lists them all), or allow a share of them with [data] skip_bad"
+    hint = "fix or drop the rows (`qpref check` lists all of them), or allow a share of them with [data] skip_bad"
     if codes == {"identical"}:
         hint = 'drop the lines, or set [checks] identical = "warn"'
     if codes == {"too_long"}:
         hint = 'raise [data] max_length, or set [data] on_overflow = "drop" or "truncate"'
     if codes == {"unpaired"}:
-        hint = "name a loss of single completions in [loss], or bring pairs; `qpref losses` lists both kinds"
+        hint = "use a loss on single completions in [loss], or data with pairs; `qpref losses` lists both kinds"
     return hint

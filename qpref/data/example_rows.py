@@ -1,4 +1,4 @@
-"""What pairs and single completions have in common, as far as their texts go."""
+"""Texts and sides of an example row: a preference pair or a single completion, not yet tokenized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ExampleRow = PreferencePair | UnpairedExample
 
 
 class RefusedRowError(ValueError):
-    """Why a row cannot be tokenized; becomes a finding at the row's place."""
+    """A row that cannot be tokenized; becomes a finding at the row's location."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -18,15 +18,17 @@ class RefusedRowError(ValueError):
 
 
 def responses_of(row: ExampleRow) -> tuple[tuple[Message, ...], ...]:
+    """Return the turns of each response: chosen and rejected, or the completion."""
     return (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row.completion,)
 
 
 def sides_of(row: ExampleRow) -> tuple[str, ...]:
+    """Return the names of the responses, in the order of `responses_of`."""
     return ("chosen", "rejected") if isinstance(row, PreferencePair) else ("completion",)
 
 
 def texts_of(row: ExampleRow) -> Iterator[str]:
-    """Every text of a row that a template may put into a prompt or a response."""
+    """Yield every text of a row that a template may render: contents, extra keys and tools."""
     for turns in (row.prompt, *responses_of(row)):
         for message in turns:
             yield message.content

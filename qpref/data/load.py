@@ -1,4 +1,4 @@
-"""A recipe's data -> tokenized examples, in two stages: what needs no model, then what needs its tokenizer."""
+"""Load a recipe's data in two stages: checked rows, which need no model, then token ids, which need its tokenizer."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
-from qpref.data.split import HeldOutShare, mixed
+from qpref.data.split import HeldOutShare, resample
 from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.resolve import Plan
-from qpref.recipe.sections import DataSection
 from qpref.records import Finding, TokenizedExample
 
 log = logging.getLogger("qpref")
 
 
 def check_rows(plan: Plan) -> CheckedData:
-    """All rows of the recipe's data, looked at as far as that goes without a model, and not stopped at.
+    """Read and check all rows of the recipe's data without a model; refused rows don't stop it.
 
     Raises:
         DataError: a source cannot be read.
     """
     data = plan.recipe.data
     share = HeldOutShare(data.heldout_share, plan.recipe.train.seed) if data.heldout_share else None
-    checked = check_data(plan.sources, plan.validators, pairs_alone=plan.is_paired, share=share)
+    checked = check_data(plan.sources, plan.validators, pairs_only=plan.is_paired, share=share)
     if not plan.is_paired:
         for rows in (checked.train, checked.heldout):
             if rows is not None:
@@ -37,12 +37,12 @@ def check_rows(plan: Plan) -> CheckedData:
 
 
 def load_rows(plan: Plan) -> CheckedData:
-    """The same for a run, which bad rows stop before anything else is loaded.
+    """Read and check all rows for a run; stop on bad rows, before anything else is loaded.
 
-    Under a loss of single completions each pair becomes two of them.
+    A loss on single completions splits each pair into two.
 
     Raises:
-        DataError: rows are refused, more than `[data] skip_bad` allows.
+        DataError: more rows are refused than `[data] skip_bad` allows, or none is left.
     """
     checked = check_rows(plan)
     checked.report.log_warnings()
@@ -58,7 +58,7 @@ def load_rows(plan: Plan) -> CheckedData:
 def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
     label, pairs = checked.label, checked.count_kept(checked.pairs)
     if pairs:
-        log.info("%s: the loss '%s' is of single completions; %d pairs become %d of them, and batch_size counts those",
+        log.info("%s: the loss '%s' is on single completions: %d pairs become %d of them, which batch_size counts",
                  label, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
     if checked.count_kept(checked.margins):
         log.warning("%s: the rows' margins have no meaning for single completions and are left out", label)
@@ -67,35 +67,35 @@ def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
 def tokenize_rows(
     checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection, seed: int
 ) -> list[TokenizedExample]:
-    """The kept examples as token ids, within the recipe's lengths, each as often as its source's weight says.
+    """Tokenize the kept rows within the recipe's length limits; training rows are resampled by their source's weight.
 
-    Their texts pass through one at a time.
+    Texts are streamed; only token ids stay in memory.
 
     Raises:
-        DataError: rows are refused, more than `[data] skip_bad` allows, or none is left.
+        DataError: more rows are refused than `[data] skip_bad` allows, or none is left.
     """
     report = checked.report
-    told, refused, dropped, num_cut = set(report.counts), report.refused, report.dropped, report.num_cut
+    logged, refused, dropped, num_cut = set(report.counts), report.refused, report.dropped, report.num_cut
     examples = list(tokenized(checked, tokenizer, data))
-    report.log_warnings(told)
+    report.log_warnings(logged)
     if report.refused > refused:
         report.stop_on_errors(data.skip_bad)
     if not examples:
         raise DataError(checked.why_empty)
     if not any(example.weight for example in examples):
-        raise DataError(f"{checked.label}: every row has the weight 0, so none would be learned from")
+        raise DataError(f"{checked.label}: every row has weight 0, so there is nothing to learn from")
     dropped, num_cut = report.dropped - dropped, report.num_cut - num_cut
     if dropped or num_cut:
-        log.info("%s: of %d rows, %d left out and %d cut for their length", checked.label, checked.read, dropped,
+        log.info("%s: of %d rows, %d dropped and %d truncated for their length", checked.label, checked.read, dropped,
                  num_cut)  # fmt: skip
-    return list(mixed(examples, checked.weights, seed)) if checked.split == "train" else examples
+    return list(resample(examples, checked.weights, seed)) if checked.split == "train" else examples
 
 
 def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection) -> Iterator[TokenizedExample]:
-    """Each kept example as token ids, computed or remembered. What refuses or drops a part of a row does so to all."""
+    """Tokenize each kept example, or read it from the cache. If one example of a row is left out, the whole row is."""
     report = checked.report
-    remembering = (TokenCache.open(tokenizer) if data.cache else None) or tokenizer
-    rows = remembering.tokenize(checked.rows(), prompt_limit(data))
+    cache_or_tokenizer = (TokenCache.open(tokenizer) if data.cache else None) or tokenizer
+    rows = cache_or_tokenizer.tokenize(checked.rows(), prompt_limit(data))
     for source, found in itertools.groupby(rows, key=lambda one: one.source):
         fitted = [one if isinstance(one, Finding) else fit_length(one, data) for one in found]
         findings = [one for one in fitted if isinstance(one, Finding)]
@@ -115,7 +115,7 @@ def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection)
 
 
 def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
-    """Pairs that became completions and, cut to length, say the same with both labels."""
+    """Find pairs, split into completions, whose two completions became identical when truncated."""
     findings = []
     for good, bad in itertools.pairwise(examples):
         is_pair = good.number == bad.number and good.label and not bad.label
@@ -126,7 +126,7 @@ def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
 
 
 def fingerprint(examples: Sequence[TokenizedExample]) -> str:
-    """SHA-256 of all that training reads of the examples, in order."""
+    """Hash everything that training reads of the examples, in order; SHA-256 in hex."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((len(example.prompt), example.weight, example.margin, example.label)).encode())

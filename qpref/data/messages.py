@@ -1,4 +1,4 @@
-"""The texts of a row: turns of a conversation in each way that data have them, checked as they are read."""
+"""Turns of a conversation, parsed from every notation that data use, and checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qpref.records import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXTRA = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""Keys of a message that chat templates read, beside its role and its content."""
+"""Keys of a message that chat templates read, beside role and content."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -31,8 +31,8 @@ SPEAKERS = {
 """ShareGPT's `from` -> role."""
 
 MAX_DEPTH = 64
-_MEANT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
-"""Keys of a message that are part of what it says and that no text can carry."""
+_NOT_TEXT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
+"""Keys of a message whose content a text cannot represent; they refuse the row."""
 _MAY_FOLLOW = {
     None: ("system", "user"),
     "system": ("user",),
@@ -47,7 +47,7 @@ _PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", r
 
 
 class BadRowError(ValueError):
-    """Why a row is no record; becomes a finding at the row's place."""
+    """A row that cannot become a record; becomes a finding at the row's location."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -55,23 +55,21 @@ class BadRowError(ValueError):
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse what no text holds: control characters but tab, newline and carriage return, and half surrogate pairs."""
+    """Refuse control characters, except tab, newline and carriage return, and half surrogate pairs."""
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
-        place = f"at character {error.start + 1}"
-        raise BadRowError(
-            "control_character", f"{where}: half of a surrogate pair {place}, which no text holds"
-        ) from None
+        message = f"{where}: half of a surrogate pair at character {error.start + 1}, which isn't valid Unicode"
+        raise BadRowError("control_character", message) from None
     if len(raw.translate(None, _CONTROL_BYTES)) != len(raw):
         found = _CONTROL.search(text)
         assert found is not None
         character = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
-        raise BadRowError("control_character", f"{where}: the control character {character}; take it out")
+        raise BadRowError("control_character", f"{where}: the control character {character}; remove it")
 
 
 def check_texts_within(value: object, where: str, depth: int = 0) -> None:
-    """`check_text` for all keys and texts of a JSON value."""
+    """Apply `check_text` to all keys and texts of a JSON value."""
     if depth > MAX_DEPTH:
         raise BadRowError("not_a_message", f"{where}: nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
@@ -86,7 +84,7 @@ def check_texts_within(value: object, where: str, depth: int = 0) -> None:
 
 
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
-    """One turn of `role` from a text; turns from a message, a list of messages, or such a list as JSON text."""
+    """Parse turns: a text is one turn of `role`; else a message, a list of messages, or such a list as JSON text."""
     if isinstance(value, str):
         listed = _listed(value, side)
         if listed is None:
@@ -101,11 +99,11 @@ def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
 
 
 def _listed(text: str, side: str) -> list[object] | None:
-    """The list of messages that a text is the JSON of, as in the fields of a CSV file; None for any other text."""
+    """Parse a text that is the JSON of a list of messages, as in CSV files; None for any other text."""
     if text[:1] != "[" or "{" not in text[:8]:
         return None
     if _PYTHON_LIST.fullmatch(text):
-        raise BadRowError("not_a_message", f"{side}: messages as Python prints them; write them as JSON (json.dumps)")
+        raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
     value = json_value(text)
     if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value):
         return value
@@ -113,7 +111,7 @@ def _listed(text: str, side: str) -> list[object] | None:
 
 
 def json_value(text: str) -> object:
-    """The value of a JSON text; None where it is none."""
+    """Parse a JSON text; None where it is invalid."""
     try:
         value: object = json.loads(text)
     except (ValueError, RecursionError):
@@ -151,9 +149,9 @@ def _speaker(turn: Mapping[str, object], where: str) -> str:
 
 
 def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
-    meant = [key for key in _MEANT if turn.get(key)]
-    if meant:
-        raise BadRowError("not_a_message", f"{where}: {meant[0]} cannot be trained on; take it out, or drop the row")
+    not_text = [key for key in _NOT_TEXT if turn.get(key)]
+    if not_text:
+        raise BadRowError("not_a_message", f"{where}: {not_text[0]} cannot be trained on; remove it, or drop the row")
     extra = {key: turn[key] for key in EXTRA if turn.get(key) not in (None, [])}
     calls = extra.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
@@ -163,7 +161,7 @@ def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
 
 
 def _calls(content: object, where: str) -> list[object]:
-    """The calls of a ShareGPT turn from `function_call`: JSON text of one, or of a list of them."""
+    """Parse the tool calls of a ShareGPT `function_call` turn: the JSON of one call or of a list."""
     value = json_value(content) if isinstance(content, str) else content
     calls = value if isinstance(value, list) else [value]
     for call in calls:
@@ -175,7 +173,7 @@ def _calls(content: object, where: str) -> list[object]:
 
 
 def dialogue_of(text: str, side: str) -> tuple[Message, ...]:
-    """The turns of a text of `\\n\\nHuman:` and `\\n\\nAssistant:`; white space around each is dropped."""
+    """Split a text at `\\n\\nHuman:` and `\\n\\nAssistant:` into turns, without white space around them."""
     before, *parts = _SPEAKER_MARK.split(text)
     if before.strip() or not parts:
         raise BadRowError("not_a_message", f"{side}: expected \\n\\nHuman: at the start of the dialogue")
@@ -188,7 +186,7 @@ def dialogue_of(text: str, side: str) -> tuple[Message, ...]:
 
 
 def check_prompt(messages: Sequence[Message]) -> None:
-    """Refuse a prompt whose turns are out of order, or have nothing to be answered."""
+    """Refuse a prompt with turns out of order, an empty turn, or an assistant turn at its end."""
     previous = None
     for number, message in enumerate(messages, start=1):
         role, expected = message.role, _MAY_FOLLOW[previous]
@@ -208,7 +206,7 @@ def check_prompt(messages: Sequence[Message]) -> None:
 
 
 def check_response(messages: Sequence[Message], side: str) -> None:
-    """Refuse a response that isn't one turn of the assistant's with something in it."""
+    """Refuse a response that isn't exactly one assistant turn with content or tool calls."""
     if len(messages) > 1 or messages[0].role != "assistant":
         found = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
         raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}")
@@ -217,7 +215,7 @@ def check_response(messages: Sequence[Message], side: str) -> None:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """Describe the type of a JSON value for a message."""
     if isinstance(value, dict):
         return f"an object with the keys {named(value)}" if value else "an empty object"
     if isinstance(value, list):
@@ -227,13 +225,13 @@ def kind_of(value: object) -> str:
 
 
 def named(names: Iterable[object]) -> str:
-    """The first names of columns or keys, on one line whatever they hold."""
+    """List the first 12 names of columns or keys on one line, shortened and with control characters escaped."""
     first = [str(name)[:20] for name in itertools.islice(names, 12)]
     return ", ".join(name if name.isprintable() else ascii(name) for name in first)
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: itself where that is short, else what it is."""
+    """Show a value in a message: itself if short, else its type."""
     if isinstance(value, str):
         return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):

@@ -1,7 +1,7 @@
-"""Gives each completion a mismatched partner: another example's completion after this one's prompt.
+"""Mismatched partners for single completions: another example's completion after this example's prompt.
 
-The log-ratios of such pairs estimate the KL divergence of policy and reference (Ethayarajh et al. 2024, section 4). A
-partner is fixed for the whole run, so its reference scores are computed once.
+Their log-ratios estimate the KL divergence of policy and reference (Ethayarajh et al. 2024, section 4). Partners are
+fixed for the whole run, so that their reference log-probabilities are computed once.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from qpref.errors import DataError
 from qpref.records import TokenizedExample
 
 MAX_SEARCH = 1000
-"""Examples of other prompts among which a different completion is looked for, before an equal one will do."""
+"""Examples of other prompts to search for a different completion, before an equal one is accepted."""
 
 
 def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length: int) -> list[TokenizedExample]:
-    """The examples, each with a second branch: the completion of the next one, in a seeded order, of another prompt.
+    """Add a second branch to each example: the completion of the next example, in a seeded order, with another prompt.
 
-    The partner is cut on the right where it would not fit `max_length`.
+    Partners are cut on the right to fit `max_length`.
 
     Raises:
-        DataError: all examples have one prompt, so every completion matches.
+        DataError: all examples have the same prompt, so that no completion is mismatched.
     """
     order = list(range(len(examples)))
     random.Random(f"{seed}/mismatched").shuffle(order)
-    around = [examples[place] for place in order]
+    shuffled = [examples[index] for index in order]
     joined = list(examples)
-    for here, place in enumerate(order):
-        joined[place] = _joined(around[here], _partner(around, here), max_length)
+    for position, index in enumerate(order):
+        joined[index] = _joined(shuffled[position], _partner(shuffled, position), max_length)
     return joined
 
 
-def alone(example: TokenizedExample) -> TokenizedExample:
-    """The example without its partner."""
+def without_partner(example: TokenizedExample) -> TokenizedExample:
+    """Return the example without its partner."""
     return replace(example, branches=example.branches[:1], truncated=example.truncated[:1])
 
 
-def partner_alone(example: TokenizedExample) -> TokenizedExample:
-    """The example's prompt with its partner's completion alone."""
+def only_partner(example: TokenizedExample) -> TokenizedExample:
+    """Return the example's prompt with only its partner's completion."""
     return replace(example, branches=example.branches[1:], truncated=example.truncated[1:])
 
 
-def _partner(around: Sequence[TokenizedExample], here: int) -> TokenizedExample:
-    """The next example of another prompt, one that says something else where there is such a one near."""
-    own = around[here]
-    ahead = (around[(here + step) % len(around)] for step in range(1, len(around)))
+def _partner(shuffled: Sequence[TokenizedExample], position: int) -> TokenizedExample:
+    """Return the next example with another prompt and, if one is near, with a different completion."""
+    own = shuffled[position]
+    ahead = (shuffled[(position + step) % len(shuffled)] for step in range(1, len(shuffled)))
     others = (example for example in ahead if example.prompt != own.prompt)
     near = list(itertools.islice(others, 1))
     if not near:
@@ -58,8 +58,8 @@ def _partner(around: Sequence[TokenizedExample], here: int) -> TokenizedExample:
 
 
 def _joined(example: TokenizedExample, partner: TokenizedExample, max_length: int) -> TokenizedExample:
-    room = max_length - len(example.prompt)
-    mismatched = partner.branches[0][:room]
+    max_tokens = max_length - len(example.prompt)
+    mismatched = partner.branches[0][:max_tokens]
     return replace(
         example,
         branches=(example.branches[0], mismatched),

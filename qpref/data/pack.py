@@ -1,8 +1,8 @@
-"""Many examples in one stream without padding.
+"""Pack examples into one stream without padding.
 
-A *group* is one prompt and its branches. The prompt's tokens stand once; each branch goes on from the prompt's end, in
-positions too, and sees the prompt and itself alone. A branch's first token is predicted from the hidden state at the
-prompt's end, which all branches share, and its last token predicts nothing, so it is never fed.
+A *group* is one prompt and its branches. The prompt's tokens are there once; each branch continues the prompt, in
+position ids too, and attends only to the prompt and to itself. A branch's first token is predicted from the hidden
+state at the prompt's end, which all branches share. Its last token predicts nothing, so it is not an input.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from qpref.records import Group, PackedBatch, TokenizedExample
 
 
 def num_fed_tokens(example: TokenizedExample, shared: bool = True) -> int:
-    """Tokens that computing one example costs: with the prompt once, or once for each branch."""
+    """Count the input tokens of an example: with the prompt once, or once per branch."""
     prompts = 1 if shared else len(example.branches)
     return prompts * len(example.prompt) + sum(len(branch) - 1 for branch in example.branches)
 
 
 def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBatch:
-    """Pack examples, each with as many branches, in their order."""
+    """Pack examples in their order; all must have the same number of branches."""
     ids: list[int] = []
     positions: list[int] = []
     score_at: list[int] = []
@@ -55,20 +55,20 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
 def split_by_tokens(
     examples: Sequence[TokenizedExample], budget: int, shared: bool = True
 ) -> list[list[TokenizedExample]]:
-    """Deal examples into as few micro-batches of at most `budget` tokens as first-fit decreasing finds.
+    """Distribute examples over micro-batches of at most `budget` input tokens, by first-fit decreasing.
 
-    An example that is over the budget by itself gets a micro-batch of its own. The result depends on nothing but the
-    examples, their order and the budget.
+    An example over the budget gets a micro-batch of its own. The result depends only on the examples, their order and
+    the budget.
     """
-    order = sorted(range(len(examples)), key=lambda place: -num_fed_tokens(examples[place], shared))
+    order = sorted(range(len(examples)), key=lambda index: -num_fed_tokens(examples[index], shared))
     bins: list[tuple[int, list[TokenizedExample]]] = []
-    for place in order:
-        cost = num_fed_tokens(examples[place], shared)
+    for index in order:
+        cost = num_fed_tokens(examples[index], shared)
         for number, (used, members) in enumerate(bins):
             if used + cost <= budget:
-                members.append(examples[place])
+                members.append(examples[index])
                 bins[number] = (used + cost, members)
                 break
         else:
-            bins.append((cost, [examples[place]]))
+            bins.append((cost, [examples[index]]))
     return [members for _, members in bins]

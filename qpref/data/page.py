@@ -1,4 +1,4 @@
-"""The data report as one HTML page that needs no network. Texts of rows are other people's: all of them are escaped."""
+"""The data report as one HTML page that loads nothing. Texts of rows are untrusted: all of them are escaped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ td, th { text-align: left; vertical-align: top; padding: .3em .6em; border-botto
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.error td:first-child { border-left: .3em solid #c0392b; }
 tr.warning td:first-child { border-left: .3em solid #e0a030; }
-.places { font-size: .9em; overflow-wrap: anywhere; }
+.rows { font-size: .9em; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20em, 1fr)); gap: 2em; }
 .charts table { width: auto; } .charts td { border: 0; padding: 0 .5em; font-size: .85em; }
 .bar { background: var(--bar); height: .8em; min-width: 1px; }
@@ -31,17 +31,17 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <h1>{{ report.label }}</h1>
 <p>{{ report.read }} rows read, {{ report.kept }} kept, {{ report.refused }} refused
 {%- if report.repeated %}, {{ report.repeated }} the same as an earlier row{% endif %}
-{%- if report.dropped %}, {{ report.dropped }} left out for their length{% endif %}
-{%- if report.num_cut %}, {{ report.num_cut }} cut to length{% endif %}.</p>
+{%- if report.dropped %}, {{ report.dropped }} dropped for their length{% endif %}
+{%- if report.num_cut %}, {{ report.num_cut }} truncated{% endif %}.</p>
 {% for reason in why_empty %}<p><strong>{{ reason }}</strong></p>
 {% endfor %}
 <h2>Findings</h2>
 {% if kinds %}<table>
-<tr><th>what<th>severity<th class="number">found<th>first places
-{% for severity, code, count, places in kinds %}<tr class="{{ severity }}"><td>{{ code }}<td>{{ severity }}
+<tr><th>code<th>severity<th class="number">count<th>first rows
+{% for severity, code, count, findings in kinds %}<tr class="{{ severity }}"><td>{{ code }}<td>{{ severity }}
 <td class="number">{{ count }}
-<td class="places">{% for place in places %}{{ place.source }}: {{ place.message }}<br>{% endfor %}
-{% endfor %}</table>{% else %}<p>Nothing was found.</p>{% endif %}
+<td class="rows">{% for finding in findings %}{{ finding.source }}: {{ finding.message }}<br>{% endfor %}
+{% endfor %}</table>{% else %}<p>No findings.</p>{% endif %}
 <h2>Lengths</h2>
 <div class="charts">
 {% for name, bars in charts %}<section><h3>{{ name }}</h3><table>
@@ -49,24 +49,24 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 <td><div class="bar" style="width: {{ width }}em"></div>
 {% endfor %}</table></section>
 {% endfor %}</div>
-{% if first_row %}<h2>The first row as the model meets it</h2>
-<p>What is scored stands in ⟦ ⟧.</p>
+{% if first_row %}<h2>The first row as the model sees it</h2>
+<p>Scored tokens are in ⟦ ⟧.</p>
 <pre>{{ first_row }}</pre>{% endif %}
 </html>
 """
-NUM_PLACES = 10
+NUM_ROWS = 10
 WIDEST_EM = 12
 
 
 def write_page(audit: Audit, path: Path) -> None:
-    """Write the page to `path`."""
+    """Render the audit as a page and write it to `path`."""
     from jinja2 import Environment
 
     report = audit.checked.report
     kinds = []
     for (severity, code), count in sorted(report.counts.items()):
         found = [one for one in report.findings if (one.severity, one.code) == (severity, code)]
-        kinds.append((severity, code, count, found[:NUM_PLACES]))
+        kinds.append((severity, code, count, found[:NUM_ROWS]))
     charts = []
     for name, histogram in report.lengths.items():
         top = max(histogram.values())

@@ -1,4 +1,4 @@
-"""Responses to one prompt in their order: how good each is, wherever the row says so."""
+"""Ranked responses to one prompt: the column that holds them, and the score of each."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from qpref.data.columns import finite
 from qpref.data.messages import BadRowError, json_value, kind_of
 
 MAX_RESPONSES = 64
-"""Ranked responses of one row; they make up to 2,016 pairs."""
+"""Most ranked responses of one row: 64 make up to 2,016 pairs."""
 RANKED_COLUMNS = ("responses", "completions", "answers", "ranked")
 TEXTS = ("response", "answer", "text", "completion", "output", "content")
-"""Keys of a ranked response, in an object, under which its text stands."""
+"""Keys that may hold the text of a ranked response that is an object."""
 SCORES = ("overall_score", "score", "rating")
 
 
 def responses_in(values: Mapping[str, object]) -> tuple[str, list[object]]:
-    """The column that holds the responses, and its list of them."""
+    """Find the column that holds the responses; returns its name and the list."""
     name = next((name for name in RANKED_COLUMNS if values.get(name) is not None), None)
     if name is None:
         raise BadRowError("not_a_pair", f"no ranked responses: none of {', '.join(RANKED_COLUMNS)}")
@@ -28,14 +28,18 @@ def responses_in(values: Mapping[str, object]) -> tuple[str, list[object]]:
     return name, responses
 
 
-def response_of(one: object) -> object:
-    if isinstance(one, dict) and "role" not in one and "from" not in one:
-        return next((one[key] for key in TEXTS if one.get(key) is not None), one)
-    return one
+def text_of_ranked(response: object) -> object:
+    """Return the text inside a ranked response that is an object; messages and plain texts pass unchanged."""
+    if isinstance(response, dict) and "role" not in response and "from" not in response:
+        return next((response[key] for key in TEXTS if response.get(key) is not None), response)
+    return response
 
 
-def score_of(values: Mapping[str, object], responses: Sequence[object]) -> list[float]:
-    """How good each response is, more being better: ranks (1 is the best) before scores."""
+def scores_in(values: Mapping[str, object], responses: Sequence[object]) -> list[float]:
+    """Return the score of each response, higher is better; a rank (1 is the best) counts as minus itself.
+
+    Sources in order: the columns `ranks` and `scores`, then a rank or score inside each response.
+    """
     for name, sign in (("ranks", -1.0), ("scores", 1.0)):
         if values.get(name) is not None:
             listed = values[name]
@@ -45,11 +49,13 @@ def score_of(values: Mapping[str, object], responses: Sequence[object]) -> list[
                 message = f"{name}: expected a number for each of the {len(responses)} responses, found {found}"
                 raise BadRowError("bad_number", message)
             return [sign * finite(value, name) for value in listed]
-    worth = []
-    for one in responses:
-        said = one if isinstance(one, dict) else {}
-        told = next((key for key in ("rank", *SCORES) if said.get(key) is not None), None)
-        if told is None:
-            raise BadRowError("bad_number", "a response has neither a rank nor a score")
-        worth.append(-finite(said[told], told) if told == "rank" else finite(said[told], told))
-    return worth
+    return [_score_within(response) for response in responses]
+
+
+def _score_within(response: object) -> float:
+    fields = response if isinstance(response, dict) else {}
+    key = next((key for key in ("rank", *SCORES) if fields.get(key) is not None), None)
+    if key is None:
+        raise BadRowError("bad_number", "a response has neither a rank nor a score")
+    value = finite(fields[key], key)
+    return -value if key == "rank" else value

@@ -1,4 +1,4 @@
-"""A finished run's data, read again as it was trained with them, and whether they still are what they were."""
+"""Reload a finished run's data as training tokenized them, and check whether they have changed since."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from qpref.records import TokenizedExample
 
 
 @dataclass(frozen=True, slots=True)
-class ReadAgain:
-    """What a run has held out; its training data where it has held nothing out."""
+class ReloadedData:
+    """Tokenized held-out examples of a run; its training examples where it has no held-out data."""
 
     examples: list[TokenizedExample]
     split: Split
 
-    def have_changed(self, plan: Plan, fingerprints: Mapping[str, str]) -> bool | None:
-        """Whether the run had other data; None where these can't say: held-out completions have partners of all data.
+    def has_changed(self, plan: Plan, fingerprints: Mapping[str, str]) -> bool | None:
+        """Compare the examples with those of the run.
 
         Args:
-            fingerprints: as run.json has them.
+            fingerprints: fingerprints of the run's data, from run.json.
+
+        Returns:
+            True if they differ; None if the loss uses mismatched partners and the split is held out, since those
+            partners come from the training data too, which aren't reloaded.
         """
         examples, recipe = self.examples, plan.recipe
         if "mismatched" in plan.needs:
@@ -36,28 +40,28 @@ class ReadAgain:
         return fingerprint(examples) != fingerprints[name]
 
 
-def read_again(plan: Plan, tokenizer: PairTokenizer) -> ReadAgain:
+def reload_data(plan: Plan, tokenizer: PairTokenizer) -> ReloadedData:
     """Held-out examples as training tokenized them; training examples where it has held nothing out.
 
     Args:
         plan: reopened, of the held-out data alone.
 
     Raises:
-        DataError: the data are gone, or can't be read.
+        DataError: the data are missing, or cannot be read.
     """
     checked = check_rows(plan)
     rows = checked.heldout or checked.train
-    return ReadAgain(tokenized_again(rows, plan, tokenizer), rows.split)
+    return ReloadedData(reload_rows(rows, plan, tokenizer), rows.split)
 
 
-def tokenized_again(rows: CheckedRows, plan: Plan, tokenizer: PairTokenizer) -> list[TokenizedExample]:
-    """The rows as training tokenized them.
+def reload_rows(rows: CheckedRows, plan: Plan, tokenizer: PairTokenizer) -> list[TokenizedExample]:
+    """Tokenize checked rows as training did.
 
     Raises:
-        DataError: rows are refused, and training has refused none; or none is left.
+        DataError: rows are refused although training refused none, or no row is left.
     """
     data = plan.recipe.data
     if data.skip_bad:
-        # The share that training allowed was of all rows, which may not be read here. Bad ones are left out as then.
+        # Training applied the share to all rows, which may not all be read here; it passed, so no limit applies.
         data = data.model_copy(update={"skip_bad": 1.0})
     return tokenize_rows(rows, tokenizer, data, plan.recipe.train.seed)

@@ -1,20 +1,18 @@
-"""Row -> records. Each shape that a row may have is written here once, whatever the row came from.
+"""Row -> records, for every supported row format, whichever reader the row came from.
 
-`docs/data.md` shows an example of each. A row that has the columns of several shapes is taken for the first of these
-in `shape_of`.
+`docs/data.md` shows an example of each. A row with the columns of several formats is read in the first one that
+`format_of` finds.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import combinations
 
 from qpref.data.columns import (
     HUMAN,
-    Turns,
     any_prompt,
     instruction,
     label_in,
@@ -35,7 +33,8 @@ from qpref.data.messages import (
     shown,
     turns_of,
 )
-from qpref.data.ranked import RANKED_COLUMNS, response_of, responses_in, score_of
+from qpref.data.pair_records import build_pair, pair_of_sides, pair_of_values, split_conversations
+from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 Records = list[PreferencePair | UnpairedExample]
@@ -49,39 +48,46 @@ COLUMNS = frozenset(
         *("conversation_a", "conversation_b", "winner"),
     }
 )
-"""Every column that some shape reads."""
+"""Every column that some format reads."""
 
 
-def records_of_row(row: Row, shape: str = "auto") -> Sequence[PreferencePair | UnpairedExample] | Finding:
-    """The records that a row holds, or why it holds none; `shape` is a name of SHAPES, or found by the columns."""
-    found = shape_of(row.values) if shape == "auto" else shape
-    if found is None:
+def records_of_row(row: Row, row_format: str = "auto") -> Sequence[PreferencePair | UnpairedExample] | Finding:
+    """Convert a row to its records, or to the finding that refuses it.
+
+    Args:
+        row_format: a name of ROW_FORMATS; "auto" recognizes the format by the row's columns.
+    """
+    name = format_of(row.values) if row_format == "auto" else row_format
+    if name is None:
         columns = named(row.values) or "no column"
-        message = f"no known shape of a preference row; it has {columns}; [data] columns names what stands for what"
-        return Finding(code="no_shape", severity="error", message=message, source=row.source)
-    return SHAPES[found](row)
+        message = (
+            f"no known row format; it has {columns}; map its columns to known ones with [data] columns, such as "
+            'columns = { prompt = "question" }'
+        )
+        return Finding(code="unknown_format", severity="error", message=message, source=row.source)
+    return ROW_FORMATS[name](row)
 
 
-def shape_of(values: Mapping[str, object]) -> str | None:
-    """The first shape, in the order of docs/data.md, whose columns a row has; a column that is null is not there."""
+def format_of(values: Mapping[str, object]) -> str | None:
+    """Return the first format, in the order of docs/data.md, whose columns a row has; null columns don't count."""
     has = {name for name in COLUMNS.intersection(values) if values[name] is not None}
     if has & {"chosen", "rejected"}:
-        return _pair_shape(values, has)
+        return _pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
         return "openai"
     if "instruction" in has and isinstance(values.get("output"), list):
         return "alpaca"
     if has.intersection(RANKED_COLUMNS):
         return "ranked"
-    for name, columns in _CONTESTS.items():
-        if columns[0] in has and columns[1] in has:
+    for name, comparison in _COMPARISONS.items():
+        if comparison.first in has and comparison.second in has:
             return name
     if has & {"completion", "label", "kto_tag"}:
         return "unpaired"
     return "pair" if "prompt" in has else None
 
 
-def _pair_shape(values: Mapping[str, object], has: set[str]) -> str:
+def _pair_format(values: Mapping[str, object], has: set[str]) -> str:
     sides = values.get("chosen"), values.get("rejected")
     if all(isinstance(side, str) and side.startswith(HUMAN) for side in sides):
         return "hh"
@@ -91,49 +97,51 @@ def _pair_shape(values: Mapping[str, object], has: set[str]) -> str:
         return "sharegpt"
     if "instruction" in has:
         return "alpaca"
-    return (
-        "whole"
-        if all(isinstance(side, list) or (isinstance(side, str) and side[:1] == "[") for side in sides)
-        else "pair"
-    )
+    is_whole = all(isinstance(side, list) or (isinstance(side, str) and side[:1] == "[") for side in sides)
+    return "whole" if is_whole else "pair"
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
-    """The row with columns renamed, our name -> theirs, or which of theirs it lacks."""
-    missing = [f"'{theirs}' (for {ours})" for ours, theirs in columns.items() if theirs not in row.values]
+    """Rename a row's columns, or report those that it lacks.
+
+    Args:
+        columns: qpref's name -> the row's.
+    """
+    missing = [f"'{theirs}' (for {name})" for name, theirs in columns.items() if theirs not in row.values]
     if missing:
         found = named(row.values) or "none"
         message = f"no column {' and no column '.join(missing)}; it has {found}"
         return Finding(code="missing_column", severity="error", message=message, source=row.source)
     renamed = set(columns.values())
     values = {name: value for name, value in row.values.items() if name not in renamed}
-    return Row(values=values | {ours: row.values[theirs] for ours, theirs in columns.items()}, source=row.source)
+    return Row(values=values | {name: row.values[theirs] for name, theirs in columns.items()}, source=row.source)
 
 
 def _pair(row: Row) -> Records:
     need(row.values, "prompt", "chosen", "rejected")
-    return _of_sides(row, prompt_column(row.values))
+    return [pair_of_sides(row, prompt_column(row.values))]
 
 
 def _whole(row: Row) -> Records:
     need(row.values, "chosen", "rejected")
-    return _of_sides(row, None)
+    return [pair_of_sides(row, None)]
 
 
 def _sharegpt(row: Row) -> Records:
     need(row.values, "conversations", "chosen", "rejected")
-    return _of_sides(row, with_system(row.values, turns_of(row.values["conversations"], "conversations", "user")))
+    prompt = with_system(row.values, turns_of(row.values["conversations"], "conversations", "user"))
+    return [pair_of_sides(row, prompt)]
 
 
 def _alpaca(row: Row) -> Records:
     prompt, output = instruction(row.values), row.values.get("output")
     if row.values.get("chosen") is not None or row.values.get("rejected") is not None:
         need(row.values, "chosen", "rejected")
-        return _of_sides(row, prompt)
+        return [pair_of_sides(row, prompt)]
     if not isinstance(output, list) or len(output) != 2:
         found = f"{len(output)} of them" if isinstance(output, list) else kind_of(output)
         raise BadRowError("not_a_pair", f"output: expected two responses, the better one first, found {found}")
-    return [_record(row, prompt, output[0], output[1])]
+    return [pair_of_values(row, prompt, output[0], output[1])]
 
 
 def _hh(row: Row) -> Records:
@@ -141,61 +149,78 @@ def _hh(row: Row) -> Records:
     sides = [text_in(row.values, side) for side in ("chosen", "rejected")]
     chosen, rejected = (dialogue_of(text, side) for text, side in zip(sides, ("chosen", "rejected"), strict=True))
     prompt = None if row.values.get("prompt") is None else prompt_column(row.values)
-    return [_parted(row, chosen, rejected, prompt)]
+    return [split_conversations(row, chosen, rejected, prompt)]
 
 
 def _openai(row: Row) -> Records:
     need(row.values, "input", "preferred_output", "non_preferred_output")
-    asked = row.values["input"]
-    if not isinstance(asked, dict):
-        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(asked)}")
-    prompt = turns_of(asked.get("messages"), "input.messages", "user")
-    inner = Row(values={"tools": asked.get("tools")} | dict(row.values), source=row.source)
-    return [_record(inner, prompt, row.values["preferred_output"], row.values["non_preferred_output"])]
+    request = row.values["input"]
+    if not isinstance(request, dict):
+        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(request)}")
+    prompt = turns_of(request.get("messages"), "input.messages", "user")
+    with_tools = Row(values={"tools": request.get("tools")} | dict(row.values), source=row.source)
+    return [pair_of_values(with_tools, prompt, row.values["preferred_output"], row.values["non_preferred_output"])]
 
 
 def _ranked(row: Row) -> Records:
+    """Make a pair of every two responses whose scores differ, the better one chosen."""
     name, responses = responses_in(row.values)
-    ordered = name == "ranked"
-    worth = [float(-place) for place in range(len(responses))] if ordered else score_of(row.values, responses)
+    is_sorted = name == "ranked"
+    scores = [float(-index) for index in range(len(responses))] if is_sorted else scores_in(row.values, responses)
     prompt = any_prompt(row.values)
-    turns = [turns_of(response_of(one), f"{name}, number {at}", "assistant") for at, one in enumerate(responses, 1)]
-    best_first = sorted(range(len(turns)), key=lambda place: -worth[place])
-    pairs = [pair for pair in combinations(best_first, 2) if worth[pair[0]] > worth[pair[1]]]
+    turns = [turns_of(text_of_ranked(one), f"{name}, number {at}", "assistant") for at, one in enumerate(responses, 1)]
+    best_first = sorted(range(len(turns)), key=lambda index: -scores[index])
+    pairs = [pair for pair in combinations(best_first, 2) if scores[pair[0]] > scores[pair[1]]]
     if not pairs:
-        raise BadRowError("tied", f"all {len(turns)} responses are worth the same, so none is preferred")
+        raise BadRowError("tied", f"all {len(turns)} responses have the same score, so none is preferred")
     return [
-        replace(_built(row, prompt, turns[better], turns[worse]), number=number)
+        replace(build_pair(row, prompt, turns[better], turns[worse]), number=number)
         for number, (better, worse) in enumerate(pairs)
     ]
 
 
-def _contest(name: str) -> Callable[[Row], Records]:
-    """Two responses and a column that says which is better."""
-    first, second, verdict, winners = _CONTESTS[name]
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """The columns of two responses, and the column whose value names the better one.
+
+    Attributes:
+        winners: value of `verdict` -> 0 where the first response is better, 1 where the second is.
+    """
+
+    first: str
+    second: str
+    verdict: str
+    winners: Mapping[str, int]
+
+
+_COMPARISONS: Mapping[str, _Comparison] = {
+    "shp": _Comparison("human_ref_A", "human_ref_B", "labels", {"1": 0, "0": 1}),
+    "saferlhf": _Comparison("response_0", "response_1", "better_response_id", {"0": 0, "1": 1}),
+    "arena": _Comparison("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}),
+}
+
+
+def _compared(name: str) -> Callable[[Row], Records]:
+    """Return the function that reads rows of one comparison format."""
+    columns = _COMPARISONS[name]
 
     def read(row: Row) -> Records:
-        need(row.values, first, second, verdict)
-        found = row.values[verdict]
-        key = shown(found).strip("'").lower()
-        if key not in winners:
+        need(row.values, columns.first, columns.second, columns.verdict)
+        value = row.values[columns.verdict]
+        key = shown(value).strip("'").lower()
+        if key not in columns.winners:
             if key.startswith("tie"):
-                raise BadRowError("tied", f"{verdict}: a tie, so none is preferred")
-            raise BadRowError("bad_label", f"{verdict}: expected {' or '.join(winners)}, found {shown(found)}")
-        better, worse = (first, second) if winners[key] == 0 else (second, first)
+                raise BadRowError("tied", f"{columns.verdict}: a tie, so none is preferred")
+            expected = " or ".join(columns.winners)
+            raise BadRowError("bad_label", f"{columns.verdict}: expected {expected}, found {shown(value)}")
+        sides = (columns.first, columns.second)
+        better, worse = sides if columns.winners[key] == 0 else reversed(sides)
         values = dict(row.values) | {"chosen": row.values[better], "rejected": row.values[worse]}
-        contested = Row(values=values, source=row.source)
         prompt = row.values.get("history" if name == "shp" else "prompt")
-        return _of_sides(contested, None if prompt is None else prompt_column(values | {"prompt": prompt}))
+        turns = None if prompt is None else prompt_column(values | {"prompt": prompt})
+        return [pair_of_sides(Row(values=values, source=row.source), turns)]
 
     return read
-
-
-_CONTESTS: dict[str, tuple[str, str, str, dict[str, int]]] = {
-    "shp": ("human_ref_A", "human_ref_B", "labels", {"1": 0, "0": 1}),
-    "saferlhf": ("response_0", "response_1", "better_response_id", {"0": 0, "1": 1}),
-    "arena": ("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}),
-}
 
 
 def _unpaired(row: Row) -> Records:
@@ -218,96 +243,8 @@ def _unpaired(row: Row) -> Records:
     return [example]
 
 
-def singles_of(records: Sequence[PreferencePair | UnpairedExample]) -> Iterator[UnpairedExample]:
-    """A row as single completions. Of ranked responses those that are always or never preferred, once each: one that
-    beats some and loses to others is neither desirable nor undesirable."""
-    pairs = [record for record in records if isinstance(record, PreferencePair)]
-    lost, won = ({repr(getattr(pair, side)) for pair in pairs} for side in ("rejected", "chosen"))
-    seen: set[str] = set()
-    numbers = {True: 0, False: 0}
-    for record in records:
-        for single in unpair(record) if isinstance(record, PreferencePair) else (record,):
-            text = repr(single.completion)
-            if len(pairs) > 1 and (text in seen or text in (lost if single.label else won)):
-                continue
-            seen.add(text)
-            yield replace(single, number=numbers[single.label])
-            numbers[single.label] += 1
-
-
-def unpair(pair: PreferencePair) -> tuple[UnpairedExample, UnpairedExample]:
-    """A pair as two completions, the desirable one first; its margin has no meaning then."""
-    good, bad = (
-        UnpairedExample(
-            prompt=pair.prompt,
-            completion=completion,
-            label=label,
-            tools=pair.tools,
-            weight=pair.weight,
-            number=pair.number,
-            source=pair.source,
-        )
-        for completion, label in ((pair.chosen, True), (pair.rejected, False))
-    )
-    return good, bad
-
-
-def _of_sides(row: Row, prompt: Turns | None) -> Records:
-    """The pair of `chosen` and `rejected`: responses to the prompt, or whole conversations, that begin with it."""
-    chosen = turns_of(row.values["chosen"], "chosen", "assistant")
-    rejected = turns_of(row.values["rejected"], "rejected", "assistant")
-    if prompt is None or (chosen[0].role != "assistant" and rejected[0].role != "assistant"):
-        return [_parted(row, chosen, rejected, prompt)]
-    return [_built(row, prompt, chosen, rejected)]
-
-
-def _parted(row: Row, chosen: Turns, rejected: Turns, told: Turns | None) -> PreferencePair:
-    """Two whole conversations as a pair: the turns that they share are the prompt, and `told`, if any, stands in it."""
-    shared, most = 0, min(len(chosen), len(rejected)) - 1
-    while shared < most and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == 0:
-        what = "share no first turn" if most else "are no whole conversations, and there is no prompt"
-        raise BadRowError("different_prompts", f"chosen and rejected {what}")
-    if any(turns[shared].role != "assistant" for turns in (chosen, rejected)):
-        message = f"chosen and rejected part at turn {shared + 1}, before the assistant's turn"
-        raise BadRowError("different_prompts", f"{message}; the prompt has to be the same")
-    prompt = chosen[:shared]
-    if told is not None and not _stands_in(told, prompt):
-        raise BadRowError("different_prompts", "chosen and rejected are conversations that don't begin with the prompt")
-    prompt = prompt if prompt[0].role == "system" else with_system(row.values, prompt)
-    return _built(row, prompt, chosen[shared:], rejected[shared:])
-
-
-def _stands_in(told: Turns, prompt: Turns) -> bool:
-    """Whether a prompt column is how the conversation begins, or the text of its first or last question."""
-    if told == prompt[: len(told)]:
-        return True
-    asked = [message.content.strip() for message in prompt if message.role == "user"]
-    return bool(asked) and told[-1].content.strip() in (asked[0], asked[-1]) and len(told) <= 2
-
-
-def _record(row: Row, prompt: Turns, chosen: object, rejected: object) -> PreferencePair:
-    return _built(row, prompt, turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant"))
-
-
-def _built(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -> PreferencePair:
-    check_prompt(prompt)
-    check_response(chosen, "chosen")
-    check_response(rejected, "rejected")
-    return PreferencePair(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        tools=tools_in(row.values),
-        weight=number_in(row.values, "weight", 1.0, at_least=0.0),
-        margin=number_in(row.values, "margin", 0.0, at_least=-math.inf),
-        source=row.source,
-    )
-
-
 def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Finding]:
-    """`read`, with what it refuses as a finding at the row's place."""
+    """Wrap `read` so that a row it refuses becomes a finding at the row's location."""
 
     @wraps(read)
     def records(row: Row) -> Records | Finding:
@@ -319,7 +256,7 @@ def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Findi
     return records
 
 
-SHAPES: Mapping[str, Callable[[Row], Records | Finding]] = {
+ROW_FORMATS: Mapping[str, Callable[[Row], Records | Finding]] = {
     name: _refusing(read)
     for name, read in {
         "pair": _pair,
@@ -329,10 +266,8 @@ SHAPES: Mapping[str, Callable[[Row], Records | Finding]] = {
         "alpaca": _alpaca,
         "openai": _openai,
         "ranked": _ranked,
-        "shp": _contest("shp"),
-        "saferlhf": _contest("saferlhf"),
-        "arena": _contest("arena"),
+        **{name: _compared(name) for name in _COMPARISONS},
         "unpaired": _unpaired,
     }.items()
 }
-"""Shape name -> row -> its records, or why it has not that shape."""
+"""Format name -> function from a row to its records, or to the finding that it isn't in this format."""

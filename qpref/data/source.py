@@ -1,4 +1,4 @@
-"""One place that rows come from: opened, read, each row made into records; every failure has its place and its name."""
+"""A data source: open it, read its rows and convert them to records; every failure names file and line."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
+from qpref.data.example_rows import ExampleRow
 from qpref.data.row_formats import COLUMNS, records_of_row, with_columns
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
-from qpref.records import Finding, PreferencePair, Row, UnpairedExample
-
-CheckedRow = PreferencePair | UnpairedExample
+from qpref.records import Finding, Row
 
 
 @dataclass(slots=True)
 class DataSource:
-    """Rows that can be read again and again, and must be the same each time."""
+    """A source whose rows can be read in many passes and have to be the same in each."""
 
     choice: SourceChoice
     _stamp: tuple[int, int, int] | None = None
@@ -27,17 +26,17 @@ class DataSource:
         for name in self.choice.columns:
             if name not in COLUMNS:
                 raise RecipeError(
-                    f"[data] columns: no shape has a column '{name}'{did_you_mean(name, sorted(COLUMNS))}"
+                    f"[data] columns: no row format has a column '{name}'{did_you_mean(name, sorted(COLUMNS))}"
                 )
 
-    def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[CheckedRow] | Finding]:
-        """The records of each row, in the source's order, or why the row is none.
+    def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
+        """Read each row as its records, in order, or as the finding that refuses it.
 
         Args:
-            note: is shown each row that could be read, as it was found.
+            note: called with each raw row.
 
         Raises:
-            DataError: there is no such file, it cannot be read, or it has changed since it was read first.
+            DataError: the file is missing, cannot be read, or has changed since it was first read.
             PluginError: the reader raised.
         """
         for row in self.raw():
@@ -45,19 +44,19 @@ class DataSource:
                 note(row)
             yield self.records(row)
 
-    def records(self, row: Row | Finding) -> Sequence[CheckedRow] | Finding:
-        """What a row holds."""
+    def records(self, row: Row | Finding) -> Sequence[ExampleRow] | Finding:
+        """Convert a raw row to its records."""
         if isinstance(row, Finding):
             return row
         named = self.named(row)
-        return named if isinstance(named, Finding) else records_of_row(named, self.choice.shape)
+        return named if isinstance(named, Finding) else records_of_row(named, self.choice.format)
 
     def named(self, row: Row) -> Row | Finding:
-        """A row with our names of its columns, or which one it lacks."""
+        """Rename the row's columns to qpref's names, or report those that it lacks."""
         return with_columns(row, self.choice.columns) if self.choice.columns else row
 
     def raw(self) -> Iterator[Row | Finding]:
-        """Each row as its reader found it.
+        """Read each row as its reader parsed it.
 
         Raises:
             DataError, PluginError: as for `rows`.
@@ -67,10 +66,10 @@ class DataSource:
         self._stamp = self._stamp or stamp
         yield from self._read(path)
         if not self._stamp == stamp == _stamp(path):
-            raise DataError(f"{path}: has changed while it was read", "start again once nothing writes to it")
+            raise DataError(f"{path}: has changed while it was read", "run again once no process writes to it")
 
     def _path(self) -> Path:
-        """What the reader gets."""
+        """Return the path, or the name, to pass to the reader."""
         location, takes = self.choice.location, self.choice.reader.record.takes
         if location.startswith(pypi.PREFIX):
             try:
@@ -101,7 +100,7 @@ class DataSource:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file does; of a name, that cannot be looked at, always the same."""
+    """Return inode, size and modification time of a file, to notice changes; zeros for a name."""
     if not path.exists():
         return 0, 0, 0
     status = path.stat()

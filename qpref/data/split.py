@@ -1,6 +1,6 @@
-"""Which rows are held out, and how often the others are trained on: functions of a row and a seed, whatever the order.
+"""Held-out split by prompt and resampling by source weight; both depend on the row and a seed, not on the order.
 
-Whole prompts are held out, so that none is on both sides.
+All rows of a prompt go to the same split, so that no prompt is in both.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ _NO_WORD = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True, slots=True)
 class HeldOutShare:
-    """Holds out about `share` of the prompts.
+    """Hold out about `share` of the prompts.
 
-    Prompts that differ in case, punctuation, white space or the system turn alone count as the same.
+    Prompts that differ only in case, punctuation, white space or the system turn count as the same.
     """
 
     share: float
     seed: int
 
     def split_of(self, row: Sequence[PreferencePair | UnpairedExample] | Finding) -> Split:
-        """The side of a row; what is no example counts to the training data."""
+        """Return the split of a row; refused rows count as training data."""
         if isinstance(row, Finding):
             return "train"
         return "heldout" if _uniform(self.seed, _plain(row[0].prompt)) < self.share else "train"
 
 
-def mixed(examples: Iterable[TokenizedExample], weights: Mapping[str, float], seed: int) -> Iterator[TokenizedExample]:
-    """Each example as often as its source's weight says; of a fraction, a seeded part of the rows is one more time.
+def resample(
+    examples: Iterable[TokenizedExample], weights: Mapping[str, float], seed: int
+) -> Iterator[TokenizedExample]:
+    """Repeat or drop examples by the weight of their source; a fraction repeats a seeded part of the rows once more.
 
     Args:
-        weights: path of a source -> how often an epoch trains on each of its rows; 1 for those that aren't there.
+        weights: path of a source -> times that an epoch trains on each of its rows; 1 for other paths.
     """
     for example in examples:
         weight = weights.get(example.source.path, 1.0)
@@ -50,12 +52,12 @@ def mixed(examples: Iterable[TokenizedExample], weights: Mapping[str, float], se
 
 
 def _plain(prompt: Sequence[Message]) -> str:
-    """A prompt's letters and digits, whatever their case and Unicode's spelling; all of it where there are none."""
+    """Reduce a prompt to letters and digits, casefolded and NFKC-normalized; a prompt without any stays as it is."""
     text = "\n".join(message.content for message in prompt if message.role != "system")
     return _NO_WORD.sub("", normalize("NFKC", text).casefold()) or text
 
 
 def _uniform(seed: int, text: str) -> float:
-    """A number in [0, 1) that follows from the seed and the text."""
+    """Hash seed and text to a number in [0, 1)."""
     digest = blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64

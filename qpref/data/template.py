@@ -1,8 +1,8 @@
-"""A conversation -> the texts of its prompt and of its responses, by the model's own chat template.
+"""Render a conversation with the model's chat template: the text of its prompt and of its responses.
 
-The prompt is what the template makes for generation, and a response is what it puts after that once the response
-follows. A template may do otherwise (drop a response's thinking, or open a thinking block in the prompt alone); such
-rows are mended where inference shows how, and refused else.
+The prompt is rendered for generation; a response is the text that follows it when the whole conversation is rendered.
+Some templates break this (they drop a response's thinking, or open a thinking block only for generation): such rows
+are fixed where the format at inference is known, and refused otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
-from qpref.data.template_limits import HINT, bounded, refuse_flood
+from qpref.data.template_limits import HINT, check_output_size, limited
 from qpref.errors import PolicyError
 from qpref.records import Message
 
@@ -24,18 +24,18 @@ log = logging.getLogger("qpref")
 PROBE = (("user", "qpref asks"), ("assistant", "qpref answers"), ("user", "qpref asks again"))
 THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message under which templates look for reasoning."""
+"""Keys of a message from which templates read reasoning."""
 TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template's program may raise beside jinja2's own errors."""
+"""Exceptions that a template can raise, besides jinja2's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The texts of one row.
+    """Rendered texts of one row.
 
     Attributes:
-        warnings: what the template leaves out of the prompt.
+        warnings: parts of the prompt that the template drops or changes.
     """
 
     prompt: str
@@ -45,14 +45,14 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """The tokenizer's chat template, and what it does to a conversation of three turns.
+    """The tokenizer's chat template, and its output for a probe conversation of three turns.
 
     Attributes:
-        end: what it puts after a last response.
-        end_of_turn: the control token in it that ends an assistant's turn; None where a turn ends in plain text.
-        openings: what it ends a prompt with for generation: first as it does by itself, then asked for thinking or for
-            none, where that makes a difference here alone.
-        start: what it puts between such a prompt and a response's text; None where it changes the prompt then.
+        end: text after the last response.
+        end_of_turn: the control token in `end` that ends an assistant turn; None where a turn ends in plain text.
+        openings: ends of a prompt for generation: by default, then with and without `enable_thinking`, where only this
+            end differs.
+        start: text between such a prompt and the response; None where the prompt changes once a response follows.
     """
 
     tokenizer: Any
@@ -63,36 +63,37 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any, control: re.Pattern[str]) -> ChatTemplate:
-        """Try the template.
+        """Probe the template.
 
         Raises:
-            PolicyError: it cannot be parsed, or does what a template may not.
+            PolicyError: it cannot be parsed, or violates jinja2's sandbox.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
         from jinja2.exceptions import SecurityError
 
         if "strftime_now" in str(tokenizer.chat_template):
-            log.warning("the chat template may write today's date into prompts: the same rows can make other tokens "
-                        "tomorrow, and then no run goes on from today's")  # fmt: skip
+            log.warning("the chat template may write today's date into prompts: the same rows can have other tokens "
+                        "tomorrow, and then a run cannot be resumed")  # fmt: skip
         turns = [{"role": role, "content": content} for role, content in PROBE]
         try:
-            with bounded():
-                asked = [_render(tokenizer, turns[:1], None, True, 0, **thinking) for thinking in THINKING]
-                unasked, ended, followed = (_render(tokenizer, turns[:num], None, False, 0) for num in (1, 2, 3))
+            with limited():
+                prompts = [_render(tokenizer, turns[:1], None, True, 0, **thinking) for thinking in THINKING]
+                without, ended, followed = (_render(tokenizer, turns[:num], None, False, 0) for num in (1, 2, 3))
         except (SecurityError, TemplateSyntaxError) as error:
             raise PolicyError(f"the chat template cannot be run: {error}", HINT) from None
         except (TemplateError, *TEMPLATE_FAULTS):
             log.debug("the chat template refuses a conversation of three turns", exc_info=True)
             return cls(tokenizer)
-        start = ended.removeprefix(asked[0]).partition(PROBE[1][1])[0] if ended.startswith(asked[0]) else None
-        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(unasked, asked), start)
+        is_prefix = ended.startswith(prompts[0])
+        start = ended.removeprefix(prompts[0]).partition(PROBE[1][1])[0] if is_prefix else None
+        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(without, prompts), start)
 
     def render(self, row: ExampleRow) -> Rendered:
-        """The texts of a row's prompt and of its responses.
+        """Render a row's prompt and responses.
 
         Raises:
-            RefusedRowError: the template refuses the row, or makes of it what no model meets.
-            PolicyError: the template makes a flood of text.
+            RefusedRowError: the template refuses the row, or renders it differently from inference.
+            PolicyError: the template's output is far longer than the row.
         """
         from jinja2 import TemplateError
 
@@ -101,59 +102,62 @@ class ChatTemplate:
         responses = [side[0] for side in responses_of(row)]
         num_characters = sum(map(len, texts_of(row)))
         try:
-            asked = _render(self.tokenizer, turns, tools, True, num_characters)
+            default = _render(self.tokenizer, turns, tools, True, num_characters)
             wholes = [
                 _render(self.tokenizer, turns + _dicts([last]), tools, False, num_characters) for last in responses
             ]
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise RefusedRowError("template", f"the chat template refuses it: {error}") from None
-        prompt = self._prompt(asked, wholes)
+        prompt = self._prompt(default, wholes)
         texts = tuple(self._response(prompt, *pair) for pair in zip(wholes, responses, strict=True))
         for side, text in zip(sides_of(row), texts, strict=True):
             if not text.strip():
-                raise RefusedRowError("empty", f"the chat template leaves nothing of {side}")
+                raise RefusedRowError("empty", f"the chat template drops {side} completely")
         warnings = list(_left_out(prompt, row))
         if not all(whole.startswith(prompt) for whole in wholes):
-            warnings.append("the chat template changes the prompt once a response follows; training has generation's")
+            warnings.append(
+                "the chat template changes the prompt once a response follows; training uses the one for generation"
+            )
         return Rendered(prompt, texts, tuple(warnings))
 
-    def _prompt(self, asked: str, wholes: Sequence[str]) -> str:
-        """The longest prompt for generation that every response goes on from; the template's own where there is none.
+    def _prompt(self, default: str, wholes: Sequence[str]) -> str:
+        """Choose the longest prompt for generation that every response continues; else the default one.
 
-        So a row without thinking gets the prompt of generation without thinking, where the template has one.
+        A row without thinking thus gets the prompt for generation without thinking, if the template has one.
         """
-        if len(self.openings) == 1 or not asked.endswith(self.openings[0]):
-            return asked
-        before = asked.removesuffix(self.openings[0])
+        if len(self.openings) == 1 or not default.endswith(self.openings[0]):
+            return default
+        before = default.removesuffix(self.openings[0])
         prompts = [before + opening for opening in self.openings]
         return max((text for text in prompts if all(whole.startswith(text) for whole in wholes)),
-                   key=len, default=asked)  # fmt: skip
+                   key=len, default=default)  # fmt: skip
 
     def _response(self, prompt: str, whole: str, response: Message) -> str:
-        """What follows the prompt when it is generated, which is mostly what the template puts there.
+        """Return the text that follows the prompt at inference: usually the rest of the rendered conversation.
 
-        A response that starts with the tag of the thinking block that the prompt opens, or whose beginning the template
-        drops, is taken as it is written, the template's end after it. So is one whose rendering is as ever while the
-        prompt's changes.
+        Exceptions use the response as written, followed by the template's end: it starts with the tag of the thinking
+        block that the prompt opens; the template drops its start; or only the prompt's rendering changes.
         """
         follows, text = whole.startswith(prompt), whole.removeprefix(prompt)
-        since_opening = whole[max(0, len(prompt) - max(map(len, self.openings))) :]
+        after_opening = whole[max(0, len(prompt) - max(map(len, self.openings))) :]
         tag = _opened_tag(prompt, response.content)
-        if follows and (not text.strip() or (_says(since_opening, response) and (tag is None or tag not in text))):
+        if follows and (
+            not text.strip() or (_contains_response(after_opening, response) and (tag is None or tag not in text))
+        ):
             return text if self.end_of_turn else text.removesuffix(self.end[len(self.end.rstrip()) :])
         if tag and not response.extra:
             return response.content.partition(tag)[2].lstrip("\n") + self.end.rstrip()
         if not follows and self.start is not None and not response.extra:
             for content in (response.content, response.content.strip()):
-                if whole.endswith(as_ever := self.start + content + self.end):
-                    return as_ever if self.end_of_turn else as_ever.rstrip()
+                if whole.endswith(usual := self.start + content + self.end):
+                    return usual if self.end_of_turn else usual.rstrip()
         if not follows:
-            left = prompt[_num_shared(prompt, whole) :][:60]
-            message = f"the chat template changes the prompt once a response follows: it doesn't go on from {left!r}"
+            rest = prompt[_num_shared(prompt, whole) :][:60]
+            message = f"the chat template changes the prompt once a response follows: {rest!r} is missing or different"
             raise RefusedRowError("template", message)
         kept = text.removesuffix(self.end).strip()
         if not kept or response.extra or not response.content.rstrip().endswith(kept):
-            raise RefusedRowError("template", "the chat template leaves out part of a response")
+            raise RefusedRowError("template", "the chat template drops a part of a response")
         return response.content + self.end.rstrip()
 
 
@@ -162,55 +166,60 @@ def _dicts(messages: Iterable[Message]) -> list[dict[str, object]]:
 
 
 def _render(tokenizer: Any, turns: Any, tools: Any, for_generation: bool, num_characters: int, **options: Any) -> str:
-    """A conversation of so many characters as text."""
+    """Render a conversation whose texts have `num_characters` characters."""
     rendered: str = tokenizer.apply_chat_template(
         turns, tools=tools, tokenize=False, add_generation_prompt=for_generation, **options
     )
-    refuse_flood(rendered, num_characters)
+    check_output_size(rendered, num_characters)
     return rendered
 
 
 def _end_of_turn(ended: str, followed: str, control: re.Pattern[str]) -> tuple[str, str | None]:
-    """What stands after a last response, and its last control token that stands after an earlier response too.
+    """Return the text after the last response, and the last control token in it that also ends earlier responses.
 
-    Some templates put more after the last one: Phi-3's adds the end of text.
+    Some templates write more after the last response: Phi-3's adds the end-of-text token.
     """
-    answer = PROBE[1][1]
-    end, later = (text.partition(answer)[2] for text in (ended, followed))
+    response = PROBE[1][1]
+    end, later = (text.partition(response)[2] for text in (ended, followed))
     shared = end[: _num_shared(end, later)]
     found = control.findall(shared) or control.findall(end)
     return end, found[-1] if found else None
 
 
-def _openings(unasked: str, asked: Sequence[str]) -> tuple[str, ...]:
-    """What the template adds for generation, by itself and asked for thinking and for none."""
-    before = asked[0][: _num_shared(unasked, asked[0])]
-    return tuple(dict.fromkeys(text.removeprefix(before) for text in asked if text.startswith(before)))
+def _openings(without: str, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return the text that the template adds for generation: by default, with thinking and without thinking.
+
+    Args:
+        without: the prompt rendered without it.
+        prompts: the prompt rendered in these three ways.
+    """
+    before = prompts[0][: _num_shared(without, prompts[0])]
+    return tuple(dict.fromkeys(text.removeprefix(before) for text in prompts if text.startswith(before)))
 
 
 def _num_shared(first: str, second: str) -> int:
-    """Characters that two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _opened_tag(prompt: str, content: str) -> str | None:
-    """The tag that the prompt ends with and the response starts with."""
+    """Return the tag, such as <think>, that ends the prompt and also starts the response; else None."""
     found = TAG.match(content)
     return found[1] if found and prompt.rstrip().endswith(found[1]) else None
 
 
-def _says(rendered: str, response: Message) -> bool:
-    """Whether all that the response says stands in its rendering."""
+def _contains_response(rendered: str, response: Message) -> bool:
+    """Return whether a rendering contains the response's content, reasoning and tool calls."""
     texts = [response.content, *(str(response.extra[key]) for key in REASONING if response.extra.get(key))]
     calls = response.extra.get("tool_calls")
     if isinstance(calls, list | tuple):
         texts.extend(_name(call) for call in calls if isinstance(call, Mapping))
-    return all(_stands_in(text, rendered) for text in texts)
+    return all(_contains(rendered, text) for text in texts)
 
 
-def _stands_in(text: str, rendered: str) -> bool:
-    """Whether a text stands in a rendering, white space aside, as it is or as a JSON string."""
+def _contains(rendered: str, text: str) -> bool:
+    """Return whether a rendering contains a text, as it is or as a JSON string, white space ignored."""
     if text.strip() in rendered:
         return True
     squeezed = "".join(rendered.split())
@@ -218,24 +227,24 @@ def _stands_in(text: str, rendered: str) -> bool:
 
 
 def _left_out(rendered: str, row: ExampleRow) -> Iterator[str]:
-    """What of a prompt's turns and tools isn't in its rendering, or not in its order."""
-    place = 0
+    """Yield a warning for turns and tools that are missing from the rendered prompt, or out of order."""
+    position = 0
     for message in row.prompt:
         text = message.content.strip()
-        found = rendered.find(text, place)
+        found = rendered.find(text, position)
         if found >= 0:
-            place = found + len(text)
-        elif not _stands_in(text, rendered):
-            yield f"the chat template leaves out or changes what the {message.role} turn says"
+            position = found + len(text)
+        elif not _contains(rendered, text):
+            yield f"the chat template drops or changes the text of the {message.role} turn"
             break
         elif text in rendered:
             yield "the chat template changes the order of turns"
             break
     if any(_name(tool) not in rendered for tool in row.tools):
-        yield "the chat template has no place for tools"
+        yield "the chat template doesn't render tools"
 
 
 def _name(function: Mapping[str, object]) -> str:
-    """Of a tool, or of a call of one; the function may stand below a key `function`."""
+    """Return the function's name in a tool or a tool call, which may be below a key `function`."""
     inner = function.get("function", function)
     return str(inner.get("name", "")) if isinstance(inner, Mapping) else ""

@@ -1,6 +1,7 @@
-"""Limits on what a chat template may take: it comes with the model, and is a program.
+"""Limits on the CPU time, memory and output of a chat template, which is a program that comes with the model.
 
-transformers runs it in jinja2's sandbox, which keeps it from the machine, but not from looping or filling the memory.
+transformers runs it in jinja2's sandbox, which denies access to the machine, but doesn't stop endless loops or
+unlimited memory.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ from typing import Any
 from qpref.errors import PolicyError
 
 SECONDS = 2.0
-"""CPU time that one guarded stretch may take; 64 rows take some 10 ms."""
+"""Maximum CPU time inside `limited`; 64 rows take about 10 ms."""
 BYTES = 1 << 30
-"""Memory that a guarded stretch may add."""
+"""Maximum memory that the code inside `limited` may add."""
 CHARACTERS_PER_CHARACTER = 20
 CHARACTERS_AT_LEAST = 1_000_000
-"""A rendered conversation may be so many times as long as its texts, and at least so long."""
-HINT = 'its program (chat_template) comes with the model; mend it, or set [data] template = "none"'
+"""Maximum length of a rendered conversation: this many times its texts, or this many characters if that is more."""
+HINT = 'the chat_template comes with the model; fix it, or set [data] template = "none"'
 
 
 class _OutOfTimeError(BaseException):
-    """No Exception, since jinja2 goes on after any Exception in an expression that it computes ahead."""
+    """Not an Exception: jinja2 continues after any Exception in an expression that it evaluates at compile time."""
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Stop what takes over SECONDS of CPU time or BYTES more of memory.
+def limited() -> Iterator[None]:
+    """Stop the code inside if it takes more than SECONDS of CPU time or BYTES of added memory.
 
-    Time is watched in the main thread alone, where Python delivers signals; the command line runs there.
+    Time is limited only in the main thread, where Python delivers signals and the command line runs.
 
     Raises:
-        PolicyError: a limit was met.
+        PolicyError: a limit was exceeded.
     """
     memory = resource.getrlimit(resource.RLIMIT_AS)
     is_main = threading.current_thread() is threading.main_thread()
@@ -57,18 +58,21 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
-def refuse_flood(rendered: str, num_characters: int) -> None:
-    """Refuse a rendering that is far longer than what it renders.
+def check_output_size(rendered: str, num_characters: int) -> None:
+    """Check that a rendered conversation isn't far longer than its texts.
+
+    Args:
+        num_characters: characters of its texts.
 
     Raises:
         PolicyError: it is.
     """
     if len(rendered) > max(CHARACTERS_AT_LEAST, CHARACTERS_PER_CHARACTER * num_characters):
-        raise PolicyError(f"the chat template makes {len(rendered)} characters of {num_characters}", HINT)
+        raise PolicyError(f"the chat template renders {num_characters} characters as {len(rendered)}", HINT)
 
 
 def _limit_memory(memory: tuple[int, int]) -> None:
-    """Let the address space grow by BYTES; left alone where the system doesn't tell its size."""
+    """Limit the address space to its current size plus BYTES; no limit where /proc isn't available."""
     sizes = Path("/proc/self/statm")
     if sizes.exists():
         allowed = int(sizes.read_text().split()[0]) * resource.getpagesize() + BYTES

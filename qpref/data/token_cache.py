@@ -1,4 +1,4 @@
-"""Token ids on disk, by content: a row that was tokenized once, by this tokenizer and template, is read."""
+"""Cache of token ids on disk, keyed by the row's content, the tokenizer and its template."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from qpref.shards import KEY_BYTES, ShardStore
 log = logging.getLogger("qpref")
 
 FORMAT = 2
-"""Part of every key: raise it when the same row is tokenized differently."""
+"""Version of the tokenization, part of the folder's name: raise it when the same row gets different ids."""
 ROWS_AT_ONCE = 256
 LIMIT_BYTES = 5 * 2**30
-"""What all shards may take together, unless QPREF_TOKEN_CACHE_BYTES says otherwise."""
+"""Maximum size of all shards, unless $QPREF_TOKEN_CACHE_BYTES sets another."""
 
 
 def root() -> Path:
+    """Return the folder of all token caches."""
     return fsio.cache_folder() / "tokens"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCache:
-    """Tokenizes as its tokenizer does, and remembers the rows of which there was nothing to warn."""
+    """Tokenize as its tokenizer does; rows without findings are cached."""
 
     tokenizer: PairTokenizer
     store: ShardStore
 
     @classmethod
     def open(cls, tokenizer: PairTokenizer) -> TokenCache | None:
-        """The cache of a tokenizer; None where the disk has no place, or where what the tokenizer does isn't known."""
+        """Open the cache of a tokenizer; None where the disk refuses, or where its output can't be keyed by content."""
         backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
         template = tokenizer.template and str(tokenizer.tokenizer.chat_template)
         if backend is None or (template and "strftime_now" in template):
@@ -70,29 +71,29 @@ class TokenCache:
     def tokenize(
         self, rows: Iterable[ExampleRow], max_prompt_length: int | None = None
     ) -> Iterator[TokenizedExample | Finding]:
-        """As `PairTokenizer.tokenize`."""
+        """Tokenize rows, with the interface of `PairTokenizer.tokenize`."""
         try:
-            for some in _batched(itertools.groupby(rows, key=lambda row: row.source)):
-                yield from self._tokenize(some, max_prompt_length)
+            for batch in _batched(itertools.groupby(rows, key=lambda row: row.source)):
+                yield from self._tokenize(batch, max_prompt_length)
         finally:
             self.store.close()
 
-    def _tokenize(self, some: Sequence[list[ExampleRow]], limit: int | None) -> Iterator[TokenizedExample | Finding]:
-        """Rows that came from one place are tokenized together or not at all."""
-        keys = [[_key(row, limit) for row in together] for together in some]
-        known = [all(key in self.store for key in each) for each in keys]
-        missing = [row for together, is_known in zip(some, known, strict=True) if not is_known for row in together]
-        fresh = itertools.groupby(self.tokenizer.tokenize(missing, limit), key=lambda one: one.source)
+    def _tokenize(self, batch: Sequence[list[ExampleRow]], limit: int | None) -> Iterator[TokenizedExample | Finding]:
+        """Tokenize a batch of sources; the examples of one source are all read from the cache, or all computed."""
+        keys = [[_key(row, limit) for row in together] for together in batch]
+        known = [all(key in self.store for key in own_keys) for own_keys in keys]
+        missing = [row for together, is_known in zip(batch, known, strict=True) if not is_known for row in together]
+        computed = itertools.groupby(self.tokenizer.tokenize(missing, limit), key=lambda one: one.source)
         new: dict[bytes, bytes] = {}
-        for together, own_keys, is_known in zip(some, keys, known, strict=True):
+        for together, own_keys, is_known in zip(batch, keys, known, strict=True):
             if is_known:
                 yield from (self._read(row, key) for row, key in zip(together, own_keys, strict=True))
                 continue
-            answers = list(next(fresh)[1])  # of each place there is one, or why there is none
-            examples = [one for one in answers if isinstance(one, TokenizedExample)]
-            if len(examples) == len(answers) == len(together):
+            results = list(next(computed)[1])  # each source has at least one example or finding
+            examples = [one for one in results if isinstance(one, TokenizedExample)]
+            if len(examples) == len(results) == len(together):
                 new |= {key: _content(example) for key, example in zip(own_keys, examples, strict=True)}
-            yield from answers
+            yield from results
         self.store.add(new)
 
     def _read(self, row: ExampleRow, key: bytes) -> TokenizedExample:
@@ -117,14 +118,14 @@ class TokenCache:
 
 
 def _content(example: TokenizedExample) -> bytes:
-    """An example's ids as little 4-byte words: whether the prompt is cut, the number of parts, their lengths, they."""
+    """Encode an example's ids as 4-byte words: prompt_cut, number of parts, length of each part, the parts."""
     parts = [example.prompt, *example.branches]
     head = array("i", [example.prompt_cut, len(parts), *map(len, parts)])
     return b"".join(part.tobytes() for part in (head, *parts))
 
 
 def _key(row: ExampleRow, limit: int | None) -> bytes:
-    """Of all that decides a row's token ids."""
+    """Hash everything that decides a row's token ids."""
     sides = [[_plain(message) for message in turns] for turns in (row.prompt, *responses_of(row))]
     return _hash([limit, sides, [dict(tool) for tool in row.tools]])
 
@@ -134,17 +135,17 @@ def _plain(message: Message) -> list[object]:
 
 
 def _hash(value: object) -> bytes:
-    # In the order of the keys, which templates render.
+    # Keys stay in their order, since templates render them in it.
     return hashlib.blake2b(json.dumps(value, default=str).encode(), digest_size=KEY_BYTES).digest()
 
 
 def _batched(groups: Iterable[tuple[object, Iterable[ExampleRow]]]) -> Iterator[list[list[ExampleRow]]]:
-    """Some hundred rows at once, those of one place in one list."""
-    some: list[list[ExampleRow]] = []
+    """Collect the rows of each source in a list, and these lists in batches of ROWS_AT_ONCE."""
+    batch: list[list[ExampleRow]] = []
     for _, together in groups:
-        some.append(list(together))
-        if len(some) == ROWS_AT_ONCE:
-            yield some
-            some = []
-    if some:
-        yield some
+        batch.append(list(together))
+        if len(batch) == ROWS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,9 +1,8 @@
-"""Rows -> token ids, exactly as the trained model will meet them.
+"""Tokenize rows exactly as the trained model sees them at inference.
 
-The prompt is tokenized by itself, as it is at inference, so both sides have the same prompt ids. A response's tokens
-are those that follow the prompt's when both are tokenized in one piece. Where that would change the prompt's own
-tokens, the response is tokenized by itself, and the row is warned of. The supervised span ends in exactly one stop
-token.
+The prompt is tokenized on its own, as at inference, so that both sides have the same prompt ids. The tokens of a
+response are those that follow the prompt's when both are tokenized together. Where that would change the prompt's
+tokens, the response is tokenized separately, with a warning. The scored span ends in exactly one stop token.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 from qpref.data.control_tokens import ControlTokens
 from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, texts_of
 from qpref.data.template import ChatTemplate, Rendered
-from qpref.data.template_limits import bounded
+from qpref.data.template_limits import limited
 from qpref.data.truncate import shorten_prompt
 from qpref.records import Finding, PreferencePair, TokenizedExample
 
@@ -27,16 +26,16 @@ log = logging.getLogger("qpref")
 ROWS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 4_000_000
 TAIL_CHARACTERS = 200
-BOUNDARY = "tokenized in one piece, prompt and response would share a token: the response is tokenized by itself"
+BOUNDARY = "tokenized together, prompt and response would share a token: the response is tokenized separately"
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A rendered row, and what of its prompt decides over a response's tokens.
+    """A rendered row, and the end of its prompt that can affect the tokens of a response.
 
     Attributes:
-        tail: the prompt's end, from its last control token on (tokenizers split texts there first, so nothing that
-            follows depends on what comes before), and no more than TAIL_CHARACTERS.
+        tail: the prompt from its last control token on, at most TAIL_CHARACTERS. Tokenizers split texts at control
+            tokens first, so that earlier text has no effect on later tokens.
     """
 
     rendered: Rendered
@@ -44,20 +43,20 @@ class Pieces:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All that has to be tokenized."""
+        """Texts to tokenize."""
         return self.rendered.prompt, self.tail, *(self.tail + response for response in self.rendered.responses)
 
 
 @dataclass(frozen=True, slots=True)
 class PairTokenizer:
-    """Renders and tokenizes rows.
+    """Renderer and tokenizer of rows.
 
     Attributes:
         tokenizer: a Hugging Face tokenizer.
-        template: its chat template; None where prompt and response stand as they are.
-        stop_tokens: ids that end a response; the first is the end-of-sequence token, added where a response lacks one.
-        control: the control tokens, which must not come from the data's words.
-        prefix: what the tokenizer puts before a text by itself, a BOS mostly; a template rules over it.
+        template: its chat template; None where prompt and response are used as they are.
+        stop_tokens: ids that end a response; the first is the end-of-sequence token, appended to a response without.
+        control: the control tokens, which must not come from texts of the data.
+        prefix: ids that the tokenizer adds before a text, usually BOS; unused with a template, which writes its own.
     """
 
     tokenizer: Any
@@ -68,11 +67,11 @@ class PairTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any, template: str, stop_tokens: Sequence[int]) -> PairTokenizer:
-        """Look at a tokenizer, and try its chat template.
+        """Inspect a tokenizer and probe its chat template.
 
         Args:
-            template: the recipe's: "chat" or "none".
-            stop_tokens: ids at which generation ends by the model's own settings.
+            template: `[data] template`: "chat" or "none".
+            stop_tokens: ids at which the model's generation settings stop.
 
         Raises:
             PolicyError: the chat template cannot be run.
@@ -86,8 +85,8 @@ class PairTokenizer:
         if chat and chat.end_of_turn:
             end = tokenizer.convert_tokens_to_ids(chat.end_of_turn)
             if end not in ends:
-                log.warning("the chat template ends a response in %s, where generation doesn't stop by the model's own "
-                            "settings: add %d to the eos_token_id of generation_config.json",
+                log.warning("the chat template ends a response with %s, at which the model's generation settings don't "
+                            "stop: add %d to the eos_token_id of generation_config.json",
                             chat.end_of_turn, end)  # fmt: skip
             ends.append(end)
         prefix = () if chat else _prefix(tokenizer)
@@ -96,24 +95,24 @@ class PairTokenizer:
     def tokenize(
         self, rows: Iterable[ExampleRow], max_prompt_length: int | None = None
     ) -> Iterator[TokenizedExample | Finding]:
-        """Each row's ids, or why it cannot be tokenized; a warning comes before the row that it is about.
+        """Tokenize each row, or yield the finding that refuses it; a warning comes before its row.
 
         Args:
-            max_prompt_length: cut longer prompts to so many tokens; None cuts none.
+            max_prompt_length: truncate longer prompts to this many tokens; None truncates none.
 
         Raises:
             PolicyError: the chat template takes too long or too much memory.
         """
-        for some in _some_at_once(rows):
-            with bounded():
-                pieces = [self._pieces(row) for row in some]
+        for batch in _batched(rows):
+            with limited():
+                pieces = [self._pieces(row) for row in batch]
             texts = itertools.chain.from_iterable(each.texts for each in pieces if isinstance(each, Pieces))
             ids = self._ids_of(dict.fromkeys(texts))
-            for row, each in zip(some, pieces, strict=True):
+            for row, each in zip(batch, pieces, strict=True):
                 yield from self._finish(row, each, ids, max_prompt_length)
 
     def render_first(self, example: TokenizedExample) -> str:
-        """The example as the model meets it, special tokens visible, each scored span in double brackets."""
+        """Decode the example as the model sees it: special tokens visible, scored spans in double brackets."""
         decode = self.tokenizer.decode
         spans = [f"⟦{decode(list(branch))}⟧" for branch in example.branches]
         return "\n".join([decode(list(example.prompt)), *spans])
@@ -135,7 +134,7 @@ class PairTokenizer:
         yield example
 
     def _cut(self, row: ExampleRow, example: TokenizedExample, limit: int) -> TokenizedExample:
-        """The example with a prompt of at most `limit` tokens."""
+        """Truncate the prompt to at most `limit` tokens."""
         if self.template is None:
             start = len(self.prefix) if limit > len(self.prefix) else 0
             kept = example.prompt[:start] + example.prompt[start - limit :]
@@ -143,35 +142,35 @@ class PairTokenizer:
         tried = {_sizes(row): example}
 
         def cut(row: ExampleRow) -> TokenizedExample:
-            tried[_sizes(row)] = tried.get(_sizes(row)) or self._alone(row)
+            tried[_sizes(row)] = tried.get(_sizes(row)) or self._tokenize_one(row)
             return tried[_sizes(row)]
 
         shorter = shorten_prompt(row, limit, lambda row: len(cut(row).prompt), self._token_starts)
         return replace(cut(shorter), prompt_cut=True)
 
-    def _alone(self, row: ExampleRow) -> TokenizedExample:
-        with bounded():
+    def _tokenize_one(self, row: ExampleRow) -> TokenizedExample:
+        with limited():
             pieces = self._pieces(row)
         if isinstance(pieces, RefusedRowError):
             raise pieces
         return self._example(row, pieces, self._ids_of(dict.fromkeys(pieces.texts)))[0]
 
     def _pieces(self, row: ExampleRow) -> Pieces | RefusedRowError:
-        """The texts of a row; an error is given back, since others are rendered with it."""
+        """Render a row; a refusal is returned, not raised, since other rows are rendered in the same batch."""
         try:
-            self.control.refuse_typed(texts_of(row))
-            rendered = self.template.render(row) if self.template else _as_it_is(row)
+            self.control.refuse_in_texts(texts_of(row))
+            rendered = self.template.render(row) if self.template else _unrendered(row)
         except RefusedRowError as error:
             return error
         prompt = rendered.prompt[-TAIL_CHARACTERS:]
-        return Pieces(rendered, prompt[self.control.last_in(prompt) :])
+        return Pieces(rendered, prompt[self.control.last_start(prompt) :])
 
     def _example(
         self, row: ExampleRow, pieces: Pieces, ids: dict[str, list[int]]
     ) -> tuple[TokenizedExample, list[tuple[str, str]]]:
-        """A row's ids, and what to warn of: code and message."""
+        """Build the tokenized example of a row; returns it with its warnings (code, message)."""
         for text in pieces.texts:
-            self.control.refuse_hidden(text, ids[text])
+            self.control.refuse_normalized(text, ids[text])
         prompt = [*self.prefix, *ids[pieces.rendered.prompt]]
         if not prompt:
             raise RefusedRowError("empty", "the prompt has no tokens")
@@ -196,10 +195,10 @@ class PairTokenizer:
     def _response(
         self, prompt: list[int], pieces: Pieces, response: str, ids: dict[str, list[int]]
     ) -> tuple[list[int], bool]:
-        """The tokens of a response, and whether they are those of tokenizing prompt and response in one piece.
+        """Return the tokens of a response, and whether they equal those of tokenizing prompt and response together.
 
-        A tail that starts within a word has other tokens at first; where its second half has the prompt's own, a
-        response after the tail has the tokens that it has after the whole prompt.
+        A tail that starts inside a word has different tokens at first. If the second half of its tokens equals the end
+        of the prompt's, a response has the same tokens after the tail as after the whole prompt.
         """
         before, joined = ids[pieces.tail], ids[pieces.tail + response]
         settled = before[len(before) // 2 :]
@@ -208,22 +207,22 @@ class PairTokenizer:
             before, joined = ids[whole], self._ids(whole + response)
         if joined[: len(before)] == before:
             return joined[len(before) :], True
-        return self._inside(response), False
+        return self._without_leading_space(response), False
 
-    def _inside(self, text: str) -> list[int]:
-        """A text's ids, without the space that SentencePiece's tokenizers put before a text's first word."""
+    def _without_leading_space(self, text: str) -> list[int]:
+        """Tokenize a text without the space that SentencePiece tokenizers add before its first word."""
         before, joined = self._ids("\n"), self._ids("\n" + text)
         return joined[len(before) :] if joined[: len(before)] == before else self._ids(text)
 
     def _with_stop(self, ids: list[int]) -> list[int]:
-        """Ids up to the first stop token; templates put white space after it. Without one, the end token is added."""
-        place = next((place for place, token in enumerate(ids) if token in self.stop_tokens), None)
-        if place is not None:
-            after = [token for token in ids[place + 1 :] if token not in self.control.ids]
+        """Cut ids after the first stop token (templates add white space there); without one, append end-of-sequence."""
+        stop = next((index for index, token in enumerate(ids) if token in self.stop_tokens), None)
+        if stop is not None:
+            after = [token for token in ids[stop + 1 :] if token not in self.control.ids]
             if after and self.tokenizer.decode(after).strip():
-                name = self.tokenizer.decode(ids[place])
-                raise RefusedRowError("template", f"the chat template goes on after the stop token {name}")
-            return ids[: place + 1]
+                name = self.tokenizer.decode(ids[stop])
+                raise RefusedRowError("template", f"the chat template writes more text after the stop token {name}")
+            return ids[: stop + 1]
         if not self.stop_tokens:
             raise RefusedRowError("no_stop", "the tokenizer has no end-of-sequence token")
         return [*ids, self.stop_tokens[0]]
@@ -232,49 +231,50 @@ class PairTokenizer:
         return self._ids_of([text])[text]
 
     def _ids_of(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        some = list(texts)
-        if not some:
+        batch = list(texts)
+        if not batch:
             return {}
         found = self.tokenizer(
-            some, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        return dict(zip(some, found["input_ids"], strict=True))
+        return dict(zip(batch, found["input_ids"], strict=True))
 
     def _token_starts(self, text: str) -> list[int]:
-        """The characters at which a text's tokens start; evenly spread where the tokenizer doesn't tell."""
+        """Return the character offsets of a text's tokens; evenly spaced where the tokenizer has no offsets."""
         if self.tokenizer.is_fast:
             offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             return [start for start, _ in offsets]
         count = len(self._ids(text))
-        return [place * len(text) // count for place in range(count)]
+        return [index * len(text) // count for index in range(count)]
 
 
 def _sizes(row: ExampleRow) -> tuple[int, ...]:
-    """What tells the cuts of one row apart."""
+    """Return the lengths of the prompt's turns, which identify a truncation of one row."""
     return tuple(len(turn.content) for turn in row.prompt)
 
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that the tokenizer adds before a text, usually BOS."""
     full, bare = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
-    start = next((place for place in range(len(full)) if full[place : place + len(bare)] == bare), 0)
+    start = next((index for index in range(len(full)) if full[index : index + len(bare)] == bare), 0)
     return tuple(full[:start])
 
 
-def _as_it_is(row: ExampleRow) -> Rendered:
+def _unrendered(row: ExampleRow) -> Rendered:
     if len(row.prompt) > 1 or row.tools:
         raise RefusedRowError("no_template", "a conversation and tools need a chat template")
     return Rendered(row.prompt[0].content, tuple(side[0].content for side in responses_of(row)))
 
 
-def _some_at_once(rows: Iterable[ExampleRow]) -> Iterator[list[ExampleRow]]:
-    """Rows in their order, so many at once as the tokenizer's threads have use for."""
-    some: list[ExampleRow] = []
-    size = 0
+def _batched(rows: Iterable[ExampleRow]) -> Iterator[list[ExampleRow]]:
+    """Batch rows in their order, enough at a time to keep the tokenizer's threads busy."""
+    batch: list[ExampleRow] = []
+    num_characters = 0
     for row in rows:
-        some.append(row)
-        size += sum(map(len, texts_of(row)))
-        if len(some) == ROWS_AT_ONCE or size > CHARACTERS_AT_ONCE:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        batch.append(row)
+        num_characters += sum(map(len, texts_of(row)))
+        if len(batch) == ROWS_AT_ONCE or num_characters > CHARACTERS_AT_ONCE:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch

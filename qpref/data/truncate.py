@@ -1,7 +1,7 @@
-"""What becomes of a row that is longer than the recipe allows: refused, left out, or cut on both sides by one rule.
+"""Rows over the recipe's maximum lengths: refuse them, drop them, or truncate prompt and responses.
 
-A conversation stays one when it is cut: whole turns go, the oldest first, and of the last user's turn its beginning.
-The chat template then renders what is left, so all headers, the system turn and the tools stay.
+A truncated conversation stays a valid one: whole turns go, the oldest first, then the start of the last user turn. The
+chat template renders the rest, so that headers, the system turn and the tools stay.
 """
 
 from __future__ import annotations
@@ -11,60 +11,60 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from qpref.data.example_rows import ExampleRow, RefusedRowError
-from qpref.recipe.sections import DataSection
+from qpref.recipe.data_section import DataSection
 from qpref.records import Finding, TokenizedExample
 
 
 def prompt_limit(data: DataSection) -> int | None:
-    """The length that prompts are cut to; None where the recipe wants none cut."""
+    """Return the length that prompts are truncated to; None where the recipe doesn't truncate."""
     return data.max_prompt_length if data.on_overflow == "truncate" else None
 
 
 def shorten_prompt(
     row: ExampleRow, limit: int, num_tokens: Callable[[ExampleRow], int], token_starts: Callable[[str], Sequence[int]]
 ) -> ExampleRow:
-    """The row with as much of its prompt as has at most `limit` tokens.
+    """Truncate the row's prompt to at most `limit` tokens.
 
-    Turns before the last user's go, the oldest first and up to the next user's, then the beginning of that last turn.
-    The system turn and the end of the prompt stay.
+    Turns before the last user turn go, the oldest first and up to a user turn; then the start of the last user turn.
+    The system turn and everything after the last user turn stay.
 
     Args:
-        num_tokens: of a row's prompt.
-        token_starts: the characters at which a text's tokens start.
+        num_tokens: counts the tokens of a row's prompt.
+        token_starts: returns the character offsets of a text's tokens.
 
     Raises:
-        RefusedRowError: what has to stay is longer.
+        RefusedRowError: the parts that have to stay are longer.
     """
-    num_system = next((place for place, turn in enumerate(row.prompt) if turn.role != "system"), len(row.prompt))
+    num_system = next((index for index, turn in enumerate(row.prompt) if turn.role != "system"), len(row.prompt))
     system, turns = row.prompt[:num_system], row.prompt[num_system:]
-    asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
-    if not asked:
-        raise RefusedRowError("too_long", f"the prompt has no user turn to cut to {limit} tokens")
+    user_turns = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    if not user_turns:
+        raise RefusedRowError("too_long", f"the prompt has no user turn to truncate to {limit} tokens")
 
-    def from_turn(place: int) -> ExampleRow:
-        return replace(row, prompt=system + turns[place:])
+    def from_turn(index: int) -> ExampleRow:
+        return replace(row, prompt=system + turns[index:])
 
-    fits = bisect_left(asked, True, key=lambda place: num_tokens(from_turn(place)) <= limit)
-    if fits < len(asked):
-        return from_turn(asked[fits])
-    last, *after = turns[asked[-1] :]
+    fits = bisect_left(user_turns, True, key=lambda index: num_tokens(from_turn(index)) <= limit)
+    if fits < len(user_turns):
+        return from_turn(user_turns[fits])
+    last, *after = turns[user_turns[-1] :]
     starts = token_starts(last.content)
-    cut = excess = num_tokens(from_turn(asked[-1])) - limit
+    cut = excess = num_tokens(from_turn(user_turns[-1])) - limit
     while cut < len(starts):
         shorter = replace(row, prompt=(*system, replace(last, content=last.content[starts[cut] :]), *after))
         excess = num_tokens(shorter) - limit
         if excess <= 0:
             return shorter
         cut += excess
-    raise RefusedRowError("too_long", f"what a cut leaves of the prompt is over max_prompt_length {limit}")
+    raise RefusedRowError("too_long", f"the prompt is over max_prompt_length {limit} even after truncation")
 
 
 def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample | Finding | None:
-    """The example within `max_prompt_length` and `max_length`; None where the recipe drops it.
+    """Fit the example into `max_prompt_length` and `max_length`; returns None where the recipe drops it.
 
-    Truncating cuts each response on the right, to what the prompt leaves of `max_length`: at least one token, since
-    `max_prompt_length`, to which the prompt has been cut, is below it. A pair whose two sides become the same is
-    dropped, with a warning.
+    Truncation cuts each response on the right to `max_length` minus the prompt: at least one token, since
+    `max_prompt_length`, to which the prompt has been truncated, is below it. A pair whose two sides become the same is
+    dropped with a warning.
     """
     if example.label is None and example.branches[0] == example.branches[1]:
         message = "dropped: chosen and rejected are the same tokens"
@@ -80,11 +80,11 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
         else:
             message = f"prompt and response have {length} tokens, over max_length {data.max_length}"
         return Finding(code="too_long", severity="error", message=message, source=example.source)
-    assert len(example.prompt) <= data.max_prompt_length  # the tokenizer cuts prompts to `prompt_limit`
-    room = data.max_length - len(example.prompt)
-    branches = tuple(branch[:room] for branch in example.branches)
+    assert len(example.prompt) <= data.max_prompt_length  # the tokenizer truncates prompts to `prompt_limit`
+    max_tokens = data.max_length - len(example.prompt)
+    branches = tuple(branch[:max_tokens] for branch in example.branches)
     if example.label is None and branches[0] == branches[1]:
-        message = f"dropped: cut to their first {room} tokens, chosen and rejected are the same"
+        message = f"dropped: cut to their first {max_tokens} tokens, chosen and rejected are the same"
         return Finding(code="identical", severity="warning", message=message, source=example.source)
-    truncated = tuple(len(branch) > room for branch in example.branches)
+    truncated = tuple(len(branch) > max_tokens for branch in example.branches)
     return replace(example, branches=branches, truncated=truncated)

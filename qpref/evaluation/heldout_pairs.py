@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
-from qpref.data.reload import read_again
+from qpref.data.reload import reload_data
 from qpref.data.split import HeldOutShare
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun, reopen_plan
 from qpref.recipe.resolve import make_data_plan
-from qpref.recipe.sections import DataSection
 from qpref.records import Finding, Message, PreferencePair, TokenizedExample, UnpairedExample
 
 
@@ -42,7 +42,7 @@ def data_at(location: str) -> CheckedRows:
         RecipeError: no reader fits.
         DataError: it cannot be read.
     """
-    return check_data(make_data_plan(location).sources, (), pairs_alone=False).train
+    return check_data(make_data_plan(location).sources, (), pairs_only=False).train
 
 
 def data_of_run(run: RecordedRun, *, heldout_alone: bool = False) -> CheckedData:
@@ -59,7 +59,7 @@ def data_of_run(run: RecordedRun, *, heldout_alone: bool = False) -> CheckedData
     plan = reopen_plan(run, heldout_alone=heldout_alone, checks=False)
     data, seed = plan.recipe.data, plan.recipe.train.seed
     share = HeldOutShare(data.heldout_share, seed) if data.heldout_share else None
-    return check_data(plan.sources, (), pairs_alone=False, share=share)
+    return check_data(plan.sources, (), pairs_only=False, share=share)
 
 
 def heldout_has_changed(run: RecordedRun, tokenizer: PairTokenizer) -> bool | None:
@@ -70,7 +70,7 @@ def heldout_has_changed(run: RecordedRun, tokenizer: PairTokenizer) -> bool | No
         DataError: the data cannot be read, or training would refuse them.
     """
     plan = reopen_plan(run, heldout_alone=True)
-    return read_again(plan, tokenizer).have_changed(plan, run.facts["fingerprints"])
+    return reload_data(plan, tokenizer).has_changed(plan, run.facts["fingerprints"])
 
 
 def pairs_of(checked: CheckedRows, skip_bad: float = 0.0) -> list[PreferencePair]:

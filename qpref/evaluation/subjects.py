@@ -19,8 +19,9 @@ from qpref.policy.load import choose_device, is_prequantized, load_plain, load_p
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun
-from qpref.recipe.sections import AdapterSection, DataSection, ModelSection, Recipe, check_document
+from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder
 from qpref.training.snapshot import restore_adapter

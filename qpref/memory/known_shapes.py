@@ -120,7 +120,7 @@ def base_config(model: ModelSection) -> FoundConfig:
 
 def local_base(model: ModelSection) -> Path | None:
     """The base's folder where it lies on this machine: itself, converted, or downloaded before."""
-    path = pypi.kept_at(model.base) or Path(model.base)
+    path = pypi.cached_path(model.base) or Path(model.base)
     if not path.is_absolute():
         return _hub_cache(model)
     if path.is_dir():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qpref.data.example_rows import ExampleRow
 from qpref.data.load import load_rows
-from qpref.data.source import CheckedRow
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError, UnreachableDataError
@@ -17,8 +17,8 @@ from qpref.memory.stream import Lengths
 from qpref.policy.source import BaseFolder
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.choices import SourceChoice
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.resolve import Plan
-from qpref.recipe.sections import DataSection
 from qpref.records import Finding, PreferencePair, TokenizedExample
 
 CHARACTERS_PER_TOKEN = 4
@@ -93,7 +93,7 @@ def _assumed(plan: Plan, reason: str) -> PlannedData:
     return PlannedData(origin=origin, lengths=[(prompt, [response] * count)], longest=[], num_examples=None)
 
 
-def _tokenized(plan: Plan, rows: list[CheckedRow], location: str) -> PlannedData | None:
+def _tokenized(plan: Plan, rows: list[ExampleRow], location: str) -> PlannedData | None:
     """Tokenize a sample with the base's own tokenizer; None where it isn't on this machine."""
     data = plan.recipe.data
     tokenizer = _local_tokenizer(plan)
@@ -122,7 +122,7 @@ def _local_tokenizer(plan: Plan) -> PairTokenizer | None:
     return PairTokenizer.of(load_tokenizer(model, base), plan.recipe.data.template, stop_tokens(base))
 
 
-def _lengths(tokenizer: PairTokenizer, rows: Sequence[CheckedRow], data: DataSection) -> list[Lengths]:
+def _lengths(tokenizer: PairTokenizer, rows: Sequence[ExampleRow], data: DataSection) -> list[Lengths]:
     """Tokenize rows and return the lengths of those that training would keep."""
     found: list[Lengths] = []
     for example in tokenizer.tokenize(rows, prompt_limit(data)):
@@ -132,7 +132,7 @@ def _lengths(tokenizer: PairTokenizer, rows: Sequence[CheckedRow], data: DataSec
     return found
 
 
-def _estimated(data: DataSection, rows: list[CheckedRow], location: str) -> PlannedData:
+def _estimated(data: DataSection, rows: list[ExampleRow], location: str) -> PlannedData:
     """Estimate tokens from characters."""
     lengths: list[Lengths] = []
     for row in rows:
@@ -143,11 +143,11 @@ def _estimated(data: DataSection, rows: list[CheckedRow], location: str) -> Plan
     return PlannedData(origin=origin, lengths=lengths, longest=[], num_examples=len(rows))
 
 
-def _sizes(row: CheckedRow) -> list[int]:
+def _sizes(row: ExampleRow) -> list[int]:
     """Count characters of the prompt and of each response."""
     sides = [row.chosen, row.rejected] if isinstance(row, PreferencePair) else [row.completion]
     return [sum(len(message.content) for message in turns) for turns in (row.prompt, *sides)]
 
 
-def _characters(row: CheckedRow) -> int:
+def _characters(row: ExampleRow) -> int:
     return sum(_sizes(row))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref.data.reload import read_again
+from qpref.data.reload import reload_data
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
 from qpref.policy.source import BaseFolder
@@ -63,9 +63,9 @@ def choose_pairs(
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    read = read_again(plan, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)))
+    read = reload_data(plan, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)))
     origin = "held-out" if read.split == "heldout" else "training"
-    changed = None if fingerprints is None else read.have_changed(plan, fingerprints)
+    changed = None if fingerprints is None else read.has_changed(plan, fingerprints)
     if changed:
         log.warning("the %s data have changed since training; the verdict is on the present data", origin)
     contrasts = list(_contrasts(read.examples))

@@ -1,4 +1,4 @@
-"""What a recipe chose among the plugins, with the options of each parsed."""
+"""Plugins that a recipe chose, with their parsed options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qpref.recipe.schedule import Scheduled
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A plugin that the recipe chose, with its parsed options."""
+    """A plugin with its parsed options."""
 
     plugin: Loaded
     options: Any
@@ -33,37 +33,37 @@ def joint_needs(losses: Iterable[Choice]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChoice:
-    """One place that rows come from.
+    """A source of rows.
 
     Attributes:
         location: a path, `NAME:...` for a reader that takes names, or `pypi:...`.
-        shape: of its rows; "auto" finds it out.
-        columns: our names of columns -> the source's.
-        weight: how often an epoch trains on each of its rows.
+        format: row format, a name of `RowFormat`; "auto" recognizes it by the columns of each row.
+        columns: qpref's column names -> the source's.
+        weight: times that an epoch trains on each row.
     """
 
     location: str
     split: Split
     reader: Loaded
-    shape: str = "auto"
+    format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class LossChoice:
-    """A loss that the recipe chose, its options, which may change over the run, and its share of the sum."""
+    """A loss that the recipe chose, its options, which may follow a schedule, and its factor in the sum."""
 
     plugin: Loaded
     options: Scheduled
     weight: float = 1.0
 
     def at(self, progress: float) -> Choice:
-        """The choice at `progress` of the run, 0 to 1."""
+        """Return the choice with the options at `progress` of the run, 0 to 1."""
         return Choice(self.plugin, self.options.at(progress))
 
     def table(self) -> dict[str, Any]:
-        """The choice as the recipe has it."""
+        """Return the choice as a table of the recipe."""
         weight = {} if self.weight == 1.0 else {"weight": self.weight}
         return {"name": self.plugin.record.name} | weight | self.options.document()
 

@@ -1,4 +1,4 @@
-"""A recipe's TOML as nested dicts: read, changed in single values, and told from another that computes other things."""
+"""A recipe's TOML as nested dicts: reading it, overriding single values, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from qpref.errors import RecipeError
 
 FREE_TO_CHANGE = {
-    # Where things lie; their contents have fingerprints of their own.
+    # Locations; their contents have fingerprints of their own.
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
     *(
         ("data", key)
-        for key in ("train", "heldout", "heldout_share", "reader", "shape", "columns", "skip_bad", "cache")
+        for key in ("train", "heldout", "heldout_share", "reader", "format", "columns", "skip_bad", "cache")
     ),
     ("adapter", "start"),
-    # How it is computed and how often it is told or saved.
+    # Memory and speed, and how often metrics and checkpoints are written.
     *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),
     *(("train", key) for key in ("log_every", "eval_every", "save_every")),
 }
@@ -28,7 +28,7 @@ FREE_TO_CHANGE = {
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The recipe's TOML as nested dicts.
+    """Read a recipe's TOML as nested dicts.
 
     Raises:
         RecipeError: there is no such file, or it is not TOML.
@@ -46,13 +46,13 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of the document with each `table.key=value` set.
+    """Return a copy of the document with each `table.key=value` set.
 
-    A value is read as TOML where it is TOML, else as text: `train.learning_rate=1e-6`, `loss.name=ipo`. A number in the
-    path is a place in an array: `sinks.0.name=console`.
+    A value that is TOML is parsed, any other is a string: `train.learning_rate=1e-6`, `loss.name=ipo`. A number in the
+    path is an index into an array of tables: `sinks.0.name=console`.
 
     Raises:
-        RecipeError: an override has no `=`, or its path leads through something that isn't a table.
+        RecipeError: an override has no `=`, or its path leads through a value that isn't a table.
     """
     changed = copy.deepcopy(dict(document))
     for override in overrides:
@@ -60,14 +60,14 @@ def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dic
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise RecipeError(f"--set {override}: expected table.key=value")
-        place: Any = changed
+        table: Any = changed
         try:
             for key in keys[:-1]:
-                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-            last: Any = int(keys[-1]) if isinstance(place, list) else keys[-1]
-            place[last] = _toml_value(text.strip())
+                table = table[int(key)] if isinstance(table, list) else table.setdefault(key, {})
+            last: Any = int(keys[-1]) if isinstance(table, list) else keys[-1]
+            table[last] = _toml_value(text.strip())
         except (TypeError, AttributeError, ValueError, IndexError):
-            raise RecipeError(f"--set {override}: '{path.strip()}' is no place in this recipe") from None
+            raise RecipeError(f"--set {override}: '{path.strip()}' is not a key of this recipe") from None
     return changed
 
 
@@ -79,7 +79,7 @@ def _toml_value(text: str) -> object:
 
 
 def fingerprint_of(document: Mapping[str, Any]) -> str:
-    """The fingerprint of a resolved recipe, such as a run's recipe.lock.toml."""
+    """Hash a resolved recipe (recipe.lock.toml) without the settings that are free to change; SHA-256 in hex."""
     decisive = {
         table: {key: value for key, value in document[table].items() if (table, key) not in FREE_TO_CHANGE}
         for table in ("model", "adapter", "data", "train")

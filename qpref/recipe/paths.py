@@ -1,4 +1,4 @@
-"""What the paths of a recipe mean: relative ones start at its folder; hub ids, readers' names and wheels stay."""
+"""Paths of a recipe: relative ones start at its folder; hub ids, `NAME:...` and `pypi:...` stay as they are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
-from qpref.recipe.sections import Recipe, SourceSection
+from qpref.recipe.data_section import SourceSection
+from qpref.recipe.sections import Recipe
 
 HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?(:[\w.-]+)?")
 """`org/name/config@revision:split`, of which the last three may be left out."""
@@ -17,11 +18,11 @@ FILE_SUFFIX = re.compile(r"\.[A-Za-z]+$")
 
 @dataclass(frozen=True, slots=True)
 class Locations:
-    """Resolves one recipe's paths.
+    """Resolve the paths of one recipe.
 
     Attributes:
-        folder: the recipe's.
-        names_reader: whether a location such as `hf:org/name` starts with the name of an installed reader.
+        folder: folder of the recipe.
+        names_reader: function that tells whether a location such as `hf:org/name` starts with an installed reader.
     """
 
     folder: Path
@@ -39,14 +40,14 @@ class Locations:
         return name if HUB_DATASET.fullmatch(name) and not FILE_SUFFIX.search(name) else None
 
     def base(self, base: str) -> str:
-        """A base or a tokenizer: a path where it looks like one or exists, else a hub id."""
+        """Resolve a base or a tokenizer: a path if it looks like one or exists, else a hub id."""
         if base.startswith(pypi.PREFIX):
             return base
         looks_local = base.startswith((".", "/", "~")) or base.endswith(".gguf")
         return self.path(base) if looks_local or (self.folder / base).exists() else base
 
     def source(self, location: str) -> str:
-        """Where data come from."""
+        """Resolve the location of a data source."""
         name, _, rest = location.partition(":")
         if self.names_reader(location) and (self.folder / rest).exists():
             return f"{name}:{self.path(rest)}"
@@ -58,7 +59,7 @@ class Locations:
         return [source.model_copy(update={"path": self.source(source.path)}) for source in listed]
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe with every path absolute."""
+        """Return the recipe with every path absolute."""
         model, data, start = recipe.model, recipe.data, recipe.adapter.start
         changes = {
             "model": {"base": self.base(model.base), "tokenizer": model.tokenizer and self.base(model.tokenizer)},

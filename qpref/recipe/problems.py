@@ -1,4 +1,4 @@
-"""Mistakes of a recipe, in the recipe's own words."""
+"""Validation errors of a recipe, named by its tables and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One mistake: the table in brackets, the key, and what is wrong with it."""
+    """A mistake of the recipe: table, key and message."""
 
     table: str
     key: str
@@ -23,18 +23,19 @@ class Problem:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], table: str = "") -> list[Problem]:
-    """pydantic's errors in the recipe's words; `table` is where `model` stands in the recipe.
+    """Convert pydantic's errors to problems, one per key: for a union, pydantic reports every arm.
 
-    A union reports each of its arms; one problem a key is enough.
+    Args:
+        table: dotted name of the recipe's table that `model` checks; empty for the whole recipe.
     """
     problems: dict[tuple[str, str], Problem] = {}
     for detail in error.errors():
-        place, owner = _place(detail["loc"], model)
-        message = _in_words(detail, [table, *place] if table else place, owner)
+        keys, owner = _known_keys(detail["loc"], model)
+        message = _message(detail, [table, *keys] if table else keys, owner)
         if detail["type"] == "extra_forbidden":
-            place.append(str(detail["loc"][-1]))
-        where = ([table] if table else []) + place
-        names, key = (where[:-1], where[-1]) if len(where) > 1 or table else (where or ["recipe"], "")
+            keys.append(str(detail["loc"][-1]))
+        path = ([table] if table else []) + keys
+        names, key = (path[:-1], path[-1]) if len(path) > 1 or table else (path or ["recipe"], "")
         if not names:
             names, key = [key], ""
         problem = Problem(".".join(names), key, message)
@@ -43,34 +44,34 @@ def problems_of(error: ValidationError, model: type[BaseModel], table: str = "")
 
 
 def _deepest(problems: Iterable[Problem]) -> list[Problem]:
-    """Without those that only say that a list of tables isn't what a union's other arm wants."""
+    """Drop problems that contain a deeper one: another arm of the union only complains about the type of the list."""
     found = list(problems)
     inside = [f"{problem.table}." for problem in found]
     return [one for one in found if not any(table.startswith(f"{one.table}.{one.key}.") for table in inside)]
 
 
-def _place(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """The part of pydantic's location that names keys of the recipe, and the innermost model that it reached.
+def _known_keys(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """Return the leading keys of the recipe in pydantic's location, and the innermost model that they reach.
 
-    What follows are names of a union's arms.
+    The rest of the location names arms of a union.
     """
-    place: list[str] = []
+    keys: list[str] = []
     for step in steps:
         if isinstance(step, int):
-            place.append(str(step))
+            keys.append(str(step))
             continue
-        if step.startswith("list["):  # a union's arm, through which the location goes on
+        if step.startswith("list["):  # an arm of a union; keys follow
             continue
         if step not in model.model_fields:
             break
-        place.append(step)
+        keys.append(step)
         annotation = model.model_fields[step].annotation
         inner = _inner_model(annotation)
         if inner is not None:
             model = inner
         elif get_origin(annotation) is not list:
             break
-    return place, model
+    return keys, model
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
@@ -80,18 +81,19 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Suggest the nearest known word, or list all of them."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}" if known else ""
 
 
-def _in_words(detail: Any, place: Sequence[str], owner: type[BaseModel]) -> str:
+def _message(detail: Any, keys: Sequence[str], owner: type[BaseModel]) -> str:
     kind, key = detail["type"], str(detail["loc"][-1])
     if kind == "extra_forbidden":
         refused: Mapping[str, str] = getattr(owner, "refused", {})
         return refused.get(key) or "unknown key" + did_you_mean(key, list(owner.model_fields))
     if kind == "missing":
-        return "missing" if len(place) > 1 else "missing; every recipe has it"
-    if place == ["loss"] and kind in ("list_type", "too_short"):
+        return "missing" if len(keys) > 1 else "missing; every recipe has it"
+    if keys == ["loss"] and kind in ("list_type", "too_short"):
         return f"expected a table, got {detail['input']!r}"
     if kind in ("model_type", "dict_type"):
         return f"expected a table, got {detail['input']!r}"

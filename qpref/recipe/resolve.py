@@ -14,28 +14,29 @@ from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
+from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
 from qpref.recipe.paths import Locations
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
-from qpref.recipe.sections import DataSection, ModelSection, Recipe, SourceSection, check_document
+from qpref.recipe.sections import ModelSection, Recipe, check_document
 
 DEFAULT_VALIDATOR = "pairs"
-"""Its options stand in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
+"""Its options are in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
 SPLITS: tuple[Split, ...] = ("heldout", "train")
-"""In the order in which checks see them."""
+"""Splits in the order in which checks read them."""
 FOLDER_READER = "datasets"
-"""Reads a folder where no reader is named."""
+"""Reader of a folder, unless the recipe names one."""
 DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
-"""Run on all data too, where they are installed."""
+"""Validators that run on all data too, where they are installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that a run needs to know before it starts.
+    """A resolved recipe: every name and option that a run needs before it starts.
 
     Attributes:
-        document: the recipe with overrides, as TOML data, defaults included and paths absolute.
+        document: the recipe as TOML data, with overrides, defaults and absolute paths.
         output: the run folder.
         losses: one, or several that are added; all of pairs or all of single completions.
         sources: of the held-out data, then of the training data.
@@ -71,21 +72,21 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the settings that decide what is computed, beyond rounding: what a resumed run must not change."""
+        """SHA-256 of the settings that change results beyond rounding; a resumed run must keep them."""
         return fingerprint_of(self.document)
 
 
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
-    """Resolve a recipe.
+    """Resolve a recipe: every name, option and path.
 
     Args:
         recipe: a TOML file, or its content as nested dicts.
-        overrides: `table.key=value` each.
+        overrides: strings `table.key=value`.
         output: the run folder; by default `runs/<the recipe's file name without .toml>`.
 
     Raises:
-        RecipeError: mistakes in the recipe, all of them in one message.
-        PluginError: a plugin that it names is broken, or offered twice.
+        RecipeError: the recipe has mistakes; all of them are in the message.
+        PluginError: a plugin that the recipe names is broken, or offered twice.
     """
     if isinstance(recipe, Path):
         origin, folder = str(recipe), recipe.absolute().parent
@@ -97,7 +98,7 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
 
 
 def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
-    """What a recipe with mistakes elsewhere says of its sources; None where that is mistaken too."""
+    """Read the sources of a recipe that has mistakes elsewhere; None where its sources have mistakes too."""
     table = document.get("data")
     if not isinstance(table, dict):
         return None
@@ -110,7 +111,7 @@ def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:
-    """How to look at data without a recipe: its sources, the validators, and what they would be tokenized with."""
+    """A plan for checking data without a recipe: sources, validators, and the model that tokenizes them."""
 
     sources: tuple[SourceChoice, ...]
     validators: tuple[Choice, ...]
@@ -119,14 +120,14 @@ class DataPlan:
 
 
 def make_data_plan(location: str, base: str | None = None) -> DataPlan:
-    """How to look at one source by the recipe's defaults.
+    """Plan the check of one source with the defaults of a recipe.
 
     Args:
         location: as `[data] train`; a relative path starts at the current folder.
         base: as `[model] base`, or None.
 
     Raises:
-        RecipeError: no reader fits.
+        RecipeError: no reader is known for the source.
     """
     return Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
 
@@ -203,18 +204,18 @@ class Resolution:
         return DataPlan(tuple(sources), tuple(validators), data, model)
 
     def _losses(self, tables: Any) -> list[LossChoice]:
-        places = {"loss": tables} if isinstance(tables, dict) else {}
+        tables_by_name = {"loss": tables} if isinstance(tables, dict) else {}
         if isinstance(tables, list):
-            places = {f"loss.{place}": table for place, table in enumerate(tables)}
-        choices = [self._loss(table, where) for where, table in places.items()]
+            tables_by_name = {f"loss.{index}": table for index, table in enumerate(tables)}
+        choices = [self._loss(table, where) for where, table in tables_by_name.items()]
         losses = [choice for choice in choices if choice]
         if len({isinstance(loss.plugin.record, PairedLoss) for loss in losses}) > 1:
             names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)
-            self._problems.append(Problem("loss", "", f"{names}: one is of pairs, another of single completions"))
+            self._problems.append(Problem("loss", "", f"{names}: one is on pairs, another on single completions"))
         return losses
 
     def _loss(self, table: Any, where: str) -> LossChoice | None:
-        """A loss with its options, each number of which may be a table `{ start, end, schedule }`."""
+        """Resolve a loss with its options; a numeric option may be a table `{ start, end, schedule }`."""
         if not isinstance(table, dict):
             return None
         values, schedules = dict(table), {}
@@ -235,7 +236,10 @@ class Resolution:
         noted = len(self._problems)
         last = self._choose_named(manager.LOSS, values | {key: value.end for key, value in schedules.items()}, where)
         if first is not None:
-            ends = [replace(problem, message=f"{problem.message} (its end)") for problem in self._problems[noted:]]
+            ends = [
+                replace(problem, message=f"{problem.message} (end of the schedule)")
+                for problem in self._problems[noted:]
+            ]
             self._problems[noted:] = ends
         if first is None or last is None or isinstance(weight, bool) or not isinstance(weight, int | float):
             return None
@@ -256,7 +260,7 @@ class Resolution:
 
     def _sinks(self, tables: Any) -> list[Choice]:
         tables = tables if isinstance(tables, list) else [{"name": "console"}]
-        choices = [self._choose_named(manager.SINK, table, f"sinks.{place}") for place, table in enumerate(tables)]
+        choices = [self._choose_named(manager.SINK, table, f"sinks.{index}") for index, table in enumerate(tables)]
         return [choice for choice in choices if choice]
 
     def _sources(self, data: DataSection | None, splits: Sequence[Split] = SPLITS) -> list[SourceChoice]:
@@ -265,8 +269,8 @@ class Resolution:
             return found
         for split in splits:
             several = not isinstance(getattr(data, split), str)
-            for place, source in enumerate(data.sources(split)):
-                table, key = (f"data.{split}.{place}", "path") if several else ("data", split)
+            for index, source in enumerate(data.sources(split)):
+                table, key = (f"data.{split}.{index}", "path") if several else ("data", split)
                 if source.path in [one.location for one in found]:
                     message = f"{source.path} is named twice; a source's weight says how often its rows are trained on"
                     self._problems.append(Problem(table, key, message))
@@ -276,7 +280,7 @@ class Resolution:
                             location=source.path,
                             split=split,
                             reader=reader,
-                            shape=source.shape or "auto",
+                            format=source.format or "auto",
                             columns=source.columns or {},
                             weight=source.weight,
                         )
@@ -284,8 +288,7 @@ class Resolution:
         return found
 
     def _reader(self, source: SourceSection, table: str, key: str) -> Loaded | None:
-        """The reader that the recipe names, or that the location does, or whose name is the file's suffix (the longest
-        such)."""
+        """Find the reader: named by the recipe, else by the location, else by the file's longest known suffix."""
         name = source.reader or self._named_reader(source.path)
         if name is None and Path(source.path).is_dir():
             name = FOLDER_READER
@@ -304,19 +307,19 @@ class Resolution:
         return self._load(manager.READER, name, table, "reader" if source.reader else key)
 
     def _named_reader(self, location: str) -> str | None:
-        """The installed reader that a location such as `hf:org/name` starts with."""
+        """Return the installed reader that a location such as `hf:org/name` starts with, or None."""
         name, colon, _ = location.partition(":")
         return name if colon and name in self._host.names(manager.READER) else None
 
     def _choose_named(self, kind: Kind, table: Any, where: str) -> Choice | None:
-        """The plugin that the table's `name` names, with the other keys as its options."""
+        """Resolve the plugin of the table's `name`, with the other keys as its options."""
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-            return None  # the recipe's own check has noted it
+            return None  # already a problem of the recipe
         options = {key: value for key, value in table.items() if key != "name"}
         return self._choose(kind, table["name"], options, where)
 
     def _choose(self, kind: Kind, name: str, options: dict[str, Any], where: str) -> Choice | None:
-        """A plugin with its options parsed; None where that is a problem, which is noted."""
+        """Load a plugin and parse its options; on a problem, note it and return None."""
         plugin = self._load(kind, name, where, "name")
         if plugin is None:
             return None

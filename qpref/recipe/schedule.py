@@ -1,4 +1,4 @@
-"""Options that change over a run, whichever is a number: `beta = { start = 0.1, end = 0.3, schedule = "linear" }`."""
+"""Numeric options on a schedule over the run: `beta = { start = 0.1, end = 0.3, schedule = "linear" }`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qpref.errors import RecipeError
 
 
 class Schedule(BaseModel):
-    """How one number goes from `start`, at the first optimizer step, to `end`, at the last."""
+    """A number that goes from `start`, at the first optimizer step, to `end`, at the last."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -22,10 +22,10 @@ class Schedule(BaseModel):
     schedule: Literal["linear", "cosine"] = "linear"
 
     def at(self, progress: float) -> float:
-        """The value at `progress` of the run, 0 to 1; exactly `start` and `end` at its ends."""
+        """Return the value at `progress` of the run, 0 to 1; exactly `start` at 0 and `end` at 1."""
         done = progress if self.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
         value = self.start * (1 - done) + self.end * done
-        return min(max(value, min(self.start, self.end)), max(self.start, self.end))  # rounding could lead out
+        return min(max(value, min(self.start, self.end)), max(self.start, self.end))  # rounding could leave the range
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Scheduled:
     schedules: Mapping[str, Schedule]
 
     def at(self, progress: float) -> Any:
-        """The options at `progress` of the run, 0 to 1, checked like any recipe's.
+        """Return the options at `progress` of the run, 0 to 1, checked like those of a recipe.
 
         Raises:
-            RecipeError: a value between the ends is out of its option's range.
+            RecipeError: a value between start and end is outside its option's range.
         """
         if not self.schedules:
             return self.first
@@ -58,12 +58,12 @@ class Scheduled:
             raise RecipeError(f"[loss] {name}: after {progress:.0%} of its schedule: {message}") from None
 
     def document(self) -> dict[str, Any]:
-        """The options as TOML data."""
+        """Return the options as TOML data."""
         tables = {name: schedule.model_dump(mode="json") for name, schedule in self.schedules.items()}
         return self.first.model_dump(mode="json", exclude_none=True) | tables
 
 
 def can_be_scheduled(model: type[BaseModel], option: str) -> bool:
-    """Whether an option is a number that need not be whole."""
+    """Return whether an option is a float, and so can follow a schedule."""
     field = model.model_fields.get(option)
     return field is not None and (field.annotation is float or float in get_args(field.annotation))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qpref.data.mismatch import alone, partner_alone
+from qpref.data.mismatch import only_partner, without_partner
 from qpref.data.pack import pack
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
@@ -40,7 +40,7 @@ class Scorer:
     def pack(self, examples: Sequence[TokenizedExample]) -> PackedBatch:
         """Pack the examples into one stream, without their mismatched partners."""
         if self.objective.needs_mismatched:
-            examples = [alone(example) for example in examples]
+            examples = [without_partner(example) for example in examples]
         return pack(examples, self.policy.device)
 
     def policy_scores(self, batch: PackedBatch) -> TokenLogProbs:
@@ -54,6 +54,6 @@ class Scorer:
         """Score the examples' mismatched partners without a graph; None for losses that don't need them."""
         if not self.objective.needs_mismatched:
             return None
-        batch = pack([partner_alone(example) for example in examples], self.policy.device)
+        batch = pack([only_partner(example) for example in examples], self.policy.device)
         with torch.no_grad():
             return Mismatched(self.policy_scores(batch), self.reference(batch))

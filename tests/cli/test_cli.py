@@ -86,7 +86,7 @@ def test_a_row_that_is_no_pair_is_one_message_and_leaves_nothing(tmp_path, write
         "",
         f"error: {tmp_path}/train.jsonl:13: not a preference pair: no rejected\n"
         f"{tmp_path}/train.jsonl:14: not JSON: Unterminated string starting at column 37; 2 of 18 rows are refused\n"
-        "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with "
+        "hint: fix or drop the rows (`qpref check` lists all of them), or allow a share of them with "
         "[data] skip_bad\n",
     )
     assert files_under(tmp_path) == before
@@ -130,7 +130,7 @@ def test_data_that_are_a_folder_exit_3(tmp_path, write_recipe):
     recipe = write_recipe({"data.train": "folder.jsonl"})
     assert refusal(tmp_path, recipe, "--output", tmp_path / "run") == (
         3,
-        f"error: {tmp_path}/folder.jsonl: no folder of Dataset.save_to_disk; it has no state.json\n",
+        f"error: {tmp_path}/folder.jsonl: not a folder of Dataset.save_to_disk: it has no state.json\n",
     )
 
 

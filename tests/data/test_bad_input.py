@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qpref.data.check import check_data
 from qpref.data.data_report import DataReport
-from qpref.data.row_formats import COLUMNS, SHAPES, records_of_row
+from qpref.data.row_formats import COLUMNS, ROW_FORMATS, records_of_row
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
@@ -42,29 +42,29 @@ def verdicts(path: Path, reader: str | None = None) -> list[tuple[int, str, str]
 
     What stops the reading is the last: its line is 0 where its message names none, its code "stopped".
     """
-    told, stop = [], ""
+    reported, stop = [], ""
     started = time.process_time()
     try:
         for item in HOST.load(READER, reader or path.name.partition(".")[2]).record.read(path):
             result = item if isinstance(item, Finding) else records_of_row(item)
             if isinstance(result, Finding):
                 assert (result.severity, result.source.path) == ("error", str(path))
-                told.append((result.source.line, result.code, result.message))
+                reported.append((result.source.line, result.code, result.message))
             else:
-                told.append((item.source.line, "kept", type(result[0]).__name__))
+                reported.append((item.source.line, "kept", type(result[0]).__name__))
     except DataError as error:
         stop = error.what
     assert time.process_time() - started < MAX_SECONDS
     if stop:
         assert stop.startswith(f"{path}:")
         line, _, message = stop.removeprefix(f"{path}:").partition(": ")
-        told.append((int(line), "stopped", message) if line.isdigit() else (0, "stopped", stop))
-    return told
+        reported.append((int(line), "stopped", message) if line.isdigit() else (0, "stopped", stop))
+    return reported
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A bad row, or file, and what is told of it."""
+    """A bad row, or file, and what is reported of it."""
 
     raw: bytes
     code: str
@@ -96,9 +96,9 @@ NOT_JSON = {
     "NaN": Bad(b'{"prompt": NaN}', "unreadable", "NaN is not JSON"),
     "Infinity": Bad(b'{"weight": Infinity}', "unreadable", "Infinity is not JSON"),
     "-Infinity": Bad(b'{"weight": [-Infinity]}', "unreadable", "-Infinity is not JSON"),
-    "a key twice": Bad(b'{"prompt": "a", "prompt": "b"}', "unreadable", "the key 'prompt' stands twice"),
-    "a key twice, once escaped": Bad(b'{"prompt": "a", "\\u0070rompt": "b"}', "unreadable", "stands twice"),
-    "a key twice in a message": Bad(b'{"prompt": [{"role": "a", "role": "b"}]}', "unreadable", "'role' stands twice"),
+    "a key twice": Bad(b'{"prompt": "a", "prompt": "b"}', "unreadable", "duplicate key 'prompt'"),
+    "a key twice, once escaped": Bad(b'{"prompt": "a", "\\u0070rompt": "b"}', "unreadable", "duplicate key 'prompt'"),
+    "a key twice in a message": Bad(b'{"prompt": [{"role": "a", "role": "b"}]}', "unreadable", "duplicate key 'role'"),
     "half a surrogate pair": Bad(b'{"prompt": "\\ud800"}', "unreadable", "half of a surrogate pair"),
     "the other half": Bad(b'{"prompt": "\\uDC00"}', "unreadable", "half of a surrogate pair"),
     "surrogates the wrong way round": Bad(b'{"prompt": "\\ude00\\ud83d"}', "unreadable", "half of a surrogate pair"),
@@ -146,14 +146,14 @@ TOO_LONG = {
     "64 MiB of brackets": Bad(b"[" * 64 * 2**20, "unreadable", "the line is longer than 4 MiB"),
 }
 PARTS = {
-    "an empty object": Bad(b"{}", "no_shape", "it has no column"),
-    "unknown columns": row("no_shape", "it has question", prompt=None, chosen=None, rejected=None, question="x"),
-    "all columns null": Bad(b'{"prompt": null, "chosen": null}', "no_shape", "no known shape"),
+    "an empty object": Bad(b"{}", "unknown_format", "it has no column"),
+    "unknown columns": row("unknown_format", "it has question", prompt=None, chosen=None, rejected=None, question="x"),
+    "all columns null": Bad(b'{"prompt": null, "chosen": null}', "unknown_format", "no known row format"),
     "prompt alone": row("not_a_pair", "no chosen and no rejected", chosen=None, rejected=None),
     "no prompt": row("not_a_pair", "no prompt", prompt=None),
     "no chosen": row("not_a_pair", "no chosen", chosen=None),
     "no rejected": row("not_a_pair", "no rejected", rejected=None),
-    "columns in capitals": Bad(b'{"Prompt": "a", "Chosen": "b", "Rejected": "c"}', "no_shape", "Prompt, Chosen"),
+    "columns in capitals": Bad(b'{"Prompt": "a", "Chosen": "b", "Rejected": "c"}', "unknown_format", "Prompt, Chosen"),
     "a prompt of white space": row("empty", "prompt is empty", prompt=" \n\t"),
     "an empty prompt": row("empty", "prompt is empty", prompt=""),
     "an empty chosen": row("empty", "chosen is empty", chosen=""),
@@ -174,7 +174,7 @@ PARTS = {
     "a content of parts": row("not_a_message", "make its parts one text", prompt=[{"role": "user", "content": [{}]}]),
     "a content that is a number": row("not_a_message", "found a number", prompt=[{"role": "user", "content": 3}]),
     "an image": row("not_a_message", "images cannot be", prompt=[{"role": "user", "content": "x", "images": ["a"]}]),
-    "messages as Python prints them": row("not_a_message", "as Python prints them", prompt=str(turns("user"))),
+    "messages in Python notation": row("not_a_message", "in Python notation", prompt=str(turns("user"))),
     "chosen is a number": row("not_a_message", "chosen: expected a text", chosen=3),
     "chosen is true": row("not_a_message", "chosen: expected a text", chosen=True),
     "chosen is an object": row("not_a_message", "chosen: expected a text", chosen={"text": "x"}),
@@ -217,7 +217,7 @@ CONVERSATIONS = {
         rejected=[*WHOLE, *WHOLE],
     ),
     "a prompt that is not the conversations'": row(
-        "different_prompts", "begin with the prompt", prompt="How?", chosen=WHOLE, rejected=WHOLE
+        "different_prompts", "start with the prompt", prompt="How?", chosen=WHOLE, rejected=WHOLE
     ),
     "a longer chosen": row(
         "role_order", "chosen: expected one turn", prompt=None, chosen=[*WHOLE, *WHOLE], rejected=WHOLE
@@ -362,7 +362,9 @@ CSV = {
     "an empty last field": Bad(b"a,b,", "empty", "rejected is empty"),
     "NUL": Bad(b"a,b,\0", "control_character", "U+0000"),
     "messages out of order": Bad(b'"[{""role"": ""system"", ""content"": ""x""}]",b,c', "role_order", "the system's"),
-    "messages as pandas writes them": Bad(b"\"[{'role': 'user', 'content': 'x'}]\",b,c", "not_a_message", "as Python"),
+    "messages as pandas writes them": Bad(
+        b"\"[{'role': 'user', 'content': 'x'}]\",b,c", "not_a_message", "in Python notation"
+    ),
 }
 
 
@@ -400,15 +402,15 @@ FILES = {
     "an array in UTF-16": ("json", '[{"a": 1}]'.encode("utf-16"), 0, "stopped", "not UTF-8 (byte 1)"),
     "an element that is no object": ("json", b"[1]", 1, "unreadable", "expected a JSON object, found a number"),
     "an element with NaN": ("json", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
-    "an element without a shape": ("json", b"[{}]", 1, "no_shape", "no column"),
+    "an element of unknown format": ("json", b"[{}]", 1, "unknown_format", "no column"),
     "text as gzip": ("jsonl.gz", b"{}\n", 1, "stopped", "Not a gzipped file"),
-    "an empty file as gzip, cut": ("jsonl.gz", gzip.compress(b"")[:12], 1, "stopped", "cut off"),
+    "an empty file as gzip, cut": ("jsonl.gz", gzip.compress(b"")[:12], 1, "stopped", "truncated"),
     "a cut gzip file": (
         "jsonl.gz",
         gzip.compress(random.Random(0).randbytes(9999).hex().encode())[:5000],
         1,
         "stopped",
-        "cut off",
+        "truncated",
     ),
     "a gzip file with another checksum": ("jsonl.gz", gzip.compress(b"\n")[:-8] + bytes(8), 2, "stopped", "CRC"),
     "a gzip bomb of one line": ("jsonl.gz", gzip.compress(bytes(2**27)), 1, "stopped", "more than 200 times"),
@@ -419,23 +421,29 @@ FILES = {
     "text as Parquet": ("parquet", b"prompt,chosen,rejected\n", 1, "stopped", "not a Parquet file"),
     "an empty file as Parquet": ("parquet", b"", 1, "stopped", "not a Parquet file"),
     "a Parquet file cut off": ("parquet", b"PAR1" + bytes(999), 1, "stopped", "not a Parquet file"),
-    "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "stopped", "'prompt' stands twice"),
+    "a CSV header with a name twice": ("csv", b"prompt,prompt\na,b\n", 1, "stopped", "duplicate column 'prompt'"),
     "a CSV header with an empty name": ("csv", b"prompt,\na,b\n", 1, "stopped", "a column has no name"),
-    "a CSV file without a header": ("csv", b"Why?,Because.,No.\na,b,c\n", 2, "no_shape", "it has Why?, Because., No."),
-    "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns alone"),
+    "a CSV file without a header": (
+        "csv",
+        b"Why?,Because.,No.\na,b,c\n",
+        2,
+        "unknown_format",
+        "it has Why?, Because., No.",
+    ),
+    "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns only"),
     "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 1, "stopped", "not UTF-8"),
-    "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "that is not closed"),
+    "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "an unclosed quote"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_file_is_told_with_its_place(tmp_path, name):
+def test_a_bad_file_is_reported_with_its_place(tmp_path, name):
     suffix, raw, line, code, reason = FILES[name]
     path = tmp_path / f"pairs.{suffix}"
     path.write_bytes(raw)
-    told = next(verdict for verdict in verdicts(path) if verdict[1] != "kept")
-    assert told[:2] == (line, code)
-    assert reason in told[2]
+    reported = next(verdict for verdict in verdicts(path) if verdict[1] != "kept")
+    assert reported[:2] == (line, code)
+    assert reason in reported[2]
 
 
 PARQUET = {
@@ -455,9 +463,9 @@ def test_a_bad_parquet_row_is_refused_at_its_number(tmp_path, name):
     rows, code, reason = PARQUET[name]
     path = tmp_path / "pairs.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    ((line, found, told),) = verdicts(path)
+    ((line, found, reported),) = verdicts(path)
     assert (line, found) == (1, code)
-    assert reason in told
+    assert reason in reported
 
 
 KEPT = {
@@ -557,9 +565,9 @@ def check_record(record: PreferencePair | UnpairedExample) -> None:
 
 
 def check_judged(item: Row | Finding, path: str) -> None:
-    """The row is records, or a finding with place and reason; whichever shape it is taken for."""
-    for shape in ("auto",) if isinstance(item, Finding) else ("auto", *SHAPES):
-        result = item if isinstance(item, Finding) else records_of_row(item, shape)
+    """The row is records, or a finding with place and reason; whichever format it is read as."""
+    for row_format in ("auto",) if isinstance(item, Finding) else ("auto", *ROW_FORMATS):
+        result = item if isinstance(item, Finding) else records_of_row(item, row_format)
         if isinstance(result, Finding):
             assert (result.severity, result.source) == ("error", item.source)
             assert result.source.path == path
@@ -574,7 +582,7 @@ def check_judged(item: Row | Finding, path: str) -> None:
 
 
 def valid_lines() -> list[bytes]:
-    """A good row of each shape, as JSON."""
+    """A good row of each format, as JSON."""
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     blocks = [part.partition("```")[0] for part in page.split("```json\n")[1:]]
     return [json.dumps(json.loads(block)).encode() for block in blocks]

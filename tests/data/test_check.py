@@ -55,10 +55,10 @@ def judge(*findings):
     return validator(finish=lambda: findings)
 
 
-def read_rows(path, reader, validators, pairs_alone=True):
+def read_rows(path, reader, validators, pairs_only=True):
     """The training rows of one file."""
     choice = SourceChoice(location=str(path), split="train", reader=reader)
-    return check_data([choice], validators, pairs_alone=pairs_alone).train
+    return check_data([choice], validators, pairs_only=pairs_only).train
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_counts_add_up(path):
     report = read_rows(path, read, [judge(*found)]).report
     report.drop(source(7))
     report.drop(source(6))  # refused already
-    # 8 rows; refused: 2 and 5 by the validator, 4 for its shape, 6 by the reader; 1 too long.
+    # 8 rows; refused: 2 and 5 by the validator, 4 for its format, 6 by the reader; 1 too long.
     assert (report.read, report.refused, report.dropped, report.kept) == (8, 4, 1, 3)
 
 
@@ -235,7 +235,7 @@ def stop(report, allowed_share=0.0):
 
 
 GENERAL_HINT = (
-    "hint: correct or drop the rows (`qpref check` lists them all), or allow a share of them with [data] skip_bad"
+    "hint: fix or drop the rows (`qpref check` lists all of them), or allow a share of them with [data] skip_bad"
 )
 
 
@@ -283,7 +283,7 @@ def test_the_run_stops_with_bad_rows_beyond_the_share():
     assert "3 of 10 rows are refused" in stop(report_of(10, finding(1), finding(2), finding(3)), 0.2)
 
 
-def test_rows_that_are_left_out_are_told(log):
+def test_rows_that_are_left_out_are_reported(log):
     report_of(10, finding(4), finding(7)).stop_on_errors(0.2)
     assert log.messages == ["pairs.x: 2 of 10 rows are left out (first: pairs.x:4: is bad)"]
 
@@ -336,9 +336,9 @@ def test_each_kind_of_warning_is_one_line_with_its_first_place(log):
     ]
 
 
-def test_a_column_that_no_shape_has_is_a_mistake_in_the_recipe(path):
+def test_a_column_that_no_format_has_is_a_mistake_in_the_recipe(path):
     source = SourceChoice(location=str(path), split="train", reader=rows(GOOD), columns={"chozen": "good"})
-    with pytest.raises(RecipeError, match="no shape has a column 'chozen'; did you mean 'chosen'"):
+    with pytest.raises(RecipeError, match="no row format has a column 'chozen'; did you mean 'chosen'"):
         check_data([source], [])
 
 
@@ -408,7 +408,7 @@ def test_values_that_python_hashes_alike_are_no_repeats(path):
     assert read_rows(path, read, []).report.repeated == 0
 
 
-def test_a_share_that_leaves_nothing_is_told(path):
+def test_a_share_that_leaves_nothing_is_reported(path):
     source = SourceChoice(location=str(path), split="train", reader=rows(GOOD))
     checked = check_data([source], [], share=HeldOutShare(1e-9, seed=0))
     assert checked.heldout.is_empty

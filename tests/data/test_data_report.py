@@ -46,7 +46,7 @@ def test_reasons_are_the_messages_as_far_as_they_are_kept():
     reasons = report.reasons()
     assert reasons(Source(path="pairs.x", line=1)) == ["no prompt", "too odd"]
     assert reasons(Source(path="pairs.x", line=NUM_KEPT + 9)) == ["bad"]
-    assert reasons(Source(path="pairs.x", line=2 * NUM_KEPT)) == ["over the recipe's lengths"]
+    assert reasons(Source(path="pairs.x", line=2 * NUM_KEPT)) == ["over the recipe's maximum lengths"]
 
 
 @pytest.mark.parametrize(

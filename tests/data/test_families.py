@@ -189,7 +189,7 @@ def test_a_template_without_a_place_for_tools_is_warned_of_and_a_call_that_it_lo
     row = conversation(FAMILIES[name], "and?", "four", "five")
     warnings = [each for each in tokenizer.tokenize([replace(row, tools=(WEATHER,))]) if isinstance(each, Finding)]
     assert [(each.severity, each.message) for each in warnings if each.code == "template"] == [
-        ("warning", "the chat template has no place for tools")
+        ("warning", "the chat template doesn't render tools")
     ]
     (refused,) = tokenizer.tokenize([replace(row, rejected=with_tools(FAMILIES[name]).rejected)])
-    assert (refused.severity, refused.message) == ("error", "the chat template leaves out part of a response")
+    assert (refused.severity, refused.message) == ("error", "the chat template drops a part of a response")

@@ -1,4 +1,4 @@
-"""A row becomes records in one of the shapes of docs/data.md, or is refused with the reason; nothing is guessed."""
+"""A row becomes records in one of the formats of docs/data.md, or is refused with the reason; nothing is guessed."""
 
 import itertools
 import json
@@ -7,7 +7,8 @@ import math
 import pytest
 
 from qpref.data.ranked import MAX_RESPONSES
-from qpref.data.row_formats import SHAPES, records_of_row, shape_of, singles_of, unpair, with_columns
+from qpref.data.row_formats import ROW_FORMATS, format_of, records_of_row, with_columns
+from qpref.data.singles import singles_of, unpair
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
 
 SOURCE = Source(path="pairs.jsonl", line=7)
@@ -34,24 +35,24 @@ RANKED = {"prompt": "Why?", "responses": ["a", "b", "c"]}
 SIDES = list(TEXTS)
 
 
-def records(values, shape="auto"):
+def records(values, row_format="auto"):
     """The records that a row becomes."""
-    result = records_of_row(Row(values=values, source=SOURCE), shape)
+    result = records_of_row(Row(values=values, source=SOURCE), row_format)
     assert not isinstance(result, Finding), result
     assert all(record.source == SOURCE for record in result)
     return result
 
 
-def pair(values, shape="auto"):
+def pair(values, row_format="auto"):
     """The one pair that a row becomes."""
-    (result,) = records(values, shape)
+    (result,) = records(values, row_format)
     assert isinstance(result, PreferencePair)
     return result
 
 
-def refusal(values, shape="auto"):
+def refusal(values, row_format="auto"):
     """(code, message) of the finding that a row becomes; asserts that it refuses the row at its place."""
-    result = records_of_row(Row(values=values, source=SOURCE), shape)
+    result = records_of_row(Row(values=values, source=SOURCE), row_format)
     assert isinstance(result, Finding), result
     assert (result.severity, result.source) == ("error", SOURCE)
     return result.code, result.message
@@ -115,13 +116,13 @@ def test_a_list_of_messages_may_be_json_text():
 def test_a_list_of_messages_as_python_prints_it_is_refused():
     assert refusal(TEXTS | {"chosen": str(TURNS["chosen"])}) == (
         "not_a_message",
-        "chosen: messages as Python prints them; write them as JSON (json.dumps)",
+        "chosen: messages in Python notation; write them as JSON (json.dumps)",
     )
 
 
 @pytest.mark.parametrize("as_null", [False, True], ids=["absent", "null"])
 @pytest.mark.parametrize(
-    ("absent", "told"),
+    ("absent", "wording"),
     [
         (("prompt",), "no prompt"),
         (("chosen",), "no chosen"),
@@ -130,19 +131,19 @@ def test_a_list_of_messages_as_python_prints_it_is_refused():
         (("prompt", "rejected"), "no prompt and no rejected"),
     ],
 )
-def test_every_missing_side_is_named(absent, told, as_null):
+def test_every_missing_side_is_named(absent, wording, as_null):
     values = {side: text for side, text in TEXTS.items() if side not in absent}
     values |= dict.fromkeys(absent) if as_null else {}
-    assert refusal(values) == ("not_a_pair", f"not a preference pair: {told}")
+    assert refusal(values) == ("not_a_pair", f"not a preference pair: {wording}")
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "wording"),
     [({}, "no column"), ({"question": 1, "answer": 2}, "question, answer"), (dict.fromkeys(SIDES), "prompt, chosen")],
 )
-def test_a_row_of_no_shape_names_its_columns(values, told):
+def test_a_row_of_unknown_format_names_its_columns(values, wording):
     code, message = refusal(values)
-    assert (code, f"it has {told}" in message) == ("no_shape", True)
+    assert (code, f"it has {wording}" in message) == ("unknown_format", True)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -190,8 +191,11 @@ def test_a_role_of_any_type_is_refused(role):
 
 
 def test_an_unknown_speaker_is_refused():
-    code, told = refusal(TEXTS | {"prompt": [{"from": "Human", "value": "x"}]})
-    assert (code, told.startswith("prompt, turn 1: from 'Human'; known: human, user, gpt")) == ("not_a_message", True)
+    code, wording = refusal(TEXTS | {"prompt": [{"from": "Human", "value": "x"}]})
+    assert (code, wording.startswith("prompt, turn 1: from 'Human'; known: human, user, gpt")) == (
+        "not_a_message",
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,7 @@ def test_other_keys_of_a_message_are_left_alone():
 def test_what_no_text_can_carry_is_refused(key):
     assert refusal(TEXTS | {"prompt": [USER | {key: ["x.png"]}]}) == (
         "not_a_message",
-        f"prompt, turn 1: {key} cannot be trained on; take it out, or drop the row",
+        f"prompt, turn 1: {key} cannot be trained on; remove it, or drop the row",
     )
     assert pair(TEXTS | {"prompt": [USER | {key: None}]}) == pair(TEXTS)
 
@@ -250,8 +254,8 @@ def test_tool_calls_and_what_tools_say_are_kept():
 
 @pytest.mark.parametrize("calls", ["x", {"name": "f"}, [1], [None]], ids=str)
 def test_tool_calls_are_a_list_of_objects(calls):
-    code, told = refusal(TEXTS | {"chosen": [turn("assistant", "x", tool_calls=calls)]})
-    assert (code, told.split(",")[1]) == ("not_a_message", " turn 1: tool_calls is a list of objects")
+    code, wording = refusal(TEXTS | {"chosen": [turn("assistant", "x", tool_calls=calls)]})
+    assert (code, wording.split(",")[1]) == ("not_a_message", " turn 1: tool_calls is a list of objects")
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["list", "JSON text"])
@@ -270,8 +274,8 @@ def test_no_tools_are_none(tools):
 
 @pytest.mark.parametrize("tools", ["x", {"a": 1}, [1], 3, "{}"], ids=repr)
 def test_tools_that_are_no_list_of_objects_are_refused(tools):
-    code, told = refusal(TEXTS | {"tools": tools})
-    assert (code, told.startswith("tools: expected a list of JSON schemas, found ")) == ("not_a_message", True)
+    code, wording = refusal(TEXTS | {"tools": tools})
+    assert (code, wording.startswith("tools: expected a list of JSON schemas, found ")) == ("not_a_message", True)
 
 
 def test_sharegpt_calls_are_tool_calls():
@@ -288,8 +292,8 @@ def test_sharegpt_calls_are_tool_calls():
 
 @pytest.mark.parametrize("value", ["weather", "{}", '{"name": 3}', "[1]", "", None], ids=repr)
 def test_a_sharegpt_call_without_a_name_is_refused(value):
-    code, told = refusal(TEXTS | {"chosen": [{"from": "function_call", "value": value}]})
-    assert (code, "a function_call is JSON with name and arguments" in told) == ("not_a_message", True)
+    code, wording = refusal(TEXTS | {"chosen": [{"from": "function_call", "value": value}]})
+    assert (code, "a function_call is JSON with name and arguments" in wording) == ("not_a_message", True)
 
 
 # Order and emptiness.
@@ -315,9 +319,9 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize(("roles", "told"), ORDERS, ids=["-".join(roles) for roles, _ in ORDERS])
-def test_a_prompt_out_of_order_is_refused(roles, told):
-    assert refusal(TEXTS | {"prompt": [turn(role, "x") for role in roles]}) == ("role_order", told)
+@pytest.mark.parametrize(("roles", "wording"), ORDERS, ids=["-".join(roles) for roles, _ in ORDERS])
+def test_a_prompt_out_of_order_is_refused(roles, wording):
+    assert refusal(TEXTS | {"prompt": [turn(role, "x") for role in roles]}) == ("role_order", wording)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
@@ -359,15 +363,15 @@ CONTROL = [chr(code) for code in [*range(0x20), 0x7F] if chr(code) not in "\t\n\
 
 @pytest.mark.parametrize("character", CONTROL, ids=ascii)
 def test_a_control_character_is_refused_with_its_place(character):
-    told = f"the control character U+{ord(character):04X} at character 4; take it out"
+    wording = f"the control character U+{ord(character):04X} at character 4; remove it"
     for side in SIDES:
-        assert refusal(TEXTS | {side: f"ü😀x{character}y"}) == ("control_character", f"{side}: {told}")
+        assert refusal(TEXTS | {side: f"ü😀x{character}y"}) == ("control_character", f"{side}: {wording}")
 
 
 def test_half_a_surrogate_pair_is_refused_with_its_place():
     assert refusal(TEXTS | {"chosen": "ab\ud800c"}) == (
         "control_character",
-        "chosen: half of a surrogate pair at character 3, which no text holds",
+        "chosen: half of a surrogate pair at character 3, which isn't valid Unicode",
     )
 
 
@@ -403,8 +407,8 @@ def test_calls_nested_without_end_are_refused():
     nested: object = 1
     for _ in range(500):
         nested = [nested]
-    code, told = refusal(TEXTS | {"chosen": [turn("assistant", "", tool_calls=[{"a": nested}])]})
-    assert (code, told) == ("not_a_message", "chosen, turn 1: nested deeper than 64 levels")
+    code, wording = refusal(TEXTS | {"chosen": [turn("assistant", "", tool_calls=[{"a": nested}])]})
+    assert (code, wording) == ("not_a_message", "chosen, turn 1: nested deeper than 64 levels")
 
 
 # Numbers beside.
@@ -485,7 +489,7 @@ def test_turns_that_differ_in_a_call_alone_are_not_shared():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected", "told"),
+    ("chosen", "rejected", "wording"),
     [
         ([USER, ASSISTANT], [turn("user", "How?"), ASSISTANT], "share no first turn"),
         ([ASSISTANT], [turn("assistant", "x")], "are no whole conversations, and there is no prompt"),
@@ -497,8 +501,8 @@ def test_turns_that_differ_in_a_call_alone_are_not_shared():
     ],
     ids=["another question", "no question", "another later question"],
 )
-def test_conversations_of_different_prompts_are_refused(chosen, rejected, told):
-    assert refusal({"chosen": chosen, "rejected": rejected}) == ("different_prompts", f"chosen and rejected {told}")
+def test_conversations_of_different_prompts_are_refused(chosen, rejected, wording):
+    assert refusal({"chosen": chosen, "rejected": rejected}) == ("different_prompts", f"chosen and rejected {wording}")
 
 
 def test_a_conversation_that_goes_on_after_the_response_is_refused():
@@ -525,7 +529,7 @@ def test_another_prompt_beside_whole_conversations_is_refused(prompt):
     values = {side: [*TALK, *TURNS[side]] for side in ("chosen", "rejected")}
     assert refusal(values | {"prompt": prompt}) == (
         "different_prompts",
-        "chosen and rejected are conversations that don't begin with the prompt",
+        "chosen and rejected are conversations that don't start with the prompt",
     )
 
 
@@ -658,7 +662,7 @@ def test_weight_margin_and_tools_stand_for_each_pair():
 def test_responses_of_one_worth_are_refused():
     assert refusal(RANKED | {"scores": [1, 1.0, 1]}) == (
         "tied",
-        "all 3 responses are worth the same, so none is preferred",
+        "all 3 responses have the same score, so none is preferred",
     )
 
 
@@ -666,8 +670,8 @@ def test_responses_of_one_worth_are_refused():
     "responses", [[], ["a"], ["a"] * (MAX_RESPONSES + 1), "a", {"a": 1}], ids=lambda value: str(value)[:9]
 )
 def test_too_few_or_too_many_responses_are_refused(responses):
-    code, told = refusal(RANKED | {"responses": responses, "scores": [1]})
-    assert (code, f"expected a list of 2 to {MAX_RESPONSES} responses" in told) == ("not_a_pair", True)
+    code, wording = refusal(RANKED | {"responses": responses, "scores": [1]})
+    assert (code, f"expected a list of 2 to {MAX_RESPONSES} responses" in wording) == ("not_a_pair", True)
 
 
 @pytest.mark.parametrize(
@@ -748,13 +752,13 @@ def test_a_label_is_true_or_false(label, desirable):
 
 @pytest.mark.parametrize("label", ["yes", "", "good", 2, -1, 1.0, [], {}, "true "], ids=repr)
 def test_another_label_is_refused(label):
-    code, told = refusal(SINGLE | {"label": label})
-    assert (code, told.startswith("label: expected true or false, found ")) == ("bad_label", True)
+    code, wording = refusal(SINGLE | {"label": label})
+    assert (code, wording.startswith("label: expected true or false, found ")) == ("bad_label", True)
 
 
-@pytest.mark.parametrize(("absent", "told"), [("label", "no label"), ("completion", "no completion")])
-def test_a_missing_part_of_a_labelled_completion_is_named(absent, told):
-    assert refusal(SINGLE | {absent: None}) == ("not_an_example", f"not a labelled completion: {told}")
+@pytest.mark.parametrize(("absent", "wording"), [("label", "no label"), ("completion", "no completion")])
+def test_a_missing_part_of_a_labelled_completion_is_named(absent, wording):
+    assert refusal(SINGLE | {absent: None}) == ("not_an_example", f"not a labelled completion: {wording}")
 
 
 def test_a_labelled_completion_keeps_its_weight_and_tools():
@@ -782,11 +786,11 @@ def test_a_pair_as_two_completions_keeps_what_a_completion_has():
         assert (example.prompt, example.weight, example.tools, example.source) == (result.prompt, 2.0, (CALL,), SOURCE)
 
 
-# Which shape a row has.
+# Recognizing the format of a row.
 
 
 @pytest.mark.parametrize(
-    ("values", "shape"),
+    ("values", "row_format"),
     [
         (TEXTS | SINGLE, "pair"),
         (TEXTS | {"conversations": [USER], "instruction": "x", "messages": [USER]}, "pair"),
@@ -804,16 +808,16 @@ def test_a_pair_as_two_completions_keeps_what_a_completion_has():
         ({"prompt": "x"}, "pair"),
     ],
 )
-def test_the_first_shape_whose_columns_a_row_has_is_taken(values, shape):
-    assert shape_of(values) == shape
+def test_the_first_format_whose_columns_a_row_has_is_taken(values, row_format):
+    assert format_of(values) == row_format
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_named_shape_is_read_and_no_other(shape):
-    if shape == "unpaired":
-        assert isinstance(records(TEXTS | SINGLE, shape)[0], UnpairedExample)
-    elif shape not in ("pair",):
-        assert isinstance(records_of_row(Row(values=TEXTS, source=SOURCE), shape), Finding)
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_a_named_format_is_read_and_no_other(row_format):
+    if row_format == "unpaired":
+        assert isinstance(records(TEXTS | SINGLE, row_format)[0], UnpairedExample)
+    elif row_format not in ("pair",):
+        assert isinstance(records_of_row(Row(values=TEXTS, source=SOURCE), row_format), Finding)
 
 
 # Columns of other names.

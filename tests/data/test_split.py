@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qpref.data.split import HeldOutShare, mixed
+from qpref.data.split import HeldOutShare, resample
 from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
 
 
@@ -63,14 +63,14 @@ def test_punctuation_and_the_system_turn_make_no_other_prompt():
         assert split.split_of([replace(asked, prompt=with_system)]) == bare
 
 
-def test_prompts_without_a_letter_are_told_apart():
+def test_prompts_without_a_letter_are_distinguished():
     split = HeldOutShare(0.5, seed=0)
     assert {split.split_of([pair("?" * number)]) for number in range(1, 30)} == {"train", "heldout"}
 
 
 def test_which_rows_a_fraction_takes_does_not_hang_on_where_the_file_lies():
     here, there = (
-        [one.source.line for one in mixed([example(path, line) for line in range(1, 200)], {path: 0.5}, seed=0)]
+        [one.source.line for one in resample([example(path, line) for line in range(1, 200)], {path: 0.5}, seed=0)]
         for path in ("here/x", "there/x")
     )
     assert here == there
@@ -89,7 +89,7 @@ def test_a_row_that_is_none_counts_to_the_training_data():
 @pytest.mark.parametrize(("weight", "least", "most"), [(1, 1, 1), (2, 2, 2), (0.25, 0, 1), (2.5, 2, 3)])
 def test_rows_come_as_often_as_their_source_weighs(weight, least, most):
     examples = [example("heavy", line) for line in range(1000)] + [example("other", line) for line in range(10)]
-    found = Counter(str(one.source) for one in mixed(examples, {"heavy": weight}, seed=5))
+    found = Counter(str(one.source) for one in resample(examples, {"heavy": weight}, seed=5))
     times = [found[f"heavy:{line}" if line else "heavy"] for line in range(1000)]
     assert (min(times), max(times)) == (least, most)
     assert sum(times) / 1000 == pytest.approx(weight, abs=0.05)
@@ -99,12 +99,13 @@ def test_rows_come_as_often_as_their_source_weighs(weight, least, most):
 def test_the_same_rows_are_taken_in_whatever_order_they_come():
     examples = [example("half", line) for line in range(1, 100)]
     there, back = (
-        sorted(one.source.line for one in mixed(order, {"half": 0.5}, seed=0)) for order in (examples, examples[::-1])
+        sorted(one.source.line for one in resample(order, {"half": 0.5}, seed=0))
+        for order in (examples, examples[::-1])
     )
     assert there == back
 
 
 def test_copies_of_a_row_follow_each_other():
     examples = [example("twice", line) for line in (1, 2, 3)]
-    lines = [one.source.line for one in mixed(examples, {"twice": 2.0}, seed=0)]
+    lines = [one.source.line for one in resample(examples, {"twice": 2.0}, seed=0)]
     assert lines == list(itertools.chain.from_iterable((line, line) for line in (1, 2, 3)))

@@ -13,7 +13,7 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from families import FAMILIES, tokenizer_of
 
 from qpref.data import template_limits as guard
-from qpref.data.template_limits import bounded
+from qpref.data.template_limits import limited
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import PolicyError
 from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
@@ -123,7 +123,7 @@ def test_a_template_that_would_open_the_block_twice_opens_it_once():
 
 def test_a_response_without_the_thinking_that_generation_would_open_is_refused():
     assert refusal(R1, f"{THOUGHT}4", "5") == (
-        "the chat template changes the prompt once a response follows: it doesn't go on from '<think>\\n'"
+        "the chat template changes the prompt once a response follows: '<think>\\n' is missing or different"
     )
 
 
@@ -134,16 +134,16 @@ def test_thinking_that_a_template_drops_without_opening_a_block_is_kept_as_it_is
 
 def test_a_template_that_drops_the_end_of_a_response_is_refused():
     template = CHAT_TEMPLATE.replace("message['content']", "message['content'][:4]")
-    assert refusal(template, "four five") == "the chat template leaves out part of a response"
+    assert refusal(template, "four five") == "the chat template drops a part of a response"
 
 
 def test_thinking_beside_the_content_that_a_template_does_not_read_is_refused():
-    assert refusal(CHAT_TEMPLATE, reasoning_content="hm") == "the chat template leaves out part of a response"
+    assert refusal(CHAT_TEMPLATE, reasoning_content="hm") == "the chat template drops a part of a response"
 
 
 # What templates do to the prompt
 
-LEFT_OUT = "the chat template leaves out or changes what the system turn says"
+LEFT_OUT = "the chat template drops or changes the text of the system turn"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_template_that_goes_on_after_a_stop_token_is_refused():
     template = CHAT_TEMPLATE.replace(
         "{{ message['content'] }}", "{{ message['content'] }}<|im_end|>{{ message['content'] }}"
     )
-    assert refusal(template) == "the chat template goes on after the stop token <|im_end|>"
+    assert refusal(template) == "the chat template writes more text after the stop token <|im_end|>"
 
 
 def test_an_end_of_turn_that_generation_does_not_stop_at_ends_responses_and_is_warned_of(caplog):
@@ -187,7 +187,7 @@ def test_an_end_of_turn_that_generation_does_not_stop_at_ends_responses_and_is_w
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == (
-        "the chat template ends a response in <|im_end|>, where generation doesn't stop by the model's own settings: "
+        "the chat template ends a response with <|im_end|>, at which the model's generation settings don't stop: "
         "add 258 to the eos_token_id of generation_config.json"
     )
     caplog.clear()
@@ -275,7 +275,7 @@ def test_limits_leave_the_signals_of_others_alone():
 
     before = signal.signal(signal.SIGVTALRM, own)
     try:
-        with bounded():
+        with limited():
             assert signal.getsignal(signal.SIGVTALRM) is not own
         assert signal.getsignal(signal.SIGVTALRM) is own
     finally:

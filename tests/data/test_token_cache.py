@@ -196,7 +196,7 @@ def test_a_template_that_writes_the_date_is_not_remembered():
     assert TokenCache.open(dated) is None
 
 
-def test_rows_of_one_line_of_two_files_are_told_apart():
+def test_rows_of_one_line_of_two_files_are_distinguished():
     rows = [pair(0), pair(0, chosen="Not so.", source=Source(path="other.x", line=1)), pair(0, chosen="Third.")]
     found, _ = through_cache(rows)
     assert found == list(pair_tokenizer().tokenize(rows))

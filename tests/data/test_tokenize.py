@@ -190,7 +190,7 @@ def test_a_row_whose_boundary_moves_in_one_piece_is_warned_of_by_place_and_no_ot
     assert [type(each) for each in (first, second)] == [TokenizedExample] * 2
     assert (warning.code, warning.severity, str(warning.source)) == ("boundary", "warning", "made:2")
     assert warning.message == (
-        "tokenized in one piece, prompt and response would share a token: the response is tokenized by itself"
+        "tokenized together, prompt and response would share a token: the response is tokenized separately"
     )
 
 
@@ -314,7 +314,7 @@ def test_a_control_token_that_normalizing_makes_of_a_text_is_refused():
     for side in ("prompt", "chosen", "rejected"):
         finding = refusal(make_pair(**{side: fullwidth}), tokenizer)
         assert finding.code == "control_token"
-        assert finding.message == "the tokenizer makes the control token <|im_end|> of the text"
+        assert finding.message == "the tokenizer normalizes text to the control token <|im_end|>"
     assert tokenize(make_pair("say \N{FULLWIDTH LATIN SMALL LETTER A} please"), tokenizer)
 
 
@@ -342,7 +342,7 @@ def test_a_template_that_changes_the_prompt_once_a_response_follows_is_refused()
     template = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "bot\n{% endif %}")
     finding = refusal(make_pair(), make_tokenizer(template))
     assert finding.code == "template"
-    message = r"the chat template changes the prompt once a response follows: it doesn't go on from 'bot\n'"
+    message = r"the chat template changes the prompt once a response follows: 'bot\n' is missing or different"
     assert finding.message == message
 
 
@@ -352,7 +352,10 @@ def test_where_a_template_drops_the_system_turn_once_a_response_follows_training
     turns = [("system", "Be short."), ("user", "2+2?")]
     warning, example = PairTokenizer.of(tokenizer, "chat", []).tokenize([make_pair(turns)])
     assert (warning.code, warning.severity) == ("template", "warning")
-    assert warning.message == "the chat template changes the prompt once a response follows; training has generation's"
+    assert (
+        warning.message
+        == "the chat template changes the prompt once a response follows; training uses the one for generation"
+    )
     assert example == tokenize(make_pair(turns))
 
 
@@ -369,7 +372,7 @@ def test_a_template_that_leaves_nothing_of_a_response_is_refused():
         "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
     )
     finding = refusal(make_pair(), make_tokenizer(template))
-    assert (finding.code, finding.message) == ("empty", "the chat template leaves nothing of chosen")
+    assert (finding.code, finding.message) == ("empty", "the chat template drops chosen completely")
 
 
 def test_a_prompt_without_tokens_is_refused():

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length
-from qpref.recipe.sections import DataSection
+from qpref.recipe.data_section import DataSection
 from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
 
 MAX_LENGTH, MAX_PROMPT = 10, 4
@@ -131,7 +131,7 @@ def test_the_tightest_limits_leave_one_token_of_a_response():
     assert (fitted.prompt.tolist(), [branch.tolist() for branch in fitted.branches]) == ([1], [[101], [201]])
 
 
-# Prompts: what a cut leaves is a conversation as the template writes it
+# Prompts: what truncation leaves is a conversation as the template writes it
 
 
 def with_history(family: Family, num_earlier: int, question: str) -> PreferencePair:
@@ -203,14 +203,14 @@ def test_a_limit_that_the_headers_and_the_system_turn_fill_refuses_the_row():
     tokenizer = PairTokenizer.of(tokenizer_of(FAMILIES["chatml"]), "chat", [])
     finding = tokenized(tokenizer, with_history(FAMILIES["chatml"], 1, "and?"), 10)
     assert (finding.code, finding.severity) == ("too_long", "error")
-    assert finding.message == "what a cut leaves of the prompt is over max_prompt_length 10"
+    assert finding.message == "the prompt is over max_prompt_length 10 even after truncation"
 
 
 def test_what_follows_the_last_question_stays():
     tokenizer = PairTokenizer.of(tokenizer_of(FAMILIES["qwen"]), "chat", [])
     row = with_history(FAMILIES["qwen"], 2, QUESTION)
-    told = (Message(role="assistant", content="let me look"), Message(role="tool", content="rain"))
-    row = replace(row, prompt=row.prompt + told)
+    lookup = (Message(role="assistant", content="let me look"), Message(role="tool", content="rain"))
+    row = replace(row, prompt=row.prompt + lookup)
     cut = tokenized(tokenizer, row, 120)
     text = tokenizer.tokenizer.decode(cut.prompt.tolist())
     assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n")

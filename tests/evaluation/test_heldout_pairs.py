@@ -8,8 +8,8 @@ from conftest import make_tokenizer, preference_rows, write_jsonl
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, RecipeError
 from qpref.evaluation import heldout_pairs
+from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun
-from qpref.recipe.sections import DataSection
 
 LIMITS = DataSection(train="none", max_length=200, max_prompt_length=100)
 

@@ -87,10 +87,10 @@ def test_kl_is_that_of_whole_softmaxes_at_every_response_token(scored):
 
 
 def test_kl_over_slices_of_the_vocabulary_is_the_same(scored, monkeypatch):
-    policy, examples, scores, looked_at = scored
+    policy, examples, scores, all_rows = scored
     monkeypatch.setattr("qpref.policy.vocabulary.TILE_ELEMENTS", 1000)
-    reference = score_reference("run", policy, examples, looked_at)
-    assert score_pairs(policy, examples, looked_at, reference).kl == pytest.approx(scores.kl, rel=1e-5)
+    reference = score_reference("run", policy, examples, all_rows)
+    assert score_pairs(policy, examples, all_rows, reference).kl == pytest.approx(scores.kl, rel=1e-5)
 
 
 def test_kl_at_some_positions_estimates_that_at_all(scored):

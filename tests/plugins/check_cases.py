@@ -39,14 +39,14 @@ def findings(module, train, heldout=(), **options):
     return found + list(check.finish())
 
 
-def told(module, train, heldout=(), **options):
+def reported(module, train, heldout=(), **options):
     """(code, line, message) of each finding."""
     return [(one.code, one.source.line, one.message) for one in findings(module, train, heldout, **options)]
 
 
 def lines(module, code, train, heldout=(), **options):
     """The lines that have a finding of this code."""
-    return [line for found, line, _ in told(module, train, heldout, **options) if found == code]
+    return [line for found, line, _ in reported(module, train, heldout, **options) if found == code]
 
 
 def severities(module, train, heldout=(), **options):

@@ -36,7 +36,7 @@ def test_the_message_has_the_figures_of_a_plain_count():
     differences = [chosen - rejected for chosen, rejected in lengths]
     longer, shorter = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     low, high = wilson_interval(longer, longer + shorter)
-    ties = f", {20 - longer - shorter} ties aside" if longer + shorter < 20 else ""
+    ties = f", without {20 - longer - shorter} ties" if longer + shorter < 20 else ""
     effect = statistics.mean(differences) / statistics.stdev(differences)
     mean, of = statistics.mean(differences), statistics.mean(rejected for _, rejected in lengths)
     assert found.source == Source(path="pairs.jsonl", line=0)
@@ -80,7 +80,7 @@ def test_a_handful_of_pairs_is_not_judged(num_pairs, found):
     assert codes(of_lengths(*[(200, 100)] * num_pairs)) == found
 
 
-def test_a_large_effect_is_told_where_shares_are_even():
+def test_a_large_effect_is_reported_where_shares_are_even():
     # Half of the pairs differ by +1000 give or take, the others by -1: the share is even, the mean difference isn't.
     rows = of_lengths(*[(1100, 100), (100, 101)] * 50)
     assert codes(rows) == ["length_bias"]

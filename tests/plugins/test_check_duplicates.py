@@ -1,4 +1,4 @@
-"""Repeated, contradictory and cyclic rows are told once each, by place, and rankings are left in peace."""
+"""Repeated, contradictory and cyclic rows are reported once each, by place, and rankings are left in peace."""
 
 import random
 import tracemalloc
@@ -11,14 +11,14 @@ from qpref.records import Message, PreferencePair, Source
 from qpref_plugins import check_duplicates
 from qpref_plugins.check_duplicates import FEWEST_ROWS, CheckDuplicates, DuplicateChecks
 from qpref_plugins.check_duplicates.table import strong_parts
-from tests.plugins.check_cases import findings, lines, pair, severities, single, told, words
+from tests.plugins.check_cases import findings, lines, pair, reported, severities, single, words
 
 CODES = ["duplicate", "contradictory", "cyclic", "few_prompts"]
 
 
 def test_a_repeated_row_names_the_first_one():
     rows = [pair("p", "a", "b", 1), pair("p", "a", "c", 2), pair("p", "a", "b", 3), pair("p", "a", "b", 4)]
-    assert told(check_duplicates, rows) == [
+    assert reported(check_duplicates, rows) == [
         ("duplicate", 3, "the same pair as pairs.jsonl:1"),
         ("duplicate", 4, "the same pair as pairs.jsonl:1"),
     ]
@@ -26,12 +26,12 @@ def test_a_repeated_row_names_the_first_one():
 
 @pytest.mark.parametrize("other", [("q", "a", "b"), ("p", "a ", "b"), ("p", "a", "B")], ids=str)
 def test_a_row_that_differs_at_all_is_no_duplicate(other):
-    assert told(check_duplicates, [pair("p", "a", "b", 1), pair(*other, 2)]) == []
+    assert reported(check_duplicates, [pair("p", "a", "b", 1), pair(*other, 2)]) == []
 
 
 def test_the_same_line_of_another_file_is_another_row():
     rows = [pair("p", "a", "b", 7, "one.jsonl"), pair("p", "a", "b", 7, "two.jsonl")]
-    assert told(check_duplicates, rows) == [("duplicate", 7, "the same pair as one.jsonl:7")]
+    assert reported(check_duplicates, rows) == [("duplicate", 7, "the same pair as one.jsonl:7")]
 
 
 def test_other_tools_make_another_prompt():
@@ -39,7 +39,7 @@ def test_other_tools_make_another_prompt():
     other = PreferencePair(
         prompt=other.prompt, chosen=other.chosen, rejected=other.rejected, tools=({"name": "f"},), source=other.source
     )
-    assert told(check_duplicates, [plain, other]) == []
+    assert reported(check_duplicates, [plain, other]) == []
 
 
 def test_tool_calls_tell_answers_apart():
@@ -52,29 +52,29 @@ def test_tool_calls_tell_answers_apart():
 
 
 def test_splits_are_looked_at_by_themselves():
-    assert told(check_duplicates, [pair("p", "a", "b", 2)], [pair("p", "a", "b", 1), pair("p", "b", "a", 1)]) == [
-        ("contradictory", 1, "the same two answers are preferred the other way round at the same row")
+    assert reported(check_duplicates, [pair("p", "a", "b", 2)], [pair("p", "a", "b", 1), pair("p", "b", "a", 1)]) == [
+        ("contradictory", 1, "the same two responses have the preference reversed at the same row")
     ]
 
 
-def test_both_rows_of_a_contradiction_are_told():
+def test_both_rows_of_a_contradiction_are_reported():
     rows = [pair("p", "a", "b", 1), pair("p", "c", "d", 2), pair("p", "b", "a", 3)]
-    message = "the same two answers are preferred the other way round at pairs.jsonl:{}"
-    assert told(check_duplicates, rows) == [
+    message = "the same two responses have the preference reversed at pairs.jsonl:{}"
+    assert reported(check_duplicates, rows) == [
         ("contradictory", 1, message.format(3)),
         ("contradictory", 3, message.format(1)),
     ]
 
 
 def test_the_same_answers_to_another_prompt_are_no_contradiction():
-    assert told(check_duplicates, [pair("p", "a", "b", 1), pair("q", "b", "a", 2)]) == []
+    assert reported(check_duplicates, [pair("p", "a", "b", 1), pair("q", "b", "a", 2)]) == []
 
 
 def test_an_answer_that_wins_and_loses_is_no_contradiction():
-    assert told(check_duplicates, [pair("p", "a", "b", 1), pair("p", "b", "c", 2), pair("p", "a", "c", 3)]) == []
+    assert reported(check_duplicates, [pair("p", "a", "b", 1), pair("p", "b", "c", 2), pair("p", "a", "c", 3)]) == []
 
 
-def test_a_circle_of_rows_is_told_on_each_of_them():
+def test_a_circle_of_rows_is_reported_on_each_of_them():
     rows = [pair("p", "a", "b", 1), pair("p", "b", "c", 2), pair("p", "c", "a", 3), pair("p", "c", "d", 4)]
     assert lines(check_duplicates, "cyclic", rows) == [1, 2, 3]
 
@@ -103,11 +103,11 @@ def test_parts_are_those_of_reachability(num_edges):
 
 def test_a_ranking_is_neither_repeated_nor_contradicted_by_its_own_pairs():
     ranking = [pair("p", *two, 5, number=number) for number, two in enumerate(combinations("abcd", 2))]
-    assert told(check_duplicates, ranking) == []
+    assert reported(check_duplicates, ranking) == []
 
 
 def test_a_row_that_holds_a_pair_twice_repeats_no_other():
-    assert told(check_duplicates, [pair("p", "a", "b", 5, number=number) for number in range(2)]) == []
+    assert reported(check_duplicates, [pair("p", "a", "b", 5, number=number) for number in range(2)]) == []
 
 
 def test_a_contradiction_that_repeats_is_no_circle():
@@ -116,7 +116,7 @@ def test_a_contradiction_that_repeats_is_no_circle():
     assert lines(check_duplicates, "cyclic", rows) == []
 
 
-def test_a_row_that_repeats_in_many_pairs_is_told_once():
+def test_a_row_that_repeats_in_many_pairs_is_reported_once():
     rankings = [
         pair("p", *two, line, number=number) for line in (5, 6) for number, two in enumerate(combinations("abcd", 2))
     ]
@@ -125,7 +125,7 @@ def test_a_row_that_repeats_in_many_pairs_is_told_once():
 
 def test_one_completion_with_both_labels_is_contradictory():
     rows = [single("p", "a", True, 1), single("p", "b", True, 2), single("p", "a", False, 3), single("p", "b", True, 4)]
-    assert told(check_duplicates, rows) == [
+    assert reported(check_duplicates, rows) == [
         ("duplicate", 4, "the same completion and label as singles.jsonl:2"),
         ("contradictory", 1, "the same completion has the other label at singles.jsonl:3"),
         ("contradictory", 3, "the same completion has the other label at singles.jsonl:1"),
@@ -138,7 +138,7 @@ def test_few_prompts_are_those_under_the_share(num_prompts, count):
     found = findings(check_duplicates, rows)
     assert [(one.code, one.source) for one in found] == [("few_prompts", Source(path="pairs.jsonl", line=0))] * count
     if count:
-        assert found[0].message.startswith("19 distinct prompts in 80 training rows (23.8%); ")
+        assert found[0].message.startswith("19 distinct prompts in 80 training rows (23.8%): ")
 
 
 @pytest.mark.parametrize(("num_rows", "count"), [(FEWEST_ROWS - 1, 0), (FEWEST_ROWS, 1)])

@@ -10,7 +10,7 @@ from qpref_plugins import check_leakage
 from qpref_plugins.check_leakage import BATCH_BYTES, CheckLeakage, LeakageChecks
 from qpref_plugins.check_leakage.index import MOST_PROMPTS
 from qpref_plugins.check_leakage.shingles import plain, shingle
-from tests.plugins.check_cases import findings, lines, pair, severities, single, told, words
+from tests.plugins.check_cases import findings, lines, pair, reported, severities, single, words
 
 QUESTION = "Why does a loaf of rye bread rise more slowly than one of wheat, and what can a baker do about it?"
 
@@ -36,7 +36,7 @@ def plain_share(held_out, training):
     ids=repr,
 )
 def test_a_held_out_prompt_is_found_whatever_its_case_and_punctuation(prompt):
-    assert told(check_leakage, trained("Hello there", prompt), held("What is up?", QUESTION)) == [
+    assert reported(check_leakage, trained("Hello there", prompt), held("What is up?", QUESTION)) == [
         ("leaked_prompt", 2, "this prompt is in the held-out set too, at heldout.jsonl:2")
     ]
 
@@ -53,7 +53,7 @@ def test_a_held_out_prompt_is_found_whatever_its_case_and_punctuation(prompt):
     ids=repr,
 )
 def test_another_short_prompt_is_no_leak(one, other):
-    assert told(check_leakage, trained(other), held(one)) == []
+    assert reported(check_leakage, trained(other), held(one)) == []
 
 
 def test_prompts_need_not_be_ascii():
@@ -67,30 +67,30 @@ def test_chinese_prompts_leak_nearly():
     assert lines(check_leakage, "near_leak", trained(prompt + "谢谢"), held(prompt)) == [1]
 
 
-def test_a_whole_row_is_told_as_such_alone():
+def test_a_whole_row_is_reported_as_such_alone():
     row = pair(QUESTION, "chosen", "rejected", 4)
     copy = pair(QUESTION, "chosen", "rejected", 9, "heldout.jsonl")
-    assert told(check_leakage, [row], [copy]) == [
+    assert reported(check_leakage, [row], [copy]) == [
         ("leaked_pair", 4, "this row is in the held-out set too, at heldout.jsonl:9")
     ]
 
 
 def test_single_completions_leak_too():
     rows = [single(QUESTION, "a", True, 1), single(QUESTION, "a", False, 2)]
-    assert [code for code, _, _ in told(check_leakage, rows, [single(QUESTION, "a", True, 5)])] == [
+    assert [code for code, _, _ in reported(check_leakage, rows, [single(QUESTION, "a", True, 5)])] == [
         "leaked_pair",
         "leaked_prompt",
     ]
 
 
-def test_a_ranking_is_told_once():
+def test_a_ranking_is_reported_once():
     rows = [pair(QUESTION, "a", other, 3) for other in "bcd"]
-    assert [code for code, _, _ in told(check_leakage, rows, [pair(QUESTION, "a", "c", 1)])] == ["leaked_pair"]
+    assert [code for code, _, _ in reported(check_leakage, rows, [pair(QUESTION, "a", "c", 1)])] == ["leaked_pair"]
 
 
 def test_a_longer_prompt_that_holds_a_held_out_one_is_near():
-    found = told(check_leakage, trained(f"Please answer in short. {QUESTION} Thank you!"), held(QUESTION))
-    assert found == [("near_leak", 1, "this prompt holds 100% of the held-out one at heldout.jsonl:1")]
+    found = reported(check_leakage, trained(f"Please answer in short. {QUESTION} Thank you!"), held(QUESTION))
+    assert found == [("near_leak", 1, "this prompt contains 100% of the held-out one at heldout.jsonl:1")]
 
 
 @pytest.mark.parametrize(("num_kept", "codes"), [(44, ["near_leak"]), (43, [])])
@@ -99,7 +99,7 @@ def test_near_is_the_share_that_the_recipe_gives(num_kept, codes):
     text = words(random.Random(1), 54).split()
     training = " ".join(text[:num_kept])
     assert plain_share(" ".join(text), training) == (num_kept - 4) / 50
-    assert [code for code, _, _ in told(check_leakage, trained(training), held(" ".join(text)))] == codes
+    assert [code for code, _, _ in reported(check_leakage, trained(training), held(" ".join(text)))] == codes
 
 
 def test_the_share_is_the_recipes():
@@ -110,7 +110,7 @@ def test_the_share_is_the_recipes():
 
 def test_repeating_a_sequence_does_not_add_to_the_share():
     text = words(random.Random(1), 54).split()
-    assert told(check_leakage, trained(" ".join(text[:12] * 20)), held(" ".join(text))) == []
+    assert reported(check_leakage, trained(" ".join(text[:12] * 20)), held(" ".join(text))) == []
 
 
 def test_a_template_is_no_leak():
@@ -118,7 +118,7 @@ def test_a_template_is_no_leak():
     template = words(rng, 80)
     num = MOST_PROMPTS + 1
     heldout = held(*(f"{template} {words(rng, 12)}" for _ in range(4 * num)))
-    assert told(check_leakage, trained(*(f"{template} {words(rng, 12)}" for _ in range(20))), heldout) == []
+    assert reported(check_leakage, trained(*(f"{template} {words(rng, 12)}" for _ in range(20))), heldout) == []
 
 
 def test_what_fills_a_template_leaks():
@@ -137,7 +137,7 @@ def with_system(system, question, line):
 def test_a_shared_system_turn_is_no_leak():
     system = words(random.Random(3), 200)
     training = [with_system(system, "What is bread?", 1)]
-    assert told(check_leakage, training, [with_system(system, "What is butter?", 2)]) == []
+    assert reported(check_leakage, training, [with_system(system, "What is butter?", 2)]) == []
 
 
 def test_a_question_leaks_whatever_the_system_turn():
@@ -170,9 +170,9 @@ def test_a_hash_depends_on_the_words_alone():
 
 
 def test_prompts_without_words_or_rows_do_no_harm():
-    assert told(check_leakage, trained("", "?", QUESTION), held("", "?")) == []
-    assert told(check_leakage, trained(QUESTION)) == []
-    assert told(check_leakage, [], held(QUESTION)) == []
+    assert reported(check_leakage, trained("", "?", QUESTION), held("", "?")) == []
+    assert reported(check_leakage, trained(QUESTION)) == []
+    assert reported(check_leakage, [], held(QUESTION)) == []
 
 
 CASES = {

@@ -57,7 +57,7 @@ def test_the_same_letters_in_other_code_points_are_the_same_text():
 )
 def test_case_and_punctuation_alone_are_warned_of(rejected):
     assert found(LONG, rejected) == [
-        ("nearly_identical", "warning", "chosen and rejected differ in case or punctuation alone")
+        ("nearly_identical", "warning", "chosen and rejected differ only in case or punctuation")
     ]
 
 

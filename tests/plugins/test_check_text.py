@@ -7,7 +7,7 @@ import pytest
 
 from qpref_plugins import check_text
 from qpref_plugins.check_text import WHAT, CheckText, TextChecks, kinds_of
-from tests.plugins.check_cases import findings, lines, pair, severities, single, told, words
+from tests.plugins.check_cases import findings, lines, pair, reported, severities, single, words
 
 PROMPT = "Tell me why bread rises, in a few words."
 GOOD = "Bread rises because yeast turns sugar into gas, which the dough's gluten holds."
@@ -194,17 +194,17 @@ def test_a_rejected_refusal_is_as_it_should_be():
 def test_a_finding_names_the_sides():
     rows = [pair(PROMPT, "None", GOOD, 1), pair(PROMPT, GOOD, "None", 2), pair(PROMPT, "[image]", "N/A", 3)]
     rows += [single(PROMPT, "?", True, 4), pair(PROMPT, GOOD, GOOD, 5)]
-    assert told(check_text, rows) == [
-        ("placeholder", 1, "chosen is a placeholder, not an answer"),
-        ("placeholder", 2, "rejected is a placeholder, not an answer"),
-        ("placeholder", 3, "chosen and rejected: each is a placeholder, not an answer"),
+    assert reported(check_text, rows) == [
+        ("placeholder", 1, "chosen is a placeholder, not a response"),
+        ("placeholder", 2, "rejected is a placeholder, not a response"),
+        ("placeholder", 3, "chosen and rejected: each is a placeholder, not a response"),
         ("no_word", 4, "completion has no letter or digit"),
     ]
 
 
-def test_each_kind_is_told_once_a_row():
+def test_each_kind_is_reported_once_a_row():
     row = pair(PROMPT, LOOP + "\x00", LOOP + "<br>")
-    assert [code for code, _, _ in told(check_text, [row])] == ["unseen", "markup", "repetition"]
+    assert [code for code, _, _ in reported(check_text, [row])] == ["unseen", "markup", "repetition"]
 
 
 CASES = {

@@ -85,14 +85,14 @@ def test_values_of_the_type_json_are_parsed(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"a": column}), path)
     first, second, (line, message) = found("parquet", path)
     assert (first, second, line) == ((1, {"a": {"x": [1, None]}}), (2, {"a": None}), 3)
-    assert message.startswith("a value of the type JSON is none: ")
+    assert message.startswith("invalid JSON in a column of the type JSON: ")
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all", b"PAR1" + bytes(100) + b"PAR1"], ids=repr)
 def test_a_file_that_is_no_parquet_stops_the_reading(tmp_path, content):
     path = tmp_path / "pairs.parquet"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(f"{path}:1: not a Parquet file, or a damaged one: ")):
+    with pytest.raises(DataError, match=re.escape(f"{path}:1: not a Parquet file, or damaged: ")):
         found("parquet", path)
 
 
@@ -105,14 +105,14 @@ def test_a_damaged_page_stops_the_reading_at_its_row(write):
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
         found("parquet", path)
-    line = re.match(rf"{path}:(\d+): not a Parquet file, or a damaged one: ", error.value.what)[1]
+    line = re.match(rf"{path}:(\d+): not a Parquet file, or damaged: ", error.value.what)[1]
     assert 1900 < int(line) <= 2001
 
 
 def test_a_cut_file_stops_the_reading(write):
     path = write([{"a": "x"}] * 100)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="not a Parquet file, or a damaged one"):
+    with pytest.raises(DataError, match="not a Parquet file, or damaged"):
         found("parquet", path)
 
 
@@ -182,7 +182,7 @@ def test_a_saved_dict_of_splits_names_them_and_each_is_read(tmp_path):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"no folder of Dataset\.save_to_disk; it has no state\.json"):
+    with pytest.raises(DataError, match=r"not a folder of Dataset\.save_to_disk: it has no state\.json"):
         found("datasets", tmp_path)
 
 
@@ -233,7 +233,9 @@ def test_a_name_that_is_none_is_refused(name):
 def test_a_folder_of_the_same_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="hf:org/name: a folder here has that name; start qpref elsewhere"):
+    with pytest.raises(
+        DataError, match="hf:org/name: the current folder has a folder of that name; run qpref in another one"
+    ):
         found("hf", Path("org/name"))
 
 

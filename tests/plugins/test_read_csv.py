@@ -78,7 +78,10 @@ BAD = {
     "a field too few": (b"1", "1 fields, where the header has 2"),
     "a field too many": (b"1,2,3", "3 fields, where the header has 2"),
     "a field too many, quoted": (b'"1",2,3', "more fields than the 2 of the header"),
-    "text after a closing quote": (b'"1"x,2', "text after a closing quote; a quote within quotes is written twice"),
+    "text after a closing quote": (
+        b'"1"x,2',
+        "text after a closing quote; a quote inside a quoted field has to be doubled",
+    ),
     "no UTF-8": (b"\xff,2", "the row is not UTF-8"),
     "no UTF-8 in quotes": (b'"\xff",2', "the row is not UTF-8"),
     "a cut character": (b"\xc3,2", "the row is not UTF-8"),
@@ -94,7 +97,7 @@ def test_a_bad_record_is_a_finding_and_the_next_line_is_read(read, case):
 def test_a_quote_that_is_never_closed_costs_its_row_alone(read):
     assert read(b'a,b\n1,2\n"3,4\n5,6\n7,8\n') == [
         row(2, "1", "2"),
-        (3, "a quote is opened that is not closed"),
+        (3, "an unclosed quote"),
         row(4, "5", "6"),
         row(5, "7", "8"),
     ]
@@ -109,12 +112,12 @@ def test_a_quote_that_a_later_field_seems_to_close_costs_its_row_alone(read):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"a,b,a", "the header: the column 'a' stands twice"),
+        (b"a,b,a", "the header: duplicate column 'a'"),
         (b"a,,b", "the header: a column has no name"),
-        (b'"a"x,b', "the header: text after a closing quote; a quote within quotes is written twice"),
+        (b'"a"x,b', "the header: text after a closing quote; a quote inside a quoted field has to be doubled"),
         (b"a,\xff", "the header: the row is not UTF-8"),
-        (b"a,b\r1,2\r", "the header: lines end in carriage returns alone; write them with newlines"),
-        (b'a,"b', "the header: a quote is opened that is not closed"),
+        (b"a,b\r1,2\r", "the header: lines end in carriage returns only; convert them to newlines"),
+        (b'a,"b', "the header: an unclosed quote"),
     ],
 )
 def test_a_file_with_a_bad_header_stops_the_reading(read, header, message):
@@ -142,7 +145,7 @@ def test_an_over_long_quoted_field_of_many_lines_gives_up_at_the_limit(read):
     num_lines = MAX_ROW_BYTES // 1000 + 2
     lines = (b"x" * 999 + b"\n") * num_lines
     (line, message), *rest = read(b'a,b\n"' + lines + b'",2\n')
-    assert (line, message) == (2, "the row is longer than 4 MiB, or a quote is opened that is not closed")
+    assert (line, message) == (2, "the row is longer than 4 MiB, or has an unclosed quote")
     assert len(rest) == num_lines  # each of the lines by itself, none of two fields; then a lone quote
 
 

@@ -119,7 +119,7 @@ def test_a_shard_cut_off_anywhere_gives_its_whole_rows_alone(tmp_path, said, siz
     os.truncate(shard, size)
     assert found(ReferenceCache.open(tmp_path, "two")) == first(num_whole(size))
     left = size - ENDS[num_whole(size)]
-    warning = f"{shard}: {left} of {size} bytes are no whole records and are passed over"
+    warning = f"{shard}: {left} of {size} bytes are not whole records and are ignored"
     assert said == ([warning] if left else [])
 
 
@@ -132,7 +132,7 @@ def test_a_flipped_byte_anywhere_gives_the_rows_before_it_alone(tmp_path, said, 
     shard.write_bytes(content)
     assert found(ReferenceCache.open(tmp_path, "two")) == first(num_whole(place))
     left = ENDS[-1] - ENDS[num_whole(place)]
-    assert said == [f"{shard}: {left} of {ENDS[-1]} bytes are no whole records and are passed over"]
+    assert said == [f"{shard}: {left} of {ENDS[-1]} bytes are not whole records and are ignored"]
 
 
 @pytest.mark.parametrize("tail", [bytes(200), b"\xff" * 200], ids=["zeros", "ones"])
@@ -142,7 +142,7 @@ def test_a_tail_that_was_never_written_is_no_row(tmp_path, said, tail):
     with shard.open("ab") as file:
         file.write(tail)
     assert found(ReferenceCache.open(tmp_path, "two")) == first(3)
-    assert said == [f"{shard}: 200 of {ENDS[-1] + 200} bytes are no whole records and are passed over"]
+    assert said == [f"{shard}: 200 of {ENDS[-1] + 200} bytes are not whole records and are ignored"]
 
 
 def test_rows_of_two_keys_swapped_are_no_rows(tmp_path):
@@ -226,7 +226,7 @@ def test_a_shard_that_is_gone_is_missed_with_a_warning(tmp_path, said):
     started = ReferenceCache.open(tmp_path, "mine")
     shard.unlink()
     assert len(ReferenceCache.open(tmp_path, "mine", started.store.seen)) == 0
-    assert said == [f"{shard}: {ENDS[-1]} of {ENDS[-1]} bytes are no whole records and are passed over"]
+    assert said == [f"{shard}: {ENDS[-1]} of {ENDS[-1]} bytes are not whole records and are ignored"]
 
 
 def test_a_shard_that_is_removed_while_it_is_read_can_be_read_on(tmp_path):
@@ -264,7 +264,7 @@ def test_a_row_that_does_not_fit_is_warned_of_once_and_never_read(tmp_path, said
         cache.add({names[2]: ROWS[names[2]]})
     cache.add({names[2]: ROWS[names[2]]})  # there is space again, but half a row stands before it
     cache.close()
-    assert said == [f"the cache is not written any more: {tmp_path}/one.shard: cannot be written: "
+    assert said == [f"the cache is no longer written: {tmp_path}/one.shard: cannot be written: "
                     "File too large"]  # fmt: skip
     assert (tmp_path / "one.shard").stat().st_size == ENDS[1] + 10
     assert found(ReferenceCache.open(tmp_path, "two")) == first(1)
@@ -296,7 +296,7 @@ def test_a_disk_that_is_full_from_the_start_is_warned_of_once(tmp_path, said, mo
     for name, values in ROWS.items():
         cache.add({name: values})
     cache.close()
-    assert [line.partition(":")[0] for line in said] == ["the cache is not written any more"]
+    assert [line.partition(":")[0] for line in said] == ["the cache is no longer written"]
     assert said[0].endswith("No space left on device")
 
 

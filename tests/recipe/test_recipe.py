@@ -8,12 +8,12 @@ import pytest
 import tomli_w
 
 from qpref import __version__
-from qpref.data.row_formats import SHAPES
+from qpref.data.row_formats import ROW_FORMATS
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
+from qpref.recipe.data_section import RowFormat
 from qpref.recipe.document import with_overrides
 from qpref.recipe.resolve import DEFAULT_VALIDATORS, make_plan
-from qpref.recipe.sections import Shape
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
 
@@ -145,11 +145,11 @@ def test_one_mistake_is_one_problem():
         ({"data": {"reader": "jsonll"}}, "[data] reader: no reader 'jsonll' is installed; did you mean 'jsonl'?"),
     ],
 )
-def test_a_misspelt_name_is_told_the_nearest(tables, problem):
+def test_a_misspelt_name_gets_the_nearest(tables, problem):
     assert problems(recipe_with(**tables)) == [problem]
 
 
-def test_a_word_like_no_key_is_told_them_all():
+def test_a_word_like_no_key_gets_all_of_them():
     assert problems(recipe_with(zzzzz={})) == [
         "[zzzzz] unknown key; known: model, adapter, data, checks, loss, reference, train, sinks"
     ]
@@ -390,11 +390,11 @@ def test_a_location_may_name_its_reader():
 
 def test_several_sources_have_settings_of_their_own_or_the_datas(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = [{"path": "a.jsonl", "weight": 0.5, "shape": "hh"}, {"path": "b.csv", "columns": {"prompt": "p"}}]
-    data = {"train": train, "heldout": "c.json", "columns": {"chosen": "good"}, "shape": "pair"}
+    train = [{"path": "a.jsonl", "weight": 0.5, "format": "hh"}, {"path": "b.csv", "columns": {"prompt": "p"}}]
+    data = {"train": train, "heldout": "c.json", "columns": {"chosen": "good"}, "format": "pair"}
     plan = make_plan(recipe_with(data=data))
     assert [
-        (source.location, source.split, source.reader.record.name, source.weight, source.shape, source.columns)
+        (source.location, source.split, source.reader.record.name, source.weight, source.format, source.columns)
         for source in plan.sources
     ] == [
         (f"{tmp_path}/c.json", "heldout", "json", 1.0, "pair", {"chosen": "good"}),
@@ -414,7 +414,9 @@ def test_several_sources_have_settings_of_their_own_or_the_datas(tmp_path, monke
         ({"train": "a.jsonl", "heldout": "a.jsonl"}, "[data] train: "),
         ({"train": "a.jsonl", "heldout": [{"path": "b.jsonl", "weight": 2.0}]}, "[data] heldout: a weight says how"),
         ({"train": [{"path": "a.jsonl", "weight": 1e12}]}, "[data.train.0] weight: expected less than or equal to 100"),
-        ({"train": "a.jsonl", "shape": "pears"}, "[data] shape: expected 'auto', 'pair', "),
+        ({"train": "a.jsonl", "shape": "pair"}, "[data] shape: unknown key; did you mean 'format'?"),
+        ({"train": [{"path": "a.jsonl", "shape": "hh"}]}, "[data.train.0] shape: unknown key; did you mean 'format'?"),
+        ({"train": "a.jsonl", "format": "pears"}, "[data] format: expected 'auto', 'pair', "),
         ({"train": "a.jsonl", "heldout": "b.jsonl", "heldout_share": 0.1}, "[data] heldout names the held-out data"),
         ({"train": "a.jsonl", "heldout_share": 0.9}, "[data] heldout_share: expected less than or equal to 0.5"),
     ],
@@ -424,8 +426,8 @@ def test_mistakes_in_the_sources_are_named(data, problem):
     assert found.startswith(problem)
 
 
-def test_the_recipe_knows_the_shapes_that_there_are():
-    assert set(get_args(Shape)) == {"auto", *SHAPES}
+def test_the_recipe_knows_the_row_formats_that_there_are():
+    assert set(get_args(RowFormat)) == {"auto", *ROW_FORMATS}
 
 
 def test_of_two_readers_that_fit_the_longer_suffix_wins(offer_by_acme):
@@ -473,7 +475,7 @@ def test_a_table_of_checks_adds_a_validator_with_its_options(no_urls):
     assert plan.validators[-1].options.model_dump() == {"allowed": 3}
 
 
-def test_a_validators_key_like_no_other_is_told_what_it_knows(no_urls):
+def test_a_validators_key_like_no_other_gets_the_known_ones(no_urls):
     assert problems(recipe_with(checks={"no-urls": {"zzz": 3}})) == [
         "[checks.no-urls] zzz: unknown option of validator 'no-urls' (acme 2.0 [check-no-urls]); known: allowed"
     ]
@@ -545,11 +547,11 @@ def test_a_set_value_is_checked_like_the_recipes():
         ("=1", "expected table.key=value"),
         ("loss.=1", "expected table.key=value"),
         ("loss..beta=1", "expected table.key=value"),
-        ("loss.name.x=1", "'loss.name.x' is no place in this recipe"),
-        ("loss.name.x.y=1", "'loss.name.x.y' is no place in this recipe"),
-        ("sinks.1.name=console", "'sinks.1.name' is no place in this recipe"),
-        ("sinks.first.name=console", "'sinks.first.name' is no place in this recipe"),
-        ("sinks.name=console", "'sinks.name' is no place in this recipe"),
+        ("loss.name.x=1", "'loss.name.x' is not a key of this recipe"),
+        ("loss.name.x.y=1", "'loss.name.x.y' is not a key of this recipe"),
+        ("sinks.1.name=console", "'sinks.1.name' is not a key of this recipe"),
+        ("sinks.first.name=console", "'sinks.first.name' is not a key of this recipe"),
+        ("sinks.name=console", "'sinks.name' is not a key of this recipe"),
     ],
 )
 def test_a_set_that_leads_nowhere_is_refused(override, complaint):

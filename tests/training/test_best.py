@@ -235,8 +235,8 @@ def test_a_metric_that_held_out_rows_dont_have_is_refused_before_the_first_step(
 @pytest.mark.parametrize(("settings", "words"), [
     ({"patience": 2}, "patience and best_direction need best_by"),
     ({"best_direction": "max"}, "patience and best_direction need best_by"),
-    ({"best_by": "eval_loss", "eval_every": None}, "say with eval_every"),
-    ({"best_by": "eval_logps/chosen"}, "whether more or less of 'eval_logps/chosen' is better isn't known"),
+    ({"best_by": "eval_loss", "eval_every": None}, "set eval_every"),
+    ({"best_by": "eval_logps/chosen"}, "unknown whether a higher or a lower 'eval_logps/chosen' is better"),
     ({"best_by": "eval_loss", "patience": 0}, "patience"),
 ])  # fmt: skip
 def test_settings_that_say_nothing_are_refused(make_toy, tmp_path, settings, words):

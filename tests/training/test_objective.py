@@ -14,7 +14,7 @@ from conftest import preference_rows, write_jsonl
 
 import qpref
 from qpref.data.load import load_rows
-from qpref.data.mismatch import alone, partner_alone, with_mismatched
+from qpref.data.mismatch import only_partner, with_mismatched, without_partner
 from qpref.data.pack import pack
 from qpref.data.source import DataSource
 from qpref.errors import DataError, RecipeError
@@ -160,7 +160,7 @@ def test_pairs_become_completions_and_the_run_says_so(make_recipe, tmp_path, cap
         plan = make_plan(make_recipe() | {"loss": {"name": "kto"}}, (), tmp_path / "run")
         checked = load_rows(plan).train
     rows, report = list(checked.rows()), checked.report
-    assert "the loss 'kto' is of single completions; 12 pairs become 24 of them" in caplog.text
+    assert "the loss 'kto' is on single completions: 12 pairs become 24 of them" in caplog.text
     assert [row.label for row in rows[:4]] == [True, False, True, False]
     assert (report.read, report.kept) == (16, 16)  # 4 of them held out
 
@@ -268,7 +268,7 @@ def test_pair_of_which_one_side_is_too_long_is_left_out_whole(make_trainer, tmp_
     with caplog.at_level("INFO", logger="qpref"):
         trainer = make_trainer({"data.train": str(data), "data.on_overflow": "drop"}, {"name": "kto"})
     assert trainer.objective.class_counts == (11, 11)
-    assert "of 12 rows, 1 left out and 0 cut for their length" in caplog.text
+    assert "of 12 rows, 1 dropped and 0 truncated for their length" in caplog.text
 
 
 def test_cut_rows_are_counted_once(make_trainer, tmp_path, caplog):
@@ -277,7 +277,7 @@ def test_cut_rows_are_counted_once(make_trainer, tmp_path, caplog):
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     with caplog.at_level("INFO", logger="qpref"):
         make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
-    assert "of 12 rows, 0 left out and 1 cut for their length" in caplog.text
+    assert "of 12 rows, 0 dropped and 1 truncated for their length" in caplog.text
 
 
 def test_pair_that_cutting_makes_the_same_is_dropped_as_completions_too(make_trainer, tmp_path, caplog):
@@ -288,7 +288,7 @@ def test_pair_that_cutting_makes_the_same_is_dropped_as_completions_too(make_tra
         trainer = make_trainer({"data.train": str(data), "data.on_overflow": "truncate"}, {"name": "kto"})
     assert trainer.objective.class_counts == (11, 11)
     assert "long.jsonl:4: dropped: cut to their first" in caplog.text
-    assert "1 left out and 0 cut for their length" in caplog.text
+    assert "1 dropped and 0 truncated for their length" in caplog.text
 
 
 def test_margins_of_pairs_that_become_completions_are_mentioned(make_recipe, tmp_path, caplog):
@@ -415,7 +415,7 @@ def test_a_loss_is_not_blamed_for_scores_that_are_not_finite(make_trainer):
     trainer = make_trainer(None, {"name": "kto"})
     own, partners = (
         pack([side(example) for example in trainer.examples[:2]], trainer.policy.device)
-        for side in (alone, partner_alone)
+        for side in (without_partner, only_partner)
     )
     scores, spoilt = (trainer.objective.score(trainer.policy, batch) for batch in (own, partners))
     reference, other = (replace(said, values=said.values.detach().clone()) for said in (scores, spoilt))
@@ -439,7 +439,7 @@ def test_mixture_in_toml_and_its_lock_file_resolve_to_the_same(make_recipe, tmp_
 
 
 def test_pairs_and_completions_do_not_mix(make_recipe, tmp_path):
-    with pytest.raises(RecipeError, match="'dpo' and 'kto': one is of pairs, another of single completions"):
+    with pytest.raises(RecipeError, match="'dpo' and 'kto': one is on pairs, another on single completions"):
         make_plan(make_recipe() | {"loss": [{"name": "dpo"}, {"name": "kto"}]}, (), tmp_path / "run")
 
 
@@ -458,7 +458,7 @@ def test_pairs_and_completions_do_not_mix(make_recipe, tmp_path):
         ),
         (
             {"name": "dpo", "beta": {"start": 0.1, "end": -1}},
-            "[loss] beta: expected greater than 0, got -1.0 (its end)",
+            "[loss] beta: expected greater than 0, got -1.0 (end of the schedule)",
         ),
         ([], "[loss] expected a table, got []"),
         ("dpo", "[loss] expected a table, got 'dpo'"),

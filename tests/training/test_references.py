@@ -122,7 +122,7 @@ def rewrite(shard: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None
 def rows_in(shard: Path) -> dict[bytes, torch.Tensor]:
     """A shard's rows, without its check rows."""
     rows = ReferenceCache.open(shard.parent, "reader", {shard.name: shard.stat().st_size})
-    return {key: rows.get(key) for key in rows.store._places if key != check_key(shard.name)}
+    return {key: rows.get(key) for key in rows.store._index if key != check_key(shard.name)}
 
 
 def write_rows(shard: Path, rows: dict[bytes, torch.Tensor]) -> None:
@@ -222,7 +222,7 @@ def test_a_disk_that_refuses_the_cache_is_warned_of_once_and_the_run_goes_on(mak
     monkeypatch.setattr(fsio.AppendLog, "append", append)
     folder = qpref.train(make_recipe(), output=tmp_path / "run")
     monkeypatch.undo()
-    refused = [line for line in notes.said if "the cache is not written any more" in line]
+    refused = [line for line in notes.said if "the cache is no longer written" in line]
     assert sum("/reference/" in line for line in refused) == 1
     alone = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "alone")
     assert (folder / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
@@ -438,7 +438,7 @@ def test_a_batch_of_old_and_new_rows_keeps_the_old_values_and_writes_down_the_ne
     assert references.num_computed == 3
     assert said[: len(EXAMPLES[0].branches[0])].unique().tolist() == [-1.0]
     own = ReferenceCache.open(tmp_path, "reader", {"two.shard": (tmp_path / "two.shard").stat().st_size})
-    assert list(own.store._places) == keys[1:]
+    assert list(own.store._index) == keys[1:]
 
 
 def test_comparing_with_the_cache_leaves_the_adapter_on(make_recipe, tmp_path):
@@ -528,8 +528,8 @@ def test_a_killed_run_ends_as_if_it_never_stopped_whatever_others_wrote_meanwhil
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
     assert own.read_bytes().startswith(before)
     assert len(ReferenceCache.open(own.parent, "reader", {own.name: own.stat().st_size})) == 2 * NUM_EXAMPLES
-    passed_over = [line for line in notes.said if "no whole records" in line]
-    assert passed_over == ([f"{own}: 30 of {len(before) + 30} bytes are no whole records and are passed over"] * torn)
+    passed_over = [line for line in notes.said if "not whole records" in line]
+    assert passed_over == ([f"{own}: 30 of {len(before) + 30} bytes are not whole records and are ignored"] * torn)
 
 
 def test_a_killed_run_goes_on_with_the_rows_that_it_saw_at_its_start(make_recipe, tmp_path, monkeypatch, notes, cache):

@@ -1,8 +1,8 @@
-"""What a model could learn instead of the preference: that longer answers win, or one label for all.
+"""Validator `bias`: length bias and class imbalance, which a model can learn instead of the preference.
 
-Lengths are of characters. Pairs: the share of those whose chosen response is the longer one, with Wilson's interval
-(Wilson 1927), and Cohen's d_z, the mean of the paired differences over their standard deviation (Cohen 1988, section
-2.3.5; Lakens 2013, eq. 6). Single completions: Cohen's d of the two classes, over their pooled standard deviation.
+Lengths are in characters. Pairs: share of pairs whose chosen response is longer, with Wilson's interval (Wilson 1927),
+and Cohen's d_z, the mean of the paired differences over their standard deviation (Cohen 1988, section 2.3.5; Lakens
+2013, eq. 6). Single completions: Cohen's d of the two classes, over their pooled standard deviation.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ _Z95 = 1.959964
 
 
 class BiasChecks(Options):
-    """Options of the validator `bias`: a severity for each check, and its threshold.
+    """Options of the validator `bias`: severities and thresholds.
 
-    Whole sources are judged, of 20 examples or more.
+    Applied to each source of 20 examples or more.
     """
 
-    length_bias: SourceSeverity = Field(default="warn", description="lengths alone tell which answer is preferred")
+    length_bias: SourceSeverity = Field(
+        default="warn", description="length bias: the length of a response predicts whether it is preferred"
+    )
     max_longer_share: float = Field(
         default=0.6,
         ge=0.5,
         le=1,
-        description="highest share of pairs, ties aside, whose chosen response is the longer one, or the shorter one",
+        description="maximum share of pairs, without ties, whose chosen response is the longer (or the shorter) one",
     )
     max_effect_size: float = Field(
-        default=0.5, ge=0, description="largest Cohen's d of the lengths; 0.2 is called small, 0.5 medium, 0.8 large"
+        default=0.5,
+        ge=0,
+        description="maximum effect size (Cohen's d) of the lengths; 0.2 is small, 0.5 medium, 0.8 large",
     )
-    one_class: SourceSeverity = Field(default="warn", description="single completions that all have the same label")
-    class_balance: SourceSeverity = Field(default="warn", description="one of the labels is rare")
-    min_class_share: float = Field(default=0.2, ge=0, le=0.5, description="smallest share of the rarer label")
+    one_class: SourceSeverity = Field(default="warn", description="all single completions have the same label")
+    class_balance: SourceSeverity = Field(default="warn", description="one label is rarer than `min_class_share`")
+    min_class_share: float = Field(default=0.2, ge=0, le=0.5, description="minimum share of the rarer label")
 
 
 @dataclass(slots=True)
 class Lengths:
-    """Count, sum and sum of squares of whole numbers, all exact."""
+    """Count, sum and sum of squares of integers, all exact."""
 
     count: int = 0
     total: int = 0
@@ -58,13 +62,13 @@ class Lengths:
 
     @property
     def deviations(self) -> float:
-        """The sum of squared deviations from the mean."""
+        """Sum of squared deviations from the mean."""
         return (self.count * self.squares - self.total * self.total) / self.count
 
 
 @dataclass(slots=True)
 class PairLengths:
-    """How much longer the chosen responses of one source are."""
+    """Length statistics of the pairs of one source: chosen minus rejected."""
 
     difference: Lengths
     rejected_characters: int = 0
@@ -79,7 +83,7 @@ class PairLengths:
 
 
 class CheckBias:
-    """Sums over each source of a split."""
+    """Length and label statistics of each source of a split."""
 
     def __init__(self, options: BiasChecks) -> None:
         self.options = options
@@ -112,14 +116,14 @@ class CheckBias:
             missing = "desirable" if bad.count else "undesirable"
             message = (
                 f"all {bad.count + good.count} completions are {'un' if bad.count else ''}desirable, {_where(split)}: "
-                f"with nothing to tell them from, no preference can be learned. Add {missing} ones"
+                f"without the other class, no preference can be learned. Add {missing} ones"
             )
             yield from self._found("one_class", message, path)
             return
         if min(bad.count, good.count) < self.options.min_class_share * (bad.count + good.count):
             message = (
-                f"{counts}, {_where(split)}. Unless the loss weighs the rarer class more, the other one drowns it: "
-                "see desirable_weight and undesirable_weight of kto, which by default make up for it"
+                f"{counts}, {_where(split)}. The larger class dominates unless the loss weights the rarer one more: "
+                "see desirable_weight and undesirable_weight of kto, which compensate by default"
             )
             yield from self._found("class_balance", message, path)
         pooled = math.sqrt((bad.deviations + good.deviations) / (bad.count + good.count - 2))
@@ -136,13 +140,13 @@ class CheckBias:
 
 
 ADVICE = (
-    "The model may learn the length alone: balance the lengths, or take a loss that is normalized by length (simpo, "
-    "sigmoid_norm, dpo with ld_alpha), and watch the length of what it writes"
+    "The model may learn only the length: balance the lengths, or use a length-normalized loss (simpo, sigmoid_norm, "
+    "dpo with ld_alpha), and monitor the length of its responses"
 )
 
 
 def _bias_of_pairs(options: BiasChecks, lengths: PairLengths) -> str:
-    """What there is to say of a source's lengths; empty where they are within bounds."""
+    """Describe the length bias of a source; empty where it is within the thresholds."""
     longer, shorter = lengths.num_longer, lengths.num_shorter
     difference = lengths.difference
     if not longer + shorter:
@@ -156,7 +160,7 @@ def _bias_of_pairs(options: BiasChecks, lengths: PairLengths) -> str:
     side, count = ("longer", longer) if longer >= shorter else ("shorter", shorter)
     if side == "shorter":
         share, low, high = 1 - share, 1 - high, 1 - low
-    ties = f", {difference.count - longer - shorter} ties aside" if difference.count > longer + shorter else ""
+    ties = f", without {difference.count - longer - shorter} ties" if difference.count > longer + shorter else ""
     return (
         f"chosen is the {side} one in {count} of {longer + shorter} pairs{ties} ({share:.1%}, 95 % interval {low:.1%} "
         f"to {high:.1%}), and {_by(difference.mean, lengths.rejected_characters / difference.count)} on average "
@@ -165,7 +169,7 @@ def _bias_of_pairs(options: BiasChecks, lengths: PairLengths) -> str:
 
 
 def wilson_interval(num_hits: int, num_all: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a share (Wilson 1927)."""
     share, square = num_hits / num_all, _Z95 * _Z95
     middle = share + square / (2 * num_all)
     half = _Z95 * math.sqrt(share * (1 - share) / num_all + square / (4 * num_all * num_all))
@@ -173,7 +177,7 @@ def wilson_interval(num_hits: int, num_all: int) -> tuple[float, float]:
 
 
 def _over(difference: float, deviation: float) -> float:
-    """A difference in standard deviations; of a difference that is always the same, infinite."""
+    """Divide a difference by its standard deviation; infinite for a constant non-zero difference."""
     return difference / deviation if deviation else math.copysign(math.inf, difference) if difference else 0.0
 
 

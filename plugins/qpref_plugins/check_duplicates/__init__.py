@@ -1,10 +1,10 @@
-"""Rows that repeat or contradict others, and few distinct prompts.
+"""Validator `duplicates`: repeated, contradictory and cyclic preferences, and few distinct prompts.
 
-Each split by itself; what stands in both is the validator `leakage`'s. Nothing is told before all rows are seen.
+Each split is checked separately; rows in both are found by the validator `leakage`. Findings come after all rows.
 
 A response that is chosen in one row and rejected in another is no contradiction: a ranking of three gives such pairs.
-Two rows contradict each other where they have the same two responses the other way round. Preferences that run in a
-circle (A over B, B over C, C over A) across rows are told apart, as annotators do disagree.
+Two rows contradict each other if they have the same two responses with the preference reversed. Cycles (A over B, B
+over C, C over A) across rows have a code of their own, since annotators do disagree.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ FEWEST_ROWS = 50
 
 
 class DuplicateChecks(Options):
-    """Options of the validator `duplicates`: a severity for each check, and its threshold."""
+    """Options of the validator `duplicates`: severities and thresholds."""
 
-    duplicate: Severity = Field(default="warn", description="a row that repeats an earlier one: same prompt, answers")
+    duplicate: Severity = Field(default="warn", description="a row repeats an earlier one: same prompt, same responses")
     contradictory: Severity = Field(
-        default="warn", description="the same two answers preferred the other way round, or one answer with both labels"
+        default="warn",
+        description="the same two responses with the preference reversed, or one completion with both labels",
     )
-    cyclic: Severity = Field(default="warn", description="rows that prefer A to B, B to C and C to A")
+    cyclic: Severity = Field(default="warn", description="cyclic preferences: A over B, B over C, C over A")
     few_prompts: SourceSeverity = Field(
-        default="warn", description=f"few distinct prompts for the rows of a source (of {FEWEST_ROWS} rows or more)"
+        default="warn", description=f"a source of {FEWEST_ROWS} rows or more has few distinct prompts"
     )
     min_distinct_prompts: float = Field(
-        default=0.25, ge=0, le=1, description="smallest share of distinct prompts; 0.25 is four rows a prompt"
+        default=0.25, ge=0, le=1, description="minimum ratio of distinct prompts to rows; 0.25 is four rows per prompt"
     )
 
 
 class CheckDuplicates:
-    """Remembers each example as hashes and a place."""
+    """Collects each example as hashes and its location."""
 
     def __init__(self, options: DuplicateChecks) -> None:
         self.options = options
@@ -49,12 +50,12 @@ class CheckDuplicates:
         prompt = hash(text_of(example.prompt))
         if example.tools:
             prompt = hash((prompt, repr(example.tools)))
-        place = self.places.number(example.source)
+        location = self.places.number(example.source)
         if isinstance(example, PreferencePair):
             better, worse = hash((prompt, text_of(example.chosen))), hash((prompt, text_of(example.rejected)))
-            self.pairs[split].add(prompt, better, worse, place)
+            self.pairs[split].add(prompt, better, worse, location)
         else:
-            self.labelled[split].add(prompt, hash((prompt, text_of(example.completion))), int(example.label), place)
+            self.labelled[split].add(prompt, hash((prompt, text_of(example.completion))), int(example.label), location)
         return ()
 
     def finish(self) -> Iterator[Finding]:
@@ -67,51 +68,51 @@ class CheckDuplicates:
         keys = edge_keys(edges.better, edges.worse)
         yield from self._repeated(keys, edges, "the same pair as")
         unlike = edges.better != edges.worse
-        turned = edge_keys(edges.worse[unlike], edges.better[unlike])
-        for place, other in partners(keys[unlike], turned, edges.place[unlike]):
-            message = f"the same two answers are preferred the other way round at {self._at(other, place)}"
-            yield from self._found("contradictory", message, place)
+        reversed_keys = edge_keys(edges.worse[unlike], edges.better[unlike])
+        for location, other in partners(keys[unlike], reversed_keys, edges.location[unlike]):
+            message = f"the same two responses have the preference reversed at {self._at(other, location)}"
+            yield from self._found("contradictory", message, location)
         for rows in on_cycles(edges.better, edges.worse, edges.prompt):
-            places = np.unique(edges.place[rows])
-            for place in places if len(places) > 1 else ():
-                other = int(places[0] if place != places[0] else places[1])
-                message = f"the answers are preferred in a circle, with {self._at(other, int(place))} among others"
-                yield from self._found("cyclic", message, int(place))
+            locations = np.unique(edges.location[rows])
+            for location in locations if len(locations) > 1 else ():
+                other = int(locations[0] if location != locations[0] else locations[1])
+                message = f"cyclic preferences, with {self._at(other, int(location))} among others"
+                yield from self._found("cyclic", message, int(location))
 
     def _of_labelled(self, edges: Edges) -> Iterator[Finding]:
         keys = edge_keys(edges.better, edges.worse)
         yield from self._repeated(keys, edges, "the same completion and label as")
-        for place, other in partners(keys, edge_keys(edges.better, 1 - edges.worse), edges.place):
-            message = f"the same completion has the other label at {self._at(other, place)}"
-            yield from self._found("contradictory", message, place)
+        for location, other in partners(keys, edge_keys(edges.better, 1 - edges.worse), edges.location):
+            message = f"the same completion has the other label at {self._at(other, location)}"
+            yield from self._found("contradictory", message, location)
 
     def _repeated(self, keys: np.ndarray, edges: Edges, message: str) -> Iterator[Finding]:
-        for place, first in repeats(keys, edges.place):
-            yield from self._found("duplicate", f"{message} {self.places.source(first)}", place)
+        for location, first in repeats(keys, edges.location):
+            yield from self._found("duplicate", f"{message} {self.places.source(first)}", location)
 
     def _few_prompts(self, split: Split) -> Iterator[Finding]:
-        """Rows, not pairs, are counted: a ranking of four answers is six pairs of one prompt."""
-        place = np.concatenate([self.pairs[split].place, self.labelled[split].place])
+        """Count rows, not pairs: a ranking of four responses is six pairs of one prompt."""
+        location = np.concatenate([self.pairs[split].location, self.labelled[split].location])
         prompt = np.concatenate([self.pairs[split].prompt, self.labelled[split].prompt])
-        path = self.places.path_numbers(place)
+        path = self.places.path_numbers(location)
         for number in np.unique(path):
             own = path == number
-            num_rows, num_prompts = len(np.unique(place[own])), len(np.unique(prompt[own]))
+            num_rows, num_prompts = len(np.unique(location[own])), len(np.unique(prompt[own]))
             if num_rows >= FEWEST_ROWS and num_prompts < self.options.min_distinct_prompts * num_rows:
                 name = "held-out" if split == "heldout" else "training"
                 message = (
-                    f"{num_prompts} distinct prompts in {num_rows} {name} rows ({num_prompts / num_rows:.1%}); what is "
-                    "learned may hold for these prompts alone, and a split by row puts the same prompts on both sides"
+                    f"{num_prompts} distinct prompts in {num_rows} {name} rows ({num_prompts / num_rows:.1%}): the "
+                    "model may not generalize to other prompts, and a split by row puts the same prompts in both splits"
                 )
                 source = Source(path=self.places.paths[number], line=0)
                 yield from report(self.options.few_prompts, "few_prompts", message, source)
 
-    def _at(self, other: int, place: int) -> str:
-        return "the same row" if other == place else str(self.places.source(other))
+    def _at(self, other: int, location: int) -> str:
+        return "the same row" if other == location else str(self.places.source(other))
 
-    def _found(self, code: str, message: str, place: int) -> tuple[Finding, ...]:
+    def _found(self, code: str, message: str, location: int) -> tuple[Finding, ...]:
         severity: Severity = getattr(self.options, code)
-        return report(severity, code, message, self.places.source(place))
+        return report(severity, code, message, self.places.source(location))
 
 
 @hookimpl

@@ -1,7 +1,6 @@
-"""What a million rows leave behind: 32 bytes each, in arrays, whose sorting finds equal ones.
+"""Preferences as arrays of 64-bit hashes, 32 bytes per row; sorting finds the equal ones.
 
-Texts are known by their 64-bit hashes. Among a million rows, two different ones have the same hash with a probability
-of 3 in 100 million.
+Among a million rows, two different texts have the same hash with a probability of 3 in 100 million.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Edges:
-    """Pairs as edges from the preferred response to the other, each known by prompt and text; with their places."""
+    """Pairs as edges from the preferred response to the other; nodes are hashes of prompt and response."""
 
     def __init__(self) -> None:
         self._columns = tuple(array("q") for _ in range(4))
 
-    def add(self, prompt: int, better: int, worse: int, place: int) -> None:
-        for column, value in zip(self._columns, (prompt, better, worse, place), strict=True):
+    def add(self, prompt: int, better: int, worse: int, location: int) -> None:
+        for column, value in zip(self._columns, (prompt, better, worse, location), strict=True):
             column.append(value)
 
     @property
@@ -42,12 +41,12 @@ class Edges:
         return np.frombuffer(self._columns[2], dtype=np.int64)
 
     @property
-    def place(self) -> Hashes:
+    def location(self) -> Hashes:
         return np.frombuffer(self._columns[3], dtype=np.int64)
 
 
 def edge_keys(tail: Hashes, head: Hashes) -> Hashes:
-    """One hash for each edge; the same edge the other way round has another."""
+    """Hash each edge; the reversed edge has a different hash."""
     mixed = tail.view(np.uint64) * _ODD
     mixed ^= mixed >> np.uint64(29)
     mixed += head.view(np.uint64)
@@ -55,8 +54,8 @@ def edge_keys(tail: Hashes, head: Hashes) -> Hashes:
     return mixed.view(np.int64)
 
 
-def repeats(keys: Hashes, places: Hashes) -> Iterator[tuple[int, int]]:
-    """(place, first place) of each row whose key an earlier row has; once for each place, in order."""
+def repeats(keys: Hashes, locations: Hashes) -> Iterator[tuple[int, int]]:
+    """Yield (location, location of the first) of each row whose key an earlier row has; once per location, in order."""
     order = np.argsort(keys, kind="stable")
     ranked = keys[order]
     starts = np.ones(len(keys), dtype=bool)
@@ -64,24 +63,24 @@ def repeats(keys: Hashes, places: Hashes) -> Iterator[tuple[int, int]]:
     if starts.all():
         return
     first = np.maximum.accumulate(np.where(starts, np.arange(len(keys), dtype=np.int32), 0))
-    again = np.flatnonzero(places[order] != places[order[first]])
-    later, earlier = order[again], order[first[again]]
-    yield from _by_place(places, later, earlier)
+    repeated = np.flatnonzero(locations[order] != locations[order[first]])
+    later, earlier = order[repeated], order[first[repeated]]
+    yield from _by_location(locations, later, earlier)
 
 
-def partners(keys: Hashes, wanted: Hashes, places: Hashes) -> Iterator[tuple[int, int]]:
-    """(place, place of a partner) of each row whose wanted key is the key of another; once for each place, in order."""
+def partners(keys: Hashes, wanted: Hashes, locations: Hashes) -> Iterator[tuple[int, int]]:
+    """Yield (location, location of a row with the wanted key) of each row that has one; once per location, in order."""
     candidates = np.flatnonzero(among(wanted, keys))
     if not len(candidates):
         return
     having = np.flatnonzero(among(keys, wanted[candidates]))
     having = having[np.argsort(keys[having], kind="stable")]
     partner = having[np.searchsorted(keys[having], wanted[candidates])]
-    yield from _by_place(places, candidates, partner)
+    yield from _by_location(locations, candidates, partner)
 
 
 def among(values: Hashes, pool: Hashes) -> Mask:
-    """Which values are in the pool; np.isin says the same and takes three times the memory."""
+    """Return a mask of the values that are in the pool: np.isin in a third of its memory."""
     if not len(pool):
         return np.zeros(len(values), dtype=bool)
     ranked = np.sort(pool)
@@ -89,24 +88,24 @@ def among(values: Hashes, pool: Hashes) -> Mask:
     return found
 
 
-def _by_place(places: Hashes, rows: NDArray[np.int64], others: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    own, index = np.unique(places[rows], return_index=True)
-    for place, other in zip(own, others[index], strict=True):
-        yield int(place), int(places[other])
+def _by_location(locations: Hashes, rows: NDArray[np.int64], others: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    own, index = np.unique(locations[rows], return_index=True)
+    for location, other in zip(own, others[index], strict=True):
+        yield int(location), int(locations[other])
 
 
 def on_cycles(better: Hashes, worse: Hashes, prompt: Hashes) -> Iterator[list[int]]:
-    """The edges of each strongly connected part of more than two responses: A over B, B over C, C over A.
+    """Yield the edges of each strongly connected component of more than two responses: A over B, B over C, C over A.
 
-    What no edge leads to, or from, is on no cycle, and is cut off until little is left; rankings end that way after
-    half as many rounds as a prompt has responses.
+    A response without incoming or without outgoing edges is on no cycle; such responses are removed in rounds until few
+    go. For rankings that takes half as many rounds as a prompt has responses.
     """
     rows = np.flatnonzero(better != worse)
     while len(rows):
         kept = rows[among(better[rows], worse[rows]) & among(worse[rows], better[rows])]
-        few_fell = len(rows) - len(kept) <= len(rows) // 20
+        few_removed = len(rows) - len(kept) <= len(rows) // 20
         rows = kept
-        if few_fell:
+        if few_removed:
             break
     rows = rows[np.argsort(prompt[rows], kind="stable")]
     for group in np.split(rows, np.flatnonzero(np.diff(prompt[rows])) + 1):
@@ -123,7 +122,7 @@ def on_cycles(better: Hashes, worse: Hashes, prompt: Hashes) -> Iterator[list[in
 
 
 def strong_parts(edges: list[tuple[int, int]]) -> dict[int, int]:
-    """The strongly connected part of each node, by number (Kosaraju's two walks, without recursion)."""
+    """Number the strongly connected component of each node (Kosaraju's two passes, without recursion)."""
     onward: dict[int, list[int]] = {}
     back: dict[int, list[int]] = {}
     for tail, head in edges:

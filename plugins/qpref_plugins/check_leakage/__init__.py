@@ -1,9 +1,8 @@
-"""Held-out prompts that stand in the training set as well: what is measured on them is memory, not learning.
+"""Validator `leakage`: held-out prompts in the training set, on which evaluation measures memorization.
 
-Held-out prompts are indexed, training prompts stream past. Equal means equal but for case and punctuation. Near means
-that a training prompt holds a large share of the five-word sequences of a held-out one, as in PaLM's test of
-contamination (Chowdhery et al. 2022, section 8: at least 70 % of the 8-grams). System turns are left out: whole data
-sets share them.
+Held-out prompts are indexed, then training prompts are streamed. Equal prompts may differ in case and punctuation. A
+near leak is a training prompt with a large share of the word 5-grams of a held-out one, as in PaLM's contamination test
+(Chowdhery et al. 2022, section 8: at least 70 % of the 8-grams). System turns are ignored: whole data sets share them.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ BATCH_BYTES = 1 << 16
 
 
 class LeakageChecks(Options):
-    """Options of the validator `leakage`: a severity for each check, and its threshold.
+    """Options of the validator `leakage`: severities and thresholds.
 
-    A training row has one finding at most, the first of these that fits. As an error, it is left out of training.
+    A training row has at most one of these findings, the first that applies; as an error, it removes the row.
     """
 
-    leaked_pair: Severity = Field(default="warn", description="a training row that is in the held-out set, whole")
+    leaked_pair: Severity = Field(default="warn", description="a whole training row is in the held-out set too")
     leaked_prompt: Severity = Field(
-        default="warn", description="a training prompt that is a held-out one, case and punctuation aside"
+        default="warn", description="a training prompt equals a held-out one, apart from case and punctuation"
     )
-    near_leak: Severity = Field(default="warn", description="a training prompt that holds most of a held-out one")
+    near_leak: Severity = Field(default="warn", description="a training prompt contains most of a held-out one")
     min_overlap: float = Field(
-        default=0.8, gt=0, le=1, description="share of a held-out prompt's five-word sequences that are too many"
+        default=0.8, gt=0, le=1, description="share of a held-out prompt's word 5-grams from which on it is a near leak"
     )
 
 
 class CheckLeakage:
-    """Prompts go in batches, so what is found is kept, 24 bytes a row, and told at the end."""
+    """Checks prompts in batches; matches are collected, 24 bytes per row, and reported at the end."""
 
     def __init__(self, options: LeakageChecks) -> None:
         self.options = options
@@ -49,7 +48,7 @@ class CheckLeakage:
         self.prompts: list[bytes] = []
         self.rows = array("q")
         self.num_bytes = 0
-        self.last_place = -1
+        self.last_location = -1
         self.pairs = array("q")
         self.pair_at = array("q")
         self.found = array("q")
@@ -62,37 +61,37 @@ class CheckLeakage:
                 self._close()
             if not len(self.index):
                 return ()
-        place = self.places.number(example.source)
+        location = self.places.number(example.source)
         key = _key(example)
         if split == "heldout":
-            self.whole.setdefault(key, place)
+            self.whole.setdefault(key, location)
         elif (known := self.whole.get(key)) is not None:
-            self.pairs.append(place)
+            self.pairs.append(location)
             self.pair_at.append(known)
             return ()
-        if place != self.last_place:
-            self.last_place = place  # a ranking's pairs have one prompt
-            self._take(plain(text_of([turn for turn in example.prompt if turn.role != "system"])), place)
+        if location != self.last_location:
+            self.last_location = location  # pairs of a ranking share the prompt
+            self._take(plain(text_of([turn for turn in example.prompt if turn.role != "system"])), location)
         return ()
 
     def finish(self) -> Iterator[Finding]:
         self._flush()
         pairs, first = np.unique(self.pairs, return_index=True)
-        for place, known in zip(pairs.tolist(), np.asarray(self.pair_at)[first].tolist(), strict=True):
+        for location, known in zip(pairs.tolist(), np.asarray(self.pair_at)[first].tolist(), strict=True):
             message = f"this row is in the held-out set too, at {self.places.source(known)}"
-            yield from report(self.options.leaked_pair, "leaked_pair", message, self.places.source(place))
+            yield from report(self.options.leaked_pair, "leaked_pair", message, self.places.source(location))
         for number in np.flatnonzero(~np.isin(self.found, pairs)).tolist():
-            source, other = (self.places.source(places[number]) for places in (self.found, self.found_at))
+            source, other = (self.places.source(locations[number]) for locations in (self.found, self.found_at))
             if (share := self.shares[number]) > 1:
                 message = f"this prompt is in the held-out set too, at {other}"
                 yield from report(self.options.leaked_prompt, "leaked_prompt", message, source)
             else:
-                message = f"this prompt holds {share:.0%} of the held-out one at {other}"
+                message = f"this prompt contains {share:.0%} of the held-out one at {other}"
                 yield from report(self.options.near_leak, "near_leak", message, source)
 
-    def _take(self, prompt: bytes, place: int) -> None:
+    def _take(self, prompt: bytes, location: int) -> None:
         self.prompts.append(prompt)
-        self.rows.append(place)
+        self.rows.append(location)
         self.num_bytes += len(prompt) + 1
         if self.num_bytes >= BATCH_BYTES:
             self._flush()
@@ -118,7 +117,7 @@ class CheckLeakage:
 
 
 def _key(example: PreferencePair | UnpairedExample) -> int:
-    """One hash for a whole example; texts keep their hashes, so other checks that ask for them pay nothing."""
+    """Hash a whole example; Python caches the hash of a text, so that other validators get it for free."""
     if isinstance(example, PreferencePair):
         return hash((text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)))
     return hash((text_of(example.prompt), text_of(example.completion), example.label))

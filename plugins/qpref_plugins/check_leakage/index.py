@@ -1,4 +1,4 @@
-"""The held-out prompts by their five-word sequences: which does a training prompt hold, and how much of each?"""
+"""Index of the held-out prompts by their word 5-grams (shingles), to find those that a training prompt contains."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_FILTER_BITS = 24
 
 @dataclass(slots=True)
 class Match:
-    """What was found for a batch of training prompts, one entry for each that leaked.
+    """Leaked prompts of a batch of training prompts, one entry each.
 
     Attributes:
-        row: its place in the batch.
-        prompt: the number of the held-out prompt that it resembles most.
-        share: of the held-out prompt's sequences that it holds; 1.0 where the two are equal.
-        equal: whether the two are the same text.
+        row: index in the batch.
+        prompt: number of the most similar held-out prompt.
+        share: share of the held-out prompt's shingles that it contains; 1.0 where the two are equal.
+        equal: True where the two are the same text.
     """
 
     row: I64
@@ -33,10 +33,10 @@ class Match:
 
 
 class HeldOutIndex:
-    """Sequences of distinct held-out prompts; at most `MOST_SHINGLES` of each, those of the smallest hashes (MinHash).
+    """Shingles of distinct held-out prompts; at most `MOST_SHINGLES` of each, with the smallest hashes (MinHash).
 
-    A sequence that stands in more than `MOST_PROMPTS` of the prompts, or in more than a quarter of few prompts, is a
-    template's and says nothing. A prompt that has fewer than `FEWEST_SHINGLES` left is known as a whole alone.
+    Shingles in more than `MOST_PROMPTS` prompts, or in more than a quarter of few prompts, come from templates and are
+    ignored. A prompt with fewer than `FEWEST_SHINGLES` others is only matched as a whole.
     """
 
     def __init__(self) -> None:
@@ -53,36 +53,40 @@ class HeldOutIndex:
         return len(self._numbers)
 
     def add(self, prompts: Sequence[bytes], rows: Sequence[int]) -> None:
-        """Take held-out prompts; `rows` are what `first_row` then says of each distinct one."""
+        """Add held-out prompts.
+
+        Args:
+            rows: location of each prompt; `first_row` keeps that of the first of equal ones.
+        """
         batch = shingle(prompts)
         number_of = np.full(len(prompts), -1, dtype=np.int64)
-        for place, (whole, row) in enumerate(zip(batch.whole.tolist(), rows, strict=True)):
+        for index, (whole, row) in enumerate(zip(batch.whole.tolist(), rows, strict=True)):
             if whole and whole not in self._numbers:
-                number_of[place] = self._numbers[whole] = len(self.first_row)
+                number_of[index] = self._numbers[whole] = len(self.first_row)
                 self.first_row.append(row)
         number = number_of[batch.prompt]
         fresh = number >= 0
         self._parts.append(_smallest(batch.hashes[fresh], number[fresh]))
 
     def close(self) -> None:
-        """Sort what was taken; `find` may be called from then on."""
+        """Sort the added prompts; required before `find`."""
         hashes = np.concatenate([part[0] for part in self._parts] or [self._hashes])
         prompts = np.concatenate([part[1] for part in self._parts] or [self._prompts])
         self._parts = []
         order = np.argsort(hashes, kind="stable")
         hashes, prompts = hashes[order], prompts[order]
         _, index, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-        telling = counts[index] <= min(MOST_PROMPTS, max(1, len(self) // 4))
-        sizes = np.bincount(prompts[telling], minlength=len(self))
-        telling &= sizes[prompts] >= FEWEST_SHINGLES
-        self._hashes, self._prompts, self._sizes = hashes[telling], prompts[telling], sizes
+        specific = counts[index] <= min(MOST_PROMPTS, max(1, len(self) // 4))
+        sizes = np.bincount(prompts[specific], minlength=len(self))
+        specific &= sizes[prompts] >= FEWEST_SHINGLES
+        self._hashes, self._prompts, self._sizes = hashes[specific], prompts[specific], sizes
         bits = min(_MOST_FILTER_BITS, (16 * len(self._hashes)).bit_length() + 1)
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, dtype=bool)
         self._filter[self._hashes >> self._shift] = True
 
     def find(self, prompts: Sequence[bytes], least_share: float) -> Match:
-        """The held-out prompt that each of these prompts repeats, or holds at least `least_share` of."""
+        """Find the prompts that equal a held-out one, or contain at least `least_share` of its shingles."""
         batch = shingle(prompts)
         whole = np.array([self._numbers.get(value, -1) for value in batch.whole.tolist()], dtype=np.int64)
         row, prompt, share = self._near(batch)
@@ -96,7 +100,7 @@ class HeldOutIndex:
         return Match(rows, best_prompt[rows], best[rows], equal[rows])
 
     def _near(self, batch: Shingled) -> tuple[I64, I64, np.ndarray]:
-        """(row, held-out prompt, share of it that the row holds) for each two that have a sequence in common."""
+        """Return (row, held-out prompt, share of its shingles in the row) for every two that share a shingle."""
         maybe = np.flatnonzero(self._filter[batch.hashes >> self._shift])
         hashes, rows = batch.hashes[maybe], batch.prompt[maybe]
         order = np.lexsort((hashes, rows))
@@ -114,7 +118,7 @@ class HeldOutIndex:
 
 
 def _smallest(hashes: U64, prompts: I64) -> tuple[U64, I64]:
-    """At most `MOST_SHINGLES` distinct hashes of each prompt, the smallest."""
+    """Keep the `MOST_SHINGLES` smallest distinct hashes of each prompt."""
     order = np.lexsort((hashes, prompts))
     hashes, prompts = hashes[order], prompts[order]
     new = np.ones(len(hashes), dtype=bool)

@@ -1,8 +1,7 @@
-"""Prompts as hashes of their five-word sequences, for many prompts at once.
+"""Hash the word 5-grams (shingles) of many prompts at once, ignoring case and punctuation.
 
-A prompt is taken without case and punctuation. Its bytes are the coefficients of a polynomial over the integers modulo
-2^64 (Rabin-Karp), so that with running sums each sequence of words has its hash in one subtraction, and numpy does it
-for all prompts of a batch together.
+The bytes of a prompt are the coefficients of a polynomial over the integers modulo 2^64 (Rabin-Karp): with running
+sums, the hash of any sequence of words is one subtraction, which numpy does for all prompts of a batch together.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PLAIN = bytes(
     ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else code if code >= 128 else _SPACE
     for code in range(256)
 )
-# Marks are no letters to `re`, but many scripts write their vowels with them.
+# `re` doesn't count marks as letters, but many scripts write their vowels with them.
 _NO_WORD = re.compile(r"[^\w\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u109f\u1780-\u17ff]+|_")
 _IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
@@ -35,12 +34,12 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Shingled:
-    """A batch of prompts.
+    """Hashes of a batch of prompts.
 
     Attributes:
-        whole: [prompts] one hash for each prompt, 0 for one without a word.
-        hashes: [shingles] those of the five-word sequences, prompt after prompt.
-        prompt: [shingles] the place in the batch of the prompt that each is of.
+        whole: [prompts] hash of each whole prompt, 0 for one without a word.
+        hashes: [shingles] hashes of the 5-grams, prompt after prompt.
+        prompt: [shingles] index in the batch of the prompt of each 5-gram.
     """
 
     whole: U64
@@ -49,9 +48,9 @@ class Shingled:
 
 
 def plain(text: str) -> bytes:
-    """A text without case, Unicode's compatible spellings and all that is no letter, mark or digit.
+    """Casefold and NFKC-normalize a text and replace everything but letters, marks and digits by spaces.
 
-    Its first `MOST_CHARACTERS` alone. Chinese and Japanese signs count as words.
+    Only the first `MOST_CHARACTERS` count. Each Chinese or Japanese character is a word.
     """
     text = text[:MOST_CHARACTERS]
     if text.isascii():
@@ -61,7 +60,7 @@ def plain(text: str) -> bytes:
 
 
 def shingle(prompts: Sequence[bytes]) -> Shingled:
-    """Hash prompts that `plain` made."""
+    """Hash prompts that `plain` has normalized."""
     bytes_ = np.frombuffer(b"\n" + b"\n".join(prompts) + b"\n", dtype=np.uint8)
     gap = (bytes_ == _SPACE) | (bytes_ == _END)
     kept = np.flatnonzero(~gap | (bytes_ == _END) | ~np.r_[True, gap[:-1]])
@@ -85,7 +84,7 @@ def shingle(prompts: Sequence[bytes]) -> Shingled:
 
 
 def _mixed(hashes: U64) -> U64:
-    """The low bits of such a polynomial depend on low bits alone; mixed, every bit depends on all."""
+    """Mix the bits: the low bits of such a polynomial depend only on low bits of its coefficients."""
     hashes = hashes ^ (hashes >> np.uint64(32))
     hashes *= np.uint64(0xD6E8FEB86659FD93)
     hashes ^= hashes >> np.uint64(32)
@@ -94,7 +93,7 @@ def _mixed(hashes: U64) -> U64:
 
 @lru_cache(maxsize=1)
 def _powers(count: int) -> tuple[U64, U64]:
-    """The powers of the base, and of its inverse modulo 2^64."""
+    """Return the powers of the base and of its inverse modulo 2^64."""
     both = []
     for base in (_BASE, pow(_BASE, -1, 1 << 64)):
         factors = np.full(count, base, dtype=np.uint64)

@@ -1,8 +1,8 @@
-"""The quality checks that every preference pair gets by itself: identical, too short, too similar.
+"""Validator `pairs`: identical, too short and too similar responses, pair by pair.
 
-Answers that differ in space or in how Unicode spells a letter alone are the same text: there is nothing to prefer, and
-the pair is refused. Answers that differ in case or punctuation alone are different texts to a model, and the difference
-may be what was judged; they are warned of.
+Responses that differ only in white space or Unicode normalization are the same text: there is nothing to prefer, and
+the pair is refused. Responses that differ only in case or punctuation are different token sequences, and may have been
+judged by exactly that difference; they get a warning.
 """
 
 from __future__ import annotations
@@ -23,26 +23,31 @@ _WORD = re.compile(r"\w+")
 
 
 class PairChecks(Options):
-    """Options of the validator `pairs`: a severity for each check, and its threshold."""
+    """Options of the validator `pairs`: severities and thresholds."""
 
     identical: Severity = Field(
-        default="error", description="chosen and rejected are the same text, space and Unicode's spellings (NFC) aside"
+        default="error", description="chosen and rejected are the same text, apart from white space and NFC"
     )
-    nearly_identical: Severity = Field(default="warn", description="the two differ in case or punctuation alone")
-    too_short: Severity = Field(default="warn", description="a response shorter than the two lengths below")
-    min_chosen_characters: int = Field(default=50, ge=0, description="shortest chosen response")
-    min_rejected_characters: int = Field(default=20, ge=0, description="shortest rejected response")
-    too_similar: Severity = Field(default="warn", description="chosen and rejected resemble each other too much")
+    nearly_identical: Severity = Field(
+        default="warn", description="chosen and rejected differ only in case or punctuation"
+    )
+    too_short: Severity = Field(default="warn", description="a response is shorter than its minimum below")
+    min_chosen_characters: int = Field(default=50, ge=0, description="minimum length of chosen, in characters")
+    min_rejected_characters: int = Field(default=20, ge=0, description="minimum length of rejected, in characters")
+    too_similar: Severity = Field(
+        default="warn", description="chosen and rejected are more similar than `max_similarity`"
+    )
     max_similarity: float = Field(
         default=0.9,
         ge=0,
         le=1,
-        description=f"highest SequenceMatcher ratio of the two, over their first {MAX_COMPARED_CHARACTERS} characters",
+        description="maximum similarity, 0 to 1: difflib's SequenceMatcher ratio of the first "
+        f"{MAX_COMPARED_CHARACTERS} characters",
     )
 
 
 class CheckPairs:
-    """Each pair by itself."""
+    """Check of single pairs; keeps no state."""
 
     def __init__(self, options: PairChecks) -> None:
         self.options = options
@@ -55,7 +60,7 @@ class CheckPairs:
 
 
 def check_pair(options: PairChecks, pair: PreferencePair) -> Iterator[Finding]:
-    """What is wrong with one pair."""
+    """Yield the findings of one pair."""
     chosen, rejected = text_of(pair.chosen), text_of(pair.rejected)
     if same_text(chosen, rejected):
         yield from report(options.identical, "identical", "chosen and rejected are the same text", pair.source)
@@ -63,7 +68,7 @@ def check_pair(options: PairChecks, pair: PreferencePair) -> Iterator[Finding]:
     if message := _too_short(options, chosen, rejected):
         yield from report(options.too_short, "too_short", message, pair.source)
     if same_words(chosen, rejected):
-        message = "chosen and rejected differ in case or punctuation alone"
+        message = "chosen and rejected differ only in case or punctuation"
         yield from report(options.nearly_identical, "nearly_identical", message, pair.source)
     elif options.too_similar != "off" and _too_similar(chosen, rejected, options.max_similarity):
         message = f"chosen and rejected are more than {options.max_similarity:.0%} alike"
@@ -71,9 +76,9 @@ def check_pair(options: PairChecks, pair: PreferencePair) -> Iterator[Finding]:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two texts are equal but for space and for how Unicode spells a letter (NFC).
+    """Return whether two texts are equal apart from white space and Unicode normalization (NFC).
 
-    Piece by piece between spaces, which don't combine with a letter: most pairs differ in the first.
+    Compared word by word, since most pairs differ in the first; white space never combines with a letter.
     """
     return first == second or all(
         one is not None
@@ -84,9 +89,9 @@ def same_text(first: str, second: str) -> bool:
 
 
 def same_words(first: str, second: str) -> bool:
-    """Whether two texts have the same words in the same order, whatever their case and what stands between them.
+    """Return whether two texts have the same words in the same order, ignoring case and punctuation.
 
-    Texts without a word never have.
+    False for texts without a word.
     """
     if _WORD.search(first) is None or not all(
         one is not None and other is not None and (one[0] == other[0] or one[0].casefold() == other[0].casefold())
@@ -97,12 +102,12 @@ def same_words(first: str, second: str) -> bool:
 
 
 def _letters(text: str) -> str:
-    """A text without case, punctuation, symbols and space; marks stay, which many scripts write their vowels with."""
+    """Reduce a text to casefolded letters, digits and marks; many scripts write vowels as marks."""
     return "".join(sign for sign in normalize("NFC", text.casefold()) if category(sign)[0] not in "CPSZ")
 
 
 def _too_short(options: PairChecks, chosen: str, rejected: str) -> str:
-    """Which of the two is too short, in one message; empty where neither is."""
+    """Describe which of the two is too short; empty where neither is."""
     num_chosen, num_rejected = len(chosen.strip()), len(rejected.strip())
     parts = []
     if num_chosen < options.min_chosen_characters:

@@ -1,10 +1,10 @@
-"""Whether two texts are more alike than a limit, by difflib's measure, without difflib's cost.
+"""Compare difflib's similarity of two texts with a limit, without difflib's cost.
 
-SequenceMatcher's ratio is 2 M / T: M the characters of its matching blocks, T those of both texts. The blocks stand in
-the same order in both texts, so together they are a common subsequence, and M is at most L, the length of the longest
-one. rapidfuzz finds L with bit-parallel arithmetic (its indel ratio is 2 L / T): where L is too short, so is M, and
-most pairs are done. For the rest the blocks are looked for as SequenceMatcher does, longest first, but only until those
-found are enough, or those that could still be found are too few.
+SequenceMatcher's ratio is 2 M / T: M the characters of its matching blocks, T those of both texts. The blocks have the
+same order in both texts, so together they are a common subsequence, and M is at most L, the length of the longest one.
+rapidfuzz computes L with bit-parallel arithmetic (its indel ratio is 2 L / T): if L is too short, so is M, which
+settles most pairs. For the rest, blocks are searched as in SequenceMatcher, longest first, but only until they are
+enough, or until the remaining characters are too few.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from difflib import SequenceMatcher
 from rapidfuzz.distance import LCSseq
 
 SHORTEST_SEED = 8
-MOST_PLACES = 64
+MAX_HITS = 64
 
 
 def more_alike_than(limit: float, first: str, second: str) -> bool:
-    """Whether `SequenceMatcher(None, first, second, autojunk=False).ratio() > limit`, always with its verdict."""
+    """Return exactly `SequenceMatcher(None, first, second, autojunk=False).ratio() > limit`."""
     total = len(first) + len(second)
     if not total:
         return limit < 1
@@ -29,7 +29,7 @@ def more_alike_than(limit: float, first: str, second: str) -> bool:
 
 
 def _fewest_over(limit: float, total: int) -> int:
-    """The fewest matching characters whose ratio, as difflib computes it, is over the limit."""
+    """Return the smallest number of matching characters whose ratio, as difflib computes it, exceeds the limit."""
     fewest = int(limit * total / 2)
     while 2.0 * fewest / total <= limit:
         fewest += 1
@@ -39,7 +39,7 @@ def _fewest_over(limit: float, total: int) -> int:
 
 
 def _matches(first: str, second: str, enough: int) -> bool:
-    """Whether the matching blocks hold `enough` characters: the longest block, then those on either side of it."""
+    """Return whether the matching blocks have `enough` characters: the longest block, then those on its sides."""
     open_parts = [(first, second)]
     found, possible = 0, min(len(first), len(second))
     while open_parts and found < enough <= found + possible:
@@ -59,25 +59,25 @@ def _matches(first: str, second: str, enough: int) -> bool:
 
 
 def _longest_block(a: str, b: str) -> tuple[int, int, int] | None:
-    """The longest common block (start in a, start in b, length), of several the first in a, then in b, as in difflib.
+    """Find the longest common block: (start in a, start in b, length); the first in a, then b, as in difflib.
 
-    A block of 2 n - 1 characters holds one of the pieces of n that `a` is cut into, so it is enough to look up all
-    pieces in `b` and to extend each hit; n is halved until the longest block found is that long.
-    None where short blocks or many places would make this the slower way.
+    A block of 2 n - 1 characters contains one of the pieces of n characters that `a` is split into, so it is enough to
+    search all pieces in `b` and extend each hit; n is halved until the longest block found is that long. None where
+    short blocks or many hits would make this slower than difflib.
     """
     seed = min(len(a), len(b)) // 2
     while seed >= SHORTEST_SEED:
-        best, num_places = (0, 0, 0), 0
+        best, num_hits = (0, 0, 0), 0
         for start in range(0, len(a) - seed + 1, seed):
-            place = b.find(a[start : start + seed])
-            while place >= 0:
-                num_places += 1
-                if num_places > MOST_PLACES * (len(a) // seed):
+            hit = b.find(a[start : start + seed])
+            while hit >= 0:
+                num_hits += 1
+                if num_hits > MAX_HITS * (len(a) // seed):
                     return None
-                before = _common_end(a[:start], b[:place])
-                size = before + _common_start(a[start:], b[place:])
-                best = max(best, (size, before - start, before - place))
-                place = b.find(a[start : start + seed], place + 1)
+                before = _common_end(a[:start], b[:hit])
+                size = before + _common_start(a[start:], b[hit:])
+                best = max(best, (size, before - start, before - hit))
+                hit = b.find(a[start : start + seed], hit + 1)
         if best[0] >= 2 * seed - 1:
             return -best[1], -best[2], best[0]
         seed //= 2
@@ -85,7 +85,7 @@ def _longest_block(a: str, b: str) -> tuple[int, int, int] | None:
 
 
 def _common_start(a: str, b: str) -> int:
-    """How many characters both start with: by halves, since comparing slices is quick and a loop is not."""
+    """Return the length of the common prefix, by bisection: comparing slices is fast, a loop is not."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -97,6 +97,7 @@ def _common_start(a: str, b: str) -> int:
 
 
 def _common_end(a: str, b: str) -> int:
+    """Return the length of the common suffix, by bisection."""
     shorter = min(len(a), len(b))
     low, high = 0, shorter
     while low < high:

@@ -1,7 +1,7 @@
-"""Answers that are no text that anybody would have wanted: placeholders, broken encodings, loops, leftovers of the web.
+"""Validator `text`: responses that are no usable text: placeholders, broken encodings, loops, HTML markup, refusals.
 
-Each kind has a code and a severity of its own, so that a report counts them apart. All of them warn: an odd answer on
-the rejected side may be why it was rejected.
+Each kind has its own code and severity, so that a report counts them separately. All of them warn by default: a broken
+response on the rejected side may be the reason why it was rejected.
 """
 
 from __future__ import annotations
@@ -24,44 +24,46 @@ from qpref_plugins.check_text.kinds import (
 
 
 class TextChecks(Options):
-    """Options of the validator `text`: a severity for each kind of answer."""
+    """Options of the validator `text`: a severity for each kind of response."""
 
     placeholder: Severity = Field(
-        default="warn", description="the whole answer stands for one: <nooutput>, N/A, None, [image], [Link to ...]"
+        default="warn", description="the whole response is a placeholder: <nooutput>, N/A, None, [image], [Link to ...]"
     )
-    no_word: Severity = Field(default="warn", description="an answer without any letter or digit")
+    no_word: Severity = Field(default="warn", description="a response without any letter or digit")
     garbled: Severity = Field(
-        default="warn", description="U+FFFD, or UTF-8 that was read as another encoding (mojibake)"
+        default="warn", description="broken encoding: U+FFFD, or UTF-8 decoded as another encoding (mojibake)"
     )
-    unseen: Severity = Field(default="warn", description="control characters, zero-width signs, direction overrides")
-    markup: Severity = Field(default="warn", description="HTML tags or entities where the prompt is not about code")
-    echo: Severity = Field(default="warn", description="the answer starts with the whole prompt")
-    repetition: Severity = Field(default="warn", description="the answer goes round in circles")
+    unseen: Severity = Field(
+        default="warn", description="control characters, zero-width characters, direction overrides"
+    )
+    markup: Severity = Field(default="warn", description="HTML tags or entities, unless the prompt is about code")
+    echo: Severity = Field(default="warn", description="the response starts with the whole prompt")
+    repetition: Severity = Field(default="warn", description="the response is stuck in a loop")
     refusal: Severity = Field(
-        default="warn", description='a preferred answer that declines, or says "as an AI language model"'
+        default="warn", description='a preferred response that refuses, or says "as an AI language model"'
     )
 
 
 WHAT = {
-    "placeholder": "is a placeholder, not an answer",
+    "placeholder": "is a placeholder, not a response",
     "no_word": "has no letter or digit",
     "garbled": "has broken characters (a wrong encoding)",
     "unseen": "has control or invisible characters",
     "markup": "has HTML left in it",
     "echo": "starts with the whole prompt",
-    "repetition": "goes round in circles",
-    "refusal": 'declines, or speaks "as an AI"',
+    "repetition": "is stuck in a loop",
+    "refusal": 'refuses, or speaks "as an AI"',
 }
 
 
 class CheckText:
-    """Each answer by itself."""
+    """Check of single responses; keeps no state."""
 
     def __init__(self, options: TextChecks) -> None:
         self.options = options
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
-        """At most one finding of each kind, which names the sides that have it."""
+        """Return at most one finding of each kind, which names the sides that have it."""
         prompt = text_of(example.prompt)
         if isinstance(example, PreferencePair):
             chosen, rejected = kinds_of(text_of(example.chosen), prompt), kinds_of(text_of(example.rejected), prompt)
@@ -87,7 +89,7 @@ class CheckText:
 
 
 def kinds_of(answer: str, prompt: str) -> tuple[str, ...]:
-    """The codes that fit an answer. One that is a placeholder, or has no word, is nothing else."""
+    """Return the codes that apply to a response; a placeholder, or one without a word, has no other code."""
     if is_placeholder(answer):
         return ("placeholder",)
     if has_no_word(answer):
@@ -109,7 +111,7 @@ def _sides(chosen: bool, rejected: bool) -> str:
 
 @cache
 def _message(subject: str, code: str) -> str:
-    """One text for all findings of a kind, whatever their number."""
+    """Build the message of a kind once; all its findings share the text."""
     what = WHAT[code]
     if subject == "chosen and rejected":
         return f"chosen and rejected: each {what}"
@@ -120,7 +122,7 @@ def _message(subject: str, code: str) -> str:
 def qpref_validators() -> Iterator[Validator]:
     yield Validator(
         name="text",
-        summary="answers that are no text: placeholders, broken characters, loops",
+        summary="unusable responses: placeholders, broken encodings, loops, markup, refusals",
         options=TextChecks,
         start=CheckText,
     )

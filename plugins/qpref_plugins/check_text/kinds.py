@@ -1,7 +1,7 @@
-"""What an answer may be instead of a text that somebody would have wanted. Each test is a function of the answer.
+"""Tests for kinds of unusable responses, each a function of the response.
 
-The tests are few and narrow on purpose: a warning that is usually wrong hides those that are right. A number is an
-answer, and so are code, a table and a short label.
+They are few and narrow on purpose: false positives hide the real ones. A number is a valid response, and so are code, a
+table and a short label.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TAIL_CHARACTERS = 16
 FEWEST_REPEATS = 4
 FEWEST_SEQUENCES = 10
 
-_WORDS_FOR_NOTHING = frozenset({
+_PLACEHOLDER_WORDS = frozenset({
     "none", "null", "nil", "nan", "n/a", "na", "tbd", "tba", "todo", "undefined", "unknown", "blank", "empty",
     "missing", "deleted", "removed", "redacted", "placeholder", "lorem", "ipsum", "no output", "no response",
     "no answer", "no input", "not applicable", "not available", "lorem ipsum",
@@ -69,33 +69,33 @@ _HELP = ("assist", "help", "provide", "fulfill", "comply", "answer", "create", "
 
 
 def is_placeholder(answer: str) -> bool:
-    """Whether the whole answer stands for one: `<nooutput>`, `N/A`, `[image]`, `[Link to the list]`."""
+    """Return whether the whole response is a placeholder: `<nooutput>`, `N/A`, `[image]`, `[Link to the list]`."""
     answer = answer.strip()
     if len(answer) > LONGEST_PLACEHOLDER:
         return False
-    if answer.strip(" .!*_\"'`-").casefold() in _WORDS_FOR_NOTHING or answer in ("...", "\u2026"):
+    if answer.strip(" .!*_\"'`-").casefold() in _PLACEHOLDER_WORDS or answer in ("...", "\u2026"):
         return True
     bracketed = _BRACKETED.fullmatch(answer)
     if bracketed is None:
         return False
     inner = (bracketed["angle"] or bracketed["square"] or bracketed["curly"]).strip(" |").casefold()
-    if _NOTHING.fullmatch(inner) or inner in _WORDS_FOR_NOTHING or inner in _TOKENS:
+    if _NOTHING.fullmatch(inner) or inner in _PLACEHOLDER_WORDS or inner in _TOKENS:
         return True
     return bracketed["angle"] is None and not _SLOTS.isdisjoint(re.findall(r"[a-z]+", inner))
 
 
 def has_no_word(answer: str) -> bool:
-    """Whether there is no letter and no digit, of any script."""
+    """Return whether the response has no letter and no digit of any script."""
     return _ANY_WORD.search(answer) is None
 
 
 def is_garbled(answer: str) -> bool:
-    """Whether it holds U+FFFD, or signs that UTF-8 makes when it is read as another encoding."""
+    """Return whether the response has U+FFFD, or character sequences of UTF-8 decoded as another encoding."""
     return not answer.isascii() and _GARBLED.search(answer) is not None
 
 
 def has_unseen(answer: str) -> bool:
-    """Whether it holds control characters, or signs that nobody sees: zero-width, direction overrides, tags."""
+    """Return whether the response has control or invisible characters: zero-width, direction overrides, tags."""
     raw = answer.encode("utf-8", "replace")
     if len(raw.translate(None, _CONTROLS)) != len(raw):
         return True
@@ -103,7 +103,7 @@ def has_unseen(answer: str) -> bool:
 
 
 def has_markup(answer: str, prompt: str) -> bool:
-    """Whether it holds HTML, which neither the prompt asks for nor a code block shows; a tag alone is an answer."""
+    """Return whether the response has HTML outside of code, and the prompt isn't about it; a tag alone is fine."""
     if "<" not in answer and "&" not in answer:
         return False
     leftover = _MARKUP.search(answer)
@@ -113,16 +113,16 @@ def has_markup(answer: str, prompt: str) -> bool:
 
 
 def echoes(answer: str, prompt: str) -> bool:
-    """Whether it starts with the whole prompt. An answer that quotes a part of the prompt may well be right."""
+    """Return whether the response starts with the whole prompt; quoting a part of it is fine."""
     prompt = prompt.strip()
     return len(prompt) >= SHORTEST_ECHO and answer.lstrip().startswith(prompt)
 
 
 def repeats(answer: str) -> bool:
-    """Whether it goes round in circles: it ends in what it said before, and most of it was said before.
+    """Return whether the response is stuck in a loop: its end and most of its text are repetitions.
 
-    The end: one of its last two stretches of `TAIL_CHARACTERS` stands in it `FEWEST_REPEATS` times; two, as a list's
-    numbers differ. All of it: over half of its sequences of four words (digits aside) stand earlier in it.
+    End: one of its last two segments of `TAIL_CHARACTERS` occurs `FEWEST_REPEATS` times; two, since the numbers of a
+    list differ. Text: more than half of its word 4-grams (without digits) occur earlier.
     """
     answer = answer.rstrip()
     size = len(answer)
@@ -131,7 +131,7 @@ def repeats(answer: str) -> bool:
     for end in (size, size - TAIL_CHARACTERS):
         start = end - TAIL_CHARACTERS
         tail = answer[start:end]
-        # Most answers end in what they haven't said before, and looking for the first place is quicker than counting.
+        # Most responses end in new text, and finding the first occurrence is faster than counting.
         if answer.find(tail) < start and answer.count(tail) >= FEWEST_REPEATS:
             words = _LETTERS.findall(answer.casefold())
             sequences = list(zip(words, words[1:], words[2:], words[3:], strict=False))
@@ -140,7 +140,7 @@ def repeats(answer: str) -> bool:
 
 
 def declines(answer: str) -> bool:
-    """Whether it opens with a refusal, or speaks of itself as a language model near its start."""
+    """Return whether the response opens with a refusal, or calls itself a language model near its start."""
     start = answer[:300].lstrip()
     if "AI" in start or "language model" in start:
         lower = start.replace("\u2019", "'").casefold()

@@ -1,6 +1,6 @@
-"""Rows from Arrow tables: Parquet files, folders of Hugging Face's `Dataset.save_to_disk`, and datasets of its hub.
+"""Readers of Parquet files, Hugging Face's `Dataset.save_to_disk` folders and hub datasets, all as Arrow tables.
 
-pyarrow and datasets are imported when the first row is asked for; `qpref plugins` and `qpref check` of other files need
+pyarrow and datasets are imported when the first row is read; `qpref plugins` and `qpref check` of other files import
 neither.
 """
 

@@ -1,4 +1,4 @@
-"""Arrow tables -> rows, a few at a time."""
+"""Convert Arrow tables to rows of JSON values."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qpref.records import Finding, Row, Source
 MAX_ROW_BYTES = 4 * 2**20
 BATCH_ROWS = 128
 MAX_BATCH_BYTES = 16 * 2**20
-"""Tables above this are taken apart row by row."""
+"""Larger tables are converted row by row."""
 
 
 def rows_of_table(table: Any, path: str, first: int) -> Iterator[Row | Finding]:
-    """The rows of a pyarrow table or batch; the first of them is row number `first`."""
-    # In a dictionary column a long value stands once, and comes out as often as rows have it.
+    """Yield the rows of a pyarrow table or record batch; the first one has the number `first`."""
+    # A dictionary column stores a long value once, but every row that refers to it gets a copy.
     one_by_one = table.nbytes > MAX_BATCH_BYTES or "dictionary<" in str(table.schema.types)
-    pieces = (table.slice(place, 1) for place in range(table.num_rows)) if one_by_one else (table,)
+    pieces = (table.slice(index, 1) for index in range(table.num_rows)) if one_by_one else (table,)
     number = first
     for piece in pieces:
         for values in piece.to_pylist():
@@ -37,11 +37,11 @@ def _row(values: dict[str, Any], schema: Any, source: Source, measured: bool) ->
             values={name: _plain(value, schema.field(name).type) for name, value in values.items()}, source=source
         )
     except (ValueError, RecursionError) as error:
-        return _unreadable(f"a value of the type JSON is none: {error}", source)
+        return _unreadable(f"invalid JSON in a column of the type JSON: {error}", source)
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """The value in JSON's terms: values of the type JSON parsed, and the null fields of structs left out.
+    """Convert a value to JSON values: parse the Arrow type JSON and drop null fields of structs.
 
     Arrow gives every struct of a column the fields of all, null where they aren't its own.
     """
@@ -58,7 +58,7 @@ def _plain(value: Any, kind: Any) -> Any:
 
 
 def _size(value: Any) -> int:
-    """About the bytes of a value."""
+    """Estimate the bytes of a value."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):

@@ -26,7 +26,7 @@ _NAME = re.compile(
 
 
 def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
-    """One row for each row of a `Dataset.save_to_disk` folder, its number, from 1, as its line.
+    """Yield the rows of a `Dataset.save_to_disk` folder; the line of a row is its number, from 1.
 
     Raises:
         DataError: the folder holds no dataset, or several splits.
@@ -36,16 +36,16 @@ def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
         named = f"name one: {folder / splits[0]}" if splits else "and they are missing"
         raise DataError(f"{folder}: holds the splits {', '.join(splits) or 'of a DatasetDict'}; {named}")
     if not (folder / "state.json").is_file():
-        raise DataError(f"{folder}: no folder of Dataset.save_to_disk; it has no state.json")
+        raise DataError(f"{folder}: not a folder of Dataset.save_to_disk: it has no state.json")
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 - whatever a damaged folder makes the library raise
-        raise DataError(f"{folder}: cannot be read as a saved dataset: {_told(error)}") from None
+        raise DataError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
     yield from _rows(saved, str(folder))
 
 
 def rows_of_hub(name: str) -> Iterator[Row | Finding]:
-    """One row for each row of a hub dataset, its number, from 1, as its line; `org/name/config@revision:split`.
+    """Yield the rows of a hub dataset, `org/name/config@revision:split`; the line of a row is its number, from 1.
 
     Raises:
         DataError: the hub has no such dataset, or it cannot be read.
@@ -59,7 +59,7 @@ def rows_of_hub(name: str) -> Iterator[Row | Finding]:
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """The parts of `org/name/config@revision:split`; config, revision and split may be left out."""
+    """Parts of `org/name/config@revision:split`; config, revision and split are optional."""
 
     dataset: str
     config: str | None
@@ -70,7 +70,7 @@ class HubName:
     def of(cls, name: str) -> HubName:
         parts = _NAME.fullmatch(name)
         if parts is None:
-            raise DataError(f"hf:{name}: expected hf:org/name, with /config, @revision and :split where wanted")
+            raise DataError(f"hf:{name}: expected hf:org/name, optionally with /config, @revision and :split")
         return cls(**parts.groupdict())
 
 
@@ -122,7 +122,7 @@ def _kept(dataset: str, config: str | None, revision: str | None, otherwise: Unr
 
 
 def _split(splits: Any, wanted: HubName) -> Any:
-    """The named split, or `train`, or the only one."""
+    """Select the named split, else `train`, else the only one."""
     split = wanted.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
         raise DataError(f"hf:{wanted.dataset}: no split '{split}'; it has {', '.join(splits)}")
@@ -136,13 +136,14 @@ def _rows(dataset: Any, path: str) -> Iterator[Row | Finding]:
         try:
             table = next(tables, None)
         except Exception as error:  # noqa: BLE001 - files and connections break in the library's own ways
-            raise DataError(f"{path}:{number}: cannot be read on: {_told(error)}") from None
+            raise DataError(f"{path}:{number}: reading stopped: {_first_line(error)}") from None
         if table is None:
             return
         yield from rows_of_table(table, path, number)
         number += table.num_rows
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
+    """Return type and first line of an exception's message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Parquet, streamed: a batch of rows and the pages that it lies in are in memory."""
+"""Stream Parquet files: one batch of rows and its pages are in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BUFFER_BYTES = 2**20
 
 
 def rows_of_parquet(path: Path) -> Iterator[Row | Finding]:
-    """One row for each row of the file, its number, from 1, as its line.
+    """Yield the rows of the file; the line of a row is its number, from 1.
 
     Raises:
-        DataError: the file is no Parquet, or its rows cannot be read on.
+        DataError: the file isn't Parquet, or is damaged.
     """
     number = 1
     try:
@@ -36,4 +36,4 @@ def rows_of_parquet(path: Path) -> Iterator[Row | Finding]:
 
 
 def _damaged(path: Path, number: int, error: Exception) -> DataError:
-    return DataError(f"{path}:{number}: not a Parquet file, or a damaged one: {str(error).splitlines()[0]}")
+    return DataError(f"{path}:{number}: not a Parquet file, or damaged: {str(error).splitlines()[0]}")

@@ -1,8 +1,8 @@
-"""Comma- and tab-separated values with a header, as RFC 4180 has them: quoted fields may hold newlines.
+"""Readers of comma- and tab-separated values with a header (RFC 4180: quoted fields may contain newlines).
 
-Not Python's csv module: its longest field is a setting of the whole process, it takes text after a closing quote for
-part of the field, and a quote that is never closed swallows all rows after it. Here such a row is refused and the next
-line is read.
+Python's csv module isn't used: its maximum field length is global to the process, it accepts text after a closing quote
+as part of the field, and an unclosed quote swallows all rows after it. Here such a row is refused and reading continues
+on the next line.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from qpref.records import Finding, Row, Source
 
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES_AGAIN = 100
+"""Maximum lines of a record within lines that are read a second time."""
 _INSIDE = re.compile(rb'[^"]*(?:""[^"]*)*')
-"""What stands within quotes: a quote there is written twice."""
+"""The inside of a quoted field, in which a quote is doubled."""
 
 
 class _BadRowError(ValueError):
-    """Why lines are no row."""
+    """Lines that are not a valid record."""
 
 
 def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
-    """One row for each record after the header; its place is the line where it begins."""
+    """Yield a row for each record after the header; its line is the one on which it starts."""
     with path.open("rb") as file:
         lines, header = _Lines(file), None
         for line, fields in _records(lines, separator):
@@ -48,21 +49,22 @@ def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
 
 
 def _header(fields: list[str] | str) -> tuple[list[str], str | None]:
+    """Check the header; returns the column names and the problem, if there is one."""
     if isinstance(fields, str):
         return [], fields
     if any("\r" in field for field in fields):
-        return fields, "lines end in carriage returns alone; write them with newlines"
+        return fields, "lines end in carriage returns only; convert them to newlines"
     name, count = Counter(fields).most_common(1)[0]
     if count > 1:
-        return fields, f"the column {name[:40]!r} stands twice"
+        return fields, f"duplicate column {name[:40]!r}"
     return fields, "a column has no name" if "" in fields else None
 
 
 def _records(lines: _Lines, separator: bytes) -> Iterator[tuple[int, list[str] | str]]:
-    """The line where each record begins, and its fields, or why it is none. Blank lines are no records.
+    """Yield the first line of each record with its fields, or with the reason that it is invalid; skip blank lines.
 
-    After lines that are no record, reading goes on with the second of them. Within those, no record may be longer than
-    `MAX_LINES_AGAIN` lines, or many broken ones after each other would each be read to the end.
+    After an invalid record, reading continues on its second line. Within its lines no record may be longer than
+    `MAX_LINES_AGAIN` lines, or each of many invalid records would be read to the end of the file.
     """
     again_until = 0
     while line := lines.next():
@@ -75,20 +77,20 @@ def _records(lines: _Lines, separator: bytes) -> Iterator[tuple[int, list[str] |
             while not record.feed(line, size):
                 line = lines.next()
                 if not line:
-                    raise _BadRowError("a quote is opened that is not closed")
+                    raise _BadRowError("an unclosed quote")
                 taken.append(line)
                 if start <= again_until and len(taken) > MAX_LINES_AGAIN:
-                    raise _BadRowError("a quote is opened that is not closed in the next lines")
+                    raise _BadRowError(f"a quote that isn't closed within {MAX_LINES_AGAIN} lines")
                 size += len(line)
             yield start, record.texts()
         except _BadRowError as error:
             again_until = max(again_until, lines.number)
-            lines.give_back(taken[1:])
+            lines.put_back(taken[1:])
             yield start, str(error)
 
 
 class _Lines:
-    """The lines of a file with their numbers; some may be given back to be read again."""
+    """Numbered lines of a file; lines can be put back to be read a second time."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -97,12 +99,12 @@ class _Lines:
         self.max_fields = MAX_ROW_BYTES
 
     def next(self) -> bytes:
-        """The next line with its end; of one that is too long its beginning alone. Empty at the file's end."""
+        """Return the next line with its line end, cut if it is too long; empty at the end of the file."""
         line = self._again.pop() if self._again else self._read()
         self.number += bool(line)
         return line
 
-    def give_back(self, lines: list[bytes]) -> None:
+    def put_back(self, lines: list[bytes]) -> None:
         self._again += reversed(lines)
         self.number -= len(lines)
 
@@ -114,7 +116,7 @@ class _Lines:
 
 
 class _Record:
-    """One record, fed line by line."""
+    """A record that is parsed line by line."""
 
     def __init__(self, separator: bytes, max_fields: int) -> None:
         self._separator, self._max_fields = separator, max_fields
@@ -122,39 +124,43 @@ class _Record:
         self._open: list[bytes] | None = None
 
     def feed(self, line: bytes, size: int) -> bool:
-        """Whether the record ends with this line; `size` counts all its bytes so far.
+        """Parse one more line; returns True if the record ends with it.
+
+        Args:
+            size: bytes of the record so far, this line included.
 
         Raises:
-            _BadRowError: the lines are no record.
+            _BadRowError: the lines are not a valid record.
         """
         if size > MAX_ROW_BYTES:
-            quote = ", or a quote is opened that is not closed" if self._open is not None else ""
+            quote = ", or has an unclosed quote" if self._open is not None else ""
             raise _BadRowError(f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB{quote}")
         end = len(line.removesuffix(b"\n").removesuffix(b"\r"))
         if self._open is None and b'"' not in line:
             self._fields = line[:end].split(self._separator)
             return True
-        place = self._field(line, 0, end) if self._open is None else self._quoted(line, 0)
-        while self._open is None and place < end:
-            if not line.startswith(self._separator, place):
-                raise _BadRowError("text after a closing quote; a quote within quotes is written twice")
+        offset = self._field(line, 0, end) if self._open is None else self._quoted(line, 0)
+        while self._open is None and offset < end:
+            if not line.startswith(self._separator, offset):
+                raise _BadRowError("text after a closing quote; a quote inside a quoted field has to be doubled")
             if len(self._fields) == self._max_fields:
                 raise _BadRowError(f"more fields than the {self._max_fields} of the header")
-            place = self._field(line, place + 1, end)
+            offset = self._field(line, offset + 1, end)
         return self._open is None
 
-    def _field(self, line: bytes, place: int, end: int) -> int:
-        """The place after the field that begins here; a quoted one may stay open."""
-        if line.startswith(b'"', place):
+    def _field(self, line: bytes, start: int, end: int) -> int:
+        """Parse the field at `start`; returns the offset after it. A quoted field may stay open."""
+        if line.startswith(b'"', start):
             self._open = []
-            return self._quoted(line, place + 1)
-        after = line.find(self._separator, place, end)
+            return self._quoted(line, start + 1)
+        after = line.find(self._separator, start, end)
         after = end if after < 0 else after
-        self._fields.append(line[place:after])
+        self._fields.append(line[start:after])
         return after
 
-    def _quoted(self, line: bytes, place: int) -> int:
-        inside = _INSIDE.match(line, place)
+    def _quoted(self, line: bytes, start: int) -> int:
+        """Parse the inside of a quoted field from `start`; returns the offset after the closing quote."""
+        inside = _INSIDE.match(line, start)
         assert inside is not None
         assert self._open is not None
         self._open.append(inside[0])
@@ -164,6 +170,7 @@ class _Record:
         return inside.end() + 1
 
     def texts(self) -> list[str]:
+        """Decode the fields."""
         try:
             return [field.decode() for field in self._fields]
         except UnicodeDecodeError:

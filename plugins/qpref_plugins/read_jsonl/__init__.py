@@ -1,4 +1,4 @@
-"""JSON Lines, and JSON files that hold one array of objects; both plain or gzipped."""
+"""Readers of JSON Lines and of JSON arrays of objects, plain or gzipped."""
 
 from __future__ import annotations
 

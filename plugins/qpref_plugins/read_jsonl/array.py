@@ -1,4 +1,4 @@
-"""A file that is one JSON array, read element by element: memory holds a few rows, whatever the file's size."""
+"""Stream a JSON array element by element; a few rows are in memory, whatever the file's size."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from qpref_plugins.read_jsonl.parse import MAX_ROW_BYTES, BadJsonError, JsonPars
 from qpref_plugins.read_jsonl.stream import BrokenStreamError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_AT_THE_END = "Unterminated string"
+_UNTERMINATED = "Unterminated string"
 _MARGIN = 16
-"""Characters that a token cut by the window's end may take."""
+"""Maximum characters of a token that the window's end may cut."""
 
 
 def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
-    """Each element as a row; its number, from 1, counts as its line.
+    """Yield each element as a row; its number, from 1, is its line.
 
     Raises:
-        DataError: the file is no array, or what follows an element cannot be read.
+        DataError: the file is not an array, or reading cannot continue after an element.
     """
     window, parser, number = _Window(file, path), JsonParser(), 0
     if window.next_character() != "[":
-        raise window.error(_no_array(window, path))
+        raise window.error(_not_an_array(window, path))
     window.at += 1
     if window.next_character() == "]":
         window.at += 1
@@ -45,41 +45,42 @@ def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
         raise window.error("not JSON: more after the array's end")
 
 
-def _no_array(window: _Window, path: str) -> str:
+def _not_an_array(window: _Window, path: str) -> str:
+    """Explain a file that doesn't start with `[`."""
     first = window.next_character()
     if not first:
         return "the file is empty; expected an array of objects"
     lines = "jsonl.gz" if path.endswith(".gz") else "jsonl"
-    hint = f'; with one object a line it is read with [data] reader = "{lines}"' if first == "{" else ""
+    hint = f'; for one object per line, set [data] reader = "{lines}"' if first == "{" else ""
     return f"expected an array of objects, found {first!r}{hint}"
 
 
 class _Window:
-    """The part of the file that is in memory, decoded: at least one row of the largest size ahead of `at`."""
+    """The decoded part of the file that is in memory: at least one row of maximum size ahead of `at`."""
 
     def __init__(self, file: IO[bytes], path: str) -> None:
         self._file, self._path = file, path
-        self._undecoded, self._num_read, self._num_lines = b"", 0, 0  # bytes read are those decoded
+        self._undecoded, self._num_read, self._num_lines = b"", 0, 0  # num_read counts decoded bytes
         self._ended = False
         self.text, self.at = "", 0
 
     def next_character(self) -> str:
-        """The next one that is no white space, and `at` moved to it; empty at the file's end."""
+        """Move `at` to the next character that isn't white space and return it; empty at the end of the file."""
         while True:
             self._fill()
-            place = _SPACE.match(self.text, self.at)
-            assert place is not None
-            self.at = place.end()
+            space = _SPACE.match(self.text, self.at)
+            assert space is not None
+            self.at = space.end()
             if self.at < len(self.text) or self._ended:
                 return self.text[self.at : self.at + 1]
 
     def element(self, parser: JsonParser, source: Source) -> Row | Finding:
-        """The value at the next character as a row; `at` is moved past it."""
+        """Parse the value at the next character as a row and move `at` past it."""
         self.next_character()
         try:
             value, end = parser.parse_at(self.text, self.at)
         except json.JSONDecodeError as error:
-            cut = error.msg.startswith(_AT_THE_END) or error.pos >= len(self.text) - _MARGIN
+            cut = error.msg.startswith(_UNTERMINATED) or error.pos >= len(self.text) - _MARGIN
             if cut and not self._ended:
                 raise self.error(f"row {source.line} is longer than {MAX_ROW_BYTES // 2**20} MiB") from None
             self.at = error.pos
@@ -92,7 +93,7 @@ class _Window:
         return unreadable(str(value), source) if isinstance(value, BadJsonError) else row_of(value, source)
 
     def error(self, message: str) -> DataError:
-        """What ends the reading, with the line and column of `at`."""
+        """Build the error that ends the reading, with the line and column of `at`."""
         line = self._num_lines + self.text.count("\n", 0, self.at) + 1
         column = self.at - self.text.rfind("\n", 0, self.at)
         return DataError(f"{self._path}:{line}: {message} (column {column})")
@@ -121,8 +122,8 @@ class _Window:
             text = raw.decode()
         except UnicodeDecodeError as error:
             if self._ended or error.start < len(raw) - 3:
-                place = self._num_read + error.start + 1
-                raise DataError(f"{self._path}: not UTF-8 (byte {place})") from None
+                byte = self._num_read + error.start + 1
+                raise DataError(f"{self._path}: not UTF-8 (byte {byte})") from None
             text, self._undecoded = raw[: error.start].decode(), raw[error.start :]
         self._num_read += len(raw) - len(self._undecoded)
         return text

@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line, one line in memory."""
+"""Stream JSON Lines: one object per line, one line in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qpref_plugins.read_jsonl.stream import BrokenStreamError
 
 
 def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
-    """One row for each line that is not blank.
+    """Yield a row for each line that isn't blank.
 
     Raises:
-        DataError: the bytes end before the file's end.
+        DataError: the file is truncated or damaged.
     """
     parser, number = JsonParser(), 0
     try:
@@ -25,7 +25,7 @@ def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
                 continue
             source = Source(path=path, line=number)
             if len(line) > MAX_ROW_BYTES:
-                _pass_over(file, line)
+                _skip_line(file, line)
                 yield unreadable(f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB", source)
                 continue
             try:
@@ -36,13 +36,13 @@ def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
                 yield unreadable(f"not UTF-8 (byte {error.start + 1} of the line)", source)
             except BadJsonError as error:
                 array = "json.gz" if path.endswith(".gz") else "json"
-                hint = f'; a file that is one array is read with [data] reader = "{array}"' if line[:1] == b"[" else ""
+                hint = f'; for a file with one array, set [data] reader = "{array}"' if line[:1] == b"[" else ""
                 yield unreadable(f"{error}{hint}", source)
     except BrokenStreamError as error:
         raise DataError(f"{path}:{number + 1}: {error}") from None
 
 
-def _pass_over(file: IO[bytes], line: bytes) -> None:
+def _skip_line(file: IO[bytes], line: bytes) -> None:
     while line and not line.endswith(b"\n"):
         line = file.readline(MAX_ROW_BYTES)
 

