@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from qpref.errors import RecipeError
+from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.evaluation.subjects import identify
 from qpref.merge.guards import read_run
+from qpref.training import checkpoint
 from qpref.training.folder import REQUIRED, REQUIRED_WITHIN, RunFolder
+from qpref.training.snapshot import restore_adapter
 
 WHOLE = {name: kind() for name, kind in REQUIRED.items()} | {
     name: dict.fromkeys(keys, "") for name, keys in REQUIRED_WITHIN.items()
@@ -40,3 +43,16 @@ def test_a_damaged_run_json_is_refused_by_name(tmp_path, case, read):
     with pytest.raises(RecipeError) as caught:
         read(str(tmp_path) if read is identify else tmp_path)
     assert f"{tmp_path / 'run.json'}: {words}" in caught.value.what
+
+
+def test_a_checkpoint_of_other_layers_is_refused_by_training_and_by_evaluation(trained_run, monkeypatch):
+    run = trained_run()
+    path = max((run / "checkpoints").iterdir())
+    saved = checkpoint.read(path)
+    other = replace(saved, tensors=saved.tensors | {"adapter": dict(list(saved.tensors["adapter"].items())[1:])})
+    policy = identify(str(path)).load("float32")
+    with pytest.raises(CheckpointError, match=f"step {saved.step}: its adapter has other layers than this run's"):
+        restore_adapter(other, policy)
+    monkeypatch.setattr(checkpoint, "read", lambda path: other)
+    with pytest.raises(PolicyError, match="its adapter has other layers than this base"):
+        identify(str(path)).load("float32")

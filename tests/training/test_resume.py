@@ -450,7 +450,7 @@ def test_damaged_checkpoint_is_passed_over_by_name(stopped, said, name, damage):
     kept = checkpoint.load_newest(stopped / "checkpoints", {})
     assert (kept.step, [line.partition(": ")[0] for line in said]) == (
         3,
-        [f"{stopped}/checkpoints/step-000004 is passed over"],
+        [f"{stopped}/checkpoints/step-000004 is skipped"],
     )
 
 
