@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
@@ -23,6 +23,32 @@ mismatched: log-probabilities of another example's completion after each prompt;
 """
 Scope = Literal["example", "step"]
 NEEDS: frozenset[str] = frozenset(get_args(Need))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrlCase:
+    """A configuration of a TRL trainer that computes a loss, for `qpref losses check NAME --against trl`.
+
+    Attributes:
+        trainer: class name of the trainer.
+        config: options of its config class.
+        options: options of the loss that correspond to `config`.
+        reason: why the two differ on purpose, in one line; empty where they have to agree.
+        same_as: options under which the loss is what TRL computes instead, on each of TRL's micro-batches by itself;
+            the comparison checks that as well. None where no options give it.
+        num_examples: examples of each random batch.
+        micro_batch: examples that TRL gets at once; None for the whole batch.
+        dtype: "float32" where TRL casts to it.
+    """
+
+    trainer: Literal["DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer"]
+    config: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    reason: str = ""
+    same_as: Mapping[str, object] | None = None
+    num_examples: int = 4
+    micro_batch: int | None = None
+    dtype: Literal["float64", "float32"] = "float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +76,8 @@ class Loss:
             baseline, so that its gradient is not the derivative of its value; the conformance checks then hold that
             still in their finite differences. None where it never does.
         variants: further options to check the loss with, each a table as in a recipe.
+        trl_cases: TRL's ways to compute the loss. Where there is none, a loss is compared with the TRL loss type of
+            its name.
     """
 
     may_need: ClassVar[frozenset[str]] = NEEDS
@@ -66,6 +94,7 @@ class Loss:
     log_ratios_only: bool = False
     detaches: Callable[[Any], bool] | None = None
     variants: Sequence[Mapping[str, object]] = ()
+    trl_cases: Sequence[TrlCase] = ()
 
     def needs_of(self, options: Any) -> frozenset[str]:
         """What this loss needs with these options."""

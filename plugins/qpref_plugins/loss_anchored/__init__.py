@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
 
 
@@ -158,6 +158,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 2 * math.log(2),
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["nca_pair"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )
     yield PairedLoss(
         name="sppo_hard",
@@ -169,6 +172,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 1 / (2 * options.beta**2),
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sppo_hard"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )
     yield PairedLoss(
         name="bco_pair",
@@ -182,6 +188,16 @@ def qpref_losses() -> Iterator[PairedLoss]:
         log_ratios_only=True,
         detaches=lambda options: bool(options.baseline == "step"),
         variants=[{"beta": 0.5}, {"baseline": "step"}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["bco_pair"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["bco_pair"], "beta": 0.3},
+                options={"beta": 0.3, "baseline": "step"},
+                reason="TRL has no reward shift",
+                same_as={"beta": 0.3},
+            ),
+        ),
     )
     yield PairedLoss(
         name="apo_zero",
@@ -193,6 +209,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 1.0,
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_zero"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )
     yield PairedLoss(
         name="apo_down",
@@ -204,4 +223,7 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 1.0,
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_down"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
+
+MICRO_BATCH_SORTS = "TRL sorts each micro-batch, qpref the whole optimizer step"
 
 
 class TransportOptions(Options):
@@ -108,6 +110,22 @@ def qpref_losses() -> Iterator[PairedLoss]:
         # A shift of one row's c and c0 reorders both sorts: what each row is compared with changes.
         log_ratios_only=False,
         variants=[{"beta": 0.5}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["aot"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot"], "beta": 0.3},
+                options={"beta": 0.3},
+                reason=MICRO_BATCH_SORTS,
+                same_as={"beta": 0.3},
+                micro_batch=2,
+            ),
+        ),
     )
     yield PairedLoss(
         name="aot_unpaired",
@@ -120,4 +138,20 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: math.log(2),
         log_ratios_only=True,
         variants=[{"beta": 0.5}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["aot_unpaired"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot_unpaired"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot_unpaired"], "beta": 0.3},
+                options={"beta": 0.3},
+                reason=MICRO_BATCH_SORTS,
+                same_as={"beta": 0.3},
+                micro_batch=2,
+            ),
+        ),
     )

@@ -10,7 +10,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor, expm1
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
 
 ALPHA = 0.5
@@ -171,5 +171,27 @@ def qpref_losses() -> Iterator[PairedLoss]:
             {"divergence": "alpha", "alpha": ALPHA},
             {"ld_alpha": 0.5},
             {"wpo": True},
+        ),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer", config={"f_divergence_type": "forward_kl"}, options={"divergence": "forward_kl"}
+            ),
+            TrlCase(trainer="DPOTrainer", config={"f_divergence_type": "js_divergence"}, options={"divergence": "js"}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+                options={"divergence": "alpha", "alpha": 0.3},
+                dtype="float32",
+            ),
+            TrlCase(trainer="DPOTrainer", config={"ld_alpha": 0.4}, options={"ld_alpha": 0.4}),
+            TrlCase(trainer="DPOTrainer", config={"use_weighting": True}, options={"wpo": True}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["sigmoid"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+                reason="TRL ignores label_smoothing under loss_type sigmoid",
+                same_as={},
+            ),
         ),
     )

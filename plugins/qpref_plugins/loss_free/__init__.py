@@ -12,8 +12,10 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
+
+MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpref over the tokens of each example"
 
 LARGEST_EXPONENT = 80.0
 """exp(80) is 5.5e34, so a reward of AlphaPO stays finite in float32 with `beta` at its limit."""
@@ -182,6 +184,27 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build_cpo,
         needs=frozenset(),
         variants=[{"beta": 0.5}, {"alpha": 0.0}, {"nll": "sum"}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(trainer="CPOTrainer", config={"cpo_alpha": 0.0}, options={"alpha": 0.0}),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"beta": 0.3, "cpo_alpha": 0.5},
+                options={"beta": 0.3, "alpha": 0.5},
+                num_examples=1,
+            ),
+            TrlCase(
+                trainer="CPOTrainer", config={"label_smoothing": 0.2}, options={"label_smoothing": 0.2}, num_examples=1
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"beta": 0.3},
+                options={"beta": 0.3, "nll": "sum"},
+                reason="TRL takes the NLL per token, as the code of the paper does",
+                same_as={"beta": 0.3},
+                num_examples=1,
+            ),
+            TrlCase(trainer="CPOTrainer", config={"beta": 0.3}, options={"beta": 0.3}, reason=MICRO_BATCH_NLL),
+        ),
     )
     yield PairedLoss(
         name="simpo",
@@ -192,6 +215,32 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build_simpo,
         needs=frozenset(),
         variants=[{"beta": 10.0}, {"gamma": 1.6}, {"alpha": 1.0}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+                options={"beta": 2.0, "gamma": 1.0},
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "beta": 2.0},
+                options={"beta": 2.0, "gamma": 0.5, "alpha": 1.0},
+                num_examples=1,
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "beta": 2.0},
+                options={"beta": 2.0},
+                reason="TRL adds an NLL term unless cpo_alpha is 0",
+                same_as={"beta": 2.0, "alpha": 1.0},
+                num_examples=1,
+            ),
+        ),
     )
     yield PairedLoss(
         name="alphapo",
@@ -202,6 +251,18 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build_alphapo,
         needs=frozenset(),
         variants=[{"beta": 40.0}, {"gamma": 1.6}, {"alpha": -0.25}, {"alpha": 0.0}, {"alpha": 10.0}],
+        trl_cases=(
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": 0.25},
+                options={"beta": 2.5, "gamma": 0.1, "alpha": 0.25},
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": -0.25},
+                options={"beta": 2.5, "gamma": 0.1, "alpha": -0.25},
+            ),
+        ),
     )
     yield PairedLoss(
         name="sft",
@@ -211,4 +272,8 @@ def qpref_losses() -> Iterator[PairedLoss]:
         options=SftOptions,
         build=build_sft,
         needs=frozenset(),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, num_examples=1),
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, reason=MICRO_BATCH_NLL),
+        ),
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, TokenLogProbs
 
 
@@ -62,4 +62,14 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: (1 / (2 * options.beta)) ** 2,
         log_ratios_only=True,
         variants=({"normalize": "sum"},),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["ipo"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["ipo"], "beta": 0.3},
+                options={"beta": 0.3, "normalize": "sum"},
+                reason="TRL has log-ratios per token alone, not the sums of the paper",
+                same_as={"beta": 0.3},
+            ),
+        ),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from qpref.hooks import Field, Options, UnpairedLoss, hookimpl, unpaired_reward_metrics
+from qpref.hooks import Field, Options, TrlCase, UnpairedLoss, hookimpl, unpaired_reward_metrics
 from qpref.records import LossOutput, TokenLogProbs, UnpairedInputs
 
 
@@ -145,6 +145,31 @@ def qpref_losses() -> Iterator[UnpairedLoss]:
             {"desirable_weight": 2.0},
             {"undesirable_weight": 2.0},
         ),
+        trl_cases=(
+            TrlCase(trainer="KTOTrainer", config={"beta": 0.1}, options={"beta": 0.1}),
+            TrlCase(trainer="KTOTrainer", config={"beta": 0.5}, options={"beta": 0.5}),
+            TrlCase(
+                trainer="KTOTrainer",
+                config={"desirable_weight": 1.5, "undesirable_weight": 0.5},
+                options={"desirable_weight": 1.5, "undesirable_weight": 0.5},
+            ),
+            TrlCase(
+                trainer="KTOTrainer",
+                config={"beta": 0.5},
+                options={"beta": 0.5},
+                reason="TRL weighs both classes 1 by default, qpref balances them by their counts",
+                same_as={"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+                num_examples=5,
+            ),
+            TrlCase(
+                trainer="KTOTrainer",
+                config={"beta": 0.5},
+                options={"beta": 0.5},
+                reason="TRL estimates the KL on each micro-batch, qpref on the whole optimizer step",
+                same_as={"beta": 0.5},
+                micro_batch=2,
+            ),
+        ),
     )
     yield UnpairedLoss(
         name="apo_zero_unpaired",
@@ -157,4 +182,9 @@ def qpref_losses() -> Iterator[UnpairedLoss]:
         starts_at=lambda options: 0.5,
         log_ratios_only=True,
         variants=({"beta": 0.5},),
+        trl_cases=(
+            TrlCase(
+                trainer="KTOTrainer", config={"loss_type": "apo_zero_unpaired", "beta": 0.3}, options={"beta": 0.3}
+            ),
+        ),
     )

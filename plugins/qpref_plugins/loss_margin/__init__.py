@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, TokenLogProbs
+
+MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpref over the tokens of each example"
 
 
 class MarginOptions(Options):
@@ -205,6 +207,7 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=hinge,
         starts_at=lambda options: 1.0,
         log_ratios_only=True,
+        trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["hinge"], "beta": 0.3}, options={"beta": 0.3}),),
     )
     yield PairedLoss(
         name="robust",
@@ -216,6 +219,13 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: math.log(2),
         log_ratios_only=True,
         variants=({"label_smoothing": 0.0}, {"label_smoothing": 0.4}),
+        trl_cases=(
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["robust"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+        ),
     )
     yield PairedLoss(
         name="exo_pair",
@@ -227,6 +237,14 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=exo_pair_starts_at,
         log_ratios_only=True,
         variants=({"label_smoothing": 0.1},),
+        trl_cases=(
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["exo_pair"], "label_smoothing": 0.01},
+                options={"label_smoothing": 0.01},
+                dtype="float32",
+            ),
+        ),
     )
     yield PairedLoss(
         name="discopop",
@@ -239,6 +257,14 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: (math.log(2) + 1) / 2,
         log_ratios_only=True,
         variants=({"tau": 1.0}, {"tau": 1e-3}),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["discopop"], "beta": 0.05}, options={"beta": 0.05}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["discopop"], "beta": 0.1, "discopop_tau": 0.2},
+                options={"beta": 0.1, "tau": 0.2},
+            ),
+        ),
     )
     yield PairedLoss(
         name="sigmoid_norm",
@@ -250,6 +276,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=sigmoid_norm,
         starts_at=lambda options: math.log(2),
         log_ratios_only=True,
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid_norm"], "beta": 5.0}, options={"beta": 5.0}),
+        ),
     )
     yield PairedLoss(
         name="rpo",
@@ -259,4 +288,18 @@ def qpref_losses() -> Iterator[PairedLoss]:
         options=RpoOptions,
         build=rpo,
         variants=({"alpha": 0.1},),
+        trl_cases=(
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
+                options={"beta": 0.3, "alpha": 0.5},
+                num_examples=1,
+            ),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
+                options={"beta": 0.3, "alpha": 0.5},
+                reason=MICRO_BATCH_NLL,
+            ),
+        ),
     )

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, PairLogProbs
 
 CERTAIN = -1e-6
 """The log-probability per token above which a response's odds count as those at it: at 0 they are infinite."""
+
+MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpref over the tokens of each example"
 
 
 class OrpoOptions(Options):
@@ -92,4 +94,28 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build,
         needs=needs,
         variants=({"nll": "response"}, {"beta": 1.0}),
+        trl_cases=(
+            TrlCase(
+                trainer="ORPOTrainer", config={"beta": 0.1}, options={"beta": 0.1}, num_examples=1, dtype="float32"
+            ),
+            TrlCase(
+                trainer="ORPOTrainer", config={"beta": 1.0}, options={"beta": 1.0}, num_examples=1, dtype="float32"
+            ),
+            TrlCase(
+                trainer="ORPOTrainer",
+                config={"beta": 0.1},
+                options={"beta": 0.1, "nll": "response"},
+                reason="TRL takes the NLL over the prompt too",
+                same_as={"beta": 0.1},
+                num_examples=1,
+                dtype="float32",
+            ),
+            TrlCase(
+                trainer="ORPOTrainer",
+                config={"beta": 0.1},
+                options={"beta": 0.1},
+                reason=MICRO_BATCH_NLL,
+                dtype="float32",
+            ),
+        ),
     )
