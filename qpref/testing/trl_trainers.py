@@ -199,7 +199,7 @@ def trl_loss(trainer: Any, policy: Any, rows: Sequence[PairedRow] | Sequence[Unp
             loss: Tensor = trainer.compute_loss(policy, batch_of(type(trainer).__name__, rows))
     except ValueError as error:
         if "loss type" in str(error):
-            raise NotInTrl(str(error)) from error
+            raise NotInTrl(str(error).partition(".")[0].lower()) from error
         raise
     return loss
 
