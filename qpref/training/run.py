@@ -191,6 +191,12 @@ def _open_memory(
     return memory
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions of the installed libraries; training runs without some of them."""
+    installed = {distribution.name for name in VERSIONED for distribution in metadata.distributions(name=name)}
+    return {name: metadata.version(name) for name in VERSIONED if name in installed}
+
+
 def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | None, budget: int) -> None:
     """Write down what this run is: the resolved recipe, and run.json with what it was made of."""
     plan, policy = prepared.plan, prepared.policy
@@ -201,7 +207,7 @@ def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | No
         folder.run_json,
         {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: metadata.version(name) for name in VERSIONED} | {"python": platform.python_version()},
+            "versions": _versions() | {"python": platform.python_version()},
             "device": _device_name(policy.device),
             "plugins": [offer for _, offer in offers],
             "base": plan.recipe.model.base,
