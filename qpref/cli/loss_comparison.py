@@ -115,7 +115,7 @@ def _print(offer: Offer, outcome: str, comparisons: Sequence[Comparison]) -> Non
 
 def _trl_text(case: TrlCase) -> str:
     """TRL's trainer and options, and what is special about the case's batches."""
-    batch = "one example at a time" if case.num_examples == 1 else ""
+    batch = "batch 1" if case.num_examples == 1 else ""
     if case.micro_batch is not None:
         batch = f"micro-batches of {case.micro_batch}"
     notes = [note for note in (batch, case.dtype if case.dtype != "float64" else "") if note]

@@ -15,13 +15,13 @@ MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpre
 
 
 class MarginOptions(Options):
-    """What all of these losses have."""
+    """The option that these losses share."""
 
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How tightly the policy is held to the reference: the implicit reward is beta times the change in "
-        "a response's log-probability. Usual: 0.1 to 0.5.",
+        description="Strength of the tie to the reference: the implicit reward is beta times the change in a "
+        "response's log-probability. Usual: 0.1 to 0.5.",
     )
 
 
@@ -31,7 +31,8 @@ class HingeOptions(MarginOptions):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="A pair whose log-ratios differ by 1 / beta nats is done with: 10 nats at 0.1. Usual: 0.05 to 0.5.",
+        description="A pair has no gradient once its log-ratios differ by 1 / beta nats: 10 at 0.1. Usual: 0.05 to "
+        "0.5.",
     )
 
 
@@ -42,8 +43,8 @@ class RobustOptions(MarginOptions):
         default=0.1,
         ge=0,
         lt=0.5,
-        description="The share of pairs whose labels are swapped, as far as is known. 0 is plain DPO; the nearer to "
-        "0.5, the noisier the gradient. Usual: 0.05 to 0.3.",
+        description="Estimated share of swapped labels. 0 is plain DPO; the closer to 0.5, the noisier the gradient. "
+        "Usual: 0.05 to 0.3.",
     )
 
 
@@ -54,7 +55,7 @@ class ExoPairOptions(MarginOptions):
         default=1e-3,
         gt=0,
         lt=0.5,
-        description="The probability that the rejected response is the better one; the reward margin is driven to "
+        description="Probability that the rejected response is the better one; the target of the reward margin is "
         "log(1 / label_smoothing - 1), 6.9 at 0.001. Usual: 0.001 to 0.1.",
     )
 
@@ -65,14 +66,14 @@ class DiscopopOptions(MarginOptions):
     beta: float = Field(
         default=0.05,
         gt=0,
-        description="How tightly the policy is held to the reference. The loss is not convex and was found at 0.05; "
-        "usual: 0.01 to 0.1.",
+        description="Strength of the tie to the reference. The loss is not convex and was found at 0.05. Usual: 0.01 "
+        "to 0.1.",
     )
     tau: float = Field(
         default=0.05,
         ge=1e-3,
         le=1,
-        description="How sharply the loss changes from the logistic to the exponential one as the reward margin turns "
+        description="Width of the transition from the logistic to the exponential loss as the reward margin turns "
         "positive; smaller is sharper. Usual: 0.05.",
     )
 
@@ -83,8 +84,8 @@ class SigmoidNormOptions(MarginOptions):
     beta: float = Field(
         default=5.0,
         gt=0,
-        description="As in dpo, but on log-ratios per token, which are smaller by the length: the paper takes 5. "
-        "Usual: 2 to 10.",
+        description="As in dpo, but on log-ratios per token, which are smaller by the length: the paper uses 5. Usual: "
+        "2 to 10.",
     )
 
 
@@ -94,8 +95,8 @@ class RpoOptions(MarginOptions):
     alpha: float = Field(
         default=1.0,
         ge=0,
-        description="The weight of the chosen response's negative log-likelihood per token, which keeps its "
-        "probability from falling. 0 is plain DPO. Usual: 0.1 to 1.",
+        description="Weight of the chosen response's negative log-likelihood per token, which keeps its probability "
+        "from falling. 0 is plain DPO. Usual: 0.1 to 1.",
     )
 
 
@@ -173,7 +174,7 @@ def rpo(options: RpoOptions) -> Callable[[PairedInputs], LossOutput]:
 def loss_of_margin(
     options: MarginOptions, of_margin: Callable[[Tensor], Tensor], *, per_token: bool = False
 ) -> Callable[[PairedInputs], LossOutput]:
-    """The loss that is `of_margin` of each pair's z, from log-ratios summed or per token."""
+    """Make the loss `of_margin(z)`, with log-ratios summed or per token."""
 
     def reward(policy: TokenLogProbs, reference: TokenLogProbs) -> Tensor:
         log_ratio = policy.total - reference.total
@@ -190,7 +191,7 @@ def loss_of_margin(
 
 
 def exo_pair_starts_at(options: ExoPairOptions) -> float:
-    """The reverse KL of (1/2, 1/2) to (1 - eps, eps)."""
+    """Compute the KL divergence of (1/2, 1/2) from (1 - eps, eps)."""
     eps = options.label_smoothing
     return -math.log(2) - (math.log1p(-eps) + math.log(eps)) / 2
 
