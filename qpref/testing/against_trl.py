@@ -1,7 +1,7 @@
-"""Compares a loss with the TRL that is installed, on random log-probabilities: `qpref losses check --against trl`.
+"""Compares a loss with the installed TRL on random log-probabilities, for `qpref losses check --against trl`.
 
-Which of TRL's configurations computes a loss, and where the two differ on purpose, stands in the loss's own record
-(`trl_cases`); a loss without any is compared by its name, where that is one of TRL's loss types.
+A loss's record lists the TRL configurations that compute it, with the intended differences (`trl_cases`). A loss
+without any is compared by name, if TRL has a loss type of that name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Calls the loss code of the TRL that is installed, on log-probabilities of our choice and without training.
+"""Calls the loss code of the installed TRL on given log-probabilities, without training.
 
 TRL's trainers compute their losses from a model's output, so the model here is a table: token id -> log-probability.
-It gives what every TRL 1.x reads, be it logits (up to 1.14) or the log-probabilities of a fused head.
+Its output serves every TRL 1.x: logits (read up to 1.14), and the log-probabilities of a fused head (from 1.15).
 
-trl, transformers and datasets are imported inside the functions, since nothing else in qpref needs trl.
+trl, transformers and datasets are imported inside the functions: training must not need trl.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qpref.errors import RecipeError
 
 INSTALL = 'pip install "trl>=1.0,<2"'
 PAD, REST, FIRST_ID = 0, 1, 2
-"""Token ids: padding, what takes the probability that a token leaves, and the first id of an example's tokens."""
+"""Token ids: padding, the token with the remaining probability, and the first id of an example's tokens."""
 
 
 WITH_REFERENCE = frozenset({"DPOTrainer", "KTOTrainer"})
@@ -97,17 +97,20 @@ def trl_version() -> str:
     """Return the version of the installed TRL.
 
     Raises:
-        RecipeError: it isn't installed, or fails to import.
+        RecipeError: it isn't installed, fails to import, or is not a 1.x.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         with _silence():
             importlib.import_module("trl")
-        return metadata.version("trl")
+        version = metadata.version("trl")
     except (ImportError, metadata.PackageNotFoundError) as error:
         raise RecipeError(
             f"comparing with TRL needs the package trl, and importing it failed: {error}", INSTALL
         ) from error
+    if not version.startswith("1."):
+        raise RecipeError(f"TRL {version} is installed, and losses are compared with TRL 1.x", INSTALL)
+    return version
 
 
 def trainer_classes(trainer: str) -> tuple[type, type]:

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -192,9 +192,12 @@ def _open_memory(
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the installed libraries; training runs without some of them."""
-    installed = {distribution.name for name in VERSIONED for distribution in metadata.distributions(name=name)}
-    return {name: metadata.version(name) for name in VERSIONED if name in installed}
+    """Return the versions of the installed libraries; trl is not needed for training."""
+    versions = {}
+    for name in VERSIONED:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _describe(prepared: Prepared, folder: RunFolder, memory: ReferenceStore | None, budget: int) -> None:

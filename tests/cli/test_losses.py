@@ -378,6 +378,19 @@ def test_without_trl_the_comparison_is_one_message_with_the_way_to_install_it(so
     ]
 
 
+def test_another_trl_than_a_1x_is_one_message(sound, monkeypatch):
+    found = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.20.0" if name == "trl" else found(name))
+    assert invoke("check", "warm", "--against", "trl") == (
+        2,
+        [],
+        [
+            "error: TRL 0.20.0 is installed, and losses are compared with TRL 1.x",
+            'hint: pip install "trl>=1.0,<2"',
+        ],
+    )
+
+
 def test_the_install_line_is_the_range_of_pyproject():
     requirements = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
     (trl,) = [requirement for requirement in requirements if requirement.startswith("trl")]
@@ -388,8 +401,12 @@ WITHOUT_TRL = """
 import sys
 from importlib import metadata
 sys.modules["trl"] = None
-found = metadata.distributions
-metadata.distributions = lambda **of: () if of.get("name") == "trl" else found(**of)
+found = metadata.version
+def version(name):
+    if name == "trl":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
 from qpref.cli import main
 main(sys.argv[1:])
 """
