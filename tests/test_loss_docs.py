@@ -103,9 +103,9 @@ def test_a_page_lists_every_option_and_no_other(name):
 @pytest.mark.parametrize("name", OURS)
 def test_a_page_gives_each_option_its_default(name):
     defaults = {option: field.default for option, field in record_of(name).options.model_fields.items()}
-    told = listed_options(name)
+    listed = listed_options(name)
     for option, default in defaults.items():
-        assert default is None or tomllib.loads(f"default = {told[option]}")["default"] == default, option
+        assert default is None or tomllib.loads(f"default = {listed[option]}")["default"] == default, option
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpref.cli.options import json_option
+from qpref.cli.tables import options_text, print_table, toml_text
 
 if TYPE_CHECKING:
-    from qpref.hooks.manager import Offer, PluginHost
+    from qpref.hooks.manager import Loaded, Offer, PluginHost
     from qpref.testing import Result
 
 
@@ -23,9 +24,9 @@ SCOPES = {"example": "example by example", "step": "all examples of a step at on
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List the installed losses, show one, or check them against their contract.
+    """List, show or check the installed losses.
 
-    Paired losses train on pairs of a chosen and a rejected response, unpaired losses on single completions that are
+    Paired losses train on pairs of a chosen and a rejected response, unpaired losses on single completions, each
     desirable or undesirable.
     """
     if ctx.invoked_subcommand is not None:
@@ -41,7 +42,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
     for loss in losses:
         summary = loss["summary"] if loss["error"] is None else f"cannot be loaded: {loss['error']}"
         rows.append((loss["name"], loss["kind"] or "?", f"{loss['distribution']} {loss['version']}", summary))
-    _print_table(rows)
+    print_table(rows)
 
 
 @command.command("show")
@@ -63,13 +64,13 @@ def show(name: str) -> None:
         if fact:
             click.echo(textwrap.fill(fact, 100, initial_indent=f"{title:<11}", subsequent_indent=" " * 11))
     for option, field in record.options.model_fields.items():
-        default = "required" if field.is_required() else f"default {_toml(field.default)}"
+        default = "required" if field.is_required() else f"default {toml_text(field.default)}"
         click.echo(f"\n{option}: {_type(field.annotation)}, {default}")
         click.echo(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
 
 
 def _facts(record: Any) -> dict[str, str]:
-    """Collect the facts of a loss's record, by title."""
+    """Facts of a loss's record, by title."""
     from qpref.testing import options_tables
 
     tables = [(table, record.options.model_validate(dict(table))) for table in options_tables(record)]
@@ -87,37 +88,82 @@ def _facts(record: Any) -> dict[str, str]:
 
 @command.command("check")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-def check(names: tuple[str, ...]) -> None:
+@click.option(
+    "--against",
+    type=click.Choice(["trl"]),
+    help="Compare values and gradients with the installed TRL instead, on random log-probabilities.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(names: tuple[str, ...], against: str | None, as_json: bool) -> None:
     """Check losses against their contract: the named ones, or all that are installed.
 
-    Prints every rule of a loss that is named or breaks one. Exits with 6 if a rule is broken.
+    Prints each rule for a loss that is named or breaks one. With --against trl it prints how far each loss is from
+    TRL's, under one or more configurations; without a NAME, for each loss that TRL has.
+
+    Exits with 6 if a loss breaks a rule, or differs from TRL's and its record doesn't say why.
     """
     import torch
 
-    from qpref.errors import PluginError
-    from qpref.hooks.manager import LOSS, PluginHost
-    from qpref.testing import check_loss
+    from qpref.cli.loss_comparison import compare_losses
+    from qpref.hooks.manager import PluginHost
 
-    torch.set_num_threads(1)  # a second thread costs more than it saves on tensors this small
-    host = PluginHost()
+    torch.set_num_threads(1)  # tensors this small lose more to a second thread than it computes
+    losses = _load(PluginHost(), names)
+    if against is not None:
+        compare_losses(losses, all_installed=not names, as_json=as_json)
+    else:
+        _check_contract(losses, all_installed=not names, as_json=as_json)
+
+
+def _load(host: PluginHost, names: Sequence[str]) -> dict[str, Loaded | str]:
+    """Load the named losses, or all: name -> the loss, or the error that its plugin raised.
+
+    Raises:
+        RecipeError: one of the names isn't installed.
+    """
+    from qpref.errors import PluginError
+    from qpref.hooks.manager import LOSS
+
     for name in names:
         host.find(LOSS, name)
-    wanted = dict.fromkeys(names or [offer.name for offer in _offers(host)])
-    broken = {}
-    for name in wanted:
+    losses: dict[str, Loaded | str] = {}
+    for name in dict.fromkeys(names or [offer.name for offer in _offers(host)]):
         try:
-            loaded = host.load(LOSS, name)
+            losses[name] = host.load(LOSS, name)
         except PluginError as error:
-            broken[name] = error.what
-            click.echo(f"{name}: cannot be loaded")
+            losses[name] = error.what
+    return losses
+
+
+def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_json: bool) -> None:
+    """Print each loss's results.
+
+    Raises:
+        PluginError: a loss breaks a rule, or can't be loaded.
+    """
+    from qpref.errors import PluginError
+    from qpref.testing import check_loss
+
+    broken: dict[str, str] = {}
+    facts: list[dict[str, Any]] = []
+    for name, loaded in losses.items():
+        if isinstance(loaded, str):
+            broken[name] = loaded
+            facts.append({"loss": name, "from": None, "error": loaded, "results": []})
+            if not as_json:
+                click.echo(f"{name}: cannot be loaded")
             continue
         results = check_loss(loaded.record)
         rules = dict.fromkeys(result.rule for result in results if result.status == "broken")
         if rules:
             broken[name] = f"loss '{name}' ({loaded.offer}) breaks: {', '.join(rules)}"
-        _print_results(loaded.offer, results, in_full=bool(names or rules))
+        facts.append({"loss": name, "from": str(loaded.offer), "error": None, "results": list(map(asdict, results))})
+        if not as_json:
+            _print_results(loaded.offer, results, in_full=not all_installed or bool(rules))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, default=str))
     if broken:
-        head = [f"{len(broken)} of {len(wanted)} losses cannot be relied on"] if len(wanted) > 1 else []
+        head = [f"{len(broken)} of {len(losses)} losses cannot be relied on"] if len(losses) > 1 else []
         lines = [f"  {line}" if head else line for line in broken.values()]
         disabled = ",".join(f"loss-{name}" for name in broken)
         raise PluginError(
@@ -150,16 +196,18 @@ def _kind(record: Any) -> str:
 
 
 def _by_options(tables: Sequence[tuple[Any, Any]], values: Sequence[str]) -> str:
-    """Join the value with the default options, and the differing values with the tables that cause them."""
+    """Format the value under the default options, and those under other options where they differ."""
     others = [
-        f"{value} with {_table(table)}" for (table, _), value in zip(tables, values, strict=True) if value != values[0]
+        f"{value} with {options_text(table)}"
+        for (table, _), value in zip(tables, values, strict=True)
+        if value != values[0]
     ]
     return "; ".join([values[0], *others])
 
 
 def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> None:
-    """Print one line for the loss, and with `in_full` one per rule and result, with the option tables it holds for."""
-    tables = {_table(result.options) for result in results}
+    """Print one line for the loss and, in full, one for each rule and outcome, with the options that gave it."""
+    tables = {options_text(result.options) for result in results}
     is_broken = any(result.status == "broken" for result in results)
     count = f"{len(tables)} set{'s' if len(tables) > 1 else ''} of options"
     click.echo(f"{offer.name} ({offer}): {'broken' if is_broken else 'ok'}, {count}")
@@ -170,36 +218,22 @@ def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> No
         outcomes: dict[tuple[str, str], list[str]] = {}
         for result in results:
             if result.rule == rule:
-                outcomes.setdefault((result.status, result.message), []).append(_table(result.options))
+                outcomes.setdefault((result.status, result.message), []).append(options_text(result.options))
         for (status, message), where in outcomes.items():
             options = "" if len(where) == len(tables) else f"with {'; '.join(where)}"
             word = {"passed": "ok", "broken": "BROKEN"}.get(status, status)
             rows.append((f"  {rule}", word, ": ".join(part for part in (options, message) if part)))
-    _print_table(rows)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _table(options: Any) -> str:
-    return ", ".join(f"{key} = {_toml(value)}" for key, value in options.items()) or "the defaults"
-
-
-def _toml(value: object) -> str:
-    return "none" if value is None else json.dumps(value, default=str)
+    print_table(rows)
 
 
 def _type(annotation: Any) -> str:
-    """Name a type in the words of a recipe's author."""
+    """Name a type in the words of a recipe: number, text, list of text."""
     import types
     from typing import Literal, Union, get_args, get_origin
 
     origin, arms = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return " or ".join(_toml(arm) for arm in arms)
+        return " or ".join(toml_text(arm) for arm in arms)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(arm) for arm in arms if arm is not type(None))
     if origin is list:

@@ -1,8 +1,8 @@
-"""What a plugin author imports.
+"""The interface for plugin authors.
 
     from qpref.hooks import Field, Options, PairedLoss, hookimpl
 
-`Options` and `Field` are loaded when first asked for, so that `qpref --help` and `qpref plugins` don't import pydantic.
+`Options` and `Field` are imported on first access, so that `qpref --help` and `qpref plugins` don't import pydantic.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qpref.hooks.types import (
     SinkContext,
     SinkWriter,
     Split,
+    TrlCase,
     UnpairedLoss,
     Validator,
     reward_metrics,
@@ -37,6 +38,7 @@ __all__ = [
     "Options",
     "PairedLoss",
     "UnpairedLoss",
+    "TrlCase",
     "Validator",
     "RowCheck",
     "Split",

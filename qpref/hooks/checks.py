@@ -1,4 +1,4 @@
-"""What most validators need: severities, the texts of messages, and places kept small."""
+"""Shared tools for validators: severities, message texts, and sources packed into integers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 Severity = Literal["error", "warn", "off"]
 SourceSeverity = Literal["warn", "off"]
-"""Of what is said of a whole source: it refuses no row."""
+"""Severity of a finding about a whole source, which refuses no row."""
 
 _LINE_BITS = 40
 
 
 def report(severity: Severity, code: str, message: str, source: Source) -> tuple[Finding, ...]:
-    """The finding with the severity that the recipe gives it; none where it is off."""
+    """Make a finding with the severity that the recipe sets; empty where it is off."""
     if severity == "off":
         return ()
     return (Finding(code=code, severity="error" if severity == "error" else "warning", message=message, source=source),)
 
 
 def text_of(messages: Sequence[Message]) -> str:
-    """The text of some turns, one after the other; what a turn has beside its content, such as tool calls, as JSON."""
+    """Join the text of the turns, one per line; extra keys of a turn, such as tool calls, follow as JSON."""
     if len(messages) == 1 and not messages[0].extra:
         return messages[0].content
     texts = []
@@ -39,9 +39,9 @@ def text_of(messages: Sequence[Message]) -> str:
 
 
 class Places:
-    """Sources as integers of 64 bits and back, for checks that remember the places of millions of rows.
+    """Sources as 64-bit integers and back, for checks that remember the locations of millions of rows.
 
-    A path gets a small number, which stands above the line's 40 bits.
+    The low 40 bits are the line, the bits above them the index of the path.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class Places:
 
     @property
     def paths(self) -> Sequence[str]:
-        """The paths by number."""
+        """Paths, by index."""
         return self._paths
 
     def number(self, source: Source) -> int:
-        """The source as an integer: equal for equal sources."""
+        """Pack the source into an integer; equal sources give equal integers."""
         path = self._numbers.get(source.path)
         if path is None:
             path = self._numbers[source.path] = len(self._paths)
@@ -62,10 +62,10 @@ class Places:
         return path << _LINE_BITS | source.line
 
     def source(self, number: int) -> Source:
-        """The source that `number` gave this integer."""
+        """Unpack an integer that `number` returned."""
         return Source(path=self._paths[number >> _LINE_BITS], line=number & ((1 << _LINE_BITS) - 1))
 
     @staticmethod
     def path_numbers(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of the paths alone, each an index in `paths`, of many places."""
+        """Return the path index of each packed source, for indexing `paths`."""
         return numbers >> _LINE_BITS

@@ -1,7 +1,7 @@
-"""Finds plugins without importing them, loads the ones that are asked for, and refuses clashes.
+"""Finds plugins without importing them, loads the requested ones, and refuses name clashes.
 
-Ours rather than pluggy's `load_setuptools_entrypoints`, which imports everything, lets one plugin's ImportError take
-down all, drops the second of two entry points of one name in silence, and never mentions a misspelt hook.
+This replaces pluggy's `load_setuptools_entrypoints`, which imports everything, fails for all plugins on the ImportError
+of one, silently drops the second of two entry points of the same name, and never reports a misspelt hook.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMELESS = "an unknown distribution"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of plugin: the word in entry points, the word in messages, its hook and its record."""
+    """A kind of plugin: its prefix in entry points, its noun in messages, its hook and its record type."""
 
     prefix: str
     noun: str
@@ -45,7 +45,7 @@ KINDS = {kind.prefix: kind for kind in (LOSS, CHECK, SINK, READER)}
 
 @dataclass(frozen=True, slots=True, order=True)
 class Offer:
-    """One line of an installed distribution's `[project.entry-points.qpref]` table."""
+    """A line of an installed distribution's `[project.entry-points.qpref]` table."""
 
     kind: str
     name: str
@@ -63,14 +63,14 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plugin's record and where it came from."""
+    """A plugin's record and the entry point that it came from."""
 
     record: Any
     offer: Offer
 
 
 def installed_offers() -> list[Offer]:
-    """Every entry point of the group, sorted, less those that QPREF_DISABLE names. Imports no plugin.
+    """List the group's entry points, sorted, without those in QPREF_DISABLE. Imports no plugin.
 
     QPREF_DISABLE is a comma-separated list of `<kind>-<name>` or `<distribution>:<kind>-<name>`.
     """
@@ -116,11 +116,12 @@ class PluginHost:
         return {offer.name for offer in (*self.offers, *self._recorded) if offer.kind == kind.prefix}
 
     def find(self, kind: Kind, name: str) -> Offer:
-        """The one installed plugin of that name.
+        """Find the only installed plugin of that name.
 
         Raises:
-            RecipeError: there is none; names the distribution that the run had it from, or the nearest names.
-            PluginError: more than one distribution offers it. No built-in wins.
+            RecipeError: none is installed; the message names the distribution that the run had it from, or the nearest
+                names.
+            PluginError: more than one distribution offers it; built-ins get no priority.
         """
         same_kind = [offer for offer in self.offers if offer.kind == kind.prefix]
         found = [offer for offer in same_kind if offer.name == name]
@@ -141,7 +142,7 @@ class PluginHost:
         return found[0]
 
     def load(self, kind: Kind, name: str) -> Loaded:
-        """Import the plugin and return its record.
+        """Import a plugin and return its record.
 
         Raises:
             PluginError: it fails to import, implements a hook that doesn't exist, or doesn't yield what its entry
@@ -170,7 +171,7 @@ class PluginHost:
             self._manager.register(module, name=offer.module)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            self._manager.unregister(name=offer.module)  # its pending hook would be laid at the next plugin's door
+            self._manager.unregister(name=offer.module)  # or the next plugin would be blamed for the pending hook
             raise _broken(offer, str(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""The four hooks. Each is called once, when the plugin is loaded, takes nothing, and yields records.
+"""The four hooks. Each is called once, when its plugin is loaded, takes no arguments, and yields records.
 
 An exception inside a hook stops the command and names the plugin. Nothing here is called inside the training loop.
 """
@@ -16,10 +16,10 @@ hookspec = pluggy.HookspecMarker("qpref")
 
 @hookspec
 def qpref_losses() -> Iterable[PairedLoss | UnpairedLoss]:  # type: ignore[empty-body]
-    """Offer losses. Fires when a recipe names one of them.
+    """Offer losses. Called when a recipe names one of them.
 
-    The function that `build` returns has full power over the gradient. When it raises, or returns a wrong shape, a
-    detached or a non-finite value, the run stops, names the plugin, and keeps its last checkpoint.
+    The function that `build` returns determines the gradient. When it raises, or returns a wrong shape, a detached or a
+    non-finite value, the run stops with an error that names the plugin, and keeps its last checkpoint.
 
         @hookimpl
         def qpref_losses():
@@ -29,7 +29,7 @@ def qpref_losses() -> Iterable[PairedLoss | UnpairedLoss]:  # type: ignore[empty
 
 @hookspec
 def qpref_validators() -> Iterable[Validator]:  # type: ignore[empty-body]
-    """Offer checks of the data. Fires when a recipe has a table `[checks.NAME]`.
+    """Offer checks of the data. Called when a recipe has a table `[checks.NAME]`.
 
     A finding of severity "error" refuses its row. When it raises, the run stops before any model loads.
 
@@ -41,9 +41,9 @@ def qpref_validators() -> Iterable[Validator]:  # type: ignore[empty-body]
 
 @hookspec
 def qpref_metric_sinks() -> Iterable[MetricSink]:  # type: ignore[empty-body]
-    """Offer places for metrics. Fires when a recipe has an entry `[[sinks]]` of that name.
+    """Offer destinations for metrics. Called when a recipe has an entry `[[sinks]]` of that name.
 
-    A sink that raises or hangs is reported once and dropped; training goes on, bit for bit as without it.
+    A sink that raises or hangs is reported once and dropped; training continues, bit for bit as without it.
 
         @hookimpl
         def qpref_metric_sinks():
@@ -53,10 +53,10 @@ def qpref_metric_sinks() -> Iterable[MetricSink]:  # type: ignore[empty-body]
 
 @hookspec
 def qpref_readers() -> Iterable[Reader]:  # type: ignore[empty-body]
-    """Offer file formats. Fires when a data file has that suffix, or `[data] reader` names it.
+    """Offer file formats. Called when a data file has that suffix, or `[data] reader` names it.
 
-    `read` yields rows and findings; it decides nothing about their columns. When it raises, the run stops before any
-    model loads.
+    `read` yields rows and findings, and leaves the meaning of the columns to the core. When it raises, the run stops
+    before any model loads.
 
         @hookimpl
         def qpref_readers():

@@ -1,10 +1,10 @@
-"""The records that hooks yield. A record says what a plugin offers; the core calls it as a plain function."""
+"""The records that hooks yield: a plugin's name, its options, and the function that the core calls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
@@ -14,42 +14,70 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Need = Literal["reference", "prompt", "log_sum_squares", "mismatched"]
-"""What may be computed for a loss beside the policy's log-probabilities of the responses:
+"""Inputs that a loss can request beyond the policy's log-probabilities of the responses:
 
 reference: the reference's log-probabilities of the same responses.
-prompt: the policy's log-probabilities of the prompt's tokens (`PairLogProbs.prompt`); paired losses.
+prompt: the policy's log-probabilities of the prompt's tokens (`PairLogProbs.prompt`), for paired losses.
 log_sum_squares: log of the sum of squared probabilities at each of the policy's response tokens.
-mismatched: log-probabilities of another example's completion after each prompt; unpaired losses.
+mismatched: log-probabilities of another example's completion after each prompt, for unpaired losses.
 """
 Scope = Literal["example", "step"]
 NEEDS: frozenset[str] = frozenset(get_args(Need))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrlCase:
+    """A configuration of a TRL trainer that computes a loss, for `qpref losses check NAME --against trl`.
+
+    Attributes:
+        trainer: class name of the trainer.
+        config: options of its config class.
+        options: options of the loss that correspond to `config`.
+        reason: why the two differ on purpose, in one line; empty where they have to agree.
+        same_as: options under which the loss equals what TRL computes instead, on each of TRL's micro-batches; the
+            comparison verifies it. None where there are no such options.
+        num_examples: examples per random batch.
+        micro_batch: examples per call of TRL; None for the whole batch.
+        dtype: "float32" where TRL casts to it.
+    """
+
+    trainer: Literal["DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer"]
+    config: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    reason: str = ""
+    same_as: Mapping[str, object] | None = None
+    num_examples: int = 4
+    micro_batch: int | None = None
+    dtype: Literal["float64", "float32"] = "float64"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What every loss says of itself.
+    """A loss: its name, its options, and how the core has to call it.
 
     Attributes:
         name: as in the recipe's `[loss] name`, and in the entry point's name after `loss-`.
         summary: one line for listings.
         formula: the per-example loss in one line of plain text.
-        paper: where it comes from: authors, year, title, equation.
+        paper: authors, year, title and equation.
         options: the model of the other keys of `[loss]`.
-        build: options -> the loss function, which takes the inputs and returns one value per example. It holds no
-            state: it is built anew whenever a scheduled option changes.
-        needs: what is computed for the loss beside the policy's log-probabilities, or a function of the options that
-            says so; see `Need`.
-        scope: "example" where an example's loss depends on that example alone; "step" where the function has to see all
-            examples of an optimizer step at once, or a function of the options that says so. It gets them at once,
-            whatever the micro-batches.
-        starts_at: options -> the loss of every example while policy and reference are the same and the margin is 0;
-            checked on the first batch of every run. None, or a function that returns None, where it isn't a constant.
-        log_ratios_only: whether the loss depends on policy and reference through their differences alone, so that the
-            same shift of both changes nothing; the conformance checks hold it to that.
-        detaches: options -> whether the loss detaches something that depends on the policy, such as a weight or a
-            baseline, so that its gradient is not the derivative of its value; the conformance checks then hold that
-            still in their finite differences. None where it never does.
+        build: options -> the loss function, which takes the inputs and returns one value per example. The function
+            is stateless: the core rebuilds it whenever a scheduled option changes.
+        needs: the inputs that the loss requires beyond the policy's log-probabilities, see `Need`; or a function that
+            returns them for given options.
+        scope: "example" where an example's loss depends on that example alone; "step" where the function gets all
+            examples of an optimizer step in one call, whatever the micro-batches; or a function of the options that
+            returns one of the two.
+        starts_at: options -> the loss of every example while policy and reference agree and the margin is 0; checked
+            on the first batch of every run. None, or a function that returns None, where it isn't a constant.
+        log_ratios_only: True where policy and reference enter only through their difference, so that shifting both by
+            the same amount changes nothing; the conformance checks test it.
+        detaches: options -> True where the loss detaches something that depends on the policy, such as a weight or a
+            baseline, so that its gradient is not the derivative of its value; the conformance checks then keep
+            detached values fixed in their finite differences. None where it never does.
         variants: further options to check the loss with, each a table as in a recipe.
+        trl_cases: TRL configurations that compute the same loss. Without any, the loss is compared with the TRL loss
+            type of the same name.
     """
 
     may_need: ClassVar[frozenset[str]] = NEEDS
@@ -66,13 +94,14 @@ class Loss:
     log_ratios_only: bool = False
     detaches: Callable[[Any], bool] | None = None
     variants: Sequence[Mapping[str, object]] = ()
+    trl_cases: Sequence[TrlCase] = ()
 
     def needs_of(self, options: Any) -> frozenset[str]:
-        """What this loss needs with these options."""
+        """Return the needs under these options."""
         return self.needs(options) if callable(self.needs) else frozenset(self.needs)
 
     def scope_of(self, options: Any) -> Scope:
-        """What this loss has to see at once with these options."""
+        """Return the scope under these options."""
         return self.scope(options) if callable(self.scope) else self.scope
 
 
@@ -86,7 +115,7 @@ class PairedLoss(Loss):
 class UnpairedLoss(Loss):
     """A loss on single completions, each desirable or undesirable: `build(options)` takes `UnpairedInputs`.
 
-    `starts_at` is the value of a desirable example, and of an undesirable one, while the classes are balanced.
+    `starts_at` applies to both classes, and assumes that they are balanced.
     """
 
     __slots__ = ()
@@ -97,21 +126,21 @@ Split = Literal["train", "heldout"]
 
 
 class RowCheck(Protocol):
-    """Looks at the data, example by example, before any model loads; texts must not be kept, a file may hold millions.
+    """Inspects the data, example by example, before any model loads. It must not keep texts: files are large.
 
     It sees each example once: all held-out ones, then all training ones, in the order of their files.
     """
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
-        """What is wrong with this example."""
+        """Yield findings about this example."""
 
     def finish(self) -> Iterable[Finding]:
-        """What is told once all have been seen: of rows seen before, or of whole sources (line 0)."""
+        """Yield findings after the last example, about rows seen before or about whole sources (line 0)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validator:
-    """A check of the preference data; `start` makes what looks at one recipe's data."""
+    """A check of the preference data; `start` makes the `RowCheck` for one recipe's data."""
 
     name: str
     summary: str
@@ -121,7 +150,7 @@ class Validator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkContext:
-    """The run that a sink is opened for. `first_step` is 0, or the step that a resumed run goes on from."""
+    """The run that a sink is opened for. `first_step` is 0, or the step from which a run resumes."""
 
     run_folder: Path
     first_step: int
@@ -129,7 +158,7 @@ class SinkContext:
 
 
 class SinkWriter(Protocol):
-    """Takes the rows of one run, in order, on a thread of its own."""
+    """Receives the rows of one run, in order, on a thread of its own."""
 
     def write(self, row: MetricRow) -> None: ...
 
@@ -138,7 +167,7 @@ class SinkWriter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricSink:
-    """A place that metrics go to, beside the metrics.jsonl that the core writes."""
+    """A destination for metrics, in addition to the metrics.jsonl that the core writes."""
 
     name: str
     summary: str
@@ -148,15 +177,15 @@ class MetricSink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A file format, or another place that rows come from.
+    """A file format, or another source of rows.
 
     A file is read by the reader whose name is its suffix (`csv` reads `x.csv`, `jsonl.gz` reads `x.jsonl.gz`), unless
-    the recipe names one. `read` yields a row, or, where a line cannot be one, a finding that says why, and goes on with
-    the next line. It is called more than once, and must give the same rows each time.
+    the recipe names a reader. For each line `read` yields a row, or a finding where the line can't be parsed. It is
+    called more than once and must yield the same rows each time.
 
     Attributes:
-        takes: what `read` gets: a file; a folder, or a file; or, for "name", what follows the reader's name and a
-            colon, as in `hf:org/name`.
+        takes: argument of `read`: "file"; "folder", which includes files; or "name", the text after the reader's
+            name and a colon, as in `hf:org/name`.
     """
 
     name: str
@@ -166,7 +195,7 @@ class Reader:
 
 
 def unpaired_reward_metrics(rewards: Tensor, desirable: Tensor) -> dict[str, Tensor]:
-    """The field's reward metrics of single completions, detached: a desirable one counts as chosen.
+    """Compute the usual reward metrics of single completions, detached: desirable ones count as chosen.
 
     Args:
         rewards: [N] implicit rewards (nats times beta).
@@ -181,7 +210,7 @@ def unpaired_reward_metrics(rewards: Tensor, desirable: Tensor) -> dict[str, Ten
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """The field's four reward metrics, detached. A tie counts as half right.
+    """Compute the four usual reward metrics, detached. A tie counts as half right.
 
     Args:
         chosen: [N] implicit rewards of the chosen responses (nats times beta).

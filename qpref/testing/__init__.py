@@ -1,4 +1,4 @@
-"""What every loss has to hold, for the tests of whoever writes one; `qpref losses check` runs the same list.
+"""Conformance tests for losses, for a plugin's own test suite; `qpref losses check` runs the same rules.
 
     import pytest
     from qpref.testing import RULES, assert_conforms
@@ -9,8 +9,8 @@
     def test_loss_conforms(record, rule):
         assert_conforms(record, rule)
 
-Each rule is checked with the loss's default options and with every table of its `variants`. The inputs are made here,
-the same each time, in float64 unless a rule says otherwise; nothing but the record is needed.
+Each rule is checked under the loss's default options and under each of its `variants`. The inputs are synthetic,
+deterministic, and float64 unless a rule says otherwise; no model and no data are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["RULES", "BrokenRule", "NotApplicable", "Result", "assert_conforms", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of one rule with one table of options; `message` is empty where it holds."""
+    """Outcome of one rule under one table of options; `message` is empty where it holds."""
 
     rule: str
     options: Mapping[str, object]
@@ -38,9 +38,9 @@ class Result:
 
 
 def check_loss(record: Loss, *rules: str) -> list[Result]:
-    """Check the named rules, or all: a result for each table of options and rule.
+    """Check the named rules, or all of them, and return a result per table of options and rule.
 
-    Where a loss cannot be called as the core calls it, the other rules are skipped.
+    Where a loss cannot be called as the core calls it, the remaining rules are skipped.
     """
     chosen = rules or tuple(RULES)
     if not (isinstance(record.options, type) and issubclass(record.options, Options)):
@@ -78,7 +78,7 @@ def _check_with(record: Loss, options: Any, table: Mapping[str, object], rules: 
 
 
 def assert_conforms(record: Loss, *rules: str) -> None:
-    """Raise an AssertionError that names every rule, of these or of all, that the loss breaks."""
+    """Raise an AssertionError that lists each broken rule, among the named ones or all."""
     broken = [result for result in check_loss(record, *rules) if result.status == "broken"]
     lines = [f"  {result.rule} (options {dict(result.options)}): {result.message}" for result in broken]
     if broken:
@@ -86,6 +86,6 @@ def assert_conforms(record: Loss, *rules: str) -> None:
 
 
 def options_tables(record: Loss) -> list[Mapping[str, object]]:
-    """What a loss is checked with: its defaults, unless an option without one needs a variant, and its variants."""
+    """List the options to check a loss with: its defaults, if every option has one, and its variants."""
     complete = not any(field.is_required() for field in record.options.model_fields.values())
     return [*([{}] if complete or not record.variants else []), *record.variants]

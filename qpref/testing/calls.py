@@ -1,4 +1,4 @@
-"""Calls a loss as the core calls it; whatever goes wrong breaks the rule that is being checked."""
+"""Calls a loss as the core calls it; any failure breaks the rule being checked."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qpref.testing.examples import Example
 
 
 class BrokenRule(AssertionError):
-    """What a loss does that its contract rules out."""
+    """A violation of the loss contract."""
 
 
 class NotApplicable(Exception):
-    """Why a rule says nothing about a loss with these options."""
+    """The reason why a rule doesn't apply to a loss under these options."""
 
 
 def _tokens(pieces: Sequence[Tensor], dtype: torch.dtype, sums: Sequence[Tensor] | None = None) -> TokenLogProbs:
@@ -32,14 +32,14 @@ def _tokens(pieces: Sequence[Tensor], dtype: torch.dtype, sums: Sequence[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Inputs as the core would make them of examples, and the tensors that gradients are taken of, by name."""
+class LossInputs:
+    """A loss's inputs, as the core would make them, and the tensors to differentiate with respect to, by name."""
 
     inputs: Any
     leaves: Mapping[str, Tensor]
 
 
-def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype) -> Given:
+def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype) -> LossInputs:
     policy, reference = [], []
     for side in ([example.first for example in examples], [example.second for example in examples]):
         sums = [scores.log_sum_squares for scores in side] if "log_sum_squares" in needs else None
@@ -55,12 +55,12 @@ def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dty
         reference=PairLogProbs(chosen=reference[0], rejected=reference[1]) if "reference" in needs else None,
         margin=torch.tensor([example.margin for example in examples], dtype=dtype),
     )
-    return Given(inputs, leaves)
+    return LossInputs(inputs, leaves)
 
 
 def _unpaired(
     examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype, class_counts: tuple[int, int]
-) -> Given:
+) -> LossInputs:
     own, other = [example.first for example in examples], [example.second for example in examples]
     sums = [scores.log_sum_squares for scores in own] if "log_sum_squares" in needs else None
     policy = _tokens([scores.policy for scores in own], dtype, sums)
@@ -74,7 +74,7 @@ def _unpaired(
         desirable=torch.tensor([example.desirable for example in examples]),
         class_counts=class_counts,
     )
-    return Given(inputs, {"completion": policy.values})
+    return LossInputs(inputs, {"completion": policy.values})
 
 
 class Built:
@@ -91,11 +91,11 @@ class Built:
         dtype: torch.dtype = torch.float64,
         class_counts: tuple[int, int] = (8, 8),
         needs: frozenset[str] | None = None,
-    ) -> Given:
+    ) -> LossInputs:
         needs = self.needs if needs is None else needs
         return _paired(examples, needs, dtype) if self.paired else _unpaired(examples, needs, dtype, class_counts)
 
-    def __call__(self, given: Given) -> LossOutput:
+    def __call__(self, given: LossInputs) -> LossOutput:
         num_examples = len(given.inputs.margin if self.paired else given.inputs.desirable)
         output = attempt("the loss", self._function, given.inputs)
         if not isinstance(output, LossOutput):
@@ -108,11 +108,11 @@ class Built:
         return output
 
     def values(self, examples: Sequence[Example]) -> Tensor:
-        """[N] losses of the examples."""
+        """Return the [N] losses of the examples."""
         return self(self.given(examples)).losses.detach()
 
-    def gradient(self, given: Given, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """[N] losses, and the gradient of their weighted sum in each of the leaves."""
+    def gradient(self, given: LossInputs, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the [N] losses and the gradient of their weighted sum with respect to each leaf."""
         losses = self(given).losses
         leaves = list(given.leaves.values())
         gradients = attempt(
@@ -127,7 +127,7 @@ class Built:
 
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What a foreign function returns; whatever it raises breaks the rule."""
+    """Call a plugin's function; any exception breaks the rule."""
     try:
         return function(*arguments, **named)
     except (Exception, SystemExit) as error:

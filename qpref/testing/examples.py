@@ -1,4 +1,4 @@
-"""Random and extreme examples: the log-probabilities that a loss is called with."""
+"""Random and extreme examples: log-probabilities to call a loss with."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 LEVELS = (0.0, -1e-8, -1.0, -1e4)
 """Log-probabilities of a token at which value and gradient have to be finite."""
 
-
 LONGEST = 4096
+"""Tokens of the longest response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Example:
 
 
 class Draws:
-    """Random examples, the same at each start: a reference near the policy, responses of 1 to 4 tokens."""
+    """Seeded random examples: a reference near the policy, responses of 1 to 4 tokens."""
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ class Draws:
 
 
 def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
-    # A sure token leaves nothing to the rest of the vocabulary; an impossible one leaves it all to a single other.
+    # Probability 1 leaves nothing to other tokens; probability 0 leaves everything to a single other token.
     sums = -1.5 if policy == -1.0 else 0.0
     values = torch.tensor([policy, reference, sums], dtype=torch.float64)
     return Scores(
@@ -82,6 +82,7 @@ def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
 
 
 def extreme_pairs() -> list[list[Example]]:
+    """Make two batches of pairs at the extremes: one-token responses, and one with 4,096-token ones."""
     margins = itertools.cycle((0.0, 1e4, -1e4))
     lengths = itertools.cycle(((LONGEST, 1), (1, LONGEST), (LONGEST, LONGEST), (LONGEST, 1), (1, LONGEST)))
     short: list[Example] = []
@@ -98,7 +99,7 @@ def extreme_pairs() -> list[list[Example]]:
 
 
 def extreme_completions(mismatched: bool) -> list[list[Example]]:
-    """Batches of both classes and of one; each with one extreme of the mismatched completions, which are averaged."""
+    """Make batches of both classes and of one class, each with one extreme of the mismatched completions."""
     batches: list[list[Example]] = []
     partners = list(itertools.product(LEVELS, repeat=2)) if mismatched else [(-1.0, -1.0)]
     for levels, classes in itertools.product(partners, ((True, False), (True,), (False,))):

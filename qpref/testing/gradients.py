@@ -1,4 +1,4 @@
-"""Finite differences of a loss, with what it detaches held still."""
+"""Finite differences of a loss, with its detached values held fixed."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qpref.testing.calls import Built, Given
+from qpref.testing.calls import Built, LossInputs
 
 STEP = 1e-6
-"""Of the central differences: float64 leaves them nine digits or so."""
+"""Step of the central differences; in float64 they keep about nine digits."""
 
 
 def central_differences(function: Callable[[], Tensor], leaf: Tensor) -> Tensor:
     estimate = torch.empty_like(leaf, requires_grad=False)
-    for place, value in enumerate(leaf.tolist()):
+    for index, value in enumerate(leaf.tolist()):
         ends = []
         for end in (value + STEP, value - STEP):
-            _put(leaf, place, end)
+            _set(leaf, index, end)
             ends.append(function())
-        _put(leaf, place, value)
-        estimate[place] = (ends[0] - ends[1]) / (2 * STEP)
+        _set(leaf, index, value)
+        estimate[index] = (ends[0] - ends[1]) / (2 * STEP)
     return estimate
 
 
-def _put(leaf: Tensor, place: int, value: float) -> None:
+def _set(leaf: Tensor, index: int, value: float) -> None:
     with torch.no_grad():
-        leaf[place] = value
+        leaf[index] = value
 
 
-class Replayed:
-    """The weighted sum of a loss's values, with what it detaches held as it was when this was made."""
+class FrozenDetached:
+    """The weighted sum of a loss, with its detached values frozen at construction."""
 
-    def __init__(self, built: Built, given: Given, weights: Tensor, detaches: bool) -> None:
+    def __init__(self, built: Built, given: LossInputs, weights: Tensor, detaches: bool) -> None:
         self._built, self._given, self._weights = built, given, weights
         self._detached: list[Any] | None = None
         if detaches:
-            with _Detached() as recorded:
+            with _DetachedValues() as recorded:
                 self()
             self._detached = recorded.values
 
     def __call__(self) -> Tensor:
         if self._detached is None:
             return (self._built(self._given).losses * self._weights).sum().detach()
-        with _Detached(self._detached):
+        with _DetachedValues(self._detached):
             losses = self._built(self._given).losses
         return (losses * self._weights).sum().detach()
 
 
-class _Detached(TorchFunctionMode):
-    """Records what is computed without a gradient, or gives back what was recorded, in the same order."""
+class _DetachedValues(TorchFunctionMode):
+    """Record the values computed without gradient, or replay the recorded ones in the same order."""
 
-    WAYS = frozenset((Tensor.detach, Tensor.item, Tensor.tolist, Tensor.data.__get__))  # type: ignore[attr-defined]
+    DETACHING = frozenset((Tensor.detach, Tensor.item, Tensor.tolist, Tensor.data.__get__))  # type: ignore[attr-defined]
 
     def __init__(self, recorded: Sequence[Any] | None = None) -> None:
         super().__init__()
@@ -63,10 +63,10 @@ class _Detached(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled() and func not in self.WAYS:
+        if torch.is_grad_enabled() and func not in self.DETACHING:
             return value
         if self._recorded is not None:
             value = next(self._recorded, value)
-        # A copy: what was recorded may be a view of a tensor that moves on.
+        # Copied: the value may be a view of a tensor that the finite differences modify.
         self.values.append(value.detach().clone() if isinstance(value, Tensor) else value)
         return value.clone() if isinstance(value, Tensor) else value

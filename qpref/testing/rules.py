@@ -1,4 +1,4 @@
-"""The rules that every loss keeps. Each is a function that raises `BrokenRule` with what it saw."""
+"""The rules of the loss contract. Each is a function that raises `BrokenRule` with the values that it found."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qpref.hooks import PairedLoss, UnpairedLoss
 from qpref.hooks.types import Loss
 from qpref.testing.calls import BrokenRule, Built, NotApplicable, attempt, declared_needs
 from qpref.testing.examples import Draws, Example, Scores, extreme_completions, extreme_pairs
-from qpref.testing.gradients import Replayed, central_differences
+from qpref.testing.gradients import FrozenDetached, central_differences
 
 
 def _record(record: Loss, options: Any) -> None:
-    """The record is of a kind that the core knows, with a summary and a description of each option."""
+    """Require a known kind of record, with a summary and a description of each option."""
     if not isinstance(record, PairedLoss | UnpairedLoss):
         raise BrokenRule(f"is a {type(record).__name__}, not a PairedLoss or an UnpairedLoss")
     if not isinstance(record.summary, str) or len(record.summary.splitlines()) != 1:
@@ -35,7 +35,7 @@ def _record(record: Loss, options: Any) -> None:
 
 
 def _needs(record: Loss, options: Any) -> None:
-    """It declares needs that exist for its kind, and does without the others."""
+    """Require needs that exist for this kind of loss, and no use of undeclared ones."""
     needs = declared_needs(record, options)
     known = record.may_need
     unknown = sorted(map(str, needs - known))
@@ -46,15 +46,15 @@ def _needs(record: Loss, options: Any) -> None:
         built = Built(record, options)
         built(built.given(examples, needs=known))
     except BrokenRule:
-        return  # it fails with all that there is; "one value per example" says how
+        return  # it fails even with all inputs: "one value per example" reports that
     try:
         built(built.given(examples))
     except BrokenRule as error:
-        raise BrokenRule(f"cannot do without what it doesn't declare: {error}") from error
+        raise BrokenRule(f"uses inputs that it doesn't declare: {error}") from error
 
 
 def _one_value_per_example(record: Loss, options: Any) -> None:
-    """[N] losses with gradient for N examples."""
+    """Require [N] losses with gradient for N examples."""
     built = Built(record, options)
     for count in (1, 2, 5):
         try:
@@ -64,7 +64,7 @@ def _one_value_per_example(record: Loss, options: Any) -> None:
 
 
 def _gradient(record: Loss, options: Any) -> None:
-    """Automatic differentiation gives what central differences give, within 1e-4; what is detached stays as it is."""
+    """Compare automatic differentiation with central differences, within 1e-4; detached values stay fixed."""
     detaches = record.detaches is not None and bool(attempt("detaches", record.detaches, options))
     built = Built(record, options)
     moves = False
@@ -72,7 +72,7 @@ def _gradient(record: Loss, options: Any) -> None:
         given = built.given(Draws(seed).examples(4), class_counts=(30, 20))
         weights = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
         losses, gradients = built.gradient(given, weights)
-        function = Replayed(built, given, weights, detaches)
+        function = FrozenDetached(built, given, weights, detaches)
         allowed = 1e-8 * max(1.0, float(losses.abs().sum()))
         for (name, leaf), exact in zip(given.leaves.items(), gradients, strict=True):
             estimate = central_differences(function, leaf)
@@ -89,7 +89,7 @@ def _gradient(record: Loss, options: Any) -> None:
 
 
 def _dtype(record: Loss, options: Any) -> None:
-    """Losses and rewards come in the dtype of the inputs, with its precision."""
+    """Require losses and rewards in the dtype of the inputs, at its precision."""
     built = Built(record, options)
     for dtype in (torch.float32, torch.float64):
         output = built(built.given(Draws().examples(8), dtype=dtype))
@@ -98,11 +98,11 @@ def _dtype(record: Loss, options: Any) -> None:
                 raise BrokenRule(f"{name} of {dtype} inputs are {value.dtype}")
     losses = output.losses.detach()
     if torch.equal(losses, losses.float().double()) and not torch.equal(losses, losses.round()):
-        raise BrokenRule("the values of float64 inputs have the precision of float32: it casts on the way")
+        raise BrokenRule("float64 inputs give values of float32 precision: it casts on the way")
 
 
 def _finite(record: Loss, options: Any) -> None:
-    """Value and gradient are finite wherever a policy can get to, in float32 and in float64."""
+    """Require finite values and gradients wherever a policy can get to, in float32 and float64."""
     built = Built(record, options)
     batches = extreme_pairs() if built.paired else extreme_completions("mismatched" in built.needs)
     for dtype, examples in itertools.product((torch.float32, torch.float64), batches):
@@ -123,24 +123,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _owner(examples: Sequence[Example], leaf: str, place: int) -> Example:
-    """The example that a place of a leaf belongs to."""
+def _owner(examples: Sequence[Example], leaf: str, index: int) -> Example:
+    """Return the example that a token of a leaf belongs to."""
     for example in examples:
         tokens = {"rejected": example.second.policy, "prompt": example.prompt}.get(leaf, example.first.policy)
-        if place < len(tokens):
+        if index < len(tokens):
             return example
-        place -= len(tokens)
-    raise IndexError(place)
+        index -= len(tokens)
+    raise IndexError(index)
 
 
 def _independence(record: Loss, options: Any) -> None:
-    """An example's loss depends on that example alone, or, in scope "step", not on the examples' order."""
+    """Require independence from other examples or, in scope "step", from the order of the examples."""
     built = Built(record, options)
     examples = Draws().examples(6)
     together = built.values(examples)
     order = [4, 2, 0, 5, 1, 3]
-    permuted = built.values([examples[place] for place in order])
-    # A sum over the step may be taken in another order.
+    permuted = built.values([examples[index] for index in order])
+    # A sum over the step is taken in a different order.
     if not _same(permuted, together[order], 1e-12 if record.scope_of(options) == "example" else 1e-9):
         raise BrokenRule(f"in another order, {_list(together[order])} become {_list(permuted)}")
     if record.scope_of(options) == "step":
@@ -151,7 +151,7 @@ def _independence(record: Loss, options: Any) -> None:
 
 
 def _no_state(record: Loss, options: Any) -> None:
-    """The same inputs give the same values, and are left as they are."""
+    """Require equal values for equal inputs, and inputs left unmodified."""
     built = Built(record, options)
     given, other = built.given(Draws().examples(5)), built.given(Draws(9).examples(4))
     tensors = _all_tensors(given.inputs)
@@ -160,7 +160,7 @@ def _no_state(record: Loss, options: Any) -> None:
     if not all(map(torch.equal, tensors, before)):
         raise BrokenRule("it changes its inputs in place")
     built(other)
-    for called, function in (("again", built), ("built anew", Built(record, options))):
+    for called, function in (("again", built), ("rebuilt", Built(record, options))):
         second = function(given).losses.detach()
         if not torch.equal(first, second):
             raise BrokenRule(f"called {called}, {_list(first)} become {_list(second)}")
@@ -174,13 +174,13 @@ def _all_tensors(value: Any) -> list[Tensor]:
 
 
 def _start(record: Loss, options: Any) -> None:
-    """While policy and reference are the same, every loss is what `starts_at` says."""
+    """Require the loss that `starts_at` declares while policy and reference are the same."""
     declared = None if record.starts_at is None else attempt("starts_at", record.starts_at, options)
     if declared is None:
         raise NotApplicable("it doesn't declare where it starts")
     declared = attempt("starts_at", float, declared)
     examples = [
-        replace(example, margin=0.0, first=_settled(example.first), second=_settled(example.second))
+        replace(example, margin=0.0, first=_untrained(example.first), second=_untrained(example.second))
         for example in Draws().examples(6)
     ]
     values = Built(record, options).values(examples)
@@ -188,12 +188,12 @@ def _start(record: Loss, options: Any) -> None:
         raise BrokenRule(f"declares {declared:.10g}, and starts at {_list(values)}")
 
 
-def _settled(scores: Scores) -> Scores:
+def _untrained(scores: Scores) -> Scores:
     return replace(scores, reference=scores.policy)
 
 
 def _log_ratios(record: Loss, options: Any) -> None:
-    """The same shift of policy and reference changes nothing."""
+    """Require that shifting policy and reference alike changes nothing."""
     if not record.log_ratios_only:
         raise NotApplicable("it doesn't declare log_ratios_only")
     built = Built(record, options)
@@ -210,7 +210,7 @@ def _shifted(scores: Scores) -> Scores:
 
 
 def _swap(record: Loss, options: Any) -> None:
-    """Exchanging chosen and rejected exchanges their rewards."""
+    """Require that exchanging chosen and rejected exchanges their rewards."""
     if not isinstance(record, PairedLoss):
         raise NotApplicable("it isn't paired")
     built = Built(record, options)
@@ -224,7 +224,7 @@ def _swap(record: Loss, options: Any) -> None:
 
 
 def _metrics(record: Loss, options: Any) -> None:
-    """The field's reward metrics, one detached value for each example, that agree with each other."""
+    """Require the usual reward metrics: consistent, one detached value per example."""
     built = Built(record, options)
     examples = Draws().examples(6)
     metrics = _metrics_of(built, examples)
@@ -294,4 +294,4 @@ RULES: Mapping[str, Callable[[Loss, Any], None]] = {
 
 
 PREREQUISITES = ("record", "needs", "one value per example")
-"""The rules without which the others say nothing."""
+"""Rules that must hold for the others to be meaningful."""

@@ -1,16 +1,23 @@
-"""`qpref losses`: what is listed, what is shown of one, and what a broken one is charged with."""
+"""`qpref losses`: the list, a single loss, the contract check and the comparison with TRL."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import tomli_w
 from click.testing import CliRunner
 
 from qpref.cli import main
 from qpref.hooks.manager import installed_offers
 from qpref.testing import RULES
+from qpref.testing.trl_trainers import INSTALL
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 SOUND = '''
 from typing import Literal
@@ -263,3 +270,154 @@ def test_check_goes_on_after_a_broken_loss(broken):
         "  loss 'warm' (acme-losses 2.0 [loss-warm]) breaks: dtype, gradient, start",
         "hint: report it to the plugin's author; QPREF_DISABLE=loss-cold,loss-warm leaves it out",
     ]
+
+
+def test_check_as_json_gives_each_rule(sound):
+    code, lines, _ = invoke("check", "warm", "--json")
+    (warm,) = json.loads("\n".join(lines))
+    assert code == 0
+    assert (warm["loss"], warm["from"], warm["error"]) == ("warm", "acme-losses 2.0 [loss-warm]", None)
+    assert [result["rule"] for result in warm["results"]] == list(RULES) * 2
+    assert {result["status"] for result in warm["results"]} <= {"passed", "skipped"}
+
+
+SIGMOID = SOUND.replace('name="warm"', 'name="sigmoid"')
+SQUARED = "logsigmoid(chosen - rejected).square()"
+
+
+def shape_of(lines):
+    """Lines with every measured difference as a number sign."""
+    return [re.sub(r"\d\.\de[+-]\d\d", "#", line) for line in lines]
+
+
+def test_a_third_party_loss_is_compared_with_the_trl_loss_type_of_its_name(install):
+    install({"sigmoid": "acme_sigmoid"}, acme_sigmoid=SIGMOID.replace("LOSSES", LOSSES))
+    code, lines, stderr = invoke("check", "sigmoid", "--against", "trl")
+    assert (code, stderr) == (0, [])
+    assert shape_of(lines) == [
+        f"TRL {metadata.version('trl')}: largest relative differences over 20 random batches",
+        "",
+        "sigmoid (acme-losses 2.0 [loss-sigmoid]): agrees",
+        "          loss     gradient  qpref         TRL",
+        '  agrees  #  #   the defaults  DPOTrainer: beta = 0.1, loss_type = ["sigmoid"]',
+    ]
+
+
+def test_a_loss_that_differs_from_trl_exits_6_and_is_named(install):
+    install({"sigmoid": "acme_sigmoid"}, acme_sigmoid=SIGMOID.replace("LOSSES", SQUARED))
+    code, lines, stderr = invoke("check", "sigmoid", "--against", "trl")
+    assert code == 6
+    assert lines[2] == "sigmoid (acme-losses 2.0 [loss-sigmoid]): DIFFERS"
+    assert stderr == [
+        f"error: loss 'sigmoid' (acme-losses 2.0 [loss-sigmoid]) differs from TRL {metadata.version('trl')}, "
+        "and nothing says why",
+        "hint: an intended difference gets a reason in the record's trl_cases",
+    ]
+
+
+CASES = """variants=({"beta": 0.5},),
+        trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid"]}, reason="ours is squared",SAME_AS),),
+"""
+
+
+def reasoned(losses, same_as):
+    source = SOUND.replace('variants=({"beta": 0.5},),', CASES.replace("SAME_AS", same_as)).replace("LOSSES", losses)
+    return source.replace("PairedLoss, UnpairedLoss", "PairedLoss, TrlCase, UnpairedLoss")
+
+
+def test_a_reason_makes_a_difference_intended(install):
+    install({"warm": "acme_warm"}, acme_warm=reasoned(SQUARED, "same_as=None"))
+    code, lines, stderr = invoke("check", "warm", "--against", "trl")
+    assert (code, stderr) == (0, [])
+    assert [lines[2], lines[-1]] == [
+        "warm (acme-losses 2.0 [loss-warm]): differs as intended",
+        "  [1] ours is squared",
+    ]
+
+
+def test_a_reason_holds_only_if_trl_computes_what_it_claims(install):
+    install({"warm": "acme_warm"}, acme_warm=reasoned(SQUARED, 'same_as={"beta": 0.2}'))
+    code, lines, _ = invoke("check", "warm", "--against", "trl")
+    assert (code, lines[2]) == (6, "warm (acme-losses 2.0 [loss-warm]): DIFFERS")
+
+
+def test_a_loss_that_trl_does_not_have_is_said_to_be_missing(sound):
+    code, lines, _ = invoke("check", "warm", "--against", "trl")
+    assert code == 0
+    assert lines[-1] == "warm (acme-losses 2.0 [loss-warm]): TRL has no such loss"
+
+
+def test_without_a_name_the_losses_that_trl_has_are_compared(install):
+    install({"sigmoid": "acme_sigmoid", "lone": "acme_sigmoid"}, acme_sigmoid=SIGMOID.replace("LOSSES", LOSSES))
+    code, lines, _ = invoke("check", "--against", "trl")
+    assert code == 0
+    assert [line for line in lines if "acme-losses" in line] == ["sigmoid (acme-losses 2.0 [loss-sigmoid]): agrees"]
+
+
+def test_the_comparison_as_json(install):
+    install({"sigmoid": "acme_sigmoid"}, acme_sigmoid=SIGMOID.replace("LOSSES", LOSSES))
+    code, lines, _ = invoke("check", "sigmoid", "--against", "trl", "--json")
+    document = json.loads("\n".join(lines))
+    (sigmoid,) = document["losses"]
+    (case,) = sigmoid["cases"]
+    assert code == 0
+    assert (document["trl"], document["batches"]) == (metadata.version("trl"), 20)
+    assert (sigmoid["loss"], sigmoid["outcome"]) == ("sigmoid", "agrees")
+    assert max(case["loss_difference"], case["gradient_difference"]) < 1e-9
+    assert (case["trainer"], case["config"]) == ("DPOTrainer", {"beta": 0.1, "loss_type": ["sigmoid"]})
+
+
+def test_without_trl_the_comparison_is_one_message_with_the_way_to_install_it(sound, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    code, lines, stderr = invoke("check", "warm", "--against", "trl")
+    assert (code, lines) == (2, [])
+    assert stderr == [
+        "error: comparing with TRL needs the package trl, and importing it failed: import of trl halted; "
+        "None in sys.modules",
+        'hint: pip install "trl>=1.0,<2"',
+    ]
+
+
+def test_another_trl_than_a_1x_is_one_message(sound, monkeypatch):
+    found = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.20.0" if name == "trl" else found(name))
+    assert invoke("check", "warm", "--against", "trl") == (
+        2,
+        [],
+        [
+            "error: TRL 0.20.0 is installed, and losses are compared with TRL 1.x",
+            'hint: pip install "trl>=1.0,<2"',
+        ],
+    )
+
+
+def test_the_install_line_is_the_range_of_pyproject():
+    requirements = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
+    (trl,) = [requirement for requirement in requirements if requirement.startswith("trl")]
+    assert f'pip install "{trl}"' == INSTALL
+
+
+WITHOUT_TRL = """
+import sys
+from importlib import metadata
+sys.modules["trl"] = None
+found = metadata.version
+def version(name):
+    if name == "trl":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+from qpref.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_training_needs_no_trl_and_records_its_version_only_if_installed(tmp_path, make_recipe):
+    recipe, output = tmp_path / "tiny.toml", tmp_path / "run"
+    recipe.write_text(tomli_w.dumps(make_recipe({"train.max_steps": 1})))
+    command = [sys.executable, "-c", WITHOUT_TRL, "train", str(recipe), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    versions = json.loads((output / "run.json").read_text())["versions"]
+    assert "trl" not in versions
+    assert {"qpref", "torch", "transformers", "peft", "python"} <= versions.keys()

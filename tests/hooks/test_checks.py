@@ -1,4 +1,4 @@
-"""What checks share: severities, the text of turns, places as integers."""
+"""Shared tools for checks: severities, the text of turns, sources as integers."""
 
 import numpy as np
 import pytest

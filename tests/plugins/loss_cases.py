@@ -1,4 +1,4 @@
-"""What the loss tests share: pairs, their inputs, and the arithmetic of their oracles."""
+"""Shared by the loss tests: pairs, their inputs, and the arithmetic of their oracles."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def extremes(dtype: torch.dtype) -> PairedInputs:
 
 
 def all_finite(losses: torch.Tensor, inputs: PairedInputs) -> bool:
-    """Whether the losses and their gradients in both responses are finite."""
+    """Check that the losses and their gradients in both responses are finite."""
     gradients = torch.autograd.grad(losses.sum(), (inputs.policy.chosen.values, inputs.policy.rejected.values))
     return all(bool(value.isfinite().all()) for value in (losses, *gradients))
 
@@ -106,14 +106,14 @@ def losses_at(
     return function(PairedInputs(policy=policy, reference=inputs.reference, margin=inputs.margin)).losses
 
 
-def directional_slopes(
+def directional_derivatives(
     function: Callable[[PairedInputs], LossOutput], inputs: PairedInputs, step: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each pair's slope in a random direction: by the gradient that `inputs` hold, and by the central difference."""
+    """Each pair's derivative in a random direction: from the gradient in `inputs`, and by central differences."""
     torch.manual_seed(0)
     sides = (inputs.policy.chosen, inputs.policy.rejected)
     directions = [torch.randn_like(side.values) for side in sides]
-    slopes = sum(
+    derivatives = sum(
         TokenLogProbs(values=side.values.grad * direction, lengths=side.lengths).total
         for side, direction in zip(sides, directions, strict=True)
     )
@@ -125,7 +125,7 @@ def directional_slopes(
         )
         for move in (step, -step)
     )
-    return slopes, (up - down) / (2 * step)
+    return derivatives, (up - down) / (2 * step)
 
 
 def finite_difference(function: Callable[[dict], float], pair: dict, side: str, token: int, step: float) -> float:

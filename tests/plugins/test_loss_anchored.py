@@ -103,10 +103,10 @@ def test_anchored_gradient_is_the_finite_difference_on_1000_random_pairs(name, o
         scored = getattr(inputs.policy, side)
         for pair, gradient in zip(pairs, scored.values.grad.split(list(scored.lengths)), strict=True):
             token = rng.randrange(len(gradient))
-            slope = finite_difference(
+            estimate = finite_difference(
                 lambda moved: exact_loss(name, moved, options["beta"], delta), pair, f"policy {side}", token, 1e-4
             )
-            assert gradient[token].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+            assert gradient[token].item() == pytest.approx(estimate, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -82,8 +82,8 @@ def test_aot_gradient_is_the_finite_difference_on_1000_random_pairs(name, option
             scored = getattr(inputs.policy, side)
             for row, gradient in enumerate(scored.values.grad.split(list(scored.lengths))):
                 token = rng.randrange(len(gradient))
-                slope = finite_difference(weighted_loss, pairs, row, f"policy {side}", token)
-                assert gradient[token].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+                estimate = finite_difference(weighted_loss, pairs, row, f"policy {side}", token)
+                assert gradient[token].item() == pytest.approx(estimate, rel=1e-5, abs=1e-8)
 
 
 def random_step(rng: random.Random, name: str, size: int = 5) -> list[dict]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from loss_cases import (
     all_finite,
-    directional_slopes,
+    directional_derivatives,
     extreme_margins,
     extreme_pairs,
     losses_at,
@@ -173,8 +173,8 @@ def test_dpo_gradient_is_the_finite_difference_on_1000_random_pairs(options):
     build(DpoOptions(beta=0.3, **options))(inputs).losses.sum().backward()
     function = build(DpoOptions(beta=0.3, **options | {"wpo": False}))
     weight = torch.tensor([float(exact_weight(pair)) if options.get("wpo") else 1.0 for pair in pairs])
-    slopes, differences = directional_slopes(function, inputs, step=1e-5)
-    torch.testing.assert_close(slopes, weight.double() * differences, rtol=1e-4, atol=1e-7)
+    derivatives, differences = directional_derivatives(function, inputs, step=1e-5)
+    torch.testing.assert_close(derivatives, weight.double() * differences, rtol=1e-4, atol=1e-7)
 
 
 def test_dpo_wpo_weight_has_no_gradient():
@@ -348,8 +348,8 @@ def test_dpo_gradient_is_beta_times_how_wrong_the_pair_is():
     for beta in (0.1, 0.5):
         inputs = paired([flat_pair(-1.0, -3.0)])
         build(DpoOptions(beta=beta))(inputs).losses.sum().backward()
-        slope = inputs.policy.chosen.values.grad.item()
-        assert slope == pytest.approx(-beta / (1 + math.exp(2 * beta)), rel=1e-12)
+        gradient = inputs.policy.chosen.values.grad.item()
+        assert gradient == pytest.approx(-beta / (1 + math.exp(2 * beta)), rel=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])

@@ -113,9 +113,9 @@ def test_free_gradient_is_the_finite_difference_on_1000_random_pairs(name, optio
     for side, log_probs, values in zip(SIDES, scored, gradients, strict=True):
         for pair, gradient in zip(pairs, values.split(list(log_probs.lengths)), strict=True):
             token = rng.randrange(len(gradient))
-            slope = finite_difference(lambda moved: exact_loss(name, moved, options), pair, side, token, 1e-5)
+            estimate = finite_difference(lambda moved: exact_loss(name, moved, options), pair, side, token, 1e-5)
             rounding = 1e-10 * abs(exact_loss(name, pair, options))  # of float64, over twice the step
-            assert gradient[token].item() == pytest.approx(slope, rel=1e-5, abs=max(1e-8, rounding))
+            assert gradient[token].item() == pytest.approx(estimate, rel=1e-5, abs=max(1e-8, rounding))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from loss_cases import (
     SIDES,
     all_finite,
-    directional_slopes,
+    directional_derivatives,
     extreme_margins,
     extreme_pairs,
     flat_pair,
@@ -126,8 +126,8 @@ def test_gradient_is_the_finite_difference_on_1000_random_pairs(name, options):
     inputs = paired([random_pair(rng, longest=20) for _ in range(1000)])
     function = built(name, options)
     function(inputs).losses.sum().backward()
-    slopes, differences = directional_slopes(function, inputs, step=1e-6)
-    torch.testing.assert_close(slopes, differences, rtol=1e-4, atol=1e-7)
+    derivatives, differences = directional_derivatives(function, inputs, step=1e-6)
+    torch.testing.assert_close(derivatives, differences, rtol=1e-4, atol=1e-7)
 
 
 @each_case

@@ -89,23 +89,23 @@ def test_orpo_metrics_are_the_log_odds_ratio_and_the_nll_on_1000_random_pairs():
 
 @pytest.mark.parametrize("nll", ["all", "response"])
 def test_orpo_gradient_is_the_central_difference_on_1000_random_pairs(nll):
-    # Each pair depends on its own tokens alone, so one nudge of all pairs' tokens number k measures 1000 slopes.
+    # Each pair depends on its own tokens alone, so one nudge of all pairs' tokens number k measures 1000 gradients.
     rng = random.Random(3)
     pairs = [{side: [-(10 ** rng.uniform(-2, 1)) for _ in range(3)] for side in SIDES} for _ in range(1000)]
     inputs = paired(pairs)
     function = build(OrpoOptions(beta=0.7, nll=nll))
     function(inputs).losses.sum().backward()
     for side, place in itertools.product(SIDES, range(3)):
-        slopes = getattr(inputs.policy, side).values.grad
+        gradients = getattr(inputs.policy, side).values.grad
         if side == "prompt" and nll == "response":
-            assert slopes is None
+            assert gradients is None
             continue
         up, down = (
             function(paired([pair | {side: nudged(pair[side], place, step)} for pair in pairs])).losses
             for step in (1e-6, -1e-6)
         )
         measured = (up - down) / 2e-6
-        torch.testing.assert_close(slopes.view(1000, 3)[:, place], measured.detach(), rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(gradients.view(1000, 3)[:, place], measured.detach(), rtol=1e-4, atol=1e-8)
 
 
 EXTREMES = [

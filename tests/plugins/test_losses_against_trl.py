@@ -1,40 +1,39 @@
-"""Every loss that TRL 1.16 has too against TRL's own trainer: the same tiny Llamas in float32, the same token ids.
+"""Every loss that TRL has too against TRL's own trainer: the same tiny Llamas in float32, the same token ids.
 
 TRL's number is its trainer's `compute_loss`. Ours is the plugin's loss on log-probabilities gathered here, sequence by
 sequence and without padding, from the models' plain logits. Both the value and its gradient with respect to every
-weight of the policy have to agree. What TRL does otherwise stands in tests of its own, at the end.
+weight of the policy have to agree. Which configurations of TRL's compute which loss is in the losses' records
+(`trl_cases`), how to call TRL in `qpref.testing.trl_trainers`. Deliberate differences have tests of their own, at the
+end.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import math
 import random
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_config
+from conftest import tiny_config
 from torch import Tensor
 
+from qpref.hooks import TrlCase
+from qpref.hooks.manager import LOSS, PluginHost, installed_offers
 from qpref.hooks.types import Loss
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+from qpref.testing.trl_trainers import PairedRow, UnpairedRow, batch_of, loss_types, trl_loss
+from qpref.testing.trl_trainers import make_trainer as make_trl_trainer
 
-PACKAGES = ("dpo", "ipo", "orpo", "kto", "margin", "anchored", "aot", "free")
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
-PairedRow = tuple[list[int], list[int], list[int]]
-UnpairedRow = tuple[list[int], list[int], bool]
+HOST = PluginHost()
+OURS = [offer.name for offer in installed_offers() if (offer.kind, offer.distribution) == (LOSS.prefix, "qpref")]
 
 
-@functools.cache
 def record(name: str) -> Loss:
-    offers = (importlib.import_module(f"qpref_loss_{package}").qpref_losses() for package in PACKAGES)
-    (found,) = (loss for losses in offers for loss in losses if loss.name == name)
-    return found
+    return HOST.load(LOSS, name).record
 
 
 def call(name: str, options: dict, inputs: PairedInputs | UnpairedInputs) -> LossOutput:
@@ -50,16 +49,16 @@ def token_ids(rng: random.Random, longest: int) -> list[int]:
 def paired_rows() -> list[PairedRow]:
     """Prompts and responses of many lengths, among them 1."""
     rng = random.Random(0)
-    rows = [(token_ids(rng, 6), token_ids(rng, 12), token_ids(rng, 12)) for _ in range(5)]
-    return [*rows, ([7], [8, 9, 10], [11])]
+    rows = [PairedRow(token_ids(rng, 6), token_ids(rng, 12), token_ids(rng, 12)) for _ in range(5)]
+    return [*rows, PairedRow([7], [8, 9, 10], [11])]
 
 
 @functools.cache
 def unpaired_rows() -> list[UnpairedRow]:
-    rows = paired_rows()
+    """Both responses of each pair; `rotated` fills in the mismatched ones."""
     return [
-        (prompt, completion, label)
-        for prompt, *pair in rows
+        UnpairedRow(prompt, completion, [], label)
+        for prompt, *pair in paired_rows()
         for completion, label in zip(pair, (True, False), strict=True)
     ]
 
@@ -108,17 +107,18 @@ def paired_inputs(policy: Any, reference: Any, rows: list[PairedRow]) -> PairedI
     return PairedInputs(policy=pair_scores(policy, rows), reference=of_reference, margin=torch.zeros(len(rows)))
 
 
-def rotated(rows: list[UnpairedRow]) -> list[tuple[list[int], list[int]]]:
-    """Each prompt with the completion of the example before it, as TRL pairs them."""
-    return [(row[0], rows[place - 1][1]) for place, row in enumerate(rows)]
+def rotated(rows: list[UnpairedRow]) -> list[UnpairedRow]:
+    """Each row with the completion of the row before it as the mismatched one, as TRL pairs them."""
+    return [row._replace(mismatched=rows[index - 1].completion) for index, row in enumerate(rows)]
 
 
 def unpaired_inputs(policy: Any, reference: Any, rows: list[UnpairedRow]) -> UnpairedInputs:
-    matched = [(prompt, completion) for prompt, completion, _ in rows]
+    matched = [(row.prompt, row.completion) for row in rows]
+    other = [(row.prompt, row.mismatched) for row in rotated(rows)]
     with torch.no_grad():
         of_reference = scores(reference, matched)
-        mismatched = [scores(model, rotated(rows)) for model in (policy, reference)]
-    desirable = [label for *_, label in rows]
+        mismatched = [scores(model, other) for model in (policy, reference)]
+    desirable = [row.desirable for row in rows]
     return UnpairedInputs(
         policy=scores(policy, matched),
         reference=of_reference,
@@ -129,94 +129,25 @@ def unpaired_inputs(policy: Any, reference: Any, rows: list[UnpairedRow]) -> Unp
     )
 
 
-def make_trainer(kind: str, config: dict, folder: Any) -> Any:
-    """TRL's trainer of a kind, on copies of the models; the data that it is made with are never used."""
-    import datasets
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    trainer_class, config_class = {
-        "dpo": (DPOTrainer, DPOConfig),
-        "kto": (KTOTrainer, KTOConfig),
-        "orpo": (ORPOTrainer, ORPOConfig),
-        "cpo": (CPOTrainer, CPOConfig),
-    }[kind]
-    datasets.disable_progress_bars()
-    dummy = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    if kind == "kto":
-        dummy = {"prompt": "a", "completion": "b", "label": True}
-    policy, reference = map(copy.deepcopy, models())
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_length": 512,
-    }
-    return trainer_class(
-        model=policy,
-        args=config_class(**settings | config),
-        train_dataset=datasets.Dataset.from_list([dummy] * 2),
-        processing_class=make_tokenizer(),
-        **({"ref_model": reference} if kind in ("dpo", "kto") else {}),
-    )
-
-
-def dpo_batch(trainer: Any, rows: list[PairedRow]) -> dict:
-    return trainer.data_collator(
-        [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected} for prompt, chosen, rejected in rows]
-    )
-
-
-def kto_batch(trainer: Any, rows: list[UnpairedRow]) -> dict:
-    return trainer.data_collator(
-        [
-            {"prompt_ids": prompt, "completion_ids": completion, "KL_completion_ids": other, "label": label}
-            for (prompt, completion, label), (_, other) in zip(rows, rotated(rows), strict=True)
-        ]
-    )
-
-
-def concatenated_batch(trainer: Any, rows: list[PairedRow]) -> dict:
-    """As the CPO and ORPO trainers tokenize: prompt and response together, the prompt masked in the labels."""
-    examples = []
-    for prompt, *pair in rows:
-        example: dict[str, list[int]] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-        for side, response in zip(("chosen", "rejected"), pair, strict=True):
-            example[f"{side}_input_ids"] = prompt + response
-            example[f"{side}_attention_mask"] = [1] * len(prompt + response)
-            example[f"{side}_labels"] = [-100] * len(prompt) + response
-        examples.append(example)
-    return trainer.data_collator(examples)
-
-
-BATCH: dict[str, Callable] = {
-    "dpo": dpo_batch,
-    "kto": kto_batch,
-    "orpo": concatenated_batch,
-    "cpo": concatenated_batch,
-}
-
-
 def gradient(loss: Tensor, model: Any) -> Tensor:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     return torch.cat([piece.flatten() for piece in torch.autograd.grad(loss, weights)])
 
 
-def trl_loss(kind: str, config: dict, rows: list, folder: Any) -> tuple[float, Tensor]:
-    trainer = make_trainer(kind, config, folder)
-    loss = trainer.compute_loss(trainer.model, BATCH[kind](trainer, rows))
+def make_trainer(kind: str, config: dict) -> Any:
+    """TRL's trainer of a kind, on copies of the models."""
+    return make_trl_trainer(f"{kind.upper()}Trainer", config, *map(copy.deepcopy, models()))
+
+
+def theirs(kind: str, config: dict, rows: list) -> tuple[float, Tensor]:
+    trainer = make_trainer(kind, config)
+    loss = trl_loss(trainer, trainer.model, rotated(rows) if isinstance(rows[0], UnpairedRow) else rows)
     return loss.item(), gradient(loss, trainer.model)
 
 
 def our_loss(name: str, options: dict, rows: list) -> tuple[float, Tensor]:
     policy, reference = models()
-    inputs = (unpaired_inputs if isinstance(rows[0][2], bool) else paired_inputs)(policy, reference, rows)
+    inputs = (unpaired_inputs if isinstance(rows[0], UnpairedRow) else paired_inputs)(policy, reference, rows)
     loss = call(name, options, inputs).losses.mean()
     return loss.item(), gradient(loss, policy)
 
@@ -228,102 +159,42 @@ def assert_same(ours: tuple[float, Tensor], trl: tuple[float, Tensor]) -> None:
     assert (ours[1] - trl[1]).norm() <= GRADIENT_TOLERANCE * trl[1].norm()
 
 
-def ids(cases: list[tuple[str, dict, dict]]) -> list[str]:
-    return [f"{name}-{'-'.join(map(str, options.values()))}".rstrip("-") for name, options, _ in cases]
+def agreeing(alone: bool) -> list[Any]:
+    """The cases of all losses that have to agree: on single examples alone, or on batches."""
+    return [
+        pytest.param(name, case, id=f"{name}-{'-'.join(map(str, case.options.values()))}".rstrip("-"))
+        for name in OURS
+        for case in record(name).trl_cases
+        if not case.reason and (case.num_examples == 1) == alone
+    ]
 
 
-DPO_CASES: list[tuple[str, dict, dict]] = [
-    ("dpo", {"beta": 0.3}, {"loss_type": ["sigmoid"], "beta": 0.3}),
-    ("dpo", {"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
-    ("dpo", {"divergence": "js"}, {"f_divergence_type": "js_divergence"}),
-    (
-        "dpo",
-        {"divergence": "alpha", "alpha": 0.3},
-        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
-    ),
-    ("dpo", {"ld_alpha": 0.4}, {"ld_alpha": 0.4}),
-    ("dpo", {"wpo": True}, {"use_weighting": True}),
-    ("ipo", {"beta": 0.3}, {"loss_type": ["ipo"], "beta": 0.3}),
-    ("hinge", {"beta": 0.3}, {"loss_type": ["hinge"], "beta": 0.3}),
-    ("robust", {"label_smoothing": 0.2}, {"loss_type": ["robust"], "label_smoothing": 0.2}),
-    ("exo_pair", {"label_smoothing": 0.01}, {"loss_type": ["exo_pair"], "label_smoothing": 0.01}),
-    ("discopop", {"beta": 0.05}, {"loss_type": ["discopop"], "beta": 0.05}),
-    ("discopop", {"beta": 0.1, "tau": 0.2}, {"loss_type": ["discopop"], "discopop_tau": 0.2}),
-    ("sigmoid_norm", {"beta": 5.0}, {"loss_type": ["sigmoid_norm"], "beta": 5.0}),
-    ("nca_pair", {"beta": 0.3}, {"loss_type": ["nca_pair"], "beta": 0.3}),
-    ("sppo_hard", {"beta": 0.3}, {"loss_type": ["sppo_hard"], "beta": 0.3}),
-    ("bco_pair", {"beta": 0.3}, {"loss_type": ["bco_pair"], "beta": 0.3}),
-    ("apo_zero", {"beta": 0.3}, {"loss_type": ["apo_zero"], "beta": 0.3}),
-    ("apo_down", {"beta": 0.3}, {"loss_type": ["apo_down"], "beta": 0.3}),
-    ("aot", {"beta": 0.3}, {"loss_type": ["aot"], "beta": 0.3}),
-    ("aot", {"label_smoothing": 0.2}, {"loss_type": ["aot"], "label_smoothing": 0.2}),
-    ("aot_unpaired", {"beta": 0.3}, {"loss_type": ["aot_unpaired"], "beta": 0.3}),
-    ("aot_unpaired", {"label_smoothing": 0.2}, {"loss_type": ["aot_unpaired"], "label_smoothing": 0.2}),
-]
+def assert_case(name: str, case: TrlCase, rows: list) -> None:
+    trl = theirs(case.trainer.removesuffix("Trainer"), dict(case.config), rows)
+    assert_same(our_loss(name, dict(case.options), rows), trl)
 
 
-@pytest.mark.parametrize(("name", "options", "config"), DPO_CASES, ids=ids(DPO_CASES))
-def test_paired_loss_is_trls(name, options, config, tmp_path):
-    rows = paired_rows()
-    assert_same(our_loss(name, options, rows), trl_loss("dpo", config, rows, tmp_path))
+@pytest.mark.parametrize(("name", "case"), agreeing(alone=False))
+def test_loss_is_trls(name, case):
+    assert_case(name, case, unpaired_rows() if case.trainer == "KTOTrainer" else paired_rows())
+
+
+@pytest.mark.parametrize("label", [True, False], ids=["desirable", "undesirable"])
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_unpaired_loss_is_trls_on_a_single_class(name, label):
+    for case in record(name).trl_cases:
+        if not case.reason:
+            assert_case(name, case, [row for row in unpaired_rows() if row.desirable == label])
 
 
 # TRL averages these over the tokens of the whole batch, ours are per example: they agree at batch 1.
-TOKEN_MEAN_CASES: list[tuple[str, dict, dict]] = [
-    ("orpo", {"beta": 0.1}, {"beta": 0.1}),
-    ("orpo", {"beta": 1.0}, {"beta": 1.0}),
-    ("cpo", {"beta": 0.3, "alpha": 0.5}, {"beta": 0.3, "cpo_alpha": 0.5}),
-    ("cpo", {"label_smoothing": 0.2}, {"label_smoothing": 0.2}),
-    ("sft", {}, {"loss_type": ["sft"]}),
-    ("rpo", {"beta": 0.3, "alpha": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3}),
-    ("simpo", {"beta": 2.0, "gamma": 0.5, "alpha": 1.0}, {"loss_type": "simpo", "beta": 2.0}),
-]
-
-
 @pytest.mark.parametrize("row", paired_rows(), ids=lambda row: "-".join(str(len(part)) for part in row))
-@pytest.mark.parametrize(("name", "options", "config"), TOKEN_MEAN_CASES, ids=ids(TOKEN_MEAN_CASES))
-def test_loss_with_a_token_mean_is_trls_at_batch_1(name, options, config, row, tmp_path):
-    kind = {"orpo": "orpo", "cpo": "cpo", "simpo": "cpo"}.get(name, "dpo")
-    assert_same(our_loss(name, options, [row]), trl_loss(kind, config, [row], tmp_path))
-
-
-CPO_CASES: list[tuple[str, dict, dict]] = [
-    ("cpo", {"alpha": 0.0}, {"cpo_alpha": 0.0}),
-    ("simpo", {"beta": 2.0, "gamma": 1.0}, {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}),
-    ("simpo", {"label_smoothing": 0.2}, {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "label_smoothing": 0.2}),
-    ("alphapo", {"beta": 2.5, "gamma": 0.1, "alpha": 0.25}, {"beta": 2.5, "simpo_gamma": 0.1, "alpha": 0.25}),
-    ("alphapo", {"beta": 2.5, "gamma": 0.1, "alpha": -0.25}, {"beta": 2.5, "simpo_gamma": 0.1, "alpha": -0.25}),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "config"), CPO_CASES, ids=ids(CPO_CASES))
-def test_loss_without_a_reference_is_trls(name, options, config, tmp_path):
-    rows, config = paired_rows(), config | ({"loss_type": "alphapo"} if name == "alphapo" else {})
-    assert_same(our_loss(name, options, rows), trl_loss("cpo", config, rows, tmp_path))
-
-
-WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
-KTO_CASES: list[tuple[str, dict, dict]] = [
-    ("kto", {"beta": 0.1}, {"beta": 0.1}),
-    ("kto", {"beta": 0.5}, {"beta": 0.5}),
-    ("kto", WEIGHTS, WEIGHTS),
-    ("apo_zero_unpaired", {"beta": 0.3}, {"loss_type": "apo_zero_unpaired", "beta": 0.3}),
-]
-
-
-@pytest.mark.parametrize("labels", ["both", "desirable", "undesirable"])
-@pytest.mark.parametrize(("name", "options", "config"), KTO_CASES, ids=ids(KTO_CASES))
-def test_unpaired_loss_is_trls(name, options, config, labels, tmp_path):
-    rows = [row for row in unpaired_rows() if labels == "both" or row[2] == (labels == "desirable")]
-    assert_same(our_loss(name, options, rows), trl_loss("kto", config, rows, tmp_path))
+@pytest.mark.parametrize(("name", "case"), agreeing(alone=True))
+def test_loss_with_a_token_mean_is_trls_at_batch_1(name, case, row):
+    assert_case(name, case, [row])
 
 
 # What TRL does otherwise.
-
-
-def dpo_loss_types(config: dict) -> list[str]:
-    loss_type = config.get("loss_type", [])
-    return loss_type if isinstance(loss_type, list) else []
 
 
 def apart(ours: tuple[float, Tensor], trl: tuple[float, Tensor]) -> float:
@@ -331,43 +202,54 @@ def apart(ours: tuple[float, Tensor], trl: tuple[float, Tensor]) -> float:
 
 
 def test_every_loss_type_of_trls_dpo_trainer_is_compared():
-    import inspect
+    compared = {
+        loss_type
+        for name in OURS
+        for case in record(name).trl_cases
+        if case.trainer == "DPOTrainer"
+        for loss_type in case.config.get("loss_type", [])
+    }
+    assert compared == loss_types("DPOTrainer")
 
-    from trl import DPOTrainer
 
-    known = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
-    assert known == {kind for *_, config in DPO_CASES + TOKEN_MEAN_CASES for kind in dpo_loss_types(config)}
+@pytest.mark.parametrize("name", OURS)
+def test_every_loss_has_a_case_that_agrees_for_each_that_differs(name):
+    cases = record(name).trl_cases
+    assert any(not case.reason for case in cases)
+    for case in cases:
+        if case.reason and case.same_as is not None:
+            record(name).options.model_validate(case.same_as)
 
 
-def test_trl_ignores_label_smoothing_under_its_dpo_and_ours_does_not(tmp_path):
+def test_trl_ignores_label_smoothing_under_its_dpo_and_ours_does_not():
     rows = paired_rows()
-    trl = trl_loss("dpo", {"loss_type": ["sigmoid"], "label_smoothing": 0.2}, rows, tmp_path)
+    trl = theirs("dpo", {"loss_type": ["sigmoid"], "label_smoothing": 0.2}, rows)
     assert_same(our_loss("dpo", {}, rows), trl)
     assert apart(our_loss("dpo", {"label_smoothing": 0.2}, rows), trl) > 0.01
 
 
-def test_trl_has_no_reward_shift_under_bco(tmp_path):
+def test_trl_has_no_reward_shift_under_bco():
     rows = paired_rows()
-    trl = trl_loss("dpo", {"loss_type": ["bco_pair"]}, rows, tmp_path)
+    trl = theirs("dpo", {"loss_type": ["bco_pair"]}, rows)
     assert apart(our_loss("bco_pair", {"baseline": "step"}, rows), trl) > 1e-4
 
 
-def test_trl_averages_over_the_tokens_of_the_batch_and_ours_over_examples(tmp_path):
+def test_trl_averages_over_the_tokens_of_the_batch_and_ours_over_examples():
     rows = paired_rows()
-    trl = trl_loss("dpo", {"loss_type": ["sft"]}, rows, tmp_path)
+    trl = theirs("dpo", {"loss_type": ["sft"]}, rows)
     chosen = pair_scores(models()[0], rows).chosen
     assert trl[0] == pytest.approx(-chosen.total.sum().item() / sum(chosen.lengths), rel=1e-5)
     assert our_loss("sft", {}, rows)[0] == pytest.approx(-chosen.mean.mean().item(), rel=1e-5)
     assert apart(our_loss("sft", {}, rows), trl) > 1e-4
 
 
-def test_trl_takes_kl_from_each_micro_batch_and_ours_from_the_step(tmp_path):
+def test_trl_takes_kl_from_each_micro_batch_and_ours_from_the_step():
     # kl is 0.3 on the desirable half, clamped to 0 on the other one, and 0.1 on both together.
-    rows = sorted(unpaired_rows(), key=lambda row: row[2])
+    rows = sorted(unpaired_rows(), key=lambda row: row.desirable)
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    by_halves = [trl_loss("kto", {"beta": 0.5}, half, tmp_path)[0] for half in halves]
+    by_halves = [theirs("kto", {"beta": 0.5}, half)[0] for half in halves]
     ours = our_loss("kto", {"beta": 0.5}, rows)
-    assert_same(ours, trl_loss("kto", {"beta": 0.5}, rows, tmp_path))
+    assert_same(ours, theirs("kto", {"beta": 0.5}, rows))
     assert ours[0] != pytest.approx(sum(by_halves) / 2, rel=1e-3)
 
 
@@ -376,21 +258,21 @@ def test_kl_of_the_rows_is_above_0_and_clamped_on_the_undesirable_ones():
         return call("kto", {}, unpaired_inputs(*models(), rows)).metrics["kl"][0].item()
 
     assert kl(unpaired_rows()) > 0.1
-    assert kl([row for row in unpaired_rows() if row[2]]) > 0.1
-    assert kl([row for row in unpaired_rows() if not row[2]]) == 0
+    assert kl([row for row in unpaired_rows() if row.desirable]) > 0.1
+    assert kl([row for row in unpaired_rows() if not row.desirable]) == 0
 
 
-def test_trl_weighs_classes_alike_by_default_and_ours_balances_them(tmp_path):
+def test_trl_weighs_classes_alike_by_default_and_ours_balances_them():
     # 6 desirable, 2 undesirable: ours takes the undesirable ones three times.
-    rows = [row for row in unpaired_rows() if row[2]] + [row for row in unpaired_rows() if not row[2]][:2]
-    assert_same(our_loss("kto", {}, rows), trl_loss("kto", {"undesirable_weight": 3.0}, rows, tmp_path))
-    assert apart(our_loss("kto", {}, rows), trl_loss("kto", {}, rows, tmp_path)) > 0.1
+    rows = [row for row in unpaired_rows() if row.desirable] + [row for row in unpaired_rows() if not row.desirable][:2]
+    assert_same(our_loss("kto", {}, rows), theirs("kto", {"undesirable_weight": 3.0}, rows))
+    assert apart(our_loss("kto", {}, rows), theirs("kto", {}, rows)) > 0.1
 
 
-def test_what_trl_logs_as_log_odds_ratio_is_its_log_sigmoid(tmp_path):
+def test_what_trl_logs_as_log_odds_ratio_is_its_log_sigmoid():
     rows = paired_rows()[:1]
-    trainer = make_trainer("orpo", {}, tmp_path)
-    _, logged = trainer.get_batch_loss_metrics(trainer.model, concatenated_batch(trainer, rows))
+    trainer = make_trainer("orpo", {})
+    _, logged = trainer.get_batch_loss_metrics(trainer.model, batch_of("ORPOTrainer", rows))
     metrics = call("orpo", {}, paired_inputs(*models(), rows)).metrics
     assert metrics["log_odds_ratio"].item() == pytest.approx(logged["log_odds_chosen"], rel=1e-4)
     assert metrics["log_odds_ratio"].sigmoid().log().item() == pytest.approx(logged["log_odds_ratio"], rel=1e-4)
@@ -420,8 +302,8 @@ def one_token_inputs(chosen: Tensor, rejected: Tensor) -> PairedInputs:
     )
 
 
-def test_trls_orpo_has_no_gradient_where_a_response_is_certain_and_ours_has(tmp_path):
-    trainer = make_trainer("orpo", {}, tmp_path)
+def test_trls_orpo_has_no_gradient_where_a_response_is_certain_and_ours_has():
+    trainer = make_trainer("orpo", {})
     chosen, rejected = flat(0.0, -1.0)
     trainer.odds_ratio_loss(chosen, rejected)[0].sum().backward()
     assert not chosen.grad.isfinite().all()
@@ -439,15 +321,13 @@ def test_trls_orpo_has_no_gradient_where_a_response_is_certain_and_ours_has(tmp_
     ],
     ids=["discopop", "forward_kl"],
 )
-def test_trl_overflows_where_the_chosen_response_has_become_improbable_and_ours_does_not(
-    name, options, config, tmp_path
-):
+def test_trl_overflows_where_the_chosen_response_has_become_improbable_and_ours_does_not(name, options, config):
     # Hundreds of nats below a reference that is certain of it.
     rng = random.Random(1)
-    rows = [([1], [rng.randrange(256) for _ in range(40)], [2])]
-    trainer = make_trainer("dpo", config, tmp_path)
+    rows = [PairedRow([1], [rng.randrange(256) for _ in range(40)], [2])]
+    trainer = make_trainer("dpo", config)
     trainer.precompute_ref_logps = True
-    batch = dpo_batch(trainer, rows) | {"ref_chosen_logps": torch.zeros(1), "ref_rejected_logps": torch.zeros(1)}
+    batch = batch_of("DPOTrainer", rows) | {"ref_chosen_logps": torch.zeros(1), "ref_rejected_logps": torch.zeros(1)}
     loss = trainer.compute_loss(trainer.model, batch)
     assert not gradient(loss, trainer.model).isfinite().all()
     policy = models()[0]
@@ -461,8 +341,8 @@ def test_trl_overflows_where_the_chosen_response_has_become_improbable_and_ours_
     assert gradient(ours, policy).isfinite().all()
 
 
-def test_trls_alphapo_overflows_where_a_response_is_improbable_and_ours_does_not(tmp_path):
-    trainer = make_trainer("cpo", {"loss_type": "alphapo", "alpha": 1.0}, tmp_path)
+def test_trls_alphapo_overflows_where_a_response_is_improbable_and_ours_does_not():
+    trainer = make_trainer("cpo", {"loss_type": "alphapo", "alpha": 1.0})
     chosen, rejected = flat(-200.0, -1.0)
     trainer.cpo_loss(chosen, rejected)[0].sum().backward()
     assert not chosen.grad.isfinite().all()

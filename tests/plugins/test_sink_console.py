@@ -13,7 +13,7 @@ from qpref_plugins.sink_console import ConsoleOptions, qpref_metric_sinks
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that the test moves."""
 
     def __init__(self):
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""What the sink writes is read back with TensorBoard's own reader."""
+"""TensorBoard's own reader reads back the sink's events."""
 
 import math
 import sys

@@ -1,7 +1,7 @@
-"""Losses that hold each response's own reward against an anchor, not the two rewards against each other alone.
+"""Losses that compare each response's reward with an anchor, not only the two rewards with each other.
 
-Throughout, Dc and Dr are the chosen and the rejected response's summed log-ratios of policy to reference, ls is log
-sigmoid and sg is sigmoid.
+Dc and Dr are the summed log-ratios of policy to reference of the chosen and the rejected response, ls is log sigmoid
+and sg the sigmoid.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
 
 
 class AnchoredOptions(Options):
-    """The option that all losses with a reward in a sigmoid share."""
+    """The option shared by the losses with a reward inside a sigmoid."""
 
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How tightly the policy is held to the reference: a response's reward is beta times the change in "
-        "its log-probability, and a sigmoid of the reward is all but flat beyond 5 either way, which is 50 nats from "
-        "the reference at 0.1 and 10 nats at 0.5. Usual: 0.01 to 0.5.",
+        description="Strength of the tie to the reference: a response's reward is beta times the change in its "
+        "log-probability, and the sigmoid of the reward is almost flat beyond 5 in either direction, which is 50 nats "
+        "from the reference at 0.1 and 10 nats at 0.5. Usual: 0.01 to 0.5.",
     )
 
 
@@ -50,7 +50,7 @@ class BcoPairOptions(AnchoredOptions):
 
     baseline: Literal["none", "step"] = Field(
         default="none",
-        description="What a reward has to exceed to be classified as chosen. none: 0; step: the mean of all chosen and "
+        description="Threshold above which a reward is classified as chosen. none: 0; step: the mean of all chosen and "
         "rejected rewards of the optimizer step, without gradient (the paper's reward shift).",
     )
 
@@ -138,7 +138,7 @@ def build_apo_down(options: ApoDownOptions) -> Callable[[PairedInputs], LossOutp
 
 
 def _rewards(inputs: PairedInputs, beta: float) -> tuple[Tensor, Tensor]:
-    """[N] beta times the log-ratio of the chosen and of the rejected responses."""
+    """Return beta times the log-ratios of the chosen and of the rejected responses, each [N]."""
     policy, reference = inputs.policy, inputs.reference
     assert reference is not None  # needs = {"reference"}
     chosen = beta * (policy.chosen.total - reference.chosen.total)
@@ -158,6 +158,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 2 * math.log(2),
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["nca_pair"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )
     yield PairedLoss(
         name="sppo_hard",
@@ -169,6 +172,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 1 / (2 * options.beta**2),
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sppo_hard"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )
     yield PairedLoss(
         name="bco_pair",
@@ -182,6 +188,16 @@ def qpref_losses() -> Iterator[PairedLoss]:
         log_ratios_only=True,
         detaches=lambda options: bool(options.baseline == "step"),
         variants=[{"beta": 0.5}, {"baseline": "step"}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["bco_pair"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["bco_pair"], "beta": 0.3},
+                options={"beta": 0.3, "baseline": "step"},
+                reason="TRL has no reward shift",
+                same_as={"beta": 0.3},
+            ),
+        ),
     )
     yield PairedLoss(
         name="apo_zero",
@@ -193,6 +209,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 1.0,
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_zero"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )
     yield PairedLoss(
         name="apo_down",
@@ -204,4 +223,7 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: 1.0,
         log_ratios_only=True,
         variants=[{"beta": 0.5}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_down"], "beta": 0.3}, options={"beta": 0.3}),
+        ),
     )

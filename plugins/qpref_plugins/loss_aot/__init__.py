@@ -5,7 +5,7 @@ samples of one dimension is solved by sorting both, so a row's value depends on 
 changes where two values swap ranks, and the row's value may jump there; the step's sum does not while all rows have the
 same weight and margin.
 
-Throughout, c, r and c0, r0 are the summed log-probabilities of the chosen and the rejected response under policy and
+c, r and c0, r0 are the summed log-probabilities of the chosen and the rejected response under policy and
 reference, and ls is log sigmoid.
 """
 
@@ -17,25 +17,27 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
+
+MICRO_BATCH_SORTS = "TRL sorts each micro-batch, qpref the whole optimizer step"
 
 
 class TransportOptions(Options):
-    """The options that both losses have."""
+    """The options of both losses."""
 
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How tightly the policy is held to the reference: the gap between two quantiles is taken beta "
-        "times, and stops mattering at a few units. 0.1 lets the distributions move far apart, 0.5 holds them close. "
+        description="Strength of the tie to the reference: the gap between two quantiles is multiplied by beta, and "
+        "saturates at a few units. 0.1 lets the distributions move far apart, 0.5 keeps them close. "
         "Usual: 0.01 to 0.5.",
     )
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
         lt=0.5,
-        description="The share of preferences that are presumed to be the wrong way round; 0 trusts all of them.",
+        description="Assumed share of swapped labels; 0 trusts all of them.",
     )
 
 
@@ -51,7 +53,7 @@ def build_aot(options: AotOptions) -> Callable[[PairedInputs], LossOutput]:
     """-(1 - eps) ls(x) - eps ls(-x), x = beta ((c - r) - (c0 - r0 of equal rank)) - m, m the row's margin.
 
     The paper's paired setting with the logistic cost; eps > 0 smooths the labels as conservative DPO does. Each value
-    stands at the row of its own c - r, and takes that row's margin.
+    belongs to the row of its c - r, and uses that row's margin.
     """
 
     def aot(inputs: PairedInputs) -> LossOutput:
@@ -68,7 +70,7 @@ def build_aot_unpaired(options: AotUnpairedOptions) -> Callable[[PairedInputs], 
     """-(1 - eps) ls(x) - eps ls(-x), x = beta ((c - c0) - (r - r0 of equal rank)) - m, m the row's margin.
 
     The paper's unpaired setting with the logistic cost; eps > 0 smooths the labels as conservative DPO does. Each value
-    stands at the row of its chosen response, and takes that row's margin.
+    belongs to the row of its chosen response, and uses that row's margin.
     """
 
     def aot_unpaired(inputs: PairedInputs) -> LossOutput:
@@ -78,7 +80,7 @@ def build_aot_unpaired(options: AotUnpairedOptions) -> Callable[[PairedInputs], 
 
 
 def _transport(inputs: PairedInputs, options: TransportOptions, upper: Tensor, lower: Tensor) -> LossOutput:
-    """The loss that drives each value of `upper` above the value of `lower` that has its rank in the step."""
+    """Push each value of `upper` above the value of `lower` of the same rank in the step."""
     rank = upper.detach().argsort(stable=True).argsort()
     x = options.beta * (upper - lower.sort(stable=True).values[rank]) - inputs.margin
     eps = options.label_smoothing
@@ -88,7 +90,7 @@ def _transport(inputs: PairedInputs, options: TransportOptions, upper: Tensor, l
 
 
 def _log_ratios(inputs: PairedInputs) -> tuple[Tensor, Tensor]:
-    """[N] log-ratios of policy to reference of the chosen and of the rejected responses."""
+    """Return the log-ratios of the chosen and of the rejected responses, each [N]."""
     policy, reference = inputs.policy, inputs.reference
     assert reference is not None  # needs = {"reference"}
     return policy.chosen.total - reference.chosen.total, policy.rejected.total - reference.rejected.total
@@ -108,6 +110,22 @@ def qpref_losses() -> Iterator[PairedLoss]:
         # A shift of one row's c and c0 reorders both sorts: what each row is compared with changes.
         log_ratios_only=False,
         variants=[{"beta": 0.5}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["aot"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot"], "beta": 0.3},
+                options={"beta": 0.3},
+                reason=MICRO_BATCH_SORTS,
+                same_as={"beta": 0.3},
+                micro_batch=2,
+            ),
+        ),
     )
     yield PairedLoss(
         name="aot_unpaired",
@@ -120,4 +138,20 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: math.log(2),
         log_ratios_only=True,
         variants=[{"beta": 0.5}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["aot_unpaired"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot_unpaired"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["aot_unpaired"], "beta": 0.3},
+                options={"beta": 0.3},
+                reason=MICRO_BATCH_SORTS,
+                same_as={"beta": 0.3},
+                micro_batch=2,
+            ),
+        ),
     )

@@ -1,4 +1,4 @@
-"""Direct preference optimization, with the variants that change what goes into its sigmoid or weigh what comes out."""
+"""Direct preference optimization, with variants of the score inside its sigmoid and of the weight outside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor, expm1
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs
 
 ALPHA = 0.5
@@ -24,38 +24,38 @@ class DpoOptions(Options):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How tightly the policy is held to the reference: the implicit reward is beta times the change in "
-        "a response's log-probability. 0.1 lets the policy move far for a given margin, 0.5 holds it close. "
+        description="Strength of the tie to the reference: the implicit reward is beta times the change in a "
+        "response's log-probability. 0.1 lets the policy move far for a given margin, 0.5 keeps it close. "
         "Usual: 0.1 to 0.5.",
     )
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
         lt=0.5,
-        description="The share of pairs whose labels are taken to be swapped (conservative DPO): above 0 the reward "
-        "margin is driven to a finite value instead of without end. Usual: 0 to 0.3.",
+        description="Assumed share of swapped labels (conservative DPO): above 0 the reward margin has a finite target "
+        "instead of growing without bound. Usual: 0 to 0.3.",
     )
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
         default="reverse_kl",
-        description="What holds the policy to the reference (f-DPO): reverse_kl: DPO as written; forward_kl: covers "
-        "all that the reference says; js: Jensen-Shannon, between the two; alpha: from one to the other by alpha.",
+        description="Divergence between policy and reference (f-DPO): reverse_kl: standard DPO; forward_kl: "
+        "mass-covering; js: Jensen-Shannon, between the two; alpha: interpolates between the two KLs.",
     )
     alpha: float = Field(
         default=ALPHA,
-        description='For divergence = "alpha" alone: 0 is the forward KL, toward 1 it nears the reverse KL; 1 itself '
-        "is refused. The paper's alpha is 1 less this one.",
+        description='Only for divergence = "alpha": 0 is the forward KL, toward 1 it approaches the reverse KL; 1 '
+        "itself is refused. The paper's alpha is 1 less this one.",
     )
     ld_alpha: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="The weight of the longer response's tokens beyond the length of the shorter one (LD-DPO): lower "
-        "makes answers shorter. 1 is plain DPO, and so is leaving it out. Usual: 0.3 to 0.6.",
+        description="Weight of the longer response's tokens beyond the length of the shorter one (LD-DPO): lower "
+        "values make answers shorter. 1, or leaving it out, is plain DPO. Usual: 0.3 to 0.6.",
     )
     wpo: bool = Field(
         default=False,
-        description="Weigh each pair by how likely the policy itself is to write its responses (WPO), for data that "
-        "other models wrote.",
+        description="Weight each pair by the likelihood of its responses under the policy (WPO), for data from other "
+        "models.",
     )
 
     @field_validator("alpha")
@@ -96,7 +96,7 @@ def build(options: DpoOptions) -> Callable[[PairedInputs], LossOutput]:
 
 
 def log_ratio(policy: TokenLogProbs, reference: TokenLogProbs, shared: Sequence[int], options: DpoOptions) -> Tensor:
-    """[N] summed log-ratio of each response; its tokens from `shared` on count `ld_alpha` times.
+    """Return the [N] summed log-ratios; tokens from `shared` on are weighted by `ld_alpha`.
 
     Liu et al. 2024, "Length Desensitization in Direct Preference Optimization".
     """
@@ -106,6 +106,7 @@ def log_ratio(policy: TokenLogProbs, reference: TokenLogProbs, shared: Sequence[
 
 
 def desensitized(scores: TokenLogProbs, shared: Sequence[int], ld_alpha: float) -> Tensor:
+    """Sum each response's log-probabilities, [N], with its tokens from `shared` on weighted by `ld_alpha`."""
     weights = scores.values.new_ones(scores.values.shape)
     for weight, length in zip(weights.split(list(scores.lengths)), shared, strict=True):
         weight[length:] = ld_alpha
@@ -113,11 +114,11 @@ def desensitized(scores: TokenLogProbs, shared: Sequence[int], ld_alpha: float) 
 
 
 def score(log_ratio: Tensor, options: DpoOptions) -> Tensor:
-    """f'(e^D) of the divergence, less its value at D = 0.
+    """Compute f'(e^D) of the divergence minus its value at D = 0.
 
     Wang et al. 2023, "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence
     Constraints", table 1: reverse_kl D; forward_kl 1 - e^-D; js log 2 + log sigmoid(D);
-    alpha (e^((alpha - 1) D) - 1) / (alpha - 1). The argument of exp is capped at 80; beyond, the gradient is 0.
+    alpha (e^((alpha - 1) D) - 1) / (alpha - 1). The argument of exp is capped at 80; beyond the cap the gradient is 0.
     """
     if options.divergence == "reverse_kl":
         return log_ratio
@@ -128,7 +129,7 @@ def score(log_ratio: Tensor, options: DpoOptions) -> Tensor:
 
 
 def on_policy_weight(policy: PairLogProbs) -> Tensor:
-    """[N] exp(mean over tokens of (log p - log sum p^2)) of both responses, multiplied and detached.
+    """Compute exp(mean over tokens of (log p - log sum p^2)), the product over both responses, detached, [N].
 
     Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", eq. 2, with its sampled alignment.
     Its logarithm is capped at 40, which no distribution over fewer than 10^17 tokens reaches.
@@ -137,6 +138,7 @@ def on_policy_weight(policy: PairLogProbs) -> Tensor:
 
 
 def aligned(scores: TokenLogProbs) -> Tensor:
+    """Compute the mean of log p - log sum p^2 over each response's tokens, [N]."""
     assert scores.log_sum_squares is not None  # needs has "log_sum_squares"
     return TokenLogProbs(values=scores.values.detach() - scores.log_sum_squares, lengths=scores.lengths).mean
 
@@ -146,7 +148,7 @@ def needs(options: DpoOptions) -> frozenset[str]:
 
 
 def starts_at(options: DpoOptions) -> float | None:
-    """log 2 whatever the divergence, each f(0) being 0; under WPO a pair's weight decides."""
+    """Return log 2 for every divergence, since each f(0) is 0; under WPO it depends on the pair's weight."""
     return None if options.wpo else math.log(2)
 
 
@@ -171,5 +173,27 @@ def qpref_losses() -> Iterator[PairedLoss]:
             {"divergence": "alpha", "alpha": ALPHA},
             {"ld_alpha": 0.5},
             {"wpo": True},
+        ),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer", config={"f_divergence_type": "forward_kl"}, options={"divergence": "forward_kl"}
+            ),
+            TrlCase(trainer="DPOTrainer", config={"f_divergence_type": "js_divergence"}, options={"divergence": "js"}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+                options={"divergence": "alpha", "alpha": 0.3},
+                dtype="float32",
+            ),
+            TrlCase(trainer="DPOTrainer", config={"ld_alpha": 0.4}, options={"ld_alpha": 0.4}),
+            TrlCase(trainer="DPOTrainer", config={"use_weighting": True}, options={"wpo": True}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["sigmoid"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+                reason="TRL ignores label_smoothing under loss_type sigmoid",
+                same_as={},
+            ),
         ),
     )

@@ -1,6 +1,6 @@
 """Losses that need no reference model.
 
-Throughout, c and r are the summed log-probabilities of the chosen and the rejected response under the policy, c' and r'
+c and r are the summed log-probabilities of the chosen and the rejected response under the policy, c' and r'
 their means per token, and ls is log sigmoid.
 """
 
@@ -12,8 +12,10 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs
+
+MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpref over the tokens of each example"
 
 LARGEST_EXPONENT = 80.0
 """exp(80) is 5.5e34, so a reward of AlphaPO stays finite in float32 with `beta` at its limit."""
@@ -22,12 +24,11 @@ SMOOTHING = Field(
     default=0.0,
     ge=0,
     lt=0.5,
-    description="The share of preferences that are presumed to be the wrong way round; 0 trusts all of them.",
+    description="Assumed share of swapped labels; 0 trusts all of them.",
 )
 GAMMA = (
-    "The target margin: by how much the chosen reward has to exceed the rejected one before the loss falls below "
-    "ln 2, in units of the reward. A configuration that gives a ratio gamma / beta, as SimPO's code does, gives this "
-    "number divided by beta. "
+    "Target margin in units of the reward: the loss is below ln 2 once the chosen reward exceeds the rejected one by "
+    "gamma. SimPO's code is configured by the ratio gamma / beta instead. "
 )
 
 
@@ -37,9 +38,9 @@ class CpoOptions(Options):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How soon a pair counts as learned: the reward is beta times a response's summed log-probability, "
-        "and a pair's gradient fades once the two are a few units apart, which is tens of nats at 0.1 and a few at 1. "
-        "Nothing ties the policy to where it started but the NLL.",
+        description="Scale of the reward, beta times a response's summed log-probability: a pair's gradient vanishes "
+        "once the two rewards are a few units apart, which is tens of nats at 0.1 and a few at 1. Only the NLL ties "
+        "the policy to the data.",
     )
     alpha: float = Field(
         default=1.0,
@@ -61,9 +62,8 @@ class SimpoOptions(Options):
     beta: float = Field(
         default=2.0,
         gt=0,
-        description="How soon a pair counts as learned: the reward is beta times a response's log-probability per "
-        "token, so a larger beta asks for a smaller gap per token. Far above DPO's, since a mean is far below a sum. "
-        "Usual: 2 to 10.",
+        description="Scale of the reward, beta times a response's log-probability per token: a larger beta requires a "
+        "smaller gap per token. Far larger than DPO's, since a mean is far smaller than a sum. Usual: 2 to 10.",
     )
     gamma: float = Field(default=0.5, ge=0, description=GAMMA + "Usual: 0.3 to 1.6 at beta = 2.")
     alpha: float = Field(
@@ -82,15 +82,15 @@ class AlphapoOptions(Options):
         default=2.5,
         gt=0,
         le=40,
-        description="How soon a pair counts as learned: the factor on the reward, as in `simpo`. Usual: 2 to 10.",
+        description="Scale of the reward, as in `simpo`. Usual: 2 to 10.",
     )
     gamma: float = Field(default=0.1, ge=0, description=GAMMA + "Usual: 0.1 to 1.6.")
     alpha: float = Field(
         default=0.25,
         ge=-10,
         le=10,
-        description="The shape of the reward (1 - p^-alpha) / alpha, p the geometric mean of the token probabilities. "
-        "Above 0 it falls faster than log p as p falls, which punishes unlikely responses; below 0 it flattens; 0 is "
+        description="Shape of the reward (1 - p^-alpha) / alpha, p the geometric mean of the token probabilities. "
+        "Above 0 it falls faster than log p as p falls, which penalizes unlikely responses; below 0 it flattens; 0 is "
         "log p, which is SimPO. Usual: -0.25 to 0.5.",
     )
 
@@ -135,8 +135,8 @@ def build_simpo(options: SimpoOptions) -> Callable[[PairedInputs], LossOutput]:
 def build_alphapo(options: AlphapoOptions) -> Callable[[PairedInputs], LossOutput]:
     """-ls(Rc - Rr - gamma - m), R = beta (1 - p^-alpha) / alpha, p = e^c' or e^r', m the row's margin.
 
-    Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment". p^-alpha is held at e^80, beyond which it
-    has no gradient.
+    Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment". p^-alpha is capped at e^80; beyond
+    the cap the gradient is 0.
     """
 
     def reward(mean: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def build_alphapo(options: AlphapoOptions) -> Callable[[PairedInputs], LossOutpu
 def build_sft(options: SftOptions) -> Callable[[PairedInputs], LossOutput]:
     """-c': the negative log-likelihood per token of the chosen response. The rejected one and the margin are ignored.
 
-    The rewards reported are c' and r', nats per token: whether the chosen response is the likelier one.
+    The reported rewards are c' and r', in nats per token.
     """
 
     def sft(inputs: PairedInputs) -> LossOutput:
@@ -167,7 +167,7 @@ def build_sft(options: SftOptions) -> Callable[[PairedInputs], LossOutput]:
 
 
 def _preference(x: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - eps) ls(x) - eps ls(-x): the cross-entropy of a preference that is right with probability 1 - eps."""
+    """Compute -(1 - eps) ls(x) - eps ls(-x): cross-entropy with a label that is right with probability 1 - eps."""
     return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
 
 
@@ -182,6 +182,27 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build_cpo,
         needs=frozenset(),
         variants=[{"beta": 0.5}, {"alpha": 0.0}, {"nll": "sum"}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(trainer="CPOTrainer", config={"cpo_alpha": 0.0}, options={"alpha": 0.0}),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"beta": 0.3, "cpo_alpha": 0.5},
+                options={"beta": 0.3, "alpha": 0.5},
+                num_examples=1,
+            ),
+            TrlCase(
+                trainer="CPOTrainer", config={"label_smoothing": 0.2}, options={"label_smoothing": 0.2}, num_examples=1
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"beta": 0.3},
+                options={"beta": 0.3, "nll": "sum"},
+                reason="TRL takes the NLL per token, as the code of the paper does",
+                same_as={"beta": 0.3},
+                num_examples=1,
+            ),
+            TrlCase(trainer="CPOTrainer", config={"beta": 0.3}, options={"beta": 0.3}, reason=MICRO_BATCH_NLL),
+        ),
     )
     yield PairedLoss(
         name="simpo",
@@ -192,16 +213,54 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build_simpo,
         needs=frozenset(),
         variants=[{"beta": 10.0}, {"gamma": 1.6}, {"alpha": 1.0}, {"label_smoothing": 0.1}],
+        trl_cases=(
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+                options={"beta": 2.0, "gamma": 1.0},
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "beta": 2.0},
+                options={"beta": 2.0, "gamma": 0.5, "alpha": 1.0},
+                num_examples=1,
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "simpo", "beta": 2.0},
+                options={"beta": 2.0},
+                reason="TRL adds an NLL term unless cpo_alpha is 0",
+                same_as={"beta": 2.0, "alpha": 1.0},
+                num_examples=1,
+            ),
+        ),
     )
     yield PairedLoss(
         name="alphapo",
-        summary="SimPO with a reward of another shape, no reference (Gupta et al. 2025)",
+        summary="SimPO with a shaped reward, no reference (Gupta et al. 2025)",
         formula="-ls(Rc - Rr - gamma - m), R = beta (1 - p^-alpha) / alpha, p = e^c' or e^r'",
         paper="Gupta et al. 2025, AlphaPO: Reward Shape Matters for LLM Alignment",
         options=AlphapoOptions,
         build=build_alphapo,
         needs=frozenset(),
         variants=[{"beta": 40.0}, {"gamma": 1.6}, {"alpha": -0.25}, {"alpha": 0.0}, {"alpha": 10.0}],
+        trl_cases=(
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": 0.25},
+                options={"beta": 2.5, "gamma": 0.1, "alpha": 0.25},
+            ),
+            TrlCase(
+                trainer="CPOTrainer",
+                config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": -0.25},
+                options={"beta": 2.5, "gamma": 0.1, "alpha": -0.25},
+            ),
+        ),
     )
     yield PairedLoss(
         name="sft",
@@ -211,4 +270,8 @@ def qpref_losses() -> Iterator[PairedLoss]:
         options=SftOptions,
         build=build_sft,
         needs=frozenset(),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, num_examples=1),
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, reason=MICRO_BATCH_NLL),
+        ),
     )

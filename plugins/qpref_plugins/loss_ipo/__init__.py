@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, TokenLogProbs
 
 
@@ -17,12 +17,13 @@ class IpoOptions(Options):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="The regularization (tau in the paper): the log-ratio margin is driven to 1 / (2 beta) and no "
-        "further, so 0.1 aims at a margin of 5 nats per token and 0.5 at 1.",
+        description="Regularization (tau in the paper): the target of the log-ratio margin is 1 / (2 beta), which is "
+        "5 nats per token at 0.1 and 1 at 0.5.",
     )
     normalize: Literal["mean", "sum"] = Field(
         default="mean",
-        description="mean: log-ratios per token, as the paper's authors advise; sum: over whole responses, as written.",
+        description="mean: log-ratios per token, as the paper's authors advise; sum: of whole responses, as in the "
+        "paper.",
     )
 
 
@@ -62,4 +63,14 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: (1 / (2 * options.beta)) ** 2,
         log_ratios_only=True,
         variants=({"normalize": "sum"},),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["ipo"], "beta": 0.3}, options={"beta": 0.3}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["ipo"], "beta": 0.3},
+                options={"beta": 0.3, "normalize": "sum"},
+                reason="TRL has log-ratios per token alone, not the sums of the paper",
+                same_as={"beta": 0.3},
+            ),
+        ),
     )

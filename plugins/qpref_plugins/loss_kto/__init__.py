@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from qpref.hooks import Field, Options, UnpairedLoss, hookimpl, unpaired_reward_metrics
+from qpref.hooks import Field, Options, TrlCase, UnpairedLoss, hookimpl, unpaired_reward_metrics
 from qpref.records import LossOutput, TokenLogProbs, UnpairedInputs
 
 
@@ -16,30 +16,30 @@ class KtoOptions(Options):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How soon an example counts as settled: the implicit reward is beta times the change in the "
-        "completion's log-probability, and examples whose reward is far from the step's average, either way, pull "
-        "little. 0.1 lets the policy move far from the reference, 0.5 holds it close. Usual: 0.01 to 0.5.",
+        description="Scale of the implicit reward, beta times the change in the completion's log-probability. Examples "
+        "whose reward is far from the step's KL estimate have little gradient, so 0.1 lets the policy move far from "
+        "the reference and 0.5 keeps it close. Usual: 0.01 to 0.5.",
     )
     desirable_weight: float | None = Field(
         default=None,
         gt=0,
-        description="Factor on the loss of desirable examples; left out, the one that makes both classes weigh the "
-        "same in the whole training set.",
+        description="Factor on the loss of desirable examples; left out, the value that balances the two classes "
+        "over the training set.",
     )
     undesirable_weight: float | None = Field(
         default=None,
         gt=0,
-        description="Factor on the loss of undesirable examples; left out, the one that makes both classes weigh the "
-        "same in the whole training set.",
+        description="Factor on the loss of undesirable examples; left out, the value that balances the two classes "
+        "over the training set.",
     )
 
 
 def class_weights(options: KtoOptions, class_counts: tuple[int, int]) -> tuple[float, float]:
-    """The factors on desirable and undesirable examples.
+    """Compute the factors on desirable and undesirable examples.
 
-    The paper asks for desirable_weight n_D / (undesirable_weight n_U) in [1, 4/3] (Ethayarajh et al. 2024, eq. 8). A
-    weight that isn't given makes it 1; where neither is, the more frequent class has weight 1 and the rarer one more.
-    Where a class has no example, a weight that isn't given is 1.
+    The paper recommends desirable_weight n_D / (undesirable_weight n_U) in [1, 4/3] (Ethayarajh et al. 2024, eq. 8). A
+    missing weight is set to make it 1; if both are missing, the more frequent class has weight 1 and the rarer one
+    more. If a class has no examples, a missing weight is 1.
     """
     desirable, undesirable = options.desirable_weight, options.undesirable_weight
     num_desirable, num_undesirable = class_counts
@@ -58,13 +58,13 @@ def class_weights(options: KtoOptions, class_counts: tuple[int, int]) -> tuple[f
 
 
 def log_ratio(policy: TokenLogProbs, reference: TokenLogProbs | None) -> Tensor:
-    """[N] how much more probable the policy makes each completion than the reference does, in nats."""
+    """Return the [N] summed log-ratios of policy to reference, in nats."""
     assert reference is not None  # needs holds "reference"
     return policy.total - reference.total
 
 
 def sign(inputs: UnpairedInputs) -> Tensor:
-    """[N] 1 for a desirable example, -1 for an undesirable one, in the dtype of the log-probabilities."""
+    """Return 1 for each desirable example and -1 for each undesirable one, [N], in the inputs' dtype."""
     return inputs.desirable.to(inputs.policy.values.dtype) * 2 - 1
 
 
@@ -91,7 +91,7 @@ def build_kto(options: KtoOptions) -> Callable[[UnpairedInputs], LossOutput]:
 
 
 def kto_starts_at(options: KtoOptions) -> float | None:
-    """Half the weight where both classes have the same one, else None. Neither weight given: that of balanced data."""
+    """Return half the class weight if both classes share one, else None; without weights, that of balanced data."""
     if options.desirable_weight != options.undesirable_weight:
         return None
     return 0.5 if options.desirable_weight is None else 0.5 * options.desirable_weight
@@ -103,9 +103,9 @@ class ApoZeroUnpairedOptions(Options):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How soon an example counts as settled: the implicit reward is beta times the change in the "
-        "completion's log-probability, and examples whose reward is far from 0, either way, pull little. 0.1 lets the "
-        "policy move far from the reference, 0.5 holds it close. Usual: 0.1 to 0.5.",
+        description="Scale of the implicit reward, beta times the change in the completion's log-probability. Examples "
+        "whose reward is far from 0 have little gradient, so 0.1 lets the policy move far from the reference and 0.5 "
+        "keeps it close. Usual: 0.1 to 0.5.",
     )
 
 
@@ -145,6 +145,31 @@ def qpref_losses() -> Iterator[UnpairedLoss]:
             {"desirable_weight": 2.0},
             {"undesirable_weight": 2.0},
         ),
+        trl_cases=(
+            TrlCase(trainer="KTOTrainer", config={"beta": 0.1}, options={"beta": 0.1}),
+            TrlCase(trainer="KTOTrainer", config={"beta": 0.5}, options={"beta": 0.5}),
+            TrlCase(
+                trainer="KTOTrainer",
+                config={"desirable_weight": 1.5, "undesirable_weight": 0.5},
+                options={"desirable_weight": 1.5, "undesirable_weight": 0.5},
+            ),
+            TrlCase(
+                trainer="KTOTrainer",
+                config={"beta": 0.5},
+                options={"beta": 0.5},
+                reason="TRL weighs both classes 1 by default, qpref balances them by their counts",
+                same_as={"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+                num_examples=5,
+            ),
+            TrlCase(
+                trainer="KTOTrainer",
+                config={"beta": 0.5},
+                options={"beta": 0.5},
+                reason="TRL estimates the KL on each micro-batch, qpref on the whole optimizer step",
+                same_as={"beta": 0.5},
+                micro_batch=2,
+            ),
+        ),
     )
     yield UnpairedLoss(
         name="apo_zero_unpaired",
@@ -157,4 +182,9 @@ def qpref_losses() -> Iterator[UnpairedLoss]:
         starts_at=lambda options: 0.5,
         log_ratios_only=True,
         variants=({"beta": 0.5},),
+        trl_cases=(
+            TrlCase(
+                trainer="KTOTrainer", config={"loss_type": "apo_zero_unpaired", "beta": 0.3}, options={"beta": 0.3}
+            ),
+        ),
     )

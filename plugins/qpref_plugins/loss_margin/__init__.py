@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, TokenLogProbs
+
+MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpref over the tokens of each example"
 
 
 class MarginOptions(Options):
-    """What all of these losses have."""
+    """The option that these losses share."""
 
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How tightly the policy is held to the reference: the implicit reward is beta times the change in "
-        "a response's log-probability. Usual: 0.1 to 0.5.",
+        description="Strength of the tie to the reference: the implicit reward is beta times the change in a "
+        "response's log-probability. Usual: 0.1 to 0.5.",
     )
 
 
@@ -29,7 +31,8 @@ class HingeOptions(MarginOptions):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="A pair whose log-ratios differ by 1 / beta nats is done with: 10 nats at 0.1. Usual: 0.05 to 0.5.",
+        description="A pair has no gradient once its log-ratios differ by 1 / beta nats: 10 at 0.1. Usual: 0.05 to "
+        "0.5.",
     )
 
 
@@ -40,8 +43,8 @@ class RobustOptions(MarginOptions):
         default=0.1,
         ge=0,
         lt=0.5,
-        description="The share of pairs whose labels are swapped, as far as is known. 0 is plain DPO; the nearer to "
-        "0.5, the noisier the gradient. Usual: 0.05 to 0.3.",
+        description="Estimated share of swapped labels. 0 is plain DPO; the closer to 0.5, the noisier the gradient. "
+        "Usual: 0.05 to 0.3.",
     )
 
 
@@ -52,7 +55,7 @@ class ExoPairOptions(MarginOptions):
         default=1e-3,
         gt=0,
         lt=0.5,
-        description="The probability that the rejected response is the better one; the reward margin is driven to "
+        description="Probability that the rejected response is the better one; the target of the reward margin is "
         "log(1 / label_smoothing - 1), 6.9 at 0.001. Usual: 0.001 to 0.1.",
     )
 
@@ -63,14 +66,14 @@ class DiscopopOptions(MarginOptions):
     beta: float = Field(
         default=0.05,
         gt=0,
-        description="How tightly the policy is held to the reference. The loss is not convex and was found at 0.05; "
-        "usual: 0.01 to 0.1.",
+        description="Strength of the tie to the reference. The loss is not convex and was found at 0.05. Usual: 0.01 "
+        "to 0.1.",
     )
     tau: float = Field(
         default=0.05,
         ge=1e-3,
         le=1,
-        description="How sharply the loss changes from the logistic to the exponential one as the reward margin turns "
+        description="Width of the transition from the logistic to the exponential loss as the reward margin turns "
         "positive; smaller is sharper. Usual: 0.05.",
     )
 
@@ -81,8 +84,8 @@ class SigmoidNormOptions(MarginOptions):
     beta: float = Field(
         default=5.0,
         gt=0,
-        description="As in dpo, but on log-ratios per token, which are smaller by the length: the paper takes 5. "
-        "Usual: 2 to 10.",
+        description="As in dpo, but on log-ratios per token, which are smaller by the length: the paper uses 5. Usual: "
+        "2 to 10.",
     )
 
 
@@ -92,8 +95,8 @@ class RpoOptions(MarginOptions):
     alpha: float = Field(
         default=1.0,
         ge=0,
-        description="The weight of the chosen response's negative log-likelihood per token, which keeps its "
-        "probability from falling. 0 is plain DPO. Usual: 0.1 to 1.",
+        description="Weight of the chosen response's negative log-likelihood per token, which keeps its probability "
+        "from falling. 0 is plain DPO. Usual: 0.1 to 1.",
     )
 
 
@@ -171,7 +174,7 @@ def rpo(options: RpoOptions) -> Callable[[PairedInputs], LossOutput]:
 def loss_of_margin(
     options: MarginOptions, of_margin: Callable[[Tensor], Tensor], *, per_token: bool = False
 ) -> Callable[[PairedInputs], LossOutput]:
-    """The loss that is `of_margin` of each pair's z, from log-ratios summed or per token."""
+    """Make the loss `of_margin(z)`, with log-ratios summed or per token."""
 
     def reward(policy: TokenLogProbs, reference: TokenLogProbs) -> Tensor:
         log_ratio = policy.total - reference.total
@@ -188,7 +191,7 @@ def loss_of_margin(
 
 
 def exo_pair_starts_at(options: ExoPairOptions) -> float:
-    """The reverse KL of (1/2, 1/2) to (1 - eps, eps)."""
+    """Compute the KL divergence of (1/2, 1/2) from (1 - eps, eps)."""
     eps = options.label_smoothing
     return -math.log(2) - (math.log1p(-eps) + math.log(eps)) / 2
 
@@ -205,6 +208,7 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=hinge,
         starts_at=lambda options: 1.0,
         log_ratios_only=True,
+        trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["hinge"], "beta": 0.3}, options={"beta": 0.3}),),
     )
     yield PairedLoss(
         name="robust",
@@ -216,6 +220,13 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: math.log(2),
         log_ratios_only=True,
         variants=({"label_smoothing": 0.0}, {"label_smoothing": 0.4}),
+        trl_cases=(
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["robust"], "label_smoothing": 0.2},
+                options={"label_smoothing": 0.2},
+            ),
+        ),
     )
     yield PairedLoss(
         name="exo_pair",
@@ -227,6 +238,14 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=exo_pair_starts_at,
         log_ratios_only=True,
         variants=({"label_smoothing": 0.1},),
+        trl_cases=(
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["exo_pair"], "label_smoothing": 0.01},
+                options={"label_smoothing": 0.01},
+                dtype="float32",
+            ),
+        ),
     )
     yield PairedLoss(
         name="discopop",
@@ -239,6 +258,14 @@ def qpref_losses() -> Iterator[PairedLoss]:
         starts_at=lambda options: (math.log(2) + 1) / 2,
         log_ratios_only=True,
         variants=({"tau": 1.0}, {"tau": 1e-3}),
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["discopop"], "beta": 0.05}, options={"beta": 0.05}),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["discopop"], "beta": 0.1, "discopop_tau": 0.2},
+                options={"beta": 0.1, "tau": 0.2},
+            ),
+        ),
     )
     yield PairedLoss(
         name="sigmoid_norm",
@@ -250,6 +277,9 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=sigmoid_norm,
         starts_at=lambda options: math.log(2),
         log_ratios_only=True,
+        trl_cases=(
+            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid_norm"], "beta": 5.0}, options={"beta": 5.0}),
+        ),
     )
     yield PairedLoss(
         name="rpo",
@@ -259,4 +289,18 @@ def qpref_losses() -> Iterator[PairedLoss]:
         options=RpoOptions,
         build=rpo,
         variants=({"alpha": 0.1},),
+        trl_cases=(
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
+                options={"beta": 0.3, "alpha": 0.5},
+                num_examples=1,
+            ),
+            TrlCase(
+                trainer="DPOTrainer",
+                config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
+                options={"beta": 0.3, "alpha": 0.5},
+                reason=MICRO_BATCH_NLL,
+            ),
+        ),
     )

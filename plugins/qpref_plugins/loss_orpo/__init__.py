@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qpref.hooks import Field, Options, PairedLoss, hookimpl, reward_metrics
+from qpref.hooks import Field, Options, PairedLoss, TrlCase, hookimpl, reward_metrics
 from qpref.records import LossOutput, PairedInputs, PairLogProbs
 
 CERTAIN = -1e-6
-"""The log-probability per token above which a response's odds count as those at it: at 0 they are infinite."""
+"""Cap of the log-probability per token in the odds, which are infinite at 0."""
+
+MICRO_BATCH_NLL = "TRL averages the NLL over the tokens of the micro-batch, qpref over the tokens of each example"
 
 
 class OrpoOptions(Options):
@@ -23,21 +25,20 @@ class OrpoOptions(Options):
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="How much the preference weighs beside the imitation of the chosen response (lambda in the "
-        "paper). 0.1 mostly imitates, 1 pushes the two responses' odds apart. Usual: 0.1 to 0.5.",
+        description="Weight of the odds-ratio term beside the NLL (lambda in the paper). At 0.1 the NLL dominates, at "
+        "1 the odds ratio. Usual: 0.1 to 0.5.",
     )
     nll: Literal["all", "response"] = Field(
         default="all",
-        description="The tokens to imitate: all: those of the prompt and the chosen response; response: those of the "
-        "chosen response alone.",
+        description="Tokens of the NLL: all: prompt and chosen response; response: the chosen response alone.",
     )
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, x capped at CERTAIN, where the gradient ends too.
+    """Compute log(1 - exp(x)) for x <= 0, with x capped at CERTAIN; beyond the cap the gradient is 0.
 
-    `torch.where` differentiates the branch that it doesn't take as well, so `far`, which would be infinite where exp(x)
-    rounds to 1, sees a harmless value there. `near` is finite for every capped x.
+    `torch.where` also differentiates the branch that it doesn't take, so `far`, which would be infinite where exp(x)
+    rounds to 1, gets a finite argument there. `near` is finite for every capped x.
     """
     x = x.clamp(max=CERTAIN)
     is_far = x < -math.log(2)
@@ -47,7 +48,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def nll_of(policy: PairLogProbs, tokens: Literal["all", "response"]) -> Tensor:
-    """[N] negative log-probability per token of the chosen response, or of the prompt and it."""
+    """Return the [N] negative log-probability per token of the chosen response, or of prompt and response."""
     if tokens == "response":
         return -policy.chosen.mean
     assert policy.prompt is not None  # needs = {"prompt"}
@@ -59,8 +60,8 @@ def build(options: OrpoOptions) -> Callable[[PairedInputs], LossOutput]:
 
     Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model", eq. 6 and 7, with the odds
     of eq. 3 to 5. The NLL is the mean over the tokens of the prompt (but the first) and of the chosen response, or of
-    the response alone. The argument of log(1 - e^x) is capped at -1e-6, so a response that is certain has finite odds.
-    A row's margin is not used: the paper compares odds with no offset.
+    the response alone. The argument of log(1 - e^x) is capped at -1e-6, so a response of probability 1 has finite odds.
+    A row's margin is not used: the paper compares odds without an offset.
     """
 
     def orpo(inputs: PairedInputs) -> LossOutput:
@@ -77,7 +78,7 @@ def build(options: OrpoOptions) -> Callable[[PairedInputs], LossOutput]:
 
 
 def needs(options: OrpoOptions) -> frozenset[str]:
-    """The prompt's log-probabilities where the prompt is imitated too."""
+    """Return "prompt" if the NLL includes the prompt."""
     return frozenset({"prompt"}) if options.nll == "all" else frozenset()
 
 
@@ -92,4 +93,28 @@ def qpref_losses() -> Iterator[PairedLoss]:
         build=build,
         needs=needs,
         variants=({"nll": "response"}, {"beta": 1.0}),
+        trl_cases=(
+            TrlCase(
+                trainer="ORPOTrainer", config={"beta": 0.1}, options={"beta": 0.1}, num_examples=1, dtype="float32"
+            ),
+            TrlCase(
+                trainer="ORPOTrainer", config={"beta": 1.0}, options={"beta": 1.0}, num_examples=1, dtype="float32"
+            ),
+            TrlCase(
+                trainer="ORPOTrainer",
+                config={"beta": 0.1},
+                options={"beta": 0.1, "nll": "response"},
+                reason="TRL takes the NLL over the prompt too",
+                same_as={"beta": 0.1},
+                num_examples=1,
+                dtype="float32",
+            ),
+            TrlCase(
+                trainer="ORPOTrainer",
+                config={"beta": 0.1},
+                options={"beta": 0.1},
+                reason=MICRO_BATCH_NLL,
+                dtype="float32",
+            ),
+        ),
     )

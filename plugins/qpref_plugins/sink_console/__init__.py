@@ -1,4 +1,4 @@
-"""The run on the console: a live bar on a terminal, plain lines elsewhere, and the held-out table at the end."""
+"""Console output of a run: a progress bar on a terminal, plain lines elsewhere, and the held-out table at the end."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ConsoleWriter:
         if row.split == "eval":
             self._held_out.append(row)
             if row.step == self._context.first_step:
-                self._started = time.monotonic()  # the steps' own pace, without what came before them
+                self._started = time.monotonic()  # time the steps alone, without the evaluation before them
             self._console.print(f"step {row.step}/{self._context.total_steps}  held-out  {_status(row, 'eval_')}")
             return
         status = f"{_status(row, '')}  {_duration(row.seconds)}{self._time_left(row.step)}"
@@ -76,7 +76,7 @@ class ConsoleWriter:
 
 
 def _status(row: MetricRow, prefix: str) -> str:
-    """The row's loss, and its margin and accuracy where the loss defines them."""
+    """Format the row's loss, and its margin and accuracy where the loss defines them."""
     parts = {"loss": "loss {:.4f}", "rewards/margins": "margin {:+.3f}", "rewards/accuracies": "accuracy {:.2f}"}
     values = {name: row.values.get(prefix + name, math.nan) for name in parts}
     known = [name for name, value in values.items() if name == "loss" or not math.isnan(value)]

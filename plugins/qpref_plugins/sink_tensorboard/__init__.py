@@ -14,15 +14,15 @@ from qpref.records import MetricRow
 class TensorBoardOptions(Options):
     """Options of the sink `tensorboard`."""
 
-    folder: str = Field(default="tensorboard", description="where the event files go; relative to the run folder")
+    folder: str = Field(default="tensorboard", description="Folder of the event files, relative to the run folder.")
 
 
 class TensorBoardWriter:
     """Writes each finite value of a row as a scalar of the row's step.
 
     Args:
-        folder: the event files' folder.
-        first_step: events from before a resume that lie after this step are hidden from the reader.
+        folder: folder of the event files.
+        first_step: on resuming, TensorBoard hides earlier events after this step.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
