@@ -1,7 +1,7 @@
 """Print the README's table of cards and models, as `qpref plan` predicts it.
 
-Run `HF_HUB_OFFLINE=1 python docs/make_card_table.py`. The recipe is recipes/7b-24gb.toml with another base's shape; offline
-its data are unreachable, so every pair has the greatest lengths that the recipe allows.
+Run `HF_HUB_OFFLINE=1 python docs/make_card_table.py`. The recipe is recipes/7b-24gb.toml with the shape of another base.
+Offline its data are unreachable, so every pair has the greatest lengths that the recipe allows.
 """
 
 from __future__ import annotations

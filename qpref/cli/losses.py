@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli.options import json_option
 from qpref.cli.tables import options_text, print_table, toml_text
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _facts(record: Any) -> dict[str, str]:
     type=click.Choice(["trl"]),
     help="Compare values and gradients with the installed TRL instead, on random log-probabilities.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def check(names: tuple[str, ...], against: str | None, as_json: bool) -> None:
     """Check losses against their contract: the named ones, or all that are installed.
 

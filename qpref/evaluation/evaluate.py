@@ -129,7 +129,7 @@ def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list
                 found = heldout_pairs.pairs_of(heldout, 1.0 if subject.recipe.data.skip_bad else 0.0)
                 label = ", ".join(dict.fromkeys(source.choice.location for source in heldout.sources))
                 return label, found, _has_changed(subject, subject.run)
-    raise RecipeError("no run among the models holds data out", "name pairs with --data")
+    raise RecipeError("none of the models is a run with held-out data", "name pairs with --data")
 
 
 def _has_changed(subject: Subject, run: RecordedRun) -> bool | None:

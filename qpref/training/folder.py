@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpref import fsio
 from qpref.errors import RecipeError
-from qpref.recipe.reopen import RecordedRun
+
+if TYPE_CHECKING:
+    from qpref.recipe.reopen import RecordedRun
 
 ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
            "report.html")  # fmt: skip
@@ -99,6 +101,8 @@ class RunFolder:
             report = json.loads(self.data_json.read_text())
         except (OSError, ValueError, RecursionError):
             report = {}
+        from qpref.recipe.reopen import RecordedRun  # pydantic, which a report does without
+
         return RecordedRun(
             path=self.path, document=document, facts=facts, report=report if isinstance(report, dict) else {}
         )
