@@ -38,6 +38,7 @@ def compare_losses(losses: Mapping[str, Loaded | str], all_installed: bool, as_j
     facts: list[dict[str, Any]] = []
     if not as_json:
         click.echo(f"TRL {version}: largest relative differences over {NUM_BATCHES} random batches")
+    hint: str | None = None
     for name, loaded in losses.items():
         try:
             comparisons = [] if isinstance(loaded, str) else compare_with_trl(loaded.record)
@@ -50,6 +51,7 @@ def compare_losses(losses: Mapping[str, Loaded | str], all_installed: bool, as_j
         outcome = _outcome(comparisons)
         if outcome == "differs":
             failures[name] = f"loss '{name}' ({loaded.offer}) differs from TRL {version}, and nothing says why"
+            hint = "an intended difference gets a reason in the record's trl_cases"
         if all_installed and outcome == "not in TRL":
             continue
         facts.append({"loss": name, "from": str(loaded.offer), "outcome": outcome, "cases": _facts(comparisons)})
@@ -58,9 +60,7 @@ def compare_losses(losses: Mapping[str, Loaded | str], all_installed: bool, as_j
     if as_json:
         click.echo(json.dumps({"trl": version, "batches": NUM_BATCHES, "losses": facts}, indent=2))
     if failures:
-        raise PluginError(
-            "\n".join(failures.values()), "an intended difference gets a reason in the record's trl_cases"
-        )
+        raise PluginError("\n".join(failures.values()), hint)
 
 
 def _outcome(comparisons: Sequence[Comparison]) -> str:
@@ -94,6 +94,10 @@ def _print(offer: Offer, outcome: str, comparisons: Sequence[Comparison]) -> Non
     if outcome == "not in TRL":
         lacks = {comparison.message for comparison in comparisons}
         click.echo(f"\n{offer.name} ({offer}): TRL has no such loss{''.join(f' ({text})' for text in sorted(lacks))}")
+        if not comparisons:
+            click.echo(
+                "  nothing was compared; a loss that is TRL's under another name says so in its record's trl_cases"
+            )
         return
     click.echo(f"\n{offer.name} ({offer}): {'DIFFERS' if outcome == 'differs' else outcome}")
     rows = [("  ", "loss", "gradient", "qpref", "TRL")]

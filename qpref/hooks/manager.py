@@ -132,7 +132,10 @@ class PluginHost:
             known = sorted({offer.name for offer in same_kind})
             near = difflib.get_close_matches(name, known, n=1)
             guess = f"; did you mean '{near[0]}'?" if near else f"; installed: {', '.join(known) or 'none'}"
-            raise RecipeError(f"no {kind.noun} '{name}' is installed{guess}")
+            raise RecipeError(
+                f"no {kind.noun} '{name}' is installed{guess}",
+                f"a plugin of your own needs the entry point {kind.prefix}-{name} and `pip install` again",
+            )
         if len(found) > 1:
             raise PluginError(
                 f"{kind.noun} '{name}' is offered by both {found[0]} and {found[1]}",

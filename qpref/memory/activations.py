@@ -13,9 +13,7 @@ from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK
 from qpref.memory.setup import Setup
 from qpref.memory.shape import Layer, Linear, ModelShape
 from qpref.memory.stream import Stream
-
-TILE_ELEMENTS, TILE_ROWS = 2**21, 1024
-"""As in `qpref.policy.logprobs`, which cannot be imported without torch; a test compares the two."""
+from qpref.policy.vocabulary import MAX_ROWS, TILE_ELEMENTS
 
 
 def activation_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int) -> int:
@@ -142,8 +140,8 @@ def largest_matrix(shape: ModelShape) -> int:
 
 def head_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
     """Count a tile's logits, softmax and gradient, the head's float32 slice, and the hidden states' gradients."""
-    rows = max(1, min(TILE_ROWS, math.ceil(stream.scored_tokens)))
-    columns = max(1, min(shape.vocabulary, TILE_ELEMENTS // rows))
+    rows = max(1, min(MAX_ROWS, math.ceil(stream.scored_tokens)))
+    columns = max(1, min(shape.vocabulary, TILE_ELEMENTS[setup.device] // rows))
     tile = rows * columns * (4 + 4 + setup.dtype_bytes)
     slice_copy = 4 * columns * shape.hidden if setup.device == "cpu" and setup.dtype_bytes < 4 else 0
     sums = 4 * 4 * rows * shape.hidden

@@ -52,11 +52,13 @@ def choose_sizes(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[
     policy.recompute_layers(fit.recomputed_layers)
     budget, probe = _probe(policy, examples, fit)
     if probe is not None:
-        fit = fit_memory(corrected(demand, probe), limit)
+        demand = corrected(demand, probe)
+        fit = fit_memory(demand, limit)
         policy.recompute_layers(fit.recomputed_layers)
         budget = fit.tokens_per_microbatch
+    predicted = demand.peak(budget, policy.recomputed_layers).total
     log.info("memory: %d tokens per micro-batch, %d of %d layers recomputed; %.2f of %.2f GiB predicted", budget,
-             policy.recomputed_layers, policy.num_layers, fit.memory.total / GIB, limit / GIB)  # fmt: skip
+             policy.recomputed_layers, policy.num_layers, predicted / GIB, limit / GIB)  # fmt: skip
     return budget
 
 

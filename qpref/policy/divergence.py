@@ -69,6 +69,6 @@ def _kl(policy: NextTokens, reference: NextTokens) -> Tensor:
     count, device = len(policy.hidden), policy.hidden.device
     divergence = RunningKL(count, device)
     with torch.autocast(device.type, enabled=False):
-        for start, stop in vocabulary_slices(policy.num_tokens, count):
+        for start, stop in vocabulary_slices(policy.num_tokens, count, device):
             divergence.add(policy.logits(start, stop), reference.logits(start, stop))
     return divergence.nats.clamp_min(0.0)

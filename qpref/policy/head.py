@@ -120,10 +120,13 @@ class _Rows:
         parts = zip(self.hidden.split(size), lows, self.tokens.split(size), strict=False)
         return [_Rows(hidden, low, self.b, tokens) for hidden, low, tokens in parts]
 
-    def inside(self, start: int, stop: int) -> Tensor:
-        """Index the rows whose token lies in a vocabulary slice."""
-        rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        return rows[(self.tokens >= start) & (self.tokens < stop)]
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Locate each row's token in a vocabulary slice: [R, 1] its column, and whether the slice has it.
+
+        The column of a token elsewhere is clamped into the slice: selecting rows instead would make a GPU's host wait.
+        """
+        column = self.tokens[:, None] - start
+        return column.clamp(0, stop - start - 1), (column >= 0) & (column < stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +193,14 @@ def _score_rows(rows: _Rows, head: Head, needs_grad: bool, needs_squares: bool) 
     """Score rows and compute their gradients in one pass over slices of the vocabulary."""
     tokens, hidden = rows.tokens, rows.hidden
     sum_dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    target = torch.empty(len(tokens), 1, dtype=sum_dtype, device=hidden.device)
+    target = torch.zeros(len(tokens), 1, dtype=sum_dtype, device=hidden.device)
     normalizer, square_normalizer = RunningLogSumExp(target), RunningLogSumExp(target)
     grads = _TokenGrads(head, rows, target) if needs_grad else None
     with torch.autocast(hidden.device.type, enabled=False):
-        for start, stop in vocabulary_slices(head.num_tokens, len(tokens)):
+        for start, stop in vocabulary_slices(head.num_tokens, len(tokens), hidden.device):
             logits = head.logits(hidden, start, stop, rows.low, rows.b)
-            inside = rows.inside(start, stop)
-            target[inside] = logits[inside].gather(1, tokens[inside, None] - start)
+            column, inside = rows.columns(start, stop)
+            target = torch.where(inside, logits.gather(1, column), target)
             part = logits.softmax(1)
             # The largest share is at least one of the slice's, so its logarithm loses nothing; torch's exp is slow.
             of_slice = logits.amax(1, keepdim=True) - part.amax(1, keepdim=True).log_()
@@ -206,11 +209,10 @@ def _score_rows(rows: _Rows, head: Head, needs_grad: bool, needs_squares: bool) 
                 grads.rescale(rescale)
                 share = (of_slice - normalizer.total).exp_()
                 grads.add(start, stop, head.product_grad(part, logits), share)
-                grads.add_target(inside, target[inside])
             if needs_squares:
                 square_normalizer.add((2 * logits).logsumexp(1, keepdim=True))
     empty = target.new_empty(0)
-    hidden_grad, low_grad = grads.result() if grads is not None else (empty, empty)
+    hidden_grad, low_grad = grads.result(target) if grads is not None else (empty, empty)
     return _Scored(
         values=(target - normalizer.total).squeeze(1),
         hidden_grad=hidden_grad,
@@ -228,7 +230,6 @@ class _TokenGrads:
         self._head, self._tokens = head, rows.tokens
         self._factors = [head.weight] if rows.b is None else [head.weight, rows.b]
         self._expected = [like.new_zeros(len(rows.tokens), factor.shape[1]) for factor in self._factors]
-        self._at_target = [torch.zeros_like(part) for part in self._expected]
 
     def rescale(self, factor: Tensor) -> None:
         for expected in self._expected:
@@ -239,14 +240,11 @@ class _TokenGrads:
         for factor, expected in zip(self._factors, self._expected, strict=True):
             expected.add_(_grad_product(softmax_grad, factor[start:stop]) * share)
 
-    def add_target(self, inside: Tensor, target: Tensor) -> None:
-        """Include the rows whose tokens lie in the slice, by their logits [rows, 1]."""
+    def result(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Finish the gradients with the tokens' own logits [R, 1]; those by low are empty without an adapter."""
         grad = self._head.product_grad(torch.ones_like(target), target)
-        for factor, at_target in zip(self._factors, self._at_target, strict=True):
-            at_target[inside] = grad * factor[self._tokens[inside]]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        grads = [own - mean for own, mean in zip(self._at_target, self._expected, strict=True)]
+        parts = zip(self._factors, self._expected, strict=True)
+        grads = [grad * factor[self._tokens] - expected for factor, expected in parts]
         return grads[0], grads[1] if len(grads) > 1 else grads[0].new_empty(0)
 
 
@@ -259,11 +257,11 @@ def _grad_of_b(rows: _Rows, head: Head, normalizer: Tensor, incoming: Tensor) ->
     with torch.autocast(incoming.device.type, enabled=False):
         for part, norm, factor in zip(rows.split(), normalizer.split(size), incoming.split(size), strict=True):
             assert part.low is not None
-            for start, stop in vocabulary_slices(head.num_tokens, len(part.tokens)):
+            for start, stop in vocabulary_slices(head.num_tokens, len(part.tokens), incoming.device):
                 logits = head.logits(part.hidden, start, stop, part.low, part.b)
-                inside = part.inside(start, stop)
+                column, inside = part.columns(start, stop)
                 grad = (logits - norm).exp_().neg_()
-                grad[inside, part.tokens[inside] - start] += 1
+                grad.scatter_add_(1, column, inside.to(grad.dtype))
                 grad = head.product_grad(grad, logits).mul_(factor)
                 total[start:stop] += grad.t().to(total.dtype) @ part.low.to(total.dtype)
     return total

@@ -34,6 +34,8 @@ KERNEL_TOLERANCE = 0.05
 """Relative difference of a layer's attention and its gradients between two kernels in 16-bit dtypes (0.008 measured on
 SmolLM2-135M). Rounding adds up over layers: gradients of the whole model are 6 to 8 % off float32's by any path."""
 START_TOLERANCE = 1e-4
+CHECKED_PROMPT, CHECKED_RESPONSE = 16, 8
+"""Tokens of the first pair that are compared with the model's own logits, and whose gradients are checked."""
 
 
 def check_first_row(tokenizer: PairTokenizer, example: TokenizedExample) -> None:
@@ -60,17 +62,18 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
     Raises:
         PolicyError: even whole rows differ: the model changes its logits in a way that qpref doesn't know.
     """
-    batch = pack([example], policy.device)
+    batch, short = (pack([each], policy.device) for each in (example, _shortened(example)))
     with frozen(policy):
         policy.use_attention(policy.own_attention)
         rows = completion_logprobs(policy, batch).values
-        if reason := _excess(rows, _plain_logprobs(policy, example), policy, LOGITS_TOLERANCE):
+        own = completion_logprobs(policy, short).values
+        if reason := _excess(own, _plain_logprobs(policy, short.examples[0]), policy, LOGITS_TOLERANCE):
             raise PolicyError(
                 f"log-probabilities differ from the model's own logits: {reason}",
                 "this architecture changes its logits in a way that qpref doesn't know; please report it",
             )
         for path in policy.sharing_paths:
-            reason = _sharing_fault(policy, path, batch, rows)
+            reason = _sharing_fault(policy, path, batch, rows, short)
             if reason is None:
                 log.info("attention: %s, each prompt computed once", path)
                 return
@@ -81,15 +84,29 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
         policy.use_attention(policy.own_attention)
 
 
-def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor) -> str | None:
-    """Switch to a sharing path and describe its fault; None where its values and its gradients are right."""
+def _shortened(example: TokenizedExample) -> TokenizedExample:
+    """Cut an example to lengths at which a pass with gradients takes less memory than training.
+
+    The checks run in eval mode, in which no layer recomputes its activations.
+    """
+    branches = tuple(branch[:CHECKED_RESPONSE] for branch in example.branches)
+    return replace(example, prompt=example.prompt[-CHECKED_PROMPT:], branches=branches)
+
+
+def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor, short: PackedBatch) -> str | None:
+    """Switch to a sharing path and describe its fault; None where its values and its gradients are right.
+
+    Args:
+        batch: a pair of any length, whose values are compared with `rows`.
+        short: a pair that leaves memory for gradients.
+    """
     try:
         policy.use_attention(path)
         values = completion_logprobs(policy, batch).values
         if reason := _excess(values, rows, policy, LAYOUT_TOLERANCE):
             return f"sharing a prompt changes log-probabilities: {reason}"
-        grad = _grad_of_second(policy, batch)
-        group = batch.groups[0]
+        grad = _grad_of_second(policy, short)
+        group = short.groups[0]
         first = group.start + group.prompt
         if bool(grad[first : first + group.branches[0]].any()):
             return "one response sees the other"

@@ -88,7 +88,7 @@ def test_kl_is_that_of_whole_softmaxes_at_every_response_token(scored):
 
 def test_kl_over_slices_of_the_vocabulary_is_the_same(scored, monkeypatch):
     policy, examples, scores, all_rows = scored
-    monkeypatch.setattr("qpref.policy.vocabulary.TILE_ELEMENTS", 1000)
+    monkeypatch.setattr("qpref.policy.vocabulary.TILE_ELEMENTS", {"cpu": 1000})
     reference = score_reference("run", policy, examples, all_rows)
     assert score_pairs(policy, examples, all_rows, reference).kl == pytest.approx(scores.kl, rel=1e-5)
 

@@ -11,7 +11,7 @@ from conftest import peak_bytes
 from qpref.attention.register import BLOCKS
 from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK, kept_scores, segments
 from qpref.data.pack import pack
-from qpref.memory.activations import TILE_ELEMENTS, TILE_ROWS, activation_bytes, head_bytes, live_bytes
+from qpref.memory.activations import activation_bytes, head_bytes, live_bytes
 from qpref.memory.costs import adapter_bytes, optimizer_bytes, peak_memory, weight_bytes
 from qpref.memory.flops import forward_flops, step_flops
 from qpref.memory.known_shapes import named_config
@@ -20,7 +20,6 @@ from qpref.memory.probe import measure_bytes
 from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape, read_shape
 from qpref.memory.stream import Stream
-from qpref.policy import vocabulary
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.source import resolve_base
@@ -141,7 +140,7 @@ def test_the_scores_of_a_long_segment_count(make_base):
 def test_the_last_layer_need_not_be_recomputed():
     """Its activations are needed as soon as the backward pass begins."""
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
-    setup, stream = Setup(device="cuda"), Stream.of([(256, (768, 768))])
+    setup, stream = Setup(device="cuda"), Stream.of([(1024, (768, 768))] * 2)
     needs = [peak_memory(shape, setup, stream, layers).total for layers in range(shape.num_layers + 1)]
     assert needs[:-1] == sorted(needs[:-1], reverse=True)
     assert needs[-1] >= needs[-2]
@@ -345,15 +344,11 @@ def test_the_total_is_the_sum_of_what_is_there_at_once():
     assert part.total == used + CONTEXT_BYTES + math.floor(0.03 * used)
 
 
-def test_the_heads_tile_is_that_of_the_code():
-    assert (TILE_ELEMENTS, TILE_ROWS) == (vocabulary.TILE_ELEMENTS, vocabulary.MAX_ROWS)
-
-
 def test_the_heads_tile_by_hand():
-    """1024 rows of 2048 columns; 2048 scored positions of width 3584, on a GPU and in bf16."""
+    """1024 rows of 2**14 columns; 2048 scored positions of width 3584, on a GPU and in bf16."""
     shape = read_shape(named_config("Qwen2.5-7B"), AdapterSection())
     stream = replace(Stream.of([(10, (1024, 1024))]), scored_tokens=2048)
-    expected = 2**21 * (4 + 4 + 2) + 16 * 1024 * 3584 + 2048 * 3584 * (4 + 4 + 2)
+    expected = 2**24 * (4 + 4 + 2) + 16 * 1024 * 3584 + 2048 * 3584 * (4 + 4 + 2)
     assert head_bytes(shape, Setup(device="cuda"), stream) == expected
 
 

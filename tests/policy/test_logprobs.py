@@ -63,7 +63,7 @@ def grad_of(values: Tensor, hidden: Tensor) -> Tensor:
 
 @pytest.fixture(params=TILES, ids=str)
 def tile(request, monkeypatch):
-    monkeypatch.setattr(vocabulary, "TILE_ELEMENTS", request.param[0])
+    monkeypatch.setattr(vocabulary, "TILE_ELEMENTS", {"cpu": request.param[0]})
     monkeypatch.setattr(vocabulary, "MAX_ROWS", request.param[1])
 
 
