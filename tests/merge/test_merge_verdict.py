@@ -238,7 +238,7 @@ def test_data_that_have_changed_since_training_are_said_and_recorded(make_recipe
     assert ("Their data have changed since training." in card) is (knows is not None)
     assert [line for line in said if "data have changed since training" in line] == [
         f"the {'held-out' if split == 'heldout' else 'training'} data have changed since training; the verdict is on "
-        "the present data"
+        "the changed data"
     ] * (knows is not None)
 
 
