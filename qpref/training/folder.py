@@ -163,6 +163,6 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
 
 
 def _foreign_files(found: set[str], overwrite: bool) -> set[str]:
-    """Select the files that aren't leftovers of a run killed before its run.json; --overwrite allows those of any run."""
+    """Select the files that aren't leftovers of a run killed before its run.json; with --overwrite, of any run."""
     ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
     return {name for name in found - ours if not name.startswith(fsio.STAGING_PREFIX)}
