@@ -52,7 +52,7 @@ def rows_of_hub(name: str) -> Iterator[Row | Finding]:
     """
     wanted = HubName.of(name)
     if Path(wanted.dataset).exists():  # datasets would load that folder instead
-        raise DataError(f"hf:{wanted.dataset}: a folder here has that name; start qpref elsewhere")
+        raise DataError(f"hf:{wanted.dataset}: the current folder has a folder of that name; run qpref in another one")
     yield from _rows(_split(_downloaded(wanted.dataset, wanted.config, wanted.revision), wanted), f"hf:{name}")
 
 
