@@ -16,7 +16,7 @@ import torch
 
 class Meter(Protocol):
     def note_loaded(self) -> None:
-        """Take the present memory as the baseline."""
+        """Take the current memory as the baseline."""
 
     def start(self) -> None: ...
 

@@ -12,14 +12,14 @@ WIDTH = 24
 
 
 def page() -> str:
-    """The page with its tree as the code has it."""
+    """Render the page with the current tree."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tree()}\n{END}{after}"
 
 
 def tree() -> str:
-    """Every module of qpref and every built-in plugin, with the first line of its docstring."""
+    """List every module of qpref and every built-in plugin, with the first line of its docstring."""
     lines = []
     for package in (ROOT / "qpref", ROOT / "plugins/qpref_plugins"):
         lines += _package(package, 0)
@@ -32,7 +32,7 @@ def _package(folder: Path, depth: int) -> list[str]:
     modules = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
     packages = sorted(path.parent for path in folder.glob("*/__init__.py"))
     if "plugins" in folder.parts and depth == 1:
-        return lines  # a plugin's inside is its own affair
+        return lines  # a plugin's modules are private
     lines += [_line(path.name, path, depth + 1) for path in modules]
     for package in packages:
         lines += _package(package, depth + 1)

@@ -1,6 +1,6 @@
 """Print the README's table of cards and models, as `qpref plan` predicts it.
 
-Run `HF_HUB_OFFLINE=1 python docs/make_card_table.py`. The recipe is recipes/7b-24gb.toml with the shape of another base.
+Run `HF_HUB_OFFLINE=1 python docs/make_card_table.py`. The recipe is recipes/7b-24gb.toml with other bases' shapes.
 Offline its data are unreachable, so every pair has the greatest lengths that the recipe allows.
 """
 
@@ -20,7 +20,7 @@ FREE = 0.95
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """Format the table as Markdown."""
     plan = make_plan(RECIPE, ['train.gradient_checkpointing="auto"'])
     lines = ["| | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "|---|" + "---|" * len(CARDS)]
     for shape in SHAPES:

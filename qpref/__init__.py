@@ -29,8 +29,8 @@ def train(
         recipe: a TOML file, or its content as nested dicts (relative paths in it start at the current folder).
         overrides: `table.key=value` each, as with `--set`.
         output: the run folder; by default `runs/<the recipe's file name without .toml>`.
-        resume: go on from the run folder's newest checkpoint.
-        overwrite: remove a run that stands in the folder.
+        resume: continue from the run folder's newest checkpoint.
+        overwrite: remove a run that is in the folder.
 
     Returns:
         The run folder; the trained adapter is in its `adapter/`.

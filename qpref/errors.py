@@ -35,7 +35,7 @@ class DataError(QprefError):
 
 
 class UnreachableDataError(DataError):
-    """The data are neither on this machine nor can anybody be asked for them at the moment."""
+    """The data aren't on this machine, and their host can't be reached."""
 
 
 class CheckpointError(QprefError):

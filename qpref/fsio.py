@@ -213,7 +213,7 @@ def _remove_abandoned(final: Path) -> None:
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, OverflowError):
-            continue  # alive, of another user
+            continue  # alive, owned by another user
 
 
 def make_readable(top: Path) -> None:

@@ -1,4 +1,4 @@
-"""The packages that qpref runs with: their versions, and a sentence where one is missing or doesn't fit."""
+"""Versions of the packages that qpref depends on, and an error message for one that is missing or doesn't import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qpref.errors import InstallError
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version; None where there is none, or where nothing on this machine says it."""
+    """Return the installed version of a distribution; None where it isn't installed or has no metadata."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -17,22 +17,22 @@ def version_of(distribution: str) -> str | None:
 
 
 def is_required(error: ImportError) -> bool:
-    """Whether a package that an import lacks is one that qpref itself requires."""
+    """Return whether the package that an import lacks is a requirement of qpref itself."""
     return _normalized((error.name or "").partition(".")[0]) in _requirements()
 
 
 def as_install_error(error: ImportError) -> InstallError:
-    """Say which package an import has failed for, and how to install it.
+    """Turn a failed import into an error that names the package and how to install it.
 
     Raises:
-        ImportError: it is of qpref itself, which is a bug of ours.
+        ImportError: the failing module is qpref's own, which is a bug of ours.
     """
     cause = _innermost(error)
     package = (cause.name or "").partition(".")[0]
     if package == "qpref" or package.startswith("qpref_"):
         raise error
     needed = _requirements().get(_normalized(package))
-    hint = f"pip install '{needed}'" if needed else "install qpref again, with what it depends on"
+    hint = f"pip install '{needed}'" if needed else "reinstall qpref with its dependencies"
     if isinstance(cause, ModuleNotFoundError) and package:
         return InstallError(f"{package} is not installed, and qpref needs it", hint)
     version = version_of(package) if package else None
@@ -40,13 +40,13 @@ def as_install_error(error: ImportError) -> InstallError:
 
 
 def _innermost(error: ImportError) -> ImportError:
-    """The failure that names a package: transformers raises others on top that don't."""
+    """Find the failure that names a package; transformers wraps it in others that don't."""
     below = error.__cause__ or error.__context__
     return _innermost(below) if not error.name and isinstance(below, ImportError) else error
 
 
 def _requirements() -> dict[str, str]:
-    """What qpref requires of each package, such as `trl<2,>=1.16`, by the package's normalized name."""
+    """Map each required package's normalized name to its requirement, such as `trl<2,>=1.16`."""
     try:
         required = metadata.requires("qpref") or []
     except metadata.PackageNotFoundError:

@@ -168,9 +168,9 @@ def test_a_wrong_name_is_no_reason_to_plan_without_data(machine):
 def test_a_copy_of_another_commit_is_not_read_for_the_one_named(trained):
     done = trained.machine.qpref("check", f"hf:{DATA}@v1", **OFFLINE)
     assert done.returncode == 3
-    assert "revision 'v1' can't be looked up, and the copy on this machine is of another commit" in done.stderr
+    assert "revision 'v1' can't be looked up, and the copy on this machine has another commit" in done.stderr
     commit = trained.machine.hub.state.repositories["datasets", DATA].commit
-    assert done.stderr.rstrip().endswith(f"or take that copy: hf:{DATA}@{commit}")
+    assert done.stderr.rstrip().endswith(f"or use that copy: hf:{DATA}@{commit}")
     assert trained.machine.qpref("check", f"hf:{DATA}@{commit}", **OFFLINE).stdout.startswith(
         f"hf:{DATA}@{commit}: 32 "
     )
@@ -184,9 +184,9 @@ FAILURES = {
     "no server": ("tiny", NO_SERVER, f"the hub at {NOBODY} can't be reached: [Errno 111] Connection refused",
                   "check the network and HF_ENDPOINT"),
     "offline": ("tiny", OFFLINE, "HF_HUB_OFFLINE is set, and this {kind} isn't in the hub's cache on this machine",
-                "run once with HF_HUB_OFFLINE=0, which fetches it"),
-    "broken off": ("broken", {}, "the download broke off: peer closed connection without sending complete message body "
-                   "(received ", "run it again, what has come is kept"),
+                "run once with HF_HUB_OFFLINE=0 to download it"),
+    "broken off": ("broken", {}, "the download was interrupted: peer closed connection without sending complete "
+                   "message body (received ", "run it again; downloaded parts are kept"),
 }  # fmt: skip
 
 

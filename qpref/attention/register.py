@@ -29,7 +29,7 @@ KERNELS: dict[str, varlen.Kernel] = {
     "qpref_varlen_torch": varlen.torch_kernel,
     "qpref_varlen_fa2": varlen.flash_attn_kernel,
 }
-"""The paths for GPUs, the preferred one first. transformers takes a name with "flash" in it for one of its own."""
+"""The paths for GPUs, the preferred one first. transformers treats a name with "flash" in it as its own."""
 COMPARED = "qpref_compared"
 """The path that computes as SEGMENTS and records the error of another path in each layer."""
 LAYOUT = "qpref_groups"
@@ -46,7 +46,7 @@ width]."""
 
 
 class CannotShareError(Exception):
-    """The model's attention does something that sharing a prompt would get wrong; the text names it."""
+    """The model's attention can't compute shared prompts correctly; the text says why."""
 
 
 def register() -> None:

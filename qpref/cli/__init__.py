@@ -96,7 +96,7 @@ def quiet_transformers() -> None:
 
 
 class _Ended(BaseException):
-    """A BaseException, so that no library on the way up catches it."""
+    """A BaseException, so that no library's `except Exception` catches it."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qpref.evaluation.subjects import Subject
     from qpref.records import UnpairedExample
 
-WIDE = 160
+COLUMNS_WITHOUT_TERMINAL = 160
 
 
 @click.command("generate")
@@ -44,7 +44,7 @@ WIDE = 160
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Nucleus sampling: sample from the likeliest tokens up to this total probability.",
+    help="Nucleus sampling: sample from the most probable tokens up to this total probability.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per batch.")
@@ -71,7 +71,7 @@ def command(
 
     if not texts and data is None and run_folder(model) is None:
         raise click.UsageError(
-            f"{model}: not a run, so it holds no prompts out; name prompts with --prompt or --prompts"
+            f"{model}: not a run, so it has no held-out prompts; name prompts with --prompt or --prompts"
         )
     quiet_transformers()
     subject = identify(model, base=base, quantization=quantization)
@@ -84,12 +84,12 @@ def command(
 
 
 def _prompts(texts: Sequence[str], data: str | None, subject: Subject) -> list[UnpairedExample]:
-    """Those that are named; without any, the run's held-out ones."""
+    """Collect the prompts given as options; without any, the run's first held-out ones."""
     from qpref.evaluation.generate import as_prompt, heldout_prompts, read_prompts
     from qpref.records import Source
 
     if not texts and data is None:
-        assert subject.run is not None  # or the command line was refused
+        assert subject.run is not None  # checked by the caller
         return heldout_prompts(subject.run)
     given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
     return given + (read_prompts(data) if data else [])
@@ -102,7 +102,7 @@ def _print(answers: Sequence[Answers], name: str) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDE
+        console.width = COLUMNS_WITHOUT_TERMINAL
     for answer in answers:
         table = Table(title=Text(answer.prompt), title_justify="left", expand=True)
         cells = []

@@ -64,7 +64,7 @@ def compare_losses(losses: Mapping[str, Loaded | str], all_installed: bool, as_j
 
 
 def _outcome(comparisons: Sequence[Comparison]) -> str:
-    """The loss's outcome: that of the case that matters most."""
+    """Return the loss's outcome: that of its most important case."""
     statuses = {comparison.status for comparison in comparisons}
     for status in ("differs", "agrees", "differs as intended"):
         if status in statuses:

@@ -53,7 +53,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     """Merge base and adapter of RUN into OUT, a plain safetensors model that any engine loads.
 
     OUT is read back and compared with the trained policy. If their margins differ by more than --max-margin-error, the
-    exit code is 11; OUT is kept all the same.
+    exit code is 11; OUT is kept.
     """
     from qpref.cli import ends_cleanly, quiet_transformers
     from qpref.errors import MergeError

@@ -24,11 +24,11 @@ class CheckedRows:
 
     Attributes:
         pairs_only: refuse single completions, which the loss cannot use.
-        as_singles: give each pair as the two single completions that it holds.
-        share: where the split is a part of its sources; None where it is all of them.
+        as_singles: split each pair into its two single completions.
+        share: the held-out share where the split is a part of its sources; None where it is all of them.
         report: what was found so far, of all splits.
         read: rows of this split.
-        weights: path of the rows -> how often an epoch trains on each, where that isn't once.
+        weights: path of the rows -> passes over each row per epoch, where that isn't 1.
         pairs: path -> line of each pair, for a loss that takes pairs apart into single completions.
         margins: path -> line of each of those pairs that has a margin.
     """
@@ -85,7 +85,7 @@ class CheckedRows:
         return sum(not self.report.leaves_out(source) for source in sources)
 
     def all_rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
-        """Each row of this split as one or more examples, or why it is none.
+        """Yield each row of this split as one or more examples, or the finding that refuses it.
 
         Args:
             note: called with each raw row of the sources.

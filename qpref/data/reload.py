@@ -41,10 +41,10 @@ class ReloadedData:
 
 
 def reload_data(plan: Plan, tokenizer: PairTokenizer) -> ReloadedData:
-    """Held-out examples as training tokenized them; training examples where it has held nothing out.
+    """Tokenize the held-out examples as training did; the training examples of a run without held-out data.
 
     Args:
-        plan: reopened, of the held-out data alone.
+        plan: reopened for the held-out data alone.
 
     Raises:
         DataError: the data are missing, or cannot be read.
@@ -62,6 +62,6 @@ def reload_rows(rows: CheckedRows, plan: Plan, tokenizer: PairTokenizer) -> list
     """
     data = plan.recipe.data
     if data.skip_bad:
-        # Training applied the share to all rows, which may not all be read here; it passed, so no limit applies.
+        # Training checked the share over all rows, and passed. Fewer may be read here, so no limit applies.
         data = data.model_copy(update={"skip_bad": 1.0})
     return tokenize_rows(rows, tokenizer, data, plan.recipe.train.seed)

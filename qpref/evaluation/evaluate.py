@@ -133,7 +133,7 @@ def _pairs(subjects: Sequence[Subject], location: str | None) -> tuple[str, list
 
 
 def _has_changed(subject: Subject, run: RecordedRun) -> bool | None:
-    """Whether a run's held-out data aren't what they were; None, and a warning, where they can't be read as then."""
+    """Return whether a run's held-out data have changed; None, and a warning, where they can't be reloaded."""
     try:
         return heldout_pairs.heldout_has_changed(run, subject.tokenizer())
     except QprefError as error:
@@ -142,7 +142,7 @@ def _has_changed(subject: Subject, run: RecordedRun) -> bool | None:
 
 
 def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> heldout_pairs.Overlap | None:
-    """With what the model was trained on; None, and a warning for a run, where that isn't known."""
+    """Count the pairs whose prompt is in the model's training data; None where those are unknown, warning for a run."""
     if subject.run is None:
         return None
     try:
@@ -178,7 +178,7 @@ def _score(
 ) -> tuple[list[PairScores], list[str | None]]:
     """Score every model, and name the model whose reference each one is compared with.
 
-    Models with a reference of their own go first: models without one are compared with the first such reference.
+    Models with their own reference are scored first; models without one are compared with the first such reference.
     """
     dtype = common_dtype(subjects, request.all_float32)
     scores: dict[int, PairScores] = {}
@@ -211,7 +211,7 @@ def _score(
 def _score_one(
     subject: Subject, examples: Sequence[TokenizedExample], shared: Reference | None, dtype: str, seed: int
 ) -> tuple[PairScores, Reference | None]:
-    """One model's scores, and the reference that they are compared with."""
+    """Score one model; also return the reference that it is compared with."""
     policy = subject.load(dtype)
     check_layout(policy, examples[0])
     positions = kl_positions(examples, seed)

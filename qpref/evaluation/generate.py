@@ -26,7 +26,7 @@ log = logging.getLogger("qpref")
 
 GIVEN = Source(path="--prompt", line=1)
 NUM_HELDOUT = 8
-"""Prompts of a run that are taken where none are named."""
+"""Number of a run's held-out prompts used by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +79,15 @@ def read_prompts(location: str) -> list[UnpairedExample]:
 
 
 def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
-    """The first prompts that a run holds out, each once.
+    """Read the first distinct held-out prompts of a run.
 
     Raises:
-        RecipeError: it holds nothing out, or a reader isn't installed.
-        DataError: they cannot be read, or there is none.
+        RecipeError: the run has no held-out data, or a reader isn't installed.
+        DataError: the data cannot be read, or no row is left.
     """
     heldout = data_of_run(run, heldout_alone=True).heldout
     if heldout is None:
-        raise RecipeError(f"{run.path}: this run holds no data out", "name prompts with --prompt or --prompts")
+        raise RecipeError(f"{run.path}: this run has no held-out data", "name prompts with --prompt or --prompts")
     found: dict[str, UnpairedExample] = {}
     for row in heldout.rows():
         found.setdefault(text_of(row.prompt), _without_response(row.prompt, row.tools, row.source))

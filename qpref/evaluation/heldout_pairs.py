@@ -36,7 +36,7 @@ class Overlap:
 
 
 def data_at(location: str) -> CheckedRows:
-    """Read the rows of a file, or of another location that a reader knows.
+    """Read the rows of a file or any other location that a reader supports.
 
     Raises:
         RecipeError: no reader fits.
@@ -46,7 +46,7 @@ def data_at(location: str) -> CheckedRows:
 
 
 def data_of_run(run: RecordedRun, *, heldout_alone: bool = False) -> CheckedData:
-    """The rows that a run trains on and holds out, by its recipe, those among them that its checks refuse.
+    """Read a run's training and held-out rows by its recipe, including rows that its checks refuse.
 
     Args:
         heldout_alone: skip the training data unless the held-out rows are split from them.
@@ -63,10 +63,10 @@ def data_of_run(run: RecordedRun, *, heldout_alone: bool = False) -> CheckedData
 
 
 def heldout_has_changed(run: RecordedRun, tokenizer: PairTokenizer) -> bool | None:
-    """Whether a run held other data out than its recipe names today; None where that can't be told.
+    """Return whether a run's held-out data have changed since training; None where that can't be determined.
 
     Raises:
-        RecipeError: a plugin that decided on rows isn't installed.
+        RecipeError: a reader, or a check that refused rows, isn't installed.
         DataError: the data cannot be read, or training would refuse them.
     """
     plan = reopen_plan(run, heldout_alone=True)
@@ -149,7 +149,7 @@ def tokenize_pairs(
 
 
 def same_for_all(tokenized: Sequence[Mapping[int, TokenizedExample]], pairs: Sequence[PreferencePair]) -> list[int]:
-    """Indices of the pairs that every model can be scored on.
+    """Return the indices of the pairs that every model can be scored on.
 
     Raises:
         DataError: no pair is left.

@@ -1,5 +1,5 @@
-"""The models under evaluation: a path or hub id is a run, a run's checkpoint, a PEFT adapter or a plain model, and is
-loaded accordingly."""
+"""The models under evaluation: find out whether a path or hub id is a run, a checkpoint, a PEFT adapter or a plain
+model, and load it accordingly."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Subject:
 
     Attributes:
         name: as given by the user.
-        recipe: the settings to load it with: its run's recipe, or one made from the model's files.
+        recipe: the settings to load it with: its run's, or settings derived from the model's files.
         base: the model folder, on this machine.
         adapter: a PEFT folder, or a checkpoint's; None for a plain model.
-        beta: the run's, where its loss has one; the end of a schedule.
-        run: None where no run explains the model.
+        beta: the run's, where its loss has one; the last value of a schedule.
+        run: None for a model that no run folder belongs to.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def is_of_run(self) -> bool:
-        """Whether a recipe says what it was trained on."""
+        """True where a run's recipe names the training data."""
         return self.run is not None
 
     @property
@@ -85,7 +85,7 @@ class Subject:
         """Load the model into memory, in eval mode.
 
         Args:
-            dtype: its own, or float32, which computes in float32 with the weights as rounded to its own dtype.
+            dtype: its own, or float32, which computes in float32 on weights rounded to its own dtype.
 
         Raises:
             PolicyError: it cannot be read, or the adapter is for another base.
@@ -124,7 +124,7 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
 
     Raises:
         RecipeError: it is no model, or an unfinished run.
-        PolicyError: its base is gone, has changed, or cannot be read.
+        PolicyError: its base is missing, has changed, or cannot be read.
     """
     path = _path(name)
     if (folder := run_folder(name)) is not None:
@@ -142,7 +142,7 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
 
 
 def run_folder(name: str) -> RunFolder | None:
-    """The run that a path is, or whose adapter or checkpoint it is."""
+    """Find the run that a path is, or is the adapter or a checkpoint of; None for other paths."""
     path = _path(name)
     found = [path]
     if path.name == "adapter":
@@ -153,7 +153,7 @@ def run_folder(name: str) -> RunFolder | None:
 
 
 def _path(name: str) -> Path:
-    """Absolute where it exists: what it is must not depend on how it is spelt, such as `.` in a run's adapter."""
+    """Make an existing path absolute, so that `.` inside a run's adapter is recognized too."""
     path = Path(name).expanduser()
     return path.resolve() if path.exists() else path
 
@@ -192,8 +192,8 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     base = resolve_base(model)
     if base.weights != facts["base_weights"]:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
-    if kind == "run" and (said := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
-        raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {said}, not of {facts['base_path']}")
+    if kind == "run" and (named := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
+        raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {named}, not of {facts['base_path']}")
     return Subject(
         name=name,
         kind=kind,
@@ -222,7 +222,7 @@ def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4
 
 
 def _base_of(adapter: Path) -> object:
-    """What an adapter's config names as its base."""
+    """Read the base that an adapter's config names."""
     return adapter_folder.read_settings(adapter).get("base_model_name_or_path")
 
 
@@ -257,7 +257,7 @@ def _checked(document: Mapping[str, Any], origin: str) -> Recipe:
 
 
 def _beta(loss: Any) -> float | None:
-    """The first loss's beta."""
+    """Return the beta of the first loss that has one."""
     for table in loss if isinstance(loss, list) else [loss]:
         beta = table.get("beta")
         if isinstance(beta, Mapping):

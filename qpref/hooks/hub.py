@@ -1,6 +1,6 @@
-"""Failures of the Hugging Face hub's clients, each as one sentence and the way out.
+"""Failures of the Hugging Face hub's clients, each as one sentence and a hint.
 
-The clients raise dozens of types, one inside the other, whose messages open with a status and a request's number.
+The clients raise dozens of nested exception types, whose messages open with a status and a request id.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "PoolTimeout", "ProxyError")
-"""Names of the clients' errors where nothing answers; their HTTP library's own name differs between versions."""
+"""Names of the errors raised when nothing answers; the clients' HTTP library differs between versions."""
 WITH_ACCESS = "set HF_TOKEN to a token with access to it, or run `hf auth login`"
 
 
 @dataclass(frozen=True, slots=True)
 class HubFailure:
-    """What went wrong, in words that follow the name of the model or dataset and a colon.
+    """A failure of the hub; `what` is worded to follow the name of the model or dataset and a colon.
 
     Attributes:
-        unreachable: nobody could be asked, so whether the hub has it isn't known.
+        unreachable: the hub gave no answer, so it isn't known whether the model or dataset exists.
     """
 
     what: str
@@ -27,10 +27,10 @@ class HubFailure:
 
 
 def hub_failure(error: BaseException, kind: Literal["model", "dataset"], revision: str | None) -> HubFailure:
-    """The reason for an error that a client of the hub has raised.
+    """Explain an error that a client of the hub has raised.
 
     Args:
-        revision: that was asked for.
+        revision: the requested one.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -51,14 +51,16 @@ def hub_failure(error: BaseException, kind: Literal["model", "dataset"], revisio
             return _answered(cause.response.status_code, str(cause))
         if type(cause).__name__ == "OfflineModeIsEnabled":
             what = f"HF_HUB_OFFLINE is set, and this {kind} isn't in the hub's cache on this machine"
-            return HubFailure(what, "run once with HF_HUB_OFFLINE=0, which fetches it", unreachable=True)
+            return HubFailure(what, "run once with HF_HUB_OFFLINE=0 to download it", unreachable=True)
         if type(cause).__name__ in UNREACHABLE:
             what = f"the hub at {constants.ENDPOINT} can't be reached: {_first_line(cause)}"
             return HubFailure(what, "check the network and HF_ENDPOINT", unreachable=True)
     transport_error: Any = HfHubHTTPError.__bases__[0]
     for cause in causes:
         if isinstance(cause, transport_error) or "Consistency check failed" in str(cause):
-            return HubFailure(f"the download broke off: {_first_line(cause)}", "run it again, what has come is kept")
+            return HubFailure(
+                f"the download was interrupted: {_first_line(cause)}", "run it again; downloaded parts are kept"
+            )
     return HubFailure(f"can't be fetched: {_first_line(_root(error))}", "check the name, the network and the disk")
 
 
@@ -72,7 +74,7 @@ def _answered(status: int, message: str) -> HubFailure:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what led to it, also where it was raised again `from None`."""
+    """List the error and its causes, also where it was raised `from None`."""
     found: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in found:

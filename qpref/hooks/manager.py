@@ -86,7 +86,7 @@ def _every_offer() -> list[Offer]:
     offers = set()
     for point in metadata.entry_points(group=GROUP):
         kind, _, name = point.name.partition("-")
-        # A distribution that was removed by halves may have lost its name.
+        # A partly removed distribution may have lost its name.
         distribution = (point.dist and point.dist.name) or NAMELESS
         version = (point.dist and point.dist.version) or "?"
         offers.add(Offer(kind, name, distribution, version, point.value))
@@ -97,7 +97,7 @@ class PluginHost:
     """Loads plugins by kind and name.
 
     Args:
-        recorded: the plugins of a run that is opened again; messages say where it had one from that isn't there.
+        recorded: plugins of a run that is reopened; messages about a missing one name its distribution.
     """
 
     def __init__(self, recorded: Sequence[Offer] = ()) -> None:
@@ -108,19 +108,18 @@ class PluginHost:
     @cached_property
     def offers(self) -> list[Offer]:
         if version_of("qpref") is None:
-            raise InstallError("qpref's own metadata are missing, and with them all its plugins", "install qpref again")
+            raise InstallError("qpref's package metadata are missing, and with them its plugins", "reinstall qpref")
         return installed_offers()
 
     def names(self, kind: Kind) -> set[str]:
-        """What may be named: installed plugins, and those of the run, lest its files go to another reader."""
+        """Return the installed names and those that the run recorded, so that its files don't go to another reader."""
         return {offer.name for offer in (*self.offers, *self._recorded) if offer.kind == kind.prefix}
 
     def find(self, kind: Kind, name: str) -> Offer:
         """Find the only installed plugin of that name.
 
         Raises:
-            RecipeError: none is installed; the message names the distribution that the run had it from, or the nearest
-                names.
+            RecipeError: none is installed; the message names the distribution that the run used, or the nearest names.
             PluginError: more than one distribution offers it; built-ins get no priority.
         """
         same_kind = [offer for offer in self.offers if offer.kind == kind.prefix]
@@ -148,8 +147,8 @@ class PluginHost:
         """Import a plugin and return its record.
 
         Raises:
-            PluginError: it fails to import, implements a hook that doesn't exist, or doesn't yield what its entry
-                point's name says.
+            PluginError: it fails to import, implements a hook that doesn't exist, or doesn't yield the record that its
+                entry point names.
         """
         offer = self.find(kind, name)
         if not self._manager.has_plugin(offer.module):
@@ -179,12 +178,12 @@ class PluginHost:
 
 
 def _gone(kind: Kind, recorded: Offer) -> str:
-    """Say where a run had a plugin from, and how it comes back."""
+    """Name the distribution that a run had a missing plugin from, and how to install it."""
     what = f"{kind.noun} '{recorded.name}'"
     if any((offer.kind, offer.name) == (recorded.kind, recorded.name) for offer in _every_offer()):
-        return f"{what}, which the run had from {recorded}, is left out by QPREF_DISABLE"
-    way = "" if recorded.distribution == NAMELESS else f": pip install {recorded.distribution}=={recorded.version}"
-    return f"{what} is not installed; the run had it from {recorded}{way}"
+        return f"{what}, which the run had from {recorded}, is disabled by QPREF_DISABLE"
+    command = "" if recorded.distribution == NAMELESS else f": pip install {recorded.distribution}=={recorded.version}"
+    return f"{what} is not installed; the run had it from {recorded}{command}"
 
 
 def _only_record(kind: Kind, offer: Offer, records: Iterable[Any]) -> Any:

@@ -1,6 +1,6 @@
 """Forecast of a run: memory, work and steps, for `qpref plan` and for run.json.
 
-A plan's forecast is made before anything is loaded. A run's own forecast is made for the settings in force, on the
+A plan's forecast is made before anything is loaded. A run's own forecast is made for its current settings, on the
 loaded policy and the real data; the report compares it with the measurements.
 """
 
@@ -115,7 +115,7 @@ class Forecast:
 def run_forecast(
     policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample], budget: int
 ) -> dict[str, Any] | None:
-    """Predict memory and work under the settings in force, uncorrected by any probe, as JSON data; sizes in bytes.
+    """Predict memory and work under the current settings, uncorrected by any probe, as JSON data; sizes in bytes.
 
     None for a base whose shape cannot be read; it can be trained where the recipe leaves nothing `auto`.
     """

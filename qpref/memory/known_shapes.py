@@ -119,7 +119,7 @@ def base_config(model: ModelSection) -> FoundConfig:
 
 
 def local_base(model: ModelSection) -> Path | None:
-    """The base's folder where it lies on this machine: itself, converted, or downloaded before."""
+    """Find the base's folder on this machine: as named, converted, or downloaded before; None where there is none."""
     path = pypi.cached_path(model.base) or Path(model.base)
     if not path.is_absolute():
         return _hub_cache(model)

@@ -56,7 +56,7 @@ class MemoryParts:
 
     @property
     def uncounted(self) -> str:
-        """Name of the part that the total leaves out: the smaller of `live` and `head_tile`."""
+        """Name of the part that isn't in the total: the smaller of `live` and `head_tile`."""
         return "live" if self.live < self.head_tile else "head_tile"
 
     def facts(self) -> dict[str, int]:

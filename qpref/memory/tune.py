@@ -81,7 +81,7 @@ def _lengths(example: TokenizedExample) -> Lengths:
 def _probe(policy: Policy, examples: Sequence[TokenizedExample], fit: Fit) -> tuple[int, Probe | None]:
     """Try the longest examples, up to the predicted budget; returns the budget that they ran within.
 
-    There is no probe where memory ran out on the way: the choice in force is then not the predicted one.
+    No probe is returned where memory ran out on the way: it wouldn't measure the predicted settings.
     """
     budget = fit.tokens_per_microbatch
     longest = sorted(examples, key=lambda example: -num_fed_tokens(example, policy.shares_prompts))

@@ -34,7 +34,8 @@ class TrainedRun:
     """A finished run whose parts have been checked to belong together.
 
     Attributes:
-        recorded: the run's record, which opens its training data too; `plan` has the held-out data alone.
+        recorded: the run's record, which can reopen its training data too.
+        plan: resolved for the held-out data alone.
         adapted: tensor name in the base's files -> adapted module.
         tokenizer: the tokenizer used in training.
         tokenizer_files: the folder of its files.

@@ -67,7 +67,7 @@ def choose_pairs(
     origin = "held-out" if read.split == "heldout" else "training"
     changed = None if fingerprints is None else read.has_changed(plan, fingerprints)
     if changed:
-        log.warning("the %s data have changed since training; the verdict is on the present data", origin)
+        log.warning("the %s data have changed since training; the verdict uses the changed data", origin)
     contrasts = list(_contrasts(read.examples))
     count = min(limit, len(contrasts))
     chosen = [contrasts[index * len(contrasts) // count] for index in range(count)]
@@ -76,7 +76,7 @@ def choose_pairs(
 
 
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:
-    """Yield pairs, and completions; two completions that were split from one pair are that pair again."""
+    """Yield pairs, and completions; two completions that were split from one pair are joined again."""
     index = 0
     while index < len(examples):
         example = examples[index]

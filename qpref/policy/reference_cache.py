@@ -35,12 +35,12 @@ responses have 400 tokens together."""
 
 
 def root() -> Path:
-    """The folder of all references' folders."""
+    """Return the folder that holds each reference's folder."""
     return fsio.cache_folder() / "reference"
 
 
 def size_limit() -> int:
-    """Limit in bytes on the shards of all references together."""
+    """Return the limit in bytes on the shards of all references together."""
     return shards.size_limit("QPREF_REFERENCE_CACHE_BYTES", LIMIT_BYTES)
 
 
@@ -169,7 +169,7 @@ class ReferenceCache:
 
 
 def check_key(shard: str) -> bytes:
-    """Key of a shard's check rows; it depends on the shard's name, so a copy under another name has none."""
+    """Return the key of a shard's check rows; it depends on the shard's name, so a copy under another name has none."""
     return hashlib.blake2b(f"check rows of {shard}".encode(), digest_size=KEY_BYTES).digest()
 
 

@@ -70,10 +70,10 @@ class LossChoice:
 
 @dataclass(frozen=True, slots=True)
 class LossFacts:
-    """What a run's losses make of its rows, all of them together.
+    """Facts about a run's losses together that decide how rows are read.
 
     Attributes:
-        is_paired: they are of pairs, not of single completions.
+        is_paired: the losses take pairs, not single completions.
         needs: see `qpref.hooks.types.Need`.
     """
 

@@ -32,7 +32,7 @@ class Locations:
         return str((self.folder / Path(path).expanduser()).resolve())
 
     def hub_dataset(self, location: str) -> str | None:
-        """The hub dataset that a path, where there is no such file or folder, may have been meant for: `org/name`."""
+        """Return the hub dataset `org/name` that a path to no file or folder may have meant, else None."""
         path = Path(location)
         if path.exists() or not path.is_relative_to(self.folder.resolve()):
             return None

@@ -1,4 +1,4 @@
-"""A run's recipe resolved again once it is trained, as far as reading its data takes: other plugins may be gone."""
+"""Reopen a trained run's recipe to read its data; plugins that reading doesn't need may be gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qpref.recipe.resolve import Plan, Resolution
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedRun:
-    """A run's resolved recipe, and what its folder says of the plugins that it was trained with.
+    """A run's resolved recipe, and the plugins and data findings that its folder records.
 
     Attributes:
         path: the run folder.
@@ -30,7 +30,7 @@ class RecordedRun:
 
     @property
     def plugins(self) -> list[Offer]:
-        """Where each plugin came from. An entry that says something else is left out: it only improves messages."""
+        """Plugins that the run was trained with. Malformed entries are dropped: the list only improves messages."""
         names = {field.name for field in fields(Offer)}
         listed = self.facts.get("plugins")
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
@@ -38,7 +38,7 @@ class RecordedRun:
 
     @property
     def losses(self) -> LossFacts | None:
-        """What its losses make of rows; None where run.json is from before that was recorded."""
+        """Facts about the run's losses; None for a run.json that an older version wrote without them."""
         recorded = self.facts.get("losses")
         if not isinstance(recorded, dict) or not {"is_paired", "needs"} <= recorded.keys():
             return None
@@ -46,21 +46,21 @@ class RecordedRun:
 
     @property
     def has_refused_rows(self) -> bool:
-        """Whether training refused rows, or nobody knows."""
+        """True where training refused rows, or where data.json doesn't say."""
         return self.report.get("refused") != 0
 
 
 def reopen_plan(run: RecordedRun, *, heldout_alone: bool = False, checks: bool = True) -> Plan:
-    """Resolve the readers of a run's data, and its checks where they may have decided which rows there are.
+    """Resolve the readers of a run's data, and its checks where they may have removed rows.
 
-    A run that has refused no row needs none of its checks. Nothing else that its recipe names need be installed.
+    If training refused no row, the checks aren't loaded. No other plugin of the recipe needs to be installed.
 
     Args:
-        heldout_alone: leave the training data out, where the held-out ones have sources of their own.
-        checks: whether the rows that checks refuse are to be left out, as in training.
+        heldout_alone: skip the training data where the held-out data have their own sources.
+        checks: drop the rows that the checks refuse, as in training.
 
     Raises:
-        RecipeError: a plugin isn't installed; names the distribution that the run had it from.
+        RecipeError: a plugin isn't installed; the message names the distribution that the run used.
     """
     resolution = Resolution(str(run.path / "recipe.lock.toml"), run.path, run.path, run.plugins)
     return resolution.reopen(dict(run.document), run.losses, heldout_alone, checks and run.has_refused_rows)

@@ -40,7 +40,7 @@ class Plan:
         output: the run folder.
         losses: one, or several that are added; all of pairs or all of single completions.
         sources: of the held-out data, then of the training data.
-        recorded: of a run that was reopened without its losses, what they make of its rows.
+        recorded: the losses' facts, for a run that was reopened without its loss plugins.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def is_paired(self) -> bool:
-        """Whether the losses are of pairs."""
+        """True where the losses take pairs."""
         return self.recorded.is_paired if self.recorded else isinstance(self.losses[0].plugin.record, PairedLoss)
 
     @property
@@ -174,7 +174,7 @@ class Resolution:
     def reopen(
         self, document: dict[str, Any], losses: LossFacts | None, heldout_alone: bool, with_checks: bool
     ) -> Plan:
-        """The plan of a run's data alone: no sinks, and losses only where it isn't known what they make of rows."""
+        """Resolve a run's data alone: no sinks, and its losses only where their facts weren't recorded."""
         checked = check_document(document)
         if isinstance(checked, list):
             self._problems += checked

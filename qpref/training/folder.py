@@ -91,7 +91,7 @@ class RunFolder:
         return facts
 
     def recorded(self, document: Mapping[str, Any], facts: Mapping[str, Any]) -> RecordedRun:
-        """The run as what its data can be read again by.
+        """Collect the records by which the run's data can be read again.
 
         Args:
             document: recipe.lock.toml.
@@ -101,7 +101,7 @@ class RunFolder:
             report = json.loads(self.data_json.read_text())
         except (OSError, ValueError, RecursionError):
             report = {}
-        from qpref.recipe.reopen import RecordedRun  # pydantic, which a report does without
+        from qpref.recipe.reopen import RecordedRun  # imports pydantic, which reports do without
 
         return RecordedRun(
             path=self.path, document=document, facts=facts, report=report if isinstance(report, dict) else {}
@@ -163,6 +163,6 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
 
 
 def _foreign_files(found: set[str], overwrite: bool) -> set[str]:
-    """Select the files that no run left when it was killed before its run.json; under --overwrite it may die later."""
+    """Select the files that aren't leftovers of a run killed before its run.json; with --overwrite, of any run."""
     ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
     return {name for name in found - ours if not name.startswith(fsio.STAGING_PREFIX)}

@@ -60,7 +60,7 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
     The first sharing path without a fault is used; without one, prompts are computed once for each response.
 
     Raises:
-        PolicyError: even whole rows differ: the model changes its logits in a way that qpref doesn't know.
+        PolicyError: even whole rows differ: the model changes its logits in a way that qpref doesn't support.
     """
     batch, short = (pack([each], policy.device) for each in (example, _shortened(example)))
     with frozen(policy):
@@ -121,7 +121,7 @@ def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor, 
 
 
 def _kernel_fault(policy: Policy, batch: PackedBatch) -> str | None:
-    """Describe the fault of a kernel, compared with the plain path in each layer; None for a good one."""
+    """Compare a kernel with scaled dot products per segment in each layer; return its fault, or None."""
     path = policy.attention
     differences = register_comparison(path)
     policy.use_attention(COMPARED)

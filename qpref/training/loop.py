@@ -44,7 +44,7 @@ class Trainer:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
         state: counters and averages, changed by every step.
         recorder: writes the metric rows.
-        save: writes a checkpoint of the present state.
+        save: writes a checkpoint of the current state.
         should_stop: True once a signal asked the run to stop; asked between steps.
         heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
     """
@@ -149,7 +149,7 @@ class Trainer:
         return {"grad_norm": grad_norm, "learning_rate": rate}
 
     def compute_gradient(self, examples: Sequence[TokenizedExample]) -> Tensor:
-        """Accumulate the gradient of the present step on these examples, and count their tokens and metrics.
+        """Accumulate the gradient of the current step on these examples, and count their tokens and metrics.
 
         Returns:
             [losses] bool, as `StepResult.nonfinite`.
@@ -167,7 +167,7 @@ class Trainer:
     def _count_nonfinite(self, grad_norm: float) -> None:
         """Count consecutive steps without a finite gradient.
 
-        fp16's loss scaling overflows now and then by design; that counts once the scale has nowhere left to fall.
+        fp16's loss scaling overflows occasionally by design; that counts only at the lowest scale.
         """
         searching = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if math.isfinite(grad_norm):

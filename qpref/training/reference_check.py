@@ -73,7 +73,7 @@ def check_cache(references: ReferenceStore, policy: Policy, batch: PackedBatch) 
 
 
 def _rescored_difference(rows: CheckRows | None, policy: Policy, scored: dict[tuple[bytes, ...], Tensor]) -> float:
-    """Return the mean difference of check rows from their present scores, nats a token; infinite for unusable rows."""
+    """Return the mean difference of check rows from their scores here, nats a token; infinite for unusable rows."""
     if rows is None or not _fits_vocabulary(rows.examples, policy):
         return float("inf")
     if rows.key not in scored:

@@ -78,7 +78,7 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
 
 
 def cache_description(references: ReferenceStore | None) -> dict[str, Any] | None:
-    """Describe the cache for run.json, such that a resumed run reads the same rows; None without a cache."""
+    """Describe the cache for run.json, so that a resumed run reads the same rows; None without a cache."""
     if references is None or references.cache is None:
         return None
     return {"run": references.cache.store.run, "seen": references.cache.store.seen}

@@ -111,7 +111,7 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
 
 
 def _fill_references(session: Session) -> None:
-    """Score the reference before training, where the recipe asks for it."""
+    """Score the reference before training, where `[reference] fill` is "before"."""
     prepared, references = session.prepared, session.references
     if references is not None and prepared.plan.recipe.reference.fill == "before":
         tokens = reference_pass.BATCH_FACTOR * session.state.budget
@@ -158,7 +158,7 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
 
 
 def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> None:
-    """Restore the best step's adapter, where the recipe asks for it, and log which one it is.
+    """Restore the best step's adapter, where the recipe sets `best_by`, and log which one it is.
 
     Raises:
         CheckpointError: its checkpoint doesn't verify.

@@ -20,9 +20,9 @@ class TrainingState:
         tokens: tokens fed for training.
         seconds: wall time of training.
         nonfinite: consecutive steps that were skipped for a non-finite gradient.
-        budget: tokens per micro-batch in force; a step that runs out of memory lowers it.
+        budget: current tokens per micro-batch; a step that runs out of memory lowers it.
         averages: metrics of the examples since the last training row.
-        best: the best held-out row so far, where the recipe asks for one.
+        best: the best held-out row so far, where the recipe sets `best_by`.
     """
 
     step: int = 0
@@ -34,10 +34,10 @@ class TrainingState:
     best: Best | None = None
 
     def row(self, split: Literal["train", "eval"], values: Mapping[str, float]) -> MetricRow:
-        """Make a metric row of the values as of the present step."""
+        """Make a metric row of the values as of the current step."""
         return MetricRow(step=self.step, split=split, values=dict(values), tokens=self.tokens, seconds=self.seconds)
 
     @property
     def is_best(self) -> bool:
-        """True where the present step has the best held-out row so far."""
+        """True where the current step has the best held-out row so far."""
         return self.best is not None and self.best.step == self.step

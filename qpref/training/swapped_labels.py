@@ -53,7 +53,9 @@ class SwapSearch:
         found = []
         for value, source in self.preferences:
             if value < min(0.0, center - OUTLIER_DEVIATIONS * deviation):
-                message = f"the reference finds rejected likelier by {-value:.1f} nats a token: are the labels swapped?"
+                message = (
+                    f"the reference finds rejected more likely by {-value:.1f} nats a token: are the labels swapped?"
+                )
                 found.append(Finding(code="suspected_swap", severity="warning", message=message, source=source))
         return found
 

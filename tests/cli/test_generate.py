@@ -74,7 +74,7 @@ def test_without_prompts_a_run_of_single_completions_is_asked_too(make_recipe, t
 def test_without_prompts_what_no_run_explains_exits_2(run, make_base, tmp_path, what):
     model = make_base() if what == "base" else shutil.copytree(run / "adapter", tmp_path / "alone")
     assert generate(model, code=2).stderr.endswith(
-        f"Error: {model}: not a run, so it holds no prompts out; name prompts with --prompt or --prompts\n"
+        f"Error: {model}: not a run, so it has no held-out prompts; name prompts with --prompt or --prompts\n"
     )
 
 
@@ -83,7 +83,7 @@ def test_without_prompts_a_run_that_holds_nothing_out_exits_2(make_recipe, tmp_p
     del recipe["data"]["heldout"]
     run = train_plan(make_plan(recipe, output=tmp_path / "run"))
     assert generate(run, code=2).stderr == (
-        f"error: {run}: this run holds no data out\nhint: name prompts with --prompt or --prompts\n"
+        f"error: {run}: this run has no held-out data\nhint: name prompts with --prompt or --prompts\n"
     )
 
 

@@ -233,7 +233,7 @@ def test_a_reader_that_qpref_disable_leaves_out_is_said_to_be(train, tmp_path):
     done = qpref("generate", run, code=2, QPREF_DISABLE="read-jsonl")
     version = json.loads((run / "run.json").read_text())["versions"]["qpref"]
     assert done.stderr.endswith(
-        f"[data] heldout: reader 'jsonl', which the run had from qpref {version} [read-jsonl], is left out by "
+        f"[data] heldout: reader 'jsonl', which the run had from qpref {version} [read-jsonl], is disabled by "
         "QPREF_DISABLE\n"
     )
 

@@ -68,7 +68,7 @@ def test_a_package_that_is_missing_is_one_sentence(trained_run, tmp_path, module
         cwd=tmp_path,
     )
     spec = next((line for line in metadata.requires("qpref") if line.startswith(module)), None)
-    hint = f"pip install '{spec}'" if spec else "install qpref again, with what it depends on"
+    hint = f"pip install '{spec}'" if spec else "reinstall qpref with its dependencies"
     assert done.stderr.endswith(f"error: {module} is not installed, and qpref needs it\nhint: {hint}\n")
     assert (done.returncode, done.stdout) == (12, "")
     assert list(tmp_path.glob("out*")) == []
@@ -116,7 +116,7 @@ def test_qprefs_own_metadata_are_missed_by_name(trained_run, without_metadata):
     """Without them it has no plugin, and the first that is named would be blamed."""
     run = trained_run()
     without_metadata("qpref")
-    message = "error: qpref's own metadata are missing, and with them all its plugins\nhint: install qpref again\n"
+    message = "error: qpref's package metadata are missing, and with them its plugins\nhint: reinstall qpref\n"
     for command in ("train", "plan", "check"):
         assert qpref(command, run / "recipe.lock.toml", code=12) == message, command
     for command in (["merge", run, "out"], ["eval", run], ["generate", run]):

@@ -237,8 +237,8 @@ def test_data_that_have_changed_since_training_are_said_and_recorded(make_recipe
     card = (tmp_path / "other/README.md").read_text()
     assert ("Their data have changed since training." in card) is (knows is not None)
     assert [line for line in said if "data have changed since training" in line] == [
-        f"the {'held-out' if split == 'heldout' else 'training'} data have changed since training; the verdict is on "
-        "the present data"
+        f"the {'held-out' if split == 'heldout' else 'training'} data have changed since training; the verdict "
+        "uses the changed data"
     ] * (knows is not None)
 
 

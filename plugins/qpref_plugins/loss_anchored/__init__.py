@@ -146,84 +146,83 @@ def _rewards(inputs: PairedInputs, beta: float) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
+NCA_PAIR = PairedLoss(
+    name="nca_pair",
+    summary="noise contrastive alignment of pairs (Chen et al. 2024)",
+    formula="-ls(beta Dc) - ls(-beta Dc) / 2 - ls(-beta Dr) / 2",
+    paper="Chen et al. 2024, Noise Contrastive Alignment of Language Models with Explicit Rewards, NCA of a pair",
+    options=NcaPairOptions,
+    build=build_nca_pair,
+    starts_at=lambda options: 2 * math.log(2),
+    log_ratios_only=True,
+    variants=[{"beta": 0.5}],
+    trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["nca_pair"], "beta": 0.3}, options={"beta": 0.3}),),
+)
+
+SPPO_HARD = PairedLoss(
+    name="sppo_hard",
+    summary="self-play preference optimization with certain preferences (Wu et al. 2024)",
+    formula="(Dc - 1 / (2 beta))^2 + (Dr + 1 / (2 beta))^2",
+    paper="Wu et al. 2024, Self-Play Preference Optimization for Language Model Alignment, eq. 4.7",
+    options=SppoHardOptions,
+    build=build_sppo_hard,
+    starts_at=lambda options: 1 / (2 * options.beta**2),
+    log_ratios_only=True,
+    variants=[{"beta": 0.5}],
+    trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["sppo_hard"], "beta": 0.3}, options={"beta": 0.3}),),
+)
+
+BCO_PAIR = PairedLoss(
+    name="bco_pair",
+    summary="binary classifier optimization on pairs (Jung et al. 2024)",
+    formula="-ls(beta Dc - delta) - ls(delta - beta Dr)",
+    paper="Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, reward shift",
+    options=BcoPairOptions,
+    build=build_bco_pair,
+    scope=lambda options: "step" if options.baseline == "step" else "example",
+    starts_at=lambda options: 2 * math.log(2),
+    log_ratios_only=True,
+    detaches=lambda options: bool(options.baseline == "step"),
+    variants=[{"beta": 0.5}, {"baseline": "step"}],
+    trl_cases=(
+        TrlCase(trainer="DPOTrainer", config={"loss_type": ["bco_pair"], "beta": 0.3}, options={"beta": 0.3}),
+        TrlCase(
+            trainer="DPOTrainer",
+            config={"loss_type": ["bco_pair"], "beta": 0.3},
+            options={"beta": 0.3, "baseline": "step"},
+            reason="TRL has no reward shift",
+            same_as={"beta": 0.3},
+        ),
+    ),
+)
+
+APO_ZERO = PairedLoss(
+    name="apo_zero",
+    summary="anchored preference optimization, chosen up and rejected down (D'Oosterlinck et al. 2024)",
+    formula="1 - sg(beta Dc) + sg(beta Dr)",
+    paper="D'Oosterlinck et al. 2024, Anchored Preference Optimization and Contrastive Revisions, eq. 7",
+    options=ApoZeroOptions,
+    build=build_apo_zero,
+    starts_at=lambda options: 1.0,
+    log_ratios_only=True,
+    variants=[{"beta": 0.5}],
+    trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_zero"], "beta": 0.3}, options={"beta": 0.3}),),
+)
+
+APO_DOWN = PairedLoss(
+    name="apo_down",
+    summary="anchored preference optimization, chosen down and rejected further down (D'Oosterlinck et al. 2024)",
+    formula="sg(beta Dc) + 1 - sg(beta (Dc - Dr) - m)",
+    paper="D'Oosterlinck et al. 2024, Anchored Preference Optimization and Contrastive Revisions, eq. 8",
+    options=ApoDownOptions,
+    build=build_apo_down,
+    starts_at=lambda options: 1.0,
+    log_ratios_only=True,
+    variants=[{"beta": 0.5}],
+    trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_down"], "beta": 0.3}, options={"beta": 0.3}),),
+)
+
+
 @hookimpl
 def qpref_losses() -> Iterator[PairedLoss]:
-    yield PairedLoss(
-        name="nca_pair",
-        summary="noise contrastive alignment of pairs (Chen et al. 2024)",
-        formula="-ls(beta Dc) - ls(-beta Dc) / 2 - ls(-beta Dr) / 2",
-        paper="Chen et al. 2024, Noise Contrastive Alignment of Language Models with Explicit Rewards, NCA of a pair",
-        options=NcaPairOptions,
-        build=build_nca_pair,
-        starts_at=lambda options: 2 * math.log(2),
-        log_ratios_only=True,
-        variants=[{"beta": 0.5}],
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["nca_pair"], "beta": 0.3}, options={"beta": 0.3}),
-        ),
-    )
-    yield PairedLoss(
-        name="sppo_hard",
-        summary="self-play preference optimization with certain preferences (Wu et al. 2024)",
-        formula="(Dc - 1 / (2 beta))^2 + (Dr + 1 / (2 beta))^2",
-        paper="Wu et al. 2024, Self-Play Preference Optimization for Language Model Alignment, eq. 4.7",
-        options=SppoHardOptions,
-        build=build_sppo_hard,
-        starts_at=lambda options: 1 / (2 * options.beta**2),
-        log_ratios_only=True,
-        variants=[{"beta": 0.5}],
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sppo_hard"], "beta": 0.3}, options={"beta": 0.3}),
-        ),
-    )
-    yield PairedLoss(
-        name="bco_pair",
-        summary="binary classifier optimization on pairs (Jung et al. 2024)",
-        formula="-ls(beta Dc - delta) - ls(delta - beta Dr)",
-        paper="Jung et al. 2024, Binary Classifier Optimization for Large Language Model Alignment, reward shift",
-        options=BcoPairOptions,
-        build=build_bco_pair,
-        scope=lambda options: "step" if options.baseline == "step" else "example",
-        starts_at=lambda options: 2 * math.log(2),
-        log_ratios_only=True,
-        detaches=lambda options: bool(options.baseline == "step"),
-        variants=[{"beta": 0.5}, {"baseline": "step"}],
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["bco_pair"], "beta": 0.3}, options={"beta": 0.3}),
-            TrlCase(
-                trainer="DPOTrainer",
-                config={"loss_type": ["bco_pair"], "beta": 0.3},
-                options={"beta": 0.3, "baseline": "step"},
-                reason="TRL has no reward shift",
-                same_as={"beta": 0.3},
-            ),
-        ),
-    )
-    yield PairedLoss(
-        name="apo_zero",
-        summary="anchored preference optimization, chosen up and rejected down (D'Oosterlinck et al. 2024)",
-        formula="1 - sg(beta Dc) + sg(beta Dr)",
-        paper="D'Oosterlinck et al. 2024, Anchored Preference Optimization and Contrastive Revisions, eq. 7",
-        options=ApoZeroOptions,
-        build=build_apo_zero,
-        starts_at=lambda options: 1.0,
-        log_ratios_only=True,
-        variants=[{"beta": 0.5}],
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_zero"], "beta": 0.3}, options={"beta": 0.3}),
-        ),
-    )
-    yield PairedLoss(
-        name="apo_down",
-        summary="anchored preference optimization, chosen down and rejected further down (D'Oosterlinck et al. 2024)",
-        formula="sg(beta Dc) + 1 - sg(beta (Dc - Dr) - m)",
-        paper="D'Oosterlinck et al. 2024, Anchored Preference Optimization and Contrastive Revisions, eq. 8",
-        options=ApoDownOptions,
-        build=build_apo_down,
-        starts_at=lambda options: 1.0,
-        log_ratios_only=True,
-        variants=[{"beta": 0.5}],
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_down"], "beta": 0.3}, options={"beta": 0.3}),
-        ),
-    )
+    yield from (NCA_PAIR, SPPO_HARD, BCO_PAIR, APO_ZERO, APO_DOWN)

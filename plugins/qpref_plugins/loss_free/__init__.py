@@ -171,107 +171,113 @@ def _preference(x: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
 
 
+CPO = PairedLoss(
+    name="cpo",
+    summary="contrastive preference optimization, no reference (Xu et al. 2024)",
+    formula="-(1 - eps) ls(x) - eps ls(-x) - alpha c', x = beta (c - r) - m",
+    paper="Xu et al. 2024, Contrastive Preference Optimization, eq. 3 plus its NLL term",
+    options=CpoOptions,
+    build=build_cpo,
+    needs=frozenset(),
+    variants=[{"beta": 0.5}, {"alpha": 0.0}, {"nll": "sum"}, {"label_smoothing": 0.1}],
+    trl_cases=(
+        TrlCase(trainer="CPOTrainer", config={"cpo_alpha": 0.0}, options={"alpha": 0.0}),
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"beta": 0.3, "cpo_alpha": 0.5},
+            options={"beta": 0.3, "alpha": 0.5},
+            num_examples=1,
+        ),
+        TrlCase(
+            trainer="CPOTrainer", config={"label_smoothing": 0.2}, options={"label_smoothing": 0.2}, num_examples=1
+        ),
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"beta": 0.3},
+            options={"beta": 0.3, "nll": "sum"},
+            reason="TRL takes the NLL per token, as the code of the paper does",
+            same_as={"beta": 0.3},
+            num_examples=1,
+        ),
+        TrlCase(trainer="CPOTrainer", config={"beta": 0.3}, options={"beta": 0.3}, reason=MICRO_BATCH_NLL),
+    ),
+)
+
+SIMPO = PairedLoss(
+    name="simpo",
+    summary="simple preference optimization, no reference (Meng et al. 2024)",
+    formula="-(1 - eps) ls(x) - eps ls(-x) - alpha c', x = beta (c' - r') - gamma - m",
+    paper="Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, eq. 6",
+    options=SimpoOptions,
+    build=build_simpo,
+    needs=frozenset(),
+    variants=[{"beta": 10.0}, {"gamma": 1.6}, {"alpha": 1.0}, {"label_smoothing": 0.1}],
+    trl_cases=(
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+            options={"beta": 2.0, "gamma": 1.0},
+        ),
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "label_smoothing": 0.2},
+            options={"label_smoothing": 0.2},
+        ),
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"loss_type": "simpo", "beta": 2.0},
+            options={"beta": 2.0, "gamma": 0.5, "alpha": 1.0},
+            num_examples=1,
+        ),
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"loss_type": "simpo", "beta": 2.0},
+            options={"beta": 2.0},
+            reason="TRL adds an NLL term unless cpo_alpha is 0",
+            same_as={"beta": 2.0, "alpha": 1.0},
+            num_examples=1,
+        ),
+    ),
+)
+
+ALPHAPO = PairedLoss(
+    name="alphapo",
+    summary="SimPO with a shaped reward, no reference (Gupta et al. 2025)",
+    formula="-ls(Rc - Rr - gamma - m), R = beta (1 - p^-alpha) / alpha, p = e^c' or e^r'",
+    paper="Gupta et al. 2025, AlphaPO: Reward Shape Matters for LLM Alignment",
+    options=AlphapoOptions,
+    build=build_alphapo,
+    needs=frozenset(),
+    variants=[{"beta": 40.0}, {"gamma": 1.6}, {"alpha": -0.25}, {"alpha": 0.0}, {"alpha": 10.0}],
+    trl_cases=(
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": 0.25},
+            options={"beta": 2.5, "gamma": 0.1, "alpha": 0.25},
+        ),
+        TrlCase(
+            trainer="CPOTrainer",
+            config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": -0.25},
+            options={"beta": 2.5, "gamma": 0.1, "alpha": -0.25},
+        ),
+    ),
+)
+
+SFT = PairedLoss(
+    name="sft",
+    summary="the likelihood of the chosen responses, no reference",
+    formula="-c'",
+    paper="maximum likelihood",
+    options=SftOptions,
+    build=build_sft,
+    needs=frozenset(),
+    trl_cases=(
+        TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, num_examples=1),
+        TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, reason=MICRO_BATCH_NLL),
+    ),
+)
+
+
 @hookimpl
 def qpref_losses() -> Iterator[PairedLoss]:
-    yield PairedLoss(
-        name="cpo",
-        summary="contrastive preference optimization, no reference (Xu et al. 2024)",
-        formula="-(1 - eps) ls(x) - eps ls(-x) - alpha c', x = beta (c - r) - m",
-        paper="Xu et al. 2024, Contrastive Preference Optimization, eq. 3 plus its NLL term",
-        options=CpoOptions,
-        build=build_cpo,
-        needs=frozenset(),
-        variants=[{"beta": 0.5}, {"alpha": 0.0}, {"nll": "sum"}, {"label_smoothing": 0.1}],
-        trl_cases=(
-            TrlCase(trainer="CPOTrainer", config={"cpo_alpha": 0.0}, options={"alpha": 0.0}),
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"beta": 0.3, "cpo_alpha": 0.5},
-                options={"beta": 0.3, "alpha": 0.5},
-                num_examples=1,
-            ),
-            TrlCase(
-                trainer="CPOTrainer", config={"label_smoothing": 0.2}, options={"label_smoothing": 0.2}, num_examples=1
-            ),
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"beta": 0.3},
-                options={"beta": 0.3, "nll": "sum"},
-                reason="TRL takes the NLL per token, as the code of the paper does",
-                same_as={"beta": 0.3},
-                num_examples=1,
-            ),
-            TrlCase(trainer="CPOTrainer", config={"beta": 0.3}, options={"beta": 0.3}, reason=MICRO_BATCH_NLL),
-        ),
-    )
-    yield PairedLoss(
-        name="simpo",
-        summary="simple preference optimization, no reference (Meng et al. 2024)",
-        formula="-(1 - eps) ls(x) - eps ls(-x) - alpha c', x = beta (c' - r') - gamma - m",
-        paper="Meng et al. 2024, SimPO: Simple Preference Optimization with a Reference-Free Reward, eq. 6",
-        options=SimpoOptions,
-        build=build_simpo,
-        needs=frozenset(),
-        variants=[{"beta": 10.0}, {"gamma": 1.6}, {"alpha": 1.0}, {"label_smoothing": 0.1}],
-        trl_cases=(
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
-                options={"beta": 2.0, "gamma": 1.0},
-            ),
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "label_smoothing": 0.2},
-                options={"label_smoothing": 0.2},
-            ),
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"loss_type": "simpo", "beta": 2.0},
-                options={"beta": 2.0, "gamma": 0.5, "alpha": 1.0},
-                num_examples=1,
-            ),
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"loss_type": "simpo", "beta": 2.0},
-                options={"beta": 2.0},
-                reason="TRL adds an NLL term unless cpo_alpha is 0",
-                same_as={"beta": 2.0, "alpha": 1.0},
-                num_examples=1,
-            ),
-        ),
-    )
-    yield PairedLoss(
-        name="alphapo",
-        summary="SimPO with a shaped reward, no reference (Gupta et al. 2025)",
-        formula="-ls(Rc - Rr - gamma - m), R = beta (1 - p^-alpha) / alpha, p = e^c' or e^r'",
-        paper="Gupta et al. 2025, AlphaPO: Reward Shape Matters for LLM Alignment",
-        options=AlphapoOptions,
-        build=build_alphapo,
-        needs=frozenset(),
-        variants=[{"beta": 40.0}, {"gamma": 1.6}, {"alpha": -0.25}, {"alpha": 0.0}, {"alpha": 10.0}],
-        trl_cases=(
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": 0.25},
-                options={"beta": 2.5, "gamma": 0.1, "alpha": 0.25},
-            ),
-            TrlCase(
-                trainer="CPOTrainer",
-                config={"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": -0.25},
-                options={"beta": 2.5, "gamma": 0.1, "alpha": -0.25},
-            ),
-        ),
-    )
-    yield PairedLoss(
-        name="sft",
-        summary="the likelihood of the chosen responses, no reference",
-        formula="-c'",
-        paper="maximum likelihood",
-        options=SftOptions,
-        build=build_sft,
-        needs=frozenset(),
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, num_examples=1),
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, reason=MICRO_BATCH_NLL),
-        ),
-    )
+    yield from (CPO, SIMPO, ALPHAPO, SFT)

@@ -125,66 +125,68 @@ def build_apo_zero_unpaired(options: ApoZeroUnpairedOptions) -> Callable[[Unpair
     return apo_zero_unpaired
 
 
+KTO = UnpairedLoss(
+    name="kto",
+    summary="Kahneman-Tversky optimization, on single completions (Ethayarajh et al. 2024)",
+    formula="w_D (1 - sigmoid(beta (D - kl))) if desirable, w_U (1 - sigmoid(beta (kl - D))) if not; "
+    "kl = max(0, mean D of the step's mismatched completions)",
+    paper='Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 7',
+    options=KtoOptions,
+    build=build_kto,
+    needs=frozenset({"reference", "mismatched"}),
+    scope="step",
+    starts_at=kto_starts_at,
+    log_ratios_only=True,
+    variants=(
+        {"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        {"desirable_weight": 4.0, "undesirable_weight": 0.5},
+        {"desirable_weight": 2.0},
+        {"undesirable_weight": 2.0},
+    ),
+    trl_cases=(
+        TrlCase(trainer="KTOTrainer", config={"beta": 0.1}, options={"beta": 0.1}),
+        TrlCase(trainer="KTOTrainer", config={"beta": 0.5}, options={"beta": 0.5}),
+        TrlCase(
+            trainer="KTOTrainer",
+            config={"desirable_weight": 1.5, "undesirable_weight": 0.5},
+            options={"desirable_weight": 1.5, "undesirable_weight": 0.5},
+        ),
+        TrlCase(
+            trainer="KTOTrainer",
+            config={"beta": 0.5},
+            options={"beta": 0.5},
+            reason="TRL weighs both classes 1 by default, qpref balances them by their counts",
+            same_as={"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+            num_examples=5,
+        ),
+        TrlCase(
+            trainer="KTOTrainer",
+            config={"beta": 0.5},
+            options={"beta": 0.5},
+            reason="TRL estimates the KL on each micro-batch, qpref on the whole optimizer step",
+            same_as={"beta": 0.5},
+            micro_batch=2,
+        ),
+    ),
+)
+
+APO_ZERO_UNPAIRED = UnpairedLoss(
+    name="apo_zero_unpaired",
+    summary="anchored preference optimization, on single completions (D'Oosterlinck et al. 2024)",
+    formula="1 - sigmoid(beta D) if desirable, sigmoid(beta D) if not",
+    paper="D'Oosterlinck et al. 2024, \"Anchored Preference Optimization and Contrastive Revisions: Addressing "
+    'Underspecification in Alignment", eq. 7 without pairs',
+    options=ApoZeroUnpairedOptions,
+    build=build_apo_zero_unpaired,
+    starts_at=lambda options: 0.5,
+    log_ratios_only=True,
+    variants=({"beta": 0.5},),
+    trl_cases=(
+        TrlCase(trainer="KTOTrainer", config={"loss_type": "apo_zero_unpaired", "beta": 0.3}, options={"beta": 0.3}),
+    ),
+)
+
+
 @hookimpl
 def qpref_losses() -> Iterator[UnpairedLoss]:
-    yield UnpairedLoss(
-        name="kto",
-        summary="Kahneman-Tversky optimization, on single completions (Ethayarajh et al. 2024)",
-        formula="w_D (1 - sigmoid(beta (D - kl))) if desirable, w_U (1 - sigmoid(beta (kl - D))) if not; "
-        "kl = max(0, mean D of the step's mismatched completions)",
-        paper='Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 7',
-        options=KtoOptions,
-        build=build_kto,
-        needs=frozenset({"reference", "mismatched"}),
-        scope="step",
-        starts_at=kto_starts_at,
-        log_ratios_only=True,
-        variants=(
-            {"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-            {"desirable_weight": 4.0, "undesirable_weight": 0.5},
-            {"desirable_weight": 2.0},
-            {"undesirable_weight": 2.0},
-        ),
-        trl_cases=(
-            TrlCase(trainer="KTOTrainer", config={"beta": 0.1}, options={"beta": 0.1}),
-            TrlCase(trainer="KTOTrainer", config={"beta": 0.5}, options={"beta": 0.5}),
-            TrlCase(
-                trainer="KTOTrainer",
-                config={"desirable_weight": 1.5, "undesirable_weight": 0.5},
-                options={"desirable_weight": 1.5, "undesirable_weight": 0.5},
-            ),
-            TrlCase(
-                trainer="KTOTrainer",
-                config={"beta": 0.5},
-                options={"beta": 0.5},
-                reason="TRL weighs both classes 1 by default, qpref balances them by their counts",
-                same_as={"beta": 0.5, "desirable_weight": 1.0, "undesirable_weight": 1.0},
-                num_examples=5,
-            ),
-            TrlCase(
-                trainer="KTOTrainer",
-                config={"beta": 0.5},
-                options={"beta": 0.5},
-                reason="TRL estimates the KL on each micro-batch, qpref on the whole optimizer step",
-                same_as={"beta": 0.5},
-                micro_batch=2,
-            ),
-        ),
-    )
-    yield UnpairedLoss(
-        name="apo_zero_unpaired",
-        summary="anchored preference optimization, on single completions (D'Oosterlinck et al. 2024)",
-        formula="1 - sigmoid(beta D) if desirable, sigmoid(beta D) if not",
-        paper="D'Oosterlinck et al. 2024, \"Anchored Preference Optimization and Contrastive Revisions: Addressing "
-        'Underspecification in Alignment", eq. 7 without pairs',
-        options=ApoZeroUnpairedOptions,
-        build=build_apo_zero_unpaired,
-        starts_at=lambda options: 0.5,
-        log_ratios_only=True,
-        variants=({"beta": 0.5},),
-        trl_cases=(
-            TrlCase(
-                trainer="KTOTrainer", config={"loss_type": "apo_zero_unpaired", "beta": 0.3}, options={"beta": 0.3}
-            ),
-        ),
-    )
+    yield from (KTO, APO_ZERO_UNPAIRED)

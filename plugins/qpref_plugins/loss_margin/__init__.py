@@ -196,111 +196,118 @@ def exo_pair_starts_at(options: ExoPairOptions) -> float:
     return -math.log(2) - (math.log1p(-eps) + math.log(eps)) / 2
 
 
+HINGE = PairedLoss(
+    name="hinge",
+    summary="hinge loss on the reward margin, SLiC's with a reference (Zhao et al. 2023)",
+    formula="max(0, 1 - z), z = beta h - margin",
+    paper='Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback"; Liu et al. 2023, '
+    '"Statistical Rejection Sampling Improves Preference Optimization" (hinge-norm)',
+    options=HingeOptions,
+    build=hinge,
+    starts_at=lambda options: 1.0,
+    log_ratios_only=True,
+    trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["hinge"], "beta": 0.3}, options={"beta": 0.3}),),
+)
+
+ROBUST = PairedLoss(
+    name="robust",
+    summary="DPO made unbiased under swapped labels (Chowdhury et al. 2024)",
+    formula="[-(1 - eps) log sigmoid(z) + eps log sigmoid(-z)] / (1 - 2 eps), z = beta h - margin",
+    paper='Chowdhury et al. 2024, "Provably Robust DPO: Aligning Language Models with Noisy Feedback"',
+    options=RobustOptions,
+    build=robust,
+    starts_at=lambda options: math.log(2),
+    log_ratios_only=True,
+    variants=({"label_smoothing": 0.0}, {"label_smoothing": 0.4}),
+    trl_cases=(
+        TrlCase(
+            trainer="DPOTrainer",
+            config={"loss_type": ["robust"], "label_smoothing": 0.2},
+            options={"label_smoothing": 0.2},
+        ),
+    ),
+)
+
+EXO_PAIR = PairedLoss(
+    name="exo_pair",
+    summary="efficient exact optimization on pairs (Ji et al. 2024)",
+    formula="s (log s - log(1 - eps)) + (1 - s) (log(1 - s) - log eps), s = sigmoid(z), z = beta h - margin",
+    paper='Ji et al. 2024, "Towards Efficient Exact Optimization of Language Model Alignment", eq. 16',
+    options=ExoPairOptions,
+    build=exo_pair,
+    starts_at=exo_pair_starts_at,
+    log_ratios_only=True,
+    variants=({"label_smoothing": 0.1},),
+    trl_cases=(
+        TrlCase(
+            trainer="DPOTrainer",
+            config={"loss_type": ["exo_pair"], "label_smoothing": 0.01},
+            options={"label_smoothing": 0.01},
+            dtype="float32",
+        ),
+    ),
+)
+
+DISCOPOP = PairedLoss(
+    name="discopop",
+    summary="the log-ratio modulated loss that a language model found (Lu et al. 2024)",
+    formula="-(1 - s) log sigmoid(z) + s e^-z, s = sigmoid(z / tau), z = beta h - margin",
+    paper='Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language Models", eq. 5',
+    options=DiscopopOptions,
+    build=discopop,
+    starts_at=lambda options: (math.log(2) + 1) / 2,
+    log_ratios_only=True,
+    variants=({"tau": 1.0}, {"tau": 1e-3}),
+    trl_cases=(
+        TrlCase(trainer="DPOTrainer", config={"loss_type": ["discopop"], "beta": 0.05}, options={"beta": 0.05}),
+        TrlCase(
+            trainer="DPOTrainer",
+            config={"loss_type": ["discopop"], "beta": 0.1, "discopop_tau": 0.2},
+            options={"beta": 0.1, "tau": 0.2},
+        ),
+    ),
+)
+
+SIGMOID_NORM = PairedLoss(
+    name="sigmoid_norm",
+    summary="DPO on log-ratios per token (Lambert et al. 2024)",
+    formula="-log sigmoid(beta (D_chosen / n_chosen - D_rejected / n_rejected) - margin), "
+    "D = log policy - log reference, n = tokens",
+    paper='Lambert et al. 2024, "Tulu 3: Pushing Frontiers in Open Language Model Post-Training", eq. 6',
+    options=SigmoidNormOptions,
+    build=sigmoid_norm,
+    starts_at=lambda options: math.log(2),
+    log_ratios_only=True,
+    trl_cases=(
+        TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid_norm"], "beta": 5.0}, options={"beta": 5.0}),
+    ),
+)
+
+RPO = PairedLoss(
+    name="rpo",
+    summary="DPO and the chosen response's likelihood, iterative RPO's loss (Pang et al. 2024)",
+    formula="-log sigmoid(beta h - margin) - alpha log p(chosen) / n_chosen",
+    paper='Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1',
+    options=RpoOptions,
+    build=rpo,
+    variants=({"alpha": 0.1},),
+    trl_cases=(
+        TrlCase(
+            trainer="DPOTrainer",
+            config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
+            options={"beta": 0.3, "alpha": 0.5},
+            num_examples=1,
+        ),
+        TrlCase(
+            trainer="DPOTrainer",
+            config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
+            options={"beta": 0.3, "alpha": 0.5},
+            reason=MICRO_BATCH_NLL,
+        ),
+    ),
+)
+
+
 @hookimpl
 def qpref_losses() -> Iterator[PairedLoss]:
-    yield PairedLoss(
-        name="hinge",
-        summary="hinge loss on the reward margin, SLiC's with a reference (Zhao et al. 2023)",
-        formula="max(0, 1 - z), z = beta h - margin",
-        paper='Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback"; Liu et al. 2023, '
-        '"Statistical Rejection Sampling Improves Preference Optimization" (hinge-norm)',
-        options=HingeOptions,
-        build=hinge,
-        starts_at=lambda options: 1.0,
-        log_ratios_only=True,
-        trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["hinge"], "beta": 0.3}, options={"beta": 0.3}),),
-    )
-    yield PairedLoss(
-        name="robust",
-        summary="DPO made unbiased under swapped labels (Chowdhury et al. 2024)",
-        formula="[-(1 - eps) log sigmoid(z) + eps log sigmoid(-z)] / (1 - 2 eps), z = beta h - margin",
-        paper='Chowdhury et al. 2024, "Provably Robust DPO: Aligning Language Models with Noisy Feedback"',
-        options=RobustOptions,
-        build=robust,
-        starts_at=lambda options: math.log(2),
-        log_ratios_only=True,
-        variants=({"label_smoothing": 0.0}, {"label_smoothing": 0.4}),
-        trl_cases=(
-            TrlCase(
-                trainer="DPOTrainer",
-                config={"loss_type": ["robust"], "label_smoothing": 0.2},
-                options={"label_smoothing": 0.2},
-            ),
-        ),
-    )
-    yield PairedLoss(
-        name="exo_pair",
-        summary="efficient exact optimization on pairs (Ji et al. 2024)",
-        formula="s (log s - log(1 - eps)) + (1 - s) (log(1 - s) - log eps), s = sigmoid(z), z = beta h - margin",
-        paper='Ji et al. 2024, "Towards Efficient Exact Optimization of Language Model Alignment", eq. 16',
-        options=ExoPairOptions,
-        build=exo_pair,
-        starts_at=exo_pair_starts_at,
-        log_ratios_only=True,
-        variants=({"label_smoothing": 0.1},),
-        trl_cases=(
-            TrlCase(
-                trainer="DPOTrainer",
-                config={"loss_type": ["exo_pair"], "label_smoothing": 0.01},
-                options={"label_smoothing": 0.01},
-                dtype="float32",
-            ),
-        ),
-    )
-    yield PairedLoss(
-        name="discopop",
-        summary="the log-ratio modulated loss that a language model found (Lu et al. 2024)",
-        formula="-(1 - s) log sigmoid(z) + s e^-z, s = sigmoid(z / tau), z = beta h - margin",
-        paper='Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language Models", '
-        "eq. 5",
-        options=DiscopopOptions,
-        build=discopop,
-        starts_at=lambda options: (math.log(2) + 1) / 2,
-        log_ratios_only=True,
-        variants=({"tau": 1.0}, {"tau": 1e-3}),
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["discopop"], "beta": 0.05}, options={"beta": 0.05}),
-            TrlCase(
-                trainer="DPOTrainer",
-                config={"loss_type": ["discopop"], "beta": 0.1, "discopop_tau": 0.2},
-                options={"beta": 0.1, "tau": 0.2},
-            ),
-        ),
-    )
-    yield PairedLoss(
-        name="sigmoid_norm",
-        summary="DPO on log-ratios per token (Lambert et al. 2024)",
-        formula="-log sigmoid(beta (D_chosen / n_chosen - D_rejected / n_rejected) - margin), "
-        "D = log policy - log reference, n = tokens",
-        paper='Lambert et al. 2024, "Tulu 3: Pushing Frontiers in Open Language Model Post-Training", eq. 6',
-        options=SigmoidNormOptions,
-        build=sigmoid_norm,
-        starts_at=lambda options: math.log(2),
-        log_ratios_only=True,
-        trl_cases=(
-            TrlCase(trainer="DPOTrainer", config={"loss_type": ["sigmoid_norm"], "beta": 5.0}, options={"beta": 5.0}),
-        ),
-    )
-    yield PairedLoss(
-        name="rpo",
-        summary="DPO and the chosen response's likelihood, iterative RPO's loss (Pang et al. 2024)",
-        formula="-log sigmoid(beta h - margin) - alpha log p(chosen) / n_chosen",
-        paper='Pang et al. 2024, "Iterative Reasoning Preference Optimization", eq. 1',
-        options=RpoOptions,
-        build=rpo,
-        variants=({"alpha": 0.1},),
-        trl_cases=(
-            TrlCase(
-                trainer="DPOTrainer",
-                config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
-                options={"beta": 0.3, "alpha": 0.5},
-                num_examples=1,
-            ),
-            TrlCase(
-                trainer="DPOTrainer",
-                config={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3},
-                options={"beta": 0.3, "alpha": 0.5},
-                reason=MICRO_BATCH_NLL,
-            ),
-        ),
-    )
+    yield from (HINGE, ROBUST, EXO_PAIR, DISCOPOP, SIGMOID_NORM, RPO)

@@ -1,7 +1,6 @@
-"""Hugging Face datasets: saved to a folder, or of the hub at one commit.
+"""Hugging Face datasets: saved to a folder, or from the hub at one commit.
 
-Those of the hub are downloaded rather than streamed: a run reads its rows several times, and a later one may have no
-network.
+Hub datasets are downloaded rather than streamed: a run reads its rows several times, and a later run may be offline.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
         raise DataError(f"{folder}: not a folder of Dataset.save_to_disk: it has no state.json")
     try:
         saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # noqa: BLE001 - whatever a damaged folder makes the library raise
+    except Exception as error:  # noqa: BLE001 - a damaged folder makes the library raise anything
         raise DataError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
     yield from _rows(saved, str(folder))
 
@@ -52,8 +51,8 @@ def rows_of_hub(name: str) -> Iterator[Row | Finding]:
         UnreachableDataError: it isn't on this machine, and the hub is out of reach.
     """
     wanted = HubName.of(name)
-    if Path(wanted.dataset).exists():  # datasets would take it for the dataset
-        raise DataError(f"hf:{wanted.dataset}: a folder here has that name; start qpref elsewhere")
+    if Path(wanted.dataset).exists():  # datasets would load that folder instead
+        raise DataError(f"hf:{wanted.dataset}: the current folder has a folder of that name; run qpref in another one")
     yield from _rows(_split(_downloaded(wanted.dataset, wanted.config, wanted.revision), wanted), f"hf:{name}")
 
 
@@ -76,19 +75,21 @@ class HubName:
 
 @cache
 def _downloaded(dataset: str, config: str | None, revision: str | None) -> Any:
-    """The splits, at the commit that the revision was at when they were first asked for, so that every pass of a run
-    reads the same rows; where the hub is out of reach, as an earlier run has kept them."""
+    """Download a dataset's splits at the revision's current commit; offline, load the local copy of an earlier run.
+
+    Cached for the process, so that every pass of a run reads the same commit.
+    """
     from huggingface_hub import HfApi
 
     hub = HfApi()
     try:
         facts = hub.dataset_info(dataset, revision=revision)
         if facts.gated:
-            hub.auth_check(dataset, repo_type="dataset")  # datasets loses the hub's reason on its way
+            hub.auth_check(dataset, repo_type="dataset")  # datasets would hide the hub's reason
         builder = datasets.load_dataset_builder(dataset, config, revision=facts.sha)
-        if builder.hash != facts.sha:  # where the hub fails it takes the newest copy, whatever its commit
-            raise ConnectionError(f"it gives the commit {builder.hash} for {facts.sha}")
-        # The card's numbers of rows and bytes are often out of date; each file's own size is checked as it comes.
+        if builder.hash != facts.sha:  # where the hub fails, datasets loads the newest copy of any commit
+            raise ConnectionError(f"datasets loaded commit {builder.hash}, not {facts.sha}")
+        # The card's numbers of rows and bytes are often out of date; the download checks each file's size.
         builder.download_and_prepare(verification_mode="no_checks")
         return builder.as_dataset()
     except Exception as error:  # noqa: BLE001 - the hub's clients and the builders have dozens of errors
@@ -99,10 +100,10 @@ def _downloaded(dataset: str, config: str | None, revision: str | None) -> Any:
 
 
 def _kept(dataset: str, config: str | None, revision: str | None, otherwise: UnreachableDataError) -> Any:
-    """The splits that `datasets` keeps of the newest download.
+    """Load the newest copy of the dataset in the cache of `datasets`.
 
     Raises:
-        UnreachableDataError: there is none, or not known to be of the revision.
+        UnreachableDataError: there is none, or it isn't known to be of this revision.
     """
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -114,9 +115,9 @@ def _kept(dataset: str, config: str | None, revision: str | None, otherwise: Unr
         raise otherwise from None
     if revision not in (None, builder.hash):
         what = (
-            f"hf:{dataset}: revision '{revision}' can't be looked up, and the copy on this machine is of another commit"
+            f"hf:{dataset}: revision '{revision}' can't be looked up, and the copy on this machine has another commit"
         )
-        raise UnreachableDataError(what, f"{otherwise.hint}; or take that copy: hf:{dataset}@{builder.hash}")
+        raise UnreachableDataError(what, f"{otherwise.hint}; or use that copy: hf:{dataset}@{builder.hash}")
     builder.download_and_prepare()
     return builder.as_dataset()
 
@@ -135,7 +136,7 @@ def _rows(dataset: Any, path: str) -> Iterator[Row | Finding]:
     while True:
         try:
             table = next(tables, None)
-        except Exception as error:  # noqa: BLE001 - files and connections break in the library's own ways
+        except Exception as error:  # noqa: BLE001 - the library's errors for broken files differ by format
             raise DataError(f"{path}:{number}: reading stopped: {_first_line(error)}") from None
         if table is None:
             return
@@ -144,6 +145,6 @@ def _rows(dataset: Any, path: str) -> Iterator[Row | Finding]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return type and first line of an exception's message."""
+    """Return the type and the first line of an exception's message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
