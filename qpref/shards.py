@@ -29,6 +29,10 @@ SYNC_EVERY = 64
 """Appends per fsync: the most that a power cut can lose. A killed process loses none."""
 
 
+Entry = tuple[str, mmap.mmap, int, int]
+"""Where a record is: shard name, the shard's bytes, byte offset and number of words."""
+
+
 @dataclass(slots=True)
 class ShardStore:
     """The shards that one run reads, and the one that it writes.
@@ -44,7 +48,8 @@ class ShardStore:
     run: str
     seen: dict[str, int]
     loss_level: int = logging.WARNING
-    _index: dict[bytes, tuple[str, mmap.mmap, int, int]] = field(default_factory=dict)
+    _index: dict[bytes, Entry] = field(default_factory=dict)
+    _others: dict[bytes, list[Entry]] = field(default_factory=dict)
     _own: fsio.AppendLog | None = None
     _appends: int = 0
 
@@ -97,14 +102,32 @@ class ShardStore:
         return {name for name, *_ in self._index.values()}
 
     def put_aside(self, names: Collection[str]) -> None:
-        """Stop reading these shards; records that other shards hold too stay readable."""
-        own = self.folder / f"{self.run}.shard"
+        """Stop reading these shards; records that other shards hold too stay readable.
+
+        The run's own shard is removed and begun again: in an older one, the first record of a key would be read.
+        """
+        if not names:
+            return
         self.seen = {name: size for name, size in self.seen.items() if name not in names}
-        self._index.clear()
-        for name, size in self.seen.items():
-            self._read(self.folder / name, size)
-        if self._own is not None and own.name not in names:
-            self._read(own, own.stat().st_size)
+        for key in [key for key, (name, *_) in self._index.items() if name in names]:
+            kept = [entry for entry in self._others.pop(key, ()) if entry[0] not in names]
+            if kept:
+                self._index[key], self._others[key] = kept[0], kept[1:]
+            else:
+                del self._index[key]
+        if self._own is not None and f"{self.run}.shard" in names:
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Remove the run's own shard, which others may have mapped: its bytes must not change under them."""
+        assert self._own is not None
+        self._own.close()
+        self._own = None
+        try:
+            fsio.remove_tree(self.folder / f"{self.run}.shard")
+        except DiskError as error:
+            log.warning("the cache is no longer written: %s", error.what)
+            self._appends = -1
 
     def add(self, records_by_key: Mapping[bytes, bytes]) -> None:
         """Append records to the run's own shard; each content is whole 4-byte words.
@@ -146,7 +169,10 @@ class ShardStore:
             found, data = 0, None
         end = 0
         for key, start, count in _records(data) if data else ():
-            self._index.setdefault(key, (path.name, data, start, count))  # type: ignore[arg-type]
+            assert data is not None
+            entry = (path.name, data, start, count)
+            if self._index.setdefault(key, entry) is not entry:
+                self._others.setdefault(key, []).append(entry)
             end = start + WORD * count
         if end < size:
             # The rest of a record that a process was writing when it was killed, or is still writing.

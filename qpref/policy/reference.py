@@ -70,7 +70,7 @@ class ReferenceStore:
     def logprobs(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
         """Return the reference's scores of a batch, computing them unless the store or the cache has all its rows."""
         keys = [key for example in batch.examples for key in row_keys(example)]
-        num_known = sum(self.fetch(key) for key in keys)
+        num_known = sum(map(self.fetch, keys, batch.lengths))
         if num_known < len(keys):
             self._compute(policy, batch, keys)
         values = torch.cat([self.rows[key] for key in keys]).to(policy.device)
@@ -80,12 +80,12 @@ class ReferenceStore:
         """Return whether the store or the cache has a row's scores."""
         return key in self.rows or (self.cache is not None and key in self.cache)
 
-    def fetch(self, key: bytes) -> bool:
+    def fetch(self, key: bytes, num_tokens: int) -> bool:
         """Copy a row's scores from the cache into the store where they are not in it yet, and return whether it has
-        them."""
+        them. Others may have written the cache: scores that are not one finite number per token are not taken."""
         if key not in self.rows and self.cache is not None:
             values = self.cache.get(key)
-            if values is not None:
+            if values is not None and len(values) == num_tokens and bool(values.isfinite().all()):
                 self.rows[key] = values
         return key in self.rows
 

@@ -84,19 +84,17 @@ class CheckRows:
         return content
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> CheckRows | None:
-        """Read the rows back from `to_bytes`; None for any other content."""
+    def from_bytes(cls, content: bytes, max_tokens: int) -> CheckRows | None:
+        """Read the rows back from `to_bytes`; None for any other content, which others may have written."""
         try:
             found = load(content)
             tokens, lengths, values = (found[name] for name in ("tokens", "lengths", "values"))
-            pieces = iter(tokens.split(lengths.flatten().tolist()))
         except (SafetensorError, KeyError, RuntimeError):
             return None
-        if len(tokens) == 0 or int(tokens.min()) < 0 or int(lengths[:, 1:].sum()) != len(values):
+        if not _are_rows(tokens, lengths, values, max_tokens):
             return None
+        pieces = iter(tokens.split(lengths.flatten().tolist()))
         rows = [[array("i", next(pieces).tolist()) for _ in row] for row in lengths]
-        if not all(len(row) > 1 and all(row) for row in rows):
-            return None
         return cls(tuple(_example(prompt, branches) for prompt, *branches in rows), values)
 
     @property
@@ -105,6 +103,17 @@ class CheckRows:
         return tuple(
             piece.tobytes() for example in self.examples for piece in (array("i"), example.prompt, *example.branches)
         )
+
+
+def _are_rows(tokens: Tensor, lengths: Tensor, values: Tensor, max_tokens: int) -> bool:
+    """Return whether the tensors are as `CheckRows.to_bytes` makes them, and of at most `max_tokens` tokens."""
+    layout = [(each.dtype, each.dim()) for each in (tokens, lengths, values)]
+    if layout != [(torch.int32, 1), (torch.int32, 2), (torch.float32, 1)]:
+        return False
+    if not 0 < len(tokens) <= max_tokens or lengths.shape[1] < 2 or len(lengths) == 0:
+        return False
+    no_negative = int(tokens.min()) >= 0 and int(lengths.min()) > 0
+    return no_negative and int(lengths.sum()) == len(tokens) and int(lengths[:, 1:].sum()) == len(values)
 
 
 def _example(prompt: array[int], branches: list[array[int]]) -> TokenizedExample:
@@ -154,13 +163,13 @@ class ReferenceCache:
             self.check_rows = None
         self.store.add(records)
 
-    def check_rows_by_shard(self) -> dict[str, CheckRows | None]:
-        """Read the check rows of each shard that rows are read from; None for a shard without them."""
-        contents = {name: self.store.get(check_key(name)) for name in sorted(self.store.shards())}
-        return {name: CheckRows.from_bytes(content) if content else None for name, content in contents.items()}
+    def check_rows_of(self, shard: str, max_tokens: int) -> CheckRows | None:
+        """Read a shard's check rows; None where it has none, or some of more than `max_tokens` tokens."""
+        content = self.store.get(check_key(shard))
+        return None if content is None else CheckRows.from_bytes(content, max_tokens)
 
     def put_aside(self, shards: Collection[str]) -> None:
-        """Ignore these shards' rows from here on."""
+        """Ignore these shards' rows from here on; the run's own shard begins again."""
         self.store.put_aside(shards)
 
     def close(self) -> None:

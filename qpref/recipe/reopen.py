@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.hooks.manager import Offer
+from qpref.hooks.types import NEEDS
 from qpref.recipe.choices import LossFacts
 from qpref.recipe.resolve import Plan, Resolution
 
@@ -38,11 +39,14 @@ class RecordedRun:
 
     @property
     def losses(self) -> LossFacts | None:
-        """Facts about the run's losses; None for a run.json that an older version wrote without them."""
+        """Facts about the run's losses; None for a run.json without usable ones, such as an older version wrote."""
         recorded = self.facts.get("losses")
-        if not isinstance(recorded, dict) or not {"is_paired", "needs"} <= recorded.keys():
+        if not isinstance(recorded, dict):
             return None
-        return LossFacts(recorded["is_paired"], frozenset(recorded["needs"]))
+        is_paired, needs = recorded.get("is_paired"), recorded.get("needs")
+        if not isinstance(is_paired, bool) or not isinstance(needs, list) or not set(map(str, needs)) <= NEEDS:
+            return None
+        return LossFacts(is_paired, frozenset(needs))
 
     @property
     def has_refused_rows(self) -> bool:

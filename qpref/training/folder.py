@@ -30,6 +30,7 @@ REQUIRED: Mapping[str, type] = {
     "versions": dict,
 }
 """Keys of run.json that every reader relies on, and the JSON type of each. Only a merge needs `base_config`."""
+DTYPE_NAMES = ("bf16", "fp16", "float32")
 REQUIRED_WITHIN: Mapping[str, tuple[str, ...]] = {
     "examples": ("train", "heldout"),
     "fingerprints": ("recipe", "training data", "held-out data", "start adapter"),
@@ -121,10 +122,14 @@ class RunFolder:
 
 
 def _missing_key(facts: Mapping[str, Any]) -> str | None:
-    """Find the first required key that is missing or has another type."""
+    """Find the first required key that is missing, or that no run of this version has such a value of."""
     for name, kind in REQUIRED.items():
         if not isinstance(facts.get(name), kind):
             return name
+    if facts["dtype"] not in DTYPE_NAMES:
+        return "dtype"
+    if not all(isinstance(name, str) for name in facts["quantized_modules"]):
+        return "quantized_modules"
     within = ((name, key) for name, keys in REQUIRED_WITHIN.items() for key in keys if key not in facts[name])
     return next((f"{name}.{key}" for name, key in within), None)
 

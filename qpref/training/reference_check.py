@@ -9,15 +9,18 @@ it:
 2. Rows of the run's first batch are compared with the cache's, which were scored in other batches. They may differ by
    three times the rounding between batches, measured on this machine.
 
-A shard that fails is put aside and its rows are recomputed.
+A shard that fails is put aside and its rows are recomputed. Others may have written the shards, so whatever their check
+rows hold must neither end the run nor take long.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from qpref.data.pack import num_fed_tokens, pack
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
-from qpref.policy.reference_cache import CheckRows
+from qpref.policy.reference_cache import CheckRows, ReferenceCache
 from qpref.records import PackedBatch, TokenizedExample
 
 log = logging.getLogger("qpref")
@@ -42,27 +45,38 @@ OTHER_BATCH_FACTOR = 3.0
 """Likewise as a multiple of the measured rounding between batches, where that is more."""
 LARGE_BATCH_TOKENS = 1024
 """Size of the larger batch that rounding is measured in."""
+MAX_BATCHES = 16
+"""Batches of check rows that are scored at most, those of the shards with the most of the run's rows. Runs on the same
+data and seed have the same one."""
+MAX_CHECK_TOKENS = 8192
+"""Tokens of check rows that are scored at most, unless the run's own first batch has more."""
+INFINITE = float("inf")
+
+T = TypeVar("T")
 
 
-def check_cache(references: ReferenceStore, policy: Policy, batch: PackedBatch) -> None:
+def check_cache(
+    references: ReferenceStore,
+    policy: Policy,
+    batch: PackedBatch,
+    examples: Sequence[TokenizedExample] | None = None,
+) -> None:
     """Put aside the cached rows that this machine does not confirm.
 
     Args:
         batch: a few rows of the run's first step; they become the check rows of the shard that this run adds.
+        examples: the run's; shards that hold none of them are not checked. None checks all shards.
     """
     cache = references.cache
     if cache is None:
         return
+    keys = None if examples is None else {key for example in examples for key in row_keys(example)}
     with as_reference(policy):
-        scored: dict[tuple[bytes, ...], Tensor] = {}
-        failed: dict[str, float] = {}
-        for shard, rows in cache.check_rows_by_shard().items():
-            difference = _rescored_difference(rows, policy, scored)
-            if not difference <= SAME_BATCH_TOLERANCE and not _is_rounding(difference, rows, policy):
-                failed[shard] = difference
-        cache.put_aside(failed)
-        failed |= _compare_rows(references, policy, batch)
-        cache.check_rows = _check_rows(batch, policy, scored)
+        rescoring = Rescoring(policy, batch)
+        failed = _check_shards(cache, rescoring, keys)
+        failed |= _compare_rows(references, rescoring, batch)
+        values = rescoring.scores(CheckRows(batch.examples, torch.empty(0)))
+        cache.check_rows = None if values is None else CheckRows(batch.examples, values)
     if failed:
         worst = max(failed.values(), key=lambda value: (value != value, value))
         log.warning(
@@ -72,23 +86,102 @@ def check_cache(references: ReferenceStore, policy: Policy, batch: PackedBatch) 
         )  # fmt: skip
 
 
-def _rescored_difference(rows: CheckRows | None, policy: Policy, scored: dict[tuple[bytes, ...], Tensor]) -> float:
-    """Return the mean difference of check rows from their scores here, nats a token; infinite for unusable rows."""
-    if rows is None or not _fits_vocabulary(rows.examples, policy):
-        return float("inf")
-    if rows.key not in scored:
-        scored[rows.key] = _scores(rows.examples, policy)
-    return (scored[rows.key] - rows.values).abs().mean().item()
+@dataclass(slots=True)
+class Rescoring:
+    """Scores of check rows on this machine, each batch once.
+
+    Attributes:
+        batch: the run's own rows, which bound the size of others'.
+    """
+
+    policy: Policy
+    batch: PackedBatch
+    _scored: dict[tuple[bytes, ...], Tensor | None] = field(default_factory=dict)
+    _rounding: dict[tuple[bytes, ...], float] = field(default_factory=dict)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of check rows that may be scored."""
+        return max(MAX_CHECK_TOKENS, sum(len(piece) for row in self.batch.examples for piece in _pieces(row)))
+
+    def has_room_for(self, rows: CheckRows) -> bool:
+        """Return whether these rows have been scored, or another batch may be."""
+        return rows.key in self._scored or len(self._scored) < MAX_BATCHES
+
+    def scores(self, rows: CheckRows) -> Tensor | None:
+        """Score check rows; None where this model or this machine can't."""
+        if rows.key not in self._scored:
+            self._scored[rows.key] = _attempt(lambda: _scores(rows.examples, self.policy))
+        return self._scored[rows.key]
+
+    def rounding(self, rows: CheckRows) -> float:
+        """Measure the rounding between batches, nats a token; 0 where the memory doesn't suffice for it."""
+        if rows.key not in self._rounding:
+            measured = _attempt(lambda: measured_rounding(rows.examples, self.policy))
+            self._rounding[rows.key] = 0.0 if measured is None else measured
+        return self._rounding[rows.key]
+
+    def difference(self, rows: CheckRows) -> float:
+        """Return the mean difference of check rows from their present scores, nats a token; infinite for rows that
+        cannot be scored."""
+        present = self.scores(rows) if self._fits_model(rows.examples) else None
+        return INFINITE if present is None else (present - rows.values).abs().mean().item()
+
+    def _fits_model(self, examples: Sequence[TokenizedExample]) -> bool:
+        """Return whether all tokens and positions are the model's: a GPU would fail for good on others."""
+        embedded = self.policy.plain_model.get_input_embeddings().weight.shape[0]
+        vocabulary = min(embedded, self.policy.head.num_tokens)
+        own = max(map(_longest_row, self.batch.examples))
+        config = self.policy.plain_model.config.get_text_config()
+        positions = max(own, getattr(config, "max_position_embeddings", None) or 0)
+        largest = max(max(piece) for example in examples for piece in _pieces(example))
+        return largest < vocabulary and max(map(_longest_row, examples)) <= positions
 
 
-def _is_rounding(difference: float, rows: CheckRows | None, policy: Policy) -> bool:
+def _check_shards(cache: ReferenceCache, rescoring: Rescoring, keys: set[bytes] | None) -> dict[str, float]:
+    """Score the check rows of the shards that hold the run's rows, and put aside the shards that fail.
+
+    Another shard may hold the rows of one that is put aside, and is checked then.
+
+    Returns:
+        Shard -> mean difference, nats a token, of those that failed.
+    """
+    failed: dict[str, float] = {}
+    confirmed: set[str] = set()
+    while unknown := [shard for shard in _shards_of(cache, keys) if shard not in confirmed]:
+        wrong: dict[str, float] = {}
+        unread: set[str] = set()
+        for shard in unknown:
+            rows = cache.check_rows_of(shard, rescoring.max_tokens)
+            if rows is not None and not rescoring.has_room_for(rows):
+                unread.add(shard)
+                continue
+            difference = INFINITE if rows is None else rescoring.difference(rows)
+            if rows is None or not (difference <= SAME_BATCH_TOLERANCE or _is_rounding(difference, rows, rescoring)):
+                wrong[shard] = difference
+        cache.put_aside(wrong.keys() | unread)
+        if unread:
+            log.info("reference: %d earlier runs are not read: their check would take too long", len(unread))
+        failed |= wrong
+        confirmed |= set(unknown)
+    return failed
+
+
+def _shards_of(cache: ReferenceCache, keys: set[bytes] | None) -> list[str]:
+    """List the shards that these rows, or all, are read from: the run's own, then those with the most rows."""
+    if keys is None:
+        return sorted(cache.store.shards())
+    counts = Counter(shard for key in keys if (shard := cache.store.shard_of(key)))
+    own = f"{cache.store.run}.shard"
+    return sorted(counts, key=lambda shard: (shard != own, -counts[shard], shard))
+
+
+def _is_rounding(difference: float, rows: CheckRows, rescoring: Rescoring) -> bool:
     """Return whether the rounding of a machine that doesn't repeat its own numbers explains a difference."""
-    if rows is None or not difference < float("inf"):
-        return False
-    return difference <= SAME_BATCH_SHARE * measured_rounding(rows.examples, policy)
+    return difference < INFINITE and difference <= SAME_BATCH_SHARE * rescoring.rounding(rows)
 
 
-def _compare_rows(references: ReferenceStore, policy: Policy, batch: PackedBatch) -> dict[str, float]:
+def _compare_rows(references: ReferenceStore, rescoring: Rescoring, batch: PackedBatch) -> dict[str, float]:
     """Compare the batch's rows with the cache's and put aside the shards that fail.
 
     Returns:
@@ -96,15 +189,13 @@ def _compare_rows(references: ReferenceStore, policy: Policy, batch: PackedBatch
     """
     cache = references.cache
     assert cache is not None
-    keys = [key for example in batch.examples for key in row_keys(example)]
-    known = [key for key in keys if references.fetch(key)]
+    lengths = dict(zip((key for example in batch.examples for key in row_keys(example)), batch.lengths, strict=True))
+    known = [key for key in lengths if references.has(key)]
     if not known:
         return {}
-    scores = dict(zip(keys, completion_logprobs(policy, batch).values.cpu().split(list(batch.lengths)), strict=True))
-    cached, fresh = (torch.cat([rows[key] for key in known]) for rows in (references.rows, scores))
-    difference = (cached - fresh).abs().mean().item()
+    difference = _difference_of_rows(references, rescoring.policy, batch, {key: lengths[key] for key in known})
     if not difference <= OTHER_BATCH_TOLERANCE:
-        rounding = measured_rounding(batch.examples, policy)
+        rounding = rescoring.rounding(CheckRows(batch.examples, torch.empty(0))) if difference < INFINITE else 0.0
         if not difference <= OTHER_BATCH_FACTOR * rounding:
             shards = {cache.store.shard_of(key) or f"{cache.store.run}.shard" for key in known}
             references.rows.clear()
@@ -112,6 +203,24 @@ def _compare_rows(references: ReferenceStore, policy: Policy, batch: PackedBatch
             return dict.fromkeys(shards, difference)
     log.info("reference: one recomputed batch agrees with the cache, %.4f nats a token apart on average", difference)
     return {}
+
+
+def _difference_of_rows(
+    references: ReferenceStore, policy: Policy, batch: PackedBatch, known: dict[bytes, int]
+) -> float:
+    """Return the mean difference of known rows from their present scores, nats a token; infinite for unusable rows.
+
+    Args:
+        known: key -> number of tokens.
+    """
+    usable = [references.fetch(key, num_tokens) for key, num_tokens in known.items()]
+    present = _attempt(lambda: completion_logprobs(policy, batch).values.cpu()) if all(usable) else None
+    if present is None:
+        return INFINITE
+    keys = [key for example in batch.examples for key in row_keys(example)]
+    scores = dict(zip(keys, present.split(list(batch.lengths)), strict=True))
+    cached, fresh = (torch.cat([rows[key] for key in known]) for rows in (references.rows, scores))
+    return (cached - fresh).abs().mean().item()
 
 
 def measured_rounding(examples: Sequence[TokenizedExample], policy: Policy) -> float:
@@ -127,12 +236,6 @@ def measured_rounding(examples: Sequence[TokenizedExample], policy: Policy) -> f
     return max((together - other).abs().mean().item() for other in (alone, many))
 
 
-def _check_rows(batch: PackedBatch, policy: Policy, scored: dict[tuple[bytes, ...], Tensor]) -> CheckRows:
-    rows = CheckRows(batch.examples, torch.empty(0))
-    values = scored.get(rows.key)
-    return replace(rows, values=_scores(batch.examples, policy) if values is None else values)
-
-
 def _scores(examples: Sequence[TokenizedExample], policy: Policy) -> Tensor:
     """Score one batch by one thread, since the order of a sum may depend on the number of threads.
 
@@ -143,10 +246,22 @@ def _scores(examples: Sequence[TokenizedExample], policy: Policy) -> Tensor:
         return completion_logprobs(policy, pack(examples, policy.device)).values.cpu()
 
 
-def _fits_vocabulary(examples: Sequence[TokenizedExample], policy: Policy) -> bool:
-    """Return whether all tokens are in the model's vocabulary."""
-    vocabulary = policy.head.weight.shape[0]
-    return all(max(piece) < vocabulary for example in examples for piece in (example.prompt, *example.branches))
+def _attempt(work: Callable[[], T]) -> T | None:
+    """Return the result; None where memory runs out or the model refuses the rows."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:  # of which torch.OutOfMemoryError is one
+        log.debug("reference: rows of the cache cannot be checked: %s", error)
+        return None
+
+
+def _pieces(example: TokenizedExample) -> tuple[Sequence[int], ...]:
+    return (example.prompt, *example.branches)
+
+
+def _longest_row(example: TokenizedExample) -> int:
+    """Tokens of the prompt and the longest branch."""
+    return len(example.prompt) + max(map(len, example.branches))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,9 +46,8 @@ def open_references(
     if saved is not None:
         references.restore(saved.tensors["reference"])
     if is_cached:
-        check_cache(
-            references, prepared.policy, invariants.first_batch(prepared.first_step_examples(), prepared.policy)
-        )
+        batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
+        check_cache(references, prepared.policy, batch, prepared.all_examples)
         known, total = count_known(references, prepared.all_examples)
         log.info("reference: %d of %d responses are in the cache (%.0f %%)", known, total, 100 * known / total)
     return references
@@ -69,7 +69,7 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
     try:
         reference_cache.describe(folder, reference)
         shards.shrink(reference_cache.root(), reference_cache.size_limit(), keep=folder)
-        if before is None:
+        if before is None or not _is_description(before):
             return ReferenceCache.open(folder, uuid.uuid4().hex)
         return ReferenceCache.open(folder, before["run"], before["seen"])
     except DiskError as error:
@@ -82,6 +82,17 @@ def cache_description(references: ReferenceStore | None) -> dict[str, Any] | Non
     if references is None or references.cache is None:
         return None
     return {"run": references.cache.store.run, "seen": references.cache.store.seen}
+
+
+def _is_description(before: Mapping[str, Any]) -> bool:
+    """Return whether run.json has a `cache_description`: its names are file names, its sizes bytes."""
+    if not isinstance(before, dict) or not isinstance(before.get("seen"), dict):
+        return False
+    names = [before.get("run"), *before["seen"]]
+    sizes = before["seen"].values()
+    return all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names) and all(
+        type(size) is int and size >= 0 for size in sizes
+    )
 
 
 def count_known(references: ReferenceStore, examples: Sequence[TokenizedExample]) -> tuple[int, int]:

@@ -70,6 +70,32 @@ def test_without_prompts_a_run_of_single_completions_is_asked_too(make_recipe, t
     assert asked(run) == [row["prompt"] for row in singles]
 
 
+def test_without_prompts_a_share_that_is_held_out_is_asked(make_recipe, tmp_path):
+    recipe = make_recipe({"data.heldout_share": 0.4, "train.max_steps": 1})
+    del recipe["data"]["heldout"]
+    run = train_plan(make_plan(recipe, output=tmp_path / "run"))
+    count = json.loads((run / "run.json").read_text())["examples"]["heldout"]
+    questions = asked(run)
+    assert 0 < len(questions) == count < 8
+    assert set(questions) < {row["prompt"] for row in preference_rows(12)}
+
+
+def test_without_prompts_all_sources_that_are_held_out_are_asked(make_recipe, tmp_path):
+    paths = [write_jsonl(tmp_path / f"{start}.jsonl", preference_rows(3, start=start)) for start in (100, 102)]
+    recipe = make_recipe({"data.heldout": [{"path": str(path)} for path in paths], "train.max_steps": 1})
+    run = train_plan(make_plan(recipe, output=tmp_path / "run"))
+    assert asked(run) == [row["prompt"] for row in preference_rows(5, start=100)]
+
+
+def test_a_run_is_found_however_it_is_spelt(run, monkeypatch):
+    (saved,) = (run / "checkpoints").iterdir()
+    spelt = ("run", "run/", "./run/adapter/", "run/adapter/..", f"run/checkpoints/{saved.name}/")
+    monkeypatch.chdir(run.parent)
+    assert [len(asked(name)) for name in spelt] == [4] * len(spelt)
+    monkeypatch.chdir(run / "adapter")
+    assert [len(asked(name)) for name in (".", "..")] == [4, 4]
+
+
 @pytest.mark.parametrize("what", ["base", "adapter"])
 def test_without_prompts_what_no_run_explains_exits_2(run, make_base, tmp_path, what):
     model = make_base() if what == "base" else shutil.copytree(run / "adapter", tmp_path / "alone")

@@ -163,6 +163,29 @@ def test_a_run_from_before_its_losses_were_recorded_asks_them(acme, train, tmp_p
     assert done.stderr == f"error: {run}/recipe.lock.toml: 1 problem\n  [loss] name: {what}\n"
 
 
+ODD_FACTS = {
+    "plugins of other kinds": {"plugins": [1, None, [], {"kind": 1}]},
+    "plugins that are no list": {"plugins": "all"},
+    "versions that nobody knows": {"versions": {"qpref": None}},
+    "losses without needs": {"losses": {"is_paired": True}},
+    "losses with needs of another kind": {"losses": {"is_paired": True, "needs": 5}},
+    "losses with nested needs": {"losses": {"is_paired": True, "needs": [["reference"]]}},
+    "losses with needs in one text": {"losses": {"is_paired": True, "needs": "mismatched"}},
+    "losses with an unknown need": {"losses": {"is_paired": True, "needs": ["tomorrow"]}},
+    "losses of neither kind": {"losses": {"is_paired": None, "needs": []}},
+    "losses in a list": {"losses": []},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FACTS)
+def test_a_run_with_odd_facts_is_read_by_its_recipe(odd, train, tmp_path):
+    run = train()
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | ODD_FACTS[odd]))
+    verdict, found = use_all(run, tmp_path / "out")
+    assert verdict["data_changed"] is found["data_changed"] is False
+
+
 SKIPPING = {"data.skip_bad": 0.5}
 CHECKED = {"too_short": "off", "no-bad": {}}
 

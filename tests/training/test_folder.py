@@ -17,12 +17,15 @@ from qpref.training.snapshot import restore_adapter
 WHOLE = {name: kind() for name, kind in REQUIRED.items()} | {
     name: dict.fromkeys(keys, "") for name, keys in REQUIRED_WITHIN.items()
 }
+WHOLE["dtype"] = "bf16"
 DAMAGED = {
     "cut off": ("[1", "cannot be read: "),
     "not a text": ("\ud800", "cannot be read: "),
     "no object": ("[1]", "expected a JSON object; not a run of this qpref"),
     "empty": ("{}", "lacks 'base': not a run of this qpref"),
     "another kind": (json.dumps(WHOLE | {"base_weights": None}), "lacks 'base_weights': not a run of this qpref"),
+    "a dtype": (json.dumps(WHOLE | {"dtype": "int3"}), "lacks 'dtype': not a run of this qpref"),
+    "modules": (json.dumps(WHOLE | {"quantized_modules": [[]]}), "lacks 'quantized_modules': not a run of this qpref"),
     "a part": (json.dumps(WHOLE | {"fingerprints": {}}), "lacks 'fingerprints.recipe': not a run of this qpref"),
 }
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from qpref.data.pack import pack, split_by_tokens
+from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
-from qpref.policy.reference_cache import CheckRows, ReferenceCache
+from qpref.policy.reference_cache import CheckRows, ReferenceCache, check_key
 from qpref.records import TokenizedExample
+from qpref.training import reference_check
 from qpref.training.reference_check import check_cache, measured_rounding
 from tests.conftest import load_worn, make_example
 
@@ -88,7 +89,7 @@ def write(
 def num_read(policy: Policy, folder: Path, examples: Sequence[TokenizedExample] = EXAMPLES, *, first: int = 0) -> int:
     """Rows that a later run, whose first batch is another, reads from a cache."""
     references = ReferenceStore(ReferenceCache.open(folder, "second"))
-    check_cache(references, policy, pack(examples[first : first + 2], policy.device))
+    check_cache(references, policy, pack(examples[first : first + 2], policy.device), examples)
     return sum(key in references.cache for example in examples for key in row_keys(example))
 
 
@@ -268,6 +269,232 @@ def test_check_rows_that_no_model_could_score_are_put_aside(tokens, base, tmp_pa
     cache.close()
     assert num_read(policy, tmp_path / "cache") == 0
     assert len(said) == 1
+
+
+TENSORS = {
+    "tokens": torch.arange(1, 13, dtype=torch.int32),
+    "lengths": torch.tensor([[2, 4, 6]], dtype=torch.int32),
+    "values": torch.zeros(10),
+}
+NOT_A_NUMBER = torch.full((12,), float("nan"))
+HOSTILE = {
+    "lengths in one dimension": {"lengths": torch.tensor([2, 4, 6], dtype=torch.int32)},
+    "lengths in three": {"lengths": torch.tensor([[[2], [4], [6]]], dtype=torch.int32)},
+    "one length": {"lengths": torch.tensor(12, dtype=torch.int32)},
+    "lengths in floats": {"lengths": torch.tensor([[2.0, 4, 6]])},
+    "a negative length": {"lengths": torch.tensor([[-2, 8, 6]], dtype=torch.int32), "values": torch.zeros(14)},
+    "an empty branch": {"lengths": torch.tensor([[6, 0, 6]], dtype=torch.int32), "values": torch.zeros(6)},
+    "lengths that don't sum up": {"lengths": torch.tensor([[1, 4, 6]], dtype=torch.int32)},
+    "a huge length": {"lengths": torch.tensor([[2, 2**31 - 1, 6]], dtype=torch.int32)},
+    "no branch": {"lengths": torch.tensor([[12]], dtype=torch.int32), "values": torch.zeros(0)},
+    "no row": {"lengths": torch.zeros(0, 3, dtype=torch.int32)},
+    "tokens in two dimensions": {"tokens": torch.ones(12, 2, dtype=torch.int32)},
+    "tokens in floats": {"tokens": torch.ones(12)},
+    "tokens that aren't numbers": {"tokens": NOT_A_NUMBER},
+    "tokens over 32 bits": {"tokens": torch.full((12,), 2**40)},
+    "complex tokens": {"tokens": torch.ones(12, dtype=torch.complex64)},
+    "a negative token": {"tokens": torch.full((12,), -1, dtype=torch.int32)},
+    "values in two dimensions": {"values": torch.zeros(10, 3)},
+    "one value": {"values": torch.tensor(1.0)},
+    "truth values": {"values": torch.zeros(10, dtype=torch.bool)},
+    "values in integers": {"values": torch.zeros(10, dtype=torch.int64)},
+    "too few values": {"values": torch.zeros(9)},
+    "values that aren't numbers": {"values": NOT_A_NUMBER[:10]},
+}
+
+
+def write_check_rows(folder: Path, content: bytes, name: str = "first") -> None:
+    """A shard with check rows by somebody else, and a row of `EXAMPLES`."""
+    cache = ReferenceCache.open(folder, name)
+    key, *_ = row_keys(EXAMPLES[0])
+    cache.store.add({check_key(f"{name}.shard"): content, key: bytes(4 * len(EXAMPLES[0].branches[0]))})
+    cache.close()
+
+
+def test_the_tensors_that_the_hostile_ones_are_made_from_are_check_rows():
+    assert CheckRows.from_bytes(save(TENSORS), 12) is not None
+    assert CheckRows.from_bytes(save(TENSORS), 11) is None
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_check_rows_are_put_aside(hostile, base, tmp_path, said):
+    write_check_rows(tmp_path / "cache", save(TENSORS | HOSTILE[hostile]))
+    assert num_read(policy_of(base, **SECTIONS["float32"]), tmp_path / "cache") == 0
+    assert len(said) == 1
+
+
+def check_bytes(*rows: TokenizedExample) -> bytes:
+    return CheckRows(rows, torch.zeros(sum(len(branch) for row in rows for branch in row.branches))).to_bytes()
+
+
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_check_rows_that_would_take_long_are_not_scored(rows, base, tmp_path, said, monkeypatch):
+    policy = policy_of(base, **SECTIONS["float32"])
+    row = replace_prompt(EXAMPLES[0], [1] * (10_000 if rows == 1 else 5))
+    policy.plain_model.config.max_position_embeddings = 20_000
+    write_check_rows(tmp_path / "cache", check_bytes(*[row] * rows))
+    with scored_batches(monkeypatch) as sizes:
+        assert num_read(policy, tmp_path / "cache") == 0
+    assert max(sizes) < 100
+    assert len(said) == 1
+    monkeypatch.setattr(policy.plain_model.config, "max_position_embeddings", 512)
+
+
+@contextmanager
+def scored_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Sizes in tokens of the batches that are scored for their check rows."""
+    sizes: list[int] = []
+    real = reference_check._scores
+
+    def scores(examples: Sequence[TokenizedExample], policy: Policy) -> torch.Tensor:
+        sizes.append(sum(num_fed_tokens(example) for example in examples))
+        return real(examples, policy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_check, "_scores", scores)
+        yield sizes
+
+
+def test_tokens_without_an_embedding_and_positions_without_one_are_not_scored(base, tmp_path, said, monkeypatch):
+    """A head may have more rows than the embedding. On a GPU, an index out of range ends the process."""
+    policy = policy_of(base, **SECTIONS["float32"])
+    policy.plain_model.set_input_embeddings(torch.nn.Embedding(300, 64))
+    write_check_rows(tmp_path / "cache", check_bytes(replace_prompt(EXAMPLES[0], [310])))
+    write_check_rows(tmp_path / "cache", check_bytes(replace_prompt(EXAMPLES[0], [1] * 510)), name="other")
+    with scored_batches(monkeypatch) as sizes:
+        assert num_read(policy, tmp_path / "cache") == 0
+    assert len(sizes) == 1  # this run's own
+    assert "of 2 earlier runs" in said[0]
+
+
+def test_the_longest_row_of_the_model_is_scored(base, tmp_path, monkeypatch):
+    policy = policy_of(base, **SECTIONS["float32"])
+    branches = max(map(len, EXAMPLES[0].branches))
+    write_check_rows(tmp_path / "cache", check_bytes(replace_prompt(EXAMPLES[0], [319] * (512 - branches))))
+    with scored_batches(monkeypatch) as sizes:
+        num_read(policy, tmp_path / "cache")
+    assert len(sizes) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("bad")])
+@pytest.mark.parametrize("work", ["_scores", "measured_rounding", "completion_logprobs"])
+def test_a_check_that_memory_does_not_suffice_for_puts_the_rows_aside(work, error, base, tmp_path, said, monkeypatch):
+    policy = policy_of(base, **SECTIONS["float32"])
+    if work == "measured_rounding":
+        wrong = one_tensor_off(policy, base, tmp_path, **SECTIONS["float32"])
+        write(wrong, tmp_path / "cache")
+    else:
+        write(policy, tmp_path / "cache")
+
+    def fail(*call: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(reference_check, work, fail)
+    assert num_read(policy, tmp_path / "cache") == 0
+    assert len(said) == 1
+
+
+def write_many(policy: Policy, folder: Path, count: int) -> None:
+    """Shards of one row each, every one with check rows of its own."""
+    for number in range(count):
+        references = ReferenceStore(ReferenceCache.open(folder, f"run-{number:03}", {}))
+        examples = [make_example(100 + number, 5, 4, 4)]
+        check_cache(references, policy, pack(examples, policy.device))
+        references.logprobs(policy, pack(examples, policy.device))
+        references.cache.close()
+
+
+def test_however_many_shards_there_are_few_batches_are_scored(base, tmp_path, monkeypatch, said):
+    policy = policy_of(base, **SECTIONS["float32"])
+    write(policy, tmp_path / "cache", name="zz-largest")
+    write_many(policy, tmp_path / "cache", 40)
+    examples = [*EXAMPLES, *(make_example(100 + number, 5, 4, 4) for number in range(40))]
+    with scored_batches(monkeypatch) as sizes:
+        read = num_read(policy, tmp_path / "cache", examples)
+    assert len(sizes) == reference_check.MAX_BATCHES  # the largest shard's check rows are the run's own too
+    assert read == 2 * len(EXAMPLES) + 2 * (reference_check.MAX_BATCHES - 1)
+    assert said == []
+
+
+def test_shards_without_a_row_of_the_run_are_not_checked(base, tmp_path, monkeypatch):
+    policy = policy_of(base, **SECTIONS["float32"])
+    write(policy, tmp_path / "cache")
+    write_many(policy, tmp_path / "cache", 5)
+    with scored_batches(monkeypatch) as sizes:
+        assert num_read(policy, tmp_path / "cache") == 2 * len(EXAMPLES)
+    assert len(sizes) == 1
+
+
+def test_rows_of_a_wrong_shard_are_read_from_a_right_one(base, tmp_path, said):
+    """Each holds all rows, and the first in order is wrong."""
+    policy = policy_of(base, **SECTIONS["float32"])
+    wrong = one_tensor_off(policy, base, tmp_path, **SECTIONS["float32"])
+    write(wrong, tmp_path / "wrong", name="a")
+    write(policy, tmp_path / "cache", name="b")
+    write(wrong, tmp_path / "other", name="c")
+    for folder in ("wrong", "other"):
+        (shard,) = (tmp_path / folder).glob("*.shard")
+        shard.rename(tmp_path / "cache" / shard.name)
+    assert num_read(policy, tmp_path / "cache") == 2 * len(EXAMPLES)
+    assert "of 1 earlier runs" in said[0]
+
+
+@pytest.mark.parametrize("values", [torch.zeros(1), torch.zeros(400), torch.zeros(0)])
+@pytest.mark.parametrize("index", [0, 9])
+def test_rows_of_another_length_are_not_read(index, values, base, tmp_path):
+    """In the first batch, and in another, where nobody compares them."""
+    policy = policy_of(base, **SECTIONS["float32"])
+    rows = dict.fromkeys(row_keys(EXAMPLES[index]), values)
+    assert right_after(policy, tmp_path, rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_not_read(value, base, tmp_path):
+    policy = policy_of(base, **SECTIONS["float32"])
+    lengths = map(len, EXAMPLES[9].branches)
+    rows = {key: torch.full((length,), value) for key, length in zip(row_keys(EXAMPLES[9]), lengths, strict=True)}
+    assert right_after(policy, tmp_path, rows)
+
+
+def right_after(policy: Policy, tmp_path: Path, rows: dict[bytes, torch.Tensor]) -> bool:
+    """Whether a run that finds these rows, under right check rows, has the right scores."""
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "first"))
+    check_cache(references, policy, pack(EXAMPLES[:2], policy.device), EXAMPLES)
+    references.cache.add(rows)
+    references.cache.close()
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "second"))
+    check_cache(references, policy, pack(EXAMPLES[:2], policy.device), EXAMPLES)
+    batch = pack(EXAMPLES, policy.device)
+    found = references.logprobs(policy, batch).values
+    references.cache.close()
+    return torch.equal(found, ReferenceStore().logprobs(policy, batch).values)
+
+
+def test_a_run_whose_own_shard_is_put_aside_begins_it_again(base, tmp_path, said):
+    """Resumed on another machine, say; and other runs read what it adds."""
+    policy = policy_of(base, **SECTIONS["float32"])
+    wrong = one_tensor_off(policy, base, tmp_path, **SECTIONS["float32"])
+    write(wrong, tmp_path / "cache", name="own")
+    reader = ReferenceCache.open(tmp_path / "cache", "reader")
+    before = [reader.get(key) for key in row_keys(EXAMPLES[0])]
+    write(policy, tmp_path / "cache", name="own")
+    assert len(said) == 1
+    assert num_read(policy, tmp_path / "cache") == 2 * len(EXAMPLES)
+    assert len(said) == 1
+    for key, values in zip(row_keys(EXAMPLES[0]), before, strict=True):
+        assert torch.equal(reader.get(key), values)  # mapped before, and as it was
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_of_one_branch_and_an_own_attention_are_confirmed(shared, base, tmp_path, said):
+    policy = policy_of(base, **SECTIONS["float32"])
+    policy.share_prompts(shared)
+    singles = [make_example(line, 8 + line, 10 + line % 5) for line in range(8)]
+    write(policy, tmp_path / "cache", singles)
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "second"))
+    check_cache(references, policy, pack(EXAMPLES[:2], policy.device), singles)  # now with mismatched partners
+    assert all(key in references.cache for example in singles for key in row_keys(example))
+    assert said == []
 
 
 def reference_rows(example: TokenizedExample, values: torch.Tensor) -> CheckRows:

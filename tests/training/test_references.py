@@ -545,6 +545,25 @@ def test_a_killed_run_goes_on_with_the_rows_that_it_saw_at_its_start(make_recipe
     assert notes.passes == ["reference_check"]
 
 
+ODD_DESCRIPTIONS = (5, [], {}, {"run": "a"}, {"run": "../a", "seen": {}}, {"run": "a", "seen": {"b.shard": -1}},
+                    {"run": "a", "seen": {"b.shard": None}}, {"run": None, "seen": {}},
+                    {"run": "a", "seen": {"../../b.shard": 100}}, {"run": "a", "seen": ["b.shard"]})  # fmt: skip
+
+
+def test_a_cache_description_that_no_run_writes_is_ignored(make_recipe, tmp_path, unbroken):
+    recipe = make_recipe(STEPS | {"train.save_every": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        die_after_save(1, patch)
+        with pytest.raises(Killed):
+            qpref.train(recipe, output=tmp_path / "run")
+    for number, odd in enumerate(ODD_DESCRIPTIONS):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"run-{number}")
+        facts = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(facts | {"reference_cache": odd}))
+        assert outcome(qpref.train(recipe, output=folder, resume=True)) == unbroken, odd
+    assert not [path for path in tmp_path.rglob("*.shard") if path.parents[1].name not in ("reference", "tokens")]
+
+
 def test_a_run_without_a_cache_resumes(make_recipe, tmp_path, unbroken, cache):
     recipe = make_recipe(STEPS | {"train.save_every": 1, "reference.cache": False})
     with pytest.MonkeyPatch.context() as patch:
