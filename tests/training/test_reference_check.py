@@ -227,6 +227,22 @@ def test_wrong_rows_are_put_aside_though_the_check_rows_are_right(wrong, dtype, 
     assert len(said) == 3
 
 
+@pytest.mark.parametrize(("factor", "num_kept"), [(2.8, 32), (3.2, 0)])
+def test_rows_of_the_first_batch_may_differ_by_three_times_the_rounding(factor, num_kept, base, tmp_path):
+    """And by exactly that much: the first batch's present scores are known."""
+    policy = policy_of(base, **SECTIONS["bf16"])
+    with rounding_by_batch(policy):
+        references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "first"))
+        check_cache(references, policy, pack(EXAMPLES[:2], policy.device))
+        with as_reference(policy):
+            rows = scored(policy, EXAMPLES, EXAMPLES)
+            present = scored(policy, EXAMPLES[5:7], EXAMPLES[5:7])
+            rounding = measured_rounding(EXAMPLES[5:7], policy)
+        references.cache.add(rows | {key: values + factor * rounding for key, values in present.items()})
+        references.cache.close()
+        assert num_read(policy, tmp_path / "cache", first=5) == num_kept
+
+
 def test_the_stand_in_for_a_machine_rounds_as_the_real_one(base):
     """Between 0.02 and 0.1 nats a token, as measured on a Xeon with AMX (0.045)."""
     policy = policy_of(base, **SECTIONS["bf16"])
