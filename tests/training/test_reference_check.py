@@ -432,6 +432,20 @@ def test_however_many_shards_there_are_few_batches_are_scored(base, tmp_path, mo
     assert said == []
 
 
+def test_a_resumed_run_checks_its_own_shard_first(base, tmp_path, said):
+    """Left out, it would be removed."""
+    policy = policy_of(base, **SECTIONS["float32"])
+    own = [make_example(500, 5, 4, 4)]
+    write(policy, tmp_path / "cache", own, name="zz-own")
+    write_many(policy, tmp_path / "cache", reference_check.MAX_BATCHES + 1)
+    others = [make_example(100 + number, 5, 4, 4) for number in range(reference_check.MAX_BATCHES + 1)]
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "zz-own"))
+    check_cache(references, policy, pack(EXAMPLES[:2], policy.device), [*others, *own])
+    assert all(key in references.cache for key in row_keys(own[0]))
+    references.cache.close()
+    assert said == []
+
+
 def test_shards_without_a_row_of_the_run_are_not_checked(base, tmp_path, monkeypatch):
     policy = policy_of(base, **SECTIONS["float32"])
     write(policy, tmp_path / "cache")
