@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pyarrow.parquet
 import pytest
 from conftest import preference_rows, write_jsonl
 from hub import LoopbackHub, Repository, loopback_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from qpref.hooks.hub import hub_failure
 
 QPREF = Path(sys.executable).with_name("qpref")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -224,6 +228,34 @@ def test_a_revision_of_a_dataset_that_does_not_exist_is_named(machine):
 def test_a_revision_of_a_model_that_does_not_exist_is_named(trained):
     error, _ = last_lines(trained.machine.train("--set", "model.revision=v9", output="v9"), 10)
     assert error == "error: tiny-org/tiny: the hub has no revision 'v9' of this model"
+
+
+def failure_of(error: Exception) -> str:
+    return hub_failure(error, "model", None).what
+
+
+@pytest.mark.parametrize("message", ["", " \n", "\n\nBusy\nlater"])
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
+def test_an_answer_without_words_is_one_sentence(status, message):
+    transport = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+    answer = transport.Response(status, request=transport.Request("GET", "http://hub"))
+    failure = hub_failure(HfHubHTTPError(message, response=answer), "model", None)
+    assert failure.what == f"the hub answers {status}" + (": Busy" if message.strip() else "")
+    assert failure.unreachable == (status >= 500)
+
+
+def test_the_root_of_a_failure_is_named():
+    outer, inner, handled = OSError("outer"), OSError("inner"), OSError("handled")
+    outer.__cause__, inner.__context__ = inner, handled
+    assert failure_of(outer) == "can't be fetched: inner"
+    inner.__cause__ = outer
+    assert failure_of(outer) == "can't be fetched: inner"
+
+
+def test_an_endpoint_that_is_no_address_is_named(machine):
+    error, hint = last_lines(machine.qpref("check", "hf:tiny-org/tiny", HF_ENDPOINT="hub.example"), 3)
+    assert error.startswith("error: hf:tiny-org/tiny: the hub at hub.example can't be reached: ")
+    assert hint == "hint: check the network and HF_ENDPOINT"
 
 
 def test_a_token_opens_what_is_gated(machine):

@@ -6,9 +6,10 @@ The clients raise dozens of nested exception types, whose messages open with a s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "PoolTimeout", "ProxyError")
+UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
 """Names of the errors raised when nothing answers; the clients' HTTP library differs between versions."""
 WITH_ACCESS = "set HF_TOKEN to a token with access to it, or run `hf auth login`"
 
@@ -61,16 +62,16 @@ def hub_failure(error: BaseException, kind: Literal["model", "dataset"], revisio
             return HubFailure(
                 f"the download was interrupted: {_first_line(cause)}", "run it again; downloaded parts are kept"
             )
-    return HubFailure(f"can't be fetched: {_first_line(_root(error))}", "check the name, the network and the disk")
+    root = [error, *(cause for before, cause in pairwise(causes) if cause is before.__cause__)][-1]
+    return HubFailure(f"can't be fetched: {_first_line(root)}", "check the name, the network and the disk")
 
 
 def _answered(status: int, message: str) -> HubFailure:
     if status in (401, 403):
         return HubFailure(f"the hub refuses access ({status})", WITH_ACCESS)
-    lines = [line for line in message.splitlines() if line.strip()]
-    return HubFailure(
-        f"the hub answers {status}: {lines[0].strip()[:200]}", "try again later", unreachable=status >= 500
-    )
+    lines = [line.strip()[:200] for line in message.splitlines() if line.strip()]
+    what = ": ".join([f"the hub answers {status}", *lines[:1]])  # some answers have no words
+    return HubFailure(what, "try again later", unreachable=status >= 500)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -81,10 +82,6 @@ def _causes(error: BaseException) -> list[BaseException]:
         found.append(cause)
         cause = cause.__cause__ or cause.__context__
     return found
-
-
-def _root(error: BaseException) -> BaseException:
-    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 def _first_line(error: BaseException) -> str:

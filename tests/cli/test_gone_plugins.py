@@ -224,6 +224,15 @@ def test_a_check_that_could_have_refused_rows_and_has_not_may_be_gone(acme, trai
     assert merged(run, tmp_path / "out")["data_changed"] is False
 
 
+@pytest.mark.parametrize("report", ["", "[]", "{}", '{"refused": null}'])
+def test_a_check_is_asked_for_where_nobody_knows_what_it_refused(acme, train, tmp_path, report):
+    run = train(SKIPPING, checks=CHECKED)
+    (run / "data.json").write_text(report)
+    acme()
+    done = qpref("merge", run, tmp_path / "out", code=2)
+    assert "validator 'no-bad' is not installed; the run had it from acme 2.0" in done.stderr
+
+
 def test_a_reader_that_is_gone_is_named_and_no_other_takes_its_files(acme, train, tmp_path):
     """`jsonl` reads these too, and might make other rows of them."""
     data = {"data.heldout": str(write_jsonl(tmp_path / "held.chat.jsonl", preference_rows(4, start=100)))}

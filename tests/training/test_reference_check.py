@@ -227,6 +227,22 @@ def test_wrong_rows_are_put_aside_though_the_check_rows_are_right(wrong, dtype, 
     assert len(said) == 3
 
 
+@pytest.mark.parametrize(("factor", "num_kept"), [(2.8, 32), (3.2, 0)])
+def test_rows_of_the_first_batch_may_differ_by_three_times_the_rounding(factor, num_kept, base, tmp_path):
+    """And by exactly that much: the first batch's present scores are known."""
+    policy = policy_of(base, **SECTIONS["bf16"])
+    with rounding_by_batch(policy):
+        references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "first"))
+        check_cache(references, policy, pack(EXAMPLES[:2], policy.device))
+        with as_reference(policy):
+            rows = scored(policy, EXAMPLES, EXAMPLES)
+            present = scored(policy, EXAMPLES[5:7], EXAMPLES[5:7])
+            rounding = measured_rounding(EXAMPLES[5:7], policy)
+        references.cache.add(rows | {key: values + factor * rounding for key, values in present.items()})
+        references.cache.close()
+        assert num_read(policy, tmp_path / "cache", first=5) == num_kept
+
+
 def test_the_stand_in_for_a_machine_rounds_as_the_real_one(base):
     """Between 0.02 and 0.1 nats a token, as measured on a Xeon with AMX (0.045)."""
     policy = policy_of(base, **SECTIONS["bf16"])
@@ -413,6 +429,20 @@ def test_however_many_shards_there_are_few_batches_are_scored(base, tmp_path, mo
         read = num_read(policy, tmp_path / "cache", examples)
     assert len(sizes) == reference_check.MAX_BATCHES  # the largest shard's check rows are the run's own too
     assert read == 2 * len(EXAMPLES) + 2 * (reference_check.MAX_BATCHES - 1)
+    assert said == []
+
+
+def test_a_resumed_run_checks_its_own_shard_first(base, tmp_path, said):
+    """Left out, it would be removed."""
+    policy = policy_of(base, **SECTIONS["float32"])
+    own = [make_example(500, 5, 4, 4)]
+    write(policy, tmp_path / "cache", own, name="zz-own")
+    write_many(policy, tmp_path / "cache", reference_check.MAX_BATCHES + 1)
+    others = [make_example(100 + number, 5, 4, 4) for number in range(reference_check.MAX_BATCHES + 1)]
+    references = ReferenceStore(ReferenceCache.open(tmp_path / "cache", "zz-own"))
+    check_cache(references, policy, pack(EXAMPLES[:2], policy.device), [*others, *own])
+    assert all(key in references.cache for key in row_keys(own[0]))
+    references.cache.close()
     assert said == []
 
 
