@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from conftest import preference_rows, write_jsonl
 from hub import LoopbackHub, Repository, loopback_hub
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from qpref.hooks.hub import hub_failure
 
@@ -250,6 +250,13 @@ def test_the_root_of_a_failure_is_named():
     assert failure_of(outer) == "can't be fetched: inner"
     inner.__cause__ = outer
     assert failure_of(outer) == "can't be fetched: inner"
+
+
+def test_a_failure_that_another_hides_is_found():
+    """As with `raise ... from None` while it is handled."""
+    hiding = OSError("not cached")
+    hiding.__context__, hiding.__suppress_context__ = OfflineModeIsEnabled("offline"), True
+    assert failure_of(hiding) == "HF_HUB_OFFLINE is set, and this model isn't in the hub's cache on this machine"
 
 
 def test_an_endpoint_that_is_no_address_is_named(machine):

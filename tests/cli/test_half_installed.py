@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -14,7 +15,7 @@ from qpref.cli import main
 from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
 from qpref.hooks.manager import NAMELESS, installed_offers
-from qpref.installed import as_install_error
+from qpref.installed import as_install_error, is_required
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
@@ -86,6 +87,14 @@ def test_the_package_behind_anothers_failure_is_named():
     error = ModuleNotFoundError("Could not import module 'AutoTokenizer'")
     error.__cause__ = ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
     assert as_install_error(error).what == "safetensors is not installed, and qpref needs it"
+
+
+def test_a_package_of_an_extra_is_not_one_that_qpref_requires():
+    """A plugin that lacks it is broken, and qpref isn't."""
+    extra = next(line for line in metadata.requires("qpref") if "extra ==" in line)
+    name = re.split(r"[^\w.-]", extra)[0]
+    assert not is_required(ModuleNotFoundError(f"No module named '{name}'", name=name))
+    assert is_required(ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"))
 
 
 @pytest.mark.parametrize("name", ["qpref.nothing", "qpref_plugins.loss_dpo.nothing"])
