@@ -78,11 +78,11 @@ def check_cache(
         values = rescoring.scores(CheckRows(batch.examples, torch.empty(0)))
         cache.check_rows = None if values is None else CheckRows(batch.examples, values)
     if failed:
-        worst = max(failed.values(), key=lambda value: (value != value, value))
+        usable = [value for value in failed.values() if value < INFINITE]
+        by = f", by up to {max(usable):.3f} nats a token" if usable else ""
         log.warning(
             "reference: the cached scores of %d earlier runs are put aside and recomputed: this machine scores the "
-            "same rows differently, by %.3f nats a token; another machine, torch version or reference wrote them",
-            len(failed), worst,
+            "same rows differently%s; another machine, torch version or reference wrote them", len(failed), by,
         )  # fmt: skip
 
 
