@@ -130,10 +130,12 @@ class PluginHost:
                     raise RecipeError(_gone(kind, offer))
             known = sorted({offer.name for offer in same_kind})
             near = difflib.get_close_matches(name, known, n=1)
-            guess = f"; did you mean '{near[0]}'?" if near else f"; installed: {', '.join(known) or 'none'}"
+            missing = f"no {kind.noun} '{name}' is installed"
+            if near:
+                raise RecipeError(f"{missing}; did you mean '{near[0]}'?")
             raise RecipeError(
-                f"no {kind.noun} '{name}' is installed{guess}",
-                f"a plugin of your own needs the entry point {kind.prefix}-{name} and `pip install` again",
+                f"{missing}; installed: {', '.join(known) or 'none'}",
+                f"a plugin of your own needs the entry point {kind.prefix}-{name}, and pip install again",
             )
         if len(found) > 1:
             raise PluginError(

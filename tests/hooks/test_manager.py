@@ -211,13 +211,20 @@ def test_a_refused_plugin_stays_refused_when_asked_again(install):
             host.load(LOSS, "bad")
 
 
+OWN = "a plugin of your own needs the entry point {}, and pip install again"
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
         (LOSS, "wram", "no loss 'wram' is installed; did you mean 'warm'?"),
         (SINK, "consle", "no metric sink 'consle' is installed; did you mean 'console'?"),
-        (READER, "zzz", f"no reader 'zzz' is installed; installed: {names_of(READER)}"),
-        (CHECK, "zzz", f"no validator 'zzz' is installed; installed: {names_of(CHECK)}"),
+        (READER, "zzz", f"no reader 'zzz' is installed; installed: {names_of(READER)}\nhint: {OWN.format('read-zzz')}"),
+        (
+            CHECK,
+            "zzz",
+            f"no validator 'zzz' is installed; installed: {names_of(CHECK)}\nhint: {OWN.format('check-zzz')}",
+        ),
     ],
 )
 def test_an_unknown_name_is_told_the_nearest_or_all(install, kind, name, message):
