@@ -6,6 +6,7 @@ chromium-headless-shell) shows the report of all runs.
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def terminal(run: Path) -> None:
     """Train the quickstart and keep what it prints as an SVG."""
     command = ["qpref", "train", RECIPE, "--output", str(run), "--overwrite"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text(f"$ qpref train {RECIPE}", style="bold green"))
     console.print(Text(done.stdout.rstrip().replace(str(run), "runs/quickstart")))
     PICTURES.mkdir(exist_ok=True)
