@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qpref.policy.lora import dense_weight
+from qpref.policy.projections import dense_weight
 from qpref.policy.policy import Policy
 
 

@@ -11,6 +11,7 @@ import torch
 from qpref.attention import register as attention
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
+from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
@@ -33,6 +34,7 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     model = _load_ready(recipe.model, base, device)
     policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
     policy.starts_from_adapter = recipe.adapter.start is not None
+    fuse_layers(policy.decoder, policy.dtype, policy.autocast)
     policy.recompute_layers(recomputed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
     return policy
 

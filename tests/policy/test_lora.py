@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qpref.policy.load import load_policy
-from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, _AdaptedLinear, _covers, decoding
+from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, Projected, decoding, projections_of
 from qpref.policy.policy import Policy
+from qpref.policy.projections import Projections
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
 
@@ -186,7 +187,7 @@ def test_gradients_are_those_of_finite_differences(shape, dropout):
 
     def under_one_mask(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return _AdaptedLinear.apply(x, a, b, layer, 0.7, dropout)
+        return Projected.apply(x, Projections((layer,), (2,), (0.7,), dropout), None, a, b)[0]
 
     assert torch.autograd.gradcheck(under_one_mask, (x, a, b), fast_mode=True)
 
@@ -286,14 +287,14 @@ ROWS = 512
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_input_mask_and_one_low_rank_matrix_are_all_that_is_kept(kind, dropout):
+def test_the_input_one_low_rank_matrix_and_the_16_bit_adapter_are_all_that_is_kept(kind, dropout):
     layer = base_layer(kind, torch.bfloat16)
     x = torch.randn(ROWS, IN).requires_grad_()
     ours, theirs = (
         kept_bytes(adapted(layer, fused, lora_dropout=dropout).train(), x, autocast=True) for fused in (True, False)
     )
-    assert ours == 2 * ROWS * (IN + RANK) + (ROWS * IN if dropout else 0)
-    assert ours < theirs
+    assert ours == 2 * (ROWS * (IN + RANK) + RANK * (IN + OUT))
+    assert (ours < theirs) if dropout else (ours <= theirs)
 
 
 def test_nothing_is_kept_where_there_is_no_gradient():
@@ -308,8 +309,8 @@ def test_nothing_is_kept_where_there_is_no_gradient():
 
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that grows with each use of the fused function."""
-    calls, real = [], _AdaptedLinear.apply
-    monkeypatch.setattr(_AdaptedLinear, "apply", lambda *call: (calls.append(call), real(*call))[1])
+    calls, real = [], Projected.apply
+    monkeypatch.setattr(Projected, "apply", lambda *call: (calls.append(call), real(*call))[1])
     return calls
 
 
@@ -409,7 +410,7 @@ def test_generating_on_a_gpu_leaves_4_bit_layers_to_bitsandbytes(kind, name):
 
     def covered(device: str) -> bool:
         x: Any = SimpleNamespace(device=torch.device(device))
-        return _covers(layer, name, x)
+        return projections_of([layer], x) is not None
 
     with torch.no_grad():
         assert covered("cuda")
