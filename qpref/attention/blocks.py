@@ -31,7 +31,7 @@ def attend(
 ) -> Tensor:
     """[1, heads, T, width] queries and [1, key-value heads, T, width] keys and values -> [1, T, heads, width]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    streams = [states[0].transpose(0, 1) for states in (query, key, value)]
+    streams = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
     with torch.autocast("cpu", enabled=False):  # it would cast the scores back to bf16
         attended: Tensor = _Attend.apply(*streams, groups, scale, window)  # type: ignore[no-untyped-call]
     return attended[None]

@@ -115,7 +115,7 @@ def attend(
 ) -> Tensor:
     """[1, heads, T, width] queries and [1, key-value heads, T, width] keys and values -> [1, T, heads, width]."""
     layout = key_layout(groups, query.device)
-    streams = [states[0].transpose(0, 1) for states in (query, key, value)]
+    streams = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
     keys, values = (_Gather.apply(states, layout) for states in streams[1:])  # type: ignore[no-untyped-call]
     return kernel(streams[0], keys, values, layout, scaling, window)[None]
 

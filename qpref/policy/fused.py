@@ -1,7 +1,9 @@
-"""Replacement of a model's norms and gated MLPs by the fused ones, where the family's own code computes the same.
+"""Replacement of a decoder's norms, MLPs and attention layers by fused ones, where the family's own code computes the
+same.
 
-Families write the same few formulas in their own words, and some differ in one (a multiplier, a clamp). So a module is
-recognized by its layers and then tried: the fused one must give the values and gradients of the family's own.
+Families write the same few formulas in their own words, and some differ in one (a multiplier, a clamp, another order of
+rotary positions). So a module is recognized by its layers and then tried: the fused one must give the values and the
+gradients of the family's own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from torch import Tensor, nn
 
 from qpref.policy.gated_mlp import GatedMLP
 from qpref.policy.norms import FORMULAS, RMSNorm
+from qpref.policy.self_attention import SelfAttention, recorded_attention, trial_call
 
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""Makes the context of a forward pass."""
 Fuse = Callable[[Any], nn.Module]
 """Makes the fused module of a family's own."""
 
@@ -25,14 +30,15 @@ TRIED_SIZES = (1.0, 30.0)
 """Sizes of the states that modules are compared on, so that a clamp shows."""
 TOLERANCE = 0.02
 """Relative difference of values or gradients from the family's own; the same sums in another order are 0.004 apart."""
+UNSUITABLE = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What a family's attention layer raises where it is called in another way than the known ones."""
 
 
-def fuse_layers(decoder: nn.Module, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Replace every norm and gated MLP of a frozen decoder that a fused one computes like the family's own.
+def fuse_layers(decoder: nn.Module, dtype: torch.dtype, autocast: Autocast) -> None:
+    """Replace every module of a frozen decoder that a fused one computes like the family's own.
 
     Args:
         dtype: of the states between layers.
-        autocast: makes the context of a forward pass.
     """
     chosen: dict[Any, Fuse | None] = {}
     for name, own in list(decoder.named_modules()):
@@ -45,14 +51,23 @@ def fuse_layers(decoder: nn.Module, dtype: torch.dtype, autocast: Callable[[], A
             setattr(decoder.get_submodule(parent), last, fuse(own))
 
 
-def _closest(own: nn.Module, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[Any]]) -> Fuse | None:
+def _settings(own: Any) -> tuple[Any, ...]:
+    """Collect what may tell two modules of a class apart, but for their weights and their index in the model."""
+    plain = [(name, value) for name, value in vars(own).items() if isinstance(value, bool | int | float | str)]
+    kinds = getattr(getattr(own, "config", None), "layer_types", None) or ()
+    index = getattr(own, "layer_idx", None)
+    kind = kinds[index] if isinstance(index, int) and index < len(kinds) else None
+    return kind, repr(getattr(own, "act_fn", None)), *sorted(item for item in plain if item[0] != "layer_idx")
+
+
+def _closest(own: nn.Module, dtype: torch.dtype, autocast: Autocast) -> Fuse | None:
     """Choose the way to fuse a module that comes closest to it; None where none is within the tolerance."""
-    ways = [(difference(fuse, own, dtype, autocast), index, fuse) for index, fuse in enumerate(_ways(own))]
+    ways = [(difference(fuse, own, dtype, autocast), index, fuse) for index, fuse in enumerate(_ways(own, dtype))]
     distance, _, fuse = min(ways, default=(torch.inf, 0, None))
     return fuse if distance <= TOLERANCE else None
 
 
-def _ways(own: nn.Module) -> Iterator[Fuse]:
+def _ways(own: Any, dtype: torch.dtype) -> Iterator[Fuse]:
     """Yield the ways to fuse a module that its layers allow."""
     children, parameters = dict(own.named_children()), [name for name, _ in own.named_parameters()]
     if set(children) == set(GatedMLP.CHILDREN) and not list(children["act_fn"].parameters()):
@@ -60,55 +75,71 @@ def _ways(own: nn.Module) -> Iterator[Fuse]:
     if type(own).__name__.endswith("RMSNorm") and not children and parameters == ["weight"]:
         for formula in FORMULAS:
             yield partial(RMSNorm, formula=formula)
+    if _is_attention(own, children) and (keywords := _keywords(own, dtype)) is not None:
+        yield partial(SelfAttention, keywords=keywords)
 
 
-def _settings(own: nn.Module) -> tuple[Any, ...]:
-    """Collect what may tell two modules of a class apart, but for their weights and their position in the model."""
-    plain = [(name, value) for name, value in vars(own).items() if isinstance(value, bool | int | float | str)]
-    return *sorted(item for item in plain if item[0] != "layer_idx"), repr(getattr(own, "act_fn", None))
+def _is_attention(own: Any, children: dict[str, Any]) -> bool:
+    """Return whether the layers are those of SelfAttention: with norms of each head, or without."""
+    norms = [children[name] for name in SelfAttention.NORMS if name in children]
+    return (
+        set(children) - set(SelfAttention.NORMS) == set(SelfAttention.LINEARS)
+        and len(norms) in (0, 2)
+        and isinstance(getattr(own, "head_dim", None), int)
+        and all(norm.weight.shape == (own.head_dim,) for norm in norms)
+    )
 
 
-def difference(
-    fuse: Fuse, own: nn.Module, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[Any]]
-) -> float:
+def _keywords(own: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Record the keywords that an attention layer calls transformers' registry with; None where it can't be called in
+    the common way."""
+    states = torch.zeros(1, 1, _width(own), dtype=dtype, device=next(own.parameters()).device)
+    with recorded_attention(own.config) as keywords, torch.no_grad():
+        try:
+            trial_call(own, states, own.head_dim)
+        except UNSUITABLE:
+            return None
+    return keywords
+
+
+def _width(own: Any) -> int:
+    """Return the width of the states that a module reads."""
+    children = dict(own.named_children())
+    reader = children.get("gate_proj", children.get("q_proj"))
+    return len(own.weight) if reader is None else int(reader.in_features)
+
+
+def difference(fuse: Fuse, own: Any, dtype: torch.dtype, autocast: Autocast) -> float:
     """Compare a fused module with the family's own on random states: values, and gradients of states and adapters.
 
     Returns:
         The greatest relative Euclidean difference.
     """
-    was_training, trained = own.training, [each for each in own.parameters() if each.requires_grad]
-    random = torch.Generator().manual_seed(0)
+    was_training, random = own.training, torch.Generator().manual_seed(0)
     if not list(own.children()):  # a norm of ones doesn't show how the weight is multiplied on
         own = copy.deepcopy(own)
         own.weight.data = torch.rand(own.weight.shape, generator=random).to(own.weight)
-    shape = 3, 4, _width(own)
+    shape, device = (1, 6, _width(own)), next(own.parameters()).device
     states, direction = (torch.randn(shape, generator=random) for _ in range(2))
     worst = 0.0
     for size in TRIED_SIZES:
-        leaf = (size * states).to(next(own.parameters()).device, dtype).requires_grad_()
-        outcomes = [_outcome(module.eval(), leaf, direction, trained, autocast) for module in (own, fuse(own))]
+        leaf = (size * states).to(device, dtype).requires_grad_()
+        outcomes = [_outcome(own, module.eval(), leaf, direction, autocast) for module in (own, fuse(own))]
         worst = max(worst, *(_apart(*pair) for pair in zip(*outcomes, strict=True)))
     own.train(was_training)
     return worst
 
 
-def _width(own: Any) -> int:
-    """Return the width of the states that a module reads."""
-    width: int = own.gate_proj.in_features if list(own.children()) else len(own.weight)
-    return width
-
-
-def _outcome(
-    module: nn.Module,
-    leaf: Tensor,
-    direction: Tensor,
-    trained: list[nn.Parameter],
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> list[Tensor]:
+def _outcome(own: Any, module: nn.Module, leaf: Tensor, direction: Tensor, autocast: Autocast) -> list[Tensor]:
     """Compute a module's values, and the gradients of its input and its trained parameters along a direction."""
+    trained = [each for each in own.parameters() if each.requires_grad]
     with torch.enable_grad():
-        with autocast():
-            values = module(leaf)
+        if hasattr(own, "q_proj"):
+            with autocast(), recorded_attention(own.config):
+                values = trial_call(module, leaf, own.head_dim)
+        else:
+            with autocast():
+                values = module(leaf)
         gradients = torch.autograd.grad(values, [leaf, *trained], direction.to(values), materialize_grads=True)
     return [values.detach(), *gradients]
 

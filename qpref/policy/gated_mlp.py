@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from qpref.policy.lora import projections_of, restored
+from qpref.policy.lora import kept_input, projections_of, restored_input
 from qpref.policy.norms import Source, source_of
 from qpref.policy.projections import Projections
 
@@ -47,15 +48,14 @@ class _GatedMLP(torch.autograd.Function):
             product = layers.activation(gate) * up
             (result,), outer_low = outer.values(product, outer_cast, seeds[1])
         if any(ctx.needs_input_grad):
-            lows = gate, up, inner_low, outer_low
-            ctx.save_for_backward(*(source.kept if source else (flat,)), *lows, *inner_cast, *outer_cast)
-            ctx.layers, ctx.source, ctx.seeds, ctx.shape = layers, source, seeds, x.shape
-            ctx.num_inner = len(inner_cast)
+            kept, ctx.recompute = kept_input(flat, source)
+            ctx.save_for_backward(*kept, gate, up, inner_low, outer_low, *inner_cast, *outer_cast)
+            ctx.layers, ctx.seeds, ctx.shape, ctx.num_inner = layers, seeds, x.shape, len(inner_cast)
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, (gate, up, inner_low, outer_low, *cast) = restored(ctx.saved_tensors, ctx.source, ctx.shape[-1])
+        x, (gate, up, inner_low, outer_low, *cast) = restored_input(ctx.saved_tensors, ctx.recompute, ctx.shape[-1])
         inner, outer, activation = ctx.layers.inner, ctx.layers.outer, ctx.layers.activation
         incoming = gradients[0].reshape(-1, gradients[0].shape[-1])
         with torch.autocast(x.device.type, enabled=False):
@@ -65,9 +65,10 @@ class _GatedMLP(torch.autograd.Function):
             product_grad, of_outer = outer.gradients(
                 activated.detach() * up, outer_low, cast[ctx.num_inner :], ctx.seeds[1], [incoming], True
             )
-            up_grad = product_grad * activated.detach()
-            (gate_grad,) = torch.autograd.grad(activated, leaf, product_grad.mul_(up))
-            del activated, product_grad
+            up_grad, edge = product_grad * activated.detach(), get_gradient_edge(activated)
+            del activated
+            (gate_grad,) = torch.autograd.grad(edge, leaf, product_grad.mul_(up))
+            del product_grad
             x_grad, of_inner = inner.gradients(
                 x, inner_low, cast[: ctx.num_inner], ctx.seeds[0], [gate_grad, up_grad], ctx.needs_input_grad[0]
             )
@@ -85,6 +86,10 @@ class GatedMLP(nn.Module):
             self.add_module(name, own.get_submodule(name))
         self._own = (own,)  # in a tuple, so that its layers have one name alone
         self.training = own.training
+
+    def train(self, mode: bool = True) -> GatedMLP:
+        self._own[0].training = mode
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         layers: Any = self

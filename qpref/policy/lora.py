@@ -21,7 +21,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from qpref.policy.norms import Source, source_of
+from qpref.policy.norms import Recompute, Source, source_of
 from qpref.policy.projections import Projections, compute_dtype
 
 
@@ -38,24 +38,32 @@ class Projected(torch.autograd.Function):
             cast = projections.cast(adapters, x.dtype)
             outputs, low = projections.values(flat, cast, seed)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*(source.kept if source else (flat,)), low, *cast)
-            ctx.projections, ctx.source, ctx.seed, ctx.shape = projections, source, seed, x.shape
+            kept, ctx.recompute = kept_input(flat, source)
+            ctx.save_for_backward(*kept, low, *cast)
+            ctx.projections, ctx.seed, ctx.shape = projections, seed, x.shape
         return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, (low, *cast) = restored(ctx.saved_tensors, ctx.source, ctx.shape[-1])
+        x, (low, *cast) = restored_input(ctx.saved_tensors, ctx.recompute, ctx.shape[-1])
         incoming = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         with torch.autocast(x.device.type, enabled=False):
             grad_x, of_adapters = ctx.projections.gradients(x, low, cast, ctx.seed, incoming, ctx.needs_input_grad[0])
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, *of_adapters
 
 
-def restored(saved: tuple[Tensor, ...], source: Source | None, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Split saved tensors into the input [T, width], recomputed where its source was kept, and the rest."""
-    if source is None:
+def kept_input(flat: Tensor, source: Source | None) -> tuple[tuple[Tensor, ...], Recompute | None]:
+    """Return what a function keeps of its input [T, width]: the input, or its source and how to recompute it."""
+    return ((flat,), None) if source is None else ((source.states, source.inverse), source.recompute)
+
+
+def restored_input(
+    saved: tuple[Tensor, ...], recompute: Recompute | None, width: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Split saved tensors into the input [T, width] that `kept_input` kept, and the rest."""
+    if recompute is None:
         return saved[0], saved[1:]
-    return source.normed(*saved[:2]).reshape(-1, width), saved[2:]
+    return recompute(*saved[:2]).reshape(-1, width), saved[2:]
 
 
 class _Fused:
@@ -68,7 +76,7 @@ class _Fused:
     is_decoding: ClassVar[bool] = False
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        covered = None if args or keywords else projections_of([self], x)
+        covered = None if args or keywords else projections_of([self], x, called=True)
         if covered is None:
             result: Tensor = super().forward(x, *args, **keywords)  # type: ignore[misc]
             return result
@@ -102,8 +110,13 @@ CUSTOM_MODULES = {Linear4bit: FusedLinear4bit, nn.Linear: FusedLinear}
 """The wrapper that PEFT uses for each kind of layer; Linear4bit comes first, since it is an nn.Linear too."""
 
 
-def projections_of(layers: Sequence[Any], x: Tensor) -> tuple[Projections, list[Tensor], torch.dtype] | None:
+def projections_of(
+    layers: Sequence[Any], x: Tensor, called: bool = False
+) -> tuple[Projections, list[Tensor], torch.dtype] | None:
     """Describe a pass over linear layers that read the same x, adapted or not.
+
+    Args:
+        called: torch has called the layers, and with them any hooks that they have.
 
     Returns:
         The layers, their adapters (A, B of each that has one) and the dtype of the products; None where a layer's pass
@@ -112,6 +125,8 @@ def projections_of(layers: Sequence[Any], x: Tensor) -> tuple[Projections, list[
     bases, ranks, scalings, adapters, rates = [], [], [], [], set()
     for layer in layers:
         name, base = None, layer
+        if not called and (layer._forward_hooks or layer._forward_pre_hooks):
+            return None
         if isinstance(layer, _Fused):
             name, base = _only_adapter(layer), layer.base_layer  # type: ignore[attr-defined]
             if layer.merged or (name is None and not layer.disable_adapters):  # type: ignore[attr-defined]

@@ -6,7 +6,9 @@ So the functions that read them (see `lora`, `gated_mlp`) keep none of their own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class Formula:
         return (normalized * self.scale(weight)).to(states.dtype)
 
 
+Recompute = Callable[[Tensor, Tensor], Tensor]
+
 FORMULAS = (Formula(0.0, True), Formula(1.0, False), Formula(0.0, False))
 """Of Llama, Mistral and Qwen; of Gemma; of OLMo 2."""
 
@@ -48,21 +52,13 @@ class Source:
     Attributes:
         states: [..., width] input of the norm.
         inverse: [..., 1] float32, one over its root mean square.
+        recompute: makes the normed states of the two; it holds neither, so a graph may keep it under activation
+            checkpointing.
     """
 
     states: Tensor
     inverse: Tensor
-    weight: Tensor
-    formula: Formula
-
-    @property
-    def kept(self) -> tuple[Tensor, ...]:
-        """Tensors to keep for `normed`."""
-        return self.states, self.inverse
-
-    def normed(self, states: Tensor, inverse: Tensor) -> Tensor:
-        """Recompute the normed states of the tensors that were kept."""
-        return self.formula.apply(states, inverse, self.weight)
+    recompute: Recompute
 
 
 def source_of(states: Tensor) -> Source | None:
@@ -82,6 +78,7 @@ class _RMSNorm(torch.autograd.Function):
             ctx.save_for_backward(states, inverse)
             ctx.weight, ctx.formula = weight, formula
         ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)
         return formula.apply(states, inverse, weight), inverse
 
     @staticmethod
@@ -105,6 +102,6 @@ class RMSNorm(nn.Module):
         normed: Tensor
         normed, inverse = _RMSNorm.apply(hidden_states, self.weight, self.epsilon, self.formula)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled():
-            source = Source(hidden_states.detach(), inverse, self.weight, self.formula)
-            normed.norm_source = source  # type: ignore[attr-defined]
+            recompute = partial(self.formula.apply, weight=self.weight)
+            normed.norm_source = Source(hidden_states.detach(), inverse, recompute)  # type: ignore[attr-defined]
         return normed

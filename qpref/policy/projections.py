@@ -104,9 +104,9 @@ class Projections:
         """Apply dropout by the mask of a seed, which is drawn again instead of kept."""
         if not self.dropout:
             return x
-        generator = torch.Generator(x.device).manual_seed(seed)
-        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.dropout, generator=generator)
-        return x * kept / (1 - self.dropout)
+        kept = 1 - self.dropout
+        mask = torch.empty_like(x).bernoulli_(kept, generator=torch.Generator(x.device).manual_seed(seed))
+        return mask.mul_(x).div_(kept)
 
     def draw_seed(self) -> int:
         """Draw a seed from torch's generator on the host, which activation checkpointing restores; 0 without

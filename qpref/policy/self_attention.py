@@ -1,0 +1,127 @@
+"""Self-attention of one packed stream: queries, keys and values as one autograd function, rotary positions as another.
+
+Only a layer of linear layers, norms of heads and rotary positions (Su et al. 2021, "RoFormer") is covered; the keywords
+that the family's own code gives to transformers' attention registry are recorded from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qpref.attention.register import HARMLESS_KEYWORDS, LAYOUT
+from qpref.policy.lora import Projected, projections_of
+from qpref.policy.norms import source_of
+
+RECORDED = "qpref_recorded"
+"""Name of `recorded_attention` in transformers' registry."""
+
+
+class _Rotated(torch.autograd.Function):
+    """states [1, T, heads, width], cosines and sines [1, T, width] -> the states rotated by their positions."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        first, second = sines[:, :, None].chunk(2, -1)
+        return _turned(states, cosines, first, second, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cosines, sines = ctx.saved_tensors
+        first, second = sines[:, :, None].chunk(2, -1)
+        return _turned(gradients[0], cosines, second, first, -1), None, None
+
+
+def _turned(states: Tensor, cosines: Tensor, first: Tensor, second: Tensor, sign: int) -> Tensor:
+    """Compute x1 cos1 - sign * x2 first and x2 cos2 + sign * x1 second of the states' halves x1 and x2."""
+    turned = states * cosines[:, :, None]
+    (turned1, turned2), (states1, states2) = turned.chunk(2, -1), states.chunk(2, -1)
+    turned1.addcmul_(states2, first, value=-sign)
+    turned2.addcmul_(states1, second, value=sign)
+    return turned
+
+
+class SelfAttention(nn.Module):
+    """A family's attention layer with another forward pass over packed streams, which falls back to the family's for
+    anything else: rows with a mask, a cache, a layer that isn't covered."""
+
+    LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+    NORMS = ("q_norm", "k_norm")
+
+    def __init__(self, own: Any, keywords: dict[str, Any]) -> None:
+        super().__init__()
+        for name, child in own.named_children():
+            self.add_module(name, child)
+        self._own, self.keywords = (own,), keywords  # in a tuple, so that its layers have one name alone
+        self.training = own.training
+
+    def train(self, mode: bool = True) -> SelfAttention:
+        self._own[0].training = mode
+        return super().train(mode)
+
+    def forward(self, *args: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
+        layers: Any = self
+        states, positions = call.get("hidden_states"), call.get("position_embeddings")
+        drops = self.training and getattr(self._own[0], "attention_dropout", 0.0)
+        covered = None
+        if not (args or drops or states is None or positions is None) and _is_stream(states, call):
+            covered = projections_of([layers.q_proj, layers.k_proj, layers.v_proj], states)
+        if covered is None:
+            result: tuple[Tensor, Tensor | None] = self._own[0](*args, **call)
+            return result
+        states = states.to(covered[2])
+        heads = Projected.apply(states, covered[0], source_of(states), *covered[1])  # type: ignore[no-untyped-call]
+        query, key, value = (each.view(*each.shape[:-1], -1, self._own[0].head_dim) for each in heads)
+        if hasattr(self, "q_norm"):
+            query, key = layers.q_norm(query), layers.k_norm(key)
+        query, key = (_Rotated.apply(each, *positions) for each in (query, key))  # type: ignore[no-untyped-call]
+        attend = ALL_ATTENTION_FUNCTIONS[self._own[0].config._attn_implementation]
+        streams = (each.transpose(1, 2) for each in (query, key, value))
+        attended, weights = attend(self._own[0], *streams, None, **self.keywords, **{LAYOUT: call[LAYOUT]})
+        return layers.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
+
+
+def _is_stream(states: Tensor, call: dict[str, Any]) -> bool:
+    """Return whether a layer is called for a packed stream, and for nothing else."""
+    known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT}
+    return len(states) == 1 and LAYOUT in call and all(call[name] is None for name in call.keys() - known)
+
+
+def trial_call(module: Any, states: Tensor, width: int) -> Tensor:
+    """Call an attention layer, the family's or the fused one, on a stream of states [1, T, hidden] with random rotary
+    positions of a width.
+
+    The layer's config has to name RECORDED as its attention.
+    """
+    random = torch.Generator().manual_seed(0)
+    positions = [torch.randn(1, states.shape[1], width, generator=random).to(states) for _ in range(2)]
+    result: tuple[Tensor, Any] = module(
+        hidden_states=states, position_embeddings=tuple(positions), attention_mask=None, **{LAYOUT: ()}
+    )
+    return result[0]
+
+
+@contextmanager
+def recorded_attention(config: Any) -> Iterator[dict[str, Any]]:
+    """Have layers with this config call a function that records its keywords, but for the stream's layout and the
+    dropout, and adds each head's query, key and value instead of attending."""
+    recorded: dict[str, Any] = {}
+
+    def mixed(_: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **keywords: Any) -> tuple[Tensor, None]:
+        recorded.update((name, each) for name, each in keywords.items() if name not in (LAYOUT, "dropout"))
+        repeats = query.shape[1] // key.shape[1]
+        heads = query + key.repeat_interleave(repeats, 1) + value.repeat_interleave(repeats, 1)
+        return heads.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register(RECORDED, mixed)
+    before, config._attn_implementation = config._attn_implementation, RECORDED
+    try:
+        yield recorded
+    finally:
+        config._attn_implementation = before
