@@ -46,7 +46,11 @@ def test_a_microbatch_rarely_waits_for_the_device(figures):
 
 
 def test_a_step_launches_few_kernels(figures):
-    assert figures["launches_per_step_1b"] <= 5_300  # 9,708 with small tiles and a boolean index
+    assert figures["launches_per_step_1b"] <= 5_000
+
+
+def test_a_token_keeps_little_until_the_backward_pass(figures):
+    assert figures["bytes_per_token_8b"] <= 3.4 * 2**20
 
 
 @pytest.mark.parametrize("fault", ["layout-on-cpu", "weight-on-cpu"])

@@ -7,11 +7,9 @@ all keys, I width inside the MLP, b bytes of a number in the recipe's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
 from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK
 from qpref.memory.setup import Setup
-from qpref.memory.shape import Layer, Linear, ModelShape
+from qpref.memory.shape import Layer, ModelShape
 from qpref.memory.stream import Stream
 from qpref.policy.vocabulary import MAX_ROWS, TILE_ELEMENTS
 
@@ -24,10 +22,10 @@ def activation_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed
     kept = shape.layers[recomputed:]
     total = sum(_layer_bytes(layer, shape, setup, stream) for layer in kept)
     total += recomputed * setup.dtype_bytes * shape.hidden * stream.tokens
-    norm = _norm_bytes((shape.hidden, 1)) * stream.tokens
-    total += norm  # the final one
-    if recomputed == 0:
-        total -= norm  # the embeddings have no gradient, so the first norm keeps nothing
+    fused = shape.layers[0].fuses_norms
+    total += _norm_bytes((shape.hidden, 1), setup, fused) * stream.tokens  # the final one
+    if recomputed == 0 and not fused:
+        total -= _norm_bytes((shape.hidden, 1), setup, fused) * stream.tokens  # the embeddings have no gradient
     if kept:
         total += setup.dtype_bytes * shape.rotary * stream.tokens
     return int(total + stream.scored_tokens * _head_row_bytes(shape, setup))
@@ -44,30 +42,37 @@ def _layer_bytes(layer: Layer, shape: ModelShape, setup: Setup, stream: Stream) 
     b, linears = setup.dtype_bytes, layer.linears
     adapted = [linear for linear in linears if linear.rank]
     numbers = sum(linear.rank for linear in adapted)  # the low-rank products
-    for part in (True, False):
-        readers = {linear.inputs for linear in adapted if linear.in_attention == part and linear.reads_residual}
-        numbers += max(readers, default=0)  # layers that read the same input share one copy
+    if not layer.reads_norms:
+        for part in (True, False):
+            readers = {linear.inputs for linear in adapted if linear.in_attention == part and linear.reads_residual}
+            numbers += max(readers, default=0)  # layers that read the same input share one copy
     writers = [linear for linear in adapted if not linear.reads_residual]
-    # Flash attention's result is itself the output projection's input.
-    numbers += sum(linear.inputs for linear in writers if not (linear.in_attention and _is_flash(shape, setup)))
-    numbers += _mlp_numbers([linear for linear in linears if not linear.in_attention])
-    total = b * numbers * stream.tokens + _attention_bytes(shape, setup, stream)
-    total += sum(_norm_bytes(norm) for norm in layer.norms) * stream.tokens
-    if setup.dropout:
-        total += sum(linear.inputs for linear in adapted) * stream.tokens
-    return total
+    # Flash attention's result is itself the output projection's input; a fused MLP recomputes down's.
+    for linear in writers:
+        is_recomputed = _is_flash(shape, setup) if linear.in_attention else layer.fuses_mlp
+        numbers += 0 if is_recomputed else linear.inputs
+    numbers += _mlp_numbers(layer)
+    # A and B in the recipe's dtype; in float32 an A that isn't joined with others is the parameter itself.
+    copied = [linear for linear in adapted if b < 4 or linear.reads_residual]
+    copies = b * sum(linear.rank * linear.inputs for linear in copied)
+    copies += b * sum(linear.rank * linear.outputs for linear in adapted)
+    total = b * numbers * stream.tokens + copies + _attention_bytes(shape, setup, stream)
+    return total + sum(_norm_bytes(norm, setup, layer.fuses_norms) for norm in layer.norms) * stream.tokens
 
 
-def _norm_bytes(norm: tuple[int, int]) -> int:
-    """Bytes a token: the norm's float32 input, and the inverse root mean square of each group."""
-    return 4 * sum(norm)
+def _norm_bytes(norm: tuple[int, int], setup: Setup, fused: bool) -> int:
+    """Bytes a token: the norm's input, float32 where it isn't fused, and a float32 of each group."""
+    size, groups = norm
+    return (setup.dtype_bytes if fused else 4) * size + 4 * groups
 
 
-def _mlp_numbers(linears: Sequence[Linear]) -> int:
-    """Count what the activation function and its product with the gate keep: gate, activated gate and up, I each."""
+def _mlp_numbers(layer: Layer) -> int:
+    """Count what the MLP keeps of gate, activated gate, up and their product, I each: a fused one gate and up; another
+    one all that activation and product need."""
+    linears = [linear for linear in layer.linears if not linear.in_attention]
     outer = sum(linear.outputs for linear in linears if linear.reads_residual)
     inner = max((linear.inputs for linear in linears if not linear.reads_residual), default=0)
-    return outer + inner if outer > inner else outer
+    return outer + inner if outer > inner and not layer.fuses_mlp else outer
 
 
 def _is_flash(shape: ModelShape, setup: Setup) -> bool:
@@ -106,15 +111,24 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
     holds its own: a recomputed layer's activations count only where all layers are recomputed.
     """
     inner = max(linear.inputs for linear in shape.linears) * stream.tokens
-    # The MLP's peak: an input's gradient beside a dequantized weight, or the gradients of gate and up beside their
-    # product's, whose own input is freed. Dropout takes four numbers per number of the input.
-    numbers = max(4 * inner if setup.dropout else 2 * inner, inner + largest_matrix(shape))
-    total: float = setup.dtype_bytes * (numbers + shape.hidden * stream.tokens)
+    hidden, matrix = shape.hidden * stream.tokens, largest_matrix(shape)
+    if all(layer.fuses_mlp for layer in shape.layers):
+        # The activated gate, its product with up and the product's gradient, beside a dequantized weight or, with
+        # dropout, the gradient before its mask; and the MLP's input and its output's gradient.
+        numbers = 3 * inner + max(matrix, inner if setup.dropout else 0) + 2 * hidden
+    else:
+        # An input's gradient beside a dequantized weight, or the gradients of gate and up beside their product's,
+        # whose own input is freed. Dropout takes two more numbers per number of the input.
+        numbers = max(4 * inner if setup.dropout else 2 * inner, inner + matrix) + hidden
+    total: float = setup.dtype_bytes * numbers
     if setup.in_blocks and shape.shares_prompts and not shape.softcapped:
         total = max(total, _block_bytes(shape, setup, stream))
     if recomputed == shape.num_layers:
         total += max(_layer_bytes(layer, shape, setup, stream) for layer in shape.layers)
-    freed = _norm_bytes((shape.hidden, 1)) * stream.tokens + setup.dtype_bytes * shape.hidden * stream.scored_tokens
+    freed = (
+        _norm_bytes((shape.hidden, 1), setup, shape.layers[0].fuses_norms) * stream.tokens
+        + setup.dtype_bytes * shape.hidden * stream.scored_tokens
+    )
     return max(0, int(total - freed))
 
 
@@ -129,7 +143,7 @@ def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     # [T, Q]: queries, gradients of the result and of queries; [T, K]: keys, values, and their float32 gradients.
     numbers = 3 * shape.query_width + 2 * shape.key_width + shape.hidden
     block += stream.tokens * (setup.dtype_bytes * numbers + 2 * 4 * shape.key_width)
-    mlp = min(_mlp_numbers([each for each in layer.linears if not each.in_attention]) for layer in shape.layers)
+    mlp = min(map(_mlp_numbers, shape.layers))
     return block + (4 * shape.key_width * keys if recomputes else 0) - setup.dtype_bytes * mlp * stream.tokens
 
 

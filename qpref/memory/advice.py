@@ -64,7 +64,7 @@ def _halved(workload: Workload, shared: bool) -> Workload:
 def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
     """Lower every adapter to `rank` at most."""
     layers = [
-        Layer(tuple(replace(linear, rank=min(linear.rank, rank)) for linear in layer.linears), layer.norms)
+        replace(layer, linears=tuple(replace(linear, rank=min(linear.rank, rank)) for linear in layer.linears))
         for layer in shape.layers
     ]
     return replace(shape, layers=tuple(layers))

@@ -57,10 +57,16 @@ class Layer:
 
     Attributes:
         norms: for each norm the numbers that it normalizes per token, and the groups that they fall into.
+        fuses_norms: the norms keep 16-bit inputs.
+        reads_norms: attention and MLP read fused norms, from whose inputs theirs are recomputed.
+        fuses_mlp: the MLP is a gated one that keeps the outputs of gate and up alone.
     """
 
     linears: tuple[Linear, ...]
     norms: tuple[tuple[int, int], ...]
+    fuses_norms: bool = True
+    reads_norms: bool = True
+    fuses_mlp: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +193,8 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
     from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from qpref.policy.fused import is_gated_mlp, is_rms_norm
+
     layers = []
     for prefix, layer in model.named_modules():
         if not isinstance(layer, GradientCheckpointingLayer):
@@ -201,7 +209,16 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
             for name, module in layer.named_modules()
             if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
         ]
-        layers.append(Layer(tuple(linears), tuple(norms)))
+        fuses_norms = all(is_rms_norm(module) for module in layer.modules() if "Norm" in type(module).__name__)
+        layers.append(
+            Layer(
+                linears=tuple(linears),
+                norms=tuple(norms),
+                fuses_norms=fuses_norms,
+                reads_norms=fuses_norms and hasattr(layer, "input_layernorm"),  # OLMo 2 norms outputs instead
+                fuses_mlp=any(is_gated_mlp(module) for module in layer.modules()),
+            )
+        )
     return tuple(layers)
 
 

@@ -69,14 +69,25 @@ def _closest(own: nn.Module, dtype: torch.dtype, autocast: Autocast) -> Fuse | N
 
 def _ways(own: Any, dtype: torch.dtype) -> Iterator[Fuse]:
     """Yield the ways to fuse a module that its layers allow."""
-    children, parameters = dict(own.named_children()), [name for name, _ in own.named_parameters()]
-    if set(children) == set(GatedMLP.CHILDREN) and not list(children["act_fn"].parameters()):
+    if is_gated_mlp(own):
         yield GatedMLP
-    if type(own).__name__.endswith("RMSNorm") and not children and parameters == ["weight"]:
+    if is_rms_norm(own):
         for formula in FORMULAS:
             yield partial(RMSNorm, formula=formula)
-    if _is_attention(own, children) and (keywords := _keywords(own, dtype)) is not None:
+    if _is_attention(own, dict(own.named_children())) and (keywords := _keywords(own, dtype)) is not None:
         yield partial(SelfAttention, keywords=keywords)
+
+
+def is_gated_mlp(own: nn.Module) -> bool:
+    """Return whether the layers are those of GatedMLP."""
+    children = dict(own.named_children())
+    return set(children) == set(GatedMLP.CHILDREN) and not list(children["act_fn"].parameters())
+
+
+def is_rms_norm(own: nn.Module) -> bool:
+    """Return whether a module is, by its name and its weight, a norm of the kind that RMSNorm computes."""
+    parameters = [name for name, _ in own.named_parameters()]
+    return type(own).__name__.endswith("RMSNorm") and parameters == ["weight"] and not list(own.children())
 
 
 def _is_attention(own: Any, children: dict[str, Any]) -> bool:

@@ -88,7 +88,7 @@ def test_activations_are_what_autograd_keeps(make_base, family, dtype, size, rec
     batch = a_batch()
     predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), recomputed)
     # Gemma's layers differ in their windows, so in their masks; in blocks less is kept where a window hides keys.
-    off = 0.06 if family == "gemma3" or (family == "mistral" and setup.in_blocks) else 0.001
+    off = 0.08 if family == "gemma3" or (family == "mistral" and setup.in_blocks) else 0.001
     assert predicted == pytest.approx(kept_bytes(policy, batch), rel=off)
 
 
@@ -151,16 +151,18 @@ def test_flash_attention_on_a_gpu_by_hand():
     shape = read_shape(named_config("SmolLM2-135M"), AdapterSection(rank=1))
     stream = Stream.of([(100, (51, 31))])  # fed: 100 + 50 + 30; gathered keys: 100 + 150 + 130
     layer = (
-        180 * 2 * (576 + 576 + 1536 + 3 * 1536)  # inputs of q/k/v, gate/up and down; gate, activated gate, up
+        180 * (2 * 576 + 4) * 2  # two norms' inputs, and one over their root mean squares
+        + 180 * 2 * 2 * 1536  # gate and up
         + 180 * 2 * 7  # seven low-rank products
+        + 2 * (2 * 1152 + 2 * 768 + 3 * 2112)  # A and B of q and o, k and v, gate and up and down, in 16 bits
         + 180 * 2 * (576 + 576)  # queries and the result, which is o's input
         + 380 * 2 * (192 + 192)  # gathered keys and values
         + 180 * 4 * 9  # log-sum-exp
-        + 180 * 2 * 4 * 577  # two norms
     )
-    ends = 180 * 2 * 128 + 82 * (2 * 576 + 8)  # rotary tables; gradients and indices of 51 + 31 scored tokens
+    # Rotary tables; gradients and indices of 51 + 31 scored tokens; the last norm.
+    ends = 180 * 2 * 128 + 82 * (2 * 576 + 8) + 180 * (2 * 576 + 4)
     assert activation_bytes(shape, Setup(device="cuda"), stream, 0) == 30 * layer + ends
-    recomputed = 29 * 180 * 2 * 576 + layer + 180 * 4 * 577 + ends
+    recomputed = 29 * 180 * 2 * 576 + layer + ends
     assert activation_bytes(shape, Setup(device="cuda"), stream, 29) == recomputed
 
 
