@@ -7,6 +7,7 @@ all keys, I width inside the MLP, b bytes of a number in the recipe's dtype.
 from __future__ import annotations
 
 import math
+
 from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK
 from qpref.memory.setup import Setup
 from qpref.memory.shape import Layer, ModelShape

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qpref.memory.demand import Demand, Workload
 from qpref.memory.parts import GIB
-from qpref.memory.shape import Layer, ModelShape
+from qpref.memory.shape import ModelShape
 
 
 def advice(demand: Demand, limit_bytes: int) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qpref.policy.projections import dense_weight
 from qpref.policy.policy import Policy
+from qpref.policy.projections import dense_weight
 
 
 class Float32Linear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types

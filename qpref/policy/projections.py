@@ -67,10 +67,7 @@ class Projections:
             of_adapters = self._adapter_gradients(x, low, low_grad, adapted, seed)
         if not needs_x:
             return None, of_adapters
-        if cast:
-            x_grad = self._dropped(low_grad @ cast[0], seed)
-        else:
-            x_grad = torch.zeros_like(x)
+        x_grad = self._dropped(low_grad @ cast[0], seed) if cast else torch.zeros_like(x)
         for gradient, base in zip(incoming, self.bases, strict=True):
             x_grad.addmm_(gradient, dense_weight(base, x.dtype))
         return x_grad, of_adapters
