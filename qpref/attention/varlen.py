@@ -182,7 +182,7 @@ def _check_call(query: Tensor, key: Tensor, value: Tensor, layout: KeyLayout, wi
     """
     width = query.shape[-1]
     if query.is_cuda:
-        major, minor = _capability(query.device)
+        major, minor = torch.cuda.get_device_capability(query.device)
         if major < 8:
             raise CannotShareError(f"flash attention needs compute capability 8.0, and this GPU has {major}.{minor}")
         if query.dtype not in (torch.bfloat16, torch.float16):
@@ -205,11 +205,6 @@ def _check_call(query: Tensor, key: Tensor, value: Tensor, layout: KeyLayout, wi
         assert states.device == query.device
         assert len(states) == num_tokens  # the last end, which only the device knows
     assert 0 < layout.longest_query <= layout.longest_keys
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _window(window: int | None) -> tuple[int, int]:

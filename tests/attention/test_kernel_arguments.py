@@ -48,7 +48,7 @@ def test_values_of_another_width_than_keys_are_refused():
 
 
 def test_queries_in_another_dtype_than_values_are_refused():
-    with pytest.raises(CannotShareError, match="its queries, keys and values are torch.bfloat16, torch.float32"):
+    with pytest.raises(CannotShareError, match=r"its queries, keys and values are torch\.bfloat16, torch\.float32"):
         check(change=lambda query, key, value: (query.bfloat16(), key, value))
 
 
