@@ -1,7 +1,6 @@
 """Every stage of a run for families and settings: a covering design, or all combinations.
 
-    python -m tests.fake_cuda.matrix            # 12 runs: each family with each setting on and off, each two settings
-                                                # in all four ways
+    python -m tests.fake_cuda.matrix            # `design`, 14 runs
     python -m tests.fake_cuda.matrix --all [--family qwen2]
 
 The last line is JSON: job -> stage -> error, of the jobs that failed. Exits with 1 where one did.
@@ -10,15 +9,16 @@ The last line is JSON: job -> stage -> error, of the jobs that failed. Exits wit
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from tests.fake_cuda import afterwards, startup
+from tests.fake_cuda.forked import forked
 from tests.fake_cuda.job import Job, within
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "mixtral")
@@ -40,17 +40,21 @@ OTHERS: tuple[dict[str, Any], ...] = (
         "family": "qwen3_moe",
         "dtype": "fp16",
         "recomputed": 1,
-    },  # fp16 on a card with flash attention, layers of both kinds
+    },  # flash in fp16, one layer recomputed
     {"family": "qwen2", "optimizer": "paged_adamw", "loss": "orpo"},  # a loss without a reference
 )
 
 
-def covering() -> Iterator[Job]:
-    """The design: each family with each setting and without it, and each two settings in all four ways."""
+def design() -> Iterator[tuple[str, list[str]]]:
+    """Family and settings of each run: each family with each setting and without it, each two settings in all ways."""
     for bit, family in enumerate(FAMILIES):
         for first in (True, False):
-            chosen = [name for name, pattern in PATTERNS.items() if bool(pattern >> bit & 1) == first]
-            yield _job(family, chosen)
+            yield family, [name for name, pattern in PATTERNS.items() if bool(pattern >> bit & 1) == first]
+
+
+def covering() -> Iterator[Job]:
+    """The design's runs, and a few beside."""
+    yield from (_job(family, settings) for family, settings in design())
     yield from (Job(**other) for other in OTHERS)
 
 
@@ -74,20 +78,25 @@ def label(job: Job) -> str:
     return " ".join(f"--{name} {value}" for name, value in changes.items()) or "llama"
 
 
-def failures(jobs: Iterable[Job]) -> dict[str, dict[str, str]]:
-    """What each stage of each job says that fails; evaluation, generation and merging once for each family."""
-    failed: dict[str, dict[str, str]] = {}
+def work(jobs: Iterable[Job]) -> dict[str, Callable[[], dict[str, str]]]:
+    """What to do for each job: training's stages, and once for each family those after it."""
     evaluated: set[str] = set()
+    found: dict[str, Callable[[], dict[str, str]]] = {}
     for job in jobs:
-        print(f"== {label(job)}", file=sys.stderr, flush=True)
-        found = within(job, startup.failures)
-        if job.family not in evaluated:
-            evaluated.add(job.family)
-            found |= within(job, afterwards.failures)
-        if found:
-            failed[label(job)] = found
-        gc.collect()
-    return failed
+        found[label(job)] = partial(_failures, job, job.family not in evaluated)
+        evaluated.add(job.family)
+    return found
+
+
+def _failures(job: Job, with_evaluation: bool) -> dict[str, str]:
+    print(f"== {label(job)}", file=sys.stderr, flush=True)
+    failed: dict[str, str] = within(job, startup.failures)
+    return failed | within(job, afterwards.failures) if with_evaluation else failed
+
+
+def failures(jobs: Iterable[Job]) -> dict[str, dict[str, str]]:
+    """Job -> stage -> error, of the jobs in which a stage fails."""
+    return {name: failed for name, failed in forked(work(jobs)).items() if failed}
 
 
 def main() -> None:
