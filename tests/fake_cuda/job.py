@@ -167,10 +167,15 @@ class Run:
             return {"rank": job.rank, "alpha": 2 * job.rank, "dropout": job.dropout}
         start = self.folder / "start"
         start.mkdir(exist_ok=True)
-        settings = {"peft_type": "LORA", "r": job.rank, "lora_alpha": 2 * job.rank, "target_modules": "all-linear"}
+        settings = {"peft_type": "LORA", "r": job.rank, "lora_alpha": 2 * job.rank, "target_modules": self._targets()}
         (start / "adapter_config.json").write_text(json.dumps(settings))
         (start / "adapter_model.safetensors").touch()
         return {"start": str(start), "dropout": job.dropout}
+
+    def _targets(self) -> list[str]:
+        """The linear layers by their last names, as PEFT saves them; a mixture's experts are none."""
+        attention, mlp = [f"{each}_proj" for each in "qkvo"], ["gate_proj", "up_proj", "down_proj"]
+        return attention if self.job.family in EXPERTS else attention + mlp
 
     def _make_base(self, section: Any) -> Any:
         self.base = fake_cuda.fake_model(self.config, names.DTYPES[section.dtype], section.quantization == "nf4")

@@ -85,7 +85,7 @@ def _gather(states: Tensor, dim: int, index: Tensor, **flags: Any) -> None:
 
 
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, *rest: Any, **options: Any) -> None:
-    _require(left.dtype == right.dtype == torch.bfloat16, "Expected inputs of BF16 type")
+    _require(left.dtype == right.dtype and left.dtype in FLOATS, "Expected both matrices in one floating-point dtype")
     _require(offs is None or offs.dtype == torch.int32, "Offsets have to be int32")
 
 
