@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations import moe
 
 from tests.fake_cuda import kernels, names
 
@@ -283,6 +284,9 @@ def _settle_libraries() -> None:
     maps = {signed: bnb.functional.create_dynamic_map(signed) for signed in (True, False)}
     bnb.functional.create_dynamic_map = lambda signed=True, *a, **k: maps[signed].clone()
     torch.nn.Module._apply = _apply
+    usable = moe._can_use_grouped_mm
+    # The fake `_grouped_mm` knows bf16 alone (torch 2.13); transformers' own fallback takes the other dtypes.
+    moe._can_use_grouped_mm = lambda x, weight, offs: weight.dtype == torch.bfloat16 and usable(x, weight, offs)
 
 
 def _apply(self: Any, function: Any, recurse: bool = True) -> Any:

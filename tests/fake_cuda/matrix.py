@@ -39,8 +39,7 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"family": "qwen3_moe", "recomputed": 1},
     {"family": "qwen2", "dtype": "fp16", "optimizer": "paged_adamw", "loss": "orpo"},
 )
-"""More experts, one layer recomputed; flash attention in fp16, a loss without a reference. fp16 experts on a card with
-bf16 aren't among them: the fake `_grouped_mm` knows bf16 alone."""
+"""More experts, one layer recomputed; flash attention in fp16, a loss without a reference."""
 
 
 def design() -> Iterator[tuple[str, list[str]]]:
