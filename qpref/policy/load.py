@@ -13,6 +13,7 @@ from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
+from qpref.policy.matmul import check_packed
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
 from qpref.policy.source import BaseFolder
@@ -207,6 +208,7 @@ def _prepare_4bit_layers(model: Any, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             if module.weight.device.type == "cpu":
                 _unpack_scales(module.weight.quant_state)
+            check_packed(module.weight, module.weight.quant_state)
 
 
 def _unpack_scales(state: Any) -> None:
