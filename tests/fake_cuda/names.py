@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qpref.attention import varlen
+from qpref.attention.determinism import deterministic
 from qpref.data.pack import pack, split_by_tokens
 from qpref.memory import tune
 from qpref.memory.costs import peak_memory
@@ -29,8 +30,8 @@ from qpref.training.state import TrainingState
 
 __all__ = [
     "DTYPES", "NextTokens", "Objective", "ReferenceStore", "Setup", "Source", "Stream", "TokenizedExample", "Trainer",
-    "TrainingState", "check_layout", "check_start", "first_batch", "heldout_means", "load_policy", "make_plan",
-    "model_shape",
+    "TrainingState", "check_layout", "check_start", "deterministic", "first_batch", "heldout_means",
+    "load_policy", "make_plan", "model_shape",
     "optim", "pack", "peak_memory", "reference_pass", "run_forecast", "scoring", "split_by_tokens", "token_kl", "tune",
     "use_stand_ins", "varlen",
 ]  # fmt: skip
