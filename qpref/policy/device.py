@@ -46,7 +46,7 @@ class Machine:
         has_smi: `nvidia-smi` is on PATH.
         has_card: an NVIDIA display controller is on the PCI bus.
         environment: variables by which devices are hidden.
-        other: other accelerators that torch sees: "xpu", "mps", "npu".
+        other: other accelerators that torch sees: "xpu", "mps".
     """
 
     torch_version: str

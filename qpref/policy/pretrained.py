@@ -32,7 +32,7 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
     path = folder / gguf_file if gguf_file else folder
     out_of_memory = (
         f"{path}: the device ran out of memory while the model was loaded",
-        "free its memory, or take a smaller base",
+        "free its memory, raise [model] memory where it is set, or take a smaller base",
     )
     try:
         with _loading_report() as report, out_of_memory_as(*out_of_memory):
