@@ -27,6 +27,10 @@ TEXTS = (
     "bad_alloc",
 )
 
+ONEDNN = ("could not create a primitive", "could not create a memory object")
+"""All that oneDNN says on a CPU without memory for its code (measured under `ulimit -v`); longer messages of that form
+are about arguments."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, or the one that it was raised from, says that memory ran out."""
@@ -42,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def says_out_of_memory(text: str) -> bool:
     """Return whether a library's message is about memory that ran out."""
     lower = text.lower()
-    return any(words in lower for words in TEXTS)
+    return lower.strip() in ONEDNN or any(words in lower for words in TEXTS)
 
 
 def attempt(work: Callable[[], T]) -> T | None:

@@ -21,6 +21,7 @@ KINDS = {
     "cudnn 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
     "runtime": RuntimeError("cudaErrorMemoryAllocation"),
+    "onednn": RuntimeError("could not create a primitive"),
     "python": MemoryError(),
     "mmap": OSError(errno.ENOMEM, "Cannot allocate memory"),
     "c++": RuntimeError("std::bad_alloc"),
@@ -28,6 +29,7 @@ KINDS = {
 OTHERS = (
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("could not create a primitive descriptor for a matmul primitive"),
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
     OSError(errno.ENOSPC, "No space left on device"),
     ValueError("out of memory is a phrase in this row"),
