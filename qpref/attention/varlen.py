@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.attention.determinism import distinct_indices, is_deterministic
 from qpref.attention.errors import CannotShareError
 from qpref.records import Group
 
@@ -100,7 +101,8 @@ class _Gather(torch.autograd.Function):
         (gradient,), layout = gradients, ctx.layout
         total = gradient.index_select(0, layout.own).to(torch.promote_types(gradient.dtype, torch.float32))
         for tokens, copied in layout.shared:
-            total.index_add_(0, tokens, gradient.index_select(0, copied).to(total.dtype))
+            with distinct_indices():
+                total.index_add_(0, tokens, gradient.index_select(0, copied).to(total.dtype))
         return total.to(gradient.dtype), None
 
 
@@ -170,6 +172,7 @@ def flash_attn_kernel(
         softmax_scale=scale,
         causal=True,
         window_size=_window(window),
+        deterministic=is_deterministic(),
     )
     return result
 

@@ -271,7 +271,7 @@ def _become_cuda(device: Device, capability: tuple[int, int], total: int) -> Non
         "is_available": True, "is_initialized": True, "_is_in_bad_fork": False, "_lazy_init": None, "current_device": 0,
         "device_count": 1, "get_device_properties": properties, "get_device_capability": capability,
         "get_device_name": "fake", "mem_get_info": (total - GIB, total), "synchronize": None, "empty_cache": None,
-        "manual_seed": None, "manual_seed_all": None, "set_rng_state": None,
+        "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "get_arch_list": [f"sm_{major}{minor}"],
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *a, answer=answer, **k: answer)

@@ -228,5 +228,6 @@ class Run:
 
 def within(job: Job, work: Callable[[Run, fake_cuda.Meters], Any]) -> Any:
     """Do some work with a job under way on the fake device, in a folder that goes away."""
-    with tempfile.TemporaryDirectory() as folder, fake_cuda.fake_cuda(job.compute) as meters:
+    as_by_default = names.deterministic(True, torch.device("cuda"))
+    with tempfile.TemporaryDirectory() as folder, fake_cuda.fake_cuda(job.compute) as meters, as_by_default:
         return work(Run(job, Path(folder)), meters)

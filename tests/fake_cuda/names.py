@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationMixin
 
 from qpref.attention import varlen
+from qpref.attention.determinism import deterministic
 from qpref.data.mismatch import with_mismatched
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.evaluation.generate import Sampling, _answers
@@ -50,7 +51,7 @@ __all__ = [
     "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LoraDelta", "NextTokens",
     "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Setup", "Source",
     "Stream", "TokenizedExample", "Tolerance", "TrainedBase", "Trainer", "TrainingState", "as_reference",
-    "check_cache", "check_layout", "check_start", "compute_in_float32", "first_batch", "float32_mm", "head",
+    "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch", "float32_mm", "head",
     "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan", "measured_rounding", "model_shape",
     "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay", "row_keys", "run_forecast",
     "score_pairs", "score_reference", "scoring", "snapshot", "split_by_tokens", "token_kl", "tune", "use_stand_ins",
