@@ -112,6 +112,8 @@ class Run:
         self.plan = names.make_plan(recipe, (), folder / "run")
         names.use_stand_ins(lambda section: fake_cuda.fake_model(config, names.DTYPES[job.dtype]))
         self.policy = names.load_policy(self.plan.recipe, SimpleNamespace(path=folder, config={}, weights={}))
+        if job.compute < (8, 0):  # a real kernel refuses the card there, and the layout check leaves the last path
+            self.policy.use_attention(self.policy.sharing_paths[-1])
         self.objective = names.Objective.of(self.plan.losses, (2, 2))
         self.references = names.ReferenceStore()
         self.optimizer: Any = None
@@ -138,9 +140,8 @@ class Run:
             for part in self.parts()
         ]
         largest = max(streams, key=lambda stream: stream.tokens)
-        shape = names.model_shape(self.plan.recipe.model, self.plan.recipe.adapter, str(self.folder))
-        setup = names.Setup.of(self.plan.recipe, "cuda", shape)
-        return largest.tokens, names.peak_memory(shape, setup, largest, self.policy.recomputed_layers)
+        demand = names.tune.demand_of(self.policy, self.plan.recipe, self.folder, self.examples)
+        return largest.tokens, names.peak_memory(demand.shape, demand.setup, largest, self.policy.recomputed_layers)
 
 
 def within(job: Job, work: Callable[[Run, fake_cuda.Meters], Any]) -> Any:

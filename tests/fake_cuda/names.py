@@ -6,13 +6,11 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from qpref.attention import varlen
+from qpref.attention import sdpa, varlen
 from qpref.data.pack import pack, split_by_tokens
 from qpref.memory import tune
 from qpref.memory.costs import peak_memory
 from qpref.memory.forecast import run_forecast
-from qpref.memory.setup import Setup
-from qpref.memory.shape import model_shape
 from qpref.memory.stream import Stream
 from qpref.policy import load as loading
 from qpref.policy.divergence import NextTokens, token_kl
@@ -26,11 +24,11 @@ from qpref.training.invariants import check_layout, check_start, first_batch
 from qpref.training.loop import Trainer
 from qpref.training.objective import Objective
 from qpref.training.state import TrainingState
+from tests.fake_cuda import efficient
 
 __all__ = [
-    "DTYPES", "NextTokens", "Objective", "ReferenceStore", "Setup", "Source", "Stream", "TokenizedExample", "Trainer",
+    "DTYPES", "NextTokens", "Objective", "ReferenceStore", "Source", "Stream", "TokenizedExample", "Trainer",
     "TrainingState", "check_layout", "check_start", "first_batch", "heldout_means", "load_policy", "make_plan",
-    "model_shape",
     "optim", "pack", "peak_memory", "reference_pass", "run_forecast", "scoring", "split_by_tokens", "token_kl", "tune",
     "use_stand_ins", "varlen",
 ]  # fmt: skip
@@ -47,6 +45,7 @@ def use_stand_ins(make_base: Any) -> None:
         make_base: what to call for the base model, with the recipe's [model] section.
     """
     loading.load_base = lambda section, base, device: make_base(section)  # type: ignore[assignment]
+    sdpa.scaled_dot_product_attention = efficient.attention
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.
     invariants.math = SimpleNamespace(**{**vars(math), "isclose": lambda *a, **k: True})  # type: ignore[assignment]
     Objective.refuse_not_finite = lambda self, *faults: None  # type: ignore[method-assign,assignment]
