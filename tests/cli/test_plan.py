@@ -144,6 +144,14 @@ def test_a_card_without_bf16_is_planned_with_the_reason_that_training_will_refus
     assert fixed["memory"] == found["memory"]
 
 
+def test_a_card_without_flash_attention_keeps_more():
+    """By the same micro-batches and recomputed layers."""
+    fixed = ("--set", "train.tokens_per_microbatch=3068", "--set", "train.gradient_checkpointing=24")
+    turing, ada = (facts(RECIPES / "7b-24gb.toml", *NO_DATA, *fixed, "--card", card)["memory"] for card in ("T4", "L4"))
+    assert turing["activations"] > 1.1 * ada["activations"]
+    assert turing["weights"] == ada["weights"]
+
+
 def test_a_card_that_torch_has_no_kernels_for_names_the_wheel_that_does():
     wheel, dtype = facts(RECIPES / "7b-24gb.toml", *NO_DATA, "--card", "V100 32GB")["notes"]
     assert wheel == (
