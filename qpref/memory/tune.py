@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qpref.attention.register import BLOCKS
+from qpref.attention.register import BLOCKS, KERNELS
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import DeviceMemoryError
 from qpref.memory.demand import Demand, Workload
@@ -70,7 +70,9 @@ def demand_of(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[Tok
     shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
     setup = Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape)
     workload = Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
-    return Demand.of(recipe, shape, replace(setup, in_blocks=policy.attention == BLOCKS), workload)
+    path = policy.attention  # the one that the first batch's check has left
+    setup = replace(setup, in_blocks=path == BLOCKS, has_flash=path in KERNELS)
+    return Demand.of(recipe, shape, setup, workload)
 
 
 def _lengths(example: TokenizedExample) -> Lengths:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
-from qpref.attention import varlen
+from qpref.attention import sdpa, varlen
 from qpref.attention.determinism import deterministic
 from qpref.data.mismatch import with_mismatched
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
@@ -17,8 +17,6 @@ from qpref.evaluation.scores import Reference, kl_positions, score_pairs, score_
 from qpref.memory import tune
 from qpref.memory.costs import peak_memory
 from qpref.memory.forecast import run_forecast
-from qpref.memory.setup import Setup
-from qpref.memory.shape import model_shape
 from qpref.memory.stream import Stream
 from qpref.merge.base import TrainedBase
 from qpref.merge.compared_models import AsStored, AsTrained
@@ -46,13 +44,14 @@ from qpref.training.objective import Objective
 from qpref.training.reference_check import check_cache, measured_rounding
 from qpref.training.snapshot import Session
 from qpref.training.state import TrainingState
+from tests.fake_cuda import efficient
 
 __all__ = [
     "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LoraDelta", "NextTokens",
-    "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Setup", "Source",
+    "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
     "Stream", "TokenizedExample", "Tolerance", "TrainedBase", "Trainer", "TrainingState", "as_reference",
-    "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch", "float32_mm", "head",
-    "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan", "measured_rounding", "model_shape",
+    "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch", "float32_mm",
+    "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan", "measured_rounding",
     "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay", "row_keys", "run_forecast",
     "score_pairs", "score_reference", "scoring", "snapshot", "split_by_tokens", "token_kl", "tune", "use_stand_ins",
     "varlen", "with_mismatched",
@@ -72,6 +71,7 @@ def use_stand_ins(make_base: Any, start_tensors: Any) -> None:
     """
     loading.load_base = lambda section, base, device: make_base(section)  # type: ignore[assignment]
     adapter_folder.read_tensors = lambda folder: start_tensors()  # type: ignore[assignment]
+    sdpa.scaled_dot_product_attention = efficient.attention
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.
     invariants.math = SimpleNamespace(**{**vars(math), "isclose": lambda *a, **k: True})  # type: ignore[assignment]
     fused.difference = lambda *a, **k: 0.0  # type: ignore[assignment]
