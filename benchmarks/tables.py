@@ -32,7 +32,7 @@ def table(result: dict[str, Any]) -> str:
     for (race, workload, shape), group in groupby(
         result["records"], key=lambda record: (record["race"], record["workload"], record["shape"])
     ):
-        lines += ["", f"## {race}, {workload}, {shape}", "", *_race_table(list(group), result, notes)]
+        lines += ["", f"## {race}, {workload}, {shape}", "", *race_table(list(group), result, notes)]
     lines += ["", *(f"[{number}] {note}" for number, note in enumerate(notes, 1))] if notes else []
     if result["suite"] == "scaling":
         lines += ["", "## growth with the length of a pair", "", *_growth_table(result["records"])]
@@ -53,8 +53,13 @@ def _head(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str]) -> list[str]:
-    """Tabulate a race, one row per contestant; all figures except memory are per pair."""
+def race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str]) -> list[str]:
+    """Tabulate a race, one row per contestant; all figures except memory are per pair.
+
+    Args:
+        result: the result's device and peaks.
+        notes: footnotes so far, which a row may add to.
+    """
     unit = "s" if result["device"] == "cuda" else "CPU s"
     lines = _rows(
         "contestant",
