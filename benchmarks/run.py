@@ -3,8 +3,8 @@
     python -m benchmarks.run --suite cpu                    two CPU cores, 135M: what qpref claims
     python -m benchmarks.run --suite ablations              its techniques one by one; TRL as shipped on long prompts
     python -m benchmarks.run --suite scaling                growing numbers of pairs and growing lengths
-    python -m benchmarks.run --suite cuda                   a GPU, 1B to 8B: all of `python -m benchmarks.gpu`, with its
-                                                            options; HAS NOT BEEN RUN: no GPU was at hand
+    python -m benchmarks.run --suite cuda                   a GPU, 1B to 8B: `python -m benchmarks.gpu` with its
+                                                            options; HAS NOT BEEN RUN ON A GPU YET
     python -m benchmarks.run --suite cpu --quick            a smoke test, in half a minute
 
 Writes a dated JSON with every step's figures, and a table made from it, to benchmarks/results or to --output.

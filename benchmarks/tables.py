@@ -82,7 +82,8 @@ def race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str]
 
 def _cells(record: Record, first: Record, result: dict[str, Any], notes: list[str]) -> list[str]:
     if record["failure"] or not record["steps"]:
-        return [record["contestant"], record["failure"] or "no steps", *[""] * 10]
+        failure = (record["failure"] or "no steps").strip().splitlines()[-1]
+        return [record["contestant"], failure, *[""] * 10]
     each, costs = record["pairs_per_step"], _costs(record, result)
     predicted = record["predicted"]
     peak, model_peak = (max(values) / MIB for values in (_of(record, "peak_bytes"), predicted["peak_bytes"]))

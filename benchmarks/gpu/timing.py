@@ -126,10 +126,11 @@ def class_of(name: str) -> str:
 
 
 def by_class(work: Iterable[Interval]) -> dict[str, float]:
-    found: Counter[str] = Counter()
+    """Sum the seconds of each class, in the order of `CLASSES`."""
+    found = dict.fromkeys([*(kind for kind, _ in CLASSES), "other"], 0.0)
     for name, start, end in work:
         found[class_of(name)] += end - start
-    return dict(found.most_common())
+    return found
 
 
 def _longest(work: Iterable[Interval]) -> dict[str, float]:

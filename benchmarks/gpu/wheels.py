@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MISSING = ("bitsandbytes", "trl", "gguf", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
-           "typing-extensions", "tomli-w", "rapidfuzz", "pluggy", "datasets", "multiprocess", "dill")  # fmt: skip
+           "typing-extensions", "tomli-w", "rapidfuzz", "pluggy", "datasets", "multiprocess", "dill",
+           "xxhash")  # fmt: skip
 """What a machine with torch, transformers and peft lacks, with the requirements of each."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64",
              "manylinux2014_x86_64", "manylinux1_x86_64", "any")  # fmt: skip
