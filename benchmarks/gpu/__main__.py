@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _run_script(script: str, options: argparse.Namespace, scratch: Path, environ
     started = time.monotonic()
     for stage in stages:
         left = MINUTES[script] * 60 - (time.monotonic() - started)
-        outcome = {"status": "no time left", "rows": []} if left <= 0 else _run(stage, options, scratch, environment)
+        stage = replace(stage, seconds=min(stage.seconds, int(left)))
+        outcome = _run(stage, options, scratch, environment) if left >= 1 else {"status": "no time left", "rows": []}
         result["stages"].append({"name": stage.name, **outcome})
         print(f"{script} {stage.name}: {outcome['status']}, {outcome.get('seconds', 0):.0f} s", flush=True)
         _write(result, options.output)

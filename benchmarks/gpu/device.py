@@ -110,6 +110,7 @@ class Cuda:
             "reserved": torch.cuda.max_memory_reserved(),
             "out_of_memory": stats.get("num_ooms", 0),
             "cache_flushes": stats.get("num_alloc_retries", 0),
+            "limit": int(torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1]),
         }
 
     @contextmanager
@@ -132,7 +133,12 @@ class Cuda:
 
     def work(self, profile: Any) -> list[Interval]:
         on_device = torch.autograd.DeviceType.CUDA
-        return [_interval(event) for event in profile.events() if event.device_type == on_device]
+        # An annotation, such as the optimizer's step, spans kernels that have events of their own.
+        return [
+            _interval(event)
+            for event in profile.events()
+            if event.device_type == on_device and not event.is_user_annotation
+        ]
 
     def totals(self, profile: Any) -> dict[str, float]:
         return _functions(profile, "device_time_total")

@@ -23,7 +23,7 @@ SHAPES = ("1B", "7B", "8B")
 LIMITS_GIB = (8, 12, 16, 24)
 STEPS, BATCH = 6, 4
 CASE_SECONDS = 150
-AT_ONCE = 4
+AT_ONCE = 6
 """Processes that share the GPU: the allocator of each has its own limit, and nothing here is timed."""
 
 
@@ -106,7 +106,8 @@ def caps(context: Context) -> None:
     """
     outside = _read(context.scratch / "contexts.json") or 0
     shapes, limits = context.pick(SHAPES, SHAPES[:1]), context.pick(LIMITS_GIB, LIMITS_GIB[:1])
-    cases = [_Case(*each) for each in product(shapes, limits, (True, False))]
+    # A stage may be stopped: the setting that qpref chooses comes first.
+    cases = [_Case(shape, gib, expandable) for expandable, shape, gib in product((True, False), shapes, limits)]
     folder = context.folder("caps")
     for shape in shapes:
         context.base(context.shape(shape))

@@ -24,7 +24,7 @@ SCRIPTS: dict[str, str] = {
     "race": "qpref against TRL best tuned, and Unsloth where it is installed, for 1B and 8B",
 }
 MINUTES = {"correct": 7, "memory": 7, "timing": 7, "race": 6}
-"""Budget of each script: no stage begins after it."""
+"""Budget of each script: a stage that is running when it ends is stopped, and none begins after it."""
 
 STAGES = (
     Stage("correct", "kernels", 120),

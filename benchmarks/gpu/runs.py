@@ -57,7 +57,7 @@ def qpref_command(
     """Make a command line of qpref about a recipe or a run.
 
     Args:
-        cap: GiB that the allocator may take; none if empty.
+        cap: GiB that the allocator may take; no limit, and no report, if empty.
         report: file that receives the allocator's peaks.
     """
     parts = [name, str(subject), *map(str, arguments)]

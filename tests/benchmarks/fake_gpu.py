@@ -32,6 +32,7 @@ def main() -> None:
         torch.cuda.get_sync_debug_mode = lambda: 0
         torch.cuda.set_sync_debug_mode = lambda mode: meters.syncs.at.clear() if mode else None
         torch.cuda.set_per_process_memory_fraction = lambda share: found.update(capped=share)
+        torch.cuda.get_per_process_memory_fraction = lambda: found["capped"]
         context.device = Cuda()
         context.device.cap(8)
         described = context.device.describe()

@@ -215,6 +215,7 @@ def test_the_gpus_adapter_runs_on_fake_tensors(tmp_path):
     assert found["capped"] == 8 / 24
     assert found["waits"] > 0
     assert found["allocated"] > 0
+    assert found["limit"] == 8 * GIB
 
 
 def test_rows_of_other_columns_begin_a_table_of_their_own():
