@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 GIB = 2**30
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Interval = tuple[str, float, float]
 """An operation's name, and its start and end in seconds."""
 
@@ -205,6 +207,12 @@ def seconds(device: Device, work: Callable[[], Any]) -> float:
     work()
     device.synchronize()
     return time.perf_counter() - before
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Divide the Euclidean norm of the difference by the exact value's."""
+    size = exact.double().norm().item()
+    return (found.double() - exact.double()).norm().item() / size if size else found.double().norm().item()
 
 
 def _interval(event: Any) -> Interval:

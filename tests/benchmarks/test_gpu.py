@@ -22,7 +22,7 @@ import torch
 from benchmarks import race
 from benchmarks.contestants import QPREF, Leg, Race, gpu_race
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correct, memory, tables, timing, wheels
+from benchmarks.gpu import attention, memory, tables, timing, wheels
 from benchmarks.gpu.context import Context, run_stage
 from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.plan import STAGES, Stage
@@ -56,23 +56,23 @@ def test_attention_is_judged_by_its_definition():
     # Stream: prompt 0 1, branch 2 3, branch 4; then prompt 5, branch 6.
     groups = [Group(start=0, prompt=2, branches=(2, 1)), Group(start=5, prompt=1, branches=(1,))]
     seen = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5], [5, 6]]
-    assert [row.nonzero()[:, 0].tolist() for row in correct.attended(groups, None)] == seen
+    assert [row.nonzero()[:, 0].tolist() for row in attention.attended(groups, None)] == seen
     local = [[0], [0, 1], [1, 2], [2, 3], [1, 4], [5], [5, 6]]
-    assert [row.nonzero()[:, 0].tolist() for row in correct.attended(groups, 2)] == local
+    assert [row.nonzero()[:, 0].tolist() for row in attention.attended(groups, 2)] == local
 
 
 @pytest.mark.parametrize("fault", ["scale", "window", "branch"])
 def test_a_wrong_kernel_is_far_off(context, fault):
     def wrong(groups, window):
         if fault == "window":
-            return correct.exact_attention(groups, window and window - 1)
+            return attention.exact_attention(groups, window and window - 1)
         if fault == "branch":  # one that sees its sibling
             first = Group(start=0, prompt=groups[0].prompt, branches=(sum(groups[0].branches),))
-            return correct.exact_attention([first, *groups[1:]], window)
-        return lambda query, key, value: correct.exact_attention(groups, window)(query * 1.05, key, value)
+            return attention.exact_attention([first, *groups[1:]], window)
+        return lambda query, key, value: attention.exact_attention(groups, window)(query * 1.05, key, value)
 
-    case = correct._case(context, torch.bfloat16, 64, 4, "four branches", 0.0)
-    right, found = (correct.worst_errors(attend, [case]) for attend in (correct.exact_attention, wrong))
+    case = attention._case(context, torch.bfloat16, 64, 4, "four branches", 0.0)
+    right, found = (attention.worst_errors(attend, [case]) for attend in (attention.exact_attention, wrong))
     eps = torch.finfo(torch.bfloat16).eps
     assert all(error <= eps for error, _ in right.values())
     assert all(error > 2 * eps for error, _ in found.values())
