@@ -57,16 +57,17 @@ def adapters(context: Context) -> None:
 
 
 def _adapter_errors(layer: Any, dtype: torch.dtype) -> dict[str, Any]:
-    from qpref.policy.lora import dense_weight
+    from bitsandbytes.functional import dequantize_4bit
 
     base, device = layer.base_layer, layer.base_layer.weight.device
+    weight = dequantize_4bit(base.weight, base.weight.quant_state).to(dtype).double()
     generator = torch.Generator().manual_seed(0)
     (a,), (b,), (scaling,) = layer.lora_A.parameters(), layer.lora_B.parameters(), layer.scaling.values()
     with torch.no_grad():
         a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
         b.copy_(torch.randn(b.shape, generator=generator))
         x = torch.randn(384, a.shape[1], generator=generator).to(device, dtype)
-        plain = x.double() @ dense_weight(base, dtype).double().t()
+        plain = x.double() @ weight.t()
         low = x.double() @ a.double().t() @ b.double().t() * scaling
         # A tenth of the rounding step of a typical result.
         b *= 0.1 * torch.finfo(dtype).eps * plain.norm() / low.norm()
@@ -76,7 +77,7 @@ def _adapter_errors(layer: Any, dtype: torch.dtype) -> dict[str, Any]:
     gradients = torch.autograd.grad(result, (x, a, b), direction)
     inputs = [each.detach().double().requires_grad_() for each in (x, a, b)]
     adapted = inputs[0] @ inputs[1].t() @ inputs[2].t() * scaling
-    exact = inputs[0] @ dense_weight(base, dtype).double().t() + adapted
+    exact = inputs[0] @ weight.t() + adapted
     expected = torch.autograd.grad(exact, inputs, direction.double())
     added = result.detach().double() - plain
     return {

@@ -31,7 +31,8 @@ def contexts(context: Context) -> None:
     """Measure the process's bytes outside the allocator, as CUDA and the libraries start."""
     taken = context.device.allocate_contexts()
     context.report(**{name: size / GIB for name, size in taken.items()})
-    (context.scratch / "contexts.json").write_text(json.dumps(max(taken.values(), default=0)))
+    first, most = next(iter(taken.values()), 0), max(taken.values(), default=0)
+    (context.scratch / "contexts.json").write_text(json.dumps([first, most - first]))
 
 
 def bases(context: Context) -> None:
@@ -86,6 +87,14 @@ def _last_heldout(run: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Outside:
+    """Bytes of the process that the allocator doesn't know."""
+
+    context: int
+    libraries: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Case:
     """A model under a card's limit."""
 
@@ -101,10 +110,11 @@ class _Case:
 def caps(context: Context) -> None:
     """Train six steps, the longest rows first, under each limit: what was planned, allocated and reserved.
 
-    `reserve_needed` is what the plan's reserve would have had to be: reserved memory and the libraries' own, less the
-    plan without its reserve. A model that doesn't fit has to say so, with exit code 5.
+    The run is given the card's memory less a CUDA context, as free memory is, and the allocator that less the bytes of
+    the libraries. `reserve_needed` is what the plan's reserve would have had to be: the allocator's reserved memory and
+    the libraries, less the plan without its reserve. A model that doesn't fit has to say so, with exit code 5.
     """
-    outside = _read(context.scratch / "contexts.json") or 0
+    outside = _Outside(*(_read(context.scratch / "contexts.json") or (0, 0)))
     shapes, limits = context.pick(SHAPES, SHAPES[:1]), context.pick(LIMITS_GIB, LIMITS_GIB[:1])
     # A stage may be stopped: the setting that qpref chooses comes first.
     cases = [_Case(shape, gib, expandable) for expandable, shape, gib in product((True, False), shapes, limits)]
@@ -122,7 +132,7 @@ def caps(context: Context) -> None:
 
 
 def _finished(
-    pool: ThreadPoolExecutor, context: Context, cases: list[_Case], folder: Path, outside: int
+    pool: ThreadPoolExecutor, context: Context, cases: list[_Case], folder: Path, outside: _Outside
 ) -> Iterator[dict[str, Any]]:
     from concurrent.futures import as_completed
 
@@ -141,24 +151,26 @@ def _rows(context: Context, shape: str, folder: Path) -> Path:
     return path
 
 
-def _run_case(context: Context, case: _Case, folder: Path, outside: int) -> dict[str, Any]:
+def _run_case(context: Context, case: _Case, folder: Path, outside: _Outside) -> dict[str, Any]:
     run, report = folder / case.name, folder / f"{case.name}.json"
+    limit = case.gib * GIB - outside.context
     recipe = write_recipe(
         folder / f"{case.name}.toml", context.base(context.shape(case.shape)), _rows(context, case.shape, folder),
-        context.device.name, memory=f"{case.gib}GiB", train={"batch_size": BATCH, "learning_rate": 1e-5},
+        context.device.name, memory=f"{limit // 2**20}MiB", train={"batch_size": BATCH, "learning_rate": 1e-5},
     )  # fmt: skip
-    cap = case.gib - outside / GIB  # the driver's limit of a real card covers the libraries too
-    command = qpref_command("train", recipe, "--output", run, cap=f"{cap:.3f}", report=report)
+    command = qpref_command(
+        "train", recipe, "--output", run, cap=f"{(limit - outside.libraries) / GIB:.3f}", report=report
+    )
     # torch before 2.10 knows the second name alone.
     setting = f"expandable_segments:{case.expandable}"
     try:
         done = command.run(CASE_SECONDS, {"PYTORCH_ALLOC_CONF": setting, "PYTORCH_CUDA_ALLOC_CONF": setting})
     except subprocess.TimeoutExpired:
         return {"ok": False, "error": f"no end after {CASE_SECONDS} s"}
-    return _outcome(done, run, report, outside)
+    return {"free_gib": limit / GIB} | _outcome(done, run, report, outside.libraries)
 
 
-def _outcome(done: subprocess.CompletedProcess[str], run: Path, report: Path, outside: int) -> dict[str, Any]:
+def _outcome(done: subprocess.CompletedProcess[str], run: Path, report: Path, libraries: int) -> dict[str, Any]:
     warnings = [line for line in done.stderr.splitlines() if "out of memory" in line]
     row: dict[str, Any] = {"status": done.returncode, "ok": done.returncode in (0, 5), "repeats": len(warnings)}
     row |= {f"process_{name}": value for name, value in (_read(report) or {}).items() if "reserved" not in name}
@@ -178,7 +190,7 @@ def _outcome(done: subprocess.CompletedProcess[str], run: Path, report: Path, ou
             "planned_gib": planned["total"] / GIB,
             "planned_without_reserve_gib": used / GIB,
             "allocated_over_plan_percent": 100 * (allocated / used - 1),
-            "reserve_needed_gib": (reserved + outside - used) / GIB,
+            "reserve_needed_gib": (reserved + libraries - used) / GIB,
         }
     return row
 

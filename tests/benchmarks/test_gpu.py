@@ -120,8 +120,8 @@ def test_reserve_needed_is_reserved_memory_and_libraries_less_the_plan_without_i
     (tmp_path / "result.json").write_text(json.dumps(result | {"peak_bytes": peaks}))
     stderr = "warning: out of memory: 512 tokens per micro-batch instead of 1024; the step is repeated\n"
     done = subprocess.CompletedProcess([], 0, "", stderr)
-    row = memory._outcome(done, tmp_path, tmp_path / "none.json", outside=GIB // 2)
-    assert row["reserve_needed_gib"] == 7.25 + 0.5 - 7
+    row = memory._outcome(done, tmp_path, tmp_path / "none.json", libraries=GIB // 4)
+    assert row["reserve_needed_gib"] == 7.25 + 0.25 - 7
     assert row["allocated_over_plan_percent"] == 0
     assert row["repeats"] == 1
 
