@@ -20,13 +20,14 @@ import bitsandbytes as bnb
 import numpy
 import torch
 import transformers
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import moe
 
-from tests.fake_cuda import kernels, names
+from tests.fake_cuda import GUARD, kernels, names
 
 GIB = 2**30
 KERNELS = torch.library.Library("aten", "IMPL")
@@ -212,7 +213,8 @@ def fake_cuda(capability: tuple[int, int] = (8, 9), total: int = 24 * GIB) -> It
     _settle_libraries()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     type(mode).avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
-    torch._C._ensureCUDADeviceGuardSet()
+    fake_tensor.init_gpu_context = lambda device: None  # a CUDA build would start the driver
+    GUARD.use_fake_guard()
     torch._C._set_only_lift_cpu_tensors(True)
     with mode, meters.device, meters.syncs:
         yield meters
@@ -271,7 +273,8 @@ def _become_cuda(device: Device, capability: tuple[int, int], total: int) -> Non
         "is_available": True, "is_initialized": True, "_is_in_bad_fork": False, "_lazy_init": None, "current_device": 0,
         "device_count": 1, "get_device_properties": properties, "get_device_capability": capability,
         "get_device_name": "fake", "mem_get_info": (total - GIB, total), "synchronize": None, "empty_cache": None,
-        "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "get_arch_list": [f"sm_{major}{minor}"],
+        "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "is_current_stream_capturing": False,
+        "get_arch_list": [f"sm_{major}{minor}"],
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *a, answer=answer, **k: answer)
