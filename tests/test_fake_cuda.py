@@ -49,6 +49,11 @@ def test_a_step_launches_few_kernels(figures):
     assert figures["launches_per_step_1b"] <= 5_300  # 9,708 with small tiles and a boolean index
 
 
+def test_products_are_summed_in_float32_and_managed_memory_is_waited_for():
+    done = run("tests.fake_cuda.numerics")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("fault", ["layout-on-cpu", "weight-on-cpu"])
 def test_a_tensor_on_the_wrong_device_is_caught(fault):
     done = run("tests.fake_cuda.planted", fault)

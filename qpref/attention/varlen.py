@@ -11,13 +11,14 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qpref.records import Group
+from qpref.staging import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,15 @@ def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
             queries.append(queries[-1] + length)
             keys.append(len(index))
             start += length
-    on_device = partial(torch.tensor, device=device)
+    ends = [torch.tensor(each, dtype=torch.int32) for each in (queries, keys)]
+    indices = [torch.tensor(each) for each in (index, own, *(part for pair in copies if pair[0] for part in pair))]
+    query_ends, key_ends, index_there, own_there, *shared = to_device([*ends, *indices], device)
     return KeyLayout(
-        index=on_device(index),
-        own=on_device(own),
-        shared=tuple((on_device(tokens), on_device(copied)) for tokens, copied in copies if tokens),
-        query_ends=on_device(queries, dtype=torch.int32),
-        key_ends=on_device(keys, dtype=torch.int32),
+        index=index_there,
+        own=own_there,
+        shared=tuple(zip(shared[::2], shared[1::2], strict=True)),
+        query_ends=query_ends,
+        key_ends=key_ends,
         longest_query=max(stop - start for start, stop in itertools.pairwise(queries)),
         longest_keys=max(stop - start for start, stop in itertools.pairwise(keys)),
     )

@@ -12,6 +12,7 @@ from qpref.attention import register as attention
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
 from qpref.policy.head import Head
+from qpref.policy.matmul import sum_in_float32
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
 from qpref.policy.source import BaseFolder
@@ -52,6 +53,8 @@ def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -
     """Load the base and prepare its 4-bit layers and the attention registry."""
     if device.type == "cpu":
         _limit_compiled_products()
+    if device.type == "cuda":
+        sum_in_float32()
     model = load_base(section, base, device)
     _prepare_4bit_layers(model, DTYPES[section.dtype])
     attention.register()

@@ -82,7 +82,7 @@ class Job:
     def examples(self) -> list[names.TokenizedExample]:
         return [
             names.TokenizedExample(
-                prompt=array("i", [5] * self.prompt),
+                prompt=array("i", [8 + place] * self.prompt),
                 branches=(array("i", [6] * self.response), array("i", [7] * (self.response + place % 3))),
                 truncated=(False, False), weight=1.0, margin=0.0, label=bool(place % 2) if self.loss == "kto" else None,
                 source=names.Source(path="made up", line=place + 1),

@@ -19,6 +19,7 @@ from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.load import DTYPES, load_policy
 from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import make_plan
+from qpref.recipe.sections import TrainSection
 from qpref.records import Source, TokenizedExample
 from qpref.training import invariants, optim, reference_pass, scoring
 from qpref.training.heldout import heldout_means
@@ -29,8 +30,8 @@ from qpref.training.state import TrainingState
 
 __all__ = [
     "DTYPES", "NextTokens", "Objective", "ReferenceStore", "Setup", "Source", "Stream", "TokenizedExample", "Trainer",
-    "TrainingState", "check_layout", "check_start", "first_batch", "heldout_means", "load_policy", "make_plan",
-    "model_shape",
+    "TrainSection", "TrainingState", "check_layout", "check_start", "first_batch", "heldout_means", "load_policy",
+    "make_plan", "model_shape",
     "optim", "pack", "peak_memory", "reference_pass", "run_forecast", "scoring", "split_by_tokens", "token_kl", "tune",
     "use_stand_ins", "varlen",
 ]  # fmt: skip
