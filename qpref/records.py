@@ -202,9 +202,9 @@ class TokenLogProbs:
         """[N] number of tokens of each sequence, in the dtype of `values`."""
         import torch
 
-        from qpref.staging import to_device
-
-        return to_device([torch.tensor(self.lengths, dtype=self.values.dtype)], self.values.device)[0]
+        device = self.values.device
+        host = torch.tensor(self.lengths, dtype=self.values.dtype, pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
 
     @property
     def mean(self) -> Tensor:

@@ -42,7 +42,7 @@ def test_the_planner_is_within_two_percent_of_the_simulated_peak(figures):
 
 
 def test_a_microbatch_rarely_waits_for_the_device(figures):
-    assert figures["syncs_per_microbatch"] <= 12
+    assert figures["syncs_per_microbatch"] <= 3  # the step's own numbers; 9 with a copy for each of a batch's tensors
 
 
 def test_a_step_launches_few_kernels(figures):

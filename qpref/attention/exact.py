@@ -42,60 +42,86 @@ class AttentionCall:
     direction: Tensor
 
 
-def attention_and_gradients(call: AttentionCall, rounding: torch.dtype | None = None) -> list[Tensor]:
+def attention_and_gradients(call: AttentionCall) -> tuple[list[Tensor], list[Tensor]]:
     """Compute the result [1, T, heads, width] and the gradients of query, key and value, all float32.
 
-    Args:
-        rounding: dtype to round the matrices to that 16-bit kernels round: the softmax, its scores' gradient, and the
-            result, from which the gradient of each row's sum is taken. None computes in float32 throughout.
+    Returns:
+        Computed in float32 throughout; and with the rounding of a 16-bit kernel in the queries' dtype: that of the
+        softmax, of its scores' gradient, and of the result, from which the gradient of each row's sum is taken.
     """
     num_heads = call.key.shape[1]
-    total = _Total(call, rounding)
+    exact, rounded = _Sums(call, None), _Sums(call, call.query.dtype)
     for segment in segments(call.groups):
         for block in segment.blocks(call.window):
             scores = (block.queries.stop - block.queries.start) * segment.num_keys * call.query.shape[1] // num_heads
             step = max(1, MAX_SCORES // scores)
             for first in range(0, num_heads, step):
-                total.add(segment, block, slice(first, min(first + step, num_heads)))
-    return total.tensors()
+                part = _Part.of(call, segment, block, slice(first, min(first + step, num_heads)))
+                exact.add(part)
+                rounded.add(part)
+    return exact.tensors(), rounded.tensors()
 
 
-class _Total:
-    """Results and gradients, summed over segments: [key-value heads, query heads of each, T, width] of queries, and
-    [key-value heads, T, width] of keys and values, float32."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A block of queries and some key heads, in float32.
 
-    def __init__(self, call: AttentionCall, rounding: torch.dtype | None) -> None:
-        self._call, self._rounding = call, rounding
-        self._query = call.query[0].unflatten(0, (call.key.shape[1], -1))
-        self._direction = call.direction[0].transpose(0, 1).unflatten(0, (call.key.shape[1], -1))
-        shapes = (self._query.shape, self._query.shape, call.key.shape[1:], call.value.shape[1:])
-        self._result, self._query_grad, self._key_grad, self._value_grad = (
-            torch.zeros(shape, dtype=torch.float32, device=call.query.device) for shape in shapes
+    Attributes:
+        rows, incoming: [key heads, query heads of each, queries, width], queries and gradient of the result.
+        keys, values: [key heads, 1, keys, width].
+        weights, weights_grad: [key heads, query heads of each, queries, keys], the softmax and its gradient.
+    """
+
+    segment: Segment
+    block: Block
+    heads: slice
+    rows: Tensor
+    incoming: Tensor
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+    weights_grad: Tensor
+
+    @classmethod
+    def of(cls, call: AttentionCall, segment: Segment, block: Block, heads: slice) -> _Part:
+        gathered = (
+            torch.cat([states[0, heads, span] for span in segment.spans], 1) for states in (call.key, call.value)
         )
-
-    def add(self, segment: Segment, block: Block, heads: slice) -> None:
-        """Add a block of queries, for some key heads."""
-        call, spans = self._call, segment.spans
-        keys, values = (torch.cat([states[0, heads, span] for span in spans], dim=1).float()[:, block.keys]
-                        for states in (call.key, call.value))  # fmt: skip
-        rows = self._query[heads, :, block.queries].float()
-        incoming = self._direction[heads, :, block.queries].float()
-        keys, values = keys[:, None], values[:, None]
+        keys, values = (states[:, None, block.keys].float() for states in gathered)
+        rows = call.query[0].unflatten(0, (call.key.shape[1], -1))[heads, :, block.queries].float()
+        direction = call.direction[0].transpose(0, 1).unflatten(0, (call.key.shape[1], -1))
+        incoming = direction[heads, :, block.queries].float()
         scores = (rows @ keys.transpose(-1, -2)).mul_(call.scale)
         scores.masked_fill_(_hidden(block, call.window, scores.device), -torch.inf)
-        weights = self._rounded(scores.softmax(-1))
-        del scores
-        result = self._rounded(weights @ values)
         weights_grad = incoming @ values.transpose(-1, -2)
-        scores_grad = self._rounded(weights * (weights_grad - (incoming * result).sum(-1, keepdim=True)))
-        del weights_grad
-        self._result[heads, :, block.queries] = result
-        self._query_grad[heads, :, block.queries] = scores_grad @ keys * call.scale
-        key_grad = (scores_grad.transpose(-1, -2) @ rows).sum(1).mul_(call.scale)
-        value_grad = (weights.transpose(-1, -2) @ incoming).sum(1)
-        for there, here in _pieces(spans, block.keys):
-            self._key_grad[heads, there] += key_grad[:, here]
-            self._value_grad[heads, there] += value_grad[:, here]
+        return cls(segment, block, heads, rows, incoming, keys, values, scores.softmax(-1), weights_grad)
+
+
+class _Sums:
+    """Result and gradients, summed over parts, float32: [key-value heads, query heads of each, T, width] of queries,
+    and [key-value heads, T, width] of keys and values."""
+
+    def __init__(self, call: AttentionCall, rounding: torch.dtype | None) -> None:
+        self._rounding, self._scale = rounding, call.scale
+        by_query = call.query[0].unflatten(0, (call.key.shape[1], -1)).shape
+        self._result, self._query_grad, self._key_grad, self._value_grad = (
+            torch.zeros(shape, dtype=torch.float32, device=call.query.device)
+            for shape in (by_query, by_query, call.key.shape[1:], call.value.shape[1:])
+        )
+
+    def add(self, part: _Part) -> None:
+        weights = self._rounded(part.weights)
+        result = self._rounded(weights @ part.values)
+        of_sum = (part.incoming * result).sum(-1, keepdim=True)
+        scores_grad = self._rounded((part.weights_grad - of_sum).mul_(weights))
+        queries = part.heads, slice(None), part.block.queries
+        self._result[queries] = result
+        self._query_grad[queries] = (scores_grad @ part.keys).mul_(self._scale)
+        key_grad = (scores_grad.transpose(-1, -2) @ part.rows).sum(1).mul_(self._scale)
+        value_grad = (weights.transpose(-1, -2) @ part.incoming).sum(1)
+        for there, here in _pieces(part.segment.spans, part.block.keys):
+            self._key_grad[part.heads, there] += key_grad[:, here]
+            self._value_grad[part.heads, there] += value_grad[:, here]
 
     def _rounded(self, values: Tensor) -> Tensor:
         return values if self._rounding is None else values.to(self._rounding).float()

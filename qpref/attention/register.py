@@ -97,12 +97,10 @@ def register_comparison(path: str) -> list[KernelError]:
         scale = keywords.get("scaling") or query.shape[-1] ** -0.5
         call = AttentionCall(query=query, key=key, value=value, groups=keywords[LAYOUT], scale=scale,
                              window=keywords.get("sliding_window"), direction=direction)  # fmt: skip
-        exact = attention_and_gradients(call)
-        kernel = [_relative(one, other) for one, other in zip(found, exact, strict=True)]
-        del found
-        rounded = attention_and_gradients(call, query.dtype)
-        rounding = [_relative(one, other) for one, other in zip(rounded, exact, strict=True)]
-        errors.extend(map(KernelError, kernel, rounding))
+        with torch.autocast(query.device.type, enabled=False):  # it would compute in 16 bits
+            exact, rounded = attention_and_gradients(call)
+        for kernel, rounding, right in zip(found, rounded, exact, strict=True):
+            errors.append(KernelError(_relative(kernel, right), _relative(rounding, right)))
         return exact[0].to(query.dtype).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register(COMPARED, compared)
