@@ -151,6 +151,18 @@ def test_kto_estimates_a_divergence_of_exactly_0_before_training(make_trainer, b
     assert (means["kl"], means["rewards/chosen"], means["rewards/rejected"]) == (0, 0, 0)
 
 
+def test_a_loss_on_its_own_mismatched_completions_beside_one_on_the_steps_sees_whole_steps(make_recipe, tmp_path):
+    """A call for each micro-batch, with the mismatched completions of all, would hand it too many."""
+    plan = make_plan(make_recipe() | {"loss": [{"name": "kto"}, {"name": "kto"}]}, (), tmp_path / "run")
+    both = Objective.of(plan.losses)
+    assert (both.sees_steps_mismatched, both.sees_whole_steps) == (True, False)
+    first, second = both.callers
+    record = replace(second.choice.plugin.record, scope="example")
+    choice = replace(second.choice, plugin=replace(second.choice.plugin, record=record))
+    mixed = replace(both, callers=(first, replace(second, choice=choice)))
+    assert mixed.sees_whole_steps
+
+
 @pytest.mark.parametrize("changes", [{"adapter.dropout": 0.5}, {"train.gradient_checkpointing": True}], ids=str)
 def test_both_passes_over_a_micro_batch_are_the_same(make_trainer, monkeypatch, changes):
     trainer = make_trainer({"train.tokens_per_microbatch": 1, "train.batch_size": 4} | changes, STEP_LOSSES["aot"])
