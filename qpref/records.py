@@ -126,7 +126,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Position of one example in a packed stream.
+    """Position of one prompt and its branches in a packed stream.
 
     Attributes:
         start: stream index of the prompt's first token.
@@ -146,8 +146,10 @@ class PackedBatch:
     Attributes:
         input_ids: [T] int64.
         position_ids: [T] int64, from 0 at each prompt's start.
-        groups: position of each example, in the order of `examples`.
-        score_at: [S] int64, stream index of the hidden state that predicts the token.
+        groups: position of each distinct prompt, in the order of its first example; its branches are those of all
+            examples with that prompt, in their order.
+        group_of: [N] index of each example's group.
+        score_at: [S] int64, stream index of the hidden state that predicts the token; in the order of `examples`.
         score_token: [S] int64, the predicted token.
         lengths: [N * K] scored tokens of each branch, in the order of `score_at`; branch k of example i is i * K + k.
         weight, margin: [N] float32.
@@ -157,6 +159,7 @@ class PackedBatch:
     input_ids: Tensor
     position_ids: Tensor
     groups: tuple[Group, ...]
+    group_of: tuple[int, ...]
     score_at: Tensor
     score_token: Tensor
     lengths: tuple[int, ...]
@@ -197,7 +200,11 @@ class TokenLogProbs:
     @property
     def count(self) -> Tensor:
         """[N] number of tokens of each sequence, in the dtype of `values`."""
-        return self.values.new_tensor(self.lengths)
+        import torch
+
+        device = self.values.device
+        host = torch.tensor(self.lengths, dtype=self.values.dtype, pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
 
     @property
     def mean(self) -> Tensor:
@@ -242,7 +249,8 @@ class UnpairedInputs:
         policy: the N completions, with gradient.
         reference: the N completions, without gradient; None where the loss doesn't need it.
         mismatched_policy, mismatched_reference: another example's completion after each prompt, without gradient;
-            None where the loss doesn't need them.
+            None where the loss doesn't need them. Of the N examples; in scope "mismatched" of the whole optimizer
+            step, M >= N of them in no particular order.
         desirable: [N] bool.
         class_counts: number of desirable and undesirable examples in the whole training set.
     """

@@ -74,7 +74,7 @@ def test_the_planner_is_within_two_percent_of_the_simulated_peak(figures):
 
 
 def test_a_microbatch_rarely_waits_for_the_device(figures):
-    assert figures["syncs_per_microbatch"] <= 12
+    assert figures["syncs_per_microbatch"] <= 3  # the step's own numbers; 9 with a copy for each of a batch's tensors
 
 
 def test_a_step_launches_few_kernels(figures):
@@ -103,3 +103,8 @@ def test_every_combination_of_settings_keeps_to_its_device(family):
 @pytest.mark.soak
 def test_startup_checks_fit_where_training_fits_for_all_shapes():
     assert max(last_line(run("tests.fake_cuda.checks_peak", "--all")).values()) <= 0
+
+
+def test_products_are_summed_in_float32_and_managed_memory_is_waited_for():
+    done = run("tests.fake_cuda.numerics")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -76,6 +76,8 @@ UNPAIRED = UnpairedLoss(
     variants=({"beta": 0.5},),
 )
 
+OF_STEPS_MISMATCHED = replace(UNPAIRED, scope="mismatched")
+
 
 def with_losses(sound, change):
     """The sound loss with `change(losses, inputs)` in place of its losses."""
@@ -234,7 +236,9 @@ ONE_KIND = [
     ("record", lambda: Loss(name="x", summary="of no kind", options=SoundOptions, build=build_paired)),
     ("independence", lambda: with_losses(PAIRED, lambda losses, inputs: losses - losses.mean())),
     ("independence", lambda: with_losses(PAIRED, lambda losses, inputs: losses * torch.arange(1, len(losses) + 1))),
+    ("record", lambda: replace(PAIRED, scope="mismatched")),
     ("independence", lambda: replace(UNPAIRED, scope="example")),
+    ("independence", lambda: with_losses(OF_STEPS_MISMATCHED, lambda losses, inputs: losses - losses.mean())),
     ("independence", lambda: with_losses(UNPAIRED, lambda losses, inputs: losses.sort().values)),
     ("start", lambda: replace(UNPAIRED, build=blind_to_class)),
     ("swap", lambda: with_metrics(PAIRED, lopsided)),
@@ -255,7 +259,9 @@ def broken_rules(record, *rules):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("record", [PAIRED, UNPAIRED], ids=["paired", "unpaired"])
+@pytest.mark.parametrize(
+    "record", [PAIRED, UNPAIRED, OF_STEPS_MISMATCHED], ids=["paired", "unpaired", "of the step's mismatched"]
+)
 def test_a_sound_loss_keeps_each_rule(record, rule):
     assert_conforms(record, rule)
 

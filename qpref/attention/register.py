@@ -9,6 +9,7 @@ all (see `varlen`), on a CPU with bf16 units in plain products (see `blocks`), e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qpref.attention import blocks, sdpa, varlen
 from qpref.attention.errors import CannotShareError as CannotShareError
+from qpref.attention.exact import AttentionCall, attention_and_gradients
+from qpref.attention.prompts import PromptStates
 from qpref.records import Group
 
 SEGMENTS = "qpref_segments"
@@ -32,10 +35,14 @@ KERNELS: dict[str, varlen.Kernel] = {
 }
 """The paths for GPUs, the preferred one first. transformers treats a name with "flash" in it as its own."""
 COMPARED = "qpref_compared"
-"""The path that computes as SEGMENTS and records the error of another path in each layer."""
+"""The path that computes in float32 and records the error of another path in each layer."""
 LAYOUT = "qpref_groups"
 """The keyword that carries the layout through the model."""
+PROMPTS = "qpref_prompts"
+"""The keyword that carries the prompts' keys and values from one pass to another, see `prompts`."""
 
+ROUNDING_FACTOR, ROUNDING_FLOOR = 2.0, 0.01
+"""Multiple of the formulas' own rounding error that a kernel's relative error may be, and a share beside it."""
 HARMLESS_KEYWORDS = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 )
@@ -54,34 +61,65 @@ def register() -> None:
         ALL_ATTENTION_FUNCTIONS.register(name, partial(shared_prompt_attention, attend=attend))
 
 
-def register_comparison(path: str) -> list[float]:
-    """Register COMPARED for a path and return its errors, filled as layers are computed.
+@dataclass(frozen=True, slots=True)
+class KernelError:
+    """Relative Euclidean errors of a layer's result or of one gradient.
 
-    Each layer adds four relative Euclidean differences from SEGMENTS on its own queries, keys and values: that of the
-    result and those of the three gradients.
+    Attributes:
+        kernel: of the path.
+        rounding: of the formulas with a 16-bit kernel's rounding, see `exact`.
     """
-    errors: list[float] = []
-    tried, exact = (ALL_ATTENTION_FUNCTIONS[name] for name in (path, SEGMENTS))
 
-    def compared(module: Any, *call: Any, **keywords: Any) -> tuple[Tensor, None]:
-        found, expected = (_with_gradients(attend, module, *call, **keywords) for attend in (tried, exact))
-        for one, other in zip(found, expected, strict=True):
-            size = other.float().norm().clamp_min(1e-30)  # a lone key has no gradient
-            errors.append(((one.float() - other.float()).norm() / size).item())
-        return expected[0], None
+    kernel: float
+    rounding: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """True where rounding explains the kernel's error; no single limit on that would do, see `exact`."""
+        return self.kernel <= ROUNDING_FACTOR * self.rounding + ROUNDING_FLOOR
+
+
+def register_comparison(path: str) -> list[KernelError]:
+    """Register COMPARED for a path and return its errors against float32, filled as layers are computed.
+
+    Each layer adds four, on its own queries, keys and values: that of the result and those of the three gradients. One
+    layer's copies are in memory at a time.
+    """
+    errors: list[KernelError] = []
+    tried = ALL_ATTENTION_FUNCTIONS[path]
+
+    def compared(module: Any, *states: Tensor, **keywords: Any) -> tuple[Tensor, None]:
+        found, direction = _with_gradients(tried, module, *states, **keywords)
+        query, key, value = (each.detach() for each in states[:3])
+        scale = keywords.get("scaling") or query.shape[-1] ** -0.5
+        call = AttentionCall(query=query, key=key, value=value, groups=keywords[LAYOUT], scale=scale,
+                             window=keywords.get("sliding_window"), direction=direction)  # fmt: skip
+        with torch.autocast(query.device.type, enabled=False):  # it would compute in 16 bits
+            exact, rounded = attention_and_gradients(call)
+        for kernel, rounding, right in zip(found, rounded, exact, strict=True):
+            errors.append(KernelError(_relative(kernel, right), _relative(rounding, right)))
+        return exact[0].to(query.dtype).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register(COMPARED, compared)
     return errors
 
 
-def _with_gradients(attend: Callable[..., Any], module: Any, *call: Any, **keywords: Any) -> list[Tensor]:
-    """Compute attention, and the gradients of queries, keys and values for a fixed random gradient of its result."""
+def _relative(found: Tensor, exact: Tensor) -> float:
+    size = exact.norm().clamp_min(1e-30)  # a lone key has no gradient
+    return float((found.float() - exact).norm() / size)
+
+
+def _with_gradients(
+    attend: Callable[..., Any], module: Any, *call: Any, **keywords: Any
+) -> tuple[list[Tensor], Tensor]:
+    """Compute attention, and the gradients of queries, keys and values for a fixed random gradient of its result, which
+    is returned after them."""
     states = [each.detach().requires_grad_() for each in call[:3]]
     with torch.enable_grad():
         result, _ = attend(module, *states, *call[3:], **keywords)
     direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).to(result)
     with torch.autocast(result.device.type, enabled=False):  # as in training
-        return [result.detach(), *torch.autograd.grad(result, states, direction)]
+        return [result.detach(), *torch.autograd.grad(result, states, direction)], direction
 
 
 def sharing_paths(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -145,13 +183,17 @@ def shared_prompt_attention(
         CannotShareError: a keyword changes attention in an unsupported way (a cap, sinks, a bias).
     """
     groups: Sequence[Group] | None = keywords.pop(LAYOUT, None)
+    prompts: PromptStates | None = keywords.pop(PROMPTS, None)
     _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
     assert groups is not None
-    if attend is not None:
-        if dropout:
-            raise CannotShareError("its attention has dropout")
+    if attend is None:
+        attend = partial(sdpa.attend, dropout=dropout)
+    elif dropout:
+        raise CannotShareError("its attention has dropout")
+    if prompts is None:
         return attend(query, key, value, groups, scaling, sliding_window), None
-    return sdpa.attend(query, key, value, groups, scaling, sliding_window, dropout), None
+    states = prompts.complete(module, query, key, value)
+    return prompts.own_rows(attend(*states, groups, scaling, sliding_window)), None
 
 
 def _refuse_the_unknown(

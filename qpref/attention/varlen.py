@@ -11,7 +11,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from qpref.attention.determinism import distinct_indices, is_deterministic
 from qpref.attention.errors import CannotShareError
 from qpref.records import Group
+from qpref.staging import to_device
 
 MAX_WIDTH = 256
 """Numbers in a head's query that flash kernels take at most."""
@@ -75,13 +76,15 @@ def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
             keys.append(len(index))
             start += length
     assert (queries[-1], keys[-1]) == (len(own), len(index))  # the kernels read as far as the last end
-    on_device = partial(torch.tensor, device=device)
+    ends = [torch.tensor(each, dtype=torch.int32) for each in (queries, keys)]
+    indices = [torch.tensor(each) for each in (index, own, *(part for pair in copies if pair[0] for part in pair))]
+    query_ends, key_ends, index_there, own_there, *shared = to_device([*ends, *indices], device)
     return KeyLayout(
-        index=on_device(index),
-        own=on_device(own),
-        shared=tuple((on_device(tokens), on_device(copied)) for tokens, copied in copies if tokens),
-        query_ends=on_device(queries, dtype=torch.int32),
-        key_ends=on_device(keys, dtype=torch.int32),
+        index=index_there,
+        own=own_there,
+        shared=tuple(zip(shared[::2], shared[1::2], strict=True)),
+        query_ends=query_ends,
+        key_ends=key_ends,
         longest_query=max(stop - start for start, stop in itertools.pairwise(queries)),
         longest_keys=max(stop - start for start, stop in itertools.pairwise(keys)),
     )

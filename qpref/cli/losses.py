@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from qpref.testing import Result
 
 
-SCOPES = {"example": "example by example", "step": "all examples of a step at once"}
+SCOPES = {
+    "example": "example by example",
+    "mismatched": "example by example, with the step's mismatched completions",
+    "step": "all examples of a step at once",
+}
 
 
 @click.group("losses", invoke_without_command=True)

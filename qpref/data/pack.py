@@ -3,53 +3,85 @@
 A *group* is one prompt and its branches. The prompt's tokens are there once; each branch continues the prompt, in
 position ids too, and attends only to the prompt and to itself. A branch's first token is predicted from the hidden
 state at the prompt's end, which all branches share. Its last token predicts nothing, so it is not an input.
+
+Examples with the same prompt, such as the two completions of a pair or the pairs of a ranking, share one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from qpref.records import Group, PackedBatch, TokenizedExample
+from qpref.staging import to_device
 
 
 def num_fed_tokens(example: TokenizedExample, shared: bool = True) -> int:
-    """Count the input tokens of an example: with the prompt once, or once per branch."""
+    """Count the input tokens of an example on its own: with the prompt once, or once per branch.
+
+    The sum over a batch is an upper bound of its stream, in which examples may share a prompt. It is what budgets and
+    the metric `tokens` count, so that neither depends on which examples happen to be packed together.
+    """
     prompts = 1 if shared else len(example.branches)
     return prompts * len(example.prompt) + sum(len(branch) - 1 for branch in example.branches)
 
 
 def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBatch:
-    """Pack examples in their order; all must have the same number of branches."""
+    """Pack examples; all must have the same number of branches.
+
+    Scores, weights and margins are in the examples' order, and the stream is in the order of their distinct prompts.
+    """
     ids: list[int] = []
     positions: list[int] = []
-    score_at: list[int] = []
-    score_token: list[int] = []
     groups: list[Group] = []
-    for example in examples:
-        start, prompt = len(ids), len(example.prompt)
-        ids.extend(example.prompt)
-        positions.extend(range(prompt))
-        for branch in example.branches:
-            fed = len(branch) - 1
-            score_at.append(start + prompt - 1)
-            score_at.extend(range(len(ids), len(ids) + fed))
-            score_token.extend(branch)
-            ids.extend(branch[:-1])
-            positions.extend(range(prompt, prompt + fed))
-        groups.append(Group(start=start, prompt=prompt, branches=tuple(len(branch) - 1 for branch in example.branches)))
+    group_of = [0] * len(examples)
+    score_at: list[list[int]] = [[] for _ in examples]
+    for number, members in enumerate(_by_prompt(examples)):
+        prompt = examples[members[0]].prompt
+        start, fed = len(ids), []
+        ids.extend(prompt)
+        positions.extend(range(len(prompt)))
+        for member in members:
+            group_of[member] = number
+            for branch in examples[member].branches:
+                fed.append(len(branch) - 1)
+                score_at[member] += [start + len(prompt) - 1, *range(len(ids), len(ids) + fed[-1])]
+                ids.extend(branch[:-1])
+                positions.extend(range(len(prompt), len(prompt) + fed[-1]))
+        groups.append(Group(start=start, prompt=len(prompt), branches=tuple(fed)))
+    host = {
+        "input_ids": torch.tensor(ids),
+        "position_ids": torch.tensor(positions),
+        "score_at": torch.tensor([index for each in score_at for index in each]),
+        "score_token": torch.tensor([token for each in examples for branch in each.branches for token in branch]),
+        "weight": torch.tensor([example.weight for example in examples]),
+        "margin": torch.tensor([example.margin for example in examples]),
+    }
     return PackedBatch(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
+        **dict(zip(host, to_device(list(host.values()), device), strict=True)),
         groups=tuple(groups),
-        score_at=torch.tensor(score_at, device=device),
-        score_token=torch.tensor(score_token, device=device),
+        group_of=tuple(group_of),
         lengths=tuple(len(branch) for example in examples for branch in example.branches),
-        weight=torch.tensor([example.weight for example in examples], device=device),
-        margin=torch.tensor([example.margin for example in examples], device=device),
         examples=tuple(examples),
     )
+
+
+def _by_prompt(examples: Sequence[TokenizedExample]) -> Iterable[list[int]]:
+    """Collect the indices of the examples of each distinct prompt, in the order of their first."""
+    members: dict[bytes, list[int]] = {}
+    for index, example in enumerate(examples):
+        members.setdefault(example.prompt.tobytes(), []).append(index)
+    return members.values()
+
+
+def longest_first(examples: Sequence[TokenizedExample], shared: bool = True) -> list[int]:
+    """Order examples from the longest to the shortest, but keep those with the same prompt together: they share it."""
+    costs = [num_fed_tokens(example, shared) for example in examples]
+    together = _by_prompt(examples) if shared else [[index] for index in range(len(examples))]
+    ordered = [sorted(members, key=lambda index: -costs[index]) for members in together]
+    ordered.sort(key=lambda members: -costs[members[0]])
+    return [index for members in ordered for index in members]
 
 
 def split_by_tokens(
@@ -60,9 +92,8 @@ def split_by_tokens(
     An example over the budget gets a micro-batch of its own. The result depends only on the examples, their order and
     the budget.
     """
-    order = sorted(range(len(examples)), key=lambda index: -num_fed_tokens(examples[index], shared))
     bins: list[tuple[int, list[TokenizedExample]]] = []
-    for index in order:
+    for index in longest_first(examples, shared):
         cost = num_fed_tokens(examples[index], shared)
         for number, (used, members) in enumerate(bins):
             if used + cost <= budget:

@@ -21,7 +21,7 @@ prompt: the policy's log-probabilities of the prompt's tokens (`PairLogProbs.pro
 log_sum_squares: log of the sum of squared probabilities at each of the policy's response tokens.
 mismatched: log-probabilities of another example's completion after each prompt, for unpaired losses.
 """
-Scope = Literal["example", "step"]
+Scope = Literal["example", "mismatched", "step"]
 NEEDS: frozenset[str] = frozenset(get_args(Need))
 
 
@@ -65,9 +65,10 @@ class Loss:
             is stateless: the core rebuilds it whenever a scheduled option changes.
         needs: the inputs that the loss requires beyond the policy's log-probabilities, see `Need`; or a function that
             returns them for given options.
-        scope: "example" where an example's loss depends on that example alone; "step" where the function gets all
-            examples of an optimizer step in one call, whatever the micro-batches; or a function of the options that
-            returns one of the two.
+        scope: "example" where an example's loss depends on that example alone; "mismatched" where it depends on the
+            mismatched completions of the whole optimizer step too, which the function then gets in every call; "step"
+            where the function gets all examples of an optimizer step in one call, whatever the micro-batches; or a
+            function of the options that returns one of them.
         starts_at: options -> the loss of every example while policy and reference agree and the margin is 0; checked
             on the first batch of every run. None, or a function that returns None, where it isn't a constant.
         log_ratios_only: True where policy and reference enter only through their difference, so that shifting both by

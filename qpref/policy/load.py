@@ -14,7 +14,7 @@ from qpref.policy.adapter import add_adapters
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
-from qpref.policy.matmul import check_packed
+from qpref.policy.matmul import check_packed, sum_in_float32
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
 from qpref.policy.source import BaseFolder
@@ -58,6 +58,8 @@ def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -
     refuse_missing_kernels(device)
     if device.type == "cpu":
         _limit_compiled_products()
+    if device.type == "cuda":
+        sum_in_float32()
     model = load_base(section, base, device)
     _prepare_4bit_layers(model, DTYPES[section.dtype])
     attention.register()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from qpref.attention.register import LAYOUT
 from qpref.policy.head import score_tokens
 from qpref.policy.policy import Policy
 from qpref.records import PackedBatch, PairLogProbs, TokenLogProbs
+from qpref.staging import to_device
 
 
 def completion_logprobs(
@@ -24,8 +28,8 @@ def completion_logprobs(
     """
     tokens, lengths = batch.score_token, batch.lengths
     if prompts:
-        rest = [token for example in batch.examples for token in example.prompt[1:]]
-        tokens = torch.cat([tokens, torch.tensor(rest, dtype=tokens.dtype, device=tokens.device)])
+        rest = torch.tensor([token for example in batch.examples for token in example.prompt[1:]], dtype=tokens.dtype)
+        tokens = torch.cat([tokens, *to_device([rest], tokens.device)])
         lengths += tuple(len(example.prompt) - 1 for example in batch.examples)
     hidden = completion_hidden(policy, batch, prompts=prompts)
     values, log_sums = score_tokens(policy.head, hidden, tokens, squares=squares)
@@ -41,17 +45,24 @@ def completion_hidden(policy: Policy, batch: PackedBatch, *, prompts: bool = Fal
 
 def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one stream with each prompt once."""
-    output = policy.decoder(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        **{LAYOUT: batch.groups},
-    )
-    hidden: Tensor = output.last_hidden_state[0]
+    hidden = decode(policy, batch.input_ids, batch.position_ids, {LAYOUT: batch.groups})
     if not prompts:
         return hidden[batch.score_at]
-    in_prompts = [index for group in batch.groups for index in range(group.start, group.start + group.prompt - 1)]
-    return hidden[torch.cat([batch.score_at, batch.score_at.new_tensor(in_prompts)])]
+    groups = [batch.groups[number] for number in batch.group_of]
+    in_prompts = [index for group in groups for index in range(group.start, group.start + group.prompt - 1)]
+    indices = to_device([torch.tensor(in_prompts, dtype=torch.int64)], policy.device)
+    return hidden[torch.cat([batch.score_at, *indices])]
+
+
+def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    """Run the decoder over one stream of T tokens; the keywords reach its attention.
+
+    Returns:
+        [T, width] hidden states.
+    """
+    output = policy.decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, **keywords)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:

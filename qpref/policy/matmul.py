@@ -43,6 +43,16 @@ def check_packed(packed: Tensor, state: Any) -> None:
     assert state.absmax.numel() * state.blocksize >= math.prod(state.shape)
 
 
+def sum_in_float32() -> None:
+    """Let cuBLAS add the partial sums of 16-bit products in float32, for the whole process.
+
+    By default it may add those of a split product, such as a long input times a small A matrix, in 16 bits; the result
+    would be rounded more than once. Nothing restores the setting: a backward pass runs wherever autograd runs it.
+    """
+    for dtype in ("fp16", "bf16"):
+        setattr(torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction", False)
+
+
 @contextmanager
 def bf16_products(exact: bool) -> Iterator[None]:
     """Let a CPU multiply float32 matrices on its bf16 units; `exact` where both hold bf16 numbers, so nothing is lost.

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from qpref.policy.adapter import REFERENCE, TRAINED
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.policy import Policy
 from qpref.policy.reference_cache import ReferenceCache
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.shards import KEY_BYTES
+from qpref.staging import to_device
 
 
 @contextmanager
@@ -69,11 +71,31 @@ class ReferenceStore:
 
     def logprobs(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
         """Return the reference's scores of a batch, computing them unless the store or the cache has all its rows."""
-        keys = [key for example in batch.examples for key in row_keys(example)]
-        num_known = sum(map(self.fetch, keys, batch.lengths))
-        if num_known < len(keys):
-            self._compute(policy, batch, keys)
-        values = torch.cat([self.rows[key] for key in keys]).to(policy.device)
+        if not self._knows(batch):
+            with as_reference(policy):
+                self._keep(batch, completion_logprobs(policy, batch))
+            self.num_computed += len(batch.examples)
+        return self._stored(policy, batch)
+
+    def logprobs_with_partners(
+        self, policy: Policy, batch: PackedBatch, partners: PackedBatch
+    ) -> tuple[TokenLogProbs, TokenLogProbs]:
+        """Return the scores of two batches with the same prompts, computed in one as the policy's are."""
+        if not (self._knows(batch) & self._knows(partners)):  # both fetch rows from the cache
+            with as_reference(policy):
+                own, others = logprobs_with_partners(policy, batch, partners)
+            self._keep(batch, own)
+            self._keep(partners, others)
+            self.num_computed += len(batch.examples)
+        return self._stored(policy, batch), self._stored(policy, partners)
+
+    def _knows(self, batch: PackedBatch) -> bool:
+        """Fetch a batch's rows; returns whether all of them are in the store then."""
+        fetched = [self.fetch(key, length) for key, length in zip(batch_keys(batch), batch.lengths, strict=True)]
+        return all(fetched)
+
+    def _stored(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
+        values = to_device([torch.cat([self.rows[key] for key in batch_keys(batch)])], policy.device)[0]
         return TokenLogProbs(values=values, lengths=batch.lengths)
 
     def has(self, key: bytes) -> bool:
@@ -89,11 +111,9 @@ class ReferenceStore:
                 self.rows[key] = values
         return key in self.rows
 
-    def _compute(self, policy: Policy, batch: PackedBatch, keys: Sequence[bytes]) -> None:
-        with as_reference(policy):
-            scores = completion_logprobs(policy, batch)
-        self.num_computed += len(batch.examples)
-        pieces = dict(zip(keys, scores.values.cpu().split(list(batch.lengths)), strict=True))
+    def _keep(self, batch: PackedBatch, scores: TokenLogProbs) -> None:
+        """Store the rows that are new, on disk too."""
+        pieces = dict(zip(batch_keys(batch), scores.values.cpu().split(list(batch.lengths)), strict=True))
         new = {key: values.clone() for key, values in pieces.items() if key not in self.rows}
         self.rows |= new
         if self.cache is not None:
@@ -117,6 +137,11 @@ class ReferenceStore:
         pieces: Sequence[Tensor] = tensors["values"].split(tensors["lengths"].tolist())
         starts = range(0, len(keys), KEY_BYTES)
         self.rows = {keys[start : start + KEY_BYTES]: values for start, values in zip(starts, pieces, strict=True)}
+
+
+def batch_keys(batch: PackedBatch) -> list[bytes]:
+    """Return the keys of a batch's rows, in the order of its lengths."""
+    return [key for example in batch.examples for key in row_keys(example)]
 
 
 def row_keys(example: TokenizedExample) -> list[bytes]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qpref.attention.register import HARMLESS_KEYWORDS, LAYOUT
+from qpref.attention.register import HARMLESS_KEYWORDS, LAYOUT, PROMPTS
 from qpref.policy.lora import project, projections_of
 
 RECORDED = "qpref_recorded"
@@ -81,7 +81,8 @@ class SelfAttention(nn.Module):
         query, key = (_Rotated.apply(each, cosines, sines) for each in (query, key))  # type: ignore[no-untyped-call]
         attend = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
         streams = (each.transpose(1, 2) for each in (query, key, value))
-        attended, weights = attend(own, *streams, None, **self.keywords, **{LAYOUT: call[LAYOUT]})
+        of_stream = {name: call[name] for name in (LAYOUT, PROMPTS) if name in call}
+        attended, weights = attend(own, *streams, None, **self.keywords, **of_stream)
         return layers.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
 
     @property
@@ -92,7 +93,7 @@ class SelfAttention(nn.Module):
 
 def _is_stream(states: Tensor, call: dict[str, Any]) -> bool:
     """Return whether a layer is called for a packed stream, and for nothing else."""
-    known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT}
+    known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT, PROMPTS}
     has_layout = LAYOUT in call and call.get("position_embeddings") is not None
     return len(states) == 1 and has_layout and all(call[name] is None for name in call.keys() - known)
 

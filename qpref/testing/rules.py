@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from qpref.hooks import PairedLoss, UnpairedLoss
-from qpref.hooks.types import Loss
-from qpref.testing.calls import BrokenRule, Built, NotApplicable, attempt, declared_needs
+from qpref.hooks.types import Loss, Scope
+from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, declared_needs
 from qpref.testing.examples import Draws, Example, Scores, extreme_completions, extreme_pairs
 from qpref.testing.gradients import FrozenDetached, central_differences
 
@@ -28,8 +28,10 @@ def _record(record: Loss, options: Any) -> None:
     if bare:
         raise BrokenRule(f"no description of the option {', '.join(bare)}")
     scope = attempt("scope", record.scope_of, options)
-    if scope not in ("example", "step"):
-        raise BrokenRule(f"its scope is {scope!r}, not 'example' or 'step'")
+    if scope not in get_args(Scope):
+        raise BrokenRule(f"its scope is {scope!r}, not one of {', '.join(map(repr, get_args(Scope)))}")
+    if scope == "mismatched" and "mismatched" not in declared_needs(record, options):
+        raise BrokenRule("its scope is 'mismatched', which it doesn't need")
     if taken := {"name", "weight"} & set(fields):
         raise BrokenRule(f"its option {min(taken)} is the recipe's own key")
 
@@ -134,7 +136,7 @@ def _owner(examples: Sequence[Example], leaf: str, index: int) -> Example:
 
 
 def _independence(record: Loss, options: Any) -> None:
-    """Require independence from other examples or, in scope "step", from the order of the examples."""
+    """Require independence from other examples or, in a wider scope, from the order of what it may depend on."""
     built = Built(record, options)
     examples = Draws().examples(6)
     together = built.values(examples)
@@ -143,11 +145,21 @@ def _independence(record: Loss, options: Any) -> None:
     # A sum over the step is taken in a different order.
     if not _same(permuted, together[order], 1e-12 if record.scope_of(options) == "example" else 1e-9):
         raise BrokenRule(f"in another order, {_list(together[order])} become {_list(permuted)}")
-    if record.scope_of(options) == "step":
+    scope = record.scope_of(options)
+    if scope == "step":
         return
-    alone = torch.cat([built.values([example]) for example in examples])
+    given = [built.given([example]) for example in examples]
+    if scope == "mismatched":
+        given = [_with_mismatched_of(each, built.given(examples)) for each in given]
+    alone = torch.cat([built(each).losses.detach() for each in given])
     if not _same(alone, together, 1e-12):
         raise BrokenRule(f"each alone, {_list(together)} become {_list(alone)}; if that is meant, its scope is 'step'")
+
+
+def _with_mismatched_of(given: LossInputs, step: LossInputs) -> LossInputs:
+    """Give a loss the mismatched completions of a whole step, as the core does in scope "mismatched"."""
+    named = {name: getattr(step.inputs, name) for name in ("mismatched_policy", "mismatched_reference")}
+    return replace(given, inputs=replace(given.inputs, **named))
 
 
 def _no_state(record: Loss, options: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qpref.policy.logprobs import pair_logprobs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+from qpref.staging import to_device
 
 Inputs = PairedInputs | UnpairedInputs
 
@@ -32,7 +33,7 @@ def paired_inputs(
 
 @dataclass(frozen=True, slots=True)
 class Mismatched:
-    """Scores of the mismatched completions of a batch's examples, under policy and reference."""
+    """Scores of mismatched completions under policy and reference."""
 
     policy: TokenLogProbs
     reference: TokenLogProbs | None
@@ -51,7 +52,7 @@ def unpaired_inputs(
         scores: the policy's, of each example's completion.
         reference: the same of the reference.
         class_counts: desirable and undesirable training examples.
-        mismatched: of the same examples' partners; None where the loss doesn't need them.
+        mismatched: of the partners of these examples, or of the whole step's; None where the loss doesn't need them.
     """
     labels = [bool(example.label) for example in batch.examples]
     return UnpairedInputs(
@@ -59,13 +60,21 @@ def unpaired_inputs(
         reference=reference,
         mismatched_policy=None if mismatched is None else _detached(mismatched.policy),
         mismatched_reference=None if mismatched is None else mismatched.reference,
-        desirable=torch.tensor(labels, device=scores.values.device),
+        desirable=to_device([torch.tensor(labels)], scores.values.device)[0],
         class_counts=class_counts,
     )
 
 
 def _detached(scores: TokenLogProbs) -> TokenLogProbs:
     return TokenLogProbs(values=scores.values.detach(), lengths=scores.lengths, log_sum_squares=scores.log_sum_squares)
+
+
+def joined_mismatched(parts: Sequence[Mismatched]) -> Mismatched:
+    """Join the mismatched completions of several micro-batches."""
+    return Mismatched(
+        policy=_joined([part.policy for part in parts]),
+        reference=_joined_or_none([part.reference for part in parts]),
+    )
 
 
 def joined_inputs(parts: Sequence[Inputs]) -> Inputs:

@@ -167,9 +167,24 @@ class Objective:
 
     @property
     def sees_whole_steps(self) -> bool:
-        """True where some loss has to see all examples of an optimizer step at once."""
-        choices = [caller.choice for caller in self.callers]
-        return any(choice.plugin.record.scope_of(choice.options) == "step" for choice in choices)
+        """True where some loss has to see all examples of an optimizer step at once.
+
+        So too where one takes the mismatched completions of the whole step and another its own examples'.
+        """
+        scopes = self._scopes
+        of_examples = any("mismatched" in needs for needs, scope in scopes if scope == "example")
+        return any(scope == "step" for _, scope in scopes) or (self.sees_steps_mismatched and of_examples)
+
+    @property
+    def sees_steps_mismatched(self) -> bool:
+        """True where some loss takes the mismatched completions of the whole optimizer step."""
+        return any(scope == "mismatched" for _, scope in self._scopes)
+
+    @property
+    def _scopes(self) -> list[tuple[frozenset[str], str]]:
+        """Needs and scope of each loss."""
+        chosen = [(caller.choice.plugin.record, caller.choice.options) for caller in self.callers]
+        return [(record.needs_of(options), record.scope_of(options)) for record, options in chosen]
 
     def __call__(self, inputs: Inputs) -> LossOutput:
         """Sum the weighted losses of each example. The metrics are the first loss's, and each loss's own value."""

@@ -67,6 +67,7 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 def optimizer_tensors(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Copy the optimizer's state as tensors and plain numbers, named `<parameter's index>.<state's name>`."""
+    _wait_for_device(optimizer)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for index, state in optimizer.state_dict()["state"].items():
@@ -93,7 +94,35 @@ def restore_optimizer(optimizer: Any, tensors: dict[str, Tensor], numbers: dict[
     for key, value in [*tensors.items(), *numbers.items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    if isinstance(optimizer, torch.optim.AdamW) or not optimizer.is_paged:
+        optimizer.load_state_dict(saved)
+        return
+    optimizer.load_state_dict(saved, move_to_device=False)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = _placed(optimizer, parameter, name, value)
+
+
+def _placed(optimizer: Any, parameter: Parameter, name: str, value: Tensor) -> Tensor:
+    """Copy a restored tensor to where the paged optimizer would have made it.
+
+    bitsandbytes 0.50 loads all state as plain device tensors, which never leave the GPU again and may not fit it.
+    """
+    if name not in ("state1", "state2"):
+        return value.to(parameter.device)
+    buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+    _wait_for_device(optimizer)  # which fills the buffer
+    return buffer.copy_(value)
+
+
+def _wait_for_device(optimizer: Any) -> None:
+    """Wait for what the GPU has been given: the host reads and writes managed memory without a copy that would wait."""
+    devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def seed_step(seed: int, step: int, microbatch: int = 0) -> None:

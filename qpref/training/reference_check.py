@@ -231,7 +231,10 @@ def measured_rounding(examples: Sequence[TokenizedExample], policy: Policy) -> f
     """
     together = completion_logprobs(policy, pack(examples, policy.device)).values
     alone = torch.cat([completion_logprobs(policy, pack([example], policy.device)).values for example in examples])
-    tokens = sum(num_fed_tokens(example, policy.shares_prompts) for example in examples)
+    if policy.shares_prompts:  # a repeated example adds its responses alone
+        tokens = sum(len(branch) for example in examples for branch in example.branches)
+    else:
+        tokens = sum(num_fed_tokens(example, shared=False) for example in examples)
     repeats = 1 + LARGE_BATCH_TOKENS // tokens
     many = completion_logprobs(policy, pack([*examples] * repeats, policy.device)).values[: len(together)]
     return max((together - other).abs().mean().item() for other in (alone, many))

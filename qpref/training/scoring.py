@@ -9,11 +9,21 @@ import torch
 
 from qpref.data.mismatch import only_partner, without_partner
 from qpref.data.pack import pack
+from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched
 from qpref.training.objective import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of a micro-batch: the policy's, the reference's (None for losses without one) and the partners'."""
+
+    policy: TokenLogProbs
+    reference: TokenLogProbs | None
+    mismatched: Mismatched | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +39,27 @@ class Scorer:
     references: ReferenceStore | None
 
     def inputs(self, examples: Sequence[TokenizedExample]) -> tuple[PackedBatch, Inputs]:
-        """Pack and score a micro-batch.
+        """Pack and score a micro-batch."""
+        batch = self.pack(examples)
+        return batch, self.lay_out(batch, self.scores(examples, batch))
+
+    def scores(self, examples: Sequence[TokenizedExample], batch: PackedBatch) -> Scores:
+        """Score examples, packed as `batch`, and their mismatched partners where the losses need them.
 
         The reference is scored before the policy: its pass leaves no graph behind.
         """
-        batch, mismatched = self.pack(examples), self.mismatched(examples)
-        reference = self.reference(batch)
-        return batch, self.objective.inputs(batch, self.policy_scores(batch), reference, mismatched)
+        if not self.objective.needs_mismatched:
+            reference = self.reference(batch)
+            return Scores(self.policy_scores(batch), reference, None)
+        partners = pack([only_partner(example) for example in examples], self.policy.device)
+        reference, other_reference = self._references_with_partners(batch, partners)
+        squares = "log_sum_squares" in self.objective.needs
+        own, others = logprobs_with_partners(self.policy, batch, partners, squares=squares)
+        return Scores(own, reference, Mismatched(others, other_reference))
+
+    def lay_out(self, batch: PackedBatch, scores: Scores) -> Inputs:
+        """Lay out a batch's scores as the losses' inputs."""
+        return self.objective.inputs(batch, scores.policy, scores.reference, scores.mismatched)
 
     def pack(self, examples: Sequence[TokenizedExample]) -> PackedBatch:
         """Pack the examples into one stream, without their mismatched partners."""
@@ -50,10 +74,16 @@ class Scorer:
         """Score a batch under the reference; None for losses without one."""
         return None if self.references is None else self.references.logprobs(self.policy, batch)
 
-    def mismatched(self, examples: Sequence[TokenizedExample]) -> Mismatched | None:
-        """Score the examples' mismatched partners without a graph; None for losses that don't need them."""
-        if not self.objective.needs_mismatched:
-            return None
+    def mismatched(self, examples: Sequence[TokenizedExample]) -> Mismatched:
+        """Score the examples' mismatched partners alone, without a graph."""
         batch = pack([only_partner(example) for example in examples], self.policy.device)
         with torch.no_grad():
             return Mismatched(self.policy_scores(batch), self.reference(batch))
+
+    def _references_with_partners(
+        self, batch: PackedBatch, partners: PackedBatch
+    ) -> tuple[TokenLogProbs, TokenLogProbs] | tuple[None, None]:
+        """Score examples and their partners under the reference; None for losses without one."""
+        if self.references is None:
+            return None, None
+        return self.references.logprobs_with_partners(self.policy, batch, partners)

@@ -16,9 +16,9 @@ from qpref.data.pack import split_by_tokens
 from qpref.errors import DeviceMemoryError
 from qpref.memory.tune import shrink_microbatch
 from qpref.policy.out_of_memory import attempt, fits
-from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
+from qpref.records import TokenizedExample
 from qpref.training import optim
-from qpref.training.inputs import Inputs, example_metrics, joined_inputs
+from qpref.training.inputs import Inputs, example_metrics, joined_inputs, joined_mismatched
 from qpref.training.scoring import Scorer
 
 
@@ -117,8 +117,10 @@ def _try_gradient(step: Step, budget: int) -> list[MicroBatchResult] | None:
 
     def accumulate() -> list[MicroBatchResult]:
         policy.model.zero_grad(set_to_none=True)  # of a try that failed
-        if step.scorer.objective.sees_whole_steps and len(parts) > 1:
+        if len(parts) > 1 and step.scorer.objective.sees_whole_steps:
             return [_backward_whole_step(step, parts)]
+        if len(parts) > 1 and step.scorer.objective.sees_steps_mismatched:
+            return _backward_after_partners(step, parts)
         return [_backward_part(step, members) for members in parts]
 
     results = attempt(accumulate)
@@ -132,34 +134,50 @@ def _backward_part(step: Step, members: Sequence[TokenizedExample]) -> MicroBatc
     return _backward(step, inputs, batch.weight)
 
 
+def _backward_after_partners(step: Step, parts: Sequence[Sequence[TokenizedExample]]) -> list[MicroBatchResult]:
+    """Backpropagate a loss of which an example depends on the whole step through the mismatched partners alone.
+
+    These have no gradient, so all of them are scored first; then each micro-batch is, once.
+    """
+    scorer = step.scorer
+    mismatched = joined_mismatched([scorer.mismatched(members) for members in parts])
+    results = []
+    for members in parts:
+        batch = scorer.pack(members)
+        reference = scorer.reference(batch)
+        inputs = scorer.objective.inputs(batch, scorer.policy_scores(batch), reference, mismatched)
+        results.append(_backward(step, inputs, batch.weight))
+    return results
+
+
 def _backward_whole_step(step: Step, parts: Sequence[Sequence[TokenizedExample]]) -> MicroBatchResult:
     """Backpropagate a loss that sees all examples at once, one micro-batch in memory at a time.
 
-    Every micro-batch is scored without a graph; the loss of the whole step gives the gradient of each token's
-    log-probability; each micro-batch is then scored a second time, under the same dropout, and those gradients are
-    passed back through it (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-    section 3).
+    Every micro-batch is scored without a graph, with its mismatched partners if the loss needs them; the loss of the
+    whole step gives the gradient of each token's log-probability; each micro-batch is then scored a second time, under
+    the same dropout, and those gradients are passed back through it (Gao et al. 2021, "Scaling Deep Contrastive
+    Learning Batch Size under Memory Limited Setup", section 3).
     """
     scorer = step.scorer
     batches = [scorer.pack(members) for members in parts]
-    mismatched = [scorer.mismatched(members) for members in parts]
-    references = [scorer.reference(batch) for batch in batches]
-    with torch.no_grad():
-        leaves = [_score_microbatch(step, batch, index) for index, batch in enumerate(batches)]
-    for leaf in leaves:
-        leaf.values.requires_grad_()
-    scored = zip(batches, leaves, references, mismatched, strict=True)
-    inputs = joined_inputs([scorer.objective.inputs(*each) for each in scored])
+    scored = []
+    for index, (members, batch) in enumerate(zip(parts, batches, strict=True)):
+        _seed_microbatch(step, index)
+        with torch.no_grad():
+            scored.append(scorer.scores(members, batch))
+    for each in scored:
+        each.policy.values.requires_grad_()
+    inputs = joined_inputs([scorer.lay_out(*each) for each in zip(batches, scored, strict=True)])
     result = _backward(step, inputs, torch.cat([batch.weight for batch in batches]))
-    for index, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
-        _score_microbatch(step, batch, index).values.backward(leaf.values.grad)
+    for index, (batch, each) in enumerate(zip(batches, scored, strict=True)):
+        _seed_microbatch(step, index)
+        scorer.policy_scores(batch).values.backward(each.policy.values.grad)
     return result
 
 
-def _score_microbatch(step: Step, batch: PackedBatch, index: int) -> TokenLogProbs:
-    """Score a micro-batch under the policy, with the same dropout at every call."""
+def _seed_microbatch(step: Step, index: int) -> None:
+    """Seed the dropout of a micro-batch, which is the same at every call."""
     optim.seed_step(step.seed, step.index, index)
-    return step.scorer.policy_scores(batch)
 
 
 def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:

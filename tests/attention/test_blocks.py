@@ -18,7 +18,7 @@ from qpref.data.pack import pack
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.policy import Policy
 from qpref.records import Group
-from qpref.training.invariants import KERNEL_TOLERANCE, check_layout
+from qpref.training.invariants import check_layout
 
 CPU = torch.device("cpu")
 # Prompt and branches: shorter and longer than a block of 16 queries, of one token, of none.
@@ -256,11 +256,11 @@ def test_the_first_batch_finds_wrong_blocks(make_base, monkeypatch, caplog):
 
 
 def test_rounding_of_a_deep_model_is_not_taken_for_a_fault(make_base):
-    """In six layers of bf16 it adds up to more than a kernel may be off in one."""
+    """In six layers of bf16 it adds up to more than a kernel may be off in one: 2 x 0.3 + 1 %."""
     policy = load(make_base("llama", initializer_range=0.2, num_hidden_layers=6), "bf16")
     policy.sharing_paths = (BLOCKS, SEGMENTS)
     grads = [scored(policy, path)[1] for path in policy.sharing_paths]
-    assert ((grads[0] - grads[1]).norm() / grads[1].norm()).item() > KERNEL_TOLERANCE
+    assert ((grads[0] - grads[1]).norm() / grads[1].norm()).item() > 0.02
     check_layout(policy, EXAMPLES[2])
     assert policy.attention == BLOCKS
 

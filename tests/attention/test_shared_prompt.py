@@ -41,6 +41,9 @@ PACKINGS = {  # tokens of a micro-batch, and the seed that shuffles the pairs
 # Prompts and responses shorter and longer than the window, responses of one token on either side and on both.
 LENGTHS = ((1, 1, 6), (11, 1, 1), (5, 9, 2), (17, 4, 13), (3, 12, 1), (8, 2, 7))
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate(LENGTHS, start=1)]
+EXAMPLES.append(
+    replace(make_example(7, 1, 3, 6), prompt=EXAMPLES[3].prompt)
+)  # shares it where both are packed together
 
 
 def load(base: Path, checkpointing: bool = False, targets: str | list[str] = "all-linear") -> Policy:

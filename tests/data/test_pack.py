@@ -82,10 +82,11 @@ def test_every_response_token_is_scored_once_in_order(examples):
 
 @given(example_lists())
 @settings(deadline=None)
-def test_the_stream_has_no_padding_and_feeds_no_last_token(examples):
+def test_the_stream_has_no_padding_each_prompt_once_and_feeds_no_last_token(examples):
     batch = pack(examples, CPU)
-    fed = sum(len(e.prompt) + sum(len(branch) - 1 for branch in e.branches) for e in examples)
-    assert batch.num_tokens == len(batch.position_ids) == fed == sum(map(num_fed_tokens, examples))
+    prompts = sum(map(len, {tuple(example.prompt) for example in examples}))
+    fed = prompts + sum(len(branch) - 1 for example in examples for branch in example.branches)
+    assert batch.num_tokens == len(batch.position_ids) == fed <= sum(map(num_fed_tokens, examples))
     ends = [group.start + group.prompt + sum(group.branches) for group in batch.groups]
     assert [group.start for group in batch.groups] == [0, *ends[:-1]]  # groups lie end to end
     assert ends[-1] == fed
@@ -101,6 +102,28 @@ def test_a_stream_by_hand():
     assert batch.score_token.tolist() == [8, 9, 4, 2, 3, 3, 3]
     assert batch.lengths == (2, 1, 1, 3)
     assert (batch.weight.tolist(), batch.margin.tolist()) == ([2.0, 3.0], [-1.0, -2.0])
+
+
+def test_examples_of_one_prompt_are_one_group_and_keep_their_order():
+    first, other, again = (
+        make_example([5, 6], [8, 9], line=1), make_example([1], [2], line=2), make_example([5, 6], [3, 4, 4], line=3)
+    )  # fmt: skip
+    batch = pack([first, other, again], CPU)
+    assert batch.input_ids.tolist() == [5, 6, 8, 3, 4, 1]
+    assert batch.position_ids.tolist() == [0, 1, 2, 2, 3, 0]
+    assert batch.groups == (Group(start=0, prompt=2, branches=(1, 2)), Group(start=5, prompt=1, branches=(0,)))
+    assert batch.group_of == (0, 1, 0)
+    assert batch.score_at.tolist() == [1, 2, 5, 1, 3, 4]
+    assert batch.score_token.tolist() == [8, 9, 2, 3, 4, 4]
+    assert batch.lengths == (2, 1, 3)
+    assert batch.weight.tolist() == [2.0, 3.0, 4.0]
+
+
+def test_examples_of_one_prompt_are_dealt_one_after_the_other():
+    """So that they come into one micro-batch where it has space for them, and share the prompt there."""
+    rows = [([1, 2], [3] * 9), ([4, 5], [3] * 8), ([1, 2], [3] * 2), ([4, 5], [3] * 2)]
+    dealt = split_by_tokens([make_example(*row, line=line) for line, row in enumerate(rows)], 14)
+    assert [[example.source.line for example in members] for members in dealt] == [[0, 2], [1, 3]]
 
 
 def test_types_are_what_the_model_takes():
@@ -147,11 +170,12 @@ def test_no_two_micro_batches_would_go_into_one(examples, budget, shared):
 
 @given(example_lists(max_size=12), budgets)
 @settings(deadline=None)
-def test_dealing_depends_on_nothing_but_lengths_order_and_budget(examples, budget):
+def test_dealing_depends_on_nothing_but_lengths_equal_prompts_order_and_budget(examples, budget):
     def lines(dealt: list[list[TokenizedExample]]) -> list[list[int]]:
         return [[example.source.line for example in members] for members in dealt]
 
     others = [
-        replace(example, prompt=array("i", [7] * len(example.prompt)), weight=0.0, margin=0.0) for example in examples
+        replace(example, prompt=array("i", [9 - token for token in example.prompt]), weight=0.0, margin=0.0)
+        for example in examples
     ]
     assert lines(split_by_tokens(examples, budget)) == lines(split_by_tokens(others, budget))

@@ -122,6 +122,7 @@ class Syncs(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.answer = 0.5
+        self._pinned: set[int] = set()
         self.at: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,14 +141,23 @@ class Syncs(TorchFunctionMode):
                 self._note("write new_tensor")
         elif isinstance(first, torch.Tensor) and name == "to":
             targets = [str(x) for x in others if isinstance(x, str | torch.device)]
-            if any("cuda" in target for target in targets) and not kwargs.get("non_blocking"):
+            is_pinned = first.untyped_storage()._cdata in self._pinned
+            if any("cuda" in target for target in targets) and not (is_pinned and kwargs.get("non_blocking")):
                 self._note("write to")
+        elif name in ("empty", "tensor") and kwargs.get("pin_memory"):  # fake tensors don't know of it
+            return self._remember(func(*args, **kwargs))
         elif name in ("tensor", "as_tensor") and "cuda" in str(kwargs.get("device", "")):
             self._note(f"write {name}")
         out = func(*args, **kwargs)
         if name == "isfinite" or (name == "all" and getattr(first, "is_true", False)):
             out.is_true = True
         return out
+
+    def _remember(self, pinned: torch.Tensor) -> torch.Tensor:
+        storage = pinned.untyped_storage()
+        self._pinned.add(storage._cdata)
+        weakref.finalize(storage, self._pinned.discard, storage._cdata)
+        return pinned
 
     def _note(self, what: str) -> None:
         self.at[what, site()] += 1

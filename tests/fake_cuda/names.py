@@ -34,6 +34,7 @@ from qpref.policy.matmul import float32_mm
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows
 from qpref.recipe.resolve import make_plan
+from qpref.recipe.sections import TrainSection
 from qpref.records import Source, TokenizedExample
 from qpref.training import invariants, optim, reference_pass, scoring, snapshot
 from qpref.training.checkpoint import Checkpoint
@@ -49,10 +50,10 @@ from tests.fake_cuda import efficient
 __all__ = [
     "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LoraDelta", "NextTokens",
     "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
-    "Stream", "TokenizedExample", "Tolerance", "TrainedBase", "Trainer", "TrainingState", "as_reference",
-    "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch", "float32_mm",
-    "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan", "measured_rounding",
-    "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay", "row_keys", "run_forecast",
+    "Stream", "TokenizedExample", "Tolerance", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
+    "as_reference", "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch",
+    "float32_mm", "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan",
+    "measured_rounding", "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay", "row_keys", "run_forecast",
     "score_pairs", "score_reference", "scoring", "snapshot", "split_by_tokens", "token_kl", "tune", "use_stand_ins",
     "varlen", "with_mismatched",
 ]  # fmt: skip

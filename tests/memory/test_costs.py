@@ -54,14 +54,14 @@ def a_batch(lengths=LENGTHS):
     source = Source(path="x", line=1)
     examples = [
         TokenizedExample(
-            prompt=array("i", [5] * prompt),
+            prompt=array("i", [5 + number] * prompt),  # another each: examples would share it
             branches=tuple(array("i", [6 + index] * length) for index, length in enumerate(branches)),
             truncated=(False,) * len(branches),
             weight=1.0,
             margin=0.0,
             source=source,
         )
-        for prompt, branches in lengths
+        for number, (prompt, branches) in enumerate(lengths)
     ]
     return pack(examples, CPU)
 

@@ -330,7 +330,7 @@ def test_options_out_of_range_are_refused(name, options):
 
 
 def test_records_say_what_the_losses_need():
-    assert (record("kto").needs, record("kto").scope) == ({"reference", "mismatched"}, "step")
+    assert (record("kto").needs, record("kto").scope) == ({"reference", "mismatched"}, "mismatched")
     unpaired_apo = record("apo_zero_unpaired")
     assert (unpaired_apo.needs, unpaired_apo.scope) == ({"reference"}, "example")
     for loss in qpref_losses():

@@ -24,12 +24,13 @@ from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.schedule import Schedule
 from qpref.records import Source, TokenizedExample
-from qpref.training import optim, step
+from qpref.training import optim
 from qpref.training.inputs import Mismatched
 from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.objective import Objective
 from qpref.training.prepare import prepare
+from qpref.training.scoring import Scorer
 from qpref.training.state import TrainingState
 
 STEP_LOSSES = {
@@ -111,16 +112,67 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(make_trainer, loss, b
     assert pieces.state.averages.means() == pytest.approx(whole.state.averages.means(), rel=1e-5, nan_ok=True)
 
 
+def num_fed(trainer: Trainer) -> tuple[int, int]:
+    """Tokens that a step feeds to the decoder without and with a backward pass."""
+    fed = {False: 0, True: 0}
+
+    def note(module: torch.nn.Module, inputs: object, result: torch.Tensor) -> None:
+        fed[result.requires_grad] += result.shape[1]
+
+    hook = trainer.policy.decoder.layers[-1].mlp.register_forward_hook(note)
+    gradients_of_step(trainer)
+    hook.remove()
+    return fed[False], fed[True]
+
+
+@pytest.mark.parametrize("budget", [1, 100_000], ids=["an example each", "one micro-batch"])
+def test_kto_feeds_each_completion_once_and_its_partner_without_a_backward_pass(make_trainer, budget):
+    trainer = make_trainer({"train.tokens_per_microbatch": budget, "train.batch_size": 4}, STEP_LOSSES["kto"])
+    gradients_of_step(trainer)  # so that the reference is known
+    examples = trainer.examples[:4]
+    own, partners = (sum(len(each.branches[side]) - 1 for each in examples) for side in (0, 1))
+    if budget == 1:
+        prompts = sum(len(each.prompt) for each in examples)
+        assert num_fed(trainer) == (prompts + partners, prompts + own)
+    else:  # completions of one pair share their prompt, and partners continue it
+        prompts = sum(map(len, {tuple(each.prompt) for each in examples}))
+        assert num_fed(trainer) == (partners, prompts + own)
+
+
+@pytest.mark.parametrize("budget", [1, 100_000], ids=["an example each", "one micro-batch"])
+def test_kto_estimates_a_divergence_of_exactly_0_before_training(make_trainer, budget):
+    """Policy and reference compute partners in one layout, whatever that is."""
+    trainer = make_trainer({"train.tokens_per_microbatch": budget, "train.batch_size": 4}, STEP_LOSSES["kto"])
+    for name, parameter in trainer.policy.trained_parameters().items():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    gradients_of_step(trainer)
+    means = trainer.state.averages.means()
+    assert (means["kl"], means["rewards/chosen"], means["rewards/rejected"]) == (0, 0, 0)
+
+
+def test_a_loss_on_its_own_mismatched_completions_beside_one_on_the_steps_sees_whole_steps(make_recipe, tmp_path):
+    """A call for each micro-batch, with the mismatched completions of all, would hand it too many."""
+    plan = make_plan(make_recipe() | {"loss": [{"name": "kto"}, {"name": "kto"}]}, (), tmp_path / "run")
+    both = Objective.of(plan.losses)
+    assert (both.sees_steps_mismatched, both.sees_whole_steps) == (True, False)
+    first, second = both.callers
+    record = replace(second.choice.plugin.record, scope="example")
+    choice = replace(second.choice, plugin=replace(second.choice.plugin, record=record))
+    mixed = replace(both, callers=(first, replace(second, choice=choice)))
+    assert mixed.sees_whole_steps
+
+
 @pytest.mark.parametrize("changes", [{"adapter.dropout": 0.5}, {"train.gradient_checkpointing": True}], ids=str)
 def test_both_passes_over_a_micro_batch_are_the_same(make_trainer, monkeypatch, changes):
-    trainer = make_trainer({"train.tokens_per_microbatch": 1, "train.batch_size": 4} | changes, STEP_LOSSES["kto"])
-    passes, score = [], step._score_microbatch
+    trainer = make_trainer({"train.tokens_per_microbatch": 1, "train.batch_size": 4} | changes, STEP_LOSSES["aot"])
+    passes, score = [], Scorer.policy_scores
 
     def noted(*call):
         passes.append(score(*call))
         return passes[-1]
 
-    monkeypatch.setattr(step, "_score_microbatch", noted)
+    monkeypatch.setattr(Scorer, "policy_scores", noted)
     gradients_of_step(trainer)
     assert len(passes) == 8
     for first, second in zip(passes[:4], passes[4:], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -158,6 +159,31 @@ def test_saved_tensors_are_no_views_of_the_living_state():
 def test_paged_optimizers_are_refused_on_the_cpu_with_the_reason(name):
     with pytest.raises(RecipeError, match=f"optimizer: {name} pages a GPU's memory, and this run is on the CPU"):
         small_problem(name)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_restored_paged_state_is_paged_again(name, monkeypatch):
+    """On the meta device, which stands for a GPU; host memory stands for managed memory."""
+
+    def get_paged(*shape, dtype, device):
+        buffer = torch.empty(shape, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    monkeypatch.setattr(bitsandbytes.functional, "get_paged", get_paged)
+    monkeypatch.setattr(bitsandbytes.functional, "fill", lambda buffer, value: buffer.fill_(value))
+    shapes, meta = ((400, 300), (4, 8)), torch.device("meta")
+    parameters = [torch.nn.Parameter(torch.empty(shape, device=meta)) for shape in shapes]
+    optimizer = optim.make_optimizer(TrainSection(optimizer=name, learning_rate=1e-2), parameters, meta)
+    dtype = torch.uint8 if "8bit" in name else torch.float32
+    saved = {f"{index}.{state}": torch.full(shape, 3 + number, dtype=dtype) for index, shape in enumerate(shapes)
+             for number, state in enumerate(("state1", "state2"))}  # fmt: skip
+    optim.restore_optimizer(optimizer, saved, {"0.step": 5, "1.step": 5})
+    large, small = (optimizer.state[parameter] for parameter in parameters)
+    assert large["step"] == 5
+    assert all(large[state].is_paged for state in ("state1", "state2"))
+    assert all(torch.equal(large[state], saved[f"0.{state}"]) for state in ("state1", "state2"))
+    assert small["state1"].device.type == small["state2"].device.type == "meta"  # too small to be paged
 
 
 def test_weight_decay_is_decoupled():

@@ -1,0 +1,78 @@
+"""Scores of examples and of their mismatched partners, with each prompt computed once for both.
+
+The examples' own stream has a gradient; the partners, which have none, continue its prompts in a second pass over
+their own tokens alone. Both passes are the same under the policy and under the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpref.attention.prompts import ContinuedPrompts, KeptPrompts, spans
+from qpref.attention.register import LAYOUT, PROMPTS
+from qpref.policy.head import score_tokens
+from qpref.policy.logprobs import completion_logprobs, decode
+from qpref.policy.policy import Policy
+from qpref.records import PackedBatch, TokenLogProbs
+from qpref.staging import to_device
+
+
+def logprobs_with_partners(
+    policy: Policy, batch: PackedBatch, partners: PackedBatch, *, squares: bool = False
+) -> tuple[TokenLogProbs, TokenLogProbs]:
+    """Score the responses of two batches with the same prompts, the second without a graph.
+
+    Under dropout a prompt's mask is the same for both. Where prompts aren't shared, each batch is scored on its own.
+
+    Args:
+        squares: compute `log_sum_squares` of the first batch too.
+    """
+    assert [each.prompt for each in batch.examples] == [each.prompt for each in partners.examples]
+    if not policy.shares_prompts:
+        scores = completion_logprobs(policy, batch, squares=squares)
+        with torch.no_grad():
+            return scores, completion_logprobs(policy, partners)
+    kept_at, _ = spans(batch.groups)
+    kept = KeptPrompts(*to_device([torch.tensor(kept_at)], policy.device))
+    with policy.autocast():
+        hidden = decode(policy, batch.input_ids, batch.position_ids, {LAYOUT: batch.groups, PROMPTS: kept})
+    with torch.no_grad():
+        continued = _continued_hidden(policy, hidden.detach(), batch, partners, kept)
+        others, _ = score_tokens(policy.head, continued, partners.score_token, squares=False)
+        del continued
+    values, log_sums = score_tokens(policy.head, hidden[batch.score_at], batch.score_token, squares=squares)
+    return (
+        TokenLogProbs(values=values, lengths=batch.lengths, log_sum_squares=log_sums if squares else None),
+        TokenLogProbs(values=others, lengths=partners.lengths),
+    )
+
+
+def _continued_hidden(
+    policy: Policy, hidden: Tensor, batch: PackedBatch, partners: PackedBatch, kept: KeptPrompts
+) -> Tensor:
+    """[S, width] hidden states that predict the partners' tokens, in their order.
+
+    Args:
+        hidden: [T, width] of the first batch's stream, which the kept prompts are of.
+    """
+    in_prompts, in_branches = spans(partners.groups)
+    order, predicts = [0] * partners.num_tokens, [0] * partners.num_tokens
+    for number, index in enumerate([*in_prompts, *in_branches]):
+        order[index] = number
+    for number, index in enumerate([*_prompt_ends(partners), *in_branches]):
+        predicts[index] = number
+    lists = (_prompt_ends(batch), order, in_branches, predicts)
+    tensors = to_device([torch.tensor(each, dtype=torch.int64) for each in lists], policy.device)
+    ends, stream_order, own, row_of = tensors
+    continued = ContinuedPrompts(stream_order, own, kept.take())
+    pieces = [hidden.index_select(0, ends)]
+    if in_branches:  # else every partner is one token, which its prompt predicts
+        keywords = {LAYOUT: partners.groups, PROMPTS: continued}
+        with policy.autocast():
+            pieces.append(decode(policy, partners.input_ids[own], partners.position_ids[own], keywords))
+    return torch.cat(pieces)[row_of[partners.score_at]]
+
+
+def _prompt_ends(batch: PackedBatch) -> list[int]:
+    return [group.start + group.prompt - 1 for group in batch.groups]
