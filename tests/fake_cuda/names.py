@@ -53,9 +53,9 @@ __all__ = [
     "Stream", "TokenizedExample", "Tolerance", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
     "as_reference", "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch",
     "float32_mm", "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan",
-    "measured_rounding", "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay", "row_keys", "run_forecast",
-    "score_pairs", "score_reference", "scoring", "snapshot", "split_by_tokens", "token_kl", "tune", "use_stand_ins",
-    "varlen", "with_mismatched",
+    "measured_rounding", "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay",
+    "row_keys", "run_forecast", "score_pairs", "score_reference", "scoring", "snapshot", "split_by_tokens",
+    "token_kl", "tune", "use_stand_ins", "varlen", "with_mismatched",
 ]  # fmt: skip
 
 PACKAGES = ("qpref", "qpref_", "bitsandbytes", "transformers", "peft", "torch.optim", "torch.amp", "torch.nn.utils",
