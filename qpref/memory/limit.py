@@ -11,7 +11,7 @@ import torch
 
 from qpref.errors import RecipeError
 from qpref.linux import is_wsl
-from qpref.memory.parts import CONTEXT_BYTES, GIB
+from qpref.memory.parts import GIB, LIBRARY_BYTES
 from qpref.recipe.sections import Recipe
 
 log = logging.getLogger("qpref")
@@ -58,10 +58,10 @@ def enforced_limit(recipe: Recipe, device: torch.device) -> int:
 def allocator_share(limit: int, total: int) -> float:
     """Return the share of a GPU's memory that torch's allocator may take of a run's limit.
 
-    The allocator isn't all of it: the context and lazily loaded kernels are outside, as in the forecast's reserve. What
-    a driver that spills doesn't refuse is slow instead.
+    The allocator isn't all of it: lazily loaded kernels are outside, as in the forecast's reserve. What a driver that
+    spills doesn't refuse is slow instead.
     """
-    return min(1.0, max(0, limit - CONTEXT_BYTES) / total)
+    return min(1.0, max(0, limit - LIBRARY_BYTES["cuda"]) / total)
 
 
 def _available_bytes() -> int:

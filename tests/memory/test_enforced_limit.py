@@ -7,7 +7,7 @@ import torch
 
 from qpref.memory import limit as module
 from qpref.memory.limit import allocator_share, enforced_limit
-from qpref.memory.parts import CONTEXT_BYTES, GIB
+from qpref.memory.parts import LIBRARY_BYTES, GIB
 from qpref.recipe.sections import Recipe
 
 CUDA = torch.device("cuda", 0)
@@ -32,12 +32,12 @@ def recipe_with(make_recipe, memory: str | None) -> Recipe:
 def test_the_recipes_figure_is_enforced_less_the_libraries(wsl, shares, make_recipe, monkeypatch):
     monkeypatch.setattr(module, "is_wsl", lambda: wsl)
     assert enforced_limit(recipe_with(make_recipe, "8GiB"), CUDA) == 8 * GIB
-    assert shares == [(8 * GIB - CONTEXT_BYTES) / TOTAL]
+    assert shares == [(8 * GIB - LIBRARY_BYTES["cuda"]) / TOTAL]
 
 
 def test_a_figure_above_the_free_memory_is_cut_to_it(shares, make_recipe, said):
     assert enforced_limit(recipe_with(make_recipe, "23.9GiB"), CUDA) == FREE
-    assert shares == [(FREE - CONTEXT_BYTES) / TOTAL]
+    assert shares == [(FREE - LIBRARY_BYTES["cuda"]) / TOTAL]
     assert said == ["memory: [model] memory is 23.90 GiB, and 22.00 GiB are free"]
 
 
@@ -51,7 +51,7 @@ def test_without_a_figure_an_earlier_runs_is_lifted(shares, make_recipe, monkeyp
 def test_a_driver_that_spills_is_held_to_the_free_memory(shares, make_recipe, monkeypatch):
     monkeypatch.setattr(module, "is_wsl", lambda: True)
     assert enforced_limit(recipe_with(make_recipe, None), CUDA) == FREE
-    assert shares == [(FREE - CONTEXT_BYTES) / TOTAL]
+    assert shares == [(FREE - LIBRARY_BYTES["cuda"]) / TOTAL]
 
 
 def test_a_share_is_one_that_torch_accepts():
