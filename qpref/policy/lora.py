@@ -125,7 +125,7 @@ def projections_of(
     bases, ranks, scalings, adapters, rates = [], [], [], [], set()
     for layer in layers:
         name, base = None, layer
-        if not called and (layer._forward_hooks or layer._forward_pre_hooks):
+        if not called and is_hooked(layer):
             return None
         if isinstance(layer, _Fused):
             name, base = _only_adapter(layer), layer.base_layer  # type: ignore[attr-defined]
@@ -152,12 +152,18 @@ def _only_adapter(layer: Any) -> str | None:
         return None
     name: str = layer.active_adapters[0]
     plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
-    return name if plain else None
+    return name if plain and not is_hooked(layer.lora_A[name]) and not is_hooked(layer.lora_B[name]) else None
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether a call of the layer does more than the forward pass of its class."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(layer)
 
 
 def _covers(base: Any, x: Tensor) -> bool:
     """Return whether the fused function computes products with a frozen layer."""
-    if type(base).forward not in (nn.Linear.forward, Linear4bit.forward):
+    if type(base).forward not in (nn.Linear.forward, Linear4bit.forward) or is_hooked(base):
         return False
     if isinstance(base, Linear4bit):
         return not (_Fused.is_decoding and x.device.type == "cuda")

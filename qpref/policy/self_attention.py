@@ -19,11 +19,14 @@ from qpref.policy.lora import Projected, projections_of
 from qpref.policy.norms import source_of
 
 RECORDED = "qpref_recorded"
-"""Name of `recorded_attention` in transformers' registry."""
+"""Name of `recorded_attention` in transformers' registry, while it is in use."""
 
 
 class _Rotated(torch.autograd.Function):
-    """states [1, T, heads, width], cosines and sines [1, T, width] -> the states rotated by their positions."""
+    """states [1, T, heads, width], cosines and sines [1, T, width] -> the states rotated by their positions.
+
+    Some families (OLMo) keep cosines and sines in float32; the result has the states' dtype in any case.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def _turned(states: Tensor, cosines: Tensor, first: Tensor, second: Tensor, sign
     (turned1, turned2), (states1, states2) = turned.chunk(2, -1), states.chunk(2, -1)
     turned1.addcmul_(states2, first, value=-sign)
     turned2.addcmul_(states1, second, value=sign)
-    return turned
+    return turned.to(states.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -56,8 +59,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, own: Any, keywords: dict[str, Any]) -> None:
         super().__init__()
-        for name, child in own.named_children():
-            self.add_module(name, child)
+        self._modules = own._modules  # the same dict: a child that is replaced is so in both
         self._own, self.keywords = (own,), keywords  # in a tuple, so that its layers have one name alone
         self.training = own.training
 
@@ -70,7 +72,7 @@ class SelfAttention(nn.Module):
         states, positions = call.get("hidden_states"), call.get("position_embeddings")
         drops = self.training and getattr(self._own[0], "attention_dropout", 0.0)
         covered = None
-        if not (args or drops or states is None or positions is None) and _is_stream(states, call):
+        if not (args or drops or states is None or positions is None) and self._is_covered(states, positions, call):
             covered = projections_of([layers.q_proj, layers.k_proj, layers.v_proj], states)
         if covered is None:
             result: tuple[Tensor, Tensor | None] = self._own[0](*args, **call)
@@ -86,11 +88,12 @@ class SelfAttention(nn.Module):
         attended, weights = attend(self._own[0], *streams, None, **self.keywords, **{LAYOUT: call[LAYOUT]})
         return layers.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
 
-
-def _is_stream(states: Tensor, call: dict[str, Any]) -> bool:
-    """Return whether a layer is called for a packed stream, and for nothing else."""
-    known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT}
-    return len(states) == 1 and LAYOUT in call and all(call[name] is None for name in call.keys() - known)
+    def _is_covered(self, states: Tensor, positions: Any, call: dict[str, Any]) -> bool:
+        """Return whether the layer is called for a packed stream and for nothing else, with positions for all of a
+        head's width (some families rotate a part of it)."""
+        known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT}
+        is_stream = len(states) == 1 and LAYOUT in call and all(call[name] is None for name in call.keys() - known)
+        return is_stream and all(each.shape[-1] == self._own[0].head_dim for each in positions)
 
 
 def trial_call(module: Any, states: Tensor, width: int) -> Tensor:
@@ -119,9 +122,10 @@ def recorded_attention(config: Any) -> Iterator[dict[str, Any]]:
         heads = query + key.repeat_interleave(repeats, 1) + value.repeat_interleave(repeats, 1)
         return heads.transpose(1, 2).contiguous(), None
 
-    ALL_ATTENTION_FUNCTIONS.register(RECORDED, mixed)
+    ALL_ATTENTION_FUNCTIONS[RECORDED] = mixed
     before, config._attn_implementation = config._attn_implementation, RECORDED
     try:
         yield recorded
     finally:
         config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[RECORDED]
