@@ -24,6 +24,7 @@ class Contestant:
         head_products: matrix products with the vocabulary per training step: two where the forward pass computes the
             gradient too, three where the backward pass recomputes the logits.
         pairs_per_step: pairs per optimizer step.
+        pairs_per_microbatch: pairs that TRL computes at once; 0 for all of a step's.
         tokens_per_microbatch: qpref's setting.
         without: techniques of qpref that are switched off: keys of `benchmarks.qpref_side.SWITCHES`.
     """
@@ -37,6 +38,7 @@ class Contestant:
     compacts_head: bool = True
     head_products: int = 3
     pairs_per_step: int = 1
+    pairs_per_microbatch: int = 0
     tokens_per_microbatch: int = 4096
     without: tuple[str, ...] = ()
 
@@ -69,17 +71,12 @@ class Leg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """Contestants that take turns, step by step, on the same pairs; ratios are to the first one.
-
-    Attributes:
-        gpu_gib: cap on the GPU's memory; None for no cap.
-    """
+    """Contestants that take turns on the same pairs; ratios are to the first one."""
 
     name: str
     shape: Shape
     contestants: tuple[Contestant, ...]
     legs: tuple[Leg, ...]
-    gpu_gib: float | None = None
 
 
 QPREF = Contestant(name="qpref", side="qpref", shares_prompts=True, head_products=2)
@@ -147,25 +144,16 @@ def quick(race: Race) -> Race:
     return replace(race, shape=SHAPES["tiny"], legs=tuple(Leg(workload=one, timed=3) for one in lengths))
 
 
-def cuda_suite() -> list[Race]:
-    """Races on a GPU with larger models, then under the memory limits of smaller cards."""
-    unsloth = (UNSLOTH,) if importlib.util.find_spec("unsloth") else ()
-    legs = tuple(Leg(workload=WORKLOADS[name], timed=9, warmup=2) for name in ("chat-like", "long prompt"))
-    races = [
-        Race(name=f"DPO {name}", shape=SHAPES[name], contestants=(*DPO, *unsloth), legs=legs)
-        for name in ("135M", "1B", "3B", "8B")
-    ]
-    races.append(Race(name="KTO 1B", shape=SHAPES["1B"], contestants=KTO, legs=legs[:1]))
-    races.append(Race(name="ablations 1B", shape=SHAPES["1B"], contestants=ABLATIONS, legs=legs[:1]))
-    races.append(Race(name="budget 1B", shape=SHAPES["1B"], contestants=BUDGETS, legs=legs[:1]))
-    return races + [
-        Race(
-            name=f"{name} in {gib} GiB",
-            shape=SHAPES[name],
-            contestants=(QPREF_CHECKPOINTED, contestant),
-            legs=(Leg(workload=WORKLOADS["2k pairs"]),),
-            gpu_gib=gib,
-        )
-        for name, gib in (("3B", 8), ("8B", 8), ("8B", 12), ("8B", 16), ("8B", 24))
-        for contestant in (QPREF, TRL_SHIPPED, TRL_TUNED, *unsloth)
-    ]
+def gpu_race(shape: Shape, workload: Workload) -> Race:
+    """Race on a GPU: qpref, TRL best tuned with a step's pairs at once and one by one, and Unsloth where installed.
+
+    A batch of TRL's is padded to its longest row, which a large model pays for; one by one, a small model waits for the
+    host. The faster of both is TRL best tuned.
+    """
+    together = replace(TRL_TUNED, pairs_per_step=4)
+    contestants = (replace(QPREF, pairs_per_step=4), together,
+                   replace(together, name="TRL best tuned, pair by pair", pairs_per_microbatch=1))  # fmt: skip
+    if importlib.util.find_spec("unsloth"):
+        contestants += (replace(UNSLOTH, pairs_per_step=4),)
+    legs = (Leg(workload=workload, timed=5, warmup=2),)
+    return Race(name=f"DPO {shape.name}", shape=shape, contestants=contestants, legs=legs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -25,6 +27,13 @@ def describe(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: installed[name] for name in VERSIONED if name in installed},
     }
+
+
+def commit(folder: Path) -> str | None:
+    """Name the commit that is checked out, and mark uncommitted changes; None outside a git repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def _lines(path: str) -> list[str]:
@@ -64,6 +73,13 @@ def peaks(device: str) -> dict[str, Any]:
         "bytes_per_second": 2 * source.numel() * source.element_size() / copied,
     }
     return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+def kept_peaks(file: Path, device: str) -> dict[str, Any]:
+    """Read the peaks from a file, which is written by the first call."""
+    if not file.exists():
+        file.write_text(json.dumps(peaks(device)))
+    return dict(json.loads(file.read_text()))
 
 
 def _fastest(work: Callable[[], Any], device: str, shares: int) -> float:

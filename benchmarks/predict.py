@@ -56,6 +56,9 @@ def step_passes(contestant: Contestant, rows: Sequence[Pair] | Sequence[Single])
     parts: list[Sequence[Pair] | Sequence[Single]] = [rows]
     if sum(row.useful_tokens for row in rows) > contestant.tokens_per_microbatch and contestant.side == "qpref":
         parts = [[row] for row in rows]  # type: ignore[list-item,misc]
+    if contestant.pairs_per_microbatch and isinstance(rows[0], Pair):
+        size = contestant.pairs_per_microbatch
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     passes = []
     for part in parts:
         branches = [_branches(row) for row in part]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,12 +19,14 @@ from qpref.policy.load import load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.policy.source import resolve_base
-from qpref.recipe.resolve import Plan, make_plan
+from qpref.recipe.resolve import make_plan
 from qpref.records import MetricRow, Source, TokenizedExample
 from qpref.training import optim
 from qpref.training.loop import Trainer
 from qpref.training.objective import Objective
 from qpref.training.state import TrainingState
+
+T = TypeVar("T")
 
 
 def _adapt_as_peft_does(policy: Policy) -> None:
@@ -69,7 +71,7 @@ def train(job: Job, gate: Gate) -> None:
         references=references,
         optimizer=optim.make_optimizer(train_section, policy.trained_parameters().values(), policy.device),
         scaler=torch.amp.GradScaler(policy.device.type, enabled=False),
-        examples=_before_shuffle(ordered, plan),
+        examples=before_shuffle(ordered, train_section.batch_size, train_section.seed),
         heldout=[],
         state=TrainingState(),
         recorder=_LossRecorder(gate),  # the loop calls nothing but `write`
@@ -129,18 +131,13 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
     return labels.count(True), labels.count(False)
 
 
-def _before_shuffle(ordered: Sequence[TokenizedExample], plan: Plan) -> list[TokenizedExample]:
-    """Invert the run's shuffle: permute the examples so that training visits them in the given order."""
-    train_section = plan.recipe.train
-    steps = steps_per_epoch(len(ordered), train_section.batch_size)
-    shuffled = [
-        index
-        for step in range(steps)
-        for index in step_order(len(ordered), train_section.batch_size, train_section.seed, step)
-    ]
+def before_shuffle(ordered: Sequence[T], batch_size: int, seed: int) -> list[T]:
+    """Invert a run's shuffle: permute rows so that training visits them in the given order."""
+    steps = steps_per_epoch(len(ordered), batch_size)
+    shuffled = [index for step in range(steps) for index in step_order(len(ordered), batch_size, seed, step)]
     permuted = list(ordered)
-    for index, example in zip(shuffled, ordered, strict=True):
-        permuted[index] = example
+    for index, row in zip(shuffled, ordered, strict=True):
+        permuted[index] = row
     return permuted
 
 

@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -107,33 +108,89 @@ def run_race(race: Race, base: Path, device: str) -> list[Record]:
     return records
 
 
+def run_alone(race: Race, base: Path, device: str, turns: int) -> Iterator[Record]:
+    """Run the contestants one after another, A B A B, each turn in a process of its own: one is in memory at a time.
+
+    Yields a record of each turn and leg, with `turn` counted from 0, as soon as there is one. A contestant that fails
+    has a record with its failure, and further turns.
+
+    Raises:
+        SystemExit: two trained on different token ids.
+    """
+    digests: dict[int, str] = {}
+    for turn, contestant in product(range(turns), race.contestants):
+        alone = replace(race, contestants=(contestant,))
+        with tempfile.TemporaryDirectory() as scratch:
+            records = _turn(alone, base, device, Path(scratch))
+        for record in records:
+            known = digests.setdefault(record["pairs_per_step"], record["digest"])
+            if record["failure"] is None and known != record["digest"]:
+                raise SystemExit(f"{race.name}: {contestant.name} trains on different token ids than the others")
+            yield record | {"turn": turn}
+
+
+def _turn(race: Race, base: Path, device: str, scratch: Path) -> list[Record]:
+    """Load the race's only contestant and run all legs."""
+    runner = _starter(race, race.contestants[0], base, device, scratch)
+    try:
+        runner.receive()
+        return [_record(race, leg, runner, _leg(leg, [runner])[0]) for leg in race.legs]
+    except SystemExit as error:
+        runner.failure = str(error)
+        return [_record(race, leg, runner, []) for leg in race.legs]
+    finally:
+        _end([runner])
+
+
+def merged_turns(records: Sequence[Record]) -> list[Record]:
+    """Join the turns of each contestant and leg to one record, in the order of the contestants."""
+    found: dict[tuple[str, str], Record] = {}
+    for record in records:
+        key = record["workload"], record["contestant"]
+        if key not in found:
+            found[key] = record | {"predicted": dict(record["predicted"])}
+            continue
+        whole = found[key]
+        whole["warmup"], whole["steps"] = whole["warmup"] + record["warmup"], whole["steps"] + record["steps"]
+        for name, values in record["predicted"].items():
+            whole["predicted"][name] = whole["predicted"][name] + values
+        whole["failure"] = whole["failure"] or record["failure"]
+    return list(found.values())
+
+
 @contextmanager
 def _runners(race: Race, base: Path, device: str, scratch: Path) -> Iterator[list[Runner]]:
-    """Start all contestants, each waiting for its first step. On a GPU they load one after another, to save memory."""
+    """Start all contestants, each waiting for its first step."""
     runners: list[Runner] = []
     try:
         for index, contestant in enumerate(race.contestants):
-            folder = scratch / str(index)
-            folder.mkdir()
-            here, there = multiprocessing.Pipe()
-            process = processes(device).Process(
-                target=_child, args=(race, contestant, base, device, folder, there), daemon=True
-            )
-            process.start()
-            there.close()
-            runners.append(Runner(contestant, process, here, folder / "log"))
-            if device == "cuda":
-                runners[-1].receive()
-        if device == "cpu":
-            for runner in runners:
-                runner.receive()
+            runners.append(_starter(race, contestant, base, device, scratch / str(index)))
+        for runner in runners:
+            runner.receive()
         yield runners
     finally:
-        for runner in runners:
-            runner.connection.close()
-        for runner in runners:
-            runner.process.join(20)
-            runner.process.kill()
+        _end(runners)
+
+
+def _starter(race: Race, contestant: Contestant, base: Path, device: str, folder: Path) -> Runner:
+    """Start a contestant's process, which loads and then waits."""
+    folder.mkdir(exist_ok=True)
+    here, there = multiprocessing.Pipe()
+    process = processes(device).Process(
+        target=_child, args=(race, contestant, base, device, folder, there), daemon=True
+    )
+    process.start()
+    there.close()
+    return Runner(contestant, process, here, folder / "log")
+
+
+def _end(runners: Sequence[Runner]) -> None:
+    for runner in runners:
+        runner.connection.close()
+    for runner in runners:
+        runner.process.join(20)
+        runner.process.kill()
+        runner.process.join()
 
 
 def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: Path, connection: Connection) -> None:
@@ -145,9 +202,6 @@ def _child(race: Race, contestant: Contestant, base: Path, device: str, folder: 
     from qpref.errors import DeviceMemoryError
 
     torch.set_num_threads(THREADS)
-    if device == "cuda" and race.gpu_gib is not None:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, race.gpu_gib * 2**30 / whole))
     pairs = [
         pair
         for leg in race.legs
@@ -214,7 +268,6 @@ def _record(race: Race, leg: Leg, runner: Runner, steps: list[Record]) -> Record
         "contestant": runner.contestant.name,
         "side": runner.contestant.side,
         "shape": race.shape.name,
-        "gpu_gib": race.gpu_gib,
         "pairs_per_step": runner.contestant.pairs_per_step,
         "digest": runner.digest,
         "failure": runner.failure,

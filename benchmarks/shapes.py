@@ -24,6 +24,7 @@ class Shape:
 
     Attributes:
         tied: the output head is the embedding's weight.
+        qkv_bias: queries, keys and values have a bias, which makes it a Qwen2.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Shape:
     head_dim: int
     vocab_size: int
     tied: bool
+    qkv_bias: bool = False
 
     @property
     def query_width(self) -> int:
@@ -59,7 +61,14 @@ class Shape:
 
 
 def _shape(
-    name: str, hidden: int, inner: int, layers: int, heads: tuple[int, int, int], vocab: int, tied: bool
+    name: str,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: tuple[int, int, int],
+    vocab: int,
+    tied: bool,
+    qkv_bias: bool = False,
 ) -> Shape:
     return Shape(
         name=name,
@@ -71,6 +80,7 @@ def _shape(
         head_dim=heads[2],
         vocab_size=vocab,
         tied=tied,
+        qkv_bias=qkv_bias,
     )
 
 
@@ -81,26 +91,34 @@ SHAPES = {
         _shape("135M", 576, 1536, 30, (9, 3, 64), 49152, True),  # SmolLM2-135M
         _shape("1B", 2048, 8192, 16, (32, 8, 64), 128256, True),  # Llama-3.2-1B
         _shape("3B", 3072, 8192, 28, (24, 8, 128), 128256, True),  # Llama-3.2-3B
+        _shape("7B", 3584, 18944, 28, (28, 4, 128), 152064, False, True),  # Qwen2.5-7B
         _shape("8B", 4096, 14336, 32, (32, 8, 128), 128256, False),  # Llama-3.1-8B
     )
 }
 
 
-def make_base(shape: Shape, folder: Path) -> Path:
-    """Write a Hugging Face folder with random bf16 weights, one file per layer, to hold only one layer in memory."""
+def make_base(shape: Shape, folder: Path, *, nf4: bool = False, device: str = "cpu") -> Path:
+    """Write a Hugging Face folder with random bf16 weights, one file per layer, to hold only one layer in memory.
+
+    Args:
+        nf4: write the layers' matrices in bitsandbytes' NF4 with double quantization, a quarter of the bytes, which
+            need no quantizing when the model is loaded.
+        device: where the weights are made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_config(shape, folder)
+    _write_config(shape, folder, nf4)
     _write_tokenizer(shape, folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     weight_map = _write_shard(folder, "ends", _end_weights(shape, generator))
     for layer in range(shape.num_hidden_layers):
-        weight_map |= _write_shard(folder, f"layer-{layer:03}", _layer_weights(shape, layer, generator))
+        weights = _layer_weights(shape, layer, generator)
+        weight_map |= _write_shard(folder, f"layer-{layer:03}", _in_nf4(weights) if nf4 else weights)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
-def _random(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
-    return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+def _random(generator: torch.Generator, *sizes: int) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=torch.bfloat16, device=generator.device).normal_(std=0.02, generator=generator)
 
 
 def _end_weights(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -111,30 +129,45 @@ def _end_weights(shape: Shape, generator: torch.Generator) -> dict[str, torch.Te
 
 
 def _layer_weights(shape: Shape, layer: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    prefix = f"model.layers.{layer}."
-    weights = {
-        f"{prefix}{name}.weight": _random(generator, rows, columns)
-        for name, (rows, columns) in shape.linear_sizes().items()
-    }
+    prefix, weights = f"model.layers.{layer}.", {}
+    for name, (rows, columns) in shape.linear_sizes().items():
+        weights[f"{prefix}{name}.weight"] = _random(generator, rows, columns)
+        if shape.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
+            weights[f"{prefix}{name}.bias"] = _random(generator, rows)
     for name in ("input_layernorm", "post_attention_layernorm"):
         weights[f"{prefix}{name}.weight"] = torch.ones(shape.hidden_size, dtype=torch.bfloat16)
     return weights
+
+
+def _in_nf4(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Quantize the matrices as in a checkpoint of bitsandbytes: packed, their scales as further tensors."""
+    from bitsandbytes.functional import quantize_4bit
+
+    found = {}
+    for name, weight in weights.items():
+        if weight.dim() < 2:
+            found[name] = weight
+            continue
+        packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        found[name] = packed
+        found |= {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
+    return found
 
 
 def _write_shard(folder: Path, name: str, weights: dict[str, torch.Tensor]) -> dict[str, str]:
     from safetensors.torch import save_file
 
     file = f"{name}.safetensors"
-    save_file(weights, folder / file, metadata={"format": "pt"})
+    save_file({key: weight.cpu() for key, weight in weights.items()}, folder / file, metadata={"format": "pt"})
     return dict.fromkeys(weights, file)
 
 
-def _write_config(shape: Shape, folder: Path) -> None:
+def _write_config(shape: Shape, folder: Path, nf4: bool) -> None:
     sizes: dict[str, Any] = asdict(shape)
-    del sizes["name"], sizes["tied"]
+    del sizes["name"], sizes["tied"], sizes["qkv_bias"]
     config = sizes | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen2ForCausalLM" if shape.qkv_bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if shape.qkv_bias else "llama",
         "tie_word_embeddings": shape.tied,
         "max_position_embeddings": 16384,
         "rope_theta": 100000.0,
@@ -145,6 +178,14 @@ def _write_config(shape: Shape, folder: Path) -> None:
         "eos_token_id": END,
         "pad_token_id": END,
     }
+    if nf4:
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -32,7 +32,7 @@ def table(result: dict[str, Any]) -> str:
     for (race, workload, shape), group in groupby(
         result["records"], key=lambda record: (record["race"], record["workload"], record["shape"])
     ):
-        lines += ["", f"## {race}, {workload}, {shape}", "", *_race_table(list(group), result, notes)]
+        lines += ["", f"## {race}, {workload}, {shape}", "", *race_table(list(group), result, notes)]
     lines += ["", *(f"[{number}] {note}" for number, note in enumerate(notes, 1))] if notes else []
     if result["suite"] == "scaling":
         lines += ["", "## growth with the length of a pair", "", *_growth_table(result["records"])]
@@ -53,8 +53,13 @@ def _head(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str]) -> list[str]:
-    """Tabulate a race, one row per contestant; all figures except memory are per pair."""
+def race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str]) -> list[str]:
+    """Tabulate a race, one row per contestant; all figures except memory are per pair.
+
+    Args:
+        result: the result's device and peaks.
+        notes: footnotes so far, which a row may add to.
+    """
     unit = "s" if result["device"] == "cuda" else "CPU s"
     lines = _rows(
         "contestant",
@@ -77,7 +82,8 @@ def _race_table(group: Sequence[Record], result: dict[str, Any], notes: list[str
 
 def _cells(record: Record, first: Record, result: dict[str, Any], notes: list[str]) -> list[str]:
     if record["failure"] or not record["steps"]:
-        return [record["contestant"], record["failure"] or "no steps", *[""] * 10]
+        failure = (record["failure"] or "no steps").strip().splitlines()[-1]
+        return [record["contestant"], failure, *[""] * 10]
     each, costs = record["pairs_per_step"], _costs(record, result)
     predicted = record["predicted"]
     peak, model_peak = (max(values) / MIB for values in (_of(record, "peak_bytes"), predicted["peak_bytes"]))

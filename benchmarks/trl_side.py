@@ -89,6 +89,7 @@ def make_config(job: Job) -> Any:
 
     contestant = job.contestant
     kind = DPOConfig if contestant.loss == "dpo" else KTOConfig
+    at_once = contestant.pairs_per_microbatch or contestant.pairs_per_step
     return kind(
         output_dir=str(job.folder / "trl"),
         beta=0.1,
@@ -96,7 +97,8 @@ def make_config(job: Job) -> Any:
         learning_rate=RATE,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        per_device_train_batch_size=contestant.pairs_per_step * (2 if contestant.loss == "kto" else 1),
+        per_device_train_batch_size=at_once * (2 if contestant.loss == "kto" else 1),
+        gradient_accumulation_steps=contestant.pairs_per_step // at_once,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         gradient_checkpointing=contestant.checkpointing,

@@ -38,6 +38,9 @@ def train(
     Raises:
         QprefError: see `qpref.errors`; the message says what to do.
     """
+    from qpref.linux import require_linux
+
+    require_linux()
     from qpref.recipe.resolve import make_plan
     from qpref.training.run import train_plan
 

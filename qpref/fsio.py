@@ -8,7 +8,6 @@ their final one and renamed.
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import io
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING
 from safetensors import SafetensorError
 
 from qpref.errors import DiskError, RunLockedError
+from qpref.linux import fcntl
 
 if TYPE_CHECKING:
     from torch import Tensor

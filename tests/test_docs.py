@@ -45,6 +45,17 @@ def test_the_architecture_page_has_every_module():
     )
 
 
+def test_the_readmes_table_of_cards_is_what_the_planner_says():
+    assert loaded("make_card_table").table() in (ROOT / "README.md").read_text(), "run python docs/make_card_table.py"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*b-*gb.toml")), ids=lambda recipe: recipe.stem)
+def test_a_recipes_planned_figures_are_what_the_planner_says(recipe):
+    plans = loaded("make_recipe_plans")
+    assert len(plans.LINE.findall(recipe.read_text())) >= 2
+    assert plans.page(recipe) == recipe.read_text(), "run python docs/make_recipe_plans.py"
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

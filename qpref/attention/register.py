@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qpref.attention import blocks, sdpa, varlen
+from qpref.attention.errors import CannotShareError as CannotShareError
 from qpref.records import Group
 
 SEGMENTS = "qpref_segments"
@@ -43,10 +44,6 @@ HARMLESS_KEYWORDS = frozenset(
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[Group], float | None, int | None], Tensor]
 """query [1, heads, T, width], key and value [1, key-value heads, T, width], groups, scale, window -> [1, T, heads,
 width]."""
-
-
-class CannotShareError(Exception):
-    """The model's attention can't compute shared prompts correctly; the text says why."""
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qpref.attention.segments import Segment, segments
+from qpref.attention.segments import CACHED_MASKS, Segment, segments
 from qpref.records import Group
 
 
@@ -51,7 +51,7 @@ def _without_cpu_bf16(states: Tensor) -> Tensor:
     return states.float() if states.device.type == "cpu" and states.dtype == torch.bfloat16 else states
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=CACHED_MASKS)
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
     """[num_queries, num_keys], true where attended to: the queries are the last of the keys' positions."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]

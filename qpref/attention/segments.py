@@ -14,6 +14,8 @@ QUERY_BLOCK = 224
 """Queries of a block, at most."""
 KEPT_KEYS = 2048
 """A segment with more keys has its softmax recomputed in the backward pass."""
+CACHED_MASKS = 64
+"""Causal masks of branches that are kept from call to call (see `sdpa`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.attention.determinism import distinct_indices, is_deterministic
+from qpref.attention.errors import CannotShareError
 from qpref.records import Group
+
+MAX_WIDTH = 256
+"""Numbers in a head's query that flash kernels take at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ def key_layout(groups: Sequence[Group], device: torch.device) -> KeyLayout:
             queries.append(queries[-1] + length)
             keys.append(len(index))
             start += length
+    assert (queries[-1], keys[-1]) == (len(own), len(index))  # the kernels read as far as the last end
     on_device = partial(torch.tensor, device=device)
     return KeyLayout(
         index=on_device(index),
@@ -95,7 +101,8 @@ class _Gather(torch.autograd.Function):
         (gradient,), layout = gradients, ctx.layout
         total = gradient.index_select(0, layout.own).to(torch.promote_types(gradient.dtype, torch.float32))
         for tokens, copied in layout.shared:
-            total.index_add_(0, tokens, gradient.index_select(0, copied).to(total.dtype))
+            with distinct_indices():
+                total.index_add_(0, tokens, gradient.index_select(0, copied).to(total.dtype))
         return total.to(gradient.dtype), None
 
 
@@ -126,10 +133,12 @@ def torch_kernel(
     """Call torch's own kernel (torch.nn.attention.varlen)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    query = query.contiguous()
+    _check_call(query, key, value, layout, width_multiple=8)
     # torch 2.11 accepts fewer key-value heads than heads without an option for it.
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     result: Any = varlen_attn(
-        query.contiguous(),
+        query,
         key,
         value,
         layout.query_ends,
@@ -150,8 +159,10 @@ def flash_attn_kernel(
     """Call the kernel of the flash-attn distribution (Dao 2023, "FlashAttention-2")."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
+    query = query.contiguous()
+    _check_call(query, key, value, layout, width_multiple=1)  # flash-attn pads the others
     result: Tensor = flash_attn_varlen_func(
-        query.contiguous(),
+        query,
         key,
         value,
         layout.query_ends,
@@ -161,8 +172,42 @@ def flash_attn_kernel(
         softmax_scale=scale,
         causal=True,
         window_size=_window(window),
+        deterministic=is_deterministic(),
     )
     return result
+
+
+def _check_call(query: Tensor, key: Tensor, value: Tensor, layout: KeyLayout, width_multiple: int) -> None:
+    """Check the arguments of a flash kernel, without a launch or a wait (`mha_varlen_fwd` in torch and flash-attn).
+
+    Raises:
+        CannotShareError: the card or the model's attention doesn't suit the kernel.
+    """
+    width = query.shape[-1]
+    if query.is_cuda:
+        major, minor = torch.cuda.get_device_capability(query.device)
+        if major < 8:
+            raise CannotShareError(f"flash attention needs compute capability 8.0, and this GPU has {major}.{minor}")
+        if query.dtype not in (torch.bfloat16, torch.float16):
+            raise CannotShareError(f"flash attention takes 16-bit numbers, and this model's queries are {query.dtype}")
+    if width > MAX_WIDTH or width % width_multiple:
+        raise CannotShareError(
+            f"flash attention takes heads of up to {MAX_WIDTH} numbers, a multiple of {width_multiple}; "
+            f"this model's have {width}"
+        )
+    if value.shape != key.shape or key.shape[-1] != width:
+        raise CannotShareError(f"its keys are {key.shape[-1]} wide, its values {value.shape[-1]}, its queries {width}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise CannotShareError(f"its queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype}")
+    for ends in (layout.query_ends, layout.key_ends):
+        assert ends.dtype == torch.int32
+        assert ends.device == query.device
+        assert ends.is_contiguous()
+    for states, num_tokens in ((query, layout.own.numel()), (key, layout.index.numel()), (value, layout.index.numel())):
+        assert states.is_contiguous()
+        assert states.device == query.device
+        assert len(states) == num_tokens  # the last end, which only the device knows
+    assert 0 < layout.longest_query <= layout.longest_keys
 
 
 def _window(window: int | None) -> tuple[int, int]:

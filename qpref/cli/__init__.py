@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-import os
 import signal
 import sys
 import threading
@@ -75,8 +74,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # data may hold text that the terminal can't encode
-    # Read when torch is imported. Threads that spin while waiting take cores from each other and from other programs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from qpref.linux import set_torch_variables
+
+    set_torch_variables()
     logger = logging.getLogger("qpref")
     logger.setLevel(logging.INFO)
     logger.handlers = [_StderrHandler()]

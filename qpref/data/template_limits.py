@@ -6,7 +6,6 @@ unlimited memory.
 
 from __future__ import annotations
 
-import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.linux import resource
 
 SECONDS = 2.0
 """Maximum CPU time inside `limited`; 64 rows take about 10 ms."""

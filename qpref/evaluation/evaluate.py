@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 
-from qpref.errors import DataError, DeviceMemoryError, QprefError, RecipeError
+from qpref.errors import DataError, QprefError, RecipeError
 from qpref.evaluation import heldout_pairs
 from qpref.evaluation.comparison import ComparedModel, Comparison
 from qpref.evaluation.scores import PairScores, Reference, kl_positions, score_pairs, score_reference
 from qpref.evaluation.statistics import Bootstrap
 from qpref.evaluation.subjects import Subject, common_dtype, identify
 from qpref.evaluation.summary import summarize
+from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.reopen import RecordedRun
 from qpref.records import PreferencePair, TokenizedExample
 from qpref.training.invariants import check_layout
@@ -181,6 +182,7 @@ def _score(
     Models with their own reference are scored first; models without one are compared with the first such reference.
     """
     dtype = common_dtype(subjects, request.all_float32)
+    subjects[0].announce_device()
     scores: dict[int, PairScores] = {}
     names: dict[int, str | None] = {}
     shared: Reference | None = None
@@ -188,15 +190,13 @@ def _score(
     for index in sorted(range(len(subjects)), key=lambda index: not subjects[index].has_reference):
         subject, own = subjects[index], examples[index]
         log.info("%s: scoring %d pairs", subject.name, len(own))
-        try:
+        hint = (
+            "compare fewer models, or lower --max-length"
+            if dtype is None
+            else "the models compute in float32 here; evaluate them one at a time, each in its own dtype"
+        )
+        with out_of_memory_as(f"{subject.name}: the device ran out of memory", hint):
             found, reference = _score_one(subject, own, shared, dtype or subject.dtype, request.seed)
-        except torch.OutOfMemoryError as error:
-            hint = (
-                "compare fewer models, or lower --max-length"
-                if dtype is None
-                else "the models compute in float32 here; evaluate them one at a time, each in its own dtype"
-            )
-            raise DeviceMemoryError(f"{subject.name}: the device ran out of memory", hint) from error
         scores[index], names[index] = found, reference.name if reference else None
         if needs_shared and shared is None:
             shared = reference

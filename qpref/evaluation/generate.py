@@ -16,6 +16,7 @@ from qpref.errors import DataError, DeviceMemoryError, RecipeError
 from qpref.evaluation.heldout_pairs import data_of_run, text_of
 from qpref.evaluation.subjects import Subject
 from qpref.policy.lora import decoding
+from qpref.policy.out_of_memory import attempt, out_of_memory_as
 from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.recipe.reopen import RecordedRun
@@ -162,13 +163,15 @@ def generate(
     """
     tokenizer = subject.tokenizer()
     ids = prompt_ids(tokenizer, prompts)
-    policy = subject.load(dtype or subject.dtype)
-    policy.share_prompts(False)
-    answers = _answers(policy, tokenizer, ids, sampling)
-    of_base: list[tuple[str, bool]] | None = None
-    if subject.has_reference:
-        with as_reference(policy):
-            of_base = _answers(policy, tokenizer, ids, sampling)
+    subject.announce_device()
+    with out_of_memory_as(f"{subject.name}: the device ran out of memory", "free its memory, or take a smaller base"):
+        policy = subject.load(dtype or subject.dtype)
+        policy.share_prompts(False)
+        answers = _answers(policy, tokenizer, ids, sampling)
+        of_base: list[tuple[str, bool]] | None = None
+        if subject.has_reference:
+            with as_reference(policy):
+                of_base = _answers(policy, tokenizer, ids, sampling)
     return [
         Answers(
             prompt=text_of(prompt.prompt),
@@ -212,16 +215,17 @@ def _generate(
     padding = tokenizer.stop_tokens[0]
     rows = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    try:
+
+    def sample() -> list[list[int]]:
         with frozen(policy), policy.autocast(), decoding():
             output: torch.Tensor = policy.plain_model.generate(
                 input_ids=torch.tensor(rows, device=policy.device),
                 attention_mask=torch.tensor(mask, device=policy.device),
                 generation_config=_settings(policy, tokenizer, sampling),
             )
-    except torch.OutOfMemoryError:
-        return None
-    return output[:, longest:].tolist()
+        return output[:, longest:].tolist()
+
+    return attempt(sample)
 
 
 def _settings(policy: Policy, tokenizer: PairTokenizer, sampling: Sampling) -> Any:

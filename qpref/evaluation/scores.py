@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from qpref.memory.tune import shrink_microbatch
 from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.head import score_tokens
 from qpref.policy.logprobs import completion_hidden
+from qpref.policy.out_of_memory import fits
 from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen, row_keys
 from qpref.records import TokenizedExample, TokenLogProbs
@@ -136,31 +138,30 @@ def _forward_all(
     totals = np.empty((len(examples), 2))
     kept: dict[int, NextTokens] = {}
     take = take or (lambda index, next_tokens: kept.__setitem__(index, next_tokens.on(torch.device("cpu"))))
+
+    def score(indices: Sequence[int], members: Sequence[TokenizedExample]) -> None:
+        values, hidden = _score(policy, members)
+        totals[indices] = values.total.double().cpu().numpy().reshape(-1, 2)
+        starts = np.cumsum([0, *(sum(map(len, member.branches)) for member in members)])
+        for index, start in zip(indices, starts[:-1].tolist(), strict=True):
+            take(index, NextTokens.of(policy.head, hidden[start + positions[index].to(hidden.device)]))
+
     order = sorted(range(len(examples)), key=lambda index: -num_fed_tokens(examples[index], policy.shares_prompts))
     tokens, done = MOST_TOKENS[policy.device.type], 0
     while done < len(order):
         longest = num_fed_tokens(examples[order[done]], policy.shares_prompts)
         indices = order[done : done + max(1, tokens // longest)]
         members = [examples[index] for index in indices]
-        scored = _score(policy, members)
-        if scored is None:
+        if fits(partial(score, indices, members)):
+            done += len(indices)
+        else:
             tokens = shrink_microbatch(policy, members, tokens)
-            continue
-        values, hidden = scored
-        totals[indices] = values.total.double().cpu().numpy().reshape(-1, 2)
-        starts = np.cumsum([0, *(sum(map(len, member.branches)) for member in members)])
-        for index, start in zip(indices, starts[:-1].tolist(), strict=True):
-            take(index, NextTokens.of(policy.head, hidden[start + positions[index].to(hidden.device)]))
-        done += len(indices)
     return totals, [kept[index] for index in sorted(kept)]
 
 
-def _score(policy: Policy, members: Sequence[TokenizedExample]) -> tuple[TokenLogProbs, Tensor] | None:
-    """Compute the log-probabilities and the hidden states behind them; None if memory ran out."""
+def _score(policy: Policy, members: Sequence[TokenizedExample]) -> tuple[TokenLogProbs, Tensor]:
+    """Compute the log-probabilities and the hidden states behind them."""
     batch = pack(members, policy.device)
-    try:
-        hidden = completion_hidden(policy, batch)
-        values, _ = score_tokens(policy.head, hidden, batch.score_token)
-    except torch.OutOfMemoryError:
-        return None
+    hidden = completion_hidden(policy, batch)
+    values, _ = score_tokens(policy.head, hidden, batch.score_token)
     return TokenLogProbs(values=values, lengths=batch.lengths), hidden

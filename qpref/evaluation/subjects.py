@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import CheckpointError, PolicyError, RecipeError
+from qpref.memory.limit import enforced_limit
 from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
+from qpref.policy.device import announce
 from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import choose_device, is_prequantized, load_plain, load_policy
 from qpref.policy.policy import Policy
@@ -76,6 +78,10 @@ class Subject:
         on_cpu = choose_device(self.recipe.model.device).type == "cpu"
         return "float32" if on_cpu and self.recipe.model.dtype == "fp16" else self.recipe.model.dtype
 
+    def announce_device(self) -> None:
+        """Log the device that it is loaded on."""
+        announce(choose_device(self.recipe.model.device), self.recipe.model.device)
+
     def tokenizer(self) -> PairTokenizer:
         """Load the tokenizer with this model's chat template."""
         tokenizer = load_tokenizer(self.recipe.model, self.base)
@@ -93,6 +99,7 @@ class Subject:
         recipe = self.recipe
         if self.dtype != recipe.model.dtype:
             recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": self.dtype})})
+        enforced_limit(recipe, choose_device(recipe.model.device))
         if self.kind == "model":
             policy = load_plain(recipe.model, self.base)
         else:

@@ -7,7 +7,9 @@ all keys, I width inside the MLP, b bytes of a number in the recipe's dtype.
 from __future__ import annotations
 
 import math
-from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK
+
+from qpref.attention.segments import CACHED_MASKS, KEPT_KEYS, QUERY_BLOCK
+from qpref.attention.varlen import MAX_WIDTH
 from qpref.memory.setup import Setup
 from qpref.memory.shape import Layer, ModelShape
 from qpref.memory.stream import Stream
@@ -77,7 +79,21 @@ def _mlp_numbers(layer: Layer) -> int:
 
 def _is_flash(shape: ModelShape, setup: Setup) -> bool:
     """Return whether all segments go through one call of a variable-length kernel."""
-    return setup.device == "cuda" and setup.dtype_bytes == 2 and shape.shares_prompts
+    width = shape.query_width // shape.heads
+    can = setup.has_flash and width % 8 == 0 and width <= MAX_WIDTH
+    return setup.device == "cuda" and setup.dtype_bytes == 2 and shape.shares_prompts and can
+
+
+def _is_segmented(shape: ModelShape, setup: Setup) -> bool:
+    """Return whether attention is one call of torch's scaled dot product for each segment."""
+    return shape.shares_prompts and not (shape.softcapped or setup.in_blocks or _is_flash(shape, setup))
+
+
+def cached_mask_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
+    """Count the boolean masks that stay cached from step to step, each taken for the average branch's."""
+    if not _is_segmented(shape, setup):
+        return 0
+    return int(CACHED_MASKS * stream.masked_scores / max(1, stream.branches))
 
 
 def _attention_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
@@ -123,6 +139,8 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
     total: float = setup.dtype_bytes * numbers
     if setup.in_blocks and shape.shares_prompts and not shape.softcapped:
         total = max(total, _block_bytes(shape, setup, stream))
+    if _is_flash(shape, setup):
+        total = max(total, _flash_backward_bytes(shape, setup, stream))
     if recomputed == shape.num_layers:
         total += max(_layer_bytes(layer, shape, setup, stream) for layer in shape.layers)
     freed = (
@@ -145,6 +163,27 @@ def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     block += stream.tokens * (setup.dtype_bytes * numbers + 2 * 4 * shape.key_width)
     mlp = min(map(_mlp_numbers, shape.layers))
     return block + (4 * shape.key_width * keys if recomputes else 0) - setup.dtype_bytes * mlp * stream.tokens
+
+
+def _flash_backward_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
+    """Peak of a variable-length kernel's backward pass, less the MLP's activations, which are freed by then.
+
+    Its workspaces are invisible to torch's fake tensors, so they are read off the kernel's source: float32 gradients of
+    queries and sums of the softmax, each segment padded by 128 rows, and where heads share keys, gradients of keys and
+    values for each head (Dao, flash-attention 2, csrc/flash_attn/flash_api.cpp, `mha_varlen_bwd`; torch has a copy).
+    Deterministic algorithms take a copy of the first for each multiprocessor that segments times heads leave idle,
+    which is not counted: one, but for a lone example.
+    """
+    q, k, tokens = shape.query_width, shape.key_width, stream.tokens
+    keys = stream.prompt_tokens + stream.branch_keys
+    rounded = shape.heads * 32 * math.ceil(q / shape.heads / 32)
+    workspace: float = 4 * (tokens + 128 * stream.segments) * (rounded + shape.heads)
+    if q != k:
+        workspace += setup.dtype_bytes * 2 * q * keys
+    # Gradients: of the residual stream, the result and queries; of gathered keys and values.
+    gradients = setup.dtype_bytes * ((shape.hidden + 2 * q) * tokens + 2 * k * keys)
+    mlp = min(map(_mlp_numbers, shape.layers))
+    return workspace + gradients - setup.dtype_bytes * mlp * tokens
 
 
 def largest_matrix(shape: ModelShape) -> int:

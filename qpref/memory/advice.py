@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qpref.memory.demand import Demand, Workload
-from qpref.memory.parts import GIB
-from qpref.memory.shape import Layer, ModelShape
+from qpref.memory.parts import GIB, count_text
+from qpref.memory.shape import ModelShape
 
 
 def advice(demand: Demand, limit_bytes: int) -> tuple[str, ...]:
@@ -14,7 +14,10 @@ def advice(demand: Demand, limit_bytes: int) -> tuple[str, ...]:
     before = _least(demand)
     saved = sorted(((before - _least(changed), change) for change, changed in _changes(demand).items()), reverse=True)
     lines = [f"{change} saves {amount / GIB:.2f} GiB" for amount, change in saved if amount / GIB >= 0.005]
-    return (*lines, f"or a base of about {demand.shape.parameters * limit_bytes / before / 1e9:.1f} billion parameters")
+    return (
+        *lines,
+        f"or a base of about {count_text(demand.shape.parameters * limit_bytes / before, digits=2)} parameters",
+    )
 
 
 def _least(demand: Demand) -> int:
@@ -48,7 +51,8 @@ def _setup_changes(demand: Demand) -> dict[str, Demand]:
     elif packs_scales and not setup.double_quantization:
         setups["[model] double_quantization = true"] = replace(setup, double_quantization=True)
     if setup.dtype_bytes == 4:
-        setups['[model] dtype = "bf16"'] = replace(setup, dtype_bytes=2)
+        half = "bf16" if setup.has_flash or setup.device == "cpu" else "fp16"  # both need compute capability 8.0
+        setups[f'[model] dtype = "{half}"'] = replace(setup, dtype_bytes=2)
     optimizer = "paged_adamw_8bit" if setup.device == "cuda" else "adamw_8bit"
     if optimizer != setup.optimizer:
         setups[f'[train] optimizer = "{optimizer}"'] = replace(setup, optimizer=optimizer)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from qpref.memory.activations import activation_bytes, head_bytes, live_bytes
-from qpref.memory.parts import MemoryParts
+from qpref.memory.activations import activation_bytes, cached_mask_bytes, head_bytes, live_bytes
+from qpref.memory.parts import LIBRARY_BYTES, MemoryParts
 from qpref.memory.setup import Setup
 from qpref.memory.shape import Linear, ModelShape
 from qpref.memory.stream import Stream
@@ -30,6 +30,7 @@ def peak_memory(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int
         activations=activation_bytes(shape, setup, stream, recomputed),
         live=live_bytes(shape, setup, stream, recomputed),
         head_tile=head_bytes(shape, setup, stream),
+        fixed_reserve=LIBRARY_BYTES[setup.device] + cached_mask_bytes(shape, setup, stream),
     )
 
 

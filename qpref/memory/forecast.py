@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qpref.data.order import refuse_empty_steps, total_steps
-from qpref.errors import PolicyError
+from qpref.errors import PolicyError, RecipeError
+from qpref.memory.cards import Card, capability_notes
 from qpref.memory.demand import Demand
 from qpref.memory.fit import Fit, fit_memory
 from qpref.memory.flops import forward_flops, step_flops
 from qpref.memory.limit import memory_limit, parse_bytes
+from qpref.memory.parts import CONTEXT_BYTES, GIB
 from qpref.memory.planned_data import PlannedData, planned_data
 from qpref.memory.setup import Device, Setup
 from qpref.memory.shape import model_shape
@@ -29,45 +33,101 @@ from qpref.records import TokenizedExample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    """Prediction for a plan.
+class Target:
+    """A device to plan for.
 
     Attributes:
-        limit_bytes: memory that the run may fill.
+        limit_bytes: memory that the run may fill; on a GPU without the CUDA context.
         limit_origin: source of the limit, for messages.
+        capability: compute capability of a GPU; None where it isn't known.
+        card: a card by its name, for the GPU.
+        desktop: the card drives a desktop, too.
     """
 
-    plan: Plan
-    demand: Demand
-    data: PlannedData
+    device: Device
     limit_bytes: int
     limit_origin: str
+    capability: tuple[int, int] | None = None
+    card: Card | None = None
+    desktop: bool = False
+
+    @classmethod
+    def of_card(cls, card: Card, desktop: bool = False) -> Target:
+        """Plan for a card that this machine needn't have."""
+        return cls(
+            device="cuda",
+            limit_bytes=card.usable_bytes(desktop),
+            limit_origin=card.limit_origin(desktop),
+            capability=card.capability,
+            card=card,
+            desktop=desktop,
+        )
+
+    @classmethod
+    def of_vram(cls, size: str, recipe: Recipe) -> Target:
+        """Plan for a GPU with so much free memory before the run (`--vram`).
+
+        Raises:
+            RecipeError: it is no size.
+        """
+        free = parse_bytes(size, "--vram")
+        if recipe.model.device == "cpu":
+            return cls(device="cpu", limit_bytes=free, limit_origin="--vram")
+        origin = f"--vram {size}, less {CONTEXT_BYTES / GIB:.2f} of the CUDA context (assumed)"
+        return cls(device="cuda", limit_bytes=max(1, free - CONTEXT_BYTES), limit_origin=origin)
+
+    @classmethod
+    def here(cls, recipe: Recipe) -> Target:
+        """Plan for this machine, by the recipe's device and limit, or what is free now."""
+        device = choose_device(recipe.model.device)
+        is_gpu = device.type == "cuda"
+        free = "free on the GPU now" if is_gpu else "half of the memory that is free now"
+        return cls(
+            device="cuda" if is_gpu else "cpu",
+            limit_bytes=memory_limit(recipe, device),
+            limit_origin="[model] memory" if recipe.model.memory else free,
+            capability=torch.cuda.get_device_capability(device) if is_gpu else None,
+        )
+
+    def notes(self, recipe: Recipe) -> list[str]:
+        """Sentences on what the recipe asks of the device in vain, each with the way out."""
+        if self.capability is None:
+            return []
+        name = "this GPU" if self.card is None else self.card.name
+        return list(capability_notes(name, self.capability, recipe.model.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Prediction for a plan."""
+
+    plan: Plan
+    target: Target
+    demand: Demand
+    data: PlannedData
     fit: Fit
 
     @classmethod
-    def of(cls, plan: Plan, vram: str | None, named_shape: str | None) -> Forecast:
-        """Predict a plan.
+    def of(cls, plan: Plan, target: Target, named_shape: str | None = None) -> Forecast:
+        """Predict a plan on a device.
 
         Args:
-            vram: value of `--vram`, which stands for a GPU with that much free memory.
             named_shape: value of `--shape`.
+
+        Raises:
+            RecipeError: the recipe's device isn't the target's.
         """
         recipe = plan.recipe
-        device, limit_bytes, limit_origin = _device_and_limit(recipe, vram)
+        if target.card is not None and recipe.model.device == "cpu":
+            raise RecipeError('--card: the recipe has [model] device = "cpu"', "plan with --set model.device=auto")
         shape = model_shape(recipe.model, recipe.adapter, named_shape)
         data = planned_data(plan)
         if "mismatched" in plan.needs:
             data = data.with_mismatched()
         workload = data.workload(recipe.train.batch_size, shape.shares_prompts)
-        demand = Demand.of(recipe, shape, Setup.of(recipe, device, shape), workload)
-        return cls(
-            plan=plan,
-            demand=demand,
-            data=data,
-            limit_bytes=limit_bytes,
-            limit_origin=limit_origin,
-            fit=fit_memory(demand, limit_bytes),
-        )
+        demand = Demand.of(recipe, shape, Setup.of(recipe, target.device, shape, target.capability), workload)
+        fit = fit_memory(demand, target.limit_bytes)
+        return cls(plan=plan, target=target, demand=demand, data=data, fit=fit)
 
     def facts(self, tflops: float | None = None) -> dict[str, Any]:
         """Write the forecast as JSON data, sizes in bytes; hours only at a given speed in TFLOP/s.
@@ -75,7 +135,7 @@ class Forecast:
         Raises:
             RecipeError: the data don't fill one optimizer step.
         """
-        shape, fit = self.demand.shape, self.fit
+        shape, fit, target = self.demand.shape, self.fit, self.target
         peak = _peak_facts(self.demand, fit.tokens_per_microbatch, fit.recomputed_layers)
         facts: dict[str, Any] = {
             "shape": {"origin": shape.origin, "parameters": shape.parameters, "layers": shape.num_layers},
@@ -85,7 +145,9 @@ class Forecast:
             "flops_per_step": peak["flops_per_step"],
             **self._total_facts(peak["flops_per_step"]),
             "device": self.demand.setup.device,
-            "limit": {"bytes": self.limit_bytes, "origin": self.limit_origin},
+            "limit": {"bytes": target.limit_bytes, "origin": target.limit_origin},
+            "card": None if target.card is None else target.card.facts(target.desktop),
+            "notes": target.notes(self.plan.recipe),
             "memory": peak["memory"],
             "tokens_per_microbatch": fit.tokens_per_microbatch,
             "recomputed_layers": fit.recomputed_layers,
@@ -135,14 +197,3 @@ def _peak_facts(demand: Demand, tokens: int, layers: int) -> dict[str, Any]:
         "tokens_per_step": workload.step_tokens,
         "flops_per_step": step_flops(shape, step, layers / shape.num_layers),
     }
-
-
-def _device_and_limit(recipe: Recipe, vram: str | None) -> tuple[Device, int, str]:
-    """Return the kind of device, the bytes that may be filled, and the source of that figure."""
-    model = recipe.model
-    if vram is not None:
-        return "cpu" if model.device == "cpu" else "cuda", parse_bytes(vram, "--vram"), "--vram"
-    device = choose_device(model.device)
-    free = "free on the GPU now" if device.type == "cuda" else "half of the memory that is free now"
-    origin = "[model] memory" if model.memory else free
-    return "cuda" if device.type == "cuda" else "cpu", memory_limit(recipe, device), origin

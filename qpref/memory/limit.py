@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import torch
 
 from qpref.errors import RecipeError
+from qpref.linux import is_wsl
+from qpref.memory.parts import CONTEXT_BYTES, GIB
 from qpref.recipe.sections import Recipe
+
+log = logging.getLogger("qpref")
 
 UNITS = {"MIB": 2**20, "GIB": 2**30, "MB": 10**6, "GB": 10**9}
 CPU_SHARE = 0.5
@@ -27,6 +32,36 @@ def memory_limit(recipe: Recipe, device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(CPU_SHARE * _available_bytes())
+
+
+def enforced_limit(recipe: Recipe, device: torch.device) -> int:
+    """Return the bytes that a run may fill, and hold torch's allocator on a GPU to them.
+
+    A figure in the recipe that exceeds the free memory is cut to it: other programs have the rest.
+
+    Raises:
+        RecipeError: the recipe's figure is no size.
+    """
+    if device.type != "cuda":
+        return memory_limit(recipe, device)
+    torch.cuda.empty_cache()  # an earlier run's, in the same process
+    free, total = torch.cuda.mem_get_info(device)
+    asked = memory_limit(recipe, device)
+    limit = min(asked, free)
+    if asked > free:
+        log.warning("memory: [model] memory is %.2f GiB, and %.2f GiB are free", asked / GIB, free / GIB)
+    share = allocator_share(limit, total) if recipe.model.memory or is_wsl() else 1.0
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    return limit
+
+
+def allocator_share(limit: int, total: int) -> float:
+    """Return the share of a GPU's memory that torch's allocator may take of a run's limit.
+
+    The allocator isn't all of it: the context and lazily loaded kernels are outside, as in the forecast's reserve. What
+    a driver that spills doesn't refuse is slow instead.
+    """
+    return min(1.0, max(0, limit - CONTEXT_BYTES) / total)
 
 
 def _available_bytes() -> int:

@@ -9,6 +9,8 @@ from qpref.memory.shape import ModelShape
 from qpref.recipe.sections import Recipe
 
 Device = Literal["cpu", "cuda"]
+FLASH_CAPABILITY = (8, 0)
+"""Least compute capability of variable-length flash kernels, torch's and flash-attn's; bf16 needs the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,8 @@ class Setup:
         double_quantization: whether NF4's scales are quantized too; None where the base isn't quantized.
         has_start: a frozen copy of a start adapter is kept as the reference.
         in_blocks: attention runs in blocks (see `qpref.attention.blocks`) on the CPU.
+        has_flash: attention on a GPU in 16 bits is one variable-length call a layer (see `qpref.attention.varlen`), not
+            a call for each segment.
     """
 
     device: Device
@@ -29,10 +33,15 @@ class Setup:
     optimizer: str = "adamw"
     has_start: bool = False
     in_blocks: bool = False
+    has_flash: bool = True
 
     @classmethod
-    def of(cls, recipe: Recipe, device: Device, shape: ModelShape) -> Setup:
-        """Read a recipe's settings for a device. A base that is stored in 4 bit keeps its own quantization."""
+    def of(cls, recipe: Recipe, device: Device, shape: ModelShape, capability: tuple[int, int] | None = None) -> Setup:
+        """Read a recipe's settings for a device. A base that is stored in 4 bit keeps its own quantization.
+
+        Args:
+            capability: the GPU's compute capability; None for an unknown one, which is taken to have flash attention.
+        """
         from qpref.attention.blocks import has_bf16_units
 
         model = recipe.model
@@ -46,6 +55,7 @@ class Setup:
             optimizer=recipe.train.optimizer,
             has_start=recipe.adapter.start is not None,
             in_blocks=device == "cpu" and model.dtype == "bf16" and has_bf16_units(),
+            has_flash=capability is None or capability >= FLASH_CAPABILITY,
         )
 
 

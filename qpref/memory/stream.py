@@ -17,6 +17,8 @@ class Stream:
 
     Attributes:
         tokens: fed tokens: P + sum(R - 1), or the sum of P + R - 1 where prompts aren't shared.
+        segments: prompts and branches, each attention of its own; whole rows where prompts aren't shared.
+        branches: of the segments, those with a prompt before them.
         scored_tokens: sum(R).
         prompt_tokens: fed tokens that are prompts.
         branch_keys: keys that branches attend to: sum(P + R - 1).
@@ -31,6 +33,8 @@ class Stream:
     """
 
     tokens: float
+    segments: float
+    branches: float
     scored_tokens: float
     prompt_tokens: float
     branch_keys: float
@@ -48,8 +52,11 @@ class Stream:
         groups = list(groups)
         branches = [(prompt, response) for prompt, responses in groups for response in responses]
         prompts = [prompt for prompt, _ in (groups if shared else branches)]
+        fed_branches = sum(r > 1 for _, r in branches) if shared else 0
         return cls(
             tokens=sum(prompts) + sum(r - 1 for _, r in branches),
+            segments=len(prompts) + fed_branches,
+            branches=fed_branches,
             scored_tokens=sum(r for _, r in branches),
             prompt_tokens=sum(prompts),
             branch_keys=sum(p + r - 1 for p, r in branches if r > 1),

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from qpref.attention.register import BLOCKS
+from qpref.attention.register import BLOCKS, KERNELS
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.errors import DeviceMemoryError
 from qpref.memory.demand import Demand, Workload
@@ -24,6 +22,7 @@ from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape
 from qpref.memory.stream import Lengths, Stream
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.out_of_memory import attempt
 from qpref.policy.policy import Policy
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
@@ -71,7 +70,9 @@ def demand_of(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[Tok
     shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
     setup = Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape)
     workload = Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
-    return Demand.of(recipe, shape, replace(setup, in_blocks=policy.attention == BLOCKS), workload)
+    path = policy.attention  # the one that the first batch's check has left
+    setup = replace(setup, in_blocks=path == BLOCKS, has_flash=path in KERNELS)
+    return Demand.of(recipe, shape, setup, workload)
 
 
 def _lengths(example: TokenizedExample) -> Lengths:
@@ -101,10 +102,12 @@ def _try(policy: Policy, members: Sequence[TokenizedExample]) -> int | None:
     """Measure a forward and backward pass over the examples, in bytes; None if memory runs out."""
     batch = pack(members, policy.device)
     policy.model.train()
-    try:
+
+    def measure() -> int:
         return measure_bytes(lambda: completion_logprobs(policy, batch).values.sum().backward(), policy.device)
-    except torch.OutOfMemoryError:
-        return None
+
+    try:
+        return attempt(measure)
     finally:
         policy.model.zero_grad(set_to_none=True)
 
@@ -123,14 +126,11 @@ def _within(longest: Sequence[TokenizedExample], budget: int, shared: bool) -> l
 def shrink_microbatch(policy: Policy, examples: Sequence[TokenizedExample], budget: int) -> int:
     """Return the tokens per micro-batch to repeat the examples with, after `budget` tokens ran out of memory.
 
-    Call it outside the `except` block, where the failed attempt's tensors are freed. Once the largest micro-batch is a
-    single example, all layers are recomputed instead, in training mode.
+    Once the largest micro-batch is a single example, all layers are recomputed instead, in training mode.
 
     Raises:
         DeviceMemoryError: nothing is left to shrink.
     """
-    if policy.device.type == "cuda":
-        torch.cuda.empty_cache()
     smaller = smaller_budget(examples, budget, policy.shares_prompts)
     if smaller is not None:
         log.warning("out of memory: %d tokens per micro-batch instead of %d; the step is repeated", smaller, budget)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qpref.errors import MergeError
 from qpref.merge.base import TrainedBase
 from qpref.policy.delta import LoraDelta
+from qpref.policy.matmul import check_packed
 
 CACHED_BYTES = 2**29
 """Bytes of dequantized weights cached between batches; weights beyond it are dequantized for every batch."""
@@ -112,7 +113,9 @@ def _dequantized(stored: Any, device: torch.device) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     stored.quant_state.to(device)
-    dequantized: Tensor = dequantize_4bit(stored.data.to(device), stored.quant_state)
+    packed = stored.data.to(device)
+    check_packed(packed, stored.quant_state)
+    dequantized: Tensor = dequantize_4bit(packed, stored.quant_state)
     return dequantized
 
 

@@ -28,6 +28,8 @@ from qpref.merge.settings import write_settings
 from qpref.merge.verdict import Judge
 from qpref.merge.write import Weights, remove_weights, write_weights
 from qpref.policy.delta import LoraDelta
+from qpref.policy.device import announce
+from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.training.prepare import start_digest
 
 log = logging.getLogger("qpref")
@@ -51,13 +53,22 @@ def merge_run(request: MergeRequest) -> MergeResult:
         MergeError: the run's parts don't belong together, or a value doesn't fit the requested dtype.
         DataError: the pairs for the verdict can't be read.
         DiskError: the disk is full, or the output folder can't be made.
+        DeviceMemoryError: one layer in float32 doesn't fit.
     """
+    with out_of_memory_as(
+        "the device ran out of memory", "free its memory; a merge computes one layer in float32 at a time"
+    ):
+        return _merge(request)
+
+
+def _merge(request: MergeRequest) -> MergeResult:
     request = guards.real_output(request)
     guards.refuse_output(request)
     run = guards.read_run(request.run)
     guards.refuse_original(request, run.base)
     smallest = STORED["bf16"] if request.dtype == "auto" else STORED[request.dtype]
     guards.refuse_full_disk(request.out, weights_of(run, request, smallest))
+    announce(run.base.device, run.plan.recipe.model.device)
     survey = _survey(run, request)
     survey.refuse_overflow(smallest)
     session = Session(run, request, survey)

@@ -11,8 +11,9 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qpref.policy.projections import dense_weight
+from qpref.attention.register import sharing_paths
 from qpref.policy.policy import Policy
+from qpref.policy.projections import dense_weight
 
 
 class Float32Linear4bit(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
@@ -35,3 +36,6 @@ def compute_in_float32(policy: Policy) -> None:
             module.__class__ = Float32Linear4bit  # the same layer, its state as it is
             module.compute_dtype = torch.float32
     policy.dtype = torch.float32
+    if policy.sharing_paths:
+        policy.sharing_paths = sharing_paths(policy.device, torch.float32)
+        policy.share_prompts(policy.shares_prompts)

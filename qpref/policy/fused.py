@@ -73,7 +73,7 @@ def _closest(own: nn.Module, dtype: torch.dtype, autocast: Autocast) -> Fuse | N
     within the tolerance."""
     ways = list(_ways(own, dtype))
     differences = [difference(fuse, own, dtype, autocast) for fuse in ways]
-    distance, index = min(zip(differences, range(len(ways)), strict=True), default=((torch.inf,), 0))
+    distance, index = min(zip(differences, range(len(ways)), strict=True), default=((torch.inf, torch.inf), 0))
     return ways[index] if max(distance) <= TOLERANCE else None
 
 
@@ -160,7 +160,8 @@ def difference(fuse: Fuse, own: Any, dtype: torch.dtype, autocast: Autocast) -> 
         The greatest relative Euclidean difference of a token's values, and of gradients (of a token's states, of an
         adapter's tensor); infinite where a module can't be called in the common way.
     """
-    was_training, random, sizes = own.training, torch.Generator().manual_seed(0), TRIED_SIZES
+    was_training, random = own.training, torch.Generator().manual_seed(0)
+    sizes: tuple[float, ...] = TRIED_SIZES
     if not list(own.children()):
         own, sizes = copy.deepcopy(own), TRIED_ON_NORMS
         # A norm of ones doesn't show how the weight is multiplied on.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qpref.attention.determinism import distinct_indices
 from qpref.errors import PolicyError
 from qpref.policy import vocabulary
 from qpref.policy.matmul import float32_matmul
@@ -261,7 +262,8 @@ def _grad_of_b(rows: _Rows, head: Head, normalizer: Tensor, incoming: Tensor) ->
                 logits = head.logits(part.hidden, start, stop, part.low, part.b)
                 column, inside = part.columns(start, stop)
                 grad = (logits - norm).exp_().neg_()
-                grad.scatter_add_(1, column, inside.to(grad.dtype))
+                with distinct_indices():
+                    grad.scatter_add_(1, column, inside.to(grad.dtype))
                 grad = head.product_grad(grad, logits).mul_(factor)
                 total[start:stop] += grad.t().to(total.dtype) @ part.low.to(total.dtype)
     return total

@@ -11,8 +11,10 @@ import torch
 from qpref.attention import register as attention
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
+from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
+from qpref.policy.matmul import check_packed
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
 from qpref.policy.source import BaseFolder
@@ -43,15 +45,17 @@ def load_plain(section: ModelSection, base: BaseFolder) -> Policy:
     """Load a model without adapters and so without a reference, for scoring and generation alone.
 
     Raises:
-        PolicyError: it cannot be read.
+        PolicyError: it cannot be read, or its dtype doesn't run on the device.
     """
     device = choose_device(section.device)
+    _refuse_wrong_dtype(section, device)
     model = _load_ready(section, base, device)
     return _policy(model, model, section, device)
 
 
 def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
     """Load the base and prepare its 4-bit layers and the attention registry."""
+    refuse_missing_kernels(device)
     if device.type == "cpu":
         _limit_compiled_products()
     model = load_base(section, base, device)
@@ -123,7 +127,9 @@ def choose_device(setting: str) -> torch.device:
         PolicyError: the recipe requires a GPU and torch sees none.
     """
     if setting == "cuda" and not torch.cuda.is_available():
-        raise PolicyError("[model] device is cuda, and torch sees no GPU", 'set device = "auto", or fix the driver')
+        found = why_no_gpu(Machine.found())
+        reason, remedy = found or ("torch sees no GPU", 'set device = "auto"')
+        raise PolicyError(f"[model] device is cuda: {reason}", remedy)
     if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -164,13 +170,16 @@ def _own_attention(config: Any) -> str | None:
 
 def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:
     if section.dtype == "fp16" and device.type == "cpu":
-        raise PolicyError("[model] dtype: fp16 doesn't train on a CPU", 'set dtype = "bf16" or "float32"')
+        raise PolicyError("[model] dtype: a CPU doesn't compute in fp16", 'set dtype = "bf16" or "float32"')
     if (
         section.dtype == "bf16"
         and device.type == "cuda"
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
-        raise PolicyError("[model] dtype: this GPU has no bf16", 'set dtype = "fp16"')
+        raise PolicyError(
+            "[model] dtype: this GPU has no bf16",
+            'set dtype = "fp16"; a model without a recipe takes a GPU with bf16, or a CPU (CUDA_VISIBLE_DEVICES=)',
+        )
 
 
 def _limit_compiled_products() -> None:
@@ -207,6 +216,7 @@ def _prepare_4bit_layers(model: Any, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             if module.weight.device.type == "cpu":
                 _unpack_scales(module.weight.quant_state)
+            check_packed(module.weight, module.weight.quant_state)
 
 
 def _unpack_scales(state: Any) -> None:

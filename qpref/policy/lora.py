@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from qpref.policy.norms import Recompute, Source, source_of
 from qpref.policy.projections import Projections, compute_dtype
 
+Covered = tuple[Projections, list[Tensor], torch.dtype]
+"""Linear layers of one input, their adapters (A and B of each that has one) and the dtype of the products."""
+
 
 class Projected(torch.autograd.Function):
     """x [..., in], A [rank, in] and B [out, rank] of each adapter -> outputs [..., out] of linear layers that read the
@@ -50,6 +53,14 @@ class Projected(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             grad_x, of_adapters = ctx.projections.gradients(x, low, cast, ctx.seed, incoming, ctx.needs_input_grad[0])
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, *of_adapters
+
+
+def project(x: Tensor, covered: Covered) -> tuple[Tensor, ...]:
+    """Compute the outputs of linear layers that read x, as `projections_of` describes them."""
+    projections, adapters, dtype = covered
+    x = x.to(dtype)
+    outputs: tuple[Tensor, ...] = Projected.apply(x, projections, source_of(x), *adapters)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def kept_input(flat: Tensor, source: Source | None) -> tuple[tuple[Tensor, ...], Recompute | None]:
@@ -80,11 +91,7 @@ class _Fused:
         if covered is None:
             result: Tensor = super().forward(x, *args, **keywords)  # type: ignore[misc]
             return result
-        projections, adapters, dtype = covered
-        x = x.to(dtype)
-        adapted: Tensor
-        (adapted,) = Projected.apply(x, projections, source_of(x), *adapters)  # type: ignore[no-untyped-call]
-        return adapted
+        return project(x, covered)[0]
 
 
 @contextmanager
@@ -110,17 +117,14 @@ CUSTOM_MODULES = {Linear4bit: FusedLinear4bit, nn.Linear: FusedLinear}
 """The wrapper that PEFT uses for each kind of layer; Linear4bit comes first, since it is an nn.Linear too."""
 
 
-def projections_of(
-    layers: Sequence[Any], x: Tensor, called: bool = False
-) -> tuple[Projections, list[Tensor], torch.dtype] | None:
+def projections_of(layers: Sequence[Any], x: Tensor, called: bool = False) -> Covered | None:
     """Describe a pass over linear layers that read the same x, adapted or not.
 
     Args:
         called: torch has called the layers, and with them any hooks that they have.
 
     Returns:
-        The layers, their adapters (A, B of each that has one) and the dtype of the products; None where a layer's pass
-        is PEFT's or the layer's own.
+        None where a layer's pass is PEFT's or the layer's own.
     """
     bases, ranks, scalings, adapters, rates = [], [], [], [], set()
     for layer in layers:

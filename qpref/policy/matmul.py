@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +12,35 @@ from torch import Tensor
 
 
 def float32_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply matrices of any 16-bit dtype, accumulating and returning float32 (float64 for float64)."""
+    """Multiply matrices of any 16-bit dtype, accumulating and returning float32 (float64 for float64).
+
+    A GPU rounds a float32 `left` to the dtype of `right`, as autocast does.
+    """
     if right.dtype in (torch.float32, torch.float64):
         return left.to(right.dtype) @ right
     if right.device.type == "cuda":
-        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+        return float32_mm(left.to(right.dtype), right)
     with bf16_products(right.dtype == torch.bfloat16 == left.dtype):
         return left.float() @ right.float()
+
+
+def float32_mm(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply [m, k] and [k, n] matrices of one 16-bit dtype on a GPU, accumulating and returning float32."""
+    assert left.dtype == right.dtype
+    assert left.dtype in (torch.bfloat16, torch.float16)
+    assert left.device == right.device
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def check_packed(packed: Tensor, state: Any) -> None:
+    """Assert what bitsandbytes takes for granted of a 4-bit weight and its `quant_state`: it reads both by address."""
+    scales = [state.absmax] + ([state.state2.absmax, state.offset] if state.nested else [])
+    for tensor in (packed, state.code, *scales):
+        assert tensor.device == packed.device
+        assert tensor.is_contiguous()
+    assert state.absmax.dtype == (torch.uint8 if state.nested else torch.float32)
+    assert packed.numel() * packed.element_size() * 2 >= math.prod(state.shape)  # two weights a byte
+    assert state.absmax.numel() * state.blocksize >= math.prod(state.shape)
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qpref.errors import PolicyError
+from qpref.errors import DeviceMemoryError, PolicyError
+from qpref.policy.out_of_memory import out_of_memory_as, says_out_of_memory
 
 
 def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) -> Any:
@@ -20,7 +22,7 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
 
     Raises:
         PolicyError: transformers can't load it, or a weight is missing.
-        torch.OutOfMemoryError: the GPU is too small for it.
+        DeviceMemoryError: the device is too small for it.
     """
     import struct
 
@@ -28,15 +30,46 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
     from transformers import AutoModelForCausalLM
 
     path = folder / gguf_file if gguf_file else folder
+    out_of_memory = (
+        f"{path}: the device ran out of memory while the model was loaded",
+        "free its memory, raise [model] memory where it is set, or take a smaller base",
+    )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf_file, output_loading_info=True, trust_remote_code=False, **options
-        )
-    except torch.OutOfMemoryError:
-        raise
+        with _loading_report() as report, out_of_memory_as(*out_of_memory):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=gguf_file, output_loading_info=True, trust_remote_code=False, **options
+            )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError, struct.error) as error:
+        if any(map(says_out_of_memory, report)):
+            raise DeviceMemoryError(*out_of_memory) from error
         problem = "can't read this GGUF file" if gguf_file else "can't load this model"
         raise PolicyError(f"{path}: transformers {problem}: {error}") from error
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(found["missing_keys"]):
         raise PolicyError(f"{path}: it lacks {len(missing)} of its model's weights, the first is {missing[0]}")
     return model
+
+
+@contextmanager
+def _loading_report() -> Iterator[list[str]]:
+    """Collect what transformers logs while it loads a model, off the console.
+
+    It catches the errors of single weights, out-of-memory among them; the error that it raises at the end refers to a
+    logged report (transformers 5.17, `log_conversion_errors`). Drop this when that error says it.
+    """
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    collector, level, propagate = Collector(), logger.level, logger.propagate
+    logger.addHandler(collector)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+        logger.propagate = propagate

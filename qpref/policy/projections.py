@@ -16,6 +16,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qpref.policy.matmul import float32_mm
+
 
 @dataclass(frozen=True, slots=True)
 class Projections:
@@ -67,10 +69,7 @@ class Projections:
             of_adapters = self._adapter_gradients(x, low, low_grad, adapted, seed)
         if not needs_x:
             return None, of_adapters
-        if cast:
-            x_grad = self._dropped(low_grad @ cast[0], seed)
-        else:
-            x_grad = torch.zeros_like(x)
+        x_grad = self._dropped(low_grad @ cast[0], seed) if cast else torch.zeros_like(x)
         for gradient, base in zip(incoming, self.bases, strict=True):
             x_grad.addmm_(gradient, dense_weight(base, x.dtype))
         return x_grad, of_adapters
@@ -130,7 +129,7 @@ def _onto(start: Tensor, x: Tensor, base: Any) -> Tensor:
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply for the gradient of float32 weights, not rounded to 16 bits on a GPU (a CPU has no such product)."""
     if left.device.type == "cuda" and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
+        return float32_mm(left, right)
     return left @ right
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qpref.attention.register import HARMLESS_KEYWORDS, LAYOUT
-from qpref.policy.lora import Projected, projections_of
-from qpref.policy.norms import source_of
+from qpref.policy.lora import project, projections_of
 
 RECORDED = "qpref_recorded"
 """Name of `recorded_attention` in transformers' registry, while it is in use."""
@@ -68,32 +67,38 @@ class SelfAttention(nn.Module):
         return super().train(mode)
 
     def forward(self, *args: Any, **call: Any) -> tuple[Tensor, Tensor | None]:
-        layers: Any = self
-        states, positions = call.get("hidden_states"), call.get("position_embeddings")
-        drops = self.training and getattr(self._own[0], "attention_dropout", 0.0)
+        layers, own = cast(Any, self), self._own[0]
+        states = call.get("hidden_states")
         covered = None
-        if not (args or drops or states is None or positions is None) and self._is_covered(states, positions, call):
+        if not args and states is not None and self._is_covered(states, call):
             covered = projections_of([layers.q_proj, layers.k_proj, layers.v_proj], states)
-        if covered is None:
-            result: tuple[Tensor, Tensor | None] = self._own[0](*args, **call)
+        if covered is None or states is None:
+            result: tuple[Tensor, Tensor | None] = own(*args, **call)
             return result
-        states = states.to(covered[2])
-        heads = Projected.apply(states, covered[0], source_of(states), *covered[1])  # type: ignore[no-untyped-call]
-        query, key, value = (each.view(*each.shape[:-1], -1, self._own[0].head_dim) for each in heads)
+        heads = project(states, covered)
+        query, key, value = (each.view(*each.shape[:-1], -1, own.head_dim) for each in heads)
         if hasattr(self, "q_norm"):
             query, key = layers.q_norm(query), layers.k_norm(key)
-        query, key = (_Rotated.apply(each, *positions) for each in (query, key))  # type: ignore[no-untyped-call]
-        attend = ALL_ATTENTION_FUNCTIONS[self._own[0].config._attn_implementation]
+        cosines, sines = call["position_embeddings"]
+        query, key = (_Rotated.apply(each, cosines, sines) for each in (query, key))  # type: ignore[no-untyped-call]
+        attend = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
         streams = (each.transpose(1, 2) for each in (query, key, value))
-        attended, weights = attend(self._own[0], *streams, None, **self.keywords, **{LAYOUT: call[LAYOUT]})
+        attended, weights = attend(own, *streams, None, **self.keywords, **{LAYOUT: call[LAYOUT]})
         return layers.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
 
-    def _is_covered(self, states: Tensor, positions: Any, call: dict[str, Any]) -> bool:
+    def _is_covered(self, states: Tensor, call: dict[str, Any]) -> bool:
         """Return whether the layer is called for a packed stream and for nothing else, with positions for all of a
         head's width (some families rotate a part of it)."""
         known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT}
         is_stream = len(states) == 1 and LAYOUT in call and all(call[name] is None for name in call.keys() - known)
-        return is_stream and all(each.shape[-1] == self._own[0].head_dim for each in positions)
+        positions, width = call.get("position_embeddings"), self._own[0].head_dim
+        is_whole = isinstance(positions, tuple) and all(each.shape[-1] == width for each in positions)
+        return is_stream and is_whole and not self._drops
+
+    @property
+    def _drops(self) -> bool:
+        """True where attention weights are dropped, which only the family's own code passes on."""
+        return self.training and bool(getattr(self._own[0], "attention_dropout", 0.0))
 
 
 def trial_call(module: Any, states: Tensor, width: int) -> Tensor:

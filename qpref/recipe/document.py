@@ -21,7 +21,7 @@ FREE_TO_CHANGE = {
     ),
     ("adapter", "start"),
     # Memory and speed, and how often metrics and checkpoints are written.
-    *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "keep")),
+    *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "deterministic", "keep")),
     *(("train", key) for key in ("log_every", "eval_every", "save_every")),
 }
 """Settings that may differ between a run and its resumption: (table, key)."""

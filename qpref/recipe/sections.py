@@ -64,8 +64,8 @@ class ModelSection(Section):
     memory: str | None = Field(
         default=None,
         pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|MB|GB)$",
-        description="Memory budget, such as `8GiB`, that `auto` settings may fill. Default: the free memory of the "
-        "device.",
+        description="Memory of the run, such as `8GiB`: `auto` settings fill it, and a GPU's tensors never exceed "
+        "it, less 0.6 GiB for libraries. Default: the free memory of the device.",
     )
 
 
@@ -205,6 +205,11 @@ class TrainSection(Section):
     )
     seed: int = Field(
         default=0, ge=0, description="Seed for the order of the data, the adapter's initialization and dropout."
+    )
+    deterministic: bool = Field(
+        default=True,
+        description="Deterministic algorithms on a GPU, so that a repeated or resumed run has the same bits there too; "
+        "its attention has a slower backward pass. An operator without such an algorithm ends this with a warning.",
     )
     log_every: int = Field(default=1, ge=1, description="Optimizer steps between training rows in metrics.jsonl.")
     eval_every: Every | None = Field(

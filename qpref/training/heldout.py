@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qpref.data.pack import split_by_tokens
 from qpref.memory.tune import shrink_microbatch
+from qpref.policy.out_of_memory import attempt
 from qpref.policy.reference import frozen
 from qpref.records import Source, TokenizedExample
 from qpref.training.inputs import example_metrics, joined_inputs
@@ -42,10 +43,8 @@ def heldout_means(scorer: Scorer, examples: Sequence[TokenizedExample], budget: 
 
 def _try_metrics(scorer: Scorer, window: Sequence[TokenizedExample], budget: int) -> dict[str, Tensor] | None:
     """Compute [N] metrics of a window; None if memory runs out."""
-    try:
-        return _metrics(scorer, split_by_tokens(window, budget, scorer.policy.shares_prompts))
-    except torch.OutOfMemoryError:
-        return None
+    parts = split_by_tokens(window, budget, scorer.policy.shares_prompts)
+    return attempt(lambda: _metrics(scorer, parts))
 
 
 def _metrics(scorer: Scorer, parts: Sequence[Sequence[TokenizedExample]]) -> dict[str, Tensor]:

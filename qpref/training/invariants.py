@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qpref.attention.determinism import needs_nondeterminism
 from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, register_comparison
-from qpref.data.pack import pack
+from qpref.data.pack import num_fed_tokens, pack
 from qpref.data.tokenize import PairTokenizer
-from qpref.errors import DataError, PolicyError
+from qpref.errors import DataError, DeviceMemoryError, PolicyError
 from qpref.policy.logprobs import completion_logprobs, select_sequences
+from qpref.policy.out_of_memory import fits, is_out_of_memory
 from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
@@ -61,7 +64,12 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
 
     Raises:
         PolicyError: even whole rows differ: the model changes its logits in a way that qpref doesn't support.
+        DeviceMemoryError: not even a few tokens fit.
     """
+    _with_fitting(policy, [example], lambda examples: _choose_path(policy, examples[0]))
+
+
+def _choose_path(policy: Policy, example: TokenizedExample) -> None:
     batch, short = (pack([each], policy.device) for each in (example, _shortened(example)))
     with frozen(policy):
         policy.use_attention(policy.own_attention)
@@ -84,13 +92,50 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
         policy.use_attention(policy.own_attention)
 
 
+def _with_fitting(
+    policy: Policy, examples: Sequence[TokenizedExample], check: Callable[[Sequence[TokenizedExample]], None]
+) -> None:
+    """Run a check on the examples; on fewer, then on shorter ones where memory runs out.
+
+    Raises:
+        DeviceMemoryError: not even a few tokens fit.
+    """
+    while not fits(partial(check, examples)):
+        smaller = _fewer_or_shorter(examples)
+        if smaller is None:
+            raise DeviceMemoryError(
+                "the device ran out of memory in the checks before training, on a few tokens",
+                "take a smaller base; `qpref plan` says what needs how much",
+            )
+        examples = smaller
+        tokens = sum(num_fed_tokens(example, policy.shares_prompts) for example in examples)
+        log.warning("out of memory: a check before training is repeated on %d tokens", tokens)
+
+
+def _fewer_or_shorter(examples: Sequence[TokenizedExample]) -> Sequence[TokenizedExample] | None:
+    """Halve the examples, then the length of the last one; None where it is as short as a check needs."""
+    if len(examples) > 1:
+        return examples[: len(examples) // 2]
+    example, shortest = examples[0], _shortened(examples[0])
+    if example == shortest:
+        return None
+    prompt = max(CHECKED_PROMPT, len(example.prompt) // 2)
+    response = max(CHECKED_RESPONSE, *(len(branch) // 2 for branch in example.branches))
+    return [_cut(example, prompt, response)]
+
+
 def _shortened(example: TokenizedExample) -> TokenizedExample:
     """Cut an example to lengths at which a pass with gradients takes less memory than training.
 
     The checks run in eval mode, in which no layer recomputes its activations.
     """
-    branches = tuple(branch[:CHECKED_RESPONSE] for branch in example.branches)
-    return replace(example, prompt=example.prompt[-CHECKED_PROMPT:], branches=branches)
+    return _cut(example, CHECKED_PROMPT, CHECKED_RESPONSE)
+
+
+def _cut(example: TokenizedExample, prompt: int, response: int) -> TokenizedExample:
+    """Keep so many tokens at most: the end of the prompt, the start of each response."""
+    branches = tuple(branch[:response] for branch in example.branches)
+    return replace(example, prompt=example.prompt[-prompt:], branches=branches)
 
 
 def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor, short: PackedBatch) -> str | None:
@@ -114,7 +159,7 @@ def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor, 
     except CannotShareError as error:
         return str(error)
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or path == SEGMENTS:
+        if is_out_of_memory(error) or needs_nondeterminism(error) or path == SEGMENTS:
             raise
         reason, _, _ = str(error).strip().partition("\n")
         return f"{type(error).__name__}: {reason}"
@@ -184,7 +229,16 @@ def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> Non
 
     Raises:
         PolicyError: they differ, so the reference is not what the policy starts from; or a loss starts elsewhere.
+        DeviceMemoryError: not even a few tokens fit.
     """
+
+    def check(examples: Sequence[TokenizedExample]) -> None:
+        _check_start(policy, objective, batch if examples is batch.examples else pack(examples, policy.device))
+
+    _with_fitting(policy, batch.examples, check)
+
+
+def _check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
     with frozen(policy):
         scores = objective.score(policy, batch)
         with as_reference(policy):

@@ -26,7 +26,7 @@ from qpref.training.metrics import Recorder
 from qpref.training.objective import Objective, progress
 from qpref.training.scoring import Scorer
 from qpref.training.state import TrainingState
-from qpref.training.step import Step, compute_gradient
+from qpref.training.step import Step, apply_gradient, compute_gradient
 
 log = logging.getLogger("qpref")
 
@@ -142,7 +142,7 @@ class Trainer:
         rate = optim.learning_rate(train, index, self.total_steps)
         if math.isfinite(grad_norm):
             optim.set_learning_rate(self.optimizer, rate)
-            self.scaler.step(self.optimizer)
+            apply_gradient(self.scaler, self.optimizer)
         self._count_nonfinite(grad_norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.attention.determinism import needs_nondeterminism
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.types import PairedLoss
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
 from qpref.recipe.choices import Choice, LossChoice, joint_needs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
@@ -68,9 +70,9 @@ class LossCaller:
         num_examples = len(lengths)
         try:
             output: LossOutput = self.function(inputs)
-        except torch.OutOfMemoryError:
-            raise
         except (Exception, SystemExit) as error:
+            if is_out_of_memory(error) or needs_nondeterminism(error):
+                raise
             raise _broken(self.choice, f"raised {type(error).__name__}: {error}") from error
         self._check_output(output, num_examples)
         return output

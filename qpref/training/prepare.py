@@ -15,7 +15,8 @@ from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
 from qpref.data.order import refuse_empty_steps, step_order, total_steps
 from qpref.data.tokenize import PairTokenizer
-from qpref.memory.limit import memory_limit
+from qpref.memory.limit import enforced_limit
+from qpref.policy.device import announce
 from qpref.policy.load import choose_device, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
@@ -78,7 +79,9 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     refuse_empty_steps(recipe, len(examples))
     objective.refuse_bad_schedule(total_steps(recipe.train, len(examples)))
     invariants.check_first_row(pairs, examples[0])
-    limit = memory_limit(recipe, choose_device(recipe.model.device))
+    device = choose_device(recipe.model.device)
+    announce(device, recipe.model.device)
+    limit = enforced_limit(recipe, device)
     policy = load_policy(recipe, base)
     invariants.check_layout(policy, examples[0])
     return Prepared(

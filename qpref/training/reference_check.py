@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.out_of_memory import attempt
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows, ReferenceCache
@@ -249,8 +250,8 @@ def _scores(examples: Sequence[TokenizedExample], policy: Policy) -> Tensor:
 def _attempt(work: Callable[[], T]) -> T | None:
     """Return the result; None where memory runs out or the model refuses the rows."""
     try:
-        return work()
-    except (RuntimeError, MemoryError) as error:  # of which torch.OutOfMemoryError is one
+        return attempt(work)
+    except RuntimeError as error:
         log.debug("reference: rows of the cache cannot be checked: %s", error)
         return None
 

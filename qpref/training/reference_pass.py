@@ -6,15 +6,15 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
-
-import torch
 
 from qpref import shards
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError
 from qpref.memory.tune import shrink_microbatch
 from qpref.policy import reference_cache
+from qpref.policy.out_of_memory import fits
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, row_keys
 from qpref.policy.reference_cache import ReferenceCache
@@ -121,16 +121,13 @@ def fill(references: ReferenceStore, policy: Policy, examples: Sequence[Tokenize
     done = 0
     while done < len(todo):
         count = max(1, tokens // num_fed_tokens(todo[done], policy.shares_prompts))
-        if _try_scoring(references, policy, todo[done : done + count]):
+        members = todo[done : done + count]
+        if fits(partial(_score, references, policy, members)):
             done += count
         else:
-            tokens = shrink_microbatch(policy, todo[done : done + count], tokens)
+            tokens = shrink_microbatch(policy, members, tokens)
 
 
-def _try_scoring(references: ReferenceStore, policy: Policy, members: Sequence[TokenizedExample]) -> bool:
-    """Score a batch; returns whether the memory sufficed."""
-    try:
-        references.logprobs(policy, pack(members, policy.device))
-    except torch.OutOfMemoryError:
-        return False
-    return True
+def _score(references: ReferenceStore, policy: Policy, members: Sequence[TokenizedExample]) -> None:
+    """Score a batch into the store."""
+    references.logprobs(policy, pack(members, policy.device))

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from qpref import fsio
+from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
-from qpref.errors import DeviceMemoryError, PolicyError, StoppedBySignal
+from qpref.errors import PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
+from qpref.policy.load import choose_device
+from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.resolve import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.best import restore_best
@@ -30,6 +31,8 @@ from qpref.training.stop import stop_request
 
 log = logging.getLogger("qpref")
 
+HINT = "`qpref plan` says what needs how much; continue with --resume where checkpoints exist"
+
 
 def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Run a plan and return the run folder.
@@ -42,14 +45,13 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
             log.info("%s: this run is complete", folder.path)
             return folder.path
         checked = load_rows(plan)
-        try:
+        device = choose_device(plan.recipe.model.device)
+        with (
+            out_of_memory_as("the device ran out of memory", HINT),
+            deterministic(plan.recipe.train.deterministic, device),
+        ):
             prepared = prepare(plan, checked)
             _train(prepared, folder, resume)
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                "the device ran out of memory",
-                "`qpref plan` says what needs how much; continue with --resume where checkpoints exist",
-            ) from error
     return plan.output
 
 

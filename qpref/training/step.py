@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qpref.data.pack import split_by_tokens
+from qpref.errors import DeviceMemoryError
 from qpref.memory.tune import shrink_microbatch
+from qpref.policy.out_of_memory import attempt, fits
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training import optim
 from qpref.training.inputs import Inputs, example_metrics, joined_inputs
@@ -81,17 +84,47 @@ def compute_gradient(step: Step, budget: int) -> StepResult:
     return StepResult(parts, budget)
 
 
+def apply_gradient(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
+    """Let the optimizer update its parameters; its first step, which allocates its state, may be tried twice.
+
+    Parameters that a step has updated before memory ran out are restored, so the second try is the same step.
+
+    Raises:
+        DeviceMemoryError: the state doesn't fit.
+    """
+    if optimizer.state:
+        scaler.step(optimizer)
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    for _ in range(2):
+        if fits(lambda: scaler.step(optimizer)):
+            return
+        optimizer.state.clear()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+    raise DeviceMemoryError(
+        "the device ran out of memory for the optimizer's state",
+        'set [train] optimizer = "adamw_8bit", or lower [adapter] rank; `qpref plan` shows what each saves',
+    )
+
+
 def _try_gradient(step: Step, budget: int) -> list[MicroBatchResult] | None:
     """Compute the gradient in micro-batches of `budget` tokens; None, and no gradient, if memory runs out."""
     policy = step.scorer.policy
     parts = split_by_tokens(step.examples, budget, policy.shares_prompts)
-    try:
+
+    def accumulate() -> list[MicroBatchResult]:
+        policy.model.zero_grad(set_to_none=True)  # of a try that failed
         if step.scorer.objective.sees_whole_steps and len(parts) > 1:
             return [_backward_whole_step(step, parts)]
         return [_backward_part(step, members) for members in parts]
-    except torch.OutOfMemoryError:
+
+    results = attempt(accumulate)
+    if results is None:
         policy.model.zero_grad(set_to_none=True)
-        return None
+    return results
 
 
 def _backward_part(step: Step, members: Sequence[TokenizedExample]) -> MicroBatchResult:

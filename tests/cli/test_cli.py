@@ -350,6 +350,28 @@ def test_help_and_plugins_answer_within_five_starts_of_a_bare_click_program(tmp_
     assert {name: min(taken) for name, taken in seconds.items() if min(taken) > limit} == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_gpu_memory_is_in_expandable_segments_unless_the_user_says_otherwise(given, wanted):
+    """Said before torch is imported, which is when its allocator reads it."""
+    code = (
+        "import os, sys\n"
+        "from qpref.cli import main\n"
+        "main(['plugins'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ.get('PYTORCH_ALLOC_CONF'))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == str(wanted)
+
+
 @pytest.mark.parametrize(("given", "wanted"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, wanted):
     """Said before torch is imported, which is when OpenMP reads it."""

@@ -122,6 +122,34 @@ def test_a_batch_that_runs_out_of_memory_is_halved(run, monkeypatch, said):
         generate(subject, PROMPTS, GREEDY)
 
 
+def test_answers_survive_any_kind_of_out_of_memory(run, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    subject, real, sizes = identify(str(run)), LlamaForCausalLM.generate, []
+    expected = generate(subject, PROMPTS, GREEDY)
+
+    def small_memory(self, input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return real(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", small_memory)
+    assert generate(subject, PROMPTS, GREEDY) == expected
+    assert sizes[:2] == [3, 1]
+
+
+def test_a_model_that_memory_does_not_suffice_for_is_one_message(run, monkeypatch):
+    subject = identify(str(run))
+
+    def exhausted(dtype):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(type(subject), "load", lambda self, dtype: exhausted(dtype))
+    with pytest.raises(DeviceMemoryError, match="the device ran out of memory"):
+        generate(subject, PROMPTS, GREEDY)
+
+
 def test_prompts_are_read_of_pairs_and_of_lines(tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [*preference_rows(1), {"prompt": "alone"}])
     assert texts(read_prompts(str(pairs))) == [preference_rows(1)[0]["prompt"], "alone"]

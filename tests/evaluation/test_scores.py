@@ -121,7 +121,7 @@ def test_batches_that_run_out_of_memory_are_made_smaller(scored, monkeypatch):
     def small_memory(policy, batch):
         sizes.append(len(batch.examples))
         if len(batch.examples) > 2:
-            raise torch.OutOfMemoryError("full")
+            raise torch.AcceleratorError("CUDA error: out of memory")
         return real(policy, batch)
 
     monkeypatch.setattr(module, "completion_hidden", small_memory)
@@ -130,6 +130,24 @@ def test_batches_that_run_out_of_memory_are_made_smaller(scored, monkeypatch):
     assert sizes[0] == 5
     assert found.policy == pytest.approx(scores.policy, abs=1e-3)
     assert found.kl == pytest.approx(scores.kl, rel=1e-3)
+
+
+def test_pairs_whose_divergence_runs_out_of_memory_are_made_fewer_too(scored, monkeypatch):
+    from qpref.evaluation import scores as module
+
+    policy, examples, scores, positions = scored
+    real, calls = module.token_kl, []
+
+    def small_memory(*call):
+        calls.append(call)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return real(*call)
+
+    reference = score_reference("run", policy, examples, positions)
+    monkeypatch.setattr(module, "token_kl", small_memory)
+    assert score_pairs(policy, examples, positions, reference).kl == pytest.approx(scores.kl, rel=1e-3)
+    assert len(calls) > len(examples)
 
 
 def test_a_float32_model_multiplies_the_weights_of_training(run):

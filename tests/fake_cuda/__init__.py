@@ -9,4 +9,4 @@ import sys
 from tests.fake_cuda.build_guard import build
 
 assert "torch" not in sys.modules, "the device guard has to be loaded before torch is imported"
-ctypes.CDLL(str(build()))
+GUARD = ctypes.CDLL(str(build()))

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from tests.fake_cuda import checks_peak, startup, step
+from tests.fake_cuda.forked import forked
 from tests.fake_cuda.job import Job, within
 
 PAIRS = {"pairs": 4, "prompt": 180, "response": 300}
 """3,115 tokens in one micro-batch."""
+SMALL: dict[str, Any] = {"shape": "1B", **PAIRS}
+LARGE: dict[str, Any] = {"shape": "8B", **PAIRS}
 QWEN_7B: dict[str, Any] = {"family": "qwen2", "shape": "7B", "prompt": 256, "response": 768, "dropout": 0.05}
 LONG = QWEN_7B | {"pairs": 1, "recomputed": -1}
 """One pair of 1,790 tokens."""
@@ -28,11 +33,22 @@ STARTUPS: tuple[dict[str, Any], ...] = (
 
 
 def figures() -> dict[str, float]:
-    small = within(Job(shape="1B", **PAIRS), step.measure)
-    large = within(Job(shape="8B", **PAIRS), step.measure)
-    recipe = within(Job(**RECIPE), step.measure)
-    peaks = within(Job(**LONG), checks_peak.measure)
-    failed = [within(Job(**settings), startup.failures) for settings in STARTUPS]
+    """The figures, with the stages of a few settings: `tests.fake_cuda.matrix` has all."""
+    work: dict[str, Callable[[], Any]] = {
+        "small": partial(within, Job(**SMALL), step.measure),
+        "large": partial(within, Job(**LARGE), step.measure),
+        "recipe": partial(within, Job(**RECIPE), step.measure),
+        "peaks": partial(within, Job(**LONG), checks_peak.measure),
+    }
+    startups = {str(settings): partial(within, Job(**settings), startup.failures) for settings in STARTUPS}
+    found = forked(work | startups)
+    return figures_of(**{name: found[name] for name in work}, failed=[found[name] for name in startups])
+
+
+def figures_of(
+    small: dict[str, Any], large: dict[str, Any], recipe: dict[str, Any], peaks: dict[str, Any], failed: Iterable[Any]
+) -> dict[str, float]:
+    """The figures of three steps, of the startup checks at 7B, and of the stages that failed by job."""
     return {
         "syncs_per_microbatch": small["syncs"],
         "launches_per_step_1b": small["launches"],

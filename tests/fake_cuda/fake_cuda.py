@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
+import functools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -15,14 +17,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations import moe
 
-from tests.fake_cuda import names
+from tests.fake_cuda import GUARD, kernels, names
 
 GIB = 2**30
 KERNELS = torch.library.Library("aten", "IMPL")
@@ -38,6 +43,8 @@ NO_KERNEL = frozenset((
     "view_as", "dtype",
 ))  # fmt: skip
 """Operators that launch nothing: views, and memory without values."""
+READS = frozenset(("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"))
+"""Methods that read values back."""
 
 
 def site() -> str:
@@ -62,13 +69,14 @@ class Device(TorchDispatchMode):
         launch_sites: the same by (site, operator); counted where `by_site` is set, which is slow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.peak_site = ""
         self.by_site = False
         self.launches: collections.Counter[str] = collections.Counter()
         self.launch_sites: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.capability = capability
         self._sizes: dict[int, int] = {}
 
     def reset_peak(self) -> None:
@@ -77,6 +85,7 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and not _on_device(args[0]):
             return 0  # a seed drawn on the host, which waits for nothing
+        kernels.refuse(_name(func), args, kwargs or {}, self.capability)
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if _on_device(leaf)]
         for tensor in made:
@@ -106,7 +115,8 @@ class Device(TorchDispatchMode):
 class Syncs(TorchFunctionMode):
     """Where the host waits for the device: values read back, and memory copied from pageable host memory.
 
-    Fake tensors have no values, so every number read back is `answer` (floats) or 0, and every boolean is False.
+    Fake tensors have no values, so every number read back is `answer` (floats) or 0, a boolean is False but for
+    `isfinite`, and a boolean index selects some rows. Reading a fake tensor on the CPU is answered too, and is no wait.
     """
 
     def __init__(self) -> None:
@@ -119,39 +129,62 @@ class Syncs(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
         others = [*args[1:], *kwargs.values()]
-        if _on_device(first):
-            if name in ("item", "__bool__", "__float__", "__int__", "__index__"):
-                self._note(f"read {name}")
-                return self._scalar(torch.bool if name == "__bool__" else first.dtype)
-            if name == "tolist":
-                self._note("read tolist")
-                return self._filled(list(first.shape), first.dtype)
+        if isinstance(first, FakeTensor) and name in READS:
+            return self._read(name, first)
+        if isinstance(first, FakeTensor) and name in ("__getitem__", "__setitem__"):
+            args = (first, self._without_mask(first, args[1]), *args[2:])
+        elif _on_device(first):
             if name in ("cpu", "nonzero", "masked_select") or (name == "to" and any(str(x) == "cpu" for x in others)):
                 self._note(f"read {name}")
             if name == "new_tensor":
                 self._note("write new_tensor")
-            if name in ("__getitem__", "__setitem__"):
-                index = args[1] if isinstance(args[1], tuple) else (args[1],)
-                if any(isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index):
-                    self._note("read boolean index")
-                    if name == "__getitem__" and len(index) == 1:  # how many are true is unknown; any number will do
-                        return first[torch.arange(min(len(first), 4), device=first.device)]
         elif isinstance(first, torch.Tensor) and name == "to":
             targets = [str(x) for x in others if isinstance(x, str | torch.device)]
             if any("cuda" in target for target in targets) and not kwargs.get("non_blocking"):
                 self._note("write to")
         elif name in ("tensor", "as_tensor") and "cuda" in str(kwargs.get("device", "")):
             self._note(f"write {name}")
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if name == "isfinite" or (name == "all" and getattr(first, "is_true", False)):
+            out.is_true = True
+        return out
 
     def _note(self, what: str) -> None:
         self.at[what, site()] += 1
 
-    def _scalar(self, dtype: torch.dtype) -> Any:
-        return False if dtype == torch.bool else self.answer if dtype.is_floating_point else 0
+    def _read(self, name: str, tensor: FakeTensor) -> Any:
+        """What a read gives; a constant of a few elements that the CPU made knows its values."""
+        if _on_device(tensor):
+            self._note(f"read {name}")
+        values = tensor.constant
+        if values is None:
+            truth = getattr(tensor, "is_true", False)
+            fill = truth if tensor.dtype == torch.bool else self._number() if tensor.dtype.is_floating_point else 0
+            shape, dtype = tensor.shape, str(tensor.dtype).removeprefix("torch.").replace("bfloat16", "float32")
+            values = numpy.full(shape, fill, dtype)
+        elif name in ("numpy", "tolist"):
+            values = values.numpy()
+        if name == "numpy":
+            return values
+        if name == "tolist":
+            return values.tolist()
+        number = values.item()
+        return {"__bool__": bool, "__float__": float, "__int__": int, "__index__": int}.get(name, lambda x: x)(number)
 
-    def _filled(self, shape: list[int], dtype: torch.dtype) -> Any:
-        return [self._filled(shape[1:], dtype) for _ in range(shape[0])] if shape else self._scalar(dtype)
+    def _number(self) -> float:
+        """`answer`, and 0 for torch.amp, which asks how many gradients overflowed."""
+        return 0.0 if site().startswith("torch/amp/") else self.answer
+
+    def _without_mask(self, tensor: torch.Tensor, index: Any) -> Any:
+        """An index without boolean masks, whose true values a GPU counts first; any number of them will do."""
+        parts = index if isinstance(index, tuple) else (index,)
+        masks = [isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts]
+        if not any(masks):
+            return index
+        if _on_device(tensor):
+            self._note("read boolean index")
+        rows = torch.arange(min(len(tensor), 4), device=tensor.device)
+        return tuple(rows if mask else part for part, mask in zip(parts, masks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -175,12 +208,13 @@ def fake_cuda(capability: tuple[int, int] = (8, 9), total: int = 24 * GIB) -> It
         capability: (8, 9) for a card with bf16 and flash attention, (7, 5) for one without.
         total: bytes that the card says it has. Nothing enforces them.
     """
-    meters = Meters(Device(), Syncs())
+    meters = Meters(Device(capability), Syncs())
     _become_cuda(meters.device, capability, total)
     _settle_libraries()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     type(mode).avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
-    torch._C._ensureCUDADeviceGuardSet()
+    fake_tensor.init_gpu_context = lambda device: None  # a CUDA build would start the driver
+    GUARD.use_fake_guard()
     torch._C._set_only_lift_cpu_tensors(True)
     with mode, meters.device, meters.syncs:
         yield meters
@@ -192,13 +226,19 @@ def fake_model(config: Any, dtype: torch.dtype, quantized: bool = True) -> Any:
     A 4-bit weight is a plain Parameter that carries `quant_state`: bitsandbytes' own class can't wrap a fake tensor.
     """
     with torch.device("cuda:0"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if quantized and type(module) is torch.nn.Linear and module is not head:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _linear_4bit(module, dtype))
     return model.requires_grad_(False)
+
+
+def plain_model(config: Any, dtype: torch.dtype) -> Any:
+    """A transformers model on the CPU, as it is read from its files for a merge."""
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def _linear_4bit(plain: torch.nn.Linear, dtype: torch.dtype) -> Any:
@@ -215,6 +255,12 @@ def _linear_4bit(plain: torch.nn.Linear, dtype: torch.dtype) -> Any:
     return layer
 
 
+@functools.cache
+def _name(operator: Any) -> str:
+    """An operator's name with its overload, the default one's left out: "aten::mm.dtype"."""
+    return str(operator._schema.name) + (f".{overload}" if (overload := operator._schema.overload_name) else "")
+
+
 def _on_device(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
@@ -227,7 +273,8 @@ def _become_cuda(device: Device, capability: tuple[int, int], total: int) -> Non
         "is_available": True, "is_initialized": True, "_is_in_bad_fork": False, "_lazy_init": None, "current_device": 0,
         "device_count": 1, "get_device_properties": properties, "get_device_capability": capability,
         "get_device_name": "fake", "mem_get_info": (total - GIB, total), "synchronize": None, "empty_cache": None,
-        "manual_seed": None, "manual_seed_all": None, "set_rng_state": None,
+        "manual_seed": None, "manual_seed_all": None, "set_rng_state": None, "is_current_stream_capturing": False,
+        "get_arch_list": [f"sm_{major}{minor}"],
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *a, answer=answer, **k: answer)
@@ -247,6 +294,9 @@ def _settle_libraries() -> None:
     torch.nn.Module._apply = _apply
     # One kernel on a GPU, which fake tensors take apart into seven where torch was built without CUDA.
     KERNELS.impl("silu_backward", lambda gradient, states: torch.empty_like(gradient), "CUDA")
+    usable = moe._can_use_grouped_mm
+    # The fake `_grouped_mm` knows bf16 alone (torch 2.13); transformers' own fallback takes the other dtypes.
+    moe._can_use_grouped_mm = lambda x, weight, offs: weight.dtype == torch.bfloat16 and usable(x, weight, offs)
 
 
 def _apply(self: Any, function: Any, recurse: bool = True) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import tempfile
 from array import array
 from collections.abc import Callable
@@ -26,14 +28,29 @@ FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+WINDOWS = {
+    "mistral": {"sliding_window": 16},
+    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+}
+"""Windows shorter than the default pairs; at full size Gemma3 keeps its own pattern of layers."""
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+}
+SINGLES = ("kto", "apo_zero_unpaired")
+"""Losses of single completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Attributes: `recomputed` is the number of recomputed layers, -1 for all; `tokens` the micro-batch's budget;
-    `prompt` and `response` are each pair's lengths."""
+    `prompt` and `response` are each pair's lengths; `start` is 1 for a run that starts from an adapter; `width`
+    replaces the shape's head width."""
 
     family: str = "llama"
     shape: str = "tiny"
@@ -48,6 +65,8 @@ class Job:
     dropout: float = 0.0
     rank: int = 16
     capability: str = "8.9"
+    start: int = 0
+    width: int = 0
 
     @classmethod
     def parse(cls, text: str, **defaults: Any) -> tuple[Job, argparse.Namespace]:
@@ -67,25 +86,37 @@ class Job:
         major, _, minor = self.capability.partition(".")
         return int(major), int(minor)
 
+    @property
+    def has_flash(self) -> bool:
+        """Whether the card and the model's heads suit the one-call kernels."""
+        width = self.width or SHAPES[self.shape][5]
+        return self.compute >= (8, 0) and width % 8 == 0 and width <= 256
+
     def config(self) -> Any:
         hidden, mlp, layers, heads, key_heads, width, vocabulary, tied = SHAPES[self.shape]
-        window = {"sliding_window": 64} if self.family == "gemma3_text" else {}
+        width = self.width or width
+        changes = WINDOWS.get(self.family, {}) | EXPERTS.get(self.family, {})
+        if layers != 2:
+            changes.pop("layer_types", None)
         config = transformers.AutoConfig.for_model(
             self.family, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=key_heads, head_dim=width, vocab_size=vocabulary, tie_word_embeddings=tied,
-            max_position_embeddings=16384, **window,
+            max_position_embeddings=16384, **changes,
         )  # fmt: skip
         config._attn_implementation = "sdpa"
         config.architectures = [FAMILIES[self.family]]
         return config
 
     def examples(self) -> list[names.TokenizedExample]:
+        """Pairs, or single completions where the loss takes those, each with a prompt of its own."""
+        is_single = self.loss in SINGLES
+        sides = slice(1 if is_single else 2)
         return [
             names.TokenizedExample(
-                prompt=array("i", [5] * self.prompt),
-                branches=(array("i", [6] * self.response), array("i", [7] * (self.response + place % 3))),
-                truncated=(False, False), weight=1.0, margin=0.0, label=bool(place % 2) if self.loss == "kto" else None,
-                source=names.Source(path="made up", line=place + 1),
+                prompt=array("i", [8 + place] * self.prompt),
+                branches=(array("i", [6] * self.response), array("i", [7] * (self.response + place % 3)))[sides],
+                truncated=(False, False)[sides], weight=1.0, margin=0.0,
+                label=bool(place % 2) if is_single else None, source=names.Source(path="made up", line=place + 1),
             )
             for place in range(self.pairs)
         ]  # fmt: skip
@@ -98,23 +129,77 @@ class Run:
         config = job.config()
         config.save_pretrained(folder)
         (folder / "none.jsonl").touch()
-        self.job, self.folder, self.config, self.examples = job, folder, config, job.examples()
+        self.job, self.folder, self.config = job, folder, config
+        self.plan = self.plan_of(job.loss)
+        self.base: Any = None
+        names.use_stand_ins(self._make_base, self._start_tensors)
+        self.policy = names.load_policy(self.plan.recipe, self.base_folder)
+        if job.compute < (8, 0):  # a real kernel refuses the card there, and the layout check leaves the last path
+            self.policy.use_attention(self.policy.sharing_paths[-1])
+        self.objective = names.Objective.of(self.plan.losses, (2, 2))
+        self.examples = job.examples()
+        if self.objective.needs_mismatched:
+            self.examples = names.with_mismatched(self.examples, 0, 16384)
+        self.references = names.ReferenceStore() if self.objective.needs_reference else None
+        self.optimizer: Any = None
+
+    def plan_of(self, loss: str) -> Any:
+        """The run's plan with some loss."""
+        job = self.job
         layers = bool(job.recomputed) if job.recomputed <= 0 else job.recomputed
         recipe = {
-            "model": {"base": str(folder), "dtype": job.dtype, "device": "cuda", "quantization": "nf4"},
-            "adapter": {"rank": job.rank, "alpha": 2 * job.rank, "dropout": job.dropout},
-            "data": {"train": str(folder / "none.jsonl")},
-            "loss": {"name": job.loss, "beta": 0.1},
+            "model": {"base": str(self.folder), "dtype": job.dtype, "device": "cuda", "quantization": "nf4"},
+            "adapter": self._adapter(),
+            "data": {"train": str(self.folder / "none.jsonl")},
+            "loss": {"name": loss},
             "train": {"learning_rate": 1e-5, "batch_size": job.pairs, "tokens_per_microbatch": job.tokens,
-                      "gradient_checkpointing": layers, "optimizer": job.optimizer},
+                      "gradient_checkpointing": layers, "optimizer": job.optimizer, "max_steps": 8},
             "sinks": [],
         }  # fmt: skip
-        self.plan = names.make_plan(recipe, (), folder / "run")
-        names.use_stand_ins(lambda section: fake_cuda.fake_model(config, names.DTYPES[job.dtype]))
-        self.policy = names.load_policy(self.plan.recipe, SimpleNamespace(path=folder, config={}, weights={}))
-        self.objective = names.Objective.of(self.plan.losses, (2, 2))
-        self.references = names.ReferenceStore()
-        self.optimizer: Any = None
+        return names.make_plan(recipe, (), self.folder / "run")
+
+    @property
+    def base_folder(self) -> Any:
+        return SimpleNamespace(path=self.folder, config={}, weights={})
+
+    def _adapter(self) -> dict[str, Any]:
+        """The recipe's table, and the folder of the start adapter where there is one."""
+        job = self.job
+        if not job.start:
+            return {"rank": job.rank, "alpha": 2 * job.rank, "dropout": job.dropout}
+        start = self.folder / "start"
+        start.mkdir(exist_ok=True)
+        settings = {"peft_type": "LORA", "r": job.rank, "lora_alpha": 2 * job.rank, "target_modules": self._targets()}
+        (start / "adapter_config.json").write_text(json.dumps(settings))
+        (start / "adapter_model.safetensors").touch()
+        return {"start": str(start), "dropout": job.dropout}
+
+    def _targets(self) -> list[str]:
+        """The linear layers by their last names, as PEFT saves them; a mixture's experts are none."""
+        attention, mlp = [f"{each}_proj" for each in "qkvo"], ["gate_proj", "up_proj", "down_proj"]
+        return attention if self.job.family in EXPERTS else attention + mlp
+
+    def _make_base(self, section: Any) -> Any:
+        self.base = fake_cuda.fake_model(self.config, names.DTYPES[section.dtype], section.quantization == "nf4")
+        return self.base
+
+    def _start_tensors(self) -> dict[str, torch.Tensor]:
+        """The start adapter's file: matrices on the CPU for each linear layer of the decoder."""
+        return {
+            f"base_model.model.{name}.lora_{side}.weight": torch.empty(shape)
+            for name, out, inputs in self.linears
+            for side, shape in (("A", (self.job.rank, inputs)), ("B", (out, self.job.rank)))
+        }
+
+    @functools.cached_property
+    def linears(self) -> list[tuple[str, int, int]]:
+        """Name, outputs and inputs of each linear layer of the decoder, as in the base before it has adapters."""
+        head = self.base.get_output_embeddings()
+        return [
+            (name, module.out_features, module.in_features)
+            for name, module in self.base.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        ]
 
     def trainer(self) -> Any:
         parameters = self.policy.trained_parameters().values()
@@ -138,12 +223,12 @@ class Run:
             for part in self.parts()
         ]
         largest = max(streams, key=lambda stream: stream.tokens)
-        shape = names.model_shape(self.plan.recipe.model, self.plan.recipe.adapter, str(self.folder))
-        setup = names.Setup.of(self.plan.recipe, "cuda", shape)
-        return largest.tokens, names.peak_memory(shape, setup, largest, self.policy.recomputed_layers)
+        demand = names.tune.demand_of(self.policy, self.plan.recipe, self.folder, self.examples)
+        return largest.tokens, names.peak_memory(demand.shape, demand.setup, largest, self.policy.recomputed_layers)
 
 
 def within(job: Job, work: Callable[[Run, fake_cuda.Meters], Any]) -> Any:
     """Do some work with a job under way on the fake device, in a folder that goes away."""
-    with tempfile.TemporaryDirectory() as folder, fake_cuda.fake_cuda(job.compute) as meters:
+    as_by_default = names.deterministic(True, torch.device("cuda"))
+    with tempfile.TemporaryDirectory() as folder, fake_cuda.fake_cuda(job.compute) as meters, as_by_default:
         return work(Run(job, Path(folder)), meters)

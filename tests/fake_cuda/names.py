@@ -6,34 +6,55 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from qpref.attention import varlen
-from qpref.data.pack import pack, split_by_tokens
+from transformers import GenerationMixin
+
+from qpref.attention import sdpa, varlen
+from qpref.attention.determinism import deterministic
+from qpref.data.mismatch import with_mismatched
+from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
+from qpref.evaluation.generate import Sampling, _answers
+from qpref.evaluation.scores import Reference, kl_positions, score_pairs, score_reference
 from qpref.memory import tune
 from qpref.memory.costs import peak_memory
 from qpref.memory.forecast import run_forecast
-from qpref.memory.setup import Setup
-from qpref.memory.shape import model_shape
 from qpref.memory.stream import Stream
-from qpref.policy import fused
+from qpref.merge.base import TrainedBase
+from qpref.merge.compared_models import AsStored, AsTrained
+from qpref.merge.replay import ScoredRow, replay
+from qpref.merge.replayed_pairs import Contrast, Replayed
+from qpref.merge.request import Tolerance
+from qpref.merge.verdict import Judge
+from qpref.policy import adapter_folder, fused, head
 from qpref.policy import load as loading
+from qpref.policy.delta import LoraDelta
 from qpref.policy.divergence import NextTokens, token_kl
-from qpref.policy.load import DTYPES, load_policy
-from qpref.policy.reference import ReferenceStore
+from qpref.policy.float32 import compute_in_float32
+from qpref.policy.load import DTYPES, load_plain, load_policy
+from qpref.policy.matmul import float32_mm
+from qpref.policy.reference import ReferenceStore, as_reference, row_keys
+from qpref.policy.reference_cache import CheckRows
 from qpref.recipe.resolve import make_plan
 from qpref.records import Source, TokenizedExample
-from qpref.training import invariants, optim, reference_pass, scoring
+from qpref.training import invariants, optim, reference_pass, scoring, snapshot
+from qpref.training.checkpoint import Checkpoint
 from qpref.training.heldout import heldout_means
 from qpref.training.invariants import check_layout, check_start, first_batch
 from qpref.training.loop import Trainer
 from qpref.training.objective import Objective
+from qpref.training.reference_check import check_cache, measured_rounding
+from qpref.training.snapshot import Session
 from qpref.training.state import TrainingState
+from tests.fake_cuda import efficient
 
 __all__ = [
-    "DTYPES", "NextTokens", "Objective", "ReferenceStore", "Setup", "Source", "Stream", "TokenizedExample", "Trainer",
-    "TrainingState", "check_layout", "check_start", "first_batch", "heldout_means", "load_policy", "make_plan",
-    "model_shape",
-    "optim", "pack", "peak_memory", "reference_pass", "run_forecast", "scoring", "split_by_tokens", "token_kl", "tune",
-    "use_stand_ins", "varlen",
+    "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LoraDelta", "NextTokens",
+    "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
+    "Stream", "TokenizedExample", "Tolerance", "TrainedBase", "Trainer", "TrainingState", "as_reference",
+    "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch", "float32_mm",
+    "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan", "measured_rounding",
+    "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay", "row_keys", "run_forecast",
+    "score_pairs", "score_reference", "scoring", "snapshot", "split_by_tokens", "token_kl", "tune", "use_stand_ins",
+    "varlen", "with_mismatched",
 ]  # fmt: skip
 
 PACKAGES = ("qpref", "qpref_", "bitsandbytes", "transformers", "peft", "torch.optim", "torch.amp", "torch.nn.utils",
@@ -41,13 +62,16 @@ PACKAGES = ("qpref", "qpref_", "bitsandbytes", "transformers", "peft", "torch.op
 """Modules whose lines a launch or a synchronization is booked on, by the start of their names; the innermost counts."""
 
 
-def use_stand_ins(make_base: Any) -> None:
+def use_stand_ins(make_base: Any, start_tensors: Any) -> None:
     """Replace what needs real weights or real values.
 
     Args:
         make_base: what to call for the base model, with the recipe's [model] section.
+        start_tensors: what to call for the tensors of a start adapter.
     """
     loading.load_base = lambda section, base, device: make_base(section)  # type: ignore[assignment]
+    adapter_folder.read_tensors = lambda folder: start_tensors()  # type: ignore[assignment]
+    sdpa.scaled_dot_product_attention = efficient.attention
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.
     invariants.math = SimpleNamespace(**{**vars(math), "isclose": lambda *a, **k: True})  # type: ignore[assignment]
     fused.difference = lambda *a, **k: (0.0, 0.0)  # type: ignore[assignment]
@@ -57,3 +81,13 @@ def use_stand_ins(make_base: Any) -> None:
 def probe(policy: Any, examples: Any) -> Any:
     """Training's own trial of a forward and backward pass over some examples."""
     return tune._try(policy, examples)
+
+
+def answers(policy: Any, prompts: list[list[int]], sampling: Sampling) -> list[tuple[str, bool]]:
+    """Answers to one batch of prompts that are tokenized already, by a tokenizer that knows no text."""
+    tokenizer = SimpleNamespace(stop_tokens=(2,), tokenizer=SimpleNamespace(decode=lambda ids, **options: str(ids)))
+    # Whether every answer has ended is a value, so fake tensors would go on for ever.
+    steps = iter([True] * sampling.max_new_tokens)
+    GenerationMixin._has_unfinished_sequences = lambda self, *state, **options: next(steps, False)
+    policy.share_prompts(False)
+    return _answers(policy, tokenizer, prompts, sampling)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Everything that a run does on the device, in its order, at any shape: which stage mixes devices, types or shapes up.
+"""Everything that training does on the device, in its order, at any shape: which stage mixes devices or types up.
 
     python -m tests.fake_cuda.startup [--family gemma3_text --loss kto] [--dtype fp16 --dropout 0.1]
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ import torch
 from tests.fake_cuda import fake_cuda, names
 from tests.fake_cuda.job import Job, Run, within
 
+Stage = tuple[str, Callable[[], Any]]
 
-def stages(run: Run, meters: fake_cuda.Meters) -> list[tuple[str, Callable[[], Any]]]:
+
+def stages(run: Run, meters: fake_cuda.Meters) -> list[Stage]:
     policy, examples, device = run.policy, run.examples, run.policy.device
     trainer = run.trainer()
     open_recipe = run.plan.recipe.model_copy(update={"train": run.plan.recipe.train.model_copy(
@@ -26,14 +29,17 @@ def stages(run: Run, meters: fake_cuda.Meters) -> list[tuple[str, Callable[[], A
 
     def layout() -> str:
         names.check_layout(policy, examples[0])  # a fault on its way makes the product fall back, with a warning alone
-        assert policy.attention == policy.sharing_paths[0], f"fell back to {policy.attention}"
+        expected = policy.sharing_paths[0 if run.job.has_flash else -1]
+        assert policy.attention == expected, f"{policy.attention} instead of {expected}"
         return str(policy.attention)
 
-    def steps() -> str:
+    def step(budget: int, objective: Any = run.objective) -> str:
         meters.syncs.answer = 0.5  # a gradient that is not 0
-        trainer.state.budget = 2 * max(len(each.prompt) + 2 * len(each.branches[0]) for each in examples)
-        parts = names.split_by_tokens(examples, trainer.state.budget, policy.shares_prompts)
+        trainer.state.budget, trainer.objective = budget, objective
+        parts = names.split_by_tokens(examples, budget, policy.shares_prompts)
         trainer.step()
+        trainer.state.step += 1
+        assert (len(parts) > 1) == (budget == pair), f"{len(parts)} micro-batches"
         return f"{len(parts)} micro-batches"
 
     def token_kl() -> Any:
@@ -41,34 +47,106 @@ def stages(run: Run, meters: fake_cuda.Meters) -> list[tuple[str, Callable[[], A
         tokens = names.NextTokens.of(policy.head, hidden)
         return tuple(names.token_kl(tokens, tokens).shape)
 
-    return [
+    def resumed() -> str:
+        """A snapshot as from a file, on the CPU, restored into a fresh optimizer, and a step with that."""
+        session = _session(run, trainer)
+        saved = names.snapshot.capture(session, 0)
+        files = {name: {key: value.cpu() for key, value in file.items()} for name, file in saved.tensors.items()}
+        assert files["optimizer"], "the steps left the optimizer without a state"
+        again = run.trainer()
+        session = _session(run, again)
+        names.snapshot.restore(names.Checkpoint(step=saved.step, state=saved.state, tensors=files), session)
+        assert again.state.step == trainer.state.step > 0
+        again.step()
+        return f"{len(files['optimizer'])} tensors of the optimizer"
+
+    pair = 2 * max(names.num_fed_tokens(example, policy.shares_prompts) for example in examples)
+    found: list[Stage] = [
         ("layout check", layout),
         ("start check", lambda: names.check_start(policy, run.objective, names.first_batch(examples, policy))),
         ("settle, with its probe", lambda: names.tune.choose_sizes(policy, open_recipe, run.folder, examples, 2**31)),
-        (
-            "forecast",
-            lambda: len(names.run_forecast(policy, run.plan.recipe, run.folder, examples, 4096)),
-        ),
-        ("reference fill", lambda: names.reference_pass.fill(run.references, policy, examples, 16384)),
-        ("held-out rows", lambda: len(names.heldout_means(trainer.scorer, examples, 4096)[0])),
-        ("a step in parts", steps),
-        ("token KL", token_kl),
-        ("optimizer snapshot", lambda: len(names.optim.optimizer_tensors(run.optimizer)[0])),
+        ("forecast", lambda: len(names.run_forecast(policy, run.plan.recipe, run.folder, examples, 4096))),
     ]
+    if run.references is not None:
+        found += [
+            ("reference check", lambda: check_reference(run, examples[:2])),
+            ("reference fill", lambda: names.reference_pass.fill(run.references, policy, examples, 16384)),
+        ]
+    found += [
+        ("held-out rows", lambda: len(names.heldout_means(trainer.scorer, examples, 4096)[0])),
+        ("a step in one", lambda: step(16384)),
+        ("a step in parts", lambda: step(pair)),
+    ]
+    if whole := _whole_step_loss(run):
+        found.append(("a whole-step loss in parts", lambda: step(pair, whole)))
+    return [*found, ("token KL", token_kl), ("snapshot, restored, and a step", resumed)]
 
 
-def failures(run: Run, meters: fake_cuda.Meters) -> dict[str, str]:
+def check_reference(run: Run, examples: Sequence[names.TokenizedExample]) -> str:
+    """Check an earlier run's scores of these examples, and measure the rounding between batches."""
+    policy = run.policy
+    batch = names.pack(examples, policy.device)
+    keys = [key for example in examples for key in names.row_keys(example)]
+    rows = {key: torch.empty(length) for key, length in zip(keys, batch.lengths, strict=True)}
+    cache = _EarlierRun(rows, names.CheckRows(tuple(examples), torch.empty(sum(batch.lengths))))
+    names.check_cache(names.ReferenceStore(cache), policy, batch, examples)  # type: ignore[arg-type]
+    assert not cache.refused, "the earlier run's scores are put aside"
+    with names.as_reference(policy):
+        names.measured_rounding(examples, policy)
+    return f"{len(rows)} rows"
+
+
+class _EarlierRun:
+    """The cache of one earlier run, in memory: what reads files has no fake values to read."""
+
+    def __init__(self, rows: dict[bytes, torch.Tensor], check_rows: names.CheckRows) -> None:
+        self.rows, self.known, self.refused = rows, check_rows, False
+        self.check_rows: names.CheckRows | None = None
+        self.store = SimpleNamespace(run="this", shard_of=lambda key: "earlier" if key in rows else None)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.rows
+
+    def get(self, key: bytes) -> torch.Tensor | None:
+        return self.rows.get(key)
+
+    def check_rows_of(self, shard: str, max_tokens: int) -> names.CheckRows:
+        return self.known
+
+    def put_aside(self, shards: Any) -> None:
+        self.refused |= bool(shards)
+
+
+def _session(run: Run, trainer: Any) -> Any:
+    """The part of a run that its checkpoints are made of."""
+    prepared = SimpleNamespace(policy=run.policy, plan=run.plan, fingerprints={})
+    return names.Session(prepared, trainer.optimizer, trainer.scaler, trainer.references, trainer.state)
+
+
+def _whole_step_loss(run: Run) -> Any:
+    """A loss that has to see all pairs of a step at once; None in a run on single completions, which has its own."""
+    if not run.objective.is_paired or run.references is None:
+        return None
+    return names.Objective.of(run.plan_of("aot").losses)
+
+
+def attempted(found: Sequence[Stage], meters: fake_cuda.Meters) -> dict[str, str]:
     """What each stage that fails says."""
-    meters.syncs.answer = 0.0  # a difference of 0 passes every check
-    found = {}
-    for name, stage in stages(run, meters):
+    failed = {}
+    for name, stage in found:
+        meters.syncs.answer = 0.0  # a difference of 0 passes every check
         try:
             print(f"ok    {name}: {stage()}", file=sys.stderr)
         except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
             traceback.print_exc(limit=-3)
             print(f"FAIL  {name}: {type(error).__name__}: {str(error)[:160]}", file=sys.stderr)
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+            failed[name] = f"{type(error).__name__}: {error}"
+    return failed
+
+
+def failures(run: Run, meters: fake_cuda.Meters) -> dict[str, str]:
+    """What each stage of training that fails says."""
+    return attempted(stages(run, meters), meters)
 
 
 def main() -> None:

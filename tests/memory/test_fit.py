@@ -15,7 +15,7 @@ from qpref.memory.demand import Demand, Workload
 from qpref.memory.fit import MOST_TOKENS, USEFUL_TOKENS, fit_memory
 from qpref.memory.known_shapes import named_config
 from qpref.memory.limit import memory_limit, parse_bytes
-from qpref.memory.parts import GIB
+from qpref.memory.parts import GIB, count_text
 from qpref.memory.probe import Probe, corrected, measure_bytes
 from qpref.memory.setup import Setup
 from qpref.memory.shape import read_shape
@@ -168,7 +168,7 @@ def test_advice_says_what_each_change_saves_most_first(shape):
         "[model] double_quantization = true",
     ):
         assert change in text
-    assert re.fullmatch(r"or a base of about [\d.]+ billion parameters", last)
+    assert re.fullmatch(r"or a base of about \d\d0 million parameters", last)
     assert any(change.startswith("[data] max_length 1024 -> 512 saves") for change in tight_fit(shape).advice)
 
 
@@ -178,6 +178,28 @@ def test_what_advice_says_of_a_change_is_so(shape):
     (line,) = (line for line in fit_memory(plain, 5 * GIB).advice if "double_quantization" in line)
     difference = need(plain, LONGEST, 27) - need(doubled, LONGEST, 27)
     assert line == f"[model] double_quantization = true saves {difference / GIB:.2f} GiB"
+
+
+def test_a_tiny_base_is_told_its_size_in_its_own_unit():
+    """Not 0.0 billion: 135 million parameters in a tenth of the memory that they need."""
+    tiny = demand(read_shape(named_config("SmolLM2-135M"), AdapterSection()))
+    limit = need(tiny, *tiny.smallest()) // 10
+    assert fit_memory(tiny, limit).advice[-1] == "or a base of about 13 million parameters"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(7_615_616_512, "7.62 billion"), (134_515_008, "135 million"), (12_345, "12.3 thousand"), (64, "64.0")],
+)
+def test_counts_are_written_with_their_unit(count, text):
+    assert count_text(count) == text
+
+
+def test_a_card_without_bf16_is_advised_fp16(shape):
+    """It has neither bf16 nor flash attention."""
+    for has_flash, dtype in ((True, "bf16"), (False, "fp16")):
+        lines = fit_memory(demand(shape, dtype_bytes=4, has_flash=has_flash), 5 * GIB).advice
+        assert any(line.startswith(f'[model] dtype = "{dtype}" saves') for line in lines)
 
 
 def test_advice_for_a_base_that_isnt_quantized(shape):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +85,9 @@ def randomize(policy: Policy) -> None:
             parameter.data.normal_(std=0.05, generator=generator)
 
 
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 @dataclass
 class Device:
     """A device's memory as a test wants it, checked in the middle of each pass through the model.
@@ -99,6 +102,7 @@ class Device:
     fits: Callable[[str, int], bool]
     passes: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    error: Exception = FULL
 
     def __post_init__(self) -> None:
         self.policy.decoder.layers[0].register_forward_hook(self._forward)
@@ -117,7 +121,7 @@ class Device:
         if not self.fits(phase, self.passes[phase]):
             self.refused.append(phase)
             assert len(self.refused) < 50, "it never ends"
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise self.error.with_traceback(None)
 
 
 def once(phase: str, number: int) -> Callable[[str, int], bool]:
@@ -254,6 +258,87 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(make_trainer
     with pytest.raises(RuntimeError, match="illegal memory access"):
         gradients(trainer)
     assert trainer.state.budget == BUDGET
+
+
+KINDS = [
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError("std::bad_alloc"),
+]
+
+
+def test_a_step_is_the_same_whichever_kind_of_out_of_memory_it_met(make_trainer):
+    trainer = make_trainer()
+    wanted = gradients(trainer)
+    device = Device(trainer.policy, lambda phase, count: True)
+    for error in KINDS:
+        trainer.state.budget, device.error = BUDGET, error
+        device.passes.clear()
+        device.refused.clear()
+        device.fits = once("backward", 2)
+        assert apart(gradients(trainer), wanted) <= 1e-6
+        assert (device.refused, trainer.state.budget) == (["backward"], BUDGET // 2)
+
+
+@pytest.mark.parametrize("error", KINDS[:2], ids=["driver", "cublas"])
+def test_a_loss_that_runs_out_of_memory_is_no_broken_plugin(error, make_trainer):
+    plain, short = make_trainer(), make_trainer()
+    caller, calls = short.objective.callers[0], []
+
+    def function(inputs: Any) -> Any:
+        calls.append(len(inputs.policy.chosen.lengths))
+        if len(calls) == 1:
+            raise error
+        return caller.function(inputs)
+
+    short.objective = replace(short.objective, callers=(replace(caller, function=function),))
+    assert apart(gradients(short), gradients(plain)) <= 1e-6
+    assert short.state.budget == BUDGET // 2
+
+
+# The optimizer's first step.
+
+
+def parameters_after(trainer: Trainer) -> dict[str, Tensor]:
+    trainer.step()
+    return {name: value.detach().clone() for name, value in trainer.policy.trained_parameters().items()}
+
+
+def out_of_memory_halfway(trainer: Trainer, times: int) -> list[str]:
+    """Let the optimizer run out of memory after it has updated a parameter, as bitsandbytes' would."""
+    optimizer, real, calls = trainer.optimizer, trainer.optimizer.step, []
+
+    def step(*call: Any, **options: Any) -> Any:
+        calls.append("step")
+        if len(calls) > times:
+            return real(*call, **options)
+        first = optimizer.param_groups[0]["params"][0]
+        optimizer.state[first] = {"step": torch.tensor(1.0)}  # its moments didn't fit
+        first.data.add_(1.0)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    optimizer.step = step
+    return calls
+
+
+def test_a_first_optimizer_step_that_ran_out_of_memory_is_the_step_that_did_not(make_trainer):
+    plain, short = make_trainer(), make_trainer()
+    calls = out_of_memory_halfway(short, 1)
+    wanted, found = parameters_after(plain), parameters_after(short)
+    assert calls == ["step", "step"]
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    again, once_more = parameters_after(plain), parameters_after(short)  # with the state of the first
+    assert all(torch.equal(once_more[name], value) for name, value in again.items())
+
+
+def test_an_optimizer_whose_state_does_not_fit_is_an_error_that_says_so(make_trainer):
+    trainer = make_trainer()
+    calls = out_of_memory_halfway(trainer, 9)
+    with pytest.raises(DeviceMemoryError, match="for the optimizer's state") as caught:
+        trainer.step()
+    assert calls == ["step", "step"]
+    assert "adamw_8bit" in caught.value.hint
 
 
 # Held-out rows.

@@ -512,7 +512,7 @@ def test_a_base_that_is_quantized_in_another_way_is_refused(settings, method, lo
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_way_out(load, folder):
-    with pytest.raises(PolicyError, match="fp16 doesn't train on a CPU") as caught:
+    with pytest.raises(PolicyError, match="a CPU doesn't compute in fp16") as caught:
         load({"model.base": str(folder), "model.dtype": "fp16", "model.device": "cpu"})
     assert caught.value.hint == 'set dtype = "bf16" or "float32"'
 

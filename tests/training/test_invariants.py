@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_example, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ from qpref.data.load import load_rows
 from qpref.data.order import step_order
 from qpref.data.pack import pack
 from qpref.data.tokenize import PairTokenizer
-from qpref.errors import DataError, PluginError, PolicyError
+from qpref.errors import DataError, DeviceMemoryError, PluginError, PolicyError
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceStore
 from qpref.recipe.choices import Choice
@@ -320,3 +320,61 @@ def test_check_layout_leaves_the_mode_as_it_was(prepare):
     prepared.policy.model.train()
     invariants.check_layout(prepared.policy, prepared.examples[0])
     assert prepared.policy.model.training
+
+
+# Checks that run out of memory.
+
+
+def limit_tokens(prepared: Prepared, most: int) -> list[int]:
+    """Let passes of more tokens run out of memory, and list the tokens of all passes."""
+    passes: list[int] = []
+
+    def check(decoder: object, call: object, named: dict[str, torch.Tensor]) -> None:
+        passes.append(named["input_ids"].numel())
+        if passes[-1] > most:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    prepared.policy.decoder.register_forward_pre_hook(check, with_kwargs=True)
+    return passes
+
+
+def test_the_layout_check_takes_a_shorter_pair_where_memory_runs_out(prepare, said):
+    prepared = prepare()
+    path = prepared.policy.attention
+    example = make_example(1, 200, 90, 60)
+    passes = limit_tokens(prepared, 200)
+    invariants.check_layout(prepared.policy, example)
+    assert prepared.policy.attention == path
+    assert passes[0] > 200
+    assert max(passes[2:]) <= 200
+    assert len(said) == 2  # halved twice
+    assert all(line.startswith("out of memory: a check before training is repeated on ") for line in said)
+
+
+def test_a_fault_is_still_found_on_a_shorter_pair(prepare, monkeypatch):
+    prepared, real = prepare(), invariants.completion_logprobs
+
+    def wrong(policy, batch):
+        return replace(found := real(policy, batch), values=found.values + 1.0)
+
+    monkeypatch.setattr(invariants, "completion_logprobs", wrong)
+    limit_tokens(prepared, 200)
+    with pytest.raises(PolicyError, match="differ from the model's own logits"):
+        invariants.check_layout(prepared.policy, make_example(1, 200, 90, 60))
+
+
+def test_the_start_check_takes_fewer_examples_where_memory_runs_out(prepare, said):
+    prepared = prepare()
+    batch = pack([make_example(1, 40, 20, 20), make_example(2, 41, 20, 20)], prepared.policy.device)
+    passes = limit_tokens(prepared, 100)
+    invariants.check_start(prepared.policy, prepared.objective, batch)
+    assert passes == [157, 78, 78]
+    assert len(said) == 1
+
+
+def test_checks_that_no_memory_suffices_for_end_with_exit_code_5(prepare):
+    prepared = prepare()
+    limit_tokens(prepared, 10)
+    with pytest.raises(DeviceMemoryError, match="on a few tokens") as caught:
+        invariants.check_layout(prepared.policy, prepared.examples[0])
+    assert caught.value.exit_code == 5

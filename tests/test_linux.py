@@ -1,0 +1,73 @@
+"""Linux and nothing else: one sentence on Windows, and the variables that torch reads at its import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qpref.linux import is_wsl, set_torch_variables
+
+AS_ON_WINDOWS = """
+import os, signal, sys
+import click  # knows the real platform
+sys.platform = "win32"
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del signal.SIGHUP
+os.kill = lambda *call: os._exit(99)  # a Ctrl+C there
+"""
+SENTENCE = "qpref runs on Linux, or in WSL2 on Windows"
+
+
+def on_windows(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", AS_ON_WINDOWS + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["['train', 'my.toml']", "['plugins']", "['cache']", "['merge', 'run', 'out']"])
+def test_every_command_says_on_windows_where_it_runs(command):
+    done = on_windows(f"from qpref.cli import main; main({command})")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (12, f"error: {SENTENCE}")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import qpref.fsio", "import qpref.data.template_limits", "import qpref; qpref.train('my.toml')"],
+)
+def test_the_python_api_says_so_too(code):
+    done = on_windows(f"""
+from qpref.errors import InstallError
+try:
+    {code}
+except InstallError as error:
+    print(error)
+""")
+    assert done.stdout.startswith(SENTENCE), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [("6.8.0-45-generic\n", False), ("5.15.167.4-microsoft-standard-WSL2\n", True), (None, False)],
+)
+def test_wsl_is_known_by_its_kernel(release, expected, tmp_path):
+    if release:
+        (tmp_path / "osrelease").write_text(release)
+    assert is_wsl(tmp_path / "osrelease") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "wsl", "expected"),
+    [
+        ({}, False, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, True, {}),  # its driver refuses the calls
+        ({"PYTORCH_ALLOC_CONF": "a"}, False, {"PYTORCH_ALLOC_CONF": "a"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, False, {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
+        ({"PYTORCH_HIP_ALLOC_CONF": "a"}, False, {"PYTORCH_HIP_ALLOC_CONF": "a"}),
+    ],
+)
+def test_the_users_allocator_settings_stay(given, wsl, expected):
+    environment = dict(given)
+    set_torch_variables(environment, wsl=wsl)
+    assert environment == expected | {"OMP_WAIT_POLICY": "passive"}
