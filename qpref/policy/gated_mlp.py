@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from qpref.policy.lora import is_hooked, kept_input, projections_of, restored_input
+from qpref.policy.lora import is_hooked, kept_input, projections_of, restored_input, shaped_as
 from qpref.policy.norms import Source, source_of
 from qpref.policy.projections import Projections
 
@@ -51,7 +51,7 @@ class _GatedMLP(torch.autograd.Function):
             kept, ctx.recompute = kept_input(flat, source)
             ctx.save_for_backward(*kept, gate, up, inner_low, outer_low, *inner_cast, *outer_cast)
             ctx.layers, ctx.seeds, ctx.shape, ctx.num_inner = layers, seeds, x.shape, len(inner_cast)
-        return result.view(*x.shape[:-1], -1)
+        return shaped_as(result, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -44,7 +44,7 @@ class Projected(torch.autograd.Function):
             kept, ctx.recompute = kept_input(flat, source)
             ctx.save_for_backward(*kept, low, *cast)
             ctx.projections, ctx.seed, ctx.shape = projections, seed, x.shape
-        return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
+        return tuple(shaped_as(output, x) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,6 +61,13 @@ def project(x: Tensor, covered: Covered) -> tuple[Tensor, ...]:
     x = x.to(dtype)
     outputs: tuple[Tensor, ...] = Projected.apply(x, projections, source_of(x), *adapters)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def shaped_as(flat: Tensor, x: Tensor) -> Tensor:
+    """Give [T, out] the leading dimensions of x, as a tensor that a family may change in place (OLMo's clamp); torch
+    refuses that for a view made inside a function."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
+    return shaped
 
 
 def kept_input(flat: Tensor, source: Source | None) -> tuple[tuple[Tensor, ...], Recompute | None]:
