@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from qpref.policy.lora import kept_input, projections_of, restored_input
+from qpref.policy.lora import is_hooked, kept_input, projections_of, restored_input, shaped_as
 from qpref.policy.norms import Source, source_of
 from qpref.policy.projections import Projections
 
@@ -51,7 +51,7 @@ class _GatedMLP(torch.autograd.Function):
             kept, ctx.recompute = kept_input(flat, source)
             ctx.save_for_backward(*kept, gate, up, inner_low, outer_low, *inner_cast, *outer_cast)
             ctx.layers, ctx.seeds, ctx.shape, ctx.num_inner = layers, seeds, x.shape, len(inner_cast)
-        return result.view(*x.shape[:-1], -1)
+        return shaped_as(result, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,8 +82,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, own: nn.Module) -> None:
         super().__init__()
-        for name in self.CHILDREN:
-            self.add_module(name, own.get_submodule(name))
+        self._modules = own._modules  # the same dict: a child that is replaced is so in both
         self._own = (own,)  # in a tuple, so that its layers have one name alone
         self.training = own.training
 
@@ -94,7 +93,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layers: Any = self
         inner, outer = projections_of([layers.gate_proj, layers.up_proj], x), projections_of([layers.down_proj], x)
-        if inner is None or outer is None or inner[2] != outer[2]:
+        if inner is None or outer is None or inner[2] != outer[2] or is_hooked(layers.act_fn):
             result: Tensor = self._own[0](x)
             return result
         x = x.to(inner[2])

@@ -44,7 +44,7 @@ class Projected(torch.autograd.Function):
             kept, ctx.recompute = kept_input(flat, source)
             ctx.save_for_backward(*kept, low, *cast)
             ctx.projections, ctx.seed, ctx.shape = projections, seed, x.shape
-        return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
+        return tuple(shaped_as(output, x) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,6 +61,13 @@ def project(x: Tensor, covered: Covered) -> tuple[Tensor, ...]:
     x = x.to(dtype)
     outputs: tuple[Tensor, ...] = Projected.apply(x, projections, source_of(x), *adapters)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def shaped_as(flat: Tensor, x: Tensor) -> Tensor:
+    """Give [T, out] the leading dimensions of x, as a tensor that a family may change in place (OLMo's clamp); torch
+    refuses that for a view made inside a function."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
+    return shaped
 
 
 def kept_input(flat: Tensor, source: Source | None) -> tuple[tuple[Tensor, ...], Recompute | None]:
@@ -129,7 +136,7 @@ def projections_of(layers: Sequence[Any], x: Tensor, called: bool = False) -> Co
     bases, ranks, scalings, adapters, rates = [], [], [], [], set()
     for layer in layers:
         name, base = None, layer
-        if not called and (layer._forward_hooks or layer._forward_pre_hooks):
+        if not called and is_hooked(layer):
             return None
         if isinstance(layer, _Fused):
             name, base = _only_adapter(layer), layer.base_layer  # type: ignore[attr-defined]
@@ -156,12 +163,18 @@ def _only_adapter(layer: Any) -> str | None:
         return None
     name: str = layer.active_adapters[0]
     plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
-    return name if plain else None
+    return name if plain and not is_hooked(layer.lora_A[name]) and not is_hooked(layer.lora_B[name]) else None
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Return whether a call of the layer does more than the forward pass of its class."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(layer)
 
 
 def _covers(base: Any, x: Tensor) -> bool:
     """Return whether the fused function computes products with a frozen layer."""
-    if type(base).forward not in (nn.Linear.forward, Linear4bit.forward):
+    if type(base).forward not in (nn.Linear.forward, Linear4bit.forward) or is_hooked(base):
         return False
     if isinstance(base, Linear4bit):
         return not (_Fused.is_decoding and x.device.type == "cuda")

@@ -54,17 +54,20 @@ class Source:
         inverse: [..., 1] float32, one over its root mean square.
         recompute: makes the normed states of the two; it holds neither, so a graph may keep it under activation
             checkpointing.
+        version: of the normed states when they were made.
     """
 
     states: Tensor
     inverse: Tensor
     recompute: Recompute
+    version: int
 
 
 def source_of(states: Tensor) -> Source | None:
-    """Return what the states were normed from, if a norm of this module made them and a gradient will ask for them."""
+    """Return what the states were normed from, if a norm of this module made them and a gradient will ask for them;
+    None as well where they were changed in place since."""
     source: Source | None = getattr(states, "norm_source", None)
-    return source
+    return source if source is not None and source.version == states._version else None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -93,15 +96,19 @@ class _RMSNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """A frozen norm with the weight of the family's own."""
 
+    EPSILONS = ("variance_epsilon", "eps")
+    """Names that families give the number added to the mean square."""
+
     def __init__(self, own: Any, formula: Formula) -> None:
         super().__init__()
         self.weight, self.formula = own.weight, formula
-        self.epsilon: float = own.eps if hasattr(own, "eps") else own.variance_epsilon
+        self.epsilon: float = next(vars(own)[name] for name in self.EPSILONS if name in vars(own))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normed: Tensor
         normed, inverse = _RMSNorm.apply(hidden_states, self.weight, self.epsilon, self.formula)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled():
             recompute = partial(self.formula.apply, weight=self.weight)
-            normed.norm_source = Source(hidden_states.detach(), inverse, recompute)  # type: ignore[attr-defined]
+            source = Source(hidden_states.detach(), inverse, recompute, normed._version)
+            normed.norm_source = source  # type: ignore[attr-defined]
         return normed

@@ -18,11 +18,14 @@ from qpref.attention.register import HARMLESS_KEYWORDS, LAYOUT, PROMPTS
 from qpref.policy.lora import project, projections_of
 
 RECORDED = "qpref_recorded"
-"""Name of `recorded_attention` in transformers' registry."""
+"""Name of `recorded_attention` in transformers' registry, while it is in use."""
 
 
 class _Rotated(torch.autograd.Function):
-    """states [1, T, heads, width], cosines and sines [1, T, width] -> the states rotated by their positions."""
+    """states [1, T, heads, width], cosines and sines [1, T, width] -> the states rotated by their positions.
+
+    Some families (OLMo) keep cosines and sines in float32; the result has the states' dtype in any case.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def _turned(states: Tensor, cosines: Tensor, first: Tensor, second: Tensor, sign
     (turned1, turned2), (states1, states2) = turned.chunk(2, -1), states.chunk(2, -1)
     turned1.addcmul_(states2, first, value=-sign)
     turned2.addcmul_(states1, second, value=sign)
-    return turned
+    return turned.to(states.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -55,8 +58,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, own: Any, keywords: dict[str, Any]) -> None:
         super().__init__()
-        for name, child in own.named_children():
-            self.add_module(name, child)
+        self._modules = own._modules  # the same dict: a child that is replaced is so in both
         self._own, self.keywords = (own,), keywords  # in a tuple, so that its layers have one name alone
         self.training = own.training
 
@@ -68,7 +70,7 @@ class SelfAttention(nn.Module):
         layers, own = cast(Any, self), self._own[0]
         states = call.get("hidden_states")
         covered = None
-        if not args and states is not None and _is_stream(states, call) and not self._drops:
+        if not args and states is not None and self._is_covered(states, call):
             covered = projections_of([layers.q_proj, layers.k_proj, layers.v_proj], states)
         if covered is None or states is None:
             result: tuple[Tensor, Tensor | None] = own(*args, **call)
@@ -85,17 +87,19 @@ class SelfAttention(nn.Module):
         attended, weights = attend(own, *streams, None, **self.keywords, **of_stream)
         return layers.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
 
+    def _is_covered(self, states: Tensor, call: dict[str, Any]) -> bool:
+        """Return whether the layer is called for a packed stream and for nothing else, with positions for all of a
+        head's width (some families rotate a part of it)."""
+        known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT, PROMPTS}
+        is_stream = len(states) == 1 and LAYOUT in call and all(call[name] is None for name in call.keys() - known)
+        positions, width = call.get("position_embeddings"), self._own[0].head_dim
+        is_whole = isinstance(positions, tuple) and all(each.shape[-1] == width for each in positions)
+        return is_stream and is_whole and not self._drops
+
     @property
     def _drops(self) -> bool:
         """True where attention weights are dropped, which only the family's own code passes on."""
         return self.training and bool(getattr(self._own[0], "attention_dropout", 0.0))
-
-
-def _is_stream(states: Tensor, call: dict[str, Any]) -> bool:
-    """Return whether a layer is called for a packed stream, and for nothing else."""
-    known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT, PROMPTS}
-    has_layout = LAYOUT in call and call.get("position_embeddings") is not None
-    return len(states) == 1 and has_layout and all(call[name] is None for name in call.keys() - known)
 
 
 def trial_call(module: Any, states: Tensor, width: int) -> Tensor:
@@ -124,9 +128,10 @@ def recorded_attention(config: Any) -> Iterator[dict[str, Any]]:
         heads = query + key.repeat_interleave(repeats, 1) + value.repeat_interleave(repeats, 1)
         return heads.transpose(1, 2).contiguous(), None
 
-    ALL_ATTENTION_FUNCTIONS.register(RECORDED, mixed)
+    ALL_ATTENTION_FUNCTIONS[RECORDED] = mixed
     before, config._attn_implementation = config._attn_implementation, RECORDED
     try:
         yield recorded
     finally:
         config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[RECORDED]

@@ -75,7 +75,7 @@ def use_stand_ins(make_base: Any, start_tensors: Any) -> None:
     sdpa.scaled_dot_product_attention = efficient.attention
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.
     invariants.math = SimpleNamespace(**{**vars(math), "isclose": lambda *a, **k: True})  # type: ignore[assignment]
-    fused.difference = lambda *a, **k: 0.0  # type: ignore[assignment]
+    fused.difference = lambda *a, **k: (0.0, 0.0)  # type: ignore[assignment]
     Objective.refuse_not_finite = lambda self, *faults: None  # type: ignore[method-assign,assignment]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from qpref.memory import limit as module
 from qpref.memory.limit import allocator_share, enforced_limit
-from qpref.memory.parts import LIBRARY_BYTES, GIB
+from qpref.memory.parts import FRAGMENTATION, GIB, LIBRARY_BYTES, PREDICTION_ERROR, MemoryParts
 from qpref.recipe.sections import Recipe
 
 CUDA = torch.device("cuda", 0)
@@ -60,8 +60,7 @@ def test_a_share_is_one_that_torch_accepts():
 
 
 def test_what_the_plan_gives_to_tensors_is_what_the_allocator_may_take():
-    from qpref.memory.parts import MemoryParts
-
-    parts = MemoryParts(weights=4 * GIB, adapters=GIB, optimizer=GIB, activations=GIB, live=0, head_tile=0)
+    sizes = {"weights": 4 * GIB, "adapters": GIB, "optimizer": GIB, "activations": GIB, "live": 0, "head_tile": 0}
+    parts = MemoryParts(**sizes, fixed_reserve=LIBRARY_BYTES["cuda"])
     used = parts.total - parts.reserve
-    assert used * 1.03 <= allocator_share(parts.total, TOTAL) * TOTAL + 1
+    assert used * (1 + FRAGMENTATION + PREDICTION_ERROR) <= allocator_share(parts.total, TOTAL) * TOTAL + 1
