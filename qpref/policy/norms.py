@@ -47,7 +47,7 @@ FORMULAS = (Formula(0.0, True), Formula(1.0, False), Formula(0.0, False))
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What normed states are recomputed from.
+    """Tensors and function that normed states are recomputed from.
 
     Attributes:
         states: [..., width] input of the norm.
