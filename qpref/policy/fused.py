@@ -71,8 +71,11 @@ def _settings(own: Any) -> tuple[Any, ...]:
 def _closest(own: nn.Module, dtype: torch.dtype, autocast: Autocast) -> Fuse | None:
     """Choose the way to fuse a module that comes closest to it in its values, then in its gradients; None where none is
     within the tolerance."""
+    was_training = own.training
+    own.eval()  # dropout would draw from torch's generator
     ways = list(_ways(own, dtype))
     differences = [difference(fuse, own, dtype, autocast) for fuse in ways]
+    own.train(was_training)
     distance, index = min(zip(differences, range(len(ways)), strict=True), default=((torch.inf, torch.inf), 0))
     return ways[index] if max(distance) <= TOLERANCE else None
 
@@ -154,13 +157,13 @@ def _width(own: Any) -> int:
 
 
 def difference(fuse: Fuse, own: Any, dtype: torch.dtype, autocast: Autocast) -> tuple[float, float]:
-    """Compare a fused module with the family's own on random states.
+    """Compare a fused module with the family's own, in eval mode, on random states.
 
     Returns:
         The greatest relative Euclidean difference of a token's values, and of gradients (of a token's states, of an
         adapter's tensor); infinite where a module can't be called in the common way.
     """
-    was_training, random = own.training, torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     sizes: tuple[float, ...] = TRIED_SIZES
     if not list(own.children()):
         own, sizes = copy.deepcopy(own), TRIED_ON_NORMS
@@ -171,11 +174,9 @@ def difference(fuse: Fuse, own: Any, dtype: torch.dtype, autocast: Autocast) -> 
     states *= torch.tensor(sizes).repeat_interleave(TOKENS_PER_SIZE)[:, None]
     leaf = states.to(device, dtype).requires_grad_()
     try:
-        outcomes = [_outcome(own, module.eval(), leaf, direction, autocast) for module in (own, fuse(own))]
+        outcomes = [_outcome(own, module, leaf, direction, autocast) for module in (own, fuse(own))]
     except UNSUITABLE:
         return torch.inf, torch.inf
-    finally:
-        own.train(was_training)
     values, *gradients = (_apart(*pair) for pair in zip(*outcomes, strict=True))
     return values, max(gradients)
 

@@ -85,7 +85,9 @@ class _RMSNorm(torch.autograd.Function):
         return formula.apply(states, inverse, weight), inverse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradients[0] is None:
+            return None, None, None, None
         states, inverse = ctx.saved_tensors
         gradient = gradients[0] * ctx.formula.scale(ctx.weight)
         normalized = states * inverse
