@@ -38,7 +38,7 @@ def main() -> None:
         described = context.device.describe()
         contexts = context.device.allocate_contexts()
         config = names_config(folder / "bases" / shape.name.replace(" ", "-"))
-        names.use_stand_ins(lambda section: fake_cuda.fake_model(config, torch.bfloat16))
+        names.use_stand_ins(lambda section: fake_cuda.fake_model(config, torch.bfloat16), dict)
         counted: list[object] = []
         steps.run(context, "1B", [nullcontext(), steps.counted_waits(context, counted)])
         found["waits"] = sum(meters.syncs.at.values())

