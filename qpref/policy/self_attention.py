@@ -41,11 +41,12 @@ class _Rotated(torch.autograd.Function):
 
 
 def _turned(states: Tensor, cosines: Tensor, first: Tensor, second: Tensor, sign: int) -> Tensor:
-    """Compute x1 cos1 - sign * x2 first and x2 cos2 + sign * x1 second of the states' halves x1 and x2."""
+    """Compute x1 cos1 - sign * x2 first and x2 cos2 + sign * x1 second of the states' halves x1 and x2, each product
+    rounded before the sum as in transformers' own code, whose bits these are."""
     turned = states * cosines[:, :, None]
     (turned1, turned2), (states1, states2) = turned.chunk(2, -1), states.chunk(2, -1)
-    turned1.addcmul_(states2, first, value=-sign)
-    turned2.addcmul_(states1, second, value=sign)
+    turned1.sub_(states2 * first, alpha=sign)
+    turned2.add_(states1 * second, alpha=sign)
     return turned.to(states.dtype)
 
 
