@@ -222,7 +222,8 @@ def test_the_start_adapter_is_the_reference(load, start, make_base):
     policy, batch = load({"adapter.start": str(start)}), pack(EXAMPLES, CPU)
     bare = bare_base(policy, str(make_base(initializer_range=0.2)), dtype=torch.float32)
     frozen = replace(bare, model=PeftModel.from_pretrained(bare.model, start))
-    assert torch.equal(reference_score(policy, batch), score(frozen, batch))
+    # PEFT's own layers add up in another order.
+    torch.testing.assert_close(reference_score(policy, batch), score(frozen, batch), rtol=2e-5, atol=1e-4)
 
 
 def test_the_trained_adapter_starts_from_the_start_adapter(load, start):
