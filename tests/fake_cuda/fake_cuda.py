@@ -144,8 +144,8 @@ class Syncs(TorchFunctionMode):
             is_pinned = first.untyped_storage()._cdata in self._pinned
             if any("cuda" in target for target in targets) and not (is_pinned and kwargs.get("non_blocking")):
                 self._note("write to")
-        elif name in ("empty", "tensor") and kwargs.get("pin_memory"):  # fake tensors don't know of it
-            return self._remember(func(*args, **kwargs))
+        elif name in ("empty", "tensor") and kwargs.get("pin_memory"):  # a build without CUDA can't pin
+            return self._remember(func(*args, **kwargs | {"pin_memory": False}))
         elif name in ("tensor", "as_tensor") and "cuda" in str(kwargs.get("device", "")):
             self._note(f"write {name}")
         out = func(*args, **kwargs)
