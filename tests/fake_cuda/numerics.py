@@ -7,7 +7,7 @@ Exits with the number of failures.
 
 from __future__ import annotations
 
-import sys
+import os
 from typing import Any
 
 import bitsandbytes
@@ -54,8 +54,8 @@ def _waits() -> list[str]:
 def main() -> None:
     job, _ = Job.parse(__doc__ or "")
     found = within(job, failures)
-    print("\n".join(found) or "ok")
-    sys.exit(len(found))
+    print("\n".join(found) or "ok", flush=True)
+    os._exit(len(found))  # the interpreter frees what torch has made of fake managed memory in any order
 
 
 if __name__ == "__main__":
