@@ -1,4 +1,4 @@
-"""What a stage works with: the device, a scratch folder, its sizes, and the file that its rows are written to."""
+"""Context of a stage: the device, a scratch folder, its sizes, and the file that its rows are written to."""
 
 from __future__ import annotations
 

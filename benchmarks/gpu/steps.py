@@ -22,7 +22,7 @@ TILES = (2**21, 2**24)
 
 
 class _FinishedError(Exception):
-    """All steps that were asked for are done."""
+    """The requested steps are done."""
 
 
 class _Steps:

@@ -65,7 +65,7 @@ class ModelSection(Section):
         default=None,
         pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|MB|GB)$",
         description="Memory of the run, such as `8GiB`: `auto` settings fill it, and a GPU's tensors never exceed "
-        "it, less 0.6 GiB for libraries. Default: the free memory of the device.",
+        "it, less 0.25 GiB for libraries. Default: the free memory of the device.",
     )
 
 
