@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import VOCABULARY, make_tokenizer
+from conftest import VOCABULARY, make_tokenizer
 
 MAX_WEIGHTS = 20_000_000
 """A config with a size that SIZES doesn't know makes a model of billions."""
