@@ -7,27 +7,27 @@ from __future__ import annotations
 
 REASONS: dict[tuple[str, str], str] = {
     ("TRL as shipped", ""): (
-        "TRL as shipped: one profiled chat-like step (`python -m benchmarks.profile_step DPO`): 33 % elementwise "
-        "operations, 30 % products, 20 % torch's fused attention. The compacted row differs in the head alone, which "
-        "here projects every row: elementwise operations take 5.3 s there against 1.6 s, products 4.8 s against 3.7 s. "
+        "TRL as shipped: one profiled chat-like step (`python -m benchmarks.profile_step DPO`): 39 % products, "
+        "25 % torch's fused attention, 21 % elementwise operations. The compacted row differs in the head alone, which "
+        "here projects every row: elementwise operations take 2.6 s there against 1.6 s, products 4.8 s against 3.8 s. "
         "The prediction counts products alone. Long prompts were not profiled."
     ),
     ("TRL compacted", "chat-like"): (
         "TRL compacted: one profiled step (`python -m benchmarks.profile_step DPO`): torch's fused attention for CPUs "
-        "takes 29 %, elementwise operations 18 %. The prediction counts attention's operations at the speed of the "
+        "takes 30 %, elementwise operations 17 %. The prediction counts attention's operations at the speed of the "
         "other products, and no others; qpref's attention runs as such products."
     ),
     ("TRL compacted", "long prompt"): (
         "TRL compacted: one profiled step (`python -m benchmarks.profile_step 'DPO long'`): torch's fused attention "
-        "for CPUs takes 54 %, elementwise operations 13 %; see the chat-like row."
+        "for CPUs takes 58 %, elementwise operations 9 %; see the chat-like row."
     ),
     ("TRL best tuned", "chat-like"): (
         "TRL best tuned: one profiled step (`python -m benchmarks.profile_step DPO`, or KTO): torch's fused attention "
-        "for CPUs takes 34 % (29 % in KTO), elementwise operations 16 %; see the compacted row."
+        "for CPUs takes 36 % (29 % in KTO), elementwise operations 16 %; see the compacted row."
     ),
     ("TRL best tuned", "long prompt"): (
         "TRL best tuned: one profiled step (`python -m benchmarks.profile_step 'DPO long'`): torch's fused attention "
-        "for CPUs takes 49 % (4.9 of 9.9 s; all of qpref's step takes 4.9 s), elementwise operations 18 %."
+        "for CPUs takes 59 % (4.6 of 7.9 s; all of qpref's step takes 3.1 s), elementwise operations 10 %."
     ),
     ("without prompt sharing", ""): (
         "Without prompt sharing: whole rows go through the model's own attention, so this row is without attention in "
