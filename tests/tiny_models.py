@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from conftest import VOCABULARY, make_tokenizer
 
 MAX_WEIGHTS = 20_000_000
