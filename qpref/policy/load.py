@@ -14,6 +14,7 @@ from qpref.policy.adapter import add_adapters
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
+from qpref.policy.layer_configs import layer_settings
 from qpref.policy.matmul import check_packed, sum_in_float32
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
@@ -137,23 +138,8 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def is_prequantized(base: BaseFolder) -> bool:
-    """Return whether the base's files hold bitsandbytes' 4-bit weights.
-
-    Raises:
-        PolicyError: it is quantized by another method.
-    """
-    settings = base.config.get("quantization_config")
-    if settings is None:
-        return False
-    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
-        method = settings.get("quant_method", "an unknown method")
-        raise PolicyError(f"{base.path}: quantized by {method}; only bitsandbytes' 4-bit bases can be trained")
-    return True
-
-
 def _quantization(section: ModelSection, base: BaseFolder) -> Any:
-    if is_prequantized(base) or section.quantization == "none":
+    if base.is_prequantized or section.quantization == "none":
         return None
     from transformers import BitsAndBytesConfig
 
@@ -167,7 +153,7 @@ def _quantization(section: ModelSection, base: BaseFolder) -> Any:
 
 def _own_attention(config: Any) -> str | None:
     """Name eager attention for capped scores: before transformers 5.23, sdpa left the cap out silently."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    return "eager" if any(layer_settings(config.get_text_config(), "attn_logit_softcapping")) else None
 
 
 def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:
