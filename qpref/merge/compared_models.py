@@ -68,7 +68,7 @@ def load_merged(folder: Path, base: TrainedBase) -> Any:
     return load_causal_lm(folder, "auto", base.unread)
 
 
-def load_causal_lm(path: Path, dtype: Any, unread: frozenset[str]) -> Any:
+def load_causal_lm(path: Path, dtype: Any, unread: frozenset[str] = frozenset()) -> Any:
     """Load a model on the CPU, with plain linear layers in place of 4-bit ones.
 
     Weights stored in `dtype` are memory-mapped from their files.
