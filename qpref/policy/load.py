@@ -98,7 +98,7 @@ def recomputed_layers(setting: bool | int | str, num_layers: int) -> int:
 
 
 def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
-    """Load the frozen base model on its device, quantized by the recipe or as its files are, its dropouts off.
+    """Load the frozen base model on its device, quantized by the recipe or as its files are.
 
     Raises:
         PolicyError: transformers can't load it, or a weight is missing.
@@ -109,7 +109,6 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise PolicyError(f"{base.path}: transformers can't load this model: {error}") from error
-    _silence_dropout(config)
     model = load_pretrained(
         base.path,
         config=config,
@@ -179,14 +178,6 @@ def _limit_compiled_products() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
-
-
-def _silence_dropout(config: Any) -> None:
-    """Switch off the base's own dropouts, which would only add noise to a difference of two log-probabilities."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if isinstance(value, float) and (name.endswith(("dropout", "_pdrop")) or name == "dropout_rate"):
-                setattr(part, name, 0.0)
 
 
 def _prepare_4bit_layers(model: Any, dtype: torch.dtype) -> None:
