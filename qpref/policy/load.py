@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qpref.attention import register as attention
+from qpref.attention.states import fork_layers
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
@@ -70,6 +71,8 @@ def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.devic
     """Make a Policy of a model and its adapter wrapper, under the fastest attention that its config allows."""
     own = model.config._attn_implementation
     reasons = attention.reasons_against_sharing(model)
+    if not reasons:
+        fork_layers(model)
     for reason in reasons:
         log.warning("prompts are computed once for each response, not once a pair: %s", reason)
     dtype = DTYPES[section.dtype]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qpref.attention.layout import checkpoint_contexts
 from qpref.policy.adapter import is_trained
 from qpref.policy.head import Head
 
@@ -101,8 +102,9 @@ class Policy:
 
 
 def _enable_checkpointing(model: Any) -> None:
+    settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     # Renamed during transformers 5; drop the older name when the floor in pyproject has the newer.
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(settings)
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(settings)
