@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow
@@ -91,8 +91,14 @@ def hub(make_base) -> Iterator[LoopbackHub]:
         for name, how in (("tiny", {}), ("gated", {"gated": True}), ("broken", {"broken": True})):
             hub.state.put(Repository.of_folder("models", f"tiny-org/{name}", base, **how))
             hub.state.put(Repository("datasets", f"tiny-org/{name}", files, **how))
+        hub.state.put(_quantized(Repository.of_folder("models", "tiny-org/fp8", base)))
         hub.state.put(Repository("datasets", DATA, files))
         yield hub
+
+
+def _quantized(model: Repository) -> Repository:
+    config = json.loads(model.files["config.json"]) | {"quantization_config": {"quant_method": "fp8"}}
+    return replace(model, files=model.files | {"config.json": json.dumps(config).encode()})
 
 
 @pytest.fixture
@@ -228,6 +234,13 @@ def test_a_revision_of_a_dataset_that_does_not_exist_is_named(machine):
 def test_a_revision_of_a_model_that_does_not_exist_is_named(trained):
     error, _ = last_lines(trained.machine.train("--set", "model.revision=v9", output="v9"), 10)
     assert error == "error: tiny-org/tiny: the hub has no revision 'v9' of this model"
+
+
+def test_weights_that_cannot_be_trained_are_not_downloaded(trained):
+    error, hint = last_lines(trained.machine.train("--set", "model.base=tiny-org/fp8", output="fp8"), 10)
+    assert "quantized by fp8; only bitsandbytes' 4-bit bases can be trained" in error
+    assert hint.startswith("hint: name the original model with 16-bit weights")
+    assert "model.safetensors" not in trained.machine.downloads()
 
 
 def failure_of(error: Exception) -> str:

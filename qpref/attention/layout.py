@@ -6,7 +6,6 @@ those that they don't know.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 
@@ -47,7 +46,7 @@ def current() -> Layout | None:
 
 
 class laid_out:
-    """Context of a pass over a stream, for any number of uses."""
+    """Context of a pass over a stream, or of its repetition; for any number of uses."""
 
     def __init__(self, layout: Layout | None) -> None:
         self._layout = layout
@@ -58,11 +57,3 @@ class laid_out:
 
     def __exit__(self, *error: object) -> None:
         _current.reset(self._tokens.pop())
-
-
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Make the contexts of a layer's forward pass and of its recomputation, which sees the same layout.
-
-    The backward pass recomputes a layer when another stream may be the current one, and on a GPU in another thread.
-    """
-    return nullcontext(), laid_out(current())

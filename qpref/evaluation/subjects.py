@@ -17,7 +17,7 @@ from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.device import announce
 from qpref.policy.float32 import compute_in_float32
-from qpref.policy.load import choose_device, is_prequantized, load_plain, load_policy
+from qpref.policy.load import choose_device, load_plain, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
@@ -220,7 +220,7 @@ def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4
         raise PolicyError(f"{name}: its base {named} does not exist", "name the base with --base")
     plain = _plain(name, str(Path(named).resolve()) if Path(named).exists() else named, quantization)
     model = plain.recipe.model
-    if quantization == "none" and not is_prequantized(plain.base):
+    if quantization == "none" and not plain.base.is_prequantized:
         log.warning("%s: its base is loaded unquantized; use --quantization nf4 if it was trained in 4 bits", name)
     if (path / "tokenizer.json").is_file():
         model = model.model_copy(update={"tokenizer": str(path.resolve())})
@@ -237,7 +237,7 @@ def _plain(name: str, base: str, quantization: Literal["nf4", "none"]) -> Subjec
     found = resolve_base(ModelSection(base=base))
     config = found.config
     stored = STORED_DTYPES.get(config.get("dtype") or config.get("torch_dtype"), "bf16")
-    if is_prequantized(found):
+    if found.is_prequantized:
         quantization = "none"  # its files fix it
     model = ModelSection(base=base, quantization=quantization, dtype=stored)
     context = _context(config)

@@ -14,6 +14,7 @@ from typing import Any
 from qpref import fsio, pypi
 from qpref.errors import PolicyError
 from qpref.hooks.hub import hub_failure
+from qpref.policy.quantized import is_prequantized, refuse_quantized_name
 from qpref.recipe.sections import ModelSection
 
 Config = dict[str, Any]
@@ -105,11 +106,18 @@ def base_config(model: ModelSection) -> FoundConfig:
     """Read the config of a recipe's base: its own if it is on this machine, else a known shape's, else the hub's.
 
     Raises:
-        PolicyError: none of them has it.
+        PolicyError: none of them has it, or the base is quantized by another method than bitsandbytes'.
     """
+    found = _base_config(model)
+    is_prequantized(found.config.to_dict(), found.origin)
+    return found
+
+
+def _base_config(model: ModelSection) -> FoundConfig:
     if folder := local_base(model):
         return FoundConfig(_read_config(folder), str(folder))
     if known := _known_config(known_shape(model.base) or ""):
+        refuse_quantized_name(model.base)
         return FoundConfig(known[1], f"known shape {known[0]}, by the base's name")
     if model.base.endswith(".gguf") and Path(model.base).is_file():
         return FoundConfig(_read_config(Path(model.base).parent, gguf_file=Path(model.base).name), model.base)

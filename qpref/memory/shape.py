@@ -153,6 +153,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     from transformers import AutoModelForCausalLM
 
     from qpref.attention.register import reasons_against_sharing
+    from qpref.policy.layer_configs import layer_settings
 
     try:
         with torch.device("meta"):
@@ -160,21 +161,20 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     except (ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise PolicyError(f"{found.origin}: transformers can't build this model: {error}") from error
     config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads, head_dim, query, key = _attention_sizes(config)
     ranks = _ranks(model, adapter)
-    layers = _layers(model, ranks, heads * head_dim)
+    layers = _layers(model, ranks, query)
     output = model.get_output_embeddings()
     embedding, head = model.get_input_embeddings().weight, output.weight
-    embeddings = embedding.numel() + (0 if config.tie_word_embeddings else head.numel())
+    embeddings = embedding.numel() + (0 if head is embedding else head.numel())
     linear = sum(linear.numel for layer in layers for linear in layer.linears)
     total = sum(value.numel() for value in model.parameters())
-    softcapped = bool(getattr(config, "attn_logit_softcapping", None))
+    softcapped = any(layer_settings(config, "attn_logit_softcapping"))
     return ModelShape(
         origin=found.origin,
         hidden=int(config.hidden_size),
-        query_width=heads * head_dim,
-        key_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        query_width=query,
+        key_width=key,
         heads=heads,
         vocabulary=head.shape[0],
         head_rank=max((ranks.get(name, 0) for name, module in model.named_modules() if module is output), default=0),
@@ -252,6 +252,20 @@ def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
     return dict.fromkeys(layers, rank)
 
 
+def _attention_sizes(config: Any) -> tuple[int, int, int, int]:
+    """Heads, width of a head, width of all queries and of all keys; of layers that differ, the largest of each."""
+    from qpref.policy.layer_configs import layer_configs
+
+    sizes = []
+    for layer in layer_configs(config):
+        heads = int(layer.num_attention_heads)
+        head_dim = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+        keys = int(getattr(layer, "num_key_value_heads", None) or heads)
+        sizes.append((heads, head_dim, heads * head_dim, keys * head_dim))
+    heads, head_dim, query, key = map(max, zip(*sizes, strict=True))
+    return heads, head_dim, query, key
+
+
 def _rotary(config: Any, head_dim: int) -> int:
     """Numbers in one token's cosines and sines, summed over the kinds of layers that have tables of their own."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -260,11 +274,12 @@ def _rotary(config: Any, head_dim: int) -> int:
 
 
 def _window(config: Any) -> int | None:
+    from qpref.policy.layer_configs import layer_settings
+
     kinds = getattr(config, "layer_types", None)
-    if kinds and "sliding_attention" not in kinds:
+    if (kinds and "sliding_attention" not in kinds) or not getattr(config, "use_sliding_window", True):
         return None
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window and getattr(config, "use_sliding_window", True) else None
+    return max(map(int, layer_settings(config, "sliding_window")), default=None)
 
 
 def _double_quantization(config: Any) -> bool | None:

@@ -1,7 +1,8 @@
 """The base's tensors as the run's forward pass used them, file by file.
 
 The base of a QLoRA run is not the original model but its NF4 rounding, dequantized, and the adapter has learned to
-correct that. So 4-bit layers are dequantized as in training; other tensors stay unchanged.
+correct that. So 4-bit layers are dequantized as in training; other tensors stay unchanged. Tensors that aren't the
+language model's are none of the run's: a merged model has them byte for byte.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class TrainedBase:
     Attributes:
         names: tensor name in the files -> its name in the loaded model; transformers renames some.
         tensors: tensor name in the files -> its description, in file order, without quantization state.
+        kept: names of the tensors in the files that the language model doesn't compute with.
+        unread: names, in the files or in the model, of the kept tensors that transformers doesn't read.
         quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
         linear: names of the model's linear layers except the output head.
         head: the output head's name.
@@ -63,6 +66,8 @@ class TrainedBase:
     path: Path
     names: Mapping[str, str]
     tensors: Mapping[str, Stored]
+    kept: frozenset[str]
+    unread: frozenset[str]
     quantization_state: Mapping[str, Path]
     linear: frozenset[str]
     head: str
@@ -84,6 +89,7 @@ class TrainedBase:
         names = _names_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
         packed = {key for key in names if f"{key}.absmax" in headers}
         head = model.get_output_embeddings()
+        unread = {key for key, name in names.items() if name not in shapes}
         linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         return cls(
             path=path,
@@ -97,6 +103,8 @@ class TrainedBase:
                 )
                 for key, name in names.items()
             },
+            kept=frozenset(unread),
+            unread=frozenset(unread | {names[key] for key in unread}),
             quantization_state={key: header.file for key, header in headers.items() if key not in names},
             linear=frozenset(name for name, module in linear.items() if module is not head),
             head=next(name for name, module in model.named_modules() if module is head),

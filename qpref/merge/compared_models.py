@@ -26,6 +26,8 @@ ALL = slice(None)
 def load_base(base: TrainedBase) -> Any:
     """Load the base on the CPU with every tensor in its stored dtype, memory-mapped; a 4-bit layer is read on use.
 
+    Tensors that the model doesn't read are left in their files.
+
     transformers loads a model in one dtype and converts the other tensors in memory. So it is called with the dtype of
     most of the bytes, and the converted tensors are replaced with those of the files.
     """
@@ -38,8 +40,8 @@ def load_base(base: TrainedBase) -> Any:
     sources = Counter(base.names.values())
     if any(sources[base.names[key]] > 1 for key in others):
         # transformers builds one parameter from several tensors: only the widest dtype holds all of them exactly.
-        return load_causal_lm(base.path, functools.reduce(torch.promote_types, sizes, base.dtype))
-    model = load_causal_lm(base.path, main)
+        return load_causal_lm(base.path, functools.reduce(torch.promote_types, sizes, base.dtype), base.unread)
+    model = load_causal_lm(base.path, main, base.unread)
     _restore_stored(model, {base.names[key]: base.original(key) for key in others})
     return model
 
@@ -57,22 +59,25 @@ def _restore_stored(model: Any, originals: Mapping[str, Tensor]) -> None:
             slots.update({name: replaced[id(value)] for name, value in slots.items() if id(value) in replaced})
 
 
-def load_merged(folder: Path) -> Any:
+def load_merged(folder: Path, base: TrainedBase) -> Any:
     """Load a merged model with plain transformers.
 
     Raises:
         MergeError: its weights are incomplete.
     """
-    return load_causal_lm(folder, "auto")
+    return load_causal_lm(folder, "auto", base.unread)
 
 
-def load_causal_lm(path: Path, dtype: Any) -> Any:
+def load_causal_lm(path: Path, dtype: Any, unread: frozenset[str] = frozenset()) -> Any:
     """Load a model on the CPU, with plain linear layers in place of 4-bit ones.
 
     Weights stored in `dtype` are memory-mapped from their files.
 
+    Args:
+        unread: names of tensors in the base's files that the model doesn't read.
+
     Raises:
-        MergeError: weights are missing, unexpected or misshapen.
+        MergeError: weights are missing, misshapen, or unexpected and not the base's.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +90,7 @@ def load_causal_lm(path: Path, dtype: Any) -> Any:
         output_loading_info=True,
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, report[problem])):
+        if keys := sorted(set(map(str, report[problem])) - unread):
             raise MergeError(f"{path}: transformers reports {problem.replace('_', ' ')}, the first is {keys[0]}")
     model.eval().requires_grad_(False)
     return _with_plain_layers(model)
@@ -102,6 +107,11 @@ def _with_plain_layers(model: Any) -> Any:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, plain)
     return model
+
+
+def _select(stored: Tensor, rows: slice) -> Tensor:
+    """Select rows of a parameter; the only selection of one without dimensions is the whole."""
+    return stored if rows == ALL else stored[rows]
 
 
 def _is_packed(stored: Tensor) -> bool:
@@ -128,7 +138,7 @@ class AsStored:
     def __call__(self, name: str, stored: Tensor, rows: slice = ALL) -> Tensor:
         if _is_packed(stored):
             return _dequantized(stored, self.device)[rows].float()
-        return stored[rows].to(self.device).float()
+        return _select(stored, rows).to(self.device).float()
 
 
 @dataclass(slots=True)
@@ -160,7 +170,7 @@ class AsTrained:
     def _base_weight(self, module: str, stored: Tensor, rows: slice) -> Tensor:
         base = self.base
         if module not in base.quantized:
-            return stored[rows].to(base.device, base.dtype)
+            return _select(stored, rows).to(base.device, base.dtype)
         if module not in self.dequantized:
             whole = _dequantized(stored, base.device).to(base.dtype) if _is_packed(stored) else base.through_nf4(stored)
             if sum(cached.nbytes for cached in self.dequantized.values()) + whole.nbytes > CACHED_BYTES:

@@ -100,7 +100,7 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
     survey = Survey({name: Retention() for name in names if name in STORED})
     packed = Retention()
     for key, stored in base.tensors.items():
-        if not stored.is_float:
+        if not stored.is_float or key in base.kept:
             continue
         weight, module = base.original(key) if original else base.as_trained(key), run.adapted.get(key)
         survey.add(key, weight, run.delta, module)
@@ -170,7 +170,7 @@ class Session:
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
         if difference := guards.tokenizer_difference(run.tokenizer, folder):
             raise MergeError(f"the merged folder's {difference} would differ from the one used in training")
-        merged = replay(load_merged(folder), self.replayed.rows, AsStored(run.base.device), run.base.device)
+        merged = replay(load_merged(folder, run.base), self.replayed.rows, AsStored(run.base.device), run.base.device)
         return self.judge.judge(merged)
 
     def replay(self, to_float32: AsTrained) -> Hidden:

@@ -61,6 +61,7 @@ class Survey:
 
     def add(self, key: str, weight: Tensor, delta: LoraDelta, module: str | None) -> None:
         """Add one weight; `module` is its adapted module, or None."""
+        weight = torch.atleast_1d(weight)
         for rows in row_blocks(weight):
             exact = weight[rows].float()
             if module is not None:
@@ -85,9 +86,6 @@ class Survey:
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
     """Yield slices of the first dimension, `BLOCK_ELEMENTS` elements each."""
-    if not weight.dim():
-        yield slice(None)
-        return
     size = max(1, BLOCK_ELEMENTS // max(1, weight[0].numel()))
     for start in range(0, weight.shape[0], size):
         yield slice(start, start + size)

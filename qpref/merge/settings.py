@@ -7,6 +7,7 @@ TokenizersBackend. Both files get the older keys beside the newer ones.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,13 +82,29 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
 
 
 def patched_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Adapt a base's config to plain weights of `dtype`, with transformers 4.57's keys added."""
+    """Adapt a base's config to plain weights of `dtype`, with transformers 4.57's keys where they change nothing."""
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
-    for key, value in values.items():
-        if isinstance(value, dict) and key.endswith("_config"):
-            values[key] = _with_dtype(value, dtype) if "dtype" in value or "torch_dtype" in value else value
-            values[key] = _with_old_rope(values[key])
-    return _with_old_rope(_with_dtype(values, dtype))
+    parts = {key: value for key, value in values.items() if isinstance(value, dict) and key.endswith("_config")}
+    for key, part in parts.items():
+        values[key] = _with_dtype(part, dtype) if "dtype" in part or "torch_dtype" in part else part
+    values = _with_dtype(values, dtype)
+    older = _with_old_rope(values | {key: _with_old_rope(values[key]) for key in parts})
+    return older if _rope(older) == _rope(values) else values
+
+
+def _rope(values: Mapping[str, Any]) -> Any:
+    """Rotary settings of the text model that transformers reads from a config; None where it reads none."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return None
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+    except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError):
+        return None
+    return getattr(config.get_text_config(), "rope_parameters", None)
 
 
 def _with_dtype(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

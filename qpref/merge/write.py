@@ -41,6 +41,8 @@ class Weights:
 
     def merged(self, key: str) -> dict[str, Tensor]:
         """Compute the tensors to store for a tensor of the base: itself, and a 4-bit weight's quantization state."""
+        if key in self.base.kept:
+            return {key: self.base.original(key)}
         source = self.base.original(key) if self.original else self.base.as_trained(key)
         if not source.is_floating_point():
             return {key: source}
@@ -51,6 +53,8 @@ class Weights:
         """Bytes of a stored tensor; an upper bound for a 4-bit one."""
         stored = self.base.tensors[key]
         num_elements = math.prod(stored.shape)
+        if key in self.base.kept and stored.dtype is not None:
+            return num_elements * stored.dtype.itemsize
         if self._is_packed(key):
             return int(num_elements * NF4_BYTES) + 4096
         return num_elements * (self.dtype.itemsize if stored.is_float else 8)

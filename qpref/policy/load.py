@@ -15,6 +15,7 @@ from qpref.policy.adapter import add_adapters
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
+from qpref.policy.layer_configs import layer_settings
 from qpref.policy.matmul import check_packed, sum_in_float32
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained
@@ -100,7 +101,7 @@ def recomputed_layers(setting: bool | int | str, num_layers: int) -> int:
 
 
 def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
-    """Load the frozen base model on its device, quantized by the recipe or as its files are, its dropouts off.
+    """Load the frozen base model on its device, quantized by the recipe or as its files are.
 
     Raises:
         PolicyError: transformers can't load it, or a weight is missing.
@@ -111,7 +112,6 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise PolicyError(f"{base.path}: transformers can't load this model: {error}") from error
-    _silence_dropout(config)
     model = load_pretrained(
         base.path,
         config=config,
@@ -140,23 +140,8 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def is_prequantized(base: BaseFolder) -> bool:
-    """Return whether the base's files hold bitsandbytes' 4-bit weights.
-
-    Raises:
-        PolicyError: it is quantized by another method.
-    """
-    settings = base.config.get("quantization_config")
-    if settings is None:
-        return False
-    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
-        method = settings.get("quant_method", "an unknown method")
-        raise PolicyError(f"{base.path}: quantized by {method}; only bitsandbytes' 4-bit bases can be trained")
-    return True
-
-
 def _quantization(section: ModelSection, base: BaseFolder) -> Any:
-    if is_prequantized(base) or section.quantization == "none":
+    if base.is_prequantized or section.quantization == "none":
         return None
     from transformers import BitsAndBytesConfig
 
@@ -170,7 +155,7 @@ def _quantization(section: ModelSection, base: BaseFolder) -> Any:
 
 def _own_attention(config: Any) -> str | None:
     """Name eager attention for capped scores: before transformers 5.23, sdpa left the cap out silently."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    return "eager" if any(layer_settings(config.get_text_config(), "attn_logit_softcapping")) else None
 
 
 def _refuse_wrong_dtype(section: ModelSection, device: torch.device) -> None:
@@ -196,14 +181,6 @@ def _limit_compiled_products() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
-
-
-def _silence_dropout(config: Any) -> None:
-    """Switch off the base's own dropouts, which would only add noise to a difference of two log-probabilities."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if isinstance(value, float) and (name.endswith(("dropout", "_pdrop")) or name == "dropout_rate"):
-                setattr(part, name, 0.0)
 
 
 def _prepare_4bit_layers(model: Any, dtype: torch.dtype) -> None:

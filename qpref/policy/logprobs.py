@@ -58,9 +58,7 @@ def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, layout: Layo
         [T, width] hidden states.
     """
     with laid_out(layout):
-        output = policy.decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+        return policy.hidden_states(input_ids=input_ids[None], position_ids=position_ids[None])[0]
 
 
 def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
@@ -69,7 +67,7 @@ def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(batch.input_ids.device)
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    hidden = policy.decoder(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    hidden = policy.hidden_states(input_ids=ids, attention_mask=mask.long())
     pieces = [hidden[row, len(rows[row]) - length : len(rows[row])] for row, length in enumerate(batch.lengths)]
     if prompts:
         branches = len(batch.lengths) // len(batch.examples)

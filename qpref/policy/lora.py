@@ -150,7 +150,7 @@ def projections_of(layers: Sequence[Any], x: Tensor, called: bool = False) -> Co
         if name:
             adapters += [layer.lora_A[name].weight, layer.lora_B[name].weight]
             dropout = layer.lora_dropout[name]
-            rates.add(dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0)
+            rates.add(dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0)
     dtypes = {compute_dtype(base, x) for base in bases}
     if len(rates) > 1 or len(dtypes) > 1:
         return None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from qpref.attention.layout import checkpoint_contexts
+from qpref.attention.layout import current, laid_out
 from qpref.policy.adapter import is_trained
 from qpref.policy.head import Head
 
@@ -48,6 +53,50 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def hidden_states(self, **inputs: Any) -> Tensor:
+        """Run the decoder, the base in eval mode: whichever mode the model is in, LoRA's dropout alone is random.
+
+        Args:
+            inputs: of the decoder, but for a cache.
+
+        Returns:
+            [batch, length, hidden] last hidden states.
+        """
+        self._keep_base_in_eval()
+        with self._recomputing():
+            hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
+        return hidden
+
+    def train_without_dropout(self) -> None:
+        """Switch to training mode as in a step, layers recomputed, but with LoRA's dropout off as well."""
+        self.model.train()
+        self.decoder.eval()
+
+    def _keep_base_in_eval(self) -> None:
+        """Put the base back in eval mode after a call of the model's `train`, but leave LoRA's dropout on.
+
+        In training mode a base may drop values, attention weights or whole layers, and add noise to its routers, under
+        settings of any name; the modules' mode is what all of these read.
+        """
+        if not self.decoder.training:
+            return
+        self.decoder.eval()
+        for module in self.decoder.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_dropout.train()
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Have the recomputed layers checkpoint inside, for which transformers asks that they are in training mode."""
+        layers = self._layers() if self.model.training and torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained adapter's tensors by name, in a fixed order."""
         return {name: value for name, value in self.model.named_parameters() if is_trained(name)}
@@ -83,10 +132,11 @@ class Policy:
 
     def recompute_layers(self, count: int) -> None:
         """Recompute the first `count` decoder layers' activations in the backward pass; the others keep theirs."""
-        if count:
-            _enable_checkpointing(self.plain_model)
         for index, layer in enumerate(self._layers()):
             layer.gradient_checkpointing = index < count
+            layer._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, context_fn=partial(_contexts, layer)
+            )
 
     def _layers(self) -> list[Any]:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -101,10 +151,20 @@ class Policy:
         return [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names]
 
 
-def _enable_checkpointing(model: Any) -> None:
-    settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-    # Renamed during transformers 5; drop the older name when the floor in pyproject has the newer.
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
+def _contexts(layer: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Make the contexts of a checkpointed layer's forward pass and of its recomputation, when it is in eval mode.
+
+    The recomputation sees the layout of the pass that it repeats: another stream may be the current one by then, and on
+    a GPU it runs in another thread.
+    """
+    return _in_eval_mode(layer), laid_out(current())
+
+
+@contextmanager
+def _in_eval_mode(layer: Any) -> Iterator[None]:
+    """Hide the layer's training mode from its own forward pass."""
+    layer.training = False
+    try:
+        yield
+    finally:
+        layer.training = True

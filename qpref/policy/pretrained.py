@@ -11,6 +11,8 @@ from typing import Any
 from qpref.errors import DeviceMemoryError, PolicyError
 from qpref.policy.out_of_memory import out_of_memory_as, says_out_of_memory
 
+log = logging.getLogger("qpref")
+
 
 def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) -> Any:
     """Load a model with transformers and check that its files hold every weight; transformers fills gaps at random.
@@ -46,6 +48,13 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
         raise PolicyError(f"{path}: transformers {problem}: {error}") from error
     if missing := sorted(found["missing_keys"]):
         raise PolicyError(f"{path}: it lacks {len(missing)} of its model's weights, the first is {missing[0]}")
+    if unread := sorted(found["unexpected_keys"]):
+        log.warning(
+            "%d tensors of the base's files are unknown to transformers, the first is %s; they aren't trained, and a "
+            "merged model keeps them as they are",
+            len(unread),
+            unread[0],
+        )
     return model
 
 

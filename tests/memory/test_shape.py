@@ -1,9 +1,11 @@
 """A shape read from a config is the model's own: every parameter, every linear layer, the adapter's sizes."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from tiny_models import TinyModel
 
 from qpref import fsio
 from qpref.errors import PolicyError
@@ -127,6 +129,17 @@ def test_a_base_that_isnt_here_is_known_by_its_name():
     assert base_config(section("Qwen/Qwen2.5-7B-Instruct")).origin == "known shape Qwen2.5-7B, by the base's name"
 
 
+def test_a_base_that_cannot_be_trained_is_not_planned(make_base, tmp_path):
+    quantized = tmp_path / "quantized"
+    shutil.copytree(make_base(), quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(PolicyError, match="quantized by awq"):
+        base_config(section(quantized))
+    with pytest.raises(PolicyError, match="quantized by AWQ, by its name"):
+        base_config(section("Qwen/Qwen3-8B-AWQ"))
+
+
 def test_a_gguf_file_that_was_converted_before_is_found_by_its_digest(make_base):
     digest = "ab" * 32
     folder = fsio.cache_folder() / "models" / f"tiny.Q4-{digest[:16]}-v{VERSION}-tokenizer"
@@ -188,3 +201,11 @@ def test_capped_scores_cannot_share_prompts_and_windows_are_read():
     assert not read_shape(named_config("gemma-2-2b"), AdapterSection()).shares_prompts
     assert read_shape(named_config("Mistral-7B-v0.1"), AdapterSection()).window == 4096
     assert read_shape(named_config("Mistral-7B-v0.3"), AdapterSection()).window is None
+
+
+def test_a_shape_has_the_widest_of_layers_that_differ(tmp_path):
+    config = {"layer_types": ["full_attention", "sliding_attention"], "head_dim": 16, "global_head_dim": 32}
+    experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    model = TinyModel(model_type="gemma4_text", config=config, own=experts).write(tmp_path)
+    shape = model_shape(section(model), AdapterSection())
+    assert (shape.query_width, shape.key_width) == (4 * 32, 2 * 32)

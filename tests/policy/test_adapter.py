@@ -177,20 +177,6 @@ def test_dropout_is_on_the_adapters_input_alone(load):
     assert all("lora_dropout" in name for name in rates)
 
 
-def test_the_bases_own_dropouts_are_silenced(load, tmp_path):
-    from transformers import AutoModelForCausalLM, Starcoder2Config
-
-    noisy = {"attention_dropout": 0.5, "residual_dropout": 0.5, "embedding_dropout": 0.5}
-    tiny = {key: value for key, value in TINY.items() if key != "head_dim"}
-    AutoModelForCausalLM.from_config(Starcoder2Config(**tiny, **noisy)).save_pretrained(tmp_path / "noisy")
-    policy = load({"model.base": str(tmp_path / "noisy")})
-    policy.model.train()
-    ids = torch.arange(20)[None]
-    policy.share_prompts(False)
-    first, second = (policy.decoder(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
-    assert torch.equal(first, second)
-
-
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:peft")
 def test_layers_that_peft_takes_for_stacked_experts_are_refused(load, tmp_path):
     """Dots1's shared experts and dense layers have the endings that PEFT rewrites to its experts' stacked weights."""

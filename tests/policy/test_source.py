@@ -505,10 +505,19 @@ def test_a_quantized_base_loads_as_it_is(quantization, load, folder, quantized):
     ],
     ids=["gptq", "awq", "8bit", "unknown"],
 )
-def test_a_base_that_is_quantized_in_another_way_is_refused(settings, method, load, folder):
-    change_config(folder, quantization_config=settings)
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_base_that_is_quantized_in_another_way_is_refused(settings, method, part, load, folder):
+    change_config(folder, **{part or "quantization_config": {"quantization_config": settings} if part else settings})
+    (folder / "model.safetensors").unlink()  # no weights are needed to tell
     with pytest.raises(PolicyError, match=f"quantized by {method}; only bitsandbytes' 4-bit bases can be trained"):
         load({"model.base": str(folder)})
+
+
+def test_mxfp4_is_refused_with_what_to_use_instead(load, folder):
+    change_config(folder, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(PolicyError, match="quantized by mxfp4") as caught:
+        load({"model.base": str(folder)})
+    assert "dequantized to bf16" in str(caught.value.hint)
 
 
 def test_fp16_on_a_cpu_is_refused_with_the_way_out(load, folder):
