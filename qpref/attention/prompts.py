@@ -1,13 +1,13 @@
-"""Keys and values of prompts, kept from a pass over one stream for further branches of the same prompts.
+"""States of prompts, kept from a pass over one stream for further branches of the same prompts.
 
 A mismatched completion has no gradient, so it isn't part of the stream that has one: its rows would cost a backward
-pass. It is scored after that stream, in a pass over its own tokens alone, whose attention is completed with the
-prompts' keys and values of the first pass, layer by layer.
+pass. It is scored after that stream, in a pass over its own tokens alone, whose layers continue from the
+prompts' states of the first pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +15,18 @@ from torch import Tensor
 
 from qpref.records import Group
 
+States = Mapping[tuple[str, int], Tensor]
+"""A layer's states by kind and index, a row for each prompt."""
+
 
 class PromptStates(Protocol):
-    """A layer's part in one of the two passes."""
+    """A layer's part in one of the two passes.
+
+    Attributes:
+        are_computed: the prompts aren't part of this pass.
+    """
+
+    are_computed: bool
 
     def complete(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Complete the queries, keys and values [1, heads, T, width] of an attention layer to those of a stream."""
@@ -25,19 +34,25 @@ class PromptStates(Protocol):
     def own_rows(self, attended: Tensor) -> Tensor:
         """Select the rows of the layer's own tokens from the stream's result [1, T, heads, width]."""
 
+    def ends(self, module: Any, states: States) -> States:
+        """Return the states of a layer at the prompts' ends, given those that this pass has computed (none, where the
+        prompts are computed)."""
+
 
 class KeptPrompts:
     """Keeps each layer's keys and values of a stream's prompts during the pass over it.
 
     Attributes:
         at: [P] int64, stream indices of the prompts' tokens.
-        states: attention layer -> keys and values [1, key-value heads, P, width]; None after the pass, so that layers
-            which are recomputed in the backward pass keep none.
+        states: attention layer -> keys and values [1, key-value heads, P, width], and layer with a state -> its States;
+            None after the pass, so that layers which are recomputed in the backward pass keep none.
     """
+
+    are_computed = False
 
     def __init__(self, at: Tensor) -> None:
         self.at = at
-        self.states: dict[Any, tuple[Tensor, Tensor]] | None = {}
+        self.states: dict[Any, Any] | None = {}
 
     def complete(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.states is not None:
@@ -47,7 +62,12 @@ class KeptPrompts:
     def own_rows(self, attended: Tensor) -> Tensor:
         return attended
 
-    def take(self) -> dict[Any, tuple[Tensor, Tensor]]:
+    def ends(self, module: Any, states: States) -> States:
+        if self.states is not None:
+            self.states[module] = {key: state.detach() for key, state in states.items()}
+        return states
+
+    def take(self) -> dict[Any, Any]:
         """Return the states and keep no more."""
         states, self.states = self.states, None
         assert states is not None
@@ -66,7 +86,9 @@ class ContinuedPrompts:
         states: as `KeptPrompts.states`; each layer's are freed once it has used them.
     """
 
-    def __init__(self, order: Tensor, own: Tensor, states: dict[Any, tuple[Tensor, Tensor]]) -> None:
+    are_computed = True
+
+    def __init__(self, order: Tensor, own: Tensor, states: dict[Any, Any]) -> None:
         self.order, self.own, self.states = order, own, states
 
     def complete(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +101,10 @@ class ContinuedPrompts:
 
     def own_rows(self, attended: Tensor) -> Tensor:
         return attended.index_select(1, self.own)
+
+    def ends(self, module: Any, states: States) -> States:
+        kept: States = self.states.pop(module)
+        return kept
 
 
 def spans(groups: Sequence[Group]) -> tuple[list[int], list[int]]:

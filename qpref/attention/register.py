@@ -1,7 +1,7 @@
 """Exact attention over a packed stream: each branch sees its prompt and itself, never a sibling or another group.
 
-Registered with transformers' attention registry, so no model is patched; the stream's layout reaches the function as a
-keyword through the decoder layers. It makes no [T, T] mask, which would be nearly empty, but attends segment by segment
+Registered with transformers' attention registry, so no model is patched; the stream's layout reaches the function as
+context (see `layout`). It makes no [T, T] mask, which would be nearly empty, but attends segment by segment
 (see `segments`), with the keys and values of the prompt gathered before those of the branch: on a GPU in one call for
 all (see `varlen`), on a CPU with bf16 units in plain products (see `blocks`), elsewhere in a call each (see `sdpa`).
 """
@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qpref.attention import blocks, sdpa, varlen
 from qpref.attention.errors import CannotShareError as CannotShareError
 from qpref.attention.exact import AttentionCall, attention_and_gradients
-from qpref.attention.prompts import PromptStates
+from qpref.attention.layout import current
+from qpref.attention.states import layers_with_state
 from qpref.records import Group
 
 SEGMENTS = "qpref_segments"
@@ -36,13 +37,11 @@ KERNELS: dict[str, varlen.Kernel] = {
 """The paths for GPUs, the preferred one first. transformers treats a name with "flash" in it as its own."""
 COMPARED = "qpref_compared"
 """The path that computes in float32 and records the error of another path in each layer."""
-LAYOUT = "qpref_groups"
-"""The keyword that carries the layout through the model."""
-PROMPTS = "qpref_prompts"
-"""The keyword that carries the prompts' keys and values from one pass to another, see `prompts`."""
 
 ROUNDING_FACTOR, ROUNDING_FLOOR = 2.0, 0.01
 """Multiple of the formulas' own rounding error that a kernel's relative error may be, and a share beside it."""
+SHARED_KINDS = frozenset({"full_attention", "sliding_attention", "attention", "moe", "mlp"})
+"""Kinds of layers, in configs, whose only company is what attention sees."""
 HARMLESS_KEYWORDS = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 )
@@ -92,7 +91,9 @@ def register_comparison(path: str) -> list[KernelError]:
         found, direction = _with_gradients(tried, module, *states, **keywords)
         query, key, value = (each.detach() for each in states[:3])
         scale = keywords.get("scaling") or query.shape[-1] ** -0.5
-        call = AttentionCall(query=query, key=key, value=value, groups=keywords[LAYOUT], scale=scale,
+        layout = current()
+        assert layout is not None
+        call = AttentionCall(query=query, key=key, value=value, groups=layout.groups, scale=scale,
                              window=keywords.get("sliding_window"), direction=direction)  # fmt: skip
         with torch.autocast(query.device.type, enabled=False):  # it would compute in 16 bits
             exact, rounded = attention_and_gradients(call)
@@ -135,14 +136,21 @@ def sharing_paths(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def reasons_against_sharing(model: PreTrainedModel) -> list[str]:
-    """List reasons in the model's config against sharing prompts. The first batch of every run is compared as well."""
-    config = model.config.get_text_config()
+    """List reasons in a model's code and config against sharing prompts; it may be on the meta device.
+
+    The first batch of every run is compared as well.
+    """
     reasons = []
-    if not model._supports_attention_backend:
+    if not model._can_set_attn_implementation():
         reasons.append("its attention cannot be replaced")
+    layers = [(layer, continues) for _, layer, continues in layers_with_state(model)]
+    if fixed := {type(layer).__name__ for layer, continues in layers if not continues}:
+        reasons.append(f"{', '.join(sorted(fixed))} can't continue from the state at a prompt's end")
+    forked = {getattr(layer, "layer_idx", None) for layer, _ in layers}
+    config = model.config.get_text_config()
     # Some configs of transformers before 5.23 have the older name.
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    unknown = set(kinds) - {"full_attention", "sliding_attention", "attention"}
+    unknown = {kind for index, kind in enumerate(kinds) if index not in forked} - SHARED_KINDS
     if unknown:
         reasons.append(f"it has layers of the kind {', '.join(sorted(unknown))}")
     return reasons
@@ -174,7 +182,7 @@ def shared_prompt_attention(
         sliding_window: positions that a token sees, itself included; None for all before it.
         is_causal: the model's own value, or None.
         attend: computes all segments; None for `sdpa`, which alone can drop attention weights.
-        keywords: must hold the layout; any other that isn't known to be harmless is refused.
+        keywords: any that isn't known to be harmless is refused.
 
     Returns:
         [1, T, heads, width] and no weights.
@@ -182,10 +190,10 @@ def shared_prompt_attention(
     Raises:
         CannotShareError: a keyword changes attention in an unsupported way (a cap, sinks, a bias).
     """
-    groups: Sequence[Group] | None = keywords.pop(LAYOUT, None)
-    prompts: PromptStates | None = keywords.pop(PROMPTS, None)
-    _refuse_the_unknown(module, keywords, groups, is_causal, sliding_window)
-    assert groups is not None
+    _refuse_the_unknown(module, keywords, is_causal, sliding_window)
+    layout = current()
+    assert layout is not None
+    groups, prompts = layout.groups, layout.prompts
     if attend is None:
         attend = partial(sdpa.attend, dropout=dropout)
     elif dropout:
@@ -199,12 +207,9 @@ def shared_prompt_attention(
 def _refuse_the_unknown(
     module: Any,
     keywords: dict[str, Any],
-    groups: Sequence[Group] | None,
     is_causal: bool | None,
     sliding_window: int | None,
 ) -> None:
-    if groups is None:
-        raise CannotShareError("its layers don't pass keywords on to attention")
     unknown = [name for name, value in keywords.items() if value is not None and name not in HARMLESS_KEYWORDS]
     if unknown:
         raise CannotShareError(f"its attention uses {', '.join(sorted(unknown))}")

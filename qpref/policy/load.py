@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qpref.attention import register as attention
+from qpref.attention.states import fork_layers
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
 from qpref.policy.architecture import text_decoder
@@ -75,6 +76,8 @@ def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.devic
     decoder = text_decoder(model)
     own = decoder.config._attn_implementation
     reasons = attention.reasons_against_sharing(decoder)
+    if not reasons:
+        fork_layers(decoder)
     for reason in reasons:
         log.warning("prompts are computed once for each response, not once a pair: %s", reason)
     dtype = DTYPES[section.dtype]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from qpref.attention.register import LAYOUT
+from qpref.attention.layout import Layout, laid_out
 from qpref.policy.head import score_tokens
 from qpref.policy.policy import Policy
 from qpref.records import PackedBatch, PairLogProbs, TokenLogProbs
@@ -45,7 +42,7 @@ def completion_hidden(policy: Policy, batch: PackedBatch, *, prompts: bool = Fal
 
 def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one stream with each prompt once."""
-    hidden = decode(policy, batch.input_ids, batch.position_ids, {LAYOUT: batch.groups})
+    hidden = decode(policy, batch.input_ids, batch.position_ids, Layout(batch.groups))
     if not prompts:
         return hidden[batch.score_at]
     groups = [batch.groups[number] for number in batch.group_of]
@@ -54,13 +51,14 @@ def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     return hidden[torch.cat([batch.score_at, *indices])]
 
 
-def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, keywords: Mapping[str, Any]) -> Tensor:
-    """Run the decoder over one stream of T tokens; the keywords reach its attention.
+def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """Run the decoder over one stream of T tokens.
 
     Returns:
         [T, width] hidden states.
     """
-    return policy.hidden_states(input_ids=input_ids[None], position_ids=position_ids[None], **keywords)[0]
+    with laid_out(layout):
+        return policy.hidden_states(input_ids=input_ids[None], position_ids=position_ids[None])[0]
 
 
 def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qpref.attention.layout import Layout
 from qpref.attention.prompts import ContinuedPrompts, KeptPrompts, spans
-from qpref.attention.register import LAYOUT, PROMPTS
 from qpref.policy.head import score_tokens
 from qpref.policy.logprobs import completion_logprobs, decode
 from qpref.policy.policy import Policy
@@ -36,7 +36,7 @@ def logprobs_with_partners(
     kept_at, _ = spans(batch.groups)
     kept = KeptPrompts(*to_device([torch.tensor(kept_at)], policy.device))
     with policy.autocast():
-        hidden = decode(policy, batch.input_ids, batch.position_ids, {LAYOUT: batch.groups, PROMPTS: kept})
+        hidden = decode(policy, batch.input_ids, batch.position_ids, Layout(batch.groups, kept))
     with torch.no_grad():
         continued = _continued_hidden(policy, hidden.detach(), batch, partners, kept)
         others, _ = score_tokens(policy.head, continued, partners.score_token, squares=False)
@@ -68,9 +68,9 @@ def _continued_hidden(
     continued = ContinuedPrompts(stream_order, own, kept.take())
     pieces = [hidden.index_select(0, ends)]
     if in_branches:  # else every partner is one token, which its prompt predicts
-        keywords = {LAYOUT: partners.groups, PROMPTS: continued}
+        layout = Layout(partners.groups, continued)
         with policy.autocast():
-            pieces.append(decode(policy, partners.input_ids[own], partners.position_ids[own], keywords))
+            pieces.append(decode(policy, partners.input_ids[own], partners.position_ids[own], layout))
     return torch.cat(pieces)[row_of[partners.score_at]]
 
 

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qpref.attention.layout import current, laid_out
 from qpref.policy.adapter import is_trained
 from qpref.policy.head import Head
 
@@ -152,8 +153,12 @@ class Policy:
 
 
 def _contexts(layer: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Make the contexts of a checkpointed layer's forward pass and of its recomputation, when it is in eval mode."""
-    return _in_eval_mode(layer), nullcontext()
+    """Make the contexts of a checkpointed layer's forward pass and of its recomputation, when it is in eval mode.
+
+    The recomputation sees the layout of the pass that it repeats: another stream may be the current one by then, and on
+    a GPU it runs in another thread.
+    """
+    return _in_eval_mode(layer), laid_out(current())
 
 
 @contextmanager

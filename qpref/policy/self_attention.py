@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qpref.attention.register import HARMLESS_KEYWORDS, LAYOUT, PROMPTS
+from qpref.attention.layout import Layout, current, laid_out
+from qpref.attention.register import HARMLESS_KEYWORDS
 from qpref.policy.lora import project, projections_of
 
 RECORDED = "qpref_recorded"
@@ -84,15 +85,16 @@ class SelfAttention(nn.Module):
         query, key = (_Rotated.apply(each, cosines, sines) for each in (query, key))  # type: ignore[no-untyped-call]
         attend = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
         streams = (each.transpose(1, 2) for each in (query, key, value))
-        of_stream = {name: call[name] for name in (LAYOUT, PROMPTS) if name in call}
-        attended, weights = attend(own, *streams, None, **self.keywords, **of_stream)
+        attended, weights = attend(own, *streams, None, **self.keywords)
         return layers.o_proj(attended.reshape(*states.shape[:-1], -1)), weights
 
     def _is_covered(self, states: Tensor, call: dict[str, Any]) -> bool:
         """Return whether the layer is called for a packed stream and for nothing else, with positions for all of a
         head's width (some families rotate a part of it)."""
-        known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings", LAYOUT, PROMPTS}
-        is_stream = len(states) == 1 and LAYOUT in call and all(call[name] is None for name in call.keys() - known)
+        known = HARMLESS_KEYWORDS | {"hidden_states", "position_embeddings"}
+        is_stream = (
+            len(states) == 1 and current() is not None and all(call[name] is None for name in call.keys() - known)
+        )
         positions, width = call.get("position_embeddings"), self._own[0].head_dim
         is_whole = isinstance(positions, tuple) and all(each.shape[-1] == width for each in positions)
         return is_stream and is_whole and not self._drops
@@ -111,20 +113,21 @@ def trial_call(module: Any, states: Tensor, width: int) -> Tensor:
     """
     random = torch.Generator().manual_seed(0)
     positions = [torch.randn(1, states.shape[1], width, generator=random).to(states) for _ in range(2)]
-    result: tuple[Tensor, Any] = module(
-        hidden_states=states, position_embeddings=tuple(positions), attention_mask=None, **{LAYOUT: ()}
-    )
+    with laid_out(Layout(())):
+        result: tuple[Tensor, Any] = module(
+            hidden_states=states, position_embeddings=tuple(positions), attention_mask=None
+        )
     return result[0]
 
 
 @contextmanager
 def recorded_attention(config: Any) -> Iterator[dict[str, Any]]:
-    """Have layers with this config call a function that records its keywords, but for the stream's layout and the
-    dropout, and adds each head's query, key and value instead of attending."""
+    """Have layers with this config call a function that records its keywords, but for the dropout,
+    and adds each head's query, key and value instead of attending."""
     recorded: dict[str, Any] = {}
 
     def mixed(_: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Any, **keywords: Any) -> tuple[Tensor, None]:
-        recorded.update((name, each) for name, each in keywords.items() if name not in (LAYOUT, "dropout"))
+        recorded.update((name, each) for name, each in keywords.items() if name != "dropout")
         repeats = query.shape[1] // key.shape[1]
         heads = query + key.repeat_interleave(repeats, 1) + value.repeat_interleave(repeats, 1)
         return heads.transpose(1, 2).contiguous(), None

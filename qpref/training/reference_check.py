@@ -135,7 +135,7 @@ class Rescoring:
         vocabulary = min(embedded, self.policy.head.num_tokens)
         own = max(map(_longest_row, self.batch.examples))
         config = self.policy.plain_model.config.get_text_config()
-        positions = max(own, *map(int, layer_settings(config, "max_position_embeddings")))
+        positions = max([own, *map(int, layer_settings(config, "max_position_embeddings"))])
         largest = max(max(piece) for example in examples for piece in _pieces(example))
         return largest < vocabulary and max(map(_longest_row, examples)) <= positions
 

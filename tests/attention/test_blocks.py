@@ -13,6 +13,7 @@ import qpref
 from qpref.attention import blocks
 from qpref.attention import register as attention
 from qpref.attention import segments as segments
+from qpref.attention.layout import Layout, laid_out
 from qpref.attention.register import BLOCKS, SEGMENTS
 from qpref.data.pack import pack
 from qpref.policy.logprobs import completion_logprobs
@@ -267,6 +268,7 @@ def test_rounding_of_a_deep_model_is_not_taken_for_a_fault(make_base):
 
 def test_dropout_of_the_attention_is_refused():
     layer = SimpleNamespace(config=SimpleNamespace(layer_types=None))
-    keywords = {attention.LAYOUT: GROUPS, "dropout": 0.5, "attend": blocks.attend}
-    with pytest.raises(attention.CannotShareError, match="its attention has dropout"):
+    keywords = {"dropout": 0.5, "attend": blocks.attend}
+    refusal = pytest.raises(attention.CannotShareError, match="its attention has dropout")
+    with laid_out(Layout(GROUPS)), refusal:
         attention.shared_prompt_attention(layer, *states(4, 2, 8, 8), None, **keywords)

@@ -13,7 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qpref.attention import blocks, exact, register, sdpa
 from qpref.attention.exact import AttentionCall, attention_and_gradients
-from qpref.attention.register import COMPARED, LAYOUT, KernelError, register_comparison, shared_prompt_attention
+from qpref.attention.layout import Layout, laid_out
+from qpref.attention.register import COMPARED, KernelError, register_comparison, shared_prompt_attention
 from qpref.attention.segments import segments
 from qpref.records import Group
 
@@ -71,8 +72,8 @@ def judged(
     ALL_ATTENTION_FUNCTIONS.register("kernel", partial(shared_prompt_attention, attend=attend))
     errors = register_comparison("kernel")
     compared = ALL_ATTENTION_FUNCTIONS[COMPARED]
-    with torch.autocast("cpu", dtype=dtype):  # as a policy computes
-        compared(LAYER, *states(sink, dtype, heads_with_sink), None, sliding_window=window, **{LAYOUT: GROUPS})
+    with torch.autocast("cpu", dtype=dtype), laid_out(Layout(GROUPS)):  # as a policy computes
+        compared(LAYER, *states(sink, dtype, heads_with_sink), None, sliding_window=window)
     return errors
 
 

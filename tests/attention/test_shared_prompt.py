@@ -16,7 +16,8 @@ import torch
 from conftest import TINY, load_worn, make_example, make_tokenizer
 from torch.nn.functional import logsigmoid
 
-from qpref.attention.register import LAYOUT, SEGMENTS, CannotShareError, shared_prompt_attention
+from qpref.attention.layout import Layout, laid_out
+from qpref.attention.register import SEGMENTS, CannotShareError, shared_prompt_attention
 from qpref.data.pack import pack, split_by_tokens
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs
 from qpref.policy.policy import Policy
@@ -279,8 +280,12 @@ def capped(tmp_path_factory) -> Path:
 
 
 def recurrent_config(kind: str):
-    from transformers import BambaConfig, Lfm2Config, RecurrentGemmaConfig
+    from transformers import BambaConfig, Lfm2Config, Qwen3_5TextConfig, RecurrentGemmaConfig
 
+    if kind == "qwen3_5_text":
+        keys = {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        layers = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+        return Qwen3_5TextConfig(**WIDE, **keys, **layers)
     if kind == "lfm2":
         return Lfm2Config(**WIDE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
     if kind == "bamba":
@@ -290,7 +295,8 @@ def recurrent_config(kind: str):
     return RecurrentGemmaConfig(**WIDE | changes)
 
 
-RECURRENT = ("lfm2", "bamba", "recurrent_gemma")
+FORKED = ("lfm2", "bamba", "qwen3_5_text")
+RECURRENT = (*FORKED, "recurrent_gemma")
 
 
 @pytest.fixture(scope="module")
@@ -321,17 +327,18 @@ def test_capped_attention_has_the_right_gradients_after_the_fallback(capped):
     assert worst_gradient(gradients, ask_whole_rows(capped, policy).gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_recurrent_layers_fall_back_with_a_warning(kind, recurrent, caplog):
-    policy = load(recurrent[kind])
+def test_a_recurrent_layer_that_takes_no_state_falls_back_with_a_warning(recurrent, caplog):
+    policy = load(recurrent["recurrent_gemma"])
     assert not policy.shares_prompts
     assert "once for each response, not once a pair: it has layers of the kind" in caplog.text
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("kind", RECURRENT)
-def test_recurrent_layers_have_the_right_gradients(kind, recurrent):
-    policy = load(recurrent[kind])
+def test_recurrent_layers_have_the_right_gradients(kind, checkpointing, recurrent):
+    policy = load(recurrent[kind], checkpointing)
     check_layout(policy, EXAMPLES[3])
+    assert policy.shares_prompts == (kind in FORKED)
     wanted = ask_whole_rows(recurrent[kind], policy)
     assert worst_logprob(policy, wanted.logprobs) <= TOLERANCE
     _, gradients = train_on(policy, 40, 1)
@@ -339,7 +346,7 @@ def test_recurrent_layers_have_the_right_gradients(kind, recurrent):
 
 
 def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent, caplog):
-    policy = load(recurrent["lfm2"])
+    policy = load(recurrent["recurrent_gemma"])
     policy.sharing_paths = (SEGMENTS,)  # as if its config had said nothing
     check_layout(policy, EXAMPLES[3])
     assert not policy.shares_prompts
@@ -348,7 +355,7 @@ def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent
 
 def test_the_first_batch_finds_a_response_that_sees_the_other_however_little_it_changes(recurrent, caplog, monkeypatch):
     monkeypatch.setattr("qpref.training.invariants.FLOAT32_TOLERANCE", 100.0)
-    policy = load(recurrent["lfm2"])
+    policy = load(recurrent["recurrent_gemma"])
     policy.sharing_paths = (SEGMENTS,)  # as if its config had said nothing
     check_layout(policy, EXAMPLES[3])
     assert not policy.shares_prompts
@@ -378,13 +385,13 @@ def attend(keywords: dict[str, object], **config: object) -> None:
     module = SimpleNamespace(config=SimpleNamespace(**config), layer_idx=0)
     states = torch.randn(1, 2, 3, 4)
     groups = (Group(start=0, prompt=2, branches=(1, 0)),)
-    shared_prompt_attention(module, states, states, states, None, **{LAYOUT: groups} | keywords)
+    with laid_out(Layout(groups)):
+        shared_prompt_attention(module, states, states, states, None, **keywords)
 
 
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        ({LAYOUT: None}, "don't pass keywords on"),
         ({"s_aux": torch.zeros(2)}, "uses s_aux"),
         ({"position_bias": torch.zeros(2)}, "uses position_bias"),
         ({"is_causal": False}, "not causal"),
@@ -408,10 +415,10 @@ def test_a_cpu_attends_in_float32_under_autocast():
     """Its bf16 kernel keeps compiled code for each length it meets, and the last bits of its sums depend on it."""
     states = torch.randn(3, 1, 2, 90, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     module = SimpleNamespace(config=SimpleNamespace(), layer_idx=0)
-    layout = {LAYOUT: (Group(start=0, prompt=40, branches=(30, 20)),)}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _ = shared_prompt_attention(module, *states, None, **layout)
-    wanted, _ = shared_prompt_attention(module, *states.float(), None, **layout)
+    with laid_out(Layout((Group(start=0, prompt=40, branches=(30, 20)),))):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, _ = shared_prompt_attention(module, *states, None)
+        wanted, _ = shared_prompt_attention(module, *states.float(), None)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, wanted.bfloat16())
 

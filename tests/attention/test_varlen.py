@@ -23,7 +23,8 @@ from torch import Tensor
 from qpref.attention import register as attention
 from qpref.attention import sdpa, varlen
 from qpref.attention.determinism import deterministic
-from qpref.attention.register import BLOCKS, KERNELS, LAYOUT, SEGMENTS
+from qpref.attention.layout import Layout, laid_out
+from qpref.attention.register import BLOCKS, KERNELS, SEGMENTS
 from qpref.attention.varlen import KeyLayout, _Gather, key_layout
 from qpref.data.pack import pack
 from qpref.errors import DeviceMemoryError
@@ -153,12 +154,13 @@ def test_one_call_is_a_call_each_for_any_scale_and_window(scaling, window):
     batch, generator = pack(EXAMPLES, CPU), torch.Generator().manual_seed(3)
     states = [torch.randn(1, heads, batch.num_tokens, 8, generator=generator) for heads in (4, 2, 2)]
     layer = SimpleNamespace(config=SimpleNamespace(layer_types=None))
-    one, each = (
-        attention.shared_prompt_attention(
-            layer, *states, None, scaling=scaling, sliding_window=window, attend=attend, **{LAYOUT: batch.groups}
-        )[0]
-        for attend in (partial(varlen.attend, by_hand), None)
-    )
+    with laid_out(Layout(batch.groups)):
+        one, each = (
+            attention.shared_prompt_attention(
+                layer, *states, None, scaling=scaling, sliding_window=window, attend=attend
+            )[0]
+            for attend in (partial(varlen.attend, by_hand), None)
+        )
     assert one.shape == each.shape == (1, batch.num_tokens, 4, 8)
     assert (one - each).abs().max().item() <= TOLERANCE
 

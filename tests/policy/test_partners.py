@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_worn, make_example
+from tiny_models import TinyModel
 
 from qpref.attention import segments
 from qpref.attention.register import BLOCKS, SEGMENTS
@@ -23,6 +24,11 @@ EXAMPLES = [
 ]
 EXAMPLES.append(replace(make_example(5, 1, 3, 8), prompt=EXAMPLES[2].prompt))
 FAMILIES = ("llama", "qwen", "mistral", "gemma3")
+WITH_STATE = {
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
 TOLERANCE = 1e-5
 
 
@@ -53,6 +59,18 @@ def test_partners_score_as_in_a_stream_of_their_own(family, path, make_base, mon
     assert found.lengths == wanted.lengths
     assert not found.values.requires_grad
     torch.testing.assert_close(found.values, wanted.values.detach(), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", WITH_STATE)
+def test_partners_continue_from_the_state_at_their_prompts_end(family, tmp_path):
+    policy = load(TinyModel(model_type=family, config=WITH_STATE[family]).write(tmp_path))
+    assert policy.shares_prompts
+    batch, partners = batches()
+    own, found = logprobs_with_partners(policy, batch, partners)
+    policy.share_prompts(False)
+    for values, side in ((own.values, batch), (found.values, partners)):
+        wanted = completion_logprobs(policy, side).values
+        torch.testing.assert_close(values.detach(), wanted.detach(), atol=10 * TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
