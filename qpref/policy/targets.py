@@ -35,16 +35,16 @@ def target_layers(model: Any, targets: str | list[str]) -> set[str]:
         if foreign:
             log.warning("%s; they stay as they are", _cannot_adapt(model.config, foreign))
         return set(adaptable)
-    known = ", ".join(f'"{name}"' for name in sorted(set(map(_last, adaptable))))
-    hint = f"all that it has: targets = [{known}]"
-    candidates += [name for name in linear if model.get_submodule(name) is head]
+    with_head = adaptable + [name for name in linear if model.get_submodule(name) is head]
+    known = ", ".join(sorted(set(map(_last, with_head))))
+    candidates += with_head[len(adaptable) :]
     layers: set[str] = set()
     for target in targets:
         matching = [name for name in candidates if matches(name, target)]
         if not matching:
-            raise PolicyError(f"[adapter] targets: '{target}' names no linear layer of this model", hint)
+            raise PolicyError(f"[adapter] targets: '{target}' names no linear layer; it has {known}")
         if impossible := foreign & set(map(_last, matching)):
-            raise PolicyError(f"[adapter] targets: {_cannot_adapt(model.config, impossible)}", hint)
+            raise PolicyError(f"[adapter] targets: {_cannot_adapt(model.config, impossible)}; it can adapt {known}")
         layers.update(matching)
     return layers
 
