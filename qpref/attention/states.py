@@ -96,17 +96,16 @@ class ForkedLayer(nn.Module):
         return torch.cat(outputs).index_select(0, fork.order)[None]
 
 
-def fork_layers(model: Any) -> None:
-    """Replace every layer of a model's decoder that keeps a state and can continue from one by a forked one."""
-    decoder = model.get_decoder()
-    for name, own, continues in layers_with_state(model):
+def fork_layers(decoder: Any) -> None:
+    """Replace every layer of a text decoder that keeps a state and can continue from one by a forked one."""
+    for name, own, continues in layers_with_state(decoder):
         if continues:
             parent, _, last = name.rpartition(".")
             setattr(decoder.get_submodule(parent), last, ForkedLayer(own))
 
 
-def layers_with_state(model: Any) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Find the innermost layers of a model's decoder that keep a state in the cache that they are called with.
+def layers_with_state(decoder: Any) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Find the innermost layers of a text decoder that keep a state in the cache that they are called with.
 
     A call of a few tokens tells, on the meta device too. Each class is tried once.
 
@@ -115,28 +114,28 @@ def layers_with_state(model: Any) -> Iterator[tuple[str, nn.Module, bool]]:
     """
     tried: dict[type, bool | None] = {}
     found: list[str] = []
-    for name, module in reversed(list(model.get_decoder().named_modules())):
+    for name, module in reversed(list(decoder.named_modules())):
         if not name or CACHE not in inspect.signature(module.forward).parameters:
             continue
         if any(inner.startswith(f"{name}.") for inner in found):
             continue
         if type(module) not in tried:
-            tried[type(module)] = _continues(module, model)
+            tried[type(module)] = _continues(module, decoder)
         if (continues := tried[type(module)]) is not None:
             found.append(name)
             yield name, module, continues
 
 
-def _continues(own: nn.Module, model: Any) -> bool | None:
+def _continues(own: nn.Module, decoder: Any) -> bool | None:
     """Return whether a layer's output depends on every state that it starts from, and its states on its input, as
     autograd sees it; None for a layer without a state."""
     weight = next(own.parameters())
-    width = model.config.get_text_config().hidden_size
+    width = decoder.config.get_text_config().hidden_size
     was_training = own.training
     own.eval()  # dropout would draw from torch's generator
     try:
-        with torch.enable_grad(), _autocast(weight.device, model.dtype):
-            inputs = torch.ones(1, TRIED_TOKENS, width, dtype=model.dtype, device=weight.device, requires_grad=True)
+        with torch.enable_grad(), _autocast(weight.device, decoder.dtype):
+            inputs = torch.ones(1, TRIED_TOKENS, width, dtype=decoder.dtype, device=weight.device, requires_grad=True)
             first = StateCache()
             own(inputs, cache=first)
             start = {name: state.detach().requires_grad_() for name, state in first.states.items()}

@@ -15,6 +15,7 @@ from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.memory.limit import enforced_limit
 from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
+from qpref.policy.adapter_names import LayerNames
 from qpref.policy.device import announce
 from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import choose_device, load_plain, load_policy
@@ -116,7 +117,8 @@ class Subject:
             # Loaded as a start adapter, whose frozen copy is the reference in training. Here the reference is the base.
             policy.starts_from_adapter = False
         elif self.kind == "run":
-            load_adapter_tensors(policy.model, adapter_folder.read_tensors(self.adapter), TRAINED, str(self.adapter))
+            tensors = LayerNames.of(policy.plain_model).translated_keys(adapter_folder.read_tensors(self.adapter))
+            load_adapter_tensors(policy.model, tensors, TRAINED, str(self.adapter))
         else:
             _put_checkpoint(policy, self.adapter)
 

@@ -149,17 +149,12 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     Raises:
         PolicyError: it is no causal language model that transformers knows, or it lacks the adapter's targets.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from qpref.attention.register import reasons_against_sharing
+    from qpref.policy.architecture import empty_model, text_decoder
     from qpref.policy.layer_configs import layer_settings
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(found.config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise PolicyError(f"{found.origin}: transformers can't build this model: {error}") from error
+    model = empty_model(found.config, found.origin)
+    decoder = text_decoder(model)
     config = model.config.get_text_config()
     heads, head_dim, query, key = _attention_sizes(config)
     ranks = _ranks(model, adapter)
@@ -168,7 +163,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     embedding, head = model.get_input_embeddings().weight, output.weight
     embeddings = embedding.numel() + (0 if head is embedding else head.numel())
     linear = sum(linear.numel for layer in layers for linear in layer.linears)
-    total = sum(value.numel() for value in model.parameters())
+    text = {id(value): value.numel() for part in (decoder, output) for value in part.parameters()}
     softcapped = any(layer_settings(config, "attn_logit_softcapping"))
     return ModelShape(
         origin=found.origin,
@@ -180,10 +175,10 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         head_rank=max((ranks.get(name, 0) for name, module in model.named_modules() if module is output), default=0),
         layers=layers,
         embeddings=embeddings,
-        other_parameters=total - embeddings - linear,
+        other_parameters=sum(text.values()) - embeddings - linear,
         rotary=_rotary(config, head_dim),
         window=_window(config),
-        shares_prompts=not softcapped and not reasons_against_sharing(model),
+        shares_prompts=not softcapped and not reasons_against_sharing(decoder),
         softcapped=softcapped,
         double_quantization=_double_quantization(found.config),
     )
@@ -193,11 +188,12 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
     from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from qpref.policy.architecture import text_modules
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
 
-    layers = []
+    layers, text = [], text_modules(model)
     for prefix, layer in model.named_modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
+        if prefix not in text or not isinstance(layer, GradientCheckpointingLayer):
             continue
         linears = [
             Linear(name, module.in_features, module.out_features, ranks.get(f"{prefix}.{name}", 0))
@@ -235,6 +231,7 @@ def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int,
 def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
     """Rank of the adapter of each linear layer that gets one, by the layer's whole name."""
     from qpref.policy import adapter_folder
+    from qpref.policy.adapter_names import LayerNames, plain_targets
     from qpref.policy.targets import matches, target_layers
 
     if adapter.start is None:
@@ -245,6 +242,7 @@ def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
     except (ValueError, KeyError, TypeError) as error:
         raise PolicyError(f"{adapter.start}: no adapter in PEFT's format: {error!r}") from error
     layers = target_layers(model, "all-linear")
+    targets = plain_targets(targets, LayerNames.of(model))
     if isinstance(targets, str) and targets != "all-linear":
         layers = {name for name in layers if re.fullmatch(targets, name)}
     elif isinstance(targets, list):

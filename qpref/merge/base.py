@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.policy.adapter_names import LayerNames
+from qpref.policy.architecture import empty_model, text_modules
 from qpref.policy.load import DTYPES
+from qpref.policy.pretrained import read_config
 
 QUANTIZED_STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
                    "quant_state.bitsandbytes__fp4")  # fmt: skip
@@ -52,11 +55,12 @@ class TrainedBase:
 
     Attributes:
         names: tensor name in the files -> its name in the loaded model; transformers renames some.
+        layer_names: names in the loaded model, for adapters with other ones.
         tensors: tensor name in the files -> its description, in file order, without quantization state.
         kept: names of the tensors in the files that the language model doesn't compute with.
         unread: names, in the files or in the model, of the kept tensors that transformers doesn't read.
         quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
-        linear: names of the model's linear layers except the output head.
+        linear: names of the language model's linear layers except the output head.
         head: the output head's name.
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
@@ -65,6 +69,7 @@ class TrainedBase:
 
     path: Path
     names: Mapping[str, str]
+    layer_names: LayerNames
     tensors: Mapping[str, Stored]
     kept: frozenset[str]
     unread: frozenset[str]
@@ -83,14 +88,15 @@ class TrainedBase:
         Args:
             facts: the run's run.json.
         """
-        model = _empty_model(path)
+        model = empty_model(read_config(path), path)
+        layer_names, text = LayerNames.of(model), text_modules(model)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         headers = {key: header for shard in shards for key, header in _headers(shard).items()}
         names = _names_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
         packed = {key for key in names if f"{key}.absmax" in headers}
-        head = model.get_output_embeddings()
         unread = {key for key, name in names.items() if name not in shapes}
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        outside = {key for key, name in names.items() if name.rpartition(".")[0] not in text}
+        linear = {name for name in text if isinstance(model.get_submodule(name), torch.nn.Linear)}
         return cls(
             path=path,
             names=names,
@@ -103,11 +109,12 @@ class TrainedBase:
                 )
                 for key, name in names.items()
             },
-            kept=frozenset(unread),
+            layer_names=layer_names,
+            kept=frozenset((unread | outside) - packed),
             unread=frozenset(unread | {names[key] for key in unread}),
             quantization_state={key: header.file for key, header in headers.items() if key not in names},
-            linear=frozenset(name for name, module in linear.items() if module is not head),
-            head=next(name for name, module in model.named_modules() if module is head),
+            linear=frozenset(linear - {layer_names.head}),
+            head=layer_names.head,
             quantized=frozenset(facts["quantized_modules"]),
             dtype=DTYPES[facts["dtype"]],
             double_quantization=facts["double_quantization"],
@@ -183,15 +190,6 @@ def _headers(shard: Path) -> dict[str, _Header]:
             part = file.get_slice(key)
             found[key] = _Header(shard, tuple(part.get_shape()), part.get_dtype())
     return found
-
-
-def _empty_model(path: Path) -> Any:
-    """Build the base's model on the meta device, without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _names_in_model(model: Any, keys: list[str]) -> dict[str, str]:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from qpref.errors import MergeError
 from qpref.merge.base import TrainedBase
+from qpref.policy.architecture import model_class
 from qpref.policy.delta import LoraDelta
 from qpref.policy.matmul import check_packed
+from qpref.policy.pretrained import read_config
 
 CACHED_BYTES = 2**29
 """Bytes of dequantized weights cached between batches; weights beyond it are dequantized for every batch."""
@@ -79,9 +81,7 @@ def load_causal_lm(path: Path, dtype: Any, unread: frozenset[str] = frozenset())
     Raises:
         MergeError: weights are missing, misshapen, or unexpected and not the base's.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = model_class(read_config(path), path).from_pretrained(
         path,
         dtype=dtype,
         device_map={"": "cpu"},

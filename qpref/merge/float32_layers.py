@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qpref.policy.architecture import text_decoder
+
 
 class ToFloat32(Protocol):
     """Conversion of a stored parameter to the float32 values that the forward pass uses."""
@@ -23,7 +25,7 @@ def layers_in_float32(model: Any, to_float32: ToFloat32, device: torch.device, t
 
     Of the input embeddings only the rows of `tokens` are converted, so token ids are looked up among them.
     """
-    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    decoder, embeddings = text_decoder(model), model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     layers = _decoder_layers(model)
     in_layers = {id(part) for layer in layers for part in layer.modules()}
@@ -62,7 +64,7 @@ class ActivationRange:
 
     def __init__(self, model: Any) -> None:
         self.largest = 0.0
-        linear = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear)]
+        linear = [module for module in text_decoder(model).modules() if isinstance(module, nn.Linear)]
         self._modules = linear + _decoder_layers(model)
         self._hooks: list[Any] = []
 
@@ -113,4 +115,4 @@ class _Float32Swap:
 def _decoder_layers(model: Any) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]

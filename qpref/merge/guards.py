@@ -20,6 +20,7 @@ from qpref.merge.request import MergeRequest
 from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
 from qpref.policy import adapter_folder
+from qpref.policy.adapter_names import plain_targets
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ def read_run(path: Path) -> TrainedRun:
     base_path = Path(facts["base_path"])
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
     _refuse_other_settings(folder.adapter, document["adapter"], base)
-    delta = LoraDelta.read(folder.adapter)
+    delta = LoraDelta.read(folder.adapter).renamed(base.layer_names)
     adapted = _adapted_tensors(base, delta, folder.adapter)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
     _refuse_other_tokenizer(tokenizer, folder.adapter)
@@ -205,7 +206,9 @@ def _adapted_tensors(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict
     """Map tensor names in the files to adapted modules, after checking that exactly the targets have a delta."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config = adapter_folder.lora_config(adapter_folder.read_settings(adapter))
+    settings = adapter_folder.read_settings(adapter)
+    plain = {"target_modules": plain_targets(settings["target_modules"], base.layer_names)}
+    config = adapter_folder.lora_config(settings | plain)
     found = set(delta.modules)
     modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
     if foreign := sorted(found - set(modules)):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qpref.merge.float32_layers import ActivationRange, ToFloat32, layers_in_float32
+from qpref.policy.architecture import text_decoder
 from qpref.policy.head import Head
 
 BATCH_TOKENS = 4096
@@ -77,7 +78,7 @@ def replay(model: Any, rows: Sequence[ScoredRow], to_float32: ToFloat32, device:
         for batch in _batches(order, lengths):
             ids = [torch.tensor([*rows[index].prompt, *rows[index].response[:-1]]) for index in batch]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][0])).to(device)
-            hidden = model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
+            hidden = text_decoder(model)(input_ids=padded, use_cache=False).last_hidden_state
             for batch_index, index in enumerate(batch):
                 scored = slice(len(rows[index].prompt) - 1, lengths[index])
                 states[index] = hidden[batch_index, scored].cpu()

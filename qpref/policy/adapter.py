@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qpref.errors import PolicyError
 from qpref.policy import adapter_folder
+from qpref.policy.adapter_names import LayerNames, plain_targets
 from qpref.policy.targets import matches, peft_target_modules, target_layers
 from qpref.recipe.sections import AdapterSection
 
@@ -89,6 +90,9 @@ def _add_started(model: Any, start: Path, dropout: float, seed: int) -> Any:
         raise PolicyError(f"{start}: a {settings.get('peft_type')} adapter; only LoRA can be trained on from")
     if name := adapter_folder.unsupported_setting(settings):
         raise PolicyError(f"{start}: the adapter uses {name}, so it is no plain LoRA delta on the base")
+    names = LayerNames.of(model)
+    settings = settings | {"target_modules": plain_targets(settings.get("target_modules") or [], names)}
+    tensors = names.translated_keys(tensors)
     config = adapter_folder.lora_config(settings, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM")
     wrapped = _wrap(model, config, (TRAINED, REFERENCE), seed)
     for name in (TRAINED, REFERENCE):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpref.errors import MergeError, PolicyError
 from qpref.policy import adapter_folder
+from qpref.policy.adapter_names import LayerNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,10 @@ class LoraDelta:
         """[out, in] of a module's delta."""
         down, up, _ = self.matrices[module]
         return up.shape[0], down.shape[1]
+
+    def renamed(self, names: LayerNames) -> LoraDelta:
+        """Name the modules as a base does that was loaded by another class than the adapter was trained on."""
+        return LoraDelta(names.translated_keys(self.matrices))
 
     @classmethod
     def read(cls, folder: Path) -> LoraDelta:

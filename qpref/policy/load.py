@@ -12,14 +12,16 @@ from qpref.attention import register as attention
 from qpref.attention.states import fork_layers
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
+from qpref.policy.architecture import text_decoder
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
 from qpref.policy.layer_configs import layer_settings
 from qpref.policy.matmul import check_packed, sum_in_float32
 from qpref.policy.policy import Policy
-from qpref.policy.pretrained import load_pretrained
+from qpref.policy.pretrained import load_pretrained, read_config
 from qpref.policy.source import BaseFolder
+from qpref.policy.text_part import keep_text_alone
 from qpref.recipe.sections import ModelSection, Recipe
 
 log = logging.getLogger("qpref")
@@ -64,22 +66,24 @@ def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -
         sum_in_float32()
     model = load_base(section, base, device)
     _prepare_4bit_layers(model, DTYPES[section.dtype])
+    keep_text_alone(model)
     attention.register()
     return model
 
 
 def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.device) -> Policy:
     """Make a Policy of a model and its adapter wrapper, under the fastest attention that its config allows."""
-    own = model.config._attn_implementation
-    reasons = attention.reasons_against_sharing(model)
+    decoder = text_decoder(model)
+    own = decoder.config._attn_implementation
+    reasons = attention.reasons_against_sharing(decoder)
     if not reasons:
-        fork_layers(model)
+        fork_layers(decoder)
     for reason in reasons:
         log.warning("prompts are computed once for each response, not once a pair: %s", reason)
     dtype = DTYPES[section.dtype]
     policy = Policy(
         model=wrapped,
-        decoder=model.get_decoder(),
+        decoder=decoder,
         head=Head.of(model),
         device=device,
         dtype=dtype,
@@ -106,12 +110,7 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
     Raises:
         PolicyError: transformers can't load it, or a weight is missing.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        raise PolicyError(f"{base.path}: transformers can't load this model: {error}") from error
+    config = read_config(base.path)
     model = load_pretrained(
         base.path,
         config=config,

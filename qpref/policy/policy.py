@@ -112,7 +112,7 @@ class Policy:
 
     def use_attention(self, name: str) -> None:
         """Switch to one of the sharing paths, or to the model's own attention."""
-        self.plain_model.set_attn_implementation(name)
+        self.decoder.set_attn_implementation(name)
         self.attention = name
 
     @property
@@ -144,10 +144,11 @@ class Policy:
         return [module for module in self.decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def quantized_modules(self) -> list[str]:
-        """Names, as in the base model, of the layers with 4-bit weights."""
+        """Names, as in the base model, of the decoder's layers with 4-bit weights."""
         from bitsandbytes.nn import Linear4bit
 
-        names = [name for name, module in self.model.named_modules() if isinstance(module, Linear4bit)]
+        inside = {id(module) for module in self.decoder.modules() if isinstance(module, Linear4bit)}
+        names = [name for name, module in self.model.named_modules() if id(module) in inside]
         return [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.errors import DeviceMemoryError, PolicyError
+from qpref.policy.architecture import model_class
 from qpref.policy.out_of_memory import out_of_memory_as, says_out_of_memory
 
 log = logging.getLogger("qpref")
@@ -31,6 +32,7 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    kind = AutoModelForCausalLM if gguf_file else model_class(options.get("config") or read_config(folder), folder)
     path = folder / gguf_file if gguf_file else folder
     out_of_memory = (
         f"{path}: the device ran out of memory while the model was loaded",
@@ -38,7 +40,7 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
     )
     try:
         with _loading_report() as report, out_of_memory_as(*out_of_memory):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = kind.from_pretrained(
                 folder, gguf_file=gguf_file, output_loading_info=True, trust_remote_code=False, **options
             )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError, struct.error) as error:
@@ -56,6 +58,21 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
             unread[0],
         )
     return model
+
+
+def read_config(folder: Path) -> Any:
+    """Read a model's config with transformers.
+
+    Raises:
+        PolicyError: transformers doesn't know it, or can't read it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError, StrictDataclassError) as error:
+        raise PolicyError(f"{folder}: transformers can't load this model: {error}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qpref.errors import PolicyError
+from qpref.policy.architecture import text_decoder
 
 
 def target_layers(model: Any, targets: str | list[str]) -> set[str]:
@@ -18,7 +19,7 @@ def target_layers(model: Any, targets: str | list[str]) -> set[str]:
     Raises:
         PolicyError: a target matches no linear layer.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = text_decoder(model), model.get_output_embeddings()
     in_decoder = {id(module) for module in decoder.modules()}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     candidates = [name for name in linear if id(model.get_submodule(name)) in in_decoder]

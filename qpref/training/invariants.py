@@ -313,7 +313,7 @@ def _check_starting_loss(caller: LossCaller, inputs: Inputs) -> None:
 def _refuse_repacked_weights(policy: Policy) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    for name, module in policy.model.named_modules():
+    for name, module in policy.decoder.named_modules():
         if isinstance(module, Linear4bit) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             raise PolicyError(f"bitsandbytes has repacked the weights of {name}, which then have no gradient")
 

@@ -9,6 +9,7 @@ import torch
 
 from qpref.errors import CheckpointError
 from qpref.memory.tune import choose_sizes
+from qpref.policy.adapter_names import LayerNames
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.training import optim
@@ -104,7 +105,8 @@ def restore_adapter(saved: Checkpoint, policy: Policy) -> None:
     Raises:
         CheckpointError: it has other layers than the policy's.
     """
-    parameters, tensors = policy.trained_parameters(), saved.tensors["adapter"]
+    parameters = policy.trained_parameters()
+    tensors = LayerNames.of(policy.plain_model).translated_keys(saved.tensors["adapter"])
     if set(parameters) != set(tensors):
         raise CheckpointError(f"step {saved.step}: its adapter has other layers than this run's")
     with torch.no_grad():

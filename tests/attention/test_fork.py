@@ -77,7 +77,7 @@ def test_no_row_of_branches_is_a_decoding_step_or_mostly_padding():
 )
 def test_layers_with_a_state_are_found_by_what_they_do(family, config, found, device):
     model = TinyModel(model_type=family, config=config).make().to(device)
-    assert {(name, continues) for name, _, continues in layers_with_state(model)} == found
+    assert {(name, continues) for name, _, continues in layers_with_state(model.get_decoder())} == found
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,5 @@ def test_layers_with_a_state_are_found_by_what_they_do(family, config, found, de
     [("jamba", "JambaMambaMixer can't continue from the state at a prompt's end"), ("minimax", "linear_attention")],
 )
 def test_a_layer_that_takes_no_state_is_a_reason_against_sharing(family, reason):
-    (found,) = reasons_against_sharing(TinyModel(model_type=family).make())
+    (found,) = reasons_against_sharing(TinyModel(model_type=family).make().get_decoder())
     assert reason in found

@@ -1,0 +1,78 @@
+"""The class of a checkpoint, and the text decoder inside a model of any class, multimodal ones included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qpref.errors import PolicyError
+
+
+def model_class(config: Any, origin: object) -> Any:
+    """Choose the class to load a checkpoint by: its own, which config.json names, else AutoModelForCausalLM's.
+
+    A multimodal checkpoint is loaded by its own class although its text is all that is trained: everybody who serves
+    it loads that class, so the adapter's names have to be its names.
+
+    Args:
+        config: the checkpoint's, as transformers reads it.
+        origin: of the config, for the message.
+
+    Raises:
+        PolicyError: transformers has no class for it that generates text from text.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise PolicyError(f"{origin}: {config.model_type} is an encoder-decoder model; qpref trains decoders alone")
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and _generates(kind, config):
+            return kind
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise PolicyError(f"{origin}: transformers has no causal language model of the type {config.model_type}")
+
+
+def empty_model(config: Any, origin: object) -> Any:
+    """Build a checkpoint's model on the meta device, without weights.
+
+    Raises:
+        PolicyError: as for `model_class`, or transformers can't build it.
+    """
+    import torch
+
+    kind = model_class(config, origin)
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        raise PolicyError(f"{origin}: transformers can't build this model: {error}") from error
+
+
+def text_decoder(model: Any) -> Any:
+    """Find the text decoder of a causal language model, whose output is hidden states.
+
+    It is transformers' own choice where that holds the input embeddings and not the head (Llama 4's holds both), else
+    the innermost model that holds the embeddings.
+    """
+    from transformers import PreTrainedModel
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    holders = [each for each in models if any(part is embeddings for part in each.modules())]
+    own = model.get_decoder()
+    is_decoder = any(each is own for each in holders) and not any(part is head for part in own.modules())
+    return own if is_decoder else holders[-1]
+
+
+def text_modules(model: Any) -> set[str]:
+    """Names of the modules that compute a text's logits: the decoder with all inside it, and the output head."""
+    decoder, head = text_decoder(model), model.get_output_embeddings()
+    inside = {id(module) for module in decoder.modules()} | {id(head)}
+    return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in inside}
+
+
+def _generates(kind: Any, config: Any) -> bool:
+    return isinstance(config, kind.config_class) and kind.can_generate()
