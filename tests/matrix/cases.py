@@ -68,11 +68,11 @@ TEXT: dict[str, dict[str, Any]] = {
 """Settings of the text parts of multimodal models."""
 WHOLE: dict[str, dict[str, Any]] = {"gemma3": {"mm_tokens_per_image": 4}}
 """Settings of multimodal models beside their parts."""
-MROPE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), {"partial_rotary_factor": 1.0}),
-    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga", "glm4v_moe"), {"partial_rotary_factor": 0.5}),
+ROTATED: dict[str, float] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), 1.0),
+    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga", "glm4v_moe"), 0.5),
 }
-"""Share of a head that rotates, of models whose RoPE settings fall back to large sections."""
+"""Share of a head that rotates, of models without RoPE settings whose code falls back to large sections."""
 
 
 def architectures() -> list[str]:
@@ -87,7 +87,7 @@ def tiny_model(name: str) -> TinyModel:
     kind = CONFIG_MAPPING[name]
     if name in _image_text() and "text_config" in getattr(kind, "sub_configs", {}):
         default = kind()
-        text = _fitting(type(default.text_config), MROPE.get(name)) | TEXT.get(name, {})
+        text = _fitting(type(default.text_config), ROTATED.get(name)) | TEXT.get(name, {})
         return TinyModel(
             model_type=name,
             class_name=_image_text()[name],
@@ -109,14 +109,14 @@ def _image_text() -> dict[str, str]:
     return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def _fitting(kind: Any, rotation: dict[str, Any] | None = None) -> dict[str, Any]:
+def _fitting(kind: Any, rotated: float | None = None) -> dict[str, Any]:
     """Settings of a text model that depend on its other sizes."""
     default, changes = kind(), {}
     if config_has(default, "kv_lora_rank"):
         changes["num_key_value_heads"] = SIZES["num_attention_heads"]
     rope = getattr(default, "rope_parameters", None)
-    if rotation is not None:
-        rope = {"rope_type": "default", "rope_theta": 10000.0} | rotation | {"mrope_section": []}
+    if rotated is not None:
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotated, "mrope_section": []}
     if isinstance(rope, dict) and "mrope_section" in rope:
         changes["rope_parameters"] = rope | {"mrope_section": _sections(rope)}
     return changes
