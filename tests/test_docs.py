@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from matrix import page
+from matrix.cases import architectures
 
 from qpref.cli import main
 from qpref.hooks.manager import CHECK, LOSS, READER, SINK
@@ -101,3 +104,11 @@ def test_a_shipped_recipe_names_itself_in_its_commands(recipe):
     named = re.findall(r"recipes/[\w.-]+\.toml", recipe.read_text())
     assert f"recipes/{recipe.name}" in named
     assert all((ROOT / name).is_file() for name in named)
+
+
+def test_the_models_page_has_a_row_for_each_architecture_of_the_matrix():
+    text = (ROOT / "docs/models.md").read_text()
+    rows = page.names(text)
+    assert len(rows) >= 75
+    if f"transformers {version('transformers')}," in text:
+        assert rows == architectures(), "run python docs/make_models.py"

@@ -145,7 +145,7 @@ class TinyModel:
 def _small(kind: Any, sizes: Mapping[str, Any], changes: Mapping[str, Any], own: Collection[str] = ()) -> Any:
     """A config of a class with the sizes that it has, and changes after them."""
     default = kind()
-    taken = {name: size for name, size in sizes.items() if name not in own and _has(default, name)}
+    taken = {name: size for name, size in sizes.items() if name not in own and config_has(default, name)}
     for name in OPTIONAL:
         if name in taken and getattr(default, name) is None:
             del taken[name]
@@ -154,7 +154,8 @@ def _small(kind: Any, sizes: Mapping[str, Any], changes: Mapping[str, Any], own:
     return kind(**{**taken, **changes})
 
 
-def _has(config: Any, name: str) -> bool:
+def config_has(config: Any, name: str) -> bool:
+    """Tell whether a config has a setting, be it one that differs between layers."""
     try:
         return hasattr(config, name)
     except RuntimeError:  # it differs between layers

@@ -120,16 +120,13 @@ def _wrap(model: Any, config: Any, names: tuple[str, ...], seed: int) -> Any:
 
 
 def _refuse_other_layers(model: Any, layers: set[str]) -> None:
-    """Refuse a model where PEFT adapts other layers than the recipe's.
-
-    PEFT takes some names of mixture-of-experts models to mean their stacked experts (0.21: dots1, deepseek_v3).
-    """
+    """Refuse a model where PEFT adapts other layers than the recipe's."""
     adapted = {name.partition(".lora_")[0] for name, _ in model.base_model.model.named_parameters() if ".lora_" in name}
     if adapted != layers:
         differing = sorted(layers - adapted) or sorted(adapted - layers)
         raise PolicyError(
             f"PEFT adapts other layers of this model than [adapter] targets names, the first is {differing[0]}",
-            'name layers of the attention alone in [adapter] targets, for example targets = ["q_proj", "v_proj"]',
+            "leave it out of [adapter] targets",
         )
 
 

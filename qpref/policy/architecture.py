@@ -67,6 +67,15 @@ def text_decoder(model: Any) -> Any:
     return own if is_decoder else holders[-1]
 
 
+def causal_model(model: Any) -> Any:
+    """Find the innermost model with both the input embeddings and the output head: it computes a text's logits."""
+    from transformers import PreTrainedModel
+
+    wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [each for each in models if wanted <= {id(part) for part in each.modules()}][-1]
+
+
 def text_modules(model: Any) -> set[str]:
     """Names of the modules that compute a text's logits: the decoder with all inside it, and the output head."""
     decoder, head = text_decoder(model), model.get_output_embeddings()

@@ -9,6 +9,8 @@ needs the slices again in the backward pass, for the gradient of its B matrix.
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,13 @@ from torch import Tensor, nn
 from qpref.attention.determinism import distinct_indices
 from qpref.errors import PolicyError
 from qpref.policy import vocabulary
+from qpref.policy.architecture import causal_model
 from qpref.policy.matmul import float32_matmul
 from qpref.policy.vocabulary import RunningLogSumExp, vocabulary_slices
+
+SCALES = {"logit_scale": "*", "logits_scaling": "/", "lm_head_multiplier": "*", "output_multiplier": "*"}
+"""Settings that scale logits, each with what most families do with it."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +58,9 @@ class Head:
         plain = getattr(module, "base_layer", module)
         if type(plain) is not nn.Linear:
             raise PolicyError(f"the output head is a {type(plain).__name__}; qpref needs a plain linear layer")
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        # RecurrentGemma calls its cap by the second name.
-        caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
-        return cls(plain.weight, plain.bias, scale, caps[0] or caps[1], None if plain is module else module)
+        caps = [getattr(config, name, None) for name in CAPS]
+        cap = next(filter(None, caps), None)
+        return cls(plain.weight, plain.bias, _scale(model, config), cap, None if plain is module else module)
 
     @property
     def num_tokens(self) -> int:
@@ -272,3 +277,18 @@ def _grad_of_b(rows: _Rows, head: Head, normalizer: Tensor, incoming: Tensor) ->
 def _grad_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply for gradients: in the right factor's 16-bit dtype on a CPU, accumulated in float32 on a GPU."""
     return left.to(right.dtype) @ right if right.device.type == "cpu" else float32_matmul(left, right)
+
+
+def _scale(model: Any, config: Any) -> float:
+    """Read the factor on a model's logits. Granite divides by a setting that HyperCLOVA X multiplies with, so the
+    model's own code says which it is."""
+    try:
+        source = inspect.getsource(type(causal_model(model)).forward)
+    except (OSError, TypeError):
+        source = ""
+    scale = 1.0
+    for name, usual in SCALES.items():
+        if (setting := getattr(config, name, None)) is not None:
+            found = re.search(rf"([*/])=? *[\w.()]*\b{name}\b", source)
+            scale *= float(setting) if (found[1] if found else usual) == "*" else 1 / float(setting)
+    return scale

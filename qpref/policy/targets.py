@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -9,31 +11,51 @@ from torch import nn
 from qpref.errors import PolicyError
 from qpref.policy.architecture import text_decoder
 
+log = logging.getLogger("qpref")
+
 
 def target_layers(model: Any, targets: str | list[str]) -> set[str]:
     """Find the full names of the linear layers to adapt.
 
     Only layers inside the text decoder count, since a vision tower gets no gradient, and the output head where the
-    list names it. A string stands for all of the decoder's linear layers.
+    list names it. A string stands for all of the decoder's linear layers that PEFT can adapt.
 
     Raises:
-        PolicyError: a target matches no linear layer.
+        PolicyError: a target matches no linear layer, or layers that PEFT can't adapt.
     """
     decoder, head = text_decoder(model), model.get_output_embeddings()
-    in_decoder = {id(module) for module in decoder.modules()}
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    candidates = [name for name in linear if id(model.get_submodule(name)) in in_decoder]
+    inside = {id(module) for module in decoder.modules() if module is not head}
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    candidates = [name for name in linear if id(model.get_submodule(name)) in inside]
+    foreign = _foreign_to_peft(model.config, candidates)
+    adaptable = [name for name in candidates if _last(name) not in foreign]
+    if not adaptable:
+        raise PolicyError(_cannot_adapt(model.config, foreign), "train another model")
     if isinstance(targets, str):
-        return set(candidates)
-    candidates += [name for name in linear if model.get_submodule(name) is head]
+        if foreign:
+            log.warning("%s; they stay as they are", _cannot_adapt(model.config, foreign))
+        return set(adaptable)
+    with_head = adaptable + [name for name in linear if model.get_submodule(name) is head]
+    known = ", ".join(sorted(set(map(_last, with_head))))
+    candidates += with_head[len(adaptable) :]
     layers: set[str] = set()
     for target in targets:
         matching = [name for name in candidates if matches(name, target)]
         if not matching:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in candidates}))
             raise PolicyError(f"[adapter] targets: '{target}' names no linear layer; it has {known}")
+        if impossible := foreign & set(map(_last, matching)):
+            raise PolicyError(f"[adapter] targets: {_cannot_adapt(model.config, impossible)}; it can adapt {known}")
         layers.update(matching)
     return layers
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module computes what a linear layer does, not only is one by its class: some routers derive
+    from it and return several tensors."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module).forward in (nn.Linear.forward, Linear4bit.forward, Conv1D.forward)
 
 
 def matches(name: str, target: str) -> bool:
@@ -43,6 +65,52 @@ def matches(name: str, target: str) -> bool:
 
 def peft_target_modules(model: Any, layers: set[str]) -> list[str]:
     """Name the layers for PEFT: by their last parts where those match no other module, else by full names."""
-    endings = {name.rpartition(".")[2] for name in layers}
-    matching = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    endings = set(map(_last, layers))
+    matching = {name for name, _ in model.named_modules() if any(matches(name, ending) for ending in endings)}
     return sorted(endings if matching == layers else layers)
+
+
+def _last(name: str) -> str:
+    """The last part of a layer's name, with those before it that it needs to be more than a number."""
+    before, _, last = name.rpartition(".")
+    return f"{_last(before)}.{last}" if last.isdigit() and before else last
+
+
+def _foreign_to_peft(config: Any, layers: Iterable[str]) -> set[str]:
+    """Names, by their last parts, of the layers that PEFT doesn't adapt in such a model.
+
+    PEFT (0.21) takes some names in models with experts to mean the experts, and refuses some in state space models. A
+    lone layer of the name tells.
+    """
+    return {name for name in set(map(_last, layers)) if not _is_adapted(config, name)}
+
+
+def _is_adapted(config: Any, name: str) -> bool:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners import lora
+
+    lone = _Lone(config, name)
+    try:
+        inject_adapter_in_model(LoraConfig(target_modules=[name]), lone)
+    except ValueError:
+        return False
+    return isinstance(lone.get_submodule(name), lora.Linear)
+
+
+class _Lone(nn.Module):
+    """A model with a config and one small linear layer."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        super().__init__()
+        self.config = config
+        parent: nn.Module = self
+        *outer, last = name.split(".")
+        for part in outer:
+            inner = nn.Module()
+            parent.add_module(part, inner)
+            parent = inner
+        parent.add_module(last, nn.Linear(1, 1, device="meta"))
+
+
+def _cannot_adapt(config: Any, names: Iterable[str]) -> str:
+    return f"PEFT can't adapt layers of the names {', '.join(sorted(names))} in a {config.model_type} model"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpref.policy.architecture import text_modules
+from qpref.policy.architecture import causal_model, text_modules
 
 
 def keep_text_alone(model: Any) -> None:
@@ -43,7 +43,7 @@ def _other_weights(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
 def _computes_text(model: Any) -> bool:
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
-        logits: Tensor = model(input_ids=token, use_cache=False).logits
+        logits: Tensor = causal_model(model)(input_ids=token, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError):  # a weight on the meta device is among its reasons
         return False
     return logits.device.type != "meta"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, PolicyError
+from qpref.policy.architecture import causal_model
+from qpref.policy.forward_errors import naming_the_layer
 from qpref.policy.logprobs import completion_logprobs, select_sequences
 from qpref.policy.out_of_memory import fits
 from qpref.policy.policy import Policy
@@ -49,6 +53,26 @@ def check_first_row(tokenizer: PairTokenizer, example: TokenizedExample) -> None
             raise DataError(f"{example.source}: a response doesn't end in a stop token", "fix the chat template")
 
 
+def refuse_unknown_tokens(policy: Policy, examples: Iterable[TokenizedExample]) -> None:
+    """Refuse data with token ids that the model has no embedding for.
+
+    Raises:
+        PolicyError: tokens were added to the tokenizer and the model wasn't resized.
+    """
+    embedded = int(policy.plain_model.get_input_embeddings().weight.shape[0])
+    known = min(embedded, policy.head.num_tokens)
+    for example in examples:
+        largest = max(
+            int(np.frombuffer(ids, dtype=np.intc).max()) for ids in (example.prompt, *example.branches) if ids
+        )
+        if largest >= known:
+            raise PolicyError(
+                f"{example.source}: token id {largest} is beyond the base's vocabulary: its embedding has {known} rows",
+                "use the tokenizer that belongs to the base, or resize the base before training: "
+                "model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
+            )
+
+
 def check_layout(policy: Policy, example: TokenizedExample) -> None:
     """Compare packed log-probabilities with the model's own logits on one pair, and choose an attention path.
 
@@ -62,11 +86,12 @@ def check_layout(policy: Policy, example: TokenizedExample) -> None:
 
 
 def _choose_path(policy: Policy, example: TokenizedExample) -> None:
-    batch, short = (pack([each], policy.device) for each in (example, _shortened(example)))
+    batch, short = (pack([each], policy.device) for each in (example, shortened(example)))
     with frozen(policy):
         policy.use_attention(policy.own_attention)
         rows = own_rows(policy, batch, short)
         own = completion_logprobs(policy, short).values
+        _refuse_reading_ahead(policy, short, own)
         if reason := excess(own, _plain_logprobs(policy, short.examples[0]), policy, LOGITS_TOLERANCE):
             raise PolicyError(
                 f"log-probabilities differ from the model's own logits: {reason}",
@@ -84,6 +109,29 @@ def _choose_path(policy: Policy, example: TokenizedExample) -> None:
         policy.use_attention(policy.own_attention)
 
 
+def _refuse_reading_ahead(policy: Policy, batch: PackedBatch, own: Tensor) -> None:
+    """Refuse a model whose log-probabilities depend on later tokens, as an encoder's do.
+
+    Args:
+        own: the batch's log-probabilities; those before each response's last two tokens are compared with the ones
+            beside another second-to-last token.
+    """
+    examples = [replace(each, branches=tuple(map(_with_another_end, each.branches))) for each in batch.examples]
+    changed = completion_logprobs(policy, pack(examples, policy.device)).values
+    before, after = (torch.cat([part[:-2] for part in values.split(list(batch.lengths))]) for values in (own, changed))
+    if before.numel() and excess(before, after, policy, LOGITS_TOLERANCE):
+        kind = policy.plain_model.config.model_type
+        raise PolicyError(
+            f"this {kind} model sees later tokens when it predicts one: it is an encoder, or isn't set up to decode",
+            "train a causal language model; some of these kinds are one with is_decoder = true in config.json",
+        )
+
+
+def _with_another_end(branch: array[int]) -> array[int]:
+    """Change the last token that the model is fed."""
+    return branch if len(branch) < 3 else branch[:-2] + array("i", [int(branch[-2] == 0)]) + branch[-1:]
+
+
 def _with_fitting(
     policy: Policy, examples: Sequence[TokenizedExample], check: Callable[[Sequence[TokenizedExample]], None]
 ) -> None:
@@ -92,7 +140,7 @@ def _with_fitting(
     Raises:
         DeviceMemoryError: not even a few tokens fit.
     """
-    while not fits(partial(check, examples)):
+    while not _passes(policy, partial(check, examples)):
         smaller = _fewer_or_shorter(examples)
         if smaller is None:
             raise DeviceMemoryError(
@@ -104,11 +152,16 @@ def _with_fitting(
         log.warning("out of memory: a check before training is repeated on %d tokens", tokens)
 
 
+def _passes(policy: Policy, check: Callable[[], None]) -> bool:
+    with naming_the_layer(policy.plain_model):
+        return fits(check)
+
+
 def _fewer_or_shorter(examples: Sequence[TokenizedExample]) -> Sequence[TokenizedExample] | None:
     """Halve the examples, then the length of the last one; None where it is as short as a check needs."""
     if len(examples) > 1:
         return examples[: len(examples) // 2]
-    example, shortest = examples[0], _shortened(examples[0])
+    example, shortest = examples[0], shortened(examples[0])
     if example == shortest:
         return None
     prompt = max(CHECKED_PROMPT, len(example.prompt) // 2)
@@ -116,7 +169,7 @@ def _fewer_or_shorter(examples: Sequence[TokenizedExample]) -> Sequence[Tokenize
     return [_cut(example, prompt, response)]
 
 
-def _shortened(example: TokenizedExample) -> TokenizedExample:
+def shortened(example: TokenizedExample) -> TokenizedExample:
     """Cut an example to lengths at which a pass with gradients takes less memory than training.
 
     The checks run in eval mode, in which no layer recomputes its activations.
@@ -132,7 +185,7 @@ def _cut(example: TokenizedExample, prompt: int, response: int) -> TokenizedExam
 
 def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     """Compute [S] log-probabilities from the model's own logits, one row for each branch, under its own attention."""
-    model = policy.plain_model
+    model = causal_model(policy.plain_model)
     pieces = []
     for branch in example.branches:
         ids = torch.tensor([[*example.prompt, *branch]], device=policy.device)
@@ -231,32 +284,10 @@ def _check_starting_loss(caller: LossCaller, inputs: Inputs) -> None:
 
 
 def _refuse_repacked_weights(policy: Policy) -> None:
-    from bitsandbytes.nn import Linear4bit
-
-    for name, module in policy.decoder.named_modules():
-        if isinstance(module, Linear4bit) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+    for name, module in policy.model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
             raise PolicyError(f"bitsandbytes has repacked the weights of {name}, which then have no gradient")
-
-
-def check_gradients(policy: Policy) -> None:
-    """S2: check that every B matrix has a gradient after the first backward pass (A's is 0 while B is).
-
-    Raises:
-        PolicyError: some have none: those layers would silently stay untrained.
-    """
-    names, norms = [], []
-    for name, parameter in policy.trained_parameters().items():
-        if "lora_B" in name:
-            names.append(name)
-            norms.append(
-                torch.zeros((), device=policy.device) if parameter.grad is None else parameter.grad.abs().amax()
-            )
-    dead = [name for name, norm in zip(names, torch.stack(norms).tolist(), strict=True) if norm == 0]
-    if dead:
-        raise PolicyError(
-            f"{len(dead)} of {len(names)} adapted layers get no gradient, the first is {dead[0]}",
-            "take them out of [adapter] targets, or report the model",
-        )
 
 
 def first_batch(examples: Sequence[TokenizedExample], policy: Policy) -> PackedBatch:

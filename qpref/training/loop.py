@@ -21,7 +21,7 @@ from qpref.recipe.sections import Recipe, TrainSection
 from qpref.records import TokenizedExample
 from qpref.training import heldout, optim
 from qpref.training.best import Criterion
-from qpref.training.invariants import check_gradients
+from qpref.training.gradient_check import check_gradients
 from qpref.training.metrics import Recorder
 from qpref.training.objective import Objective, progress
 from qpref.training.scoring import Scorer
@@ -132,9 +132,10 @@ class Trainer:
         optim.seed_step(train.seed, index)
         positions = step_order(len(self.examples), train.batch_size, train.seed, index)
         self.policy.model.train()
-        nonfinite = self.compute_gradient([self.examples[position] for position in positions])
+        examples = [self.examples[position] for position in positions]
+        nonfinite = self.compute_gradient(examples)
         if index == 0:
-            check_gradients(self.policy)
+            check_gradients(self.policy, examples[0])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm)
         grad_norm, *faults = torch.cat([norm[None], nonfinite]).tolist()  # one copy to the host

@@ -83,6 +83,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     announce(device, recipe.model.device)
     limit = enforced_limit(recipe, device)
     policy = load_policy(recipe, base)
+    invariants.refuse_unknown_tokens(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
     return Prepared(
         plan=plan,

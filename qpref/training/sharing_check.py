@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpref.attention.determinism import needs_nondeterminism
 from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, register_comparison
+from qpref.policy.forward_errors import KINDS
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
@@ -61,7 +62,7 @@ def sharing_fault(policy: Policy, path: str, batch: PackedBatch, short: PackedBa
         return _gradient_fault(policy, short, rows.grad)
     except CannotShareError as error:
         return str(error)
-    except (RuntimeError, ImportError, ValueError, TypeError) as error:
+    except KINDS as error:
         if is_out_of_memory(error) or needs_nondeterminism(error):
             raise
         reason, _, _ = str(error).strip().partition("\n")
@@ -104,8 +105,9 @@ def _grad_of_last(policy: Policy, batch: PackedBatch) -> Tensor:
     """
     embedded: list[Tensor] = []
 
-    def catch(*call: Any) -> None:
+    def catch(*call: Any) -> Tensor:
         embedded.append(call[-1].requires_grad_())
+        return embedded[-1].clone()  # some families scale them in place
 
     hook = policy.decoder.get_input_embeddings().register_forward_hook(catch)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_tokenizer, tiny_config
+from conftest import make_tokenizer, tiny_config
 
 from qpref.errors import PolicyError
 from qpref.policy.load import load_policy
@@ -175,19 +175,3 @@ def test_dropout_is_on_the_adapters_input_alone(load):
     assert len(rates) == len(in_every_layer(*ATTENTION, *MLP))
     assert set(rates.values()) == {0.25}
     assert all("lora_dropout" in name for name in rates)
-
-
-@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:peft")
-def test_layers_that_peft_takes_for_stacked_experts_are_refused(load, tmp_path):
-    """Dots1's shared experts and dense layers have the endings that PEFT rewrites to its experts' stacked weights."""
-    from transformers import AutoModelForCausalLM, Dots1Config
-
-    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    config = Dots1Config(**TINY, **experts, first_k_dense_replace=1, n_group=1, topk_group=1)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(PolicyError, match=r"PEFT adapts other layers of this model than \[adapter\] targets names"):
-        load({"model.base": str(tmp_path)})
-    policy = load({"model.base": str(tmp_path), "adapter.targets": ["q_proj", "v_proj"]})
-    assert adapted(policy) == in_every_layer("q_proj", "v_proj")

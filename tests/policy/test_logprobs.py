@@ -279,7 +279,7 @@ def tiny_model(config):
 
 
 def test_a_head_knows_what_its_model_does_to_logits():
-    from transformers import CohereConfig, Gemma2Config, GraniteConfig, RecurrentGemmaConfig
+    from transformers import CohereConfig, FalconH1Config, Gemma2Config, GraniteConfig, RecurrentGemmaConfig
 
     tiny = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 0,
@@ -287,6 +287,7 @@ def test_a_head_knows_what_its_model_does_to_logits():
     configs = [
         CohereConfig(**tiny, logit_scale=0.25),
         GraniteConfig(**tiny, logits_scaling=4.0),
+        FalconH1Config(**tiny, head_dim=8, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, lm_head_multiplier=0.25),
         Gemma2Config(**tiny, head_dim=8, final_logit_softcapping=3.0),
         RecurrentGemmaConfig(**tiny | {"num_hidden_layers": 3}, lru_width=16, logits_soft_cap=3.0),
     ]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_example, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from tiny_models import TinyModel
 from transformers import AutoModelForCausalLM
 
 import qpref
@@ -29,6 +30,7 @@ from qpref.recipe.resolve import make_plan
 from qpref.records import LossOutput, Source, TokenizedExample
 from qpref.training import invariants, optim
 from qpref.training import prepare as prepare_module
+from qpref.training.gradient_check import check_gradients
 from qpref.training.objective import LossCaller, Objective
 from qpref.training.prepare import Prepared
 from qpref.training.prepare import prepare as prepare_plan
@@ -183,7 +185,7 @@ def test_start_is_checked_without_the_rows_margin(make_recipe, tmp_path):
 def test_repacked_weights_are_refused(prepare):
     # C31: bitsandbytes marks a weight that it has repacked for AVX512-BF16, whose product has no gradient.
     prepared = prepare(NF4)
-    name = "base_model.model.model.layers.1.mlp.up_proj.base_layer"
+    name = "base_model.model.model.layers.1.mlp.up_proj"
     prepared.policy.model.get_submodule(name).weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(PolicyError, match=f"repacked the weights of {name}"):
         check_start_of(prepared, prepared.objective)
@@ -200,18 +202,18 @@ def backward(prepared: Prepared) -> None:
 def test_check_gradients_passes_after_a_backward_pass(prepare):
     prepared = prepare(NF4)
     backward(prepared)
-    invariants.check_gradients(prepared.policy)
+    check_gradients(prepared.policy, prepared.examples[0])
 
 
 @pytest.mark.parametrize("gradient", ["none", "zero"])
 def test_check_gradients_names_the_layer_that_got_none(prepare, gradient):
     prepared = prepare()
     backward(prepared)
-    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
-    parameter = prepared.policy.trained_parameters()[name]
+    name = "model.layers.1.self_attn.v_proj"
+    parameter = prepared.policy.trained_parameters()[f"base_model.model.{name}.lora_B.default.weight"]
     parameter.grad = None if gradient == "none" else torch.zeros_like(parameter)
     with pytest.raises(PolicyError, match=f"1 of 14 adapted layers get no gradient, the first is {name}"):
-        invariants.check_gradients(prepared.policy)
+        check_gradients(prepared.policy, prepared.examples[0])
 
 
 def test_run_stops_at_its_first_step_when_a_layer_gets_no_gradient(make_recipe, tmp_path, monkeypatch):
@@ -226,6 +228,40 @@ def test_run_stops_at_its_first_step_when_a_layer_gets_no_gradient(make_recipe, 
     monkeypatch.setattr(prepare_module, "load_policy", with_a_cut)
     with pytest.raises(PolicyError, match=r"adapted layers get no gradient, the first is .*layers\.0\.mlp"):
         qpref.train(make_recipe(), output=tmp_path / "run")
+
+
+def test_a_layer_on_which_the_base_does_not_depend_is_said_and_left(make_recipe, tmp_path, said):
+    # Gemma 3n's per-layer inputs are multiplied by a scale that is 0 in a fresh model.
+    TinyModel(model_type="gemma3n_text").write(tmp_path / "base")
+    changes = {"model.base": str(tmp_path / "base"), "train.max_steps": 1}
+    qpref.train(make_recipe(changes), output=tmp_path / "run")
+    assert "of 31 adapted layers learn nothing, as this base's logits don't depend on them; the first is" in "".join(
+        said
+    )
+
+
+# A model that can't be trained is refused in one sentence.
+
+
+def test_a_token_without_an_embedding_is_refused_with_both_numbers(prepare, tmp_path):
+    TinyModel(model_type="llama", config={"vocab_size": 257}).write(tmp_path / "base")
+    with pytest.raises(PolicyError, match=r"train.jsonl:1: token id 258 is beyond .* its embedding has 257 rows"):
+        prepare({"model.base": str(tmp_path / "base")})
+
+
+def test_an_encoder_is_refused_for_what_it_sees(prepare, tmp_path):
+    TinyModel(model_type="roberta").write(tmp_path / "base")
+    with pytest.raises(PolicyError, match="this roberta model sees later tokens when it predicts one"):
+        prepare({"model.base": str(tmp_path / "base")})
+
+
+def test_an_error_inside_the_model_names_the_layer(prepare, monkeypatch):
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fail)
+    with pytest.raises(PolicyError, match=r"fails in model.layers.0.mlp \(LlamaMLP\): IndexError: tuple index"):
+        prepare()
 
 
 # S4: the first row is what a template should make.

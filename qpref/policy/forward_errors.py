@@ -1,0 +1,46 @@
+"""Errors from inside a model's forward pass, each as one sentence that names the layer."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qpref.attention.determinism import needs_nondeterminism
+from qpref.errors import PolicyError, QprefError
+from qpref.policy.out_of_memory import is_out_of_memory
+
+KINDS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, ImportError)
+
+
+@contextmanager
+def naming_the_layer(model: Any) -> Iterator[None]:
+    """Raise what a layer of the model raises as a PolicyError; errors from elsewhere and out-of-memory pass.
+
+    Raises:
+        PolicyError: a layer failed.
+    """
+    try:
+        yield
+    except KINDS as error:
+        if isinstance(error, QprefError) or is_out_of_memory(error) or needs_nondeterminism(error):
+            raise
+        if (layer := _failing_layer(error, model)) is None:
+            raise
+        name, kind = layer
+        reason = str(error).strip().partition("\n")[0]
+        raise PolicyError(
+            f"the forward pass of this {model.config.model_type} model fails in {name or 'the model'} ({kind}): "
+            f"{type(error).__name__}: {reason}",
+            "transformers or PEFT can't run this model as it is loaded; where plain transformers can, please report it",
+        ) from error
+
+
+def _failing_layer(error: BaseException, model: Any) -> tuple[str, str] | None:
+    """Return name and class of the innermost module of the model that the error came through."""
+    names = {id(module): (name, type(module).__name__) for name, module in model.named_modules()}
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = names.get(id(frame.f_locals.get("self")), found)
+    return found

@@ -1,0 +1,50 @@
+"""Layers that "all-linear" takes: what computes a linear layer, and what PEFT adapts in such a model."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import TinyModel
+
+from qpref.errors import PolicyError
+from qpref.policy.targets import peft_target_modules, target_layers
+
+
+def endings(model, targets="all-linear") -> set[str]:
+    return {name.rpartition(".")[2] for name in target_layers(model, targets)}
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
+def test_a_router_that_returns_several_tensors_is_no_linear_layer(family):
+    assert not {"router", "gate"} & endings(TinyModel(model_type=family).make())
+
+
+def test_dense_layers_under_names_that_mean_experts_to_peft_are_left_out(said):
+    model = TinyModel(model_type="dots1").make()
+    assert endings(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "PEFT can't adapt layers of the names down_proj, gate_proj, up_proj in a dots1 model" in "".join(said)
+
+
+def test_a_router_whose_name_means_its_weight_to_peft_is_left_out():
+    assert "gate" not in endings(TinyModel(model_type="afmoe").make())
+
+
+def test_layers_that_peft_cannot_adapt_are_refused_with_those_that_it_can():
+    model = TinyModel(model_type="dots1").make()
+    with pytest.raises(PolicyError, match=r"names down_proj in a dots1 model; it can adapt k_proj, lm_head, o_proj, q"):
+        target_layers(model, ["q_proj", "down_proj"])
+
+
+def test_the_output_of_a_state_space_layer_is_left_out_where_peft_refuses_it():
+    found = endings(TinyModel(model_type="falcon_h1").make())
+    assert "out_proj" not in found
+    assert "in_proj" in found
+
+
+def test_an_unknown_target_is_answered_with_layers_of_this_model():
+    with pytest.raises(PolicyError, match="'q_proj' names no linear layer; it has kv_a_proj_with_mqa, kv_b_proj, lm_h"):
+        target_layers(TinyModel(model_type="deepseek_v2").make(), ["q_proj"])
+
+
+def test_an_index_of_a_list_is_no_name():
+    model = TinyModel(model_type="gemma3n_text").make()
+    assert not any(name.isdigit() for name in peft_target_modules(model, target_layers(model, "all-linear")))
