@@ -184,7 +184,8 @@ def ending(output: str) -> str:
     """What a failed command ends with, on one line: its error, or a traceback's last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if "Traceback" in output:
-        return next(line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line))
+        errors = (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line))
+        return next(errors, lines[-1])
     found = re.search(r"error: .*", " ".join(lines))
     return found.group(0) if found else lines[-1]
 
@@ -252,7 +253,7 @@ def _tensor_fault(base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]
     """Describe a tensor that was lost, or changed though neither NF4 nor an adapter changes it."""
     if lost := sorted(base.keys() - merged.keys()):
         return f"{len(lost)} tensors lost, the first is {lost[0]}"
-    kept = [key for key, value in base.items() if value.dim() < 2 or re.search(r"vision|visual|embed", key)]
+    kept = [key for key, value in base.items() if value.dim() < 2 or re.search(r"vision|visual|embed_tokens", key)]
     changed = [key for key in kept if not torch.equal(base[key], merged[key])]
     return f"{len(changed)} tensors changed, the first is {changed[0]}" if changed else ""
 
