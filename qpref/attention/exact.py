@@ -92,7 +92,7 @@ class _Part:
         direction = call.direction[0].transpose(0, 1).unflatten(0, (call.key.shape[1], -1))
         incoming = direction[heads, :, block.queries].float()
         scores = (rows @ keys.transpose(-1, -2)).mul_(call.scale)
-        scores.masked_fill_(_hidden(block, call.window, scores.device), -torch.inf)
+        scores.masked_fill_(hidden_keys(block, call.window, scores.device), -torch.inf)
         weights_grad = incoming @ values.transpose(-1, -2)
         return cls(segment, block, heads, rows, incoming, keys, values, scores.softmax(-1), weights_grad)
 
@@ -131,7 +131,7 @@ class _Sums:
         return [result.transpose(1, 2), query_grad, self._key_grad[None], self._value_grad[None]]
 
 
-def _hidden(block: Block, window: int | None, device: torch.device) -> Tensor:
+def hidden_keys(block: Block, window: int | None, device: torch.device) -> Tensor:
     """[queries, keys], true where a query doesn't see a key."""
     num_queries = block.queries.stop - block.queries.start
     query = torch.arange(block.own, block.own + num_queries, device=device)[:, None]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qpref.attention import blocks, sdpa, varlen
+from qpref.attention import blocks, plain, sdpa, varlen
 from qpref.attention.errors import CannotShareError as CannotShareError
 from qpref.attention.exact import AttentionCall, attention_and_gradients
 from qpref.attention.layout import current
@@ -27,7 +27,7 @@ from qpref.attention.states import layers_with_state
 from qpref.records import Group
 
 SEGMENTS = "qpref_segments"
-"""The path that works everywhere: a call of torch's scaled dot product for each segment."""
+"""The path that works everywhere: a call of torch's scaled dot product for each segment, or plain products."""
 BLOCKS = "qpref_blocks"
 """The path for CPUs with bf16 units."""
 KERNELS: dict[str, varlen.Kernel] = {
@@ -167,6 +167,8 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     attend: Attend | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
@@ -181,6 +183,7 @@ def shared_prompt_attention(
         dropout: on the attention weights.
         sliding_window: positions that a token sees, itself included; None for all before it.
         is_causal: the model's own value, or None.
+        softcap, s_aux: a cap on the scores and sinks, see `plain`.
         attend: computes all segments; None for `sdpa`, which alone can drop attention weights.
         keywords: any that isn't known to be harmless is refused.
 
@@ -188,20 +191,31 @@ def shared_prompt_attention(
         [1, T, heads, width] and no weights.
 
     Raises:
-        CannotShareError: a keyword changes attention in an unsupported way (a cap, sinks, a bias).
+        CannotShareError: a keyword changes attention in an unsupported way (a bias), or in one that the path's kernel
+            doesn't compute (a cap, sinks).
     """
     _refuse_the_unknown(module, keywords, is_causal, sliding_window)
     layout = current()
     assert layout is not None
     groups, prompts = layout.groups, layout.prompts
     if attend is None:
-        attend = partial(sdpa.attend, dropout=dropout)
-    elif dropout:
-        raise CannotShareError("its attention has dropout")
+        attend = _without_kernel(dropout, softcap, s_aux)
+    elif dropout or softcap is not None or s_aux is not None:
+        uses = {"dropout": dropout, "capped scores": softcap is not None, "sinks": s_aux is not None}
+        raise CannotShareError(f"its attention has {' and '.join(name for name, used in uses.items() if used)}")
     if prompts is None:
         return attend(query, key, value, groups, scaling, sliding_window), None
     states = prompts.complete(module, query, key, value)
     return prompts.own_rows(attend(*states, groups, scaling, sliding_window)), None
+
+
+def _without_kernel(dropout: float, softcap: float | None, sinks: Tensor | None) -> Attend:
+    """Choose how the path that works everywhere computes a layer's segments."""
+    if softcap is None and sinks is None:
+        return partial(sdpa.attend, dropout=dropout)
+    if dropout:
+        raise CannotShareError("its attention has dropout beside capped scores or sinks")
+    return partial(plain.attend, softcap=softcap, sinks=sinks)
 
 
 def _refuse_the_unknown(

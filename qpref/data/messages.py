@@ -134,11 +134,23 @@ def _message(turn: object, where: str) -> Message:
         extra, content = {"tool_calls": _calls(content, where)}, ""
     if content is None and "tool_calls" in extra:
         content = ""
+    if isinstance(content, list):
+        content = _joined(content, where)
     if not isinstance(content, str):
-        hint = "; make its parts one text" if isinstance(content, list) else ""
-        raise BadRowError("not_a_message", f"{where}: a message's content is a text, found {kind_of(content)}{hint}")
+        raise BadRowError("not_a_message", f"{where}: a message's content is a text, found {kind_of(content)}")
     check_text(content, where)
     return Message(role="system" if role == "developer" else role, content=content, extra=extra)
+
+
+def _joined(parts: Sequence[object], where: str) -> str:
+    """Join a content of text parts, as multimodal data have it; chat templates put nothing between them."""
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            known = isinstance(kind, str) and kind != "text"
+            found = f"a part of the type {shown(kind)}" if known else "a part without a text"
+            raise BadRowError("not_a_message", f"{where}: {found}; qpref trains on text alone, so drop the row")
+    return "".join(part["text"] for part in parts if isinstance(part, dict))
 
 
 def _speaker(turn: Mapping[str, object], where: str) -> str:

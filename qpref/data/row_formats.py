@@ -49,6 +49,8 @@ COLUMNS = frozenset(
     }
 )
 """Every column that some format reads."""
+NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
+"""Columns on which an answer may depend, and which no text stands for."""
 
 
 def records_of_row(row: Row, row_format: str = "auto") -> Sequence[PreferencePair | UnpairedExample] | Finding:
@@ -57,6 +59,9 @@ def records_of_row(row: Row, row_format: str = "auto") -> Sequence[PreferencePai
     Args:
         row_format: a name of ROW_FORMATS; "auto" recognizes the format by the row's columns.
     """
+    if media := [name for name in NOT_TEXT if row.values.get(name)]:
+        message = f"the row has {media[0]}; qpref trains on text alone, so drop the row"
+        return Finding(code="not_text", severity="error", message=message, source=row.source)
     name = format_of(row.values) if row_format == "auto" else row_format
     if name is None:
         columns = named(row.values) or "no column"

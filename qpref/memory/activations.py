@@ -81,12 +81,13 @@ def _is_flash(shape: ModelShape, setup: Setup) -> bool:
     """Return whether all segments go through one call of a variable-length kernel."""
     width = shape.query_width // shape.heads
     can = setup.has_flash and width % 8 == 0 and width <= MAX_WIDTH
-    return setup.device == "cuda" and setup.dtype_bytes == 2 and shape.shares_prompts and can
+    shares = shape.shares_prompts and not shape.plain_attention
+    return setup.device == "cuda" and setup.dtype_bytes == 2 and shares and can
 
 
 def _is_segmented(shape: ModelShape, setup: Setup) -> bool:
     """Return whether attention is one call of torch's scaled dot product for each segment."""
-    return shape.shares_prompts and not (shape.softcapped or setup.in_blocks or _is_flash(shape, setup))
+    return shape.shares_prompts and not (shape.plain_attention or setup.in_blocks or _is_flash(shape, setup))
 
 
 def cached_mask_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
@@ -98,7 +99,11 @@ def cached_mask_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
 
 def _attention_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     q, k, tokens = shape.query_width, shape.key_width, stream.tokens
-    if shape.softcapped:
+    if shape.plain_attention and shape.shares_prompts:
+        # Queries, keys, values and the result; a copy of keys and values for each segment.
+        keys = stream.prompt_tokens + stream.branch_keys
+        return setup.dtype_bytes * ((2 * q + 2 * k) * tokens + 2 * k * keys)
+    if shape.plain_attention:
         # Queries, repeated keys and values; every score after tanh, as softmax in float32, and as softmax in b bytes.
         scores = shape.heads * stream.row_scores * (2 * setup.dtype_bytes + (4 if setup.dtype_bytes < 4 else 0))
         return 3 * setup.dtype_bytes * q * tokens + scores
@@ -137,7 +142,10 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
         # whose own input is freed. Dropout takes two more numbers per number of the input.
         numbers = max(4 * inner if setup.dropout else 2 * inner, inner + matrix) + hidden
     total: float = setup.dtype_bytes * numbers
-    if setup.in_blocks and shape.shares_prompts and not shape.softcapped:
+    if shape.plain_attention and shape.shares_prompts:
+        # A block's scores, capped scores, their exponentials and both gradients, in float32.
+        total = max(total, 5 * 4 * shape.heads * min(QUERY_BLOCK, stream.longest_keys) * stream.longest_keys)
+    elif setup.in_blocks and shape.shares_prompts:
         total = max(total, _block_bytes(shape, setup, stream))
     if _is_flash(shape, setup):
         total = max(total, _flash_backward_bytes(shape, setup, stream))

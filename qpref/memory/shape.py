@@ -84,7 +84,7 @@ class ModelShape:
         rotary: numbers per token in the cosine and sine tables.
         window: positions that a layer with a sliding window sees; None without such layers.
         shares_prompts: prompts can be computed once for all their branches.
-        softcapped: attention scores are soft-capped, which needs an attention that keeps them all.
+        plain_attention: attention scores are soft-capped or have sinks, which no fused kernel computes.
         double_quantization: of a base that is stored in 4 bit, whether its scales are quantized too; None for any
             other base.
     """
@@ -102,7 +102,7 @@ class ModelShape:
     rotary: int
     window: int | None
     shares_prompts: bool
-    softcapped: bool
+    plain_attention: bool
     double_quantization: bool | None
 
     @property
@@ -164,7 +164,6 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     embeddings = embedding.numel() + (0 if head is embedding else head.numel())
     linear = sum(linear.numel for layer in layers for linear in layer.linears)
     text = {id(value): value.numel() for part in (decoder, output) for value in part.parameters()}
-    softcapped = any(layer_settings(config, "attn_logit_softcapping"))
     return ModelShape(
         origin=found.origin,
         hidden=int(config.hidden_size),
@@ -178,10 +177,16 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         other_parameters=sum(text.values()) - embeddings - linear,
         rotary=_rotary(config, head_dim),
         window=_window(config),
-        shares_prompts=not softcapped and not reasons_against_sharing(decoder),
-        softcapped=softcapped,
+        shares_prompts=not reasons_against_sharing(decoder),
+        plain_attention=any(layer_settings(config, "attn_logit_softcapping")) or _has_sinks(decoder),
         double_quantization=_double_quantization(found.config),
     )
+
+
+def _has_sinks(decoder: Any) -> bool:
+    """Return whether attention layers have a tensor of their own beside their linear layers, a score of each head."""
+    attentions = (module for module in decoder.modules() if hasattr(module, "q_proj"))
+    return any(weight.ndim == 1 for module in attentions for weight in module.parameters(recurse=False))
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qpref.policy.adapter_names import LayerNames
-from qpref.policy.architecture import empty_model, text_modules
+from qpref.policy.architecture import empty_model, other_modules, text_modules
 from qpref.policy.load import DTYPES
 from qpref.policy.pretrained import read_config
 
@@ -62,6 +62,7 @@ class TrainedBase:
         quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
         linear: names of the language model's linear layers except the output head.
         head: the output head's name.
+        others: names of the outermost modules outside the language model.
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
         device: where weights are quantized and dequantized.
@@ -76,6 +77,7 @@ class TrainedBase:
     quantization_state: Mapping[str, Path]
     linear: frozenset[str]
     head: str
+    others: frozenset[str]
     quantized: frozenset[str]
     dtype: torch.dtype
     double_quantization: bool
@@ -115,6 +117,7 @@ class TrainedBase:
             quantization_state={key: header.file for key, header in headers.items() if key not in names},
             linear=frozenset(linear - {layer_names.head}),
             head=layer_names.head,
+            others=frozenset(other_modules(model)),
             quantized=frozenset(facts["quantized_modules"]),
             dtype=DTYPES[facts["dtype"]],
             double_quantization=facts["double_quantization"],

@@ -155,5 +155,6 @@ def _quantization(base: TrainedBase, dtype: torch.dtype, packed: frozenset[str])
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=base.double_quantization,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=sorted({base.head} | base.others) if base.others else None,
     )
     return {"quantization_config": settings.to_dict()}

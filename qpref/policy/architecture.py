@@ -83,5 +83,13 @@ def text_modules(model: Any) -> set[str]:
     return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in inside}
 
 
+def other_modules(model: Any) -> set[str]:
+    """Names of the outermost modules that take no part in a text's logits, such as a vision tower."""
+    text = text_modules(model)
+    holding_text = {name.rsplit(".", cut)[0] for name in text for cut in range(1, name.count(".") + 1)} | {""}
+    others = {name for name, _ in model.named_modules() if name not in text | holding_text}
+    return {name for name in others if name.rpartition(".")[0] in holding_text}
+
+
 def _generates(kind: Any, config: Any) -> bool:
     return isinstance(config, kind.config_class) and kind.can_generate()

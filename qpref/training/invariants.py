@@ -20,7 +20,7 @@ from qpref.data.pack import num_fed_tokens, pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, PolicyError
 from qpref.policy.architecture import causal_model
-from qpref.policy.forward_errors import naming_the_layer
+from qpref.policy.forward_errors import KINDS, naming_the_layer
 from qpref.policy.logprobs import completion_logprobs, select_sequences
 from qpref.policy.out_of_memory import fits, is_out_of_memory
 from qpref.policy.policy import Policy
@@ -208,8 +208,8 @@ def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor, 
         return None if path == SEGMENTS else _kernel_fault(policy, batch)
     except CannotShareError as error:
         return str(error)
-    except (RuntimeError, ImportError, ValueError, TypeError) as error:
-        if is_out_of_memory(error) or needs_nondeterminism(error) or path == SEGMENTS:
+    except KINDS as error:
+        if is_out_of_memory(error) or needs_nondeterminism(error):
             raise
         reason, _, _ = str(error).strip().partition("\n")
         return f"{type(error).__name__}: {reason}"

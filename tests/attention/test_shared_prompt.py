@@ -16,6 +16,7 @@ import torch
 from conftest import TINY, load_worn, make_example, make_tokenizer
 from torch.nn.functional import logsigmoid
 
+from qpref.attention import blocks
 from qpref.attention.layout import Layout, laid_out
 from qpref.attention.register import SEGMENTS, CannotShareError, shared_prompt_attention
 from qpref.data.pack import pack, split_by_tokens
@@ -268,15 +269,23 @@ def test_mistral_sees_as_far_back_as_two_windows_and_no_further(answers):
     assert grad[0].abs().amax(-1).nonzero().squeeze(1).tolist() == list(range(39 - 2 * (WINDOW - 1), 40))
 
 
-@pytest.fixture(scope="module")
-def capped(tmp_path_factory) -> Path:
-    """Gemma-2: attention scores and logits are capped, both so tightly that it shows."""
-    from transformers import Gemma2Config
+def plain_config(kind: str):
+    """Attention without a fused kernel, of which that shows: capped scores, and logits; or sinks."""
+    from transformers import Gemma2Config, GptOssConfig
 
-    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     layers = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-    config = Gemma2Config(**WIDE, **caps, **layers, query_pre_attn_scalar=16)
-    return save_tiny(config, tmp_path_factory.mktemp("gemma2"))
+    if kind == "gemma2":
+        caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        return Gemma2Config(**WIDE, **caps, **layers, query_pre_attn_scalar=16)
+    return GptOssConfig(**WIDE, **layers, num_local_experts=4, num_experts_per_tok=2)
+
+
+PLAIN = ("gemma2", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Path]:
+    return {kind: save_tiny(plain_config(kind), tmp_path_factory.mktemp(kind)) for kind in PLAIN}
 
 
 def recurrent_config(kind: str):
@@ -305,26 +314,24 @@ def recurrent(tmp_path_factory) -> dict[str, Path]:
     return {kind: save_tiny(recurrent_config(kind), tmp_path_factory.mktemp(kind)) for kind in RECURRENT}
 
 
-def test_capped_attention_refuses_to_share(capped):
-    policy = load(capped)
-    with pytest.raises(CannotShareError, match="its attention uses softcap"):
-        completion_logprobs(policy, pack(EXAMPLES, policy.device))
-
-
-def test_capped_attention_falls_back_with_a_warning(capped, caplog):
-    policy = load(capped)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_attention_without_a_kernel_shares_prompts_with_the_right_gradients(kind, checkpointing, plain):
+    policy = load(plain[kind], checkpointing, ["q_proj", "k_proj", "v_proj", "o_proj"])
     check_layout(policy, EXAMPLES[3])
-    assert not policy.shares_prompts
-    assert [record.getMessage() for record in caplog.records if record.name == "qpref"] == [
-        "prompts are computed once for each response, not once a pair: its attention uses softcap"
-    ]
-
-
-def test_capped_attention_has_the_right_gradients_after_the_fallback(capped):
-    policy = load(capped)
-    check_layout(policy, EXAMPLES[3])
+    assert policy.attention == SEGMENTS
+    wanted = ask_whole_rows(plain[kind], policy)
+    assert worst_logprob(policy, wanted.logprobs) <= TOLERANCE
     _, gradients = train_on(policy, 40, 1)
-    assert worst_gradient(gradients, ask_whole_rows(capped, policy).gradients) <= TOLERANCE
+    assert worst_gradient(gradients, wanted.gradients) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"), [({"softcap": 2.0}, "capped scores"), ({"s_aux": torch.zeros(2)}, "sinks")]
+)
+def test_a_kernel_without_caps_and_sinks_is_not_used_for_them(keywords, reason):
+    with pytest.raises(CannotShareError, match=f"its attention has {reason}"):
+        attend(keywords | {"attend": blocks.attend})
 
 
 def test_a_recurrent_layer_that_takes_no_state_falls_back_with_a_warning(recurrent, caplog):
@@ -392,7 +399,6 @@ def attend(keywords: dict[str, object], **config: object) -> None:
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        ({"s_aux": torch.zeros(2)}, "uses s_aux"),
         ({"position_bias": torch.zeros(2)}, "uses position_bias"),
         ({"is_causal": False}, "not causal"),
     ],

@@ -202,7 +202,6 @@ def test_an_unknown_speaker_is_refused():
     ("content", "kind"),
     [
         (None, "null"),
-        ([{"type": "text", "text": "x"}], "a list; make its parts one text"),
         (3, "a number"),
         ({"a": "x"}, "an object with the keys a"),
     ],
@@ -211,6 +210,19 @@ def test_a_content_that_is_no_text_is_refused(content, kind):
     assert refusal(TEXTS | {"chosen": [turn("assistant", content)]}) == (
         "not_a_message",
         f"chosen, turn 1: a message's content is a text, found {kind}",
+    )
+
+
+def test_parts_of_text_are_one_text():
+    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "noon."}]
+    assert pair(TEXTS | {"chosen": [turn("assistant", parts)]}).chosen == (message("assistant", "It is noon."),)
+
+
+def test_a_part_that_is_an_image_is_refused():
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    assert refusal(TEXTS | {"prompt": [turn("user", parts)]}) == (
+        "not_a_message",
+        "prompt, turn 1: a part of the type 'image'; qpref trains on text alone, so drop the row",
     )
 
 

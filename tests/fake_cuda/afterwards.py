@@ -71,7 +71,9 @@ def merged(run: Run) -> str:
     device, dtype, rank = run.policy.device, run.policy.head.weight.dtype, run.job.rank
     linears, matrix = run.linears, partial(torch.empty, dtype=torch.float32)
     base = names.TrainedBase(
-        path=run.folder, names={}, tensors={}, quantization_state={}, linear=frozenset(), head="lm_head",
+        path=run.folder, names={}, layer_names=names.LayerNames(frozenset(), "model", "lm_head"), tensors={},
+        kept=frozenset(), unread=frozenset(), quantization_state={}, linear=frozenset(), head="lm_head",
+        others=frozenset(),
         quantized=frozenset(name for name, _, _ in linears), dtype=dtype, double_quantization=True, device=device,
     )  # fmt: skip
     delta = names.LoraDelta({name: (matrix(rank, inputs), matrix(out, rank), 2.0) for name, out, inputs in linears})

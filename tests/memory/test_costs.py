@@ -401,9 +401,13 @@ def test_the_heads_tile_by_hand():
     assert head_bytes(shape, Setup(device="cuda"), stream) == expected
 
 
-def test_capped_scores_are_kept_whole():
-    shape = read_shape(named_config("gemma-2-2b"), AdapterSection())
-    setup = Setup(device="cuda")
+def test_capped_scores_of_a_block_exist_at_a_time_and_those_of_whole_rows_are_kept():
+    shared = read_shape(named_config("gemma-2-2b"), AdapterSection())
+    shape, setup = replace(shared, shares_prompts=False), Setup(device="cuda")
+    few, many = (activation_bytes(shared, setup, Stream.of([(n, (n, n))]), 0) for n in (500, 1000))
+    assert many == pytest.approx(2 * few, rel=0.01)
+    few, many = (live_bytes(shared, setup, Stream.of([(n, (n, n))]), 0) for n in (4000, 8000))
+    assert many > 1.9 * few
     few, many = (activation_bytes(shape, setup, Stream.of([(n, (n, n))], shared=False), 0) for n in (500, 1000))
     assert many > 2.5 * few
     assert live_bytes(shape, setup, Stream.of([(500, (500, 500))], shared=False), 26) > 0

@@ -197,8 +197,11 @@ def test_a_base_that_is_stored_in_4_bit_is_recognized(make_base, tmp_path, doubl
     assert model_shape(section(make_base()), AdapterSection()).double_quantization is None
 
 
-def test_capped_scores_cannot_share_prompts_and_windows_are_read():
-    assert not read_shape(named_config("gemma-2-2b"), AdapterSection()).shares_prompts
+def test_attention_without_a_kernel_is_known_and_windows_are_read(tmp_path):
+    assert read_shape(named_config("gemma-2-2b"), AdapterSection()).plain_attention
+    sinks = TinyModel(model_type="gpt_oss").write(tmp_path)
+    assert model_shape(section(sinks), AdapterSection()).plain_attention
+    assert not read_shape(named_config("Mistral-7B-v0.1"), AdapterSection()).plain_attention
     assert read_shape(named_config("Mistral-7B-v0.1"), AdapterSection()).window == 4096
     assert read_shape(named_config("Mistral-7B-v0.3"), AdapterSection()).window is None
 
