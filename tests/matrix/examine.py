@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from conftest import make_tokenizer, preference_rows, write_jsonl
 from matrix import oracle
 from tiny_models import TinyModel
 
+from qpref.attention.errors import CannotShareError
 from qpref.cli import main
 from qpref.records import Source, TokenizedExample
 
@@ -282,10 +284,12 @@ def _policy_logprobs(place: Place, shared: bool) -> torch.Tensor:
     recipe = Recipe.model_validate(document)
     policy = load_policy(recipe, resolve_base(recipe.model))
     policy.model.eval()
-    policy.share_prompts(shared)
-    examples = [_example(place, pair) for pair in place.heldout]
-    with torch.no_grad():
-        return completion_logprobs(policy, pack(examples, policy.device)).values
+    batch = pack([_example(place, pair) for pair in place.heldout], policy.device)
+    for attention in (*(policy.sharing_paths if shared else ()), policy.own_attention):
+        policy.use_attention(attention)
+        with torch.no_grad(), contextlib.suppress(CannotShareError):
+            return completion_logprobs(policy, batch).values
+    raise AssertionError("the model's own attention computes any batch")
 
 
 def _example(place: Place, pair: oracle.Pair) -> TokenizedExample:
