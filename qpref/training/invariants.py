@@ -137,6 +137,44 @@ def _with_another_end(branch: array[int]) -> array[int]:
     return branch if len(branch) < 3 else branch[:-2] + array("i", [int(branch[-2] == 0)]) + branch[-1:]
 
 
+def check_company(policy: Policy, examples: Sequence[TokenizedExample]) -> None:
+    """Compare log-probabilities of the first and the shortest example beside the longest with those of each response
+    alone; where they differ, each response becomes a pass of its own.
+
+    Raises:
+        PolicyError: they differ even so, because earlier passes change later ones.
+        DeviceMemoryError: not even a few tokens fit.
+    """
+    by_length = sorted(examples, key=lambda example: num_fed_tokens(example, shared=False))
+    company = list({id(each): each for each in (examples[0], by_length[0], by_length[-1])}.values())
+    _with_fitting(policy, company, lambda members: _check_company(policy, members))
+
+
+def _check_company(policy: Policy, members: Sequence[TokenizedExample]) -> None:
+    path, batch = policy.attention, pack(members, policy.device)
+    with frozen(policy):
+        beside = completion_logprobs(policy, batch).values
+        policy.use_attention(policy.own_attention)
+        policy.isolates_rows = True
+        alone = torch.cat([completion_logprobs(policy, pack([each], policy.device)).values for each in members[:2]])
+        reason = _excess(beside[: len(alone)], alone, policy, LAYOUT_TOLERANCE)
+        if reason is None:
+            policy.isolates_rows = False
+            policy.use_attention(path)
+            return
+        log.warning(
+            "log-probabilities of a response depend on what is computed beside it (%s): each response is a pass of its "
+            "own, under the model's own attention", reason,
+        )  # fmt: skip
+        completion_logprobs(policy, pack(members[-1:], policy.device))
+        after = completion_logprobs(policy, pack(members[:1], policy.device)).values
+        if reason := _excess(after, alone[: len(after)], policy, LAYOUT_TOLERANCE):
+            raise PolicyError(
+                f"log-probabilities of a response depend on the passes before it: {reason}",
+                "this architecture keeps a state between passes that qpref doesn't know; please report it",
+            )
+
+
 def _with_fitting(
     policy: Policy, examples: Sequence[TokenizedExample], check: Callable[[Sequence[TokenizedExample]], None]
 ) -> None:
