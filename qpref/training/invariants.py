@@ -25,7 +25,7 @@ from qpref.policy.reference import as_reference, frozen
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched
 from qpref.training.objective import LossCaller, Objective
-from qpref.training.sharing_check import excess, own_rows, sharing_fault
+from qpref.training.sharing_check import LAYOUT_TOLERANCE, excess, own_rows, sharing_fault
 
 log = logging.getLogger("qpref")
 
@@ -152,7 +152,7 @@ def _check_company(policy: Policy, members: Sequence[TokenizedExample]) -> None:
         policy.use_attention(policy.own_attention)
         policy.isolates_rows = True
         alone = torch.cat([completion_logprobs(policy, pack([each], policy.device)).values for each in members[:2]])
-        reason = _excess(beside[: len(alone)], alone, policy, LAYOUT_TOLERANCE)
+        reason = excess(beside[: len(alone)], alone, policy, LAYOUT_TOLERANCE)
         if reason is None:
             policy.isolates_rows = False
             policy.use_attention(path)
@@ -163,7 +163,7 @@ def _check_company(policy: Policy, members: Sequence[TokenizedExample]) -> None:
         )  # fmt: skip
         completion_logprobs(policy, pack(members[-1:], policy.device))
         after = completion_logprobs(policy, pack(members[:1], policy.device)).values
-        if reason := _excess(after, alone[: len(after)], policy, LAYOUT_TOLERANCE):
+        if reason := excess(after, alone[: len(after)], policy, LAYOUT_TOLERANCE):
             raise PolicyError(
                 f"log-probabilities of a response depend on the passes before it: {reason}",
                 "this architecture keeps a state between passes that qpref doesn't know; please report it",
