@@ -20,7 +20,7 @@ from qpref.evaluation.summary import summarize
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.reopen import RecordedRun
 from qpref.records import PreferencePair, TokenizedExample
-from qpref.training.invariants import check_layout, refuse_unknown_tokens
+from qpref.training.invariants import check_company, check_layout, refuse_unknown_tokens
 
 log = logging.getLogger("qpref")
 
@@ -215,6 +215,7 @@ def _score_one(
     policy = subject.load(dtype)
     refuse_unknown_tokens(policy, examples)
     check_layout(policy, examples[0])
+    check_company(policy, examples)
     positions = kl_positions(examples, seed)
     reference = shared
     if subject.has_reference:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _answers(
     torch.manual_seed(sampling.seed)
     size = sampling.batch_size
     while len(found) < len(ids):
-        indices = order[len(found) : len(found) + size]
+        indices = _sharing_a_batch(policy, order[len(found) : len(found) + size], ids, sampling.max_new_tokens)
         new = _generate(policy, tokenizer, [ids[index] for index in indices], sampling)
         if new is None:
             if size == 1:
@@ -205,6 +206,27 @@ def _answers(
             text = tokenizer.tokenizer.decode(answer[:stop], skip_special_tokens=True)
             found[index] = (text, stop is not None)
     return [found[index] for index in range(len(ids))]
+
+
+def _sharing_a_batch(policy: Policy, indices: list[int], ids: Sequence[list[int]], new: int) -> list[int]:
+    """Take the first prompts that may share a batch: all of them, unless rotary positions change with their length.
+
+    Then those that stay in one class of lengths until their ends do, and prompts of equal length.
+
+    Args:
+        new: tokens that are generated at most.
+    """
+    if policy.rope_lengths is None:
+        return indices
+    class_of = policy.rope_lengths.class_of
+
+    def key(index: int) -> tuple[int, ...]:
+        length = len(ids[index])
+        first, last = class_of(length), class_of(length + new)
+        return first if first == last else (*first, length)
+
+    shared = key(indices[0])
+    return list(takewhile(lambda index: key(index) == shared, indices))
 
 
 def _generate(

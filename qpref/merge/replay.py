@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qpref.merge.float32_layers import ActivationRange, ToFloat32, layers_in_float32
 from qpref.policy.architecture import text_decoder
 from qpref.policy.head import Head
+from qpref.policy.rope import for_lengths, separate_lengths
 
 BATCH_TOKENS = 4096
 """Tokens per batch, padding included."""
@@ -73,12 +74,16 @@ def replay(model: Any, rows: Sequence[ScoredRow], to_float32: ToFloat32, device:
     """
     lengths = [len(row.prompt) + len(row.response) - 1 for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
+    decoder = text_decoder(model)
+    rope_lengths = separate_lengths(decoder)
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     with layers_in_float32(model, to_float32, device, _tokens(rows)), ActivationRange(model) as activations:
         for batch in _batches(order, lengths):
             ids = [torch.tensor([*rows[index].prompt, *rows[index].response[:-1]]) for index in batch]
             padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][0])).to(device)
-            hidden = text_decoder(model)(input_ids=padded, use_cache=False).last_hidden_state
+            whole = [[lengths[index] + 1] for index in batch]
+            with for_lengths(rope_lengths.choose(whole, device) if rope_lengths else None):
+                hidden = decoder(input_ids=padded, use_cache=False).last_hidden_state
             for batch_index, index in enumerate(batch):
                 scored = slice(len(rows[index].prompt) - 1, lengths[index])
                 states[index] = hidden[batch_index, scored].cpu()

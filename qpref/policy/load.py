@@ -20,6 +20,7 @@ from qpref.policy.layer_configs import layer_settings
 from qpref.policy.matmul import check_packed, sum_in_float32
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained, read_config
+from qpref.policy.rope import separate_lengths
 from qpref.policy.source import BaseFolder
 from qpref.policy.text_part import keep_text_alone
 from qpref.recipe.sections import ModelSection, Recipe
@@ -92,6 +93,7 @@ def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.devic
         sharing_paths=() if reasons else attention.sharing_paths(device, dtype),
         attention=own,
         has_adapters=wrapped is not model,
+        rope_lengths=separate_lengths(decoder),
     )
     policy.share_prompts(not reasons)
     return policy

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from qpref.attention.layout import Layout, laid_out
 from qpref.policy.head import score_tokens
 from qpref.policy.policy import Policy
+from qpref.policy.rope import split_groups, stream_lengths
 from qpref.records import PackedBatch, PairLogProbs, TokenLogProbs
 from qpref.staging import to_device
 
@@ -41,7 +44,9 @@ def completion_hidden(policy: Policy, batch: PackedBatch, *, prompts: bool = Fal
 
 
 def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
-    """[S, width] from one stream with each prompt once."""
+    """[S, width] from one stream with each prompt once, or once for each class of lengths of its responses."""
+    if policy.rope_lengths is not None:
+        batch = split_groups(batch, policy.rope_lengths)
     hidden = decode(policy, batch.input_ids, batch.position_ids, Layout(batch.groups))
     if not prompts:
         return hidden[batch.score_at]
@@ -57,22 +62,34 @@ def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, layout: Layo
     Returns:
         [T, width] hidden states.
     """
+    lengths = None
+    if policy.rope_lengths is not None:
+        are_computed = layout.prompts is not None and layout.prompts.are_computed
+        lengths = stream_lengths(layout.groups, prompts=not are_computed)
     with laid_out(layout):
-        return policy.hidden_states(input_ids=input_ids[None], position_ids=position_ids[None])[0]
+        return policy.hidden_states(input_ids=input_ids[None], position_ids=position_ids[None], lengths=lengths)[0]
 
 
 def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one row for each branch, padded on the right, under the model's own attention."""
     rows = [torch.tensor([*example.prompt, *branch[:-1]]) for example in batch.examples for branch in example.branches]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(batch.input_ids.device)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    hidden = policy.hidden_states(input_ids=ids, attention_mask=mask.long())
-    pieces = [hidden[row, len(rows[row]) - length : len(rows[row])] for row, length in enumerate(batch.lengths)]
+    if policy.isolates_rows:
+        hidden = [_padded_hidden(policy, [row], policy.device)[0] for row in rows]
+    else:
+        hidden = list(_padded_hidden(policy, rows, policy.device))
+    pieces = [hidden[row][len(rows[row]) - length : len(rows[row])] for row, length in enumerate(batch.lengths)]
     if prompts:
         branches = len(batch.lengths) // len(batch.examples)
-        pieces += [hidden[index * branches, : len(example.prompt) - 1] for index, example in enumerate(batch.examples)]
+        pieces += [hidden[index * branches][: len(example.prompt) - 1] for index, example in enumerate(batch.examples)]
     return torch.cat(pieces)
+
+
+def _padded_hidden(policy: Policy, rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    """[B, longest, width] from rows that lack the last token of their sequences."""
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    return policy.hidden_states(input_ids=ids, attention_mask=mask.long(), lengths=[[len(row) + 1] for row in rows])
 
 
 def pair_logprobs(scores: TokenLogProbs, prompts: bool = False) -> PairLogProbs:

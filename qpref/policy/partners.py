@@ -14,6 +14,7 @@ from qpref.attention.prompts import ContinuedPrompts, KeptPrompts, spans
 from qpref.policy.head import score_tokens
 from qpref.policy.logprobs import completion_logprobs, decode
 from qpref.policy.policy import Policy
+from qpref.policy.rope import group_length, split_groups
 from qpref.records import PackedBatch, TokenLogProbs
 from qpref.staging import to_device
 
@@ -23,13 +24,16 @@ def logprobs_with_partners(
 ) -> tuple[TokenLogProbs, TokenLogProbs]:
     """Score the responses of two batches with the same prompts, the second without a graph.
 
-    Under dropout a prompt's mask is the same for both. Where prompts aren't shared, each batch is scored on its own.
+    Under dropout a prompt's mask is the same for both. Where prompts aren't shared, or an example and
+    its partner have other rotary positions, each batch is scored on its own.
 
     Args:
         squares: compute `log_sum_squares` of the first batch too.
     """
     assert [each.prompt for each in batch.examples] == [each.prompt for each in partners.examples]
-    if not policy.shares_prompts:
+    if policy.rope_lengths is not None:
+        batch, partners = (split_groups(each, policy.rope_lengths) for each in (batch, partners))
+    if not policy.shares_prompts or not _turn_alike(policy, batch, partners):
         scores = completion_logprobs(policy, batch, squares=squares)
         with torch.no_grad():
             return scores, completion_logprobs(policy, partners)
@@ -46,6 +50,15 @@ def logprobs_with_partners(
         TokenLogProbs(values=values, lengths=batch.lengths, log_sum_squares=log_sums if squares else None),
         TokenLogProbs(values=others, lengths=partners.lengths),
     )
+
+
+def _turn_alike(policy: Policy, batch: PackedBatch, partners: PackedBatch) -> bool:
+    """Return whether the prompts of one batch have the rotary positions that the other's branches need."""
+    if policy.rope_lengths is None:
+        return True
+    class_of = policy.rope_lengths.class_of
+    own, others = ([class_of(group_length(group)) for group in each.groups] for each in (batch, partners))
+    return own == others
 
 
 def _continued_hidden(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from qpref.attention.layout import current, laid_out
 from qpref.policy.adapter import is_trained
 from qpref.policy.head import Head
+from qpref.policy.rope import RopeLengths, for_lengths
+from qpref.policy.rope import current as current_lengths
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class Policy:
             model's config rules them out.
         attention: name of the one in use.
         has_adapters: false for a plain model, which has no reference of its own.
+        rope_lengths: lengths at which rotary frequencies change; None for most models.
+        isolates_rows: each row is a pass of its own, since its company changes its scores.
     """
 
     model: Any
@@ -46,6 +50,8 @@ class Policy:
     sharing_paths: tuple[str, ...]
     attention: str
     has_adapters: bool = True
+    rope_lengths: RopeLengths | None = None
+    isolates_rows: bool = False
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass: LoRA's float32 weights take part in 16-bit products."""
@@ -53,17 +59,22 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def hidden_states(self, **inputs: Any) -> Tensor:
+    def hidden_states(self, *, lengths: Sequence[Sequence[int]] | None = None, **inputs: Any) -> Tensor:
         """Run the decoder, the base in eval mode: whichever mode the model is in, LoRA's dropout alone is random.
 
         Args:
+            lengths: length of the sequence that a token belongs to, [1, T] of a stream or [B, 1] of rows; None for the
+                largest position's.
             inputs: of the decoder, but for a cache.
 
         Returns:
             [batch, length, hidden] last hidden states.
         """
         self._keep_base_in_eval()
-        with self._recomputing():
+        chosen = None
+        if self.rope_lengths is not None and lengths is not None:
+            chosen = self.rope_lengths.choose(lengths, self.device)
+        with self._recomputing(), for_lengths(chosen):
             hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
         return hidden
 
@@ -155,10 +166,16 @@ class Policy:
 def _contexts(layer: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Make the contexts of a checkpointed layer's forward pass and of its recomputation, when it is in eval mode.
 
-    The recomputation sees the layout of the pass that it repeats: another stream may be the current one by then, and on
-    a GPU it runs in another thread.
+    The recomputation sees the layout and the lengths of the pass that it repeats: another stream may be the current one
+    by then, and on a GPU it runs in another thread.
     """
-    return _in_eval_mode(layer), laid_out(current())
+    return _in_eval_mode(layer), _repeated(laid_out(current()), for_lengths(current_lengths()))
+
+
+@contextmanager
+def _repeated(layout: laid_out, lengths: for_lengths) -> Iterator[None]:
+    with layout, lengths:
+        yield
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from qpref import fsio, shards
 from qpref.records import Source, TokenizedExample
 from qpref.shards import KEY_BYTES, ShardStore
 
-FORMAT = 4
+FORMAT = 5
 """Part of every reference's key: raise it when the same tokens are scored differently."""
 
 DESCRIPTION = "reference.json"

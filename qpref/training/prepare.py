@@ -85,6 +85,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     policy = load_policy(recipe, base)
     invariants.refuse_unknown_tokens(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
+    invariants.check_company(policy, [*examples, *heldout])
     return Prepared(
         plan=plan,
         base=base,

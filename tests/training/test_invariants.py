@@ -414,3 +414,53 @@ def test_checks_that_no_memory_suffices_for_end_with_exit_code_5(prepare):
     with pytest.raises(DeviceMemoryError, match="on a few tokens") as caught:
         invariants.check_layout(prepared.policy, prepared.examples[0])
     assert caught.value.exit_code == 5
+
+
+# An example's company.
+
+
+def of_pass_size(module: torch.nn.Module, call: object, output: torch.Tensor) -> torch.Tensor:
+    """A fault: what is computed together changes what comes out."""
+    return output * (1 + output.shape[:-1].numel() / 1000)
+
+
+def test_a_model_whose_scores_depend_on_their_company_computes_each_response_alone(prepare, caplog):
+    prepared = prepare()
+    policy, examples = prepared.policy, prepared.examples
+    policy.decoder.norm.register_forward_hook(of_pass_size)
+    with caplog.at_level("WARNING", logger="qpref"):
+        invariants.check_company(policy, examples)
+    assert "depend on what is computed beside it" in caplog.text
+    alone = completion_logprobs(policy, pack(examples[1:2], policy.device)).values
+    beside = completion_logprobs(policy, pack(examples[:4], policy.device))
+    lengths = list(beside.lengths)
+    assert torch.equal(torch.cat(beside.values.split(lengths)[2:4]), alone)
+
+
+def test_a_model_without_that_fault_computes_them_together(prepare, caplog):
+    prepared = prepare(NF4)
+    path = prepared.policy.attention
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="qpref"):
+        invariants.check_company(prepared.policy, prepared.examples)
+    assert (prepared.policy.attention, prepared.policy.isolates_rows, caplog.text) == (path, False, "")
+
+
+def test_a_model_whose_scores_depend_on_earlier_passes_is_refused(prepare):
+    prepared = prepare()
+    passes: list[None] = []
+
+    def of_earlier(module: torch.nn.Module, call: object, output: torch.Tensor) -> torch.Tensor:
+        passes.append(None)
+        return output * (1 + len(passes) / 20)
+
+    prepared.policy.decoder.norm.register_forward_hook(of_earlier)
+    with pytest.raises(PolicyError, match="depend on the passes before it"):
+        invariants.check_company(prepared.policy, prepared.examples)
+
+
+def test_every_run_checks_its_company(prepare, monkeypatch):
+    checked: list[int] = []
+    monkeypatch.setattr(invariants, "check_company", lambda policy, examples: checked.append(len(examples)))
+    prepared = prepare()
+    assert checked == [len(prepared.all_examples)]
