@@ -17,12 +17,8 @@ from torch import Tensor
 
 from qpref.merge.experts import QuantizedExperts, sources_in_model
 from qpref.policy.adapter_names import LayerNames
-<<<<<<< HEAD
-from qpref.policy.architecture import empty_model, text_modules
-from qpref.policy.experts import through_nf4
-=======
 from qpref.policy.architecture import empty_model, other_modules, text_modules
->>>>>>> main
+from qpref.policy.experts import through_nf4
 from qpref.policy.load import DTYPES
 from qpref.policy.pretrained import read_config
 
