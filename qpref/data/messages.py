@@ -146,7 +146,7 @@ def _joined(parts: Sequence[object], where: str) -> str:
     """Join a content of text parts, as multimodal data have it; chat templates put nothing between them."""
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind != "text" or not (isinstance(part, dict) and isinstance(part.get("text"), str)):
             known = isinstance(kind, str) and kind != "text"
             found = f"a part of the type {shown(kind)}" if known else "a part without a text"
             raise BadRowError("not_a_message", f"{where}: {found}; qpref trains on text alone, so drop the row")
