@@ -184,9 +184,8 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
 
 
 def _has_sinks(decoder: Any) -> bool:
-    """Return whether attention layers have a tensor of their own beside their linear layers, a score of each head."""
-    attentions = (module for module in decoder.modules() if hasattr(module, "q_proj"))
-    return any(weight.ndim == 1 for module in attentions for weight in module.parameters(recurse=False))
+    """Return whether attention has sinks: a learned score for each head, under the name that all families give it."""
+    return any(name.endswith(".sinks") for name, _ in decoder.named_parameters())
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:

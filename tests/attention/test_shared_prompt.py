@@ -16,9 +16,8 @@ import torch
 from conftest import TINY, load_worn, make_example, make_tokenizer
 from torch.nn.functional import logsigmoid
 
-from qpref.attention import blocks
 from qpref.attention.layout import Layout, laid_out
-from qpref.attention.register import SEGMENTS, CannotShareError, shared_prompt_attention
+from qpref.attention.register import BLOCKS, SEGMENTS, CannotShareError, shared_prompt_attention
 from qpref.attention.states import StateCache
 from qpref.data.pack import pack, split_by_tokens
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs
@@ -327,12 +326,13 @@ def test_attention_without_a_kernel_shares_prompts_with_the_right_gradients(kind
     assert worst_gradient(gradients, wanted.gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("keywords", "reason"), [({"softcap": 2.0}, "capped scores"), ({"s_aux": torch.zeros(2)}, "sinks")]
-)
-def test_a_kernel_without_caps_and_sinks_is_not_used_for_them(keywords, reason):
-    with pytest.raises(CannotShareError, match=f"its attention has {reason}"):
-        attend(keywords | {"attend": blocks.attend})
+@pytest.mark.parametrize("kind", PLAIN)
+def test_attention_without_a_kernel_is_the_same_on_every_path(kind, plain):
+    policy = load(plain[kind])
+    batch = pack(EXAMPLES, policy.device)
+    wanted = completion_logprobs(policy, batch).values
+    policy.use_attention(BLOCKS)
+    assert (completion_logprobs(policy, batch).values - wanted).abs().max() <= TOLERANCE
 
 
 def test_a_recurrent_layer_that_takes_no_state_falls_back_with_a_warning(recurrent, caplog):
