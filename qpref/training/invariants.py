@@ -228,7 +228,8 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     for branch in example.branches:
         ids = torch.tensor([[*example.prompt, *branch]], device=policy.device)
         with policy.autocast():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(branch) + 1).logits[0, :-1]
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(branch) + 1).logits[0]
+        logits = logits[-len(branch) - 1 : -1]  # some models ignore logits_to_keep
         pieces.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(branch) :, None]).squeeze(1))
     return torch.cat(pieces)
 
