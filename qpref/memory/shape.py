@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.memory.experts import Experts, read_experts
 from qpref.memory.known_shapes import FoundConfig, base_config, named_config
 from qpref.recipe.sections import AdapterSection, ModelSection
 
@@ -21,10 +22,6 @@ READERS = (
     *("gate", "up", "fc1", "w1", "w3", "c_fc", "dense_h_to"),
 )
 """Name prefixes of linear layers that read a layer's normed input; the others write to the residual stream."""
-
-
-USED_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token", "moe_top_k")
-"""Names that configs have for a token's number of experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +50,6 @@ class Linear:
     def reads_residual(self) -> bool:
         """True where its input is the normed hidden states, which its siblings read too."""
         return self.name.rpartition(".")[2].startswith(READERS)
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Fused experts of a decoder layer, frozen in 4 bits without an adapter.
-
-    Attributes:
-        count: experts of the layer.
-        used: experts of a token.
-        numels: weights of each of an expert's matrices.
-        outputs: numbers that the first matrix gives for a token and expert: gate and up, or up alone.
-        inner: numbers that the last matrix reads.
-    """
-
-    count: int
-    used: int
-    numels: tuple[int, ...]
-    outputs: int
-    inner: int
-
-    @property
-    def num_weights(self) -> int:
-        return self.count * sum(self.numels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,26 +202,26 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
 
 
 def _has_sinks(decoder: Any) -> bool:
-    """Return whether attention layers have a tensor of their own beside their linear layers, a score of each head."""
-    attentions = (module for module in decoder.modules() if hasattr(module, "q_proj"))
-    return any(weight.ndim == 1 for module in attentions for weight in module.parameters(recurse=False))
+    """Return whether attention has sinks: a learned score for each head, under the name that all families give it."""
+    return any(name.endswith(".sinks") for name, _ in decoder.named_parameters())
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:
-    from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     from qpref.policy.architecture import text_modules
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
+    from qpref.policy.targets import is_linear
 
-    layers, text = [], text_modules(model)
+    layers, text, config = [], text_modules(model), model.config.get_text_config()
+    stored = _double_quantization(model.config) is not None  # whose 4-bit layers are bitsandbytes' linear ones alone
     for prefix, layer in model.named_modules():
         if prefix not in text or not isinstance(layer, GradientCheckpointingLayer):
             continue
         linears = [
-            Linear(name, module.in_features, module.out_features, ranks.get(f"{prefix}.{name}", 0))
+            Linear(name, *_widths(module), ranks.get(f"{prefix}.{name}", 0))
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
+            if is_linear(module)
         ]
         norms = [
             _norm(name.rpartition(".")[2], module, linears, query)
@@ -262,23 +236,18 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
                 fuses_norms=fuses_norms,
                 reads_norms=fuses_norms and hasattr(layer, "input_layernorm"),  # OLMo 2 norms outputs instead
                 fuses_mlp=any(is_gated_mlp(module) for module in layer.modules()),
-                experts=_experts(layer, model.config.get_text_config()),
+                experts=None if stored else read_experts(layer, config),
             )
         )
     return tuple(layers)
 
 
-def _experts(layer: Any, config: Any) -> Experts | None:
-    from qpref.policy.experts import is_experts, projections_of
-
-    found = next((module for module in layer.modules() if is_experts(module)), None)
-    if found is None:
-        return None
-    first, last = (getattr(found, name) for name in projections_of(found))
-    outputs, inner = (2, 1) if found.is_transposed else (1, 2)
-    used = next(int(value) for name in USED_EXPERTS if (value := getattr(config, name, None)))
-    numels = tuple(weight[0].numel() for weight in (first, last))
-    return Experts(first.shape[0], used, numels, first.shape[outputs], last.shape[inner])
+def _widths(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; a Conv1D has its weight transposed."""
+    if hasattr(linear, "in_features"):
+        return linear.in_features, linear.out_features
+    inputs, outputs = linear.weight.shape
+    return inputs, outputs
 
 
 def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from qpref.policy.architecture import empty_model, other_modules, text_modules
 from qpref.policy.experts import through_nf4
 from qpref.policy.load import DTYPES
 from qpref.policy.pretrained import read_config
+from qpref.policy.targets import is_linear
 
 QUANTIZED_STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
                    "quant_state.bitsandbytes__fp4")  # fmt: skip
@@ -64,6 +65,7 @@ class TrainedBase:
         quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
         linear: names of the language model's linear layers except the output head.
         head: the output head's name.
+        transposed: names of the linear layers whose weights are [inputs, outputs], as GPT-2's are.
         others: names of the outermost modules outside the language model.
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
@@ -80,6 +82,7 @@ class TrainedBase:
     quantization_state: Mapping[str, Path]
     linear: frozenset[str]
     head: str
+    transposed: frozenset[str]
     others: frozenset[str]
     quantized: frozenset[str]
     dtype: torch.dtype
@@ -103,7 +106,8 @@ class TrainedBase:
         packed = {key for key in names if f"{key}.absmax" in headers}
         unread = {key for key, name in names.items() if name not in shapes}
         outside = {key for key, name in names.items() if name.rpartition(".")[0] not in text}
-        linear = {name for name in text if isinstance(model.get_submodule(name), torch.nn.Linear)}
+        linear = {name for name in text if is_linear(model.get_submodule(name))}
+        transposed = {name for name in linear if not isinstance(model.get_submodule(name), torch.nn.Linear)}
         return cls(
             path=path,
             names=names,
@@ -122,6 +126,7 @@ class TrainedBase:
             quantization_state={key: header.file for key, header in headers.items() if key not in names},
             linear=frozenset(linear - {layer_names.head}),
             head=layer_names.head,
+            transposed=frozenset(transposed),
             others=frozenset(other_modules(model)),
             quantized=frozenset(facts["quantized_modules"]),
             dtype=DTYPES[facts["dtype"]],
@@ -151,11 +156,16 @@ class TrainedBase:
         if self.names[key] in self.experts.names:
             return self.experts.rounded(key, self.original, self.experts_through_nf4)
         if self.module_of(key) in self.quantized:
-            return self.through_nf4(tensor).cpu()
+            return self.through_nf4(tensor, self.module_of(key)).cpu()
         return tensor.to(self.dtype)
 
-    def through_nf4(self, weight: Tensor) -> Tensor:
-        """Quantize a 16- or 32-bit weight to NF4 and back on `device`, as bitsandbytes does in training."""
+    def through_nf4(self, weight: Tensor, module: str) -> Tensor:
+        """Quantize a module's 16- or 32-bit weight to NF4 and back on `device`, as bitsandbytes does in training."""
+        if module in self.transposed:
+            return self._through_nf4(weight.t().contiguous()).t()
+        return self._through_nf4(weight)
+
+    def _through_nf4(self, weight: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         # The same call on the same values as in Linear4bit when a weight is moved to its device.

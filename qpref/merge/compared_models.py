@@ -176,7 +176,7 @@ class AsTrained:
             if _is_packed(stored):
                 whole = _dequantized(stored, base.device).to(base.dtype)
             else:
-                whole = base.experts_through_nf4(stored) if is_experts else base.through_nf4(stored)
+                whole = base.experts_through_nf4(stored) if is_experts else base.through_nf4(stored, module)
             if sum(cached.nbytes for cached in self.dequantized.values()) + whole.nbytes > CACHED_BYTES:
                 return whole[rows]
             self.dequantized[module] = whole.cpu()

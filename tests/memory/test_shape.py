@@ -203,6 +203,8 @@ def test_attention_without_a_kernel_is_known_and_windows_are_read(tmp_path):
     assert read_shape(named_config("gemma-2-2b"), AdapterSection()).plain_attention
     sinks = TinyModel(model_type="gpt_oss").write(tmp_path)
     assert model_shape(section(sinks), AdapterSection()).plain_attention
+    hybrid = TinyModel(model_type="olmo_hybrid").write(tmp_path / "hybrid")
+    assert not model_shape(section(hybrid), AdapterSection()).plain_attention  # its linear attention has vectors too
     assert not read_shape(named_config("Mistral-7B-v0.1"), AdapterSection()).plain_attention
     assert read_shape(named_config("Mistral-7B-v0.1"), AdapterSection()).window == 4096
     assert read_shape(named_config("Mistral-7B-v0.3"), AdapterSection()).window is None

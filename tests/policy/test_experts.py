@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,10 +149,11 @@ def test_how_experts_are_kept_is_said(kind, quantization, sentence, said, tmp_pa
     caplog.set_level("INFO", "qpref")
     settings = section(TinyModel(model_type=kind).write(tmp_path), quantization=quantization)
     load_plain(settings, resolve_base(settings))
-    assert [line for line in said if line.startswith("experts: ")] == [sentence]
+    assert [line for line in caplog.messages if line.startswith("experts: ")] == [sentence]
 
 
-def test_a_model_without_experts_says_nothing(said, make_base):
+def test_a_model_without_experts_says_nothing(caplog, make_base):
+    caplog.set_level(logging.INFO, "qpref")
     settings = section(make_base())
     load_plain(settings, resolve_base(settings))
-    assert not [line for line in said if "expert" in line]
+    assert not [line for line in caplog.messages if "expert" in line]
