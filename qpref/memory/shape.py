@@ -190,20 +190,19 @@ def _has_sinks(decoder: Any) -> bool:
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:
-    from torch import nn
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from qpref.policy.architecture import text_modules
+    from qpref.policy.architecture import decoder_layers, text_modules
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
+    from qpref.policy.targets import is_linear, linear_size
 
     layers, text = [], text_modules(model)
+    blocks = {id(layer) for layer in decoder_layers(model)}
     for prefix, layer in model.named_modules():
-        if prefix not in text or not isinstance(layer, GradientCheckpointingLayer):
+        if prefix not in text or id(layer) not in blocks:
             continue
         linears = [
-            Linear(name, module.in_features, module.out_features, ranks.get(f"{prefix}.{name}", 0))
+            Linear(name, *linear_size(module), ranks.get(f"{prefix}.{name}", 0))
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
+            if is_linear(module)
         ]
         norms = [
             _norm(name.rpartition(".")[2], module, linears, query)
@@ -261,7 +260,7 @@ def _attention_sizes(config: Any) -> tuple[int, int, int, int]:
 
     sizes = []
     for layer in layer_configs(config):
-        heads = int(layer.num_attention_heads)
+        heads = int(getattr(layer, "num_attention_heads", None) or getattr(layer, "num_heads", None) or 1)
         head_dim = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
         keys = int(getattr(layer, "num_key_value_heads", None) or heads)
         sizes.append((heads, head_dim, heads * head_dim, keys * head_dim))

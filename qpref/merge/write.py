@@ -82,7 +82,9 @@ class Weights:
         from bitsandbytes.functional import quantize_4bit
 
         values, state = quantize_4bit(
-            weight.to(self.base.device), compress_statistics=self.base.double_quantization, quant_type="nf4"
+            self.base.turned(weight.to(self.base.device), self.base.module_of(key)),
+            compress_statistics=self.base.double_quantization,
+            quant_type="nf4",
         )
         parts = {f"{key}.{name}": part.cpu() for name, part in state.as_dict(packed=True).items()}
         return {key: values.cpu()} | parts
