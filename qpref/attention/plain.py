@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qpref.attention.exact import hidden_keys
-from qpref.attention.segments import Block, segments
+from qpref.attention.segments import Block, Segment, segments
 from qpref.records import Group
 
 
@@ -34,14 +34,30 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = query[0].unflatten(0, (key.shape[1], -1))
     of_heads = None if sinks is None else sinks.float().view(*rows.shape[:2], 1, 1)
+    cut = [(segment, list(segment.blocks(window))) for segment in segments(groups)]
+    # Split, not sliced: the gradient of each slice would be as large as the stream.
+    pieces = iter(rows.split([_length(block.queries) for _, blocks in cut for block in blocks], dim=2))
+    streams = [_by_span(states[0], [segment for segment, _ in cut]) for states in (key, value)]
     attended = []
-    for segment in segments(groups):
-        keys, values = (torch.cat([states[0][:, span] for span in segment.spans], dim=1) for states in (key, value))
-        for block in segment.blocks(window):
+    for segment, blocks in cut:
+        keys, values = (torch.cat([of[span.start, span.stop] for span in segment.spans], dim=1) for of in streams)
+        for block in blocks:
             attend_block = partial(_attend_block, block, scale, window, softcap)
-            tensors = rows[:, :, block.queries], keys[:, block.keys], values[:, block.keys], of_heads
+            tensors = next(pieces), keys[:, block.keys], values[:, block.keys], of_heads
             attended.append(checkpoint(attend_block, *tensors, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(attended, dim=2).flatten(0, 1).transpose(0, 1)[None].contiguous()
+
+
+def _length(span: slice) -> int:
+    length: int = span.stop - span.start
+    return length
+
+
+def _by_span(states: Tensor, cut: Sequence[Segment]) -> dict[tuple[int, int], Tensor]:
+    """Map each segment's own range of the stream to its part of [key-value heads, T, width] states."""
+    spans = [segment.queries for segment in cut]
+    parts = states.split([_length(span) for span in spans], dim=1)
+    return {(span.start, span.stop): part for span, part in zip(spans, parts, strict=True)}
 
 
 def _attend_block(

@@ -4,6 +4,7 @@ Registered with transformers' attention registry, so no model is patched; the st
 context (see `layout`). It makes no [T, T] mask, which would be nearly empty, but attends segment by segment
 (see `segments`), with the keys and values of the prompt gathered before those of the branch: on a GPU in one call for
 all (see `varlen`), on a CPU with bf16 units in plain products (see `blocks`), elsewhere in a call each (see `sdpa`).
+Layers with capped scores or with sinks are computed by their formula on every path (see `plain`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qpref.attention.states import layers_with_state
 from qpref.records import Group
 
 SEGMENTS = "qpref_segments"
-"""The path that works everywhere: a call of torch's scaled dot product for each segment, or plain products."""
+"""The path that works everywhere: a call of torch's scaled dot product for each segment."""
 BLOCKS = "qpref_blocks"
 """The path for CPUs with bf16 units."""
 KERNELS: dict[str, varlen.Kernel] = {
@@ -42,6 +43,8 @@ ROUNDING_FACTOR, ROUNDING_FLOOR = 2.0, 0.01
 """Multiple of the formulas' own rounding error that a kernel's relative error may be, and a share beside it."""
 SHARED_KINDS = frozenset({"full_attention", "sliding_attention", "attention", "moe", "mlp"})
 """Kinds of layers, in configs, whose only company is what attention sees."""
+PLAIN_KEYWORDS = ("softcap", "s_aux")
+"""Keywords of layers whose scores no kernel computes."""
 HARMLESS_KEYWORDS = frozenset(
     {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 )
@@ -81,13 +84,16 @@ class KernelError:
 def register_comparison(path: str) -> list[KernelError]:
     """Register COMPARED for a path and return its errors against float32, filled as layers are computed.
 
-    Each layer adds four, on its own queries, keys and values: that of the result and those of the three gradients. One
-    layer's copies are in memory at a time.
+    Each layer that a kernel computes adds four, on its own queries, keys and values: that of the result and those of
+    the three gradients. One layer's copies are in memory at a time.
     """
     errors: list[KernelError] = []
     tried = ALL_ATTENTION_FUNCTIONS[path]
 
     def compared(module: Any, *states: Tensor, **keywords: Any) -> tuple[Tensor, None]:
+        if any(keywords.get(name) is not None for name in PLAIN_KEYWORDS):
+            result: tuple[Tensor, None] = tried(module, *states, **keywords)
+            return result  # in float32 itself, by no kernel
         found, direction = _with_gradients(tried, module, *states, **keywords)
         query, key, value = (each.detach() for each in states[:3])
         scale = keywords.get("scaling") or query.shape[-1] ** -0.5
@@ -191,31 +197,23 @@ def shared_prompt_attention(
         [1, T, heads, width] and no weights.
 
     Raises:
-        CannotShareError: a keyword changes attention in an unsupported way (a bias), or in one that the path's kernel
-            doesn't compute (a cap, sinks).
+        CannotShareError: a keyword changes attention in an unsupported way (a bias), or the layer drops attention
+            weights, which this path can't do.
     """
     _refuse_the_unknown(module, keywords, is_causal, sliding_window)
     layout = current()
     assert layout is not None
     groups, prompts = layout.groups, layout.prompts
-    if attend is None:
-        attend = _without_kernel(dropout, softcap, s_aux)
-    elif dropout or softcap is not None or s_aux is not None:
-        uses = {"dropout": dropout, "capped scores": softcap is not None, "sinks": s_aux is not None}
-        raise CannotShareError(f"its attention has {' and '.join(name for name, used in uses.items() if used)}")
+    if softcap is not None or s_aux is not None:
+        attend = partial(plain.attend, softcap=softcap, sinks=s_aux)
+    elif attend is None:
+        attend, dropout = partial(sdpa.attend, dropout=dropout), 0.0
+    if dropout:
+        raise CannotShareError("its attention has dropout")
     if prompts is None:
         return attend(query, key, value, groups, scaling, sliding_window), None
     states = prompts.complete(module, query, key, value)
     return prompts.own_rows(attend(*states, groups, scaling, sliding_window)), None
-
-
-def _without_kernel(dropout: float, softcap: float | None, sinks: Tensor | None) -> Attend:
-    """Choose how the path that works everywhere computes a layer's segments."""
-    if softcap is None and sinks is None:
-        return partial(sdpa.attend, dropout=dropout)
-    if dropout:
-        raise CannotShareError("its attention has dropout beside capped scores or sinks")
-    return partial(plain.attend, softcap=softcap, sinks=sinks)
 
 
 def _refuse_the_unknown(

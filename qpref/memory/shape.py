@@ -184,15 +184,14 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
 
 
 def _has_sinks(decoder: Any) -> bool:
-    """Return whether attention layers have a tensor of their own beside their linear layers, a score of each head."""
-    attentions = (module for module in decoder.modules() if hasattr(module, "q_proj"))
-    return any(weight.ndim == 1 for module in attentions for weight in module.parameters(recurse=False))
+    """Return whether attention has sinks: a learned score for each head, under the name that all families give it."""
+    return any(name.endswith(".sinks") for name, _ in decoder.named_parameters())
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:
     from qpref.policy.architecture import decoder_layers, text_modules
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
-    from qpref.policy.targets import is_linear, linear_size
+    from qpref.policy.targets import is_linear
 
     layers, text = [], text_modules(model)
     blocks = {id(layer) for layer in decoder_layers(model)}
@@ -200,7 +199,7 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
         if prefix not in text or id(layer) not in blocks:
             continue
         linears = [
-            Linear(name, *linear_size(module), ranks.get(f"{prefix}.{name}", 0))
+            Linear(name, *_widths(module), ranks.get(f"{prefix}.{name}", 0))
             for name, module in layer.named_modules()
             if is_linear(module)
         ]
@@ -220,6 +219,14 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
             )
         )
     return tuple(layers)
+
+
+def _widths(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; a Conv1D has its weight transposed."""
+    if hasattr(linear, "in_features"):
+        return linear.in_features, linear.out_features
+    inputs, outputs = linear.weight.shape
+    return inputs, outputs
 
 
 def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int, int]:

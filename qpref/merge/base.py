@@ -19,7 +19,7 @@ from qpref.policy.adapter_names import LayerNames
 from qpref.policy.architecture import empty_model, other_modules, text_modules
 from qpref.policy.load import DTYPES
 from qpref.policy.pretrained import read_config
-from qpref.policy.targets import is_linear, is_transposed
+from qpref.policy.targets import is_linear
 
 QUANTIZED_STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
                    "quant_state.bitsandbytes__fp4")  # fmt: skip
@@ -63,8 +63,8 @@ class TrainedBase:
         quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
         linear: names of the language model's linear layers except the output head.
         head: the output head's name.
+        transposed: names of the linear layers whose weights are [inputs, outputs], as GPT-2's are.
         others: names of the outermost modules outside the language model.
-        transposed: names of those that keep their weight as [in, out]; a 4-bit one is [out, in] in the loaded model.
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
         device: where weights are quantized and dequantized.
@@ -78,8 +78,8 @@ class TrainedBase:
     unread: frozenset[str]
     quantization_state: Mapping[str, Path]
     linear: frozenset[str]
-    transposed: frozenset[str]
     head: str
+    transposed: frozenset[str]
     others: frozenset[str]
     quantized: frozenset[str]
     dtype: torch.dtype
@@ -102,6 +102,7 @@ class TrainedBase:
         unread = {key for key, name in names.items() if name not in shapes}
         outside = {key for key, name in names.items() if name.rpartition(".")[0] not in text}
         linear = {name for name in text if is_linear(model.get_submodule(name))}
+        transposed = {name for name in linear if not isinstance(model.get_submodule(name), torch.nn.Linear)}
         return cls(
             path=path,
             names=names,
@@ -119,8 +120,8 @@ class TrainedBase:
             unread=frozenset(unread | {names[key] for key in unread}),
             quantization_state={key: header.file for key, header in headers.items() if key not in names},
             linear=frozenset(linear - {layer_names.head}),
-            transposed=frozenset(name for name in linear if is_transposed(model.get_submodule(name))),
             head=layer_names.head,
+            transposed=frozenset(transposed),
             others=frozenset(other_modules(model)),
             quantized=frozenset(facts["quantized_modules"]),
             dtype=DTYPES[facts["dtype"]],
@@ -143,29 +144,28 @@ class TrainedBase:
             from bitsandbytes.functional import dequantize_4bit
 
             dequantized: Tensor = dequantize_4bit(tensor.to(self.device), self._stored_state(key))
-            return self.turned(dequantized, self.module_of(key)).to(self.dtype).cpu()
+            return dequantized.to(self.dtype).cpu()
         if not tensor.is_floating_point():
             return tensor
         if self.module_of(key) in self.quantized:
             return self.through_nf4(tensor, self.module_of(key)).cpu()
         return tensor.to(self.dtype)
 
-    def turned(self, weight: Tensor, module: str) -> Tensor:
-        """Turn a module's weight from [out, in] to the orientation that it is stored in, or back."""
-        return weight.t().contiguous() if module in self.transposed else weight
-
     def through_nf4(self, weight: Tensor, module: str) -> Tensor:
         """Quantize a module's 16- or 32-bit weight to NF4 and back on `device`, as bitsandbytes does in training."""
+        if module in self.transposed:
+            return self._through_nf4(weight.t().contiguous()).t()
+        return self._through_nf4(weight)
+
+    def _through_nf4(self, weight: Tensor) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         # The same call on the same values as in Linear4bit when a weight is moved to its device.
         packed, state = quantize_4bit(
-            self.turned(weight.to(self.device, self.dtype), module),
-            compress_statistics=self.double_quantization,
-            quant_type="nf4",
+            weight.to(self.device, self.dtype), compress_statistics=self.double_quantization, quant_type="nf4"
         )
         dequantized: Tensor = dequantize_4bit(packed, state)
-        return self.turned(dequantized.to(self.dtype), module)
+        return dequantized.to(self.dtype)
 
     def original(self, key: str) -> Tensor:
         """Read a tensor as stored in its file."""

@@ -172,10 +172,11 @@ class AsTrained:
         if module not in base.quantized:
             return _select(stored, rows).to(base.device, base.dtype)
         if module not in self.dequantized:
-            if _is_packed(stored):
-                whole = _dequantized(stored, base.device).to(base.dtype)
-            else:
-                whole = base.through_nf4(stored, module)
+            whole = (
+                _dequantized(stored, base.device).to(base.dtype)
+                if _is_packed(stored)
+                else base.through_nf4(stored, module)
+            )
             if sum(cached.nbytes for cached in self.dequantized.values()) + whole.nbytes > CACHED_BYTES:
                 return whole[rows]
             self.dequantized[module] = whole.cpu()

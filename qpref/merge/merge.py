@@ -218,4 +218,4 @@ def _start(run: TrainedRun) -> LoraDelta | None:
         return None
     if not Path(start).is_dir() or start_digest(start) != run.facts["fingerprints"]["start adapter"]:
         raise MergeError(f"{start}: not the adapter that the run started from", "the verdict needs it as reference")
-    return LoraDelta.read(Path(start)).renamed(run.base.layer_names).transposed(run.base.transposed)
+    return LoraDelta.read(Path(start)).in_base(run.base.layer_names, run.base.transposed)

@@ -81,10 +81,10 @@ class Weights:
     def _packed(self, key: str, weight: Tensor) -> dict[str, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
+        if self.base.module_of(key) in self.base.transposed:
+            weight = weight.t().contiguous()
         values, state = quantize_4bit(
-            self.base.turned(weight.to(self.base.device), self.base.module_of(key)),
-            compress_statistics=self.base.double_quantization,
-            quant_type="nf4",
+            weight.to(self.base.device), compress_statistics=self.base.double_quantization, quant_type="nf4"
         )
         parts = {f"{key}.{name}": part.cpu() for name, part in state.as_dict(packed=True).items()}
         return {key: values.cpu()} | parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,28 +29,26 @@ class LoraDelta:
         return list(self.matrices)
 
     def of(self, module: str, rows: slice = slice(None)) -> Tensor:
-        """[rows, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3), for all output rows or a range;
-        [rows, out] of its transpose where it is transposed."""
+        """[rows, in] float32: scale * B @ A (Hu et al. 2021, "LoRA", eq. 3), for all output rows or a range."""
         down, up, scale = self.matrices[module]
         return (up[rows].float() @ down.float()) * scale
 
     def shape(self, module: str) -> tuple[int, int]:
-        """[out, in] of a module's delta, as its weight is stored."""
+        """[out, in] of a module's delta."""
         down, up, _ = self.matrices[module]
         return up.shape[0], down.shape[1]
 
-    def renamed(self, names: LayerNames) -> LoraDelta:
-        """Name the modules as a base does that was loaded by another class than the adapter was trained on."""
-        return LoraDelta(names.translated_keys(self.matrices))
+    def in_base(self, names: LayerNames, transposed: frozenset[str]) -> LoraDelta:
+        """Name the modules as a base does that was loaded by another class than the adapter was trained on.
 
-    def transposed(self, modules: Collection[str]) -> LoraDelta:
-        """Transpose the deltas of modules whose weights are stored as [in, out]: (B A)^T = A^T B^T."""
-        return LoraDelta(
-            {
-                name: (up.t(), down.t(), scale) if name in modules else (down, up, scale)
-                for name, (down, up, scale) in self.matrices.items()
-            }
-        )
+        Args:
+            transposed: modules whose weights the base has as [inputs, outputs]; their deltas become that, too.
+        """
+        matrices = names.translated_keys(self.matrices)
+        for module in transposed & matrices.keys():
+            down, up, scale = matrices[module]
+            matrices[module] = (up.t(), down.t(), scale)
+        return LoraDelta(matrices)
 
     @classmethod
     def read(cls, folder: Path) -> LoraDelta:

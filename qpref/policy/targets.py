@@ -58,25 +58,11 @@ def is_linear(module: nn.Module) -> bool:
     """Return whether a module computes what a linear layer does, not only is one by its class: some routers derive
     from it and return several tensors, Falcon's layers compute the same by other operations."""
     from bitsandbytes.nn import Linear4bit
-
-    if type(module).forward in (nn.Linear.forward, Linear4bit.forward) or is_transposed(module):
-        return True
-    return isinstance(module, nn.Linear) and _computes_linear(module)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer that keeps its weight as [in, out], as GPT-2's are."""
     from transformers.pytorch_utils import Conv1D
 
-    return type(module).forward is Conv1D.forward
-
-
-def linear_size(module: Any) -> tuple[int, int]:
-    """Widths of a linear layer's input and output."""
-    if is_transposed(module):
-        inputs, outputs = module.weight.shape
-        return int(inputs), int(outputs)
-    return int(module.in_features), int(module.out_features)
+    if type(module).forward in (nn.Linear.forward, Linear4bit.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and _computes_linear(module)
 
 
 def matches(name: str, target: str) -> bool:

@@ -14,29 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qpref.attention.determinism import needs_nondeterminism
-from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, register_comparison
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, PolicyError
 from qpref.policy.architecture import causal_model, layers_after_decoder
-from qpref.policy.forward_errors import KINDS, naming_the_layer
+from qpref.policy.forward_errors import naming_the_layer
 from qpref.policy.logprobs import completion_logprobs, select_sequences
-from qpref.policy.out_of_memory import fits, is_out_of_memory
+from qpref.policy.out_of_memory import fits
 from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched
 from qpref.training.objective import LossCaller, Objective
+from qpref.training.sharing_check import LAYOUT_TOLERANCE, excess, own_rows, sharing_fault
 
 log = logging.getLogger("qpref")
 
-FLOAT32_TOLERANCE = 1e-3
-"""Nats by which a token's log-probability may differ between two ways to compute it in float32."""
-LAYOUT_TOLERANCE = 0.1
-"""Likewise in 16-bit dtypes, as a mean over tokens, between two batch layouts (0.04 measured on SmolLM2-135M)."""
 LOGITS_TOLERANCE = 0.1
-"""Likewise between our head and the model's own logits, which it rounds to 16 bits (0.03 measured)."""
+"""Nats by which log-probabilities may differ in 16-bit dtypes, as a mean over tokens, between our head and the model's
+own logits, which it rounds to 16 bits (0.03 measured)."""
 START_TOLERANCE = 1e-4
 CHECKED_PROMPT, CHECKED_RESPONSE = 16, 8
 """Tokens of the first pair that are compared with the model's own logits, and whose gradients are checked."""
@@ -94,7 +90,7 @@ def _choose_path(policy: Policy, example: TokenizedExample) -> None:
     batch, short = (pack([each], policy.device) for each in (example, shortened(example)))
     with frozen(policy):
         policy.use_attention(policy.own_attention)
-        rows = completion_logprobs(policy, batch).values
+        rows = own_rows(policy, batch, short)
         own = completion_logprobs(policy, short).values
         if not bool(own.isfinite().all()):
             raise PolicyError(
@@ -102,12 +98,12 @@ def _choose_path(policy: Policy, example: TokenizedExample) -> None:
                 'take another copy of the base, or set [model] dtype to "bf16" or "float32"',
             )
         _refuse_reading_ahead(policy, short, own)
-        if reason := _excess(own, _plain_logprobs(policy, short.examples[0]), policy, LOGITS_TOLERANCE):
+        if reason := excess(own, _plain_logprobs(policy, short.examples[0]), policy, LOGITS_TOLERANCE):
             raise PolicyError(
                 f"log-probabilities differ from the model's own logits: {reason}", _unknown_head(policy.plain_model)
             )
         for path in policy.sharing_paths:
-            reason = _sharing_fault(policy, path, batch, rows, short)
+            reason = sharing_fault(policy, path, batch, short, rows)
             if reason is None:
                 log.info("attention: %s, each prompt computed once", path)
                 return
@@ -135,7 +131,7 @@ def _refuse_reading_ahead(policy: Policy, batch: PackedBatch, own: Tensor) -> No
     examples = [replace(each, branches=tuple(map(_with_another_end, each.branches))) for each in batch.examples]
     changed = completion_logprobs(policy, pack(examples, policy.device)).values
     before, after = (torch.cat([part[:-2] for part in values.split(list(batch.lengths))]) for values in (own, changed))
-    if before.numel() and _excess(before, after, policy, LOGITS_TOLERANCE):
+    if before.numel() and excess(before, after, policy, LOGITS_TOLERANCE):
         kind = policy.plain_model.config.model_type
         raise PolicyError(
             f"this {kind} model sees later tokens when it predicts one: it is an encoder, or isn't set up to decode",
@@ -168,7 +164,7 @@ def _check_company(policy: Policy, members: Sequence[TokenizedExample]) -> None:
         policy.use_attention(policy.own_attention)
         policy.isolates_rows = True
         alone = torch.cat([completion_logprobs(policy, pack([each], policy.device)).values for each in members[:2]])
-        reason = _excess(beside[: len(alone)], alone, policy, LAYOUT_TOLERANCE)
+        reason = excess(beside[: len(alone)], alone, policy, LAYOUT_TOLERANCE)
         if reason is None:
             policy.isolates_rows = False
             policy.use_attention(path)
@@ -179,7 +175,7 @@ def _check_company(policy: Policy, members: Sequence[TokenizedExample]) -> None:
         )  # fmt: skip
         completion_logprobs(policy, pack(members[-1:], policy.device))
         after = completion_logprobs(policy, pack(members[:1], policy.device)).values
-        if reason := _excess(after, alone[: len(after)], policy, LAYOUT_TOLERANCE):
+        if reason := excess(after, alone[: len(after)], policy, LAYOUT_TOLERANCE):
             raise PolicyError(
                 f"log-probabilities of a response depend on the passes before it: {reason}",
                 "this architecture keeps a state between passes that qpref doesn't know; please report it",
@@ -237,81 +233,6 @@ def _cut(example: TokenizedExample, prompt: int, response: int) -> TokenizedExam
     return replace(example, prompt=example.prompt[-prompt:], branches=branches)
 
 
-def _sharing_fault(policy: Policy, path: str, batch: PackedBatch, rows: Tensor, short: PackedBatch) -> str | None:
-    """Switch to a sharing path and describe its fault; None where its values and its gradients are right.
-
-    Args:
-        batch: a pair of any length, whose values are compared with `rows`.
-        short: a pair that leaves memory for gradients.
-    """
-    try:
-        policy.use_attention(path)
-        values = completion_logprobs(policy, batch).values
-        if reason := _excess(values, rows, policy, LAYOUT_TOLERANCE):
-            return f"sharing a prompt changes log-probabilities: {reason}"
-        grad = _grad_of_second(policy, short)
-        group = short.groups[0]
-        first = group.start + group.prompt
-        if bool(grad[first : first + group.branches[0]].any()):
-            return "one response sees the other"
-        return None if path == SEGMENTS else _kernel_fault(policy, batch)
-    except CannotShareError as error:
-        return str(error)
-    except KINDS as error:
-        if is_out_of_memory(error) or needs_nondeterminism(error):
-            raise
-        reason, _, _ = str(error).strip().partition("\n")
-        return f"{type(error).__name__}: {reason}"
-
-
-def _kernel_fault(policy: Policy, batch: PackedBatch) -> str | None:
-    """Compare a kernel's error against float32 with that of rounding, in each layer; return its fault, or None."""
-    path = policy.attention
-    errors = register_comparison(path)
-    policy.use_attention(COMPARED)
-    completion_logprobs(policy, batch)
-    policy.use_attention(path)
-    faults = [each for each in errors if not each.is_rounding]
-    if not faults:
-        return None
-    worst = max(faults, key=lambda each: (math.isnan(each.kernel), each.kernel))
-    return f"a layer's result or gradients are off by {worst.kernel:.1%}, where rounding makes {worst.rounding:.1%}"
-
-
-def _grad_of_second(policy: Policy, batch: PackedBatch) -> Tensor:
-    """Compute the gradient of the second response's score with respect to each token's embedding.
-
-    It is exactly 0 at the first response's tokens if these aren't seen. The scores themselves would be no test: in a
-    mixture of experts they change by rounding with the tokens beside them.
-
-    Returns:
-        [T, width] float32.
-    """
-    embedded: list[Tensor] = []
-
-    def catch(*call: Any) -> None:
-        embedded.append(call[-1].requires_grad_())
-
-    hook = policy.decoder.get_input_embeddings().register_forward_hook(catch)
-    try:
-        with torch.enable_grad():
-            values = completion_logprobs(policy, batch).values
-            (grad,) = torch.autograd.grad(values[batch.lengths[0] :].sum(), embedded[0])
-    finally:
-        hook.remove()
-    return grad[0].float()
-
-
-def _excess(values: Tensor, expected: Tensor, policy: Policy, low_precision_tolerance: float) -> str | None:
-    """Describe a difference beyond the tolerance; None where it is within."""
-    difference = (values - expected).abs()
-    if policy.dtype == torch.float32:
-        worst = difference.max().item()
-        return None if worst <= FLOAT32_TOLERANCE else f"a token's is {worst:.4f} nats off"
-    mean = difference.mean().item()
-    return None if mean <= low_precision_tolerance else f"they are {mean:.3f} nats a token off on average"
-
-
 def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     """Compute [S] log-probabilities from the model's own logits, one row for each branch, under its own attention."""
     model = causal_model(policy.plain_model)
@@ -319,7 +240,8 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
     for branch in example.branches:
         ids = torch.tensor([[*example.prompt, *branch]], device=policy.device)
         with policy.autocast():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(branch) + 1).logits[0, :-1]
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(branch) + 1).logits[0]
+        logits = logits[-len(branch) - 1 : -1]  # some models ignore logits_to_keep
         pieces.append(logits.float().log_softmax(-1).gather(1, ids[0, -len(branch) :, None]).squeeze(1))
     return torch.cat(pieces)
 

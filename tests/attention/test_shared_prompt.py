@@ -16,9 +16,9 @@ import torch
 from conftest import TINY, load_worn, make_example, make_tokenizer
 from torch.nn.functional import logsigmoid
 
-from qpref.attention import blocks
 from qpref.attention.layout import Layout, laid_out
-from qpref.attention.register import SEGMENTS, CannotShareError, shared_prompt_attention
+from qpref.attention.register import BLOCKS, SEGMENTS, CannotShareError, shared_prompt_attention
+from qpref.attention.states import StateCache
 from qpref.data.pack import pack, split_by_tokens
 from qpref.policy.logprobs import completion_logprobs, pair_logprobs
 from qpref.policy.policy import Policy
@@ -326,12 +326,13 @@ def test_attention_without_a_kernel_shares_prompts_with_the_right_gradients(kind
     assert worst_gradient(gradients, wanted.gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("keywords", "reason"), [({"softcap": 2.0}, "capped scores"), ({"s_aux": torch.zeros(2)}, "sinks")]
-)
-def test_a_kernel_without_caps_and_sinks_is_not_used_for_them(keywords, reason):
-    with pytest.raises(CannotShareError, match=f"its attention has {reason}"):
-        attend(keywords | {"attend": blocks.attend})
+@pytest.mark.parametrize("kind", PLAIN)
+def test_attention_without_a_kernel_is_the_same_on_every_path(kind, plain):
+    policy = load(plain[kind])
+    batch = pack(EXAMPLES, policy.device)
+    wanted = completion_logprobs(policy, batch).values
+    policy.use_attention(BLOCKS)
+    assert (completion_logprobs(policy, batch).values - wanted).abs().max() <= TOLERANCE
 
 
 def test_a_recurrent_layer_that_takes_no_state_falls_back_with_a_warning(recurrent, caplog):
@@ -361,12 +362,38 @@ def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent
 
 
 def test_the_first_batch_finds_a_response_that_sees_the_other_however_little_it_changes(recurrent, caplog, monkeypatch):
-    monkeypatch.setattr("qpref.training.invariants.FLOAT32_TOLERANCE", 100.0)
+    monkeypatch.setattr("qpref.training.sharing_check.FLOAT32_TOLERANCE", 100.0)
     policy = load(recurrent["recurrent_gemma"])
     policy.sharing_paths = (SEGMENTS,)  # as if its config had said nothing
     check_layout(policy, EXAMPLES[3])
     assert not policy.shares_prompts
     assert "one response sees the other" in caplog.text
+
+
+def test_the_first_batch_finds_a_state_without_its_gradient(recurrent, caplog, monkeypatch):
+    monkeypatch.setattr(
+        StateCache, "get_recurrent_state", lambda cache, *_, **__: cut(cache.states.get(("recurrent", 0)))
+    )
+    policy = load(recurrent["bamba"])
+    check_layout(policy, EXAMPLES[3])
+    assert not policy.shares_prompts
+    assert "sharing a prompt changes gradients by" in caplog.text
+
+
+def cut(state: torch.Tensor | None) -> torch.Tensor | None:
+    """A state with the right values whose gradient ends there, but for a share that the graph shows."""
+    return None if state is None else state.detach() + 0 * state
+
+
+def test_a_path_that_fails_leaves_whole_rows(recurrent, caplog, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel for this state\nand more")
+
+    monkeypatch.setattr(Layout, "fork", fail)
+    policy = load(recurrent["lfm2"])
+    check_layout(policy, EXAMPLES[3])
+    assert not policy.shares_prompts
+    assert caplog.messages[-1].endswith("not once a pair: RuntimeError: no kernel for this state")
 
 
 def test_a_mixture_of_experts_shares_prompts(tmp_path, caplog):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import merge_to, preference_rows, write_jsonl
+from conftest import load_worn, make_example, make_tokenizer, merge_to, preference_rows, write_jsonl
+from tiny_models import TinyModel
 
+from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation import generate as module
 from qpref.evaluation import heldout_pairs
-from qpref.evaluation.generate import Sampling, as_prompt, generate, prompt_ids, read_prompts
+from qpref.evaluation.generate import Sampling, _answers, as_prompt, generate, prompt_ids, read_prompts
 from qpref.evaluation.subjects import identify
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
@@ -64,6 +67,20 @@ def test_a_batch_answers_as_each_prompt_alone_does(run):
         assert [answers.model, answers.base] == texts
         assert answers.prompt == prompt.prompt[0].content
     assert any(answers.model != answers.base for answers in found)
+
+
+def test_prompts_of_other_rotary_frequencies_answer_as_alone(tmp_path):
+    # LongRoPE takes a batch's longest position; answers that cross the switch do so at their own length.
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 20}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    config = {"rope_parameters": rope, "original_max_position_embeddings": 20, "sliding_window": None}
+    base = TinyModel(model_type="phi3", config=config).write(tmp_path / "base")
+    policy = load_worn({"model": {"base": str(base), "quantization": "none", "dtype": "float32"}})
+    policy.share_prompts(False)
+    tokenizer = PairTokenizer.of(make_tokenizer(), "chat", (258,))
+    ids = [list(make_example(line, length, 1, 1).prompt) for line, length in enumerate((8, 40, 10, 15, 17, 33))]
+    together, alone = (_answers(policy, tokenizer, ids, replace(GREEDY, batch_size=size)) for size in (6, 1))
+    assert together == alone
 
 
 def test_the_merged_model_answers_as_the_run(run, tmp_path):
