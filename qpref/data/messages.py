@@ -144,13 +144,15 @@ def _message(turn: object, where: str) -> Message:
 
 def _joined(parts: Sequence[object], where: str) -> str:
     """Join a content of text parts, as multimodal data have it; chat templates put nothing between them."""
+    texts = []
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind != "text" or not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            known = isinstance(kind, str) and kind != "text"
-            found = f"a part of the type {shown(kind)}" if known else "a part without a text"
+        values = part if isinstance(part, dict) else {}
+        kind, text = values.get("type", "text"), values.get("text")
+        if kind != "text" or not isinstance(text, str):
+            found = "a part without a text" if kind == "text" else f"a part of the type {shown(kind)}"
             raise BadRowError("not_a_message", f"{where}: {found}; qpref trains on text alone, so drop the row")
-    return "".join(part["text"] for part in parts if isinstance(part, dict))
+        texts.append(text)
+    return "".join(texts)
 
 
 def _speaker(turn: Mapping[str, object], where: str) -> str:

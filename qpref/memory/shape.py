@@ -189,20 +189,20 @@ def _has_sinks(decoder: Any) -> bool:
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:
-    from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     from qpref.policy.architecture import text_modules
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
+    from qpref.policy.targets import is_linear
 
     layers, text = [], text_modules(model)
     for prefix, layer in model.named_modules():
         if prefix not in text or not isinstance(layer, GradientCheckpointingLayer):
             continue
         linears = [
-            Linear(name, module.in_features, module.out_features, ranks.get(f"{prefix}.{name}", 0))
+            Linear(name, *_widths(module), ranks.get(f"{prefix}.{name}", 0))
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
+            if is_linear(module)
         ]
         norms = [
             _norm(name.rpartition(".")[2], module, linears, query)
@@ -220,6 +220,14 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
             )
         )
     return tuple(layers)
+
+
+def _widths(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; a Conv1D has its weight transposed."""
+    if hasattr(linear, "in_features"):
+        return linear.in_features, linear.out_features
+    inputs, outputs = linear.weight.shape
+    return inputs, outputs
 
 
 def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def read_run(path: Path) -> TrainedRun:
     base_path = Path(facts["base_path"])
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
     _refuse_other_settings(folder.adapter, document["adapter"], base)
-    delta = LoraDelta.read(folder.adapter).renamed(base.layer_names)
+    delta = LoraDelta.read(folder.adapter).in_base(base.layer_names, base.transposed)
     adapted = _adapted_tensors(base, delta, folder.adapter)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
     _refuse_other_tokenizer(tokenizer, folder.adapter)

@@ -106,7 +106,7 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
         survey.add(key, weight, run.delta, module)
         if request.quantize and module:
             # Quantized whole, since 4-bit blocks and their scales cross rows; summed in slices.
-            requantized = base.through_nf4(rounded(weight, run.delta, module, base.dtype)).cpu()
+            requantized = base.through_nf4(rounded(weight, run.delta, module, base.dtype), module).cpu()
             for rows in row_blocks(weight):
                 packed.add(weight[rows], run.delta.of(module, rows), requantized[rows])
     if request.quantize:
@@ -218,4 +218,4 @@ def _start(run: TrainedRun) -> LoraDelta | None:
         return None
     if not Path(start).is_dir() or start_digest(start) != run.facts["fingerprints"]["start adapter"]:
         raise MergeError(f"{start}: not the adapter that the run started from", "the verdict needs it as reference")
-    return LoraDelta.read(Path(start)).renamed(run.base.layer_names)
+    return LoraDelta.read(Path(start)).in_base(run.base.layer_names, run.base.transposed)

@@ -81,6 +81,8 @@ class Weights:
     def _packed(self, key: str, weight: Tensor) -> dict[str, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
+        if self.base.module_of(key) in self.base.transposed:
+            weight = weight.t().contiguous()
         values, state = quantize_4bit(
             weight.to(self.base.device), compress_statistics=self.base.double_quantization, quant_type="nf4"
         )

@@ -104,11 +104,13 @@ def _add_started(model: Any, start: Path, dropout: float, seed: int) -> Any:
 def _wrap(model: Any, config: Any, names: tuple[str, ...], seed: int) -> Any:
     """Wrap the model in a PeftModel with an adapter of each name, its layers the fused ones."""
     from peft import get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     from qpref.policy.lora import CUSTOM_MODULES
 
     _refuse_tied_head(model, config)
     config._register_custom_module(CUSTOM_MODULES)
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     torch.manual_seed(seed)
     try:
         wrapped = get_peft_model(model, config, adapter_name=names[0])

@@ -38,9 +38,17 @@ class LoraDelta:
         down, up, _ = self.matrices[module]
         return up.shape[0], down.shape[1]
 
-    def renamed(self, names: LayerNames) -> LoraDelta:
-        """Name the modules as a base does that was loaded by another class than the adapter was trained on."""
-        return LoraDelta(names.translated_keys(self.matrices))
+    def in_base(self, names: LayerNames, transposed: frozenset[str]) -> LoraDelta:
+        """Name the modules as a base does that was loaded by another class than the adapter was trained on.
+
+        Args:
+            transposed: modules whose weights the base has as [inputs, outputs]; their deltas become that, too.
+        """
+        matrices = names.translated_keys(self.matrices)
+        for module in transposed & matrices.keys():
+            down, up, scale = matrices[module]
+            matrices[module] = (up.t(), down.t(), scale)
+        return LoraDelta(matrices)
 
     @classmethod
     def read(cls, folder: Path) -> LoraDelta:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,9 @@ class Head:
     def of(cls, model: Any) -> Head:
         """Read the head of a causal language model. The first batch of a run compares it with the model's own logits.
 
+        A multimodal model may ignore settings of its text part (Aya Vision's ignores the factor), so of these only
+        those count that its own code reads.
+
         Raises:
             PolicyError: the head isn't a plain linear layer.
         """
@@ -58,9 +62,11 @@ class Head:
         plain = getattr(module, "base_layer", module)
         if type(plain) is not nn.Linear:
             raise PolicyError(f"the output head is a {type(plain).__name__}; qpref needs a plain linear layer")
-        caps = [getattr(config, name, None) for name in CAPS]
-        cap = next(filter(None, caps), None)
-        return cls(plain.weight, plain.bias, _scale(model, config), cap, None if plain is module else module)
+        source = _forward_source(model)
+        read = [name for name in (*SCALES, *CAPS) if name in source] if config is not model.config else [*SCALES, *CAPS]
+        cap = next(filter(None, (getattr(config, name, None) for name in CAPS if name in read)), None)
+        scale = _scale(source, {name: getattr(config, name, None) for name in SCALES if name in read})
+        return cls(plain.weight, plain.bias, scale, cap, None if plain is module else module)
 
     @property
     def num_tokens(self) -> int:
@@ -279,16 +285,20 @@ def _grad_product(left: Tensor, right: Tensor) -> Tensor:
     return left.to(right.dtype) @ right if right.device.type == "cpu" else float32_matmul(left, right)
 
 
-def _scale(model: Any, config: Any) -> float:
-    """Read the factor on a model's logits. Granite divides by a setting that HyperCLOVA X multiplies with, so the
-    model's own code says which it is."""
+def _forward_source(model: Any) -> str:
+    """Read the code that computes a model's logits; empty where there is none to read."""
     try:
-        source = inspect.getsource(type(causal_model(model)).forward)
+        return inspect.getsource(type(causal_model(model)).forward)
     except (OSError, TypeError):
-        source = ""
+        return ""
+
+
+def _scale(source: str, settings: Mapping[str, float | None]) -> float:
+    """Compute the factor on a model's logits. Granite divides by a setting that HyperCLOVA X multiplies with, so the
+    model's own code says which it is."""
     scale = 1.0
-    for name, usual in SCALES.items():
-        if (setting := getattr(config, name, None)) is not None:
+    for name, setting in settings.items():
+        if setting is not None:
             found = re.search(rf"([*/])=? *[\w.()]*\b{name}\b", source)
-            scale *= float(setting) if (found[1] if found else usual) == "*" else 1 / float(setting)
+            scale *= float(setting) if (found[1] if found else SCALES[name]) == "*" else 1 / float(setting)
     return scale

@@ -72,7 +72,8 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError, StrictDataclassError) as error:
-        raise PolicyError(f"{folder}: transformers can't load this model: {error}") from error
+        what = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise PolicyError(f"{folder}: transformers can't load this model: {what}") from error
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def is_prequantized(config: Mapping[str, Any], origin: object) -> bool:
     if settings is None:
         return False
     if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
-        _refuse(str(settings.get("quant_method", "an unknown method")), origin)
+        bits = " in 8 bits" if settings.get("load_in_8bit") else ""
+        _refuse(f"{settings.get('quant_method', 'an unknown method')}{bits}", origin)
     return True
 
 

@@ -73,7 +73,7 @@ def merged(run: Run) -> str:
     base = names.TrainedBase(
         path=run.folder, names={}, layer_names=names.LayerNames(frozenset(), "model", "lm_head"), tensors={},
         kept=frozenset(), unread=frozenset(), quantization_state={}, linear=frozenset(), head="lm_head",
-        others=frozenset(),
+        transposed=frozenset(), others=frozenset(),
         quantized=frozenset(name for name, _, _ in linears), dtype=dtype, double_quantization=True, device=device,
     )  # fmt: skip
     delta = names.LoraDelta({name: (matrix(rank, inputs), matrix(out, rank), 2.0) for name, out, inputs in linears})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from conftest import make_tokenizer, preference_rows, write_jsonl
 from matrix import oracle
 from tiny_models import TinyModel
 
+from qpref.attention.errors import CannotShareError
 from qpref.cli import main
 from qpref.records import Source, TokenizedExample
 
@@ -184,7 +186,8 @@ def ending(output: str) -> str:
     """What a failed command ends with, on one line: its error, or a traceback's last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if "Traceback" in output:
-        return next(line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line))
+        errors = (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line))
+        return next(errors, lines[-1])
     found = re.search(r"error: .*", " ".join(lines))
     return found.group(0) if found else lines[-1]
 
@@ -252,7 +255,7 @@ def _tensor_fault(base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]
     """Describe a tensor that was lost, or changed though neither NF4 nor an adapter changes it."""
     if lost := sorted(base.keys() - merged.keys()):
         return f"{len(lost)} tensors lost, the first is {lost[0]}"
-    kept = [key for key, value in base.items() if value.dim() < 2 or re.search(r"vision|visual|embed", key)]
+    kept = [key for key, value in base.items() if value.dim() < 2 or re.search(r"vision|visual|embed_tokens", key)]
     changed = [key for key in kept if not torch.equal(base[key], merged[key])]
     return f"{len(changed)} tensors changed, the first is {changed[0]}" if changed else ""
 
@@ -281,10 +284,12 @@ def _policy_logprobs(place: Place, shared: bool) -> torch.Tensor:
     recipe = Recipe.model_validate(document)
     policy = load_policy(recipe, resolve_base(recipe.model))
     policy.model.eval()
-    policy.share_prompts(shared)
-    examples = [_example(place, pair) for pair in place.heldout]
-    with torch.no_grad():
-        return completion_logprobs(policy, pack(examples, policy.device)).values
+    batch = pack([_example(place, pair) for pair in place.heldout], policy.device)
+    for attention in (*(policy.sharing_paths if shared else ()), policy.own_attention):
+        policy.use_attention(attention)
+        with torch.no_grad(), contextlib.suppress(CannotShareError):
+            return completion_logprobs(policy, batch).values
+    raise AssertionError("the model's own attention computes any batch")
 
 
 def _example(place: Place, pair: oracle.Pair) -> TokenizedExample:

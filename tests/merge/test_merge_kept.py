@@ -45,6 +45,14 @@ def test_tensors_that_transformers_does_not_know_are_kept_to_the_byte(trained_ru
         assert torch.equal(before[name], after[name])
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_layers_with_transposed_weights_are_planned_trained_and_merged(trained_run, tmp_path, quantization):
+    run = trained_run(TinyModel(model_type="gpt2").write(tmp_path / "base"), **{"model.quantization": quantization})
+    merge(run, tmp_path / "out", "float32")
+    expected = logits_of(trained_policy(run).model)
+    assert (merged_logits(tmp_path / "out") - expected).abs().max() < 1e-4
+
+
 def test_a_base_with_unknown_tensors_says_so_before_it_is_trained(numbers, said):
     from qpref.policy.pretrained import load_pretrained
 

@@ -100,6 +100,16 @@ def test_weights_that_no_text_needs_are_not_held(base):
     assert not [name for name in held if "visual" in name]
 
 
+def test_a_setting_that_the_wrapper_ignores_is_ignored():
+    """Aya Vision's own code leaves out the factor on its text model's logits."""
+    from qpref.policy.head import Head
+
+    vision = TinyModel(model_type="aya_vision", class_name="AyaVisionForConditionalGeneration", text={})
+    text = TinyModel(model_type="cohere2")
+    assert Head.of(vision.make()).scale == 1.0
+    assert Head.of(text.make()).scale == text.configuration().logit_scale != 1.0
+
+
 def test_the_text_part_alone_is_planned(base):
     shape = model_shape(ModelSection(base=str(base)), AdapterSection(rank=4))
     policy = load_policy(recipe(base), resolve_base(recipe(base).model))

@@ -500,7 +500,7 @@ def test_a_quantized_base_loads_as_it_is(quantization, load, folder, quantized):
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
         ({"bits": 4}, "an unknown method"),
     ],
     ids=["gptq", "awq", "8bit", "unknown"],
