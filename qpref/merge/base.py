@@ -8,15 +8,17 @@ language model's are none of the run's: a merged model has them byte for byte.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qpref.merge.experts import QuantizedExperts, sources_in_model
 from qpref.policy.adapter_names import LayerNames
 from qpref.policy.architecture import empty_model, other_modules, text_modules
+from qpref.policy.experts import through_nf4
 from qpref.policy.load import DTYPES
 from qpref.policy.pretrained import read_config
 from qpref.policy.targets import is_linear
@@ -68,6 +70,7 @@ class TrainedBase:
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
         device: where weights are quantized and dequantized.
+        experts: the fused experts that were 4-bit in training.
     """
 
     path: Path
@@ -85,6 +88,7 @@ class TrainedBase:
     dtype: torch.dtype
     double_quantization: bool
     device: torch.device
+    experts: QuantizedExperts = field(default_factory=QuantizedExperts)
 
     @classmethod
     def of(cls, path: Path, shards: list[Path], facts: Mapping[str, Any], device: torch.device) -> TrainedBase:
@@ -97,7 +101,8 @@ class TrainedBase:
         layer_names, text = LayerNames.of(model), text_modules(model)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         headers = {key: header for shard in shards for key, header in _headers(shard).items()}
-        names = _names_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
+        sources = sources_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
+        names = {key: source.name for key, source in sources.items()}
         packed = {key for key in names if f"{key}.absmax" in headers}
         unread = {key for key, name in names.items() if name not in shapes}
         outside = {key for key, name in names.items() if name.rpartition(".")[0] not in text}
@@ -127,6 +132,7 @@ class TrainedBase:
             dtype=DTYPES[facts["dtype"]],
             double_quantization=facts["double_quantization"],
             device=device,
+            experts=QuantizedExperts.of(model, sources, facts.get("quantized_experts", ())),
         )
 
     @property
@@ -147,6 +153,8 @@ class TrainedBase:
             return dequantized.to(self.dtype).cpu()
         if not tensor.is_floating_point():
             return tensor
+        if self.names[key] in self.experts.names:
+            return self.experts.rounded(key, self.original, self.experts_through_nf4)
         if self.module_of(key) in self.quantized:
             return self.through_nf4(tensor, self.module_of(key)).cpu()
         return tensor.to(self.dtype)
@@ -166,6 +174,10 @@ class TrainedBase:
         )
         dequantized: Tensor = dequantize_4bit(packed, state)
         return dequantized.to(self.dtype)
+
+    def experts_through_nf4(self, weights: Tensor) -> Tensor:
+        """Quantize [experts, rows, columns] weights to NF4 and back on `device`, expert by expert, as in training."""
+        return through_nf4(weights.to(self.device, self.dtype), self.double_quantization)
 
     def original(self, key: str) -> Tensor:
         """Read a tensor as stored in its file."""
@@ -203,20 +215,3 @@ def _headers(shard: Path) -> dict[str, _Header]:
             part = file.get_slice(key)
             found[key] = _Header(shard, tuple(part.get_shape()), part.get_dtype())
     return found
-
-
-def _names_in_model(model: Any, keys: list[str]) -> dict[str, str]:
-    """Map each tensor name in the files to its name in the model that transformers loads."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    shapes = model.state_dict()
-    names = {}
-    for key in keys:
-        names[key], _ = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
-        if names[key] not in shapes and key in shapes:
-            names[key] = key
-    return names

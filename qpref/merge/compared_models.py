@@ -169,14 +169,14 @@ class AsTrained:
 
     def _base_weight(self, module: str, stored: Tensor, rows: slice) -> Tensor:
         base = self.base
-        if module not in base.quantized:
+        is_experts = module in base.experts.names
+        if not is_experts and module not in base.quantized:
             return _select(stored, rows).to(base.device, base.dtype)
         if module not in self.dequantized:
-            whole = (
-                _dequantized(stored, base.device).to(base.dtype)
-                if _is_packed(stored)
-                else base.through_nf4(stored, module)
-            )
+            if _is_packed(stored):
+                whole = _dequantized(stored, base.device).to(base.dtype)
+            else:
+                whole = base.experts_through_nf4(stored) if is_experts else base.through_nf4(stored, module)
             if sum(cached.nbytes for cached in self.dequantized.values()) + whole.nbytes > CACHED_BYTES:
                 return whole[rows]
             self.dequantized[module] = whole.cpu()

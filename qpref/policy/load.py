@@ -12,12 +12,14 @@ from qpref.attention import register as attention
 from qpref.attention.states import fork_layers
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
-from qpref.policy.architecture import text_decoder
+from qpref.policy.architecture import text_decoder, text_modules
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
+from qpref.policy.experts import PackedExperts, unpacked_weights
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
 from qpref.policy.layer_configs import layer_settings
 from qpref.policy.matmul import check_packed, sum_in_float32
+from qpref.policy.nf4_loading import nf4_settings
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained, read_config
 from qpref.policy.rope import separate_lengths
@@ -68,8 +70,20 @@ def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -
     model = load_base(section, base, device)
     _prepare_4bit_layers(model, DTYPES[section.dtype])
     keep_text_alone(model)
+    _announce_experts(model, DTYPES[section.dtype])
     attention.register()
     return model
+
+
+def _announce_experts(model: Any, dtype: torch.dtype) -> None:
+    """Say how fused experts are kept, which neither bitsandbytes nor PEFT takes for layers."""
+    text = text_modules(model)
+    modules = [module for name, module in model.named_modules() if name in text]
+    if packed := sum(module.num_weights for module in modules if isinstance(module, PackedExperts)):
+        log.info("experts: %s weights are frozen in 4 bits (NF4) and get no adapter", f"{packed:,}")
+    if others := unpacked_weights(model, text):
+        bits = 8 * dtype.itemsize
+        log.warning("experts: %s weights are frozen in %d bits and get no adapter", f"{others:,}", bits)
 
 
 def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.device) -> Policy:
@@ -144,14 +158,7 @@ def choose_device(setting: str) -> torch.device:
 def _quantization(section: ModelSection, base: BaseFolder) -> Any:
     if base.is_prequantized or section.quantization == "none":
         return None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=section.double_quantization,
-        bnb_4bit_compute_dtype=DTYPES[section.dtype],
-    )
+    return nf4_settings(DTYPES[section.dtype], section.double_quantization)
 
 
 def _own_attention(config: Any) -> str | None:

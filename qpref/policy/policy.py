@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qpref.attention.layout import current, laid_out
 from qpref.policy.adapter import is_trained
+from qpref.policy.experts import packed_names
 from qpref.policy.head import Head
 from qpref.policy.rope import RopeLengths, for_lengths
 from qpref.policy.rope import current as current_lengths
@@ -161,6 +162,10 @@ class Policy:
         inside = {id(module) for module in self.decoder.modules() if isinstance(module, Linear4bit)}
         names = [name for name, module in self.model.named_modules() if id(module) in inside]
         return [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in names]
+
+    def packed_experts(self) -> list[str]:
+        """Names, as in the base model, of the decoder's fused experts in 4 bits, one for each projection of a layer."""
+        return packed_names(self.model)
 
 
 def _contexts(layer: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

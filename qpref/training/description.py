@@ -61,6 +61,7 @@ def _base(prepared: Prepared) -> dict[str, Any]:
         "dtype": model.dtype,
         "double_quantization": model.double_quantization,
         "quantized_modules": prepared.policy.quantized_modules(),
+        "quantized_experts": prepared.policy.packed_experts(),
     }
 
 

@@ -153,17 +153,22 @@ def check_company(policy: Policy, examples: Sequence[TokenizedExample]) -> None:
         DeviceMemoryError: not even a few tokens fit.
     """
     by_length = sorted(examples, key=lambda example: num_fed_tokens(example, shared=False))
-    company = list({id(each): each for each in (examples[0], by_length[0], by_length[-1])}.values())
-    _with_fitting(policy, company, lambda members: _check_company(policy, members))
+    longest = by_length[-1]
+    others = {id(each): each for each in (examples[0], by_length[0]) if each is not longest}
+    if others:
+        _with_fitting(policy, [*others.values(), longest], lambda members: _check_company(policy, members))
 
 
 def _check_company(policy: Policy, members: Sequence[TokenizedExample]) -> None:
+    """Compare all members but the last, or a single one, beside the last and alone."""
     path, batch = policy.attention, pack(members, policy.device)
     with frozen(policy):
         beside = completion_logprobs(policy, batch).values
         policy.use_attention(policy.own_attention)
         policy.isolates_rows = True
-        alone = torch.cat([completion_logprobs(policy, pack([each], policy.device)).values for each in members[:2]])
+        alone = torch.cat(
+            [completion_logprobs(policy, pack([each], policy.device)).values for each in members[:-1] or members]
+        )
         reason = excess(beside[: len(alone)], alone, policy, LAYOUT_TOLERANCE)
         if reason is None:
             policy.isolates_rows = False

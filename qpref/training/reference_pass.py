@@ -60,6 +60,7 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
         "weights": base.weights,
         "config": base.config,
         "quantization": [model.quantization, model.double_quantization],
+        "experts": "nf4" if policy.packed_experts() else "as in the files",
         "dtype": model.dtype,
         "device": policy.device.type,
         "attention": policy.attention,

@@ -1,0 +1,87 @@
+"""Quantization of a base while transformers loads it: bitsandbytes' NF4 for linear layers, and for fused experts too.
+
+Each layer's experts are quantized as soon as transformers has read them, so that no more than one projection of one
+layer is in memory in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from qpref.policy.experts import IMPLEMENTATION, PackedExperts, compute_packed, is_experts, projections_of
+
+
+def nf4_settings(dtype: torch.dtype, double_quantization: bool) -> BitsAndBytesConfig:
+    """Settings for transformers' `from_pretrained` that quantize linear layers and fused experts to NF4."""
+    if IMPLEMENTATION not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(IMPLEMENTATION)(Nf4Quantizer)
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, compute_packed)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    settings.quant_method = IMPLEMENTATION
+    return settings
+
+
+class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # transformers' is untyped
+    """transformers' loader of 4-bit models, extended to fused experts."""
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter is packed while it is loaded."""
+        return _is_projection(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that packs a parameter."""
+        return _Pack(super().get_quantize_ops(), self.quantization_config.bnb_4bit_use_double_quant)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Replace the packed parameters with modules, and have transformers compute them with `compute_packed`."""
+        for module in list(model.modules()):
+            if is_experts(module):
+                for name in projections_of(module):
+                    packed = module._parameters.pop(name)
+                    module.add_module(name, packed.experts.to(packed.device))
+                module.config._experts_implementation = IMPLEMENTATION
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class _Pack(ConversionOps):  # type: ignore[misc]  # transformers' is untyped
+    """Pack a projection of fused experts here, and a linear layer's weight as bitsandbytes does."""
+
+    def __init__(self, linear: ConversionOps, double_quantization: bool) -> None:
+        self.linear, self.double_quantization = linear, double_quantization
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Convert name -> weights as read to name -> parameter of the model."""
+        found: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            if _is_projection(model, name):
+                found[name] = _packed(value[0] if isinstance(value, list) else value, self.double_quantization)
+            else:
+                found |= self.linear.convert({name: value}, model=model, **kwargs)
+        return found
+
+
+def _packed(weights: Tensor, double_quantization: bool) -> nn.Parameter:
+    """A parameter that stands for the packed experts while transformers loads the model."""
+    experts = PackedExperts(weights, double_quantization)
+    parameter = nn.Parameter(experts.packed, requires_grad=False)
+    parameter.experts = experts  # type: ignore[attr-defined]
+    return parameter
+
+
+def _is_projection(model: Any, name: str) -> bool:
+    module, parameter = get_module_from_name(model, name)
+    return is_experts(module) and parameter in projections_of(module)
