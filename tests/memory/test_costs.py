@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import peak_bytes
+from tiny_models import TinyModel
 
 from qpref.attention.register import BLOCKS
 from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK, kept_scores, segments
@@ -90,6 +91,15 @@ def test_activations_are_what_autograd_keeps(make_base, family, dtype, size, rec
     # Gemma's layers differ in their windows, so in their masks; in blocks less is kept where a window hides keys.
     off = 0.08 if family == "gemma3" or (family == "mistral" and setup.in_blocks) else 0.001
     assert predicted == pytest.approx(kept_bytes(policy, batch), rel=off)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "flint"])
+def test_activations_without_a_kernel_are_what_autograd_keeps(tmp_path, kind):
+    base = TinyModel(model_type=kind).write(tmp_path)
+    policy, shape, setup = load(a_recipe(base, train={"gradient_checkpointing": False}))
+    predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), 0)
+    # Flint has no rotary positions in layers of full attention.
+    assert predicted == pytest.approx(kept_bytes(policy, a_batch()), rel=0.03)
 
 
 @pytest.mark.parametrize(
