@@ -108,9 +108,8 @@ def cached_mask_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
 def _attention_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:
     q, k, tokens = shape.query_width, shape.key_width, stream.tokens
     if shape.plain_attention and shape.shares_prompts:
-        # Queries, keys, values and the result; a copy of keys and values for each segment.
-        keys = stream.prompt_tokens + stream.branch_keys
-        return setup.dtype_bytes * ((2 * q + 2 * k) * tokens + 2 * k * keys)
+        # Queries; a copy of keys and values for each segment.
+        return setup.dtype_bytes * (q * tokens + 2 * k * (stream.prompt_tokens + stream.branch_keys))
     if shape.plain_attention:
         # Queries, repeated keys and values; every score after tanh, as softmax in float32, and as softmax in b bytes.
         scores = shape.heads * stream.row_scores * (2 * setup.dtype_bytes + (4 if setup.dtype_bytes < 4 else 0))

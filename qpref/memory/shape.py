@@ -207,16 +207,15 @@ def _has_sinks(decoder: Any) -> bool:
 
 
 def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ...]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from qpref.policy.architecture import text_modules
+    from qpref.policy.architecture import decoder_layers, text_modules
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
     from qpref.policy.targets import is_linear
 
     layers, text, config = [], text_modules(model), model.config.get_text_config()
     stored = _double_quantization(model.config) is not None  # whose 4-bit layers are bitsandbytes' linear ones alone
+    blocks = {id(layer) for layer in decoder_layers(model)}
     for prefix, layer in model.named_modules():
-        if prefix not in text or not isinstance(layer, GradientCheckpointingLayer):
+        if prefix not in text or id(layer) not in blocks:
             continue
         linears = [
             Linear(name, *_widths(module), ranks.get(f"{prefix}.{name}", 0))
@@ -288,7 +287,7 @@ def _attention_sizes(config: Any) -> tuple[int, int, int, int]:
 
     sizes = []
     for layer in layer_configs(config):
-        heads = int(layer.num_attention_heads)
+        heads = int(getattr(layer, "num_attention_heads", None) or getattr(layer, "num_heads", None) or 1)
         head_dim = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
         keys = int(getattr(layer, "num_key_value_heads", None) or heads)
         sizes.append((heads, head_dim, heads * head_dim, keys * head_dim))

@@ -67,6 +67,18 @@ def text_decoder(model: Any) -> Any:
     return own if is_decoder else holders[-1]
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """List the decoder's layers: those whose activations transformers can recompute, else the modules of the longest
+    list in it."""
+    from torch import nn
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    modules = list(text_decoder(model).modules())
+    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    lists = [list(module) for module in modules if isinstance(module, nn.ModuleList)]
+    return layers or max(lists, key=len, default=[])
+
+
 def causal_model(model: Any) -> Any:
     """Find the innermost model with both the input embeddings and the output head: it computes a text's logits."""
     from transformers import PreTrainedModel
@@ -74,6 +86,17 @@ def causal_model(model: Any) -> Any:
     wanted = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return [each for each in models if wanted <= {id(part) for part in each.modules()}][-1]
+
+
+def layers_after_decoder(model: Any) -> list[str]:
+    """Names of the outermost modules that change a text's hidden states between the decoder and the output head."""
+    known = {id(module) for module in text_decoder(model).modules()} | {id(model.get_output_embeddings())}
+    found: list[str] = []
+    for name, module in causal_model(model).named_modules():
+        is_other = not any(id(part) in known for part in module.modules()) and any(True for _ in module.parameters())
+        if is_other and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
 def text_modules(model: Any) -> set[str]:

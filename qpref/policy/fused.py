@@ -106,6 +106,7 @@ def is_rms_norm(own: nn.Module) -> bool:
     """Return whether a module is, by its name and its tensors, a norm of the kind that RMSNorm computes."""
     return (
         type(own).__name__.endswith("RMSNorm")
+        and isinstance(getattr(own, "weight", None), nn.Parameter)
         and not list(own.children())
         and [(name, tensor.ndim) for name, tensor in _own_tensors(own)] == [("weight", 1)]
         and any(isinstance(vars(own).get(name), float) for name in RMSNorm.EPSILONS)

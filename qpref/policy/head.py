@@ -109,7 +109,16 @@ def score_tokens(head: Head, hidden: Tensor, tokens: Tensor, *, squares: bool = 
 
     Returns:
         [S] float32 nats of each token, and [S] the log of the sum of squared probabilities, empty unless `squares`.
+
+    Raises:
+        PolicyError: the head doesn't read the decoder's hidden states.
     """
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise PolicyError(
+            f"the decoder's hidden states have {hidden.shape[-1]} numbers and the output head reads "
+            f"{head.weight.shape[1]}: this model has layers between them, which qpref doesn't train",
+            "train another model",
+        )
     scored: tuple[Tensor, Tensor] = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
         hidden, tokens, head, squares, *head.low_rank(hidden)
     )

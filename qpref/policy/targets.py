@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from qpref.errors import PolicyError
 from qpref.policy.architecture import text_decoder
+from qpref.policy.forward_errors import KINDS
 
 log = logging.getLogger("qpref")
 
@@ -29,6 +32,8 @@ def target_layers(model: Any, targets: str | list[str]) -> set[str]:
     candidates = [name for name in linear if id(model.get_submodule(name)) in inside]
     foreign = _foreign_to_peft(model.config, candidates)
     adaptable = [name for name in candidates if _last(name) not in foreign]
+    if not candidates:
+        raise PolicyError(f"this {model.config.model_type} model has no linear layers", "train another model")
     if not adaptable:
         raise PolicyError(_cannot_adapt(model.config, foreign), "train another model")
     if isinstance(targets, str):
@@ -51,11 +56,13 @@ def target_layers(model: Any, targets: str | list[str]) -> set[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module computes what a linear layer does, not only is one by its class: some routers derive
-    from it and return several tensors."""
+    from it and return several tensors, Falcon's layers compute the same by other operations."""
     from bitsandbytes.nn import Linear4bit
     from transformers.pytorch_utils import Conv1D
 
-    return type(module).forward in (nn.Linear.forward, Linear4bit.forward, Conv1D.forward)
+    if type(module).forward in (nn.Linear.forward, Linear4bit.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and _computes_linear(module)
 
 
 def matches(name: str, target: str) -> bool:
@@ -68,6 +75,22 @@ def peft_target_modules(model: Any, layers: set[str]) -> list[str]:
     endings = set(map(_last, layers))
     matching = {name for name, _ in model.named_modules() if any(matches(name, ending) for ending in endings)}
     return sorted(endings if matching == layers else layers)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Return whether a class's own forward pass is x W^T + b, as tried with a small weight and bias."""
+    random = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=random) for size in ((5, 3), (5,), (2, 7, 3)))
+    tried = copy.copy(module)
+    tried._parameters = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
+    tried.in_features, tried.out_features = 3, 5
+    try:
+        with torch.no_grad():
+            found = tried(x)
+    except KINDS:
+        return False
+    expected = nn.functional.linear(x, weight, tried.bias)
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def _last(name: str) -> str:

@@ -78,8 +78,10 @@ def _without_effect(policy: Policy, layers: Sequence[str], example: TokenizedExa
 
 
 def _keep_call(kept: list[tuple[Tensor, Tensor]], layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Keep a layer's input and output; the model, which may change the output in place, goes on with a copy."""
-    kept.append((inputs[0], output))
+    """Keep a layer's input and output, but where the model itself keeps no gradients, as beside a choice of positions;
+    the model, which may change the output in place, goes on with a copy."""
+    if torch.is_grad_enabled():
+        kept.append((inputs[0], output))
     return output.clone()
 
 

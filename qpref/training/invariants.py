@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, PolicyError
-from qpref.policy.architecture import causal_model
+from qpref.policy.architecture import causal_model, layers_after_decoder
 from qpref.policy.forward_errors import naming_the_layer
 from qpref.policy.logprobs import completion_logprobs, select_sequences
 from qpref.policy.out_of_memory import fits
@@ -91,11 +92,15 @@ def _choose_path(policy: Policy, example: TokenizedExample) -> None:
         policy.use_attention(policy.own_attention)
         rows = own_rows(policy, batch, short)
         own = completion_logprobs(policy, short).values
+        if not bool(own.isfinite().all()):
+            raise PolicyError(
+                "the base's log-probabilities aren't finite: its weights hold NaN or infinity, or overflow",
+                'take another copy of the base, or set [model] dtype to "bf16" or "float32"',
+            )
         _refuse_reading_ahead(policy, short, own)
         if reason := excess(own, _plain_logprobs(policy, short.examples[0]), policy, LOGITS_TOLERANCE):
             raise PolicyError(
-                f"log-probabilities differ from the model's own logits: {reason}",
-                "this architecture changes its logits in a way that qpref doesn't know; please report it",
+                f"log-probabilities differ from the model's own logits: {reason}", _unknown_head(policy.plain_model)
             )
         for path in policy.sharing_paths:
             reason = sharing_fault(policy, path, batch, short, rows)
@@ -107,6 +112,13 @@ def _choose_path(policy: Policy, example: TokenizedExample) -> None:
             else:
                 log.warning("attention %s is not used: %s", path, reason)
         policy.use_attention(policy.own_attention)
+
+
+def _unknown_head(model: Any) -> str:
+    """Say what the model does to its hidden states or logits that isn't known."""
+    if between := layers_after_decoder(model):
+        return f"this architecture has layers between its decoder and its head ({', '.join(between)}); train another"
+    return "this architecture changes its logits in a way that qpref doesn't know; please report it"
 
 
 def _refuse_reading_ahead(policy: Policy, batch: PackedBatch, own: Tensor) -> None:

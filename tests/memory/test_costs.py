@@ -94,6 +94,15 @@ def test_activations_are_what_autograd_keeps(make_base, family, dtype, size, rec
     assert predicted == pytest.approx(kept_bytes(policy, batch), rel=off)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "flint"])
+def test_activations_without_a_kernel_are_what_autograd_keeps(tmp_path, kind):
+    base = TinyModel(model_type=kind).write(tmp_path)
+    policy, shape, setup = load(a_recipe(base, train={"gradient_checkpointing": False}))
+    predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), 0)
+    # Flint has no rotary positions in layers of full attention.
+    assert predicted == pytest.approx(kept_bytes(policy, a_batch()), rel=0.03)
+
+
 @pytest.mark.parametrize(
     "adapter",
     [{"dropout": 0.1}, {"targets": ["q_proj", "v_proj"]}, {"targets": ["k_proj", "down_proj"]}, {"rank": 32}],

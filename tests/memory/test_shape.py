@@ -216,3 +216,11 @@ def test_a_shape_has_the_widest_of_layers_that_differ(tmp_path):
     model = TinyModel(model_type="gemma4_text", config=config, own=experts).write(tmp_path)
     shape = model_shape(section(model), AdapterSection())
     assert (shape.query_width, shape.key_width) == (4 * 32, 2 * 32)
+
+
+@pytest.mark.parametrize(("family", "linears"), [("openai-gpt", 4), ("mamba2", 2)])
+def test_layers_without_recomputation_and_models_without_attention_have_a_shape(tmp_path, family, linears):
+    config = {"num_heads": 8, "head_dim": 16} if family == "mamba2" else {}
+    TinyModel(model_type=family, config=config).configuration().save_pretrained(tmp_path)
+    shape = model_shape(section(tmp_path), AdapterSection())
+    assert [len(layer.linears) for layer in shape.layers] == [linears, linears]

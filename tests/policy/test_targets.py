@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_models import TinyModel
+from torch import nn
 
 from qpref.errors import PolicyError
-from qpref.policy.targets import peft_target_modules, target_layers
+from qpref.policy.architecture import layers_after_decoder
+from qpref.policy.targets import is_linear, peft_target_modules, target_layers
 
 
 def endings(model, targets="all-linear") -> set[str]:
@@ -48,3 +51,22 @@ def test_an_unknown_target_is_answered_with_layers_of_this_model():
 def test_an_index_of_a_list_is_no_name():
     model = TinyModel(model_type="gemma3n_text").make()
     assert not any(name.isdigit() for name in peft_target_modules(model, target_layers(model, "all-linear")))
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_is_linear_where_it_computes_the_same():
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Grouped(nn.Linear):
+        """Two groups, each with half of the input."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            halves = zip(x.chunk(2, -1), self.weight.chunk(2), strict=True)
+            return torch.cat([half @ weight.t() for half, weight in halves], -1)
+
+    assert is_linear(FalconLinear(8, 4, bias=True))
+    assert not is_linear(Grouped(8, 4))
+
+
+def test_layers_between_decoder_and_head_are_named():
+    assert layers_after_decoder(TinyModel(model_type="modernbert-decoder").make()) == ["lm_head"]
+    assert not layers_after_decoder(TinyModel(model_type="llama").make())

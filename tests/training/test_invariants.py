@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_example, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel
 from transformers import AutoModelForCausalLM
 
@@ -240,7 +241,33 @@ def test_a_layer_on_which_the_base_does_not_depend_is_said_and_left(make_recipe,
     )
 
 
+def test_layers_that_the_base_runs_without_gradient_are_said_and_left(make_recipe, tmp_path, said):
+    # An indexer only chooses the positions that attention reads.
+    TinyModel(model_type="deepseek_v32", config={"num_key_value_heads": 4}).write(tmp_path / "base")
+    changes = {"model.base": str(tmp_path / "base"), "train.max_steps": 1}
+    qpref.train(make_recipe(changes), output=tmp_path / "run")
+    assert (
+        "learn nothing, as this base's logits don't depend on them; the first is model.layers.0.self_attn.indexer"
+        in ("".join(said))
+    )
+
+
 # A model that can't be trained is refused in one sentence.
+
+
+def test_weights_that_are_not_finite_are_said(prepare, tmp_path):
+    TinyModel(model_type="llama").write(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match="log-probabilities aren't finite"):
+        prepare({"model.base": str(tmp_path / "base")})
+
+
+def test_a_head_that_does_not_read_the_decoder_is_refused(prepare, tmp_path):
+    TinyModel(model_type="electra").write(tmp_path / "base")
+    with pytest.raises(PolicyError, match="have 64 numbers and the output head reads 128"):
+        prepare({"model.base": str(tmp_path / "base")})
 
 
 def test_a_token_without_an_embedding_is_refused_with_both_numbers(prepare, tmp_path):
