@@ -199,7 +199,7 @@ def _read_config(folder: Path, **options: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise PolicyError(f"{folder}: no config that transformers can read: {error}", _hint()) from error
 
 

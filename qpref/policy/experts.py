@@ -52,7 +52,8 @@ class PackedExperts(nn.Module):
             self.offsets = _frozen(torch.stack([state.offset.reshape(1) for state in states]))
         self.scales = _frozen(scales)
         if double_quantization and not keeps_scales(weights.device):
-            self.scales, self.scales_of_scales, self.offsets = _frozen(self._float32_scales()), None, None
+            self.scales = _frozen(self._float32_scales()[:, : scales.shape[1] - padding].contiguous())
+            self.scales_of_scales, self.offsets = None, None
 
     @property
     def num_experts(self) -> int:

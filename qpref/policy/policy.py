@@ -20,6 +20,9 @@ from qpref.policy.head import Head
 from qpref.policy.rope import RopeLengths, for_lengths
 from qpref.policy.rope import current as current_lengths
 
+PADDED_POSITIONS = 8
+"""Rows by which a table of learned positions may exceed them: OPT's has 2 for padding."""
+
 
 @dataclass(slots=True)
 class Policy:
@@ -126,6 +129,14 @@ class Policy:
         """Switch to one of the sharing paths, or to the model's own attention."""
         self.decoder.set_attn_implementation(name)
         self.attention = name
+
+    def learned_positions(self) -> int | None:
+        """Rows of the decoder's table of learned positions; None for a model that computes positions."""
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        tokens = self.plain_model.get_input_embeddings()
+        tables = [m for m in self.decoder.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+        has_table = limit is not None and any(limit <= m.num_embeddings <= limit + PADDED_POSITIONS for m in tables)
+        return limit if has_table else None
 
     @property
     def plain_model(self) -> Any:

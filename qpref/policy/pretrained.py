@@ -43,7 +43,16 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
             model, found = kind.from_pretrained(
                 folder, gguf_file=gguf_file, output_loading_info=True, trust_remote_code=False, **options
             )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError, struct.error) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        SafetensorError,
+        struct.error,
+    ) as error:
         if any(map(says_out_of_memory, report)):
             raise DeviceMemoryError(*out_of_memory) from error
         problem = "can't read this GGUF file" if gguf_file else "can't load this model"
@@ -71,7 +80,16 @@ def read_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         what = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise PolicyError(f"{folder}: transformers can't load this model: {what}") from error
 

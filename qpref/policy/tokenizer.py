@@ -20,9 +20,15 @@ def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
 
     source = model.tokenizer or str(base.path)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise PolicyError(f"{source}: no tokenizer that transformers can load: {error}") from error
+    if not tokenizer.get_vocab():
+        raise PolicyError(
+            f"{source}: its tokenizer has no tokens, as without tokenizer.json",
+            "copy the tokenizer's files to the base, or name them in [model] tokenizer",
+        )
+    return tokenizer
 
 
 def stop_tokens(base: BaseFolder) -> list[int]:

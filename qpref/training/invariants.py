@@ -74,6 +74,23 @@ def refuse_unknown_tokens(policy: Policy, examples: Iterable[TokenizedExample]) 
             )
 
 
+def refuse_long_rows(policy: Policy, examples: Iterable[TokenizedExample]) -> None:
+    """Refuse rows that are longer than the table of positions of a model that has learned them.
+
+    Raises:
+        PolicyError: a row has a position beyond it.
+    """
+    limit = policy.learned_positions()
+    for example in examples:
+        length = len(example.prompt) + max(map(len, example.branches))
+        if limit is not None and length - 1 > limit:  # the last token is only predicted
+            raise PolicyError(
+                f"{example.source}: a row of {length} tokens, and the base has learned {limit} positions "
+                "(max_position_embeddings)",
+                f"set [data] max_length = {limit}, and max_prompt_length below it",
+            )
+
+
 def check_layout(policy: Policy, example: TokenizedExample) -> None:
     """Compare packed log-probabilities with the model's own logits on one pair, and choose an attention path.
 

@@ -84,6 +84,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     limit = enforced_limit(recipe, device)
     policy = load_policy(recipe, base)
     invariants.refuse_unknown_tokens(policy, [*examples, *heldout])
+    invariants.refuse_long_rows(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
     invariants.check_company(policy, [*examples, *heldout])
     return Prepared(

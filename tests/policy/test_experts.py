@@ -82,6 +82,7 @@ def test_scales_kept_in_8_bits_are_those_of_a_cpu(monkeypatch):
     kept = PackedExperts(weights, double_quantization=True)
     assert kept.scales.dtype == torch.uint8
     assert unpacked.scales.dtype == torch.float32
+    assert unpacked.scales.shape == (3, 75)
     rounded = through_nf4(weights, double_quantization=True)
     for each in (unpacked, kept):
         found = dict(each.dense([2, 0, 1]))

@@ -491,3 +491,24 @@ def test_every_run_checks_its_company(prepare, monkeypatch):
     monkeypatch.setattr(invariants, "check_company", lambda policy, examples: checked.append(len(examples)))
     prepared = prepare()
     assert checked == [len(prepared.all_examples)]
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_a_row_beyond_the_learned_positions_is_refused_with_both_numbers(prepare, tmp_path, family):
+    TinyModel(model_type=family, config={"max_position_embeddings": 16}).write(tmp_path / "base")
+    with pytest.raises(PolicyError, match=r"train.jsonl:1: a row of \d+ tokens, and the base has learned 16 positions"):
+        prepare({"model.base": str(tmp_path / "base")})
+
+
+def test_a_base_without_a_tokenizer_is_refused_for_that(prepare, tmp_path):
+    TinyModel(model_type="llama").write(tmp_path / "base")
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(PolicyError, match="tokenizer"):
+        prepare({"model.base": str(tmp_path / "base")})
+
+
+def test_a_config_with_an_unknown_dtype_is_refused(prepare, tmp_path):
+    TinyModel(model_type="llama", written={"dtype": "bogus"}).write(tmp_path / "base")
+    with pytest.raises(PolicyError, match="bogus"):
+        prepare({"model.base": str(tmp_path / "base")})
