@@ -10,6 +10,7 @@ import math
 
 from qpref.attention.segments import CACHED_MASKS, KEPT_KEYS, QUERY_BLOCK
 from qpref.attention.varlen import MAX_WIDTH
+from qpref.memory.experts import Experts
 from qpref.memory.setup import Setup
 from qpref.memory.shape import Layer, ModelShape
 from qpref.memory.stream import Stream
@@ -138,8 +139,7 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
     The last layers are the ones that keep their activations, so these are freed by the time that a recomputed layer
     holds its own: a recomputed layer's activations count only where all layers are recomputed.
     """
-    widths = [linear.inputs for linear in shape.linears] + [each.used * each.inner for each in shape.experts]
-    inner = max(widths) * stream.tokens
+    inner = max(linear.inputs for linear in shape.linears) * stream.tokens
     hidden, matrix = shape.hidden * stream.tokens, largest_matrix(shape)
     if all(layer.fuses_mlp for layer in shape.layers):
         # The activated gate, its product with up and the product's gradient, beside a dequantized weight or, with
@@ -149,7 +149,7 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
         # An input's gradient beside a dequantized weight, or the gradients of gate and up beside their product's,
         # whose own input is freed. Dropout takes two more numbers per number of the input.
         numbers = max(4 * inner if setup.dropout else 2 * inner, inner + matrix) + hidden
-    total: float = setup.dtype_bytes * numbers
+    total: float = setup.dtype_bytes * max([numbers, *(_experts_live(each, shape, stream) for each in shape.experts)])
     if shape.plain_attention and shape.shares_prompts:
         # A block's scores, capped scores, their exponentials and both gradients, in float32.
         total = max(total, 5 * 4 * shape.heads * min(QUERY_BLOCK, stream.longest_keys) * stream.longest_keys)
@@ -164,6 +164,13 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
         + setup.dtype_bytes * shape.hidden * stream.scored_tokens
     )
     return max(0, int(total - freed))
+
+
+def _experts_live(experts: Experts, shape: ModelShape, stream: Stream) -> float:
+    """Numbers in the backward pass of experts, beside a dequantized matrix: gradients of the placed, the weighted and the
+    unweighted result of each of a token's experts, or of the result, gate and up and their product's; input and output."""
+    rows = experts.used * max(3 * shape.hidden, shape.hidden + 2 * experts.outputs)
+    return max(experts.numels) + stream.tokens * (rows + 2 * shape.hidden)
 
 
 def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:

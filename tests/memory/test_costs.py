@@ -147,6 +147,23 @@ def test_the_peak_of_a_whole_step_is_as_predicted(make_base):
         assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak_bytes(step), rel=0.06)
 
 
+@pytest.mark.parametrize("recomputed", [1, 4])
+def test_the_peak_of_a_step_with_packed_experts_is_as_predicted(recomputed, tmp_path):
+    size = {"hidden_size": 256, "moe_intermediate_size": 96, "num_experts_per_tok": 4, "num_hidden_layers": 4}
+    base = TinyModel(model_type="qwen3_moe", config=size).write(tmp_path)
+    recipe = a_recipe(base, "float32", quantization="nf4", train={"gradient_checkpointing": recomputed})
+    policy, shape, setup = load(recipe)
+    lengths = [(120, (81, 70))] * 4
+    batch = a_batch(lengths)
+
+    def step():
+        completion_logprobs(policy, batch).values.sum().backward()
+
+    step()
+    part = peak_memory(shape, setup, Stream.of(lengths), recomputed)
+    assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak_bytes(step), rel=0.06)
+
+
 def test_the_scores_of_a_long_segment_count(make_base):
     """Beside them all else is small."""
     size = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 2}
