@@ -53,7 +53,7 @@ def _layer_bytes(layer: Layer, shape: ModelShape, setup: Setup, stream: Stream) 
     for linear in writers:
         is_recomputed = _is_flash(shape, setup) if linear.in_attention else layer.fuses_mlp
         numbers += 0 if is_recomputed else linear.inputs
-    numbers += _mlp_numbers(layer)
+    numbers += _mlp_numbers(layer) + _experts_numbers(layer, shape.hidden)
     # A and B in the recipe's dtype; in float32 an A that isn't joined with others is the parameter itself.
     copied = [linear for linear in adapted if b < 4 or linear.reads_residual]
     copies = b * sum(linear.rank * linear.inputs for linear in copied)
@@ -75,6 +75,14 @@ def _mlp_numbers(layer: Layer) -> int:
     outer = sum(linear.outputs for linear in linears if linear.reads_residual)
     inner = max((linear.inputs for linear in linears if not linear.reads_residual), default=0)
     return outer + inner if outer > inner and not layer.fuses_mlp else outer
+
+
+def _experts_numbers(layer: Layer, hidden: int) -> int:
+    """Count what the experts of a token keep: the first product, the activated gate, and the result, which the router's
+    weights multiply."""
+    if layer.experts is None:
+        return 0
+    return layer.experts.used * (layer.experts.outputs + layer.experts.inner + hidden)
 
 
 def _is_flash(shape: ModelShape, setup: Setup) -> bool:
@@ -130,7 +138,8 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
     The last layers are the ones that keep their activations, so these are freed by the time that a recomputed layer
     holds its own: a recomputed layer's activations count only where all layers are recomputed.
     """
-    inner = max(linear.inputs for linear in shape.linears) * stream.tokens
+    widths = [linear.inputs for linear in shape.linears] + [each.used * each.inner for each in shape.experts]
+    inner = max(widths) * stream.tokens
     hidden, matrix = shape.hidden * stream.tokens, largest_matrix(shape)
     if all(layer.fuses_mlp for layer in shape.layers):
         # The activated gate, its product with up and the product's gradient, beside a dequantized weight or, with
@@ -194,8 +203,8 @@ def _flash_backward_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> fl
 
 
 def largest_matrix(shape: ModelShape) -> int:
-    """Count the weights of the largest linear layer, which is dequantized while it is multiplied."""
-    return max(linear.numel for linear in shape.linears)
+    """Count the weights of the largest matrix, which is dequantized while it is multiplied."""
+    return max(*(linear.numel for linear in shape.linears), *(max(each.numels) for each in shape.experts))
 
 
 def head_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:

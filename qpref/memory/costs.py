@@ -10,7 +10,7 @@ import math
 from qpref.memory.activations import activation_bytes, cached_mask_bytes, head_bytes, live_bytes
 from qpref.memory.parts import LIBRARY_BYTES, MemoryParts
 from qpref.memory.setup import Setup
-from qpref.memory.shape import Linear, ModelShape
+from qpref.memory.shape import ModelShape
 from qpref.memory.stream import Stream
 
 NF4_BLOCK, SCALE_BLOCK = 64, 256
@@ -37,15 +37,17 @@ def peak_memory(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int
 def weight_bytes(shape: ModelShape, setup: Setup) -> int:
     """Count the base as bitsandbytes stores it; embeddings, head, norms and biases stay in the recipe's dtype."""
     unquantized = shape.embeddings + shape.other_parameters
-    return sum(_matrix_bytes(linear, setup) for linear in shape.linears) + setup.dtype_bytes * unquantized
+    linears = sum(_matrix_bytes(linear.numel, setup) for linear in shape.linears)
+    experts = sum(each.count * _matrix_bytes(numel, setup) for each in shape.experts for numel in each.numels)
+    return linears + experts + setup.dtype_bytes * unquantized
 
 
-def _matrix_bytes(linear: Linear, setup: Setup) -> int:
+def _matrix_bytes(numel: int, setup: Setup) -> int:
     if setup.double_quantization is None:
-        return linear.numel * setup.dtype_bytes
-    blocks = math.ceil(linear.numel / NF4_BLOCK)
+        return numel * setup.dtype_bytes
+    blocks = math.ceil(numel / NF4_BLOCK)
     scales = blocks + 4 * math.ceil(blocks / SCALE_BLOCK) + SCALE_CODE_BYTES
-    return math.ceil(linear.numel / 2) + CODE_BYTES + (scales if setup.double_quantization else 4 * blocks)
+    return math.ceil(numel / 2) + CODE_BYTES + (scales if setup.double_quantization else 4 * blocks)
 
 
 def adapter_bytes(shape: ModelShape, setup: Setup) -> int:

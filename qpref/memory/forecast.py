@@ -138,7 +138,12 @@ class Forecast:
         shape, fit, target = self.demand.shape, self.fit, self.target
         peak = _peak_facts(self.demand, fit.tokens_per_microbatch, fit.recomputed_layers)
         facts: dict[str, Any] = {
-            "shape": {"origin": shape.origin, "parameters": shape.parameters, "layers": shape.num_layers},
+            "shape": {
+                "origin": shape.origin,
+                "parameters": shape.parameters,
+                "layers": shape.num_layers,
+                "experts": self._expert_facts(),
+            },
             "adapter_parameters": sum(shape.adapter_sizes),
             "data": {"origin": self.data.origin, "examples": self.data.num_examples},
             "tokens_per_step": peak["tokens_per_step"],
@@ -157,6 +162,15 @@ class Forecast:
         if tflops is not None and facts["flops"] is not None:
             facts["hours"] = {"at_tflops": tflops, "hours": facts["flops"] / (tflops * 1e12) / 3600}
         return facts
+
+    def _expert_facts(self) -> dict[str, int] | None:
+        """Parameters of fused experts by how they are kept; None for a model without experts."""
+        shape, packed = self.demand.shape, sum(each.num_weights for each in self.demand.shape.experts)
+        if not packed + shape.unpacked_experts:
+            return None
+        if self.demand.setup.double_quantization is None:
+            return {"packed": 0, "unpacked": packed + shape.unpacked_experts}
+        return {"packed": packed, "unpacked": shape.unpacked_experts}
 
     def _total_facts(self, flops_per_step: float) -> dict[str, Any]:
         """Sum tokens, steps and operations over the run; None for each where the number of examples is unknown."""

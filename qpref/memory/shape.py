@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.memory.experts import Experts, read_experts
 from qpref.memory.known_shapes import FoundConfig, base_config, named_config
 from qpref.recipe.sections import AdapterSection, ModelSection
 
@@ -56,6 +57,7 @@ class Layer:
     """A decoder layer.
 
     Attributes:
+        experts: its experts, where they are packed to 4 bits under NF4; others count as `other_parameters`.
         norms: for each norm the numbers that it normalizes per token, and the groups that they fall into.
         fuses_norms: the norms keep 16-bit inputs.
         reads_norms: attention and MLP read fused norms, from whose inputs theirs are recomputed.
@@ -67,6 +69,7 @@ class Layer:
     fuses_norms: bool = True
     reads_norms: bool = True
     fuses_mlp: bool = True
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,9 @@ class ModelShape:
         head_rank: rank of the head's adapter; 0 for none.
         layers: the decoder layers.
         embeddings: parameters of embeddings and head; a tied head counts once.
-        other_parameters: parameters outside embeddings, head and linear layers, never quantized: norms and biases.
+        other_parameters: parameters outside embeddings, head, linear layers and packed experts, never quantized: norms,
+            biases, routers.
+        unpacked_experts: of `other_parameters`, those of experts.
         rotary: numbers per token in the cosine and sine tables.
         window: positions that a layer with a sliding window sees; None without such layers.
         shares_prompts: prompts can be computed once for all their branches.
@@ -99,6 +104,7 @@ class ModelShape:
     layers: tuple[Layer, ...]
     embeddings: int
     other_parameters: int
+    unpacked_experts: int
     rotary: int
     window: int | None
     shares_prompts: bool
@@ -114,13 +120,22 @@ class ModelShape:
         return [linear for layer in self.layers for linear in layer.linears]
 
     @property
+    def experts(self) -> list[Experts]:
+        return [layer.experts for layer in self.layers if layer.experts]
+
+    @property
     def matmul_parameters(self) -> int:
-        """Weights of the decoder layers' linear layers."""
-        return sum(linear.numel for linear in self.linears)
+        """Weights of the decoder layers that a token is multiplied with."""
+        return self._linear_weights + sum(each.used * sum(each.numels) for each in self.experts)
 
     @property
     def parameters(self) -> int:
-        return self.matmul_parameters + self.embeddings + self.other_parameters
+        experts = sum(each.num_weights for each in self.experts)
+        return self._linear_weights + experts + self.embeddings + self.other_parameters
+
+    @property
+    def _linear_weights(self) -> int:
+        return sum(linear.numel for linear in self.linears)
 
     @property
     def adapter_sizes(self) -> list[int]:
@@ -150,7 +165,8 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         PolicyError: it is no causal language model that transformers knows, or it lacks the adapter's targets.
     """
     from qpref.attention.register import reasons_against_sharing
-    from qpref.policy.architecture import empty_model, text_decoder
+    from qpref.policy.architecture import empty_model, text_decoder, text_modules
+    from qpref.policy.experts import unpacked_weights
     from qpref.policy.layer_configs import layer_settings
 
     model = empty_model(found.config, found.origin)
@@ -163,6 +179,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     embedding, head = model.get_input_embeddings().weight, output.weight
     embeddings = embedding.numel() + (0 if head is embedding else head.numel())
     linear = sum(linear.numel for layer in layers for linear in layer.linears)
+    experts = sum(layer.experts.num_weights for layer in layers if layer.experts)
     text = {id(value): value.numel() for part in (decoder, output) for value in part.parameters()}
     return ModelShape(
         origin=found.origin,
@@ -174,7 +191,8 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         head_rank=max((ranks.get(name, 0) for name, module in model.named_modules() if module is output), default=0),
         layers=layers,
         embeddings=embeddings,
-        other_parameters=sum(text.values()) - embeddings - linear,
+        other_parameters=sum(text.values()) - embeddings - linear - experts,
+        unpacked_experts=unpacked_weights(model, text_modules(model)) - experts,
         rotary=_rotary(config, head_dim),
         window=_window(config),
         shares_prompts=not reasons_against_sharing(decoder),
@@ -193,7 +211,8 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
     from qpref.policy.fused import is_gated_mlp, is_rms_norm
     from qpref.policy.targets import is_linear
 
-    layers, text = [], text_modules(model)
+    layers, text, config = [], text_modules(model), model.config.get_text_config()
+    stored = _double_quantization(model.config) is not None  # whose 4-bit layers are bitsandbytes' linear ones alone
     blocks = {id(layer) for layer in decoder_layers(model)}
     for prefix, layer in model.named_modules():
         if prefix not in text or id(layer) not in blocks:
@@ -216,6 +235,7 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
                 fuses_norms=fuses_norms,
                 reads_norms=fuses_norms and hasattr(layer, "input_layernorm"),  # OLMo 2 norms outputs instead
                 fuses_mlp=any(is_gated_mlp(module) for module in layer.modules()),
+                experts=None if stored else read_experts(layer, config),
             )
         )
     return tuple(layers)

@@ -165,7 +165,7 @@ def compute_packed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     if getattr(module, "has_post_expert_norm", False):
         outer = module.post_expert_norm(outer)
     weighted = outer * top_k_weights.flatten()[order].unsqueeze(1)
-    rows = weighted.new_zeros(top_k_index.numel(), weighted.shape[1]).index_copy(0, order, weighted)
+    rows: Tensor = _Placed.apply(weighted, order, top_k_index.numel())  # type: ignore[no-untyped-call]
     return rows.view(-1, k, rows.shape[1]).sum(1).to(hidden_states.dtype)
 
 
@@ -175,6 +175,21 @@ def _product(
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     y: Tensor = _GroupedProduct.apply(x.to(dtype), packed, counts, module.is_transposed)  # type: ignore[no-untyped-call]
     return y + getattr(module, bias)[experts].to(dtype) if module.has_bias else y
+
+
+class _Placed(torch.autograd.Function):
+    """Rows [n, width] at distinct places [n] of a zero [count, width]; torch's index_copy keeps the rows for its
+    backward pass, which only needs their places."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, places, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> Any:
+        return incoming.index_select(0, *ctx.saved_tensors), None, None
 
 
 class _GroupedProduct(torch.autograd.Function):

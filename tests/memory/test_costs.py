@@ -21,6 +21,7 @@ from qpref.memory.probe import measure_bytes
 from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape, read_shape
 from qpref.memory.stream import Stream
+from qpref.policy.experts import PackedExperts
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.source import resolve_base
@@ -111,6 +112,21 @@ def test_activations_follow_the_adapter(make_base, adapter):
     policy, shape, setup = load(a_recipe(make_base("llama", **MEDIUM), adapter=adapter))
     predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), 0)
     assert predicted == pytest.approx(kept_bytes(policy, a_batch()), rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_activations_and_weights_of_packed_experts_are_as_predicted(family, dtype, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "num_experts": 8}
+    own = {name: size for name, size in sizes.items() if family == "qwen3_moe" or not name.startswith(("moe", "num"))}
+    base = TinyModel(model_type=family, config=own).write(tmp_path)
+    policy, shape, setup = load(a_recipe(base, dtype, quantization="nf4"))
+    predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), 0)
+    assert predicted == pytest.approx(kept_bytes(policy, a_batch()), rel=0.05)
+    packed = [module for module in policy.decoder.modules() if isinstance(module, PackedExperts)]
+    stored = sum(value.numel() * value.element_size() for each in packed for value in each.parameters())
+    without = replace(shape, layers=tuple(replace(layer, experts=None) for layer in shape.layers))
+    assert weight_bytes(shape, setup) - weight_bytes(without, setup) == pytest.approx(stored, rel=0.01)
 
 
 def test_the_peak_of_a_whole_step_is_as_predicted(make_base):
