@@ -33,8 +33,20 @@ def naming_the_layer(model: Any) -> Iterator[None]:
         raise PolicyError(
             f"the forward pass of this {model.config.model_type} model fails in {name or 'the model'} ({kind}): "
             f"{type(error).__name__}: {reason}",
-            "transformers or PEFT can't run this model as it is loaded; where plain transformers can, please report it",
+            _remedy(model.get_submodule(name)),
         ) from error
+
+
+def _remedy(layer: Any) -> str:
+    """Say what to try: some layers read a linear layer's weight themselves, which 4 bits don't allow."""
+    from bitsandbytes.nn import Linear4bit
+
+    if any(isinstance(part, Linear4bit) for part in layer.modules()):
+        return (
+            'set [model] quantization = "none" if the model fits so: this layer may read weights itself, which 4-bit '
+            "ones don't allow; where plain transformers can run it in 4 bits, please report it"
+        )
+    return "transformers or PEFT can't run this model as it is loaded; where plain transformers can, please report it"
 
 
 def _failing_layer(error: BaseException, model: Any) -> tuple[str, str] | None:

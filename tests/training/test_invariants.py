@@ -512,3 +512,10 @@ def test_a_config_with_an_unknown_dtype_is_refused(prepare, tmp_path):
     TinyModel(model_type="llama", written={"dtype": "bogus"}).write(tmp_path / "base")
     with pytest.raises(PolicyError, match="bogus"):
         prepare({"model.base": str(tmp_path / "base")})
+
+
+def test_a_layer_that_reads_a_four_bit_weight_itself_is_refused_with_a_remedy(prepare, tmp_path):
+    TinyModel(model_type="mamba").write(tmp_path / "base")
+    with pytest.raises(PolicyError, match=r"mixer \(MambaMixer\)") as refused:
+        prepare({"model.base": str(tmp_path / "base"), **NF4})
+    assert 'quantization = "none"' in str(refused.value)
