@@ -149,7 +149,8 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
         # An input's gradient beside a dequantized weight, or the gradients of gate and up beside their product's,
         # whose own input is freed. Dropout takes two more numbers per number of the input.
         numbers = max(4 * inner if setup.dropout else 2 * inner, inner + matrix) + hidden
-    total: float = setup.dtype_bytes * max([numbers, *(_experts_live(each, shape, stream) for each in shape.experts)])
+    of_experts = [_experts_live(each, shape, stream) for each in shape.experts]
+    total: float = setup.dtype_bytes * max([numbers, *of_experts])
     if shape.plain_attention and shape.shares_prompts:
         # A block's scores, capped scores, their exponentials and both gradients, in float32.
         total = max(total, 5 * 4 * shape.heads * min(QUERY_BLOCK, stream.longest_keys) * stream.longest_keys)
@@ -167,8 +168,8 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
 
 
 def _experts_live(experts: Experts, shape: ModelShape, stream: Stream) -> float:
-    """Numbers in the backward pass of experts, beside a dequantized matrix: gradients of the placed, the weighted and the
-    unweighted result of each of a token's experts, or of the result, gate and up and their product's; input and output."""
+    """Numbers in the backward pass of experts: a dequantized matrix, the layer's input and output, and for each expert of
+    a token three gradients of the size of its result, or one, and those of gate and up and of their product."""
     rows = experts.used * max(3 * shape.hidden, shape.hidden + 2 * experts.outputs)
     return max(experts.numels) + stream.tokens * (rows + 2 * shape.hidden)
 
