@@ -168,8 +168,8 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
 
 
 def _experts_live(experts: Experts, shape: ModelShape, stream: Stream) -> float:
-    """Numbers in the backward pass of experts: a dequantized matrix, the layer's input and output, and for each expert of
-    a token three gradients of the size of its result, or one, and those of gate and up and of their product."""
+    """Numbers in the backward pass of experts: a dequantized matrix, the layer's input and output, and for each expert
+    of a token three gradients of the size of its result, or one, and those of gate and up and of their product."""
     rows = experts.used * max(3 * shape.hidden, shape.hidden + 2 * experts.outputs)
     return max(experts.numels) + stream.tokens * (rows + 2 * shape.hidden)
 
