@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -114,7 +115,8 @@ def _is_adapted(config: Any, name: str) -> bool:
 
     lone = _Lone(config, name)
     try:
-        inject_adapter_in_model(LoraConfig(target_modules=[name]), lone)
+        with warnings.catch_warnings(action="ignore"):  # that no layer was found
+            inject_adapter_in_model(LoraConfig(target_modules=[name]), lone)
     except ValueError:
         return False
     return isinstance(lone.get_submodule(name), lora.Linear)
