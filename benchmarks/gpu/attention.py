@@ -120,11 +120,16 @@ def worst_errors(
 def _path(path: str, groups: Sequence[Any], window: int | None) -> Attend:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from qpref.attention.register import LAYOUT
+    from qpref.attention.layout import Layout, laid_out
 
     module = SimpleNamespace(config=SimpleNamespace(layer_types=None), is_causal=True, layer_idx=0, training=True)
-    keywords: dict[str, Any] = {"sliding_window": window, LAYOUT: tuple(groups)}
-    return lambda *states: ALL_ATTENTION_FUNCTIONS[path](module, *states, None, **keywords)[0]
+
+    def attend(*states: Tensor) -> Tensor:
+        with laid_out(Layout(tuple(groups))):
+            attended: Tensor = ALL_ATTENTION_FUNCTIONS[path](module, *states, None, sliding_window=window)[0]
+        return attended
+
+    return attend
 
 
 def exact_attention(groups: Sequence[Any], window: int | None) -> Attend:

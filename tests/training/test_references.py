@@ -294,7 +294,7 @@ RECIPE = {
     "data": {"train": "y"},
     "loss": {"name": "dpo"},
 }
-POLICY = SimpleNamespace(device=torch.device("cpu"), attention="qpref_segments")
+POLICY = SimpleNamespace(device=torch.device("cpu"), attention="qpref_segments", packed_experts=list)
 WEIGHTS = {"model.safetensors": "1f"}
 CONFIG = {"rope_theta": 1e4, "hidden_size": 64}
 
@@ -338,6 +338,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dtype": {"recipe": {"model": {"dtype": "float32"}}},
     "device": {"policy": {"device": torch.device("cuda")}},
     "attention": {"policy": {"attention": "sdpa"}},
+    "packed experts": {"policy": {"packed_experts": lambda: ["model.layers.0.mlp.experts.down_proj"]}},
     "start adapter": {"start": "1f"},
 }
 
