@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpref.attention.determinism import needs_nondeterminism
 from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, register_comparison
+from qpref.data.pack import pack
 from qpref.policy.forward_errors import KINDS
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
@@ -42,7 +43,9 @@ class OwnRows:
 
 def own_rows(policy: Policy, batch: PackedBatch, short: PackedBatch) -> OwnRows:
     """Compute the results that a sharing path has to give; the policy uses the model's own attention."""
-    return OwnRows(completion_logprobs(policy, batch).values, _grad_of_last(policy, short)[-1])
+    (example,), last = short.examples, slice(-1, None)
+    row = pack([replace(example, branches=example.branches[last], truncated=example.truncated[last])], policy.device)
+    return OwnRows(completion_logprobs(policy, batch).values, _grad_of_last(policy, row)[0])
 
 
 def sharing_fault(policy: Policy, path: str, batch: PackedBatch, short: PackedBatch, rows: OwnRows) -> str | None:

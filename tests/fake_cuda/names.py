@@ -26,6 +26,7 @@ from qpref.merge.request import Tolerance
 from qpref.merge.verdict import Judge
 from qpref.policy import adapter_folder, fused, head
 from qpref.policy import load as loading
+from qpref.policy.adapter_names import LayerNames
 from qpref.policy.delta import LoraDelta
 from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.float32 import compute_in_float32
@@ -48,8 +49,8 @@ from qpref.training.state import TrainingState
 from tests.fake_cuda import efficient
 
 __all__ = [
-    "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LoraDelta", "NextTokens",
-    "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
+    "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LayerNames", "LoraDelta",
+    "NextTokens", "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
     "Stream", "TokenizedExample", "Tolerance", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
     "as_reference", "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch",
     "float32_mm", "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan",
