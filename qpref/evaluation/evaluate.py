@@ -20,7 +20,8 @@ from qpref.evaluation.summary import summarize
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.reopen import RecordedRun
 from qpref.records import PreferencePair, TokenizedExample
-from qpref.training.invariants import check_company, check_layout, refuse_long_rows, refuse_unknown_tokens
+from qpref.training.invariants import check_company, check_layout
+from qpref.training.model_limits import refuse_beyond_limits
 
 log = logging.getLogger("qpref")
 
@@ -213,8 +214,7 @@ def _score_one(
 ) -> tuple[PairScores, Reference | None]:
     """Score one model; also return the reference that it is compared with."""
     policy = subject.load(dtype)
-    refuse_unknown_tokens(policy, examples)
-    refuse_long_rows(policy, examples)
+    refuse_beyond_limits(policy, examples)
     check_layout(policy, examples[0])
     check_company(policy, examples)
     positions = kl_positions(examples, seed)

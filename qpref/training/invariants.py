@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,43 +51,6 @@ def check_first_row(tokenizer: PairTokenizer, example: TokenizedExample) -> None
     for branch, cut in zip(example.branches, example.truncated, strict=True):
         if not cut and branch[-1] not in tokenizer.stop_tokens:
             raise DataError(f"{example.source}: a response doesn't end in a stop token", "fix the chat template")
-
-
-def refuse_unknown_tokens(policy: Policy, examples: Iterable[TokenizedExample]) -> None:
-    """Refuse data with token ids that the model has no embedding for.
-
-    Raises:
-        PolicyError: tokens were added to the tokenizer and the model wasn't resized.
-    """
-    embedded = int(policy.plain_model.get_input_embeddings().weight.shape[0])
-    known = min(embedded, policy.head.num_tokens)
-    for example in examples:
-        largest = max(
-            int(np.frombuffer(ids, dtype=np.intc).max()) for ids in (example.prompt, *example.branches) if ids
-        )
-        if largest >= known:
-            raise PolicyError(
-                f"{example.source}: token id {largest} is beyond the base's vocabulary: its embedding has {known} rows",
-                "use the tokenizer that belongs to the base, or resize the base before training: "
-                "model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
-            )
-
-
-def refuse_long_rows(policy: Policy, examples: Iterable[TokenizedExample]) -> None:
-    """Refuse rows that are longer than the table of positions of a model that has learned them.
-
-    Raises:
-        PolicyError: a row has a position beyond it.
-    """
-    limit = policy.learned_positions()
-    for example in examples:
-        length = len(example.prompt) + max(map(len, example.branches))
-        if limit is not None and length - 1 > limit:  # the last token is only predicted
-            raise PolicyError(
-                f"{example.source}: a row of {length} tokens, and the base has learned {limit} positions "
-                "(max_position_embeddings)",
-                f"set [data] max_length = {limit}, and max_prompt_length below it",
-            )
 
 
 def check_layout(policy: Policy, example: TokenizedExample) -> None:

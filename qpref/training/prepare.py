@@ -25,6 +25,7 @@ from qpref.recipe.resolve import Plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 from qpref.training import invariants
+from qpref.training.model_limits import refuse_beyond_limits
 from qpref.training.objective import Objective
 
 
@@ -83,8 +84,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     announce(device, recipe.model.device)
     limit = enforced_limit(recipe, device)
     policy = load_policy(recipe, base)
-    invariants.refuse_unknown_tokens(policy, [*examples, *heldout])
-    invariants.refuse_long_rows(policy, [*examples, *heldout])
+    refuse_beyond_limits(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
     invariants.check_company(policy, [*examples, *heldout])
     return Prepared(
