@@ -240,7 +240,7 @@ def _compare_adapter(row: Row, place: Place, kind: Any, rounded: bool, heldout: 
 def _compare_merge(row: Row, place: Place, kinds: Any, heldout: tuple[float, float]) -> None:
     code, output = qpref("merge", place.run, place.out, "--dtype", "float32")
     if code:
-        row.merge = f"({code}) {ending(output).replace(f'{place.base}: ', '')}"
+        row.merge = f"({code}) {ending(output).replace(f'{place.base}: ', '').replace(f'{place.folder}/', '')}"
         return
     for kind in kinds:
         model = oracle.load(kind, place.out, nf4=False)
@@ -260,13 +260,17 @@ def _tensor_fault(base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]
     return f"{len(changed)} tensors changed, the first is {changed[0]}" if changed else ""
 
 
-def _bf16_errors(row: Row, place: Place, kind: Any, rounded: bool) -> tuple[float, float]:
-    """Mean absolute errors of a token's log-probability in bf16: qpref's, and plain transformers'."""
+def _bf16_errors(row: Row, place: Place, kind: Any, rounded: bool) -> tuple[float, float] | None:
+    """Mean absolute errors of a token's log-probability in bf16: qpref's, and plain transformers'; None where that
+    fails in bf16."""
     models = [oracle.load(kind, place.base, nf4=True, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     if rounded:
         for model in models:
             oracle.round_experts(model)
-    exact, plain = (oracle.logprobs(model, place.tokenizer, place.heldout) for model in models)
+    try:
+        exact, plain = (oracle.logprobs(model, place.tokenizer, place.heldout) for model in models)
+    except RuntimeError:
+        return None
     ours = _policy_logprobs(place, shared=row.shared == "yes")
     return (ours - exact).abs().mean().item(), (plain - exact).abs().mean().item()
 

@@ -69,7 +69,8 @@ def names(text: str) -> list[str]:
 
 
 def _bf16(row: Row) -> str:
-    assert row.bf16 is not None
+    if row.bf16 is None:
+        return "fails in plain transformers"
     ours, theirs = row.bf16
     return f"{ours:.3f} ({theirs:.3f})"
 
