@@ -21,7 +21,7 @@ from qpref.attention.prompts import States
 CACHE = "cache"
 """The parameter through which a layer gets its state, since transformers 5.21."""
 TRIED_TOKENS = 3
-UNSUITABLE = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
+UNSUITABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 """What layers raise that are called in another way than one with a state and nothing else."""
 
 
