@@ -68,9 +68,9 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def named(names: Iterable[object]) -> str:
-    """List the first 12 names of columns or keys on one line, shortened and with control characters escaped."""
-    first = [str(name)[:20] for name in itertools.islice(names, 12)]
+def named(names: Iterable[object], limit: int = 12) -> str:
+    """List the first names of columns or keys on one line, shortened and with control characters escaped."""
+    first = [str(name)[:20] for name in itertools.islice(names, limit)]
     return ", ".join(name if name.isprintable() else ascii(name) for name in first)
 
 
