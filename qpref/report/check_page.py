@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from qpref.data.data_report import DataReport
 from qpref.data.finding_codes import Explanation, explanation_of
 from qpref.data.flagged import FlaggedRow, Texts, flagged_rows
 from qpref.records import Finding
-from qpref.report.data_section import data_tables
+from qpref.report.data_section import Kind, data_tables
 from qpref.report.frame import render_page, write_page
 from qpref.report.text import visible
 
@@ -100,12 +100,8 @@ def render_check_page(audit: Audit, title: str) -> str:
 
 def _summaries(report: DataReport, rows: Sequence[FlaggedRow]) -> list[CodeSummary]:
     """Summarize the codes, errors first, the most frequent first."""
-    shown: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        shown.update({(finding.severity, finding.code) for finding in row.findings})
-    listed = Counter((finding.severity, finding.code) for finding in report.findings)
-    located = {(finding.severity, finding.code, finding.source) for finding in report.findings if finding.source.line}
-    flagged = Counter((severity, code) for severity, code, _ in located)
+    listed: Counter[Kind] = Counter((finding.severity, finding.code) for finding in report.findings)
+    flagged, shown = _num_rows(report.findings), _num_rows(finding for row in rows for finding in row.findings)
     ordered = sorted(report.counts.items(), key=lambda item: (SEVERITIES.index(item[0][0]), -item[1], item[0][1]))
     return [
         CodeSummary(
@@ -118,6 +114,12 @@ def _summaries(report: DataReport, rows: Sequence[FlaggedRow]) -> list[CodeSumma
         )
         for kind, count in ordered
     ]
+
+
+def _num_rows(findings: Iterable[Finding]) -> Counter[Kind]:
+    """Count the rows with each kind of finding."""
+    located = {(finding.severity, finding.code, finding.source) for finding in findings if finding.source.line}
+    return Counter((severity, code) for severity, code, _ in located)
 
 
 def _source_findings(report: DataReport, names: dict[str, str]) -> list[tuple[str, str, str]]:
