@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -80,4 +81,6 @@ def shown(value: object) -> str:
         return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
         return repr(value)
+    if isinstance(value, int):
+        return f"a number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     return kind_of(value)

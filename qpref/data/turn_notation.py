@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from qpref.data.row_values import BadRowError, kind_of, named, shown
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
