@@ -300,8 +300,7 @@ class Resolution:
                 if named := self._locations.hub_dataset(source.path):
                     self._problems.append(Problem(table, key, f"no such path; a dataset of the hub is 'hf:{named}'"))
                     return None
-                readers = ", ".join(f".{reader}" for reader in sorted(known))
-                self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
+                self._problems.append(Problem(table, key, f"no reader for '{file}'; {_advice(source.path, known)}"))
                 return None
             name = fitting[-1]
         return self._load(manager.READER, name, table, "reader" if source.reader else key)

@@ -8,12 +8,12 @@ import sys
 import zlib
 
 import pytest
+from qpref_plugins.read_jsonl.stream import FREE_BYTES, MAX_RATIO
 
 from qpref.errors import DataError
 from qpref.records import Finding
 from qpref_plugins.read_jsonl import read_array, read_gzipped_array, read_gzipped_lines, read_lines
 from qpref_plugins.read_jsonl.parse import MAX_ROW_BYTES
-from qpref_plugins.read_jsonl.stream import FREE_BYTES, MAX_RATIO
 
 
 def found(reader, path):
