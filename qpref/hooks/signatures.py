@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 HEAD_BYTES = 4096
 """Bytes of a file that `signature_of` needs."""
@@ -83,6 +84,15 @@ _MESSAGE = re.compile(
 )
 _MAX_MESSAGE_BYTES = 400
 _SERVER = Signature("a server's error message, not the data", "look at it, and download the file again")
+
+
+def signature_of_file(path: Path) -> Signature | None:
+    """Return the kind of a file, see `signature_of`; None where it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return signature_of(file.read(HEAD_BYTES))
+    except OSError:
+        return None
 
 
 def signature_of(head: bytes) -> Signature | None:

@@ -72,12 +72,13 @@ def encoding_of(head: bytes) -> str | None:
 
 
 def not_utf8(line: bytes, error: UnicodeDecodeError, part: str = "line") -> str:
-    """Explain a line, or another part of a file, that isn't UTF-8, with the character in Windows-1252 if it can be that."""
+    """Explain a part of a file that isn't UTF-8, with the character in Windows-1252 if it can be that."""
     at, byte = error.start, line[error.start : error.start + 1]
     message = f"not UTF-8 (byte {at + 1} of the {part})"
-    alone = (line[at - 1 : at] if at else b"").isascii() and line[at + 1 : at + 2].isascii()
+    before, after = line[max(0, at - 1) : at], line[at + 1 : at + 2]
+    alone = before.isascii() and after.isascii() and after not in (b"\r", b"\n")
     character = byte.decode("cp1252", "ignore")
-    if not (alone and character.isprintable()) or error.reason == "unexpected end of data":
+    if not (alone and character and character.isprintable()) or error.reason == "unexpected end of data":
         return f"{message}; convert the file: iconv -f ITS-ENCODING -t UTF-8"
     return f"{message}; in Windows-1252 it is '{character}': iconv -f WINDOWS-1252 -t UTF-8 converts the file"
 

@@ -16,7 +16,7 @@ import datasets
 
 from qpref.errors import DataError, UnreachableDataError
 from qpref.hooks.hub import hub_failure
-from qpref.hooks.signatures import HEAD_BYTES, signature_of
+from qpref.hooks.signatures import signature_of_file
 from qpref.records import Finding, Row
 from qpref_plugins.read_arrow.cells import BATCH_ROWS, rows_of_table
 
@@ -49,9 +49,8 @@ def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
 def _reason(folder: Path) -> str:
     """Name the first of the folder's tables that is something else, such as a Git LFS pointer; empty where none is."""
     for file in sorted(folder.glob("*.arrow")):
-        with file.open("rb") as start:
-            head = start.read(HEAD_BYTES)
-        if not head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) and (signature := signature_of(head)):
+        signature = signature_of_file(file)
+        if signature and "Arrow" not in signature.what:
             return f"{file.name} is {signature}"
     return ""
 

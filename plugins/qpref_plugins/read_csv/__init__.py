@@ -1,7 +1,7 @@
 """Readers of comma- and tab-separated values with a header (RFC 4180: quoted fields may contain newlines).
 
-A header without the reader's separator is split at the one that it has: spreadsheets write semicolons in countries with a
-decimal comma, and call the file .csv.
+A header without the reader's separator is split at the one that it has: spreadsheets write semicolons in countries with
+a decimal comma, and call the file .csv.
 
 Python's csv module isn't used: its maximum field length is global to the process, it accepts text after a closing quote
 as part of the field, and an unclosed quote swallows all rows after it. Here such a row is refused and reading continues

@@ -20,7 +20,9 @@ def cause_of(text: str, error: json.JSONDecodeError) -> str:
         several = here.lstrip(", \t")[:1] == "{"
         return "several objects on one line; write each on a line of its own" if several else ""
     if error.msg.startswith("Invalid control character"):
-        name, escape = _NAMES.get(here[:1], (f"control character U+{ord(here[0]):04X}", f"\\u{ord(here[0]):04x}"))
+        if here[:1] not in _NAMES:
+            return f"the control character U+{ord(here[0]):04X} inside a text; remove it"
+        name, escape = _NAMES[here[0]]
         return f"a raw {name} inside a text; JSON writes it {escape}"
     if _is_incomplete(text[at : at + 40], error):
         return INCOMPLETE
@@ -33,7 +35,7 @@ def _is_incomplete(here: str, error: json.JSONDecodeError) -> bool:
     """Return whether the text ends where more was expected."""
     if error.msg.startswith("Invalid \\u"):
         return len(here) < 6 and '"' not in here
-    is_cut_word = bool(here) and any(word.startswith(here) for word in ("true", "false", "null", "-"))
+    is_cut_word = any(word.startswith(here) for word in ("true", "false", "null")) or set(here) <= set("-+.eE")
     return not here.strip() or is_cut_word or error.msg.startswith("Unterminated string")
 
 

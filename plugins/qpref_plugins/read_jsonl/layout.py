@@ -27,7 +27,7 @@ def layout_of(head: str) -> Layout | None:
     """Decide the layout by a file's start, without white space before it; None where it isn't JSON objects or an array.
 
     An object whose first line isn't an object by itself may be a bad line of JSON Lines: it counts as one over several
-    lines only if its second line continues it.
+    lines only if its second line continues it. An array on the first line before another one is a bad line.
     """
     first, _, rest = head.partition("\n")
     if head[:1] not in ("[", "{"):
@@ -40,7 +40,7 @@ def layout_of(head: str) -> Layout | None:
     except RecursionError:
         end = 0
     if head[0] == "[":
-        return "lines" if 0 < end <= len(first) and rest.strip() else "array"
+        return "lines" if 0 < end <= len(first) and rest.lstrip()[:1] == "[" else "array"
     return "objects" if end > len(first) or first.strip() == "{" else "lines"
 
 
