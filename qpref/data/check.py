@@ -162,6 +162,8 @@ def _check_rows(
     report: DataReport,
     note: Callable[[Row], None] | None,
 ) -> None:
+    of_all = [check for check in checks if not check.skips_refused]
+    of_kept = [check for check in checks if check.skips_refused]
     for row in rows.all_rows(note):
         report.read += 1
         rows.read += 1
@@ -170,10 +172,17 @@ def _check_rows(
             continue
         if not rows.pairs_only:
             rows.note_pairs(row)
-        for example in row:
-            report.measure(example)
-            for check in checks:
-                report.add(check.look(example, rows.split))
+        _look(row, of_all, rows.split, report)
+        if not report.leaves_out(row[0].source):
+            _look(row, of_kept, rows.split, report)
+            for example in row:
+                report.measure(example)
+
+
+def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
+    for example in row:
+        for check in checks:
+            report.add(check.look(example, split))
 
 
 class RepeatCounter:
@@ -208,6 +217,10 @@ class _RunningCheck:
             return cls(validator, validator.plugin.record.start(validator.options))
         except (Exception, SystemExit) as error:
             raise _failure(validator, error) from error
+
+    @property
+    def skips_refused(self) -> bool:
+        return bool(self.validator.plugin.record.skips_refused)
 
     def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
         return self._findings(self.check.look, example, split)

@@ -141,12 +141,18 @@ class RowCheck(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validator:
-    """A check of the preference data; `start` makes the `RowCheck` for one recipe's data."""
+    """A check of the preference data; `start` makes the `RowCheck` for one recipe's data.
+
+    Attributes:
+        skips_refused: sees only rows that no other check has refused while looking at them, for statistics of the rows
+            that training uses. Errors that other checks find at the end come too late for it.
+    """
 
     name: str
     summary: str
     options: type[Any]
     start: Callable[[Any], RowCheck]
+    skips_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
