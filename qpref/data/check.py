@@ -121,6 +121,11 @@ class CheckedData:
     heldout: CheckedRows | None
     report: DataReport
 
+    @property
+    def splits(self) -> list[CheckedRows]:
+        """The splits there are, the training rows first."""
+        return [rows for rows in (self.train, self.heldout) if rows is not None]
+
 
 def check_data(
     sources: Sequence[SourceChoice],
