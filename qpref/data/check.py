@@ -163,6 +163,8 @@ def check_data(
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
         _check_rows(rows, checks, report, None if rows is heldout and share else note)
+    for _, source in opened:
+        report.add(source.notes)
     report.repeated = repeats.count()
     report.add(unread.findings())
     for check in checks:

@@ -30,6 +30,14 @@ CODES: Mapping[str, Explanation] = {
         "The row cannot be parsed: invalid JSON or UTF-8, too long, more or fewer fields than the header.",
         "Write the file again with a JSON or CSV library, or name its reader in `[data] reader`.",
     ),
+    "separator": Explanation(
+        "A table's header has another separator between its columns than the suffix promises, and is read with it.",
+        "Nothing, if the columns are right; `.tsv` is for tabs.",
+    ),
+    "commas": Explanation(
+        "A comma follows each object of a file with one object a line; it is read without them.",
+        "Nothing, or remove the commas: other tools refuse such a file.",
+    ),
     "unknown_format": Explanation(
         "The row has the columns of no format.",
         'Map its columns to qpref\'s names: `columns = { prompt = "question" }`.',

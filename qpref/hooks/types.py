@@ -188,7 +188,7 @@ class Reader:
 
     A file is read by the reader whose name is its suffix (`csv` reads `x.csv`, `jsonl.gz` reads `x.jsonl.gz`), unless
     the recipe names a reader. For each line `read` yields a row, or a finding where the line can't be parsed. It is
-    called more than once and must yield the same rows each time.
+    called more than once and must yield the same rows each time. A warning with line 0 is about the whole source.
 
     Attributes:
         takes: argument of `read`: "file"; "folder", which includes files; or "name", the text after the reader's
