@@ -111,7 +111,7 @@ class ChatTemplate:
                 for last in responses
             ]
         except (TemplateError, *TEMPLATE_FAULTS) as error:
-            raise RefusedRowError("template", f"the chat template refuses it: {error}") from None
+            raise RefusedRowError("template", f"the chat template refuses it: {error}{_greeting_hint(turns)}") from None
         prompt = self._prompt(default, wholes)
         texts = tuple(self._response(prompt, *pair) for pair in zip(wholes, responses, strict=True))
         for side, text in zip(sides_of(row), texts, strict=True):
@@ -181,6 +181,16 @@ def _form_of(tokenizer: Any) -> MessageForm:
 
     with limited():
         return MessageForm.of(render)
+
+
+def _greeting_hint(turns: Sequence[Mapping[str, object]]) -> str:
+    """Return what to do about a conversation that the assistant opens, which many templates refuse; else nothing."""
+    first = next((turn["role"] for turn in turns if turn["role"] != "system"), None)
+    return (
+        "; the assistant speaks first: remove that turn, or move it into the system turn"
+        if first == "assistant"
+        else ""
+    )
 
 
 def _render(tokenizer: Any, turns: Any, tools: Any, for_generation: bool, num_characters: int, **options: Any) -> str:

@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from qpref.data.messages import REASONING, reasoning_of
+from qpref.data.messages import reasoning_of
 from qpref.data.row_values import json_value, named
+from qpref.data.turn_notation import SPEAKER_KEYS, content_in
 from qpref.records import Finding, Row, Source
 
-READ = frozenset({"role", "from", "name", "tool_calls", "tool_call_id"})
+READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id"})
 """Keys whose values are a part of the message, beside its content and its reasoning."""
 LAST_WORDS = frozenset(
     {"id", "ids", "uuid", "hash", "ip", "at", "time", "timestamp", "date", "model", "language", "lang", "index"}
@@ -60,16 +61,11 @@ class UnreadKeys:
 
 def unread_keys(turn: Mapping[str, object]) -> set[str]:
     """Return the keys of a message that hold text and aren't read, except records of its making."""
-    content = "value" if turn.get("role") is None else "content"
-    others = turn.keys() - READ - {content}
+    others = turn.keys() - READ
     if not others:
         return set()
-    reasoning = reasoning_of(turn)
-    return {
-        key
-        for key in others
-        if _holds_text(turn[key]) and not _is_record(key) and not (key in REASONING and turn[key] == reasoning)
-    }
+    known = [content_in(turn), reasoning_of(turn)]
+    return {key for key in others if _holds_text(turn[key]) and turn[key] not in known and not _is_record(key)}
 
 
 def _is_record(key: str) -> bool:
@@ -89,7 +85,7 @@ def _messages(value: object, depth: int = 0) -> Iterator[Mapping[str, object]]:
     if isinstance(value, str):
         value = json_value(value) if value[:1] == "[" and "{" in value[:8] and depth == 0 else None
     if isinstance(value, Mapping):
-        if isinstance(value.get("role"), str) or isinstance(value.get("from"), str):
+        if any(isinstance(value.get(key), str) for key in SPEAKER_KEYS):
             yield value
             return
         value = list(value.values())

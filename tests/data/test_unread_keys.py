@@ -61,9 +61,10 @@ def test_reasoning_is_read_once_and_another_text_of_it_is_not():
     assert unread_keys(TURN | {"reasoning": {"effort": "high"}}) == {"reasoning"}
 
 
-def test_of_content_and_value_the_one_that_is_read_depends_on_the_notation():
-    assert unread_keys({"from": "gpt", "value": "x"}) == set()
-    assert unread_keys({"from": "gpt", "value": "x", "content": "y"}) == {"content"}
+@pytest.mark.parametrize("turn", [{"from": "gpt", "value": "x"}, {"role": "model", "parts": [{"text": "x"}]}], ids=str)
+def test_the_key_that_the_content_comes_from_is_read_and_another_content_is_not(turn):
+    assert unread_keys(turn) == unread_keys(turn | {"message": None}) == set()
+    assert unread_keys(turn | {"message": "y"}) == {"message"}
 
 
 PLACES = {
@@ -72,7 +73,7 @@ PLACES = {
     "JSON text": {"chosen": json.dumps([USER, TURN | {"note": "x"}])},
     "OpenAI's input": {"input": {"messages": [USER | {"note": "x"}], "tools": []}},
     "ranked responses": {"responses": [[TURN], [TURN | {"note": "x"}]]},
-    "ShareGPT": {"conversations": [{"from": "human", "value": "x", "note": "x"}]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Why?", "note": "x"}]},
 }
 
 
