@@ -1,8 +1,8 @@
 """LaTeX whose backslash was read as an escape: `\\times` became a tab and `imes`, `\\nabla` a newline and `abla`.
 
 JSON and Python turn an undoubled `\\t`, `\\n` or `\\r` into white space without an error. Most remainders are words of
-no language and count anywhere. Those that may be words (`au`, `o`, `u`) count in inline math only, and not at the start of
-an indented line.
+no language and count anywhere. Those that may be words (`au`, `o`, `u`) count in inline math only, and not where they
+start an indented line.
 """
 
 from __future__ import annotations
