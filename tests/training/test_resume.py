@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import qpref
-from qpref import fsio
+from qpref import fsio, locks
 from qpref.errors import CheckpointError, NonFiniteError, RecipeError, RunLockedError, StoppedBySignal
 from qpref.records import LossOutput
 from qpref.training import checkpoint, objective, optim, stop
@@ -686,7 +686,7 @@ def test_terminated_command_exits_143_saved_and_a_resume_completes_it(make_toy, 
 
 def test_folder_that_another_process_holds_exits_7_by_its_pid(make_toy, start, tmp_path):
     (tmp_path / "run").mkdir()
-    with fsio.locked(tmp_path / "run"):
+    with locks.locked(tmp_path / "run"):
         code, said = start(make_toy(), tmp_path / "run").wait()
     assert (code, f"another process is writing this run (pid {os.getpid()} on " in said) == (7, True)
 
