@@ -1,4 +1,4 @@
-"""Open files that somebody else may have put there: no link is followed, and nothing but a regular file is opened.
+"""Open files that somebody else may have put there: regular files alone, through no link.
 
 A run folder, a shared cache, a checkpoint or an adapter can come from anybody. A link there leads outside, a FIFO
 blocks for ever, a device never ends; `open_plain` refuses all of them before a byte is read or written.

@@ -55,8 +55,8 @@ def test_a_value_that_is_not_finite_is_left_out(tmp_path, value):
 
 def test_the_folder_is_the_recipes(tmp_path):
     write(tmp_path, row(1, loss=0.5), folder="logs/tb")
-    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
-    assert scalars(tmp_path / "logs" / "tb") == {"loss": [(1, 0.5)]}
+    assert [path.name for path in (tmp_path / "sinks").iterdir()] == ["logs"]
+    assert scalars(tmp_path / "sinks" / "logs" / "tb") == {"loss": [(1, 0.5)]}
 
 
 def make_older(folder):

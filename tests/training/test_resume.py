@@ -276,7 +276,7 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(make_toy, tmp_path
 def test_start_that_was_killed_before_its_run_json_is_in_nobodys_way(make_toy, unbroken, tmp_path, resume):
     (tmp_path / "run").mkdir()  # one that the run has not made it does not remove either, as a killed one would not
     train_until(make_toy(), tmp_path / "run", writing("run.json"))
-    (tmp_path / "run" / ".tmp-run.json-4321").write_text("{")
+    (tmp_path / "run" / ".tmp-run.json-0123456789abcdef").write_text("{")
     assert (tmp_path / "run" / "recipe.lock.toml").is_file()
     assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=resume)) == unbroken
 
@@ -515,7 +515,10 @@ def test_metrics_shorter_than_at_the_checkpoint_are_refused(make_toy, stopped):
 
 
 def test_leftovers_of_a_killed_save_are_removed(make_toy, stopped):
-    leftovers = [stopped / "checkpoints" / ".tmp-step-000005-4321", stopped / ".tmp-adapter-4321"]
+    leftovers = [
+        stopped / "checkpoints" / ".tmp-step-000005-0123456789abcdef",
+        stopped / ".tmp-adapter-0123456789abcdef",
+    ]
     for folder in leftovers:
         folder.mkdir()
         (folder / "adapter.safetensors").write_bytes(b"half")
