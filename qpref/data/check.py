@@ -98,6 +98,12 @@ class CheckedRows:
                     self.weights[row[0].source.path] = source.choice.weight
                 yield self._refused_singles(row) if self.pairs_only and not isinstance(row, Finding) else row
 
+    def raw_rows(self, source: DataSource) -> Iterator[Row | Finding]:
+        """Yield the rows of this split in one of its sources, as the reader parsed them."""
+        for raw in source.raw():
+            if self.share is None or self.share.split_of(source.records(raw)) == self.split:
+                yield raw
+
     def _refused_singles(self, row: Sequence[ExampleRow]) -> Sequence[ExampleRow] | Finding:
         if not isinstance(row[0], UnpairedExample):
             return row
@@ -112,6 +118,11 @@ class CheckedData:
     train: CheckedRows
     heldout: CheckedRows | None
     report: DataReport
+
+    @property
+    def splits(self) -> list[CheckedRows]:
+        """The splits there are, the training rows first."""
+        return [rows for rows in (self.train, self.heldout) if rows is not None]
 
 
 def check_data(
@@ -144,6 +155,8 @@ def check_data(
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
         _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note)
+    for _, source in opened:
+        report.add(source.notes)
     report.repeated = repeats.count()
     for check in checks:
         report.add(check.finish())
@@ -156,6 +169,8 @@ def _check_rows(
     report: DataReport,
     note: Callable[[Row], None] | None,
 ) -> None:
+    of_all = [check for check in checks if not check.skips_refused]
+    of_kept = [check for check in checks if check.skips_refused]
     for row in rows.all_rows(note):
         report.read += 1
         rows.read += 1
@@ -164,10 +179,17 @@ def _check_rows(
             continue
         if not rows.pairs_only:
             rows.note_pairs(row)
-        for example in row:
-            report.measure(example)
-            for check in checks:
-                report.add(check.look(example, rows.split))
+        _look(row, of_all, rows.split, report)
+        if not report.leaves_out(row[0].source):
+            _look(row, of_kept, rows.split, report)
+            for example in row:
+                report.measure(example)
+
+
+def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
+    for example in row:
+        for check in checks:
+            report.add(check.look(example, split))
 
 
 class RepeatCounter:
@@ -202,6 +224,10 @@ class _RunningCheck:
             return cls(validator, validator.plugin.record.start(validator.options))
         except (Exception, SystemExit) as error:
             raise _failure(validator, error) from error
+
+    @property
+    def skips_refused(self) -> bool:
+        return bool(self.validator.plugin.record.skips_refused)
 
     def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
         return self._findings(self.check.look, example, split)
