@@ -80,6 +80,10 @@ CODES: Mapping[str, Explanation] = {
         "All responses have the same score, or the verdict is a tie, so none is preferred.",
         "Leave the row out: a tie has nothing to learn a preference from.",
     ),
+    "unread_key": Explanation(
+        "Messages of the source have texts under keys that aren't read, so the model doesn't see them.",
+        "Move the texts into `content`, or into `reasoning_content` where the model thinks before it answers.",
+    ),
     "unpaired": Explanation(
         "The row is a single completion with a label, and the loss needs pairs.",
         "Choose a loss on single completions: `qpref losses` lists both kinds.",
@@ -174,6 +178,10 @@ CODES: Mapping[str, Explanation] = {
     "unseen": Explanation(
         "A response has control characters, zero-width characters or direction overrides.",
         "Remove them: the model would learn to write them.",
+    ),
+    "lost_backslash": Explanation(
+        "A LaTeX command lost its backslash to an escape: `\\times` was read as a tab and `imes`.",
+        "Write the file with a JSON library, which doubles backslashes; texts in a program as raw strings.",
     ),
     "markup": Explanation("A response has HTML tags or entities left in it.", "Convert the HTML to plain text."),
     "echo": Explanation(
