@@ -163,6 +163,15 @@ class SinkContext:
     first_step: int
     total_steps: int
 
+    def make_folder(self) -> Path:
+        """Create `sinks` in the run folder, and return it: the place for a sink's files.
+
+        It goes with the run when that is overwritten; a file that stands elsewhere in the run folder stops that.
+        """
+        folder = self.run_folder / "sinks"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
 
 class SinkWriter(Protocol):
     """Receives the rows of one run, in order, on a thread of its own."""
@@ -188,7 +197,7 @@ class Reader:
 
     A file is read by the reader whose name is its suffix (`csv` reads `x.csv`, `jsonl.gz` reads `x.jsonl.gz`), unless
     the recipe names a reader. For each line `read` yields a row, or a finding where the line can't be parsed. It is
-    called more than once and must yield the same rows each time.
+    called more than once and must yield the same rows each time. A warning with line 0 is about the whole source.
 
     Attributes:
         takes: argument of `read`: "file"; "folder", which includes files; or "name", the text after the reader's

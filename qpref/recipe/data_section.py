@@ -9,7 +9,20 @@ from pydantic import Field, model_validator
 from qpref.recipe.section import Section
 
 RowFormat = Literal[
-    "auto", "pair", "whole", "hh", "sharegpt", "alpaca", "openai", "ranked", "shp", "saferlhf", "arena", "unpaired"
+    "auto",
+    "pair",
+    "whole",
+    "hh",
+    "sharegpt",
+    "messages",
+    "swift",
+    "alpaca",
+    "openai",
+    "ranked",
+    "shp",
+    "saferlhf",
+    "arena",
+    "unpaired",
 ]
 RENAMED_KEYS = {"shape": "unknown key; did you mean 'format'?"}
 

@@ -7,7 +7,6 @@ import pytest
 
 from qpref_plugins import check_text
 from qpref_plugins.check_text import WHAT, CheckText, TextChecks, kinds_of
-from qpref_plugins.check_text.formatted import CODE
 from tests.plugins.check_cases import findings, lines, pair, reported, severities, single, words
 
 PROMPT = "Tell me why bread rises, in a few words."
@@ -215,7 +214,8 @@ CASES = {
 
 
 def test_every_kind_has_a_case():
-    assert list(CASES) == list(WHAT) == [code for code in TextChecks.model_fields if code != CODE]
+    assert list(CASES) == list(WHAT)
+    assert set(TextChecks.model_fields) - set(WHAT) == {"lost_backslash", "turn_markers"}
 
 
 @pytest.mark.parametrize("code", CASES)

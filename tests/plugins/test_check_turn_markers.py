@@ -208,8 +208,9 @@ def test_as_an_error_each_row_is_refused_at_its_line():
 
 @pytest.mark.parametrize(
     "text",
-    ["\n" * 200_000, "### " * 50_000, "<|im_start|> x " * 20_000, "\nUser: " * 20_000,
-     "USER: " * 30_000 + "ASSISTANT:", "Q:\n" + "\nA" * 60_000, "```" * 60_000 + "<|im_end|> a", "### a" + " " * 200_000 + "#", "Human:" + "\n " * 90_000],
+    ["\n" * 200_000, "### " * 50_000, "<|im_start|> x " * 20_000, "\nUser: " * 20_000, "Q:\n" + "\nA" * 60_000,
+     "USER: " * 30_000 + "ASSISTANT:", "```" * 60_000 + "<|im_end|> a", "### a" + " " * 200_000 + "#",
+     "Human:" + "\n " * 90_000],
     ids=lambda text: text[:12],
 )  # fmt: skip
 def test_long_texts_cost_no_more_than_their_length(text):
