@@ -9,9 +9,11 @@ from typing import Any
 
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
+from qpref.data.row_formats import COLUMNS
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
+from qpref.data.unread_keys import UnreadKeys
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
@@ -152,12 +154,19 @@ def check_data(
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
     repeats = RepeatCounter()
+    unread = UnreadKeys(COLUMNS.union(*(source.columns.values() for source in sources)))
+
+    def note(row: Row) -> None:
+        repeats.note(row)
+        unread.note(row)
+
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note)
+        _check_rows(rows, checks, report, None if rows is heldout and share else note)
     for _, source in opened:
         report.add(source.notes)
     report.repeated = repeats.count()
+    report.add(unread.findings())
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
