@@ -196,6 +196,13 @@ def test_rows_of_many_codes_are_bounded_together(tmp_path, monkeypatch):
     assert len(cards(page)) == 6
 
 
+def test_a_rare_code_is_not_crowded_out_by_a_frequent_one(path, monkeypatch):
+    monkeypatch.setattr(flagged, "MAX_ROWS", 6)
+    rare = Finding(code="rare", severity="error", message="is rare", source=Source(path=str(path), line=12))
+    page = page_of([source(path)], judge(rare, each=warn))
+    assert headings(page) == [f"pairs.jsonl, line {line} training" for line in (1, 2, 3, 12)]
+
+
 def test_many_columns_turns_and_responses_are_bounded(tmp_path):
     turns = [{"role": role, "content": f"turn {at}"} for at, role in enumerate(["user", "assistant"] * 20 + ["user"])]
     rows = [
