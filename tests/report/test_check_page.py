@@ -100,13 +100,13 @@ def test_files_of_the_same_name_are_told_apart(tmp_path):
 
 def test_a_flagged_pair_is_shown_with_its_turns_and_both_sides(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    row = {"prompt": turns, "chosen": "Hello.", "rejected": [{"role": "assistant", "content": "x", "thinking": "Hm"}]}
+    row = {"prompt": turns, "chosen": "Hello.", "rejected": [{"role": "assistant", "content": "x", "name": "Ann"}]}
     (card,) = cards(page_of([source(write_jsonl(tmp_path / "pairs.jsonl", [row]))], judge(each=warn)))
     assert texts_of(card) == {
         "system": "Be brief.",
         "user": "Hi",
         "chosen": "Hello.",
-        "rejected": 'x\n{"thinking": "Hm"}',
+        "rejected": 'x\n{"name": "Ann"}',
     }
     assert [item.text.strip() for item in card.all("li")] == ["odd is odd"]
 
