@@ -43,7 +43,8 @@ BAR_WIDTH = 40
     "--fix",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the kept rows to FILE, and the refused rows with their reasons to NAME.refused.jsonl beside it.",
+    help="Write the kept rows with their own columns to FILE (of several sources to NAME.1.jsonl and so on), and the "
+    "refused rows with their reasons to NAME.refused.jsonl beside it.",
 )
 def command(
     what: str, overrides: tuple[str, ...], base: str | None, as_json: bool, html: Path | None, fix: Path | None
@@ -52,11 +53,11 @@ def command(
 
     Loads no weights. Exits with 3 if a row is refused or no row is left; warnings alone exit with 0.
     """
-    from qpref.data.clean import files_beside, write_clean
+    from qpref.data.clean import refuse_early
     from qpref.errors import DataError, RecipeError
 
     if fix is not None:
-        files_beside(fix)
+        refuse_early(fix)
     if html is not None and html.suffix not in (".html", ".htm"):
         raise RecipeError(f"{html}: a page's name ends in .html")
     try:
@@ -67,8 +68,7 @@ def command(
         raise
     report = audit.checked.report
     if fix is not None:
-        written = write_clean(audit.checked, fix)
-        click.echo(f"written: {', '.join(map(str, written))}", err=as_json)
+        _fix(audit, fix, to_stderr=as_json)
     if html is not None:
         from qpref.data.page import write_page
 
@@ -80,6 +80,19 @@ def command(
         _print(audit)
     if report.refused or audit.why_empty:
         raise click.exceptions.Exit(DataError.exit_code)
+
+
+def _fix(audit: Audit, path: Path, to_stderr: bool) -> None:
+    """Write the kept and the refused rows, and print which file stands in for which source."""
+    from qpref.data.clean import write_clean
+
+    fixed, refused = write_clean(audit.checked, path)
+    heldout = audit.checked.heldout
+    for file in fixed:
+        held_out = heldout is not None and heldout.share is not None and file.split == "heldout"
+        use = ", with [data] heldout in place of heldout_share" if held_out else ""
+        click.echo(f"written: {file.path}, in place of {file.location}{use}", err=to_stderr)
+    click.echo(f"written: {refused}, the refused rows with the reasons", err=to_stderr)
 
 
 def _unreadable(what: str, error: QprefError) -> dict[str, object]:

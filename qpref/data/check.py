@@ -98,6 +98,12 @@ class CheckedRows:
                     self.weights[row[0].source.path] = source.choice.weight
                 yield self._refused_singles(row) if self.pairs_only and not isinstance(row, Finding) else row
 
+    def raw_rows(self, source: DataSource) -> Iterator[Row | Finding]:
+        """Yield the rows of this split in one of its sources, as the reader parsed them."""
+        for raw in source.raw():
+            if self.share is None or self.share.split_of(source.records(raw)) == self.split:
+                yield raw
+
     def _refused_singles(self, row: Sequence[ExampleRow]) -> Sequence[ExampleRow] | Finding:
         if not isinstance(row[0], UnpairedExample):
             return row

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from qpref.data.messages import BadRowError, check_texts_within, dialogue_of, json_value, kind_of, shown, turns_of
+from qpref.data.messages import dialogue_of, turns_of
+from qpref.data.row_values import BadRowError, check_texts_within, json_value, kind_of, shown
 from qpref.records import Message
 
 Turns = tuple[Message, ...]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of, shown
 from qpref.records import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,7 +29,6 @@ SPEAKERS = {
 }
 """ShareGPT's `from` -> role."""
 
-MAX_DEPTH = 64
 _NOT_TEXT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
 """Keys of a message whose content a text cannot represent; they refuse the row."""
 _MAY_FOLLOW = {
@@ -40,47 +38,8 @@ _MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-_CONTROL_BYTES = bytes(sorted({*range(0x20), 0x7F} - set(b"\t\n\r")))
-_CONTROL = re.compile(f"[{re.escape(_CONTROL_BYTES.decode())}]")
 _SPEAKER_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", re.DOTALL)
-
-
-class BadRowError(ValueError):
-    """A row that cannot become a record; becomes a finding at the row's location."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def check_text(text: str, where: str) -> None:
-    """Refuse control characters, except tab, newline and carriage return, and half surrogate pairs."""
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{where}: half of a surrogate pair at character {error.start + 1}, which isn't valid Unicode"
-        raise BadRowError("control_character", message) from None
-    if len(raw.translate(None, _CONTROL_BYTES)) != len(raw):
-        found = _CONTROL.search(text)
-        assert found is not None
-        character = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
-        raise BadRowError("control_character", f"{where}: the control character {character}; remove it")
-
-
-def check_texts_within(value: object, where: str, depth: int = 0) -> None:
-    """Apply `check_text` to all keys and texts of a JSON value."""
-    if depth > MAX_DEPTH:
-        raise BadRowError("not_a_message", f"{where}: nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):
-        check_text(value, where)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            check_text(str(key), where)
-            check_texts_within(inner, where, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            check_texts_within(inner, where, depth + 1)
 
 
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
@@ -108,15 +67,6 @@ def _listed(text: str, side: str) -> list[object] | None:
     if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value):
         return value
     return None
-
-
-def json_value(text: str) -> object:
-    """Parse a JSON text; None where it is invalid."""
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value
 
 
 def _message(turn: object, where: str) -> Message:
@@ -226,28 +176,3 @@ def check_response(messages: Sequence[Message], side: str) -> None:
         raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}")
     if not messages[0].content.strip() and "tool_calls" not in messages[0].extra:
         raise BadRowError("empty", f"{side} is empty")
-
-
-def kind_of(value: object) -> str:
-    """Describe the type of a JSON value for a message."""
-    if isinstance(value, dict):
-        return f"an object with the keys {named(value)}" if value else "an empty object"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
-
-
-def named(names: Iterable[object]) -> str:
-    """List the first 12 names of columns or keys on one line, shortened and with control characters escaped."""
-    first = [str(name)[:20] for name in itertools.islice(names, 12)]
-    return ", ".join(name if name.isprintable() else ascii(name) for name in first)
-
-
-def shown(value: object) -> str:
-    """Show a value in a message: itself if short, else its type."""
-    if isinstance(value, str):
-        return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
-    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
-        return repr(value)
-    return kind_of(value)

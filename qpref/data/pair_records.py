@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from qpref.data.columns import Turns, number_in, tools_in, with_system
-from qpref.data.messages import BadRowError, check_prompt, check_response, turns_of
+from qpref.data.messages import check_prompt, check_response, turns_of
+from qpref.data.row_values import BadRowError
 from qpref.records import PreferencePair, Row
 
 

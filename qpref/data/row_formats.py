@@ -11,33 +11,15 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import combinations
 
-from qpref.data.columns import (
-    HUMAN,
-    any_prompt,
-    instruction,
-    label_in,
-    need,
-    number_in,
-    prompt_column,
-    text_in,
-    tools_in,
-    with_system,
-)
-from qpref.data.messages import (
-    BadRowError,
-    check_prompt,
-    check_response,
-    dialogue_of,
-    kind_of,
-    named,
-    shown,
-    turns_of,
-)
-from qpref.data.pair_records import build_pair, pair_of_sides, pair_of_values, split_conversations
+from qpref.data.columns import any_prompt, label_in, need, number_in, prompt_column, tools_in
+from qpref.data.messages import check_prompt, check_response, turns_of
+from qpref.data.pair_formats import PAIR_FORMATS, pair_format
+from qpref.data.pair_records import build_pair, pair_of_sides
 from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
+from qpref.data.row_values import BadRowError, named, shown
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
-Records = list[PreferencePair | UnpairedExample]
+Records = Sequence[PreferencePair | UnpairedExample]
 
 COLUMNS = frozenset(
     {
@@ -53,7 +35,7 @@ NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 """Columns on which an answer may depend, and which no text stands for."""
 
 
-def records_of_row(row: Row, row_format: str = "auto") -> Sequence[PreferencePair | UnpairedExample] | Finding:
+def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
     """Convert a row to its records, or to the finding that refuses it.
 
     Args:
@@ -77,7 +59,7 @@ def format_of(values: Mapping[str, object]) -> str | None:
     """Return the first format, in the order of docs/data.md, whose columns a row has; null columns don't count."""
     has = {name for name in COLUMNS.intersection(values) if values[name] is not None}
     if has & {"chosen", "rejected"}:
-        return _pair_format(values, has)
+        return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
         return "openai"
     if "instruction" in has and isinstance(values.get("output"), list):
@@ -90,20 +72,6 @@ def format_of(values: Mapping[str, object]) -> str | None:
     if has & {"completion", "label", "kto_tag"}:
         return "unpaired"
     return "pair" if "prompt" in has else None
-
-
-def _pair_format(values: Mapping[str, object], has: set[str]) -> str:
-    sides = values.get("chosen"), values.get("rejected")
-    if all(isinstance(side, str) and side.startswith(HUMAN) for side in sides):
-        return "hh"
-    if "prompt" in has:
-        return "pair"
-    if "conversations" in has:
-        return "sharegpt"
-    if "instruction" in has:
-        return "alpaca"
-    is_whole = all(isinstance(side, list) or (isinstance(side, str) and side[:1] == "[") for side in sides)
-    return "whole" if is_whole else "pair"
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
@@ -120,51 +88,6 @@ def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
     renamed = set(columns.values())
     values = {name: value for name, value in row.values.items() if name not in renamed}
     return Row(values=values | {name: row.values[theirs] for name, theirs in columns.items()}, source=row.source)
-
-
-def _pair(row: Row) -> Records:
-    need(row.values, "prompt", "chosen", "rejected")
-    return [pair_of_sides(row, prompt_column(row.values))]
-
-
-def _whole(row: Row) -> Records:
-    need(row.values, "chosen", "rejected")
-    return [pair_of_sides(row, None)]
-
-
-def _sharegpt(row: Row) -> Records:
-    need(row.values, "conversations", "chosen", "rejected")
-    prompt = with_system(row.values, turns_of(row.values["conversations"], "conversations", "user"))
-    return [pair_of_sides(row, prompt)]
-
-
-def _alpaca(row: Row) -> Records:
-    prompt, output = instruction(row.values), row.values.get("output")
-    if row.values.get("chosen") is not None or row.values.get("rejected") is not None:
-        need(row.values, "chosen", "rejected")
-        return [pair_of_sides(row, prompt)]
-    if not isinstance(output, list) or len(output) != 2:
-        found = f"{len(output)} of them" if isinstance(output, list) else kind_of(output)
-        raise BadRowError("not_a_pair", f"output: expected two responses, the better one first, found {found}")
-    return [pair_of_values(row, prompt, output[0], output[1])]
-
-
-def _hh(row: Row) -> Records:
-    need(row.values, "chosen", "rejected")
-    sides = [text_in(row.values, side) for side in ("chosen", "rejected")]
-    chosen, rejected = (dialogue_of(text, side) for text, side in zip(sides, ("chosen", "rejected"), strict=True))
-    prompt = None if row.values.get("prompt") is None else prompt_column(row.values)
-    return [split_conversations(row, chosen, rejected, prompt)]
-
-
-def _openai(row: Row) -> Records:
-    need(row.values, "input", "preferred_output", "non_preferred_output")
-    request = row.values["input"]
-    if not isinstance(request, dict):
-        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(request)}")
-    prompt = turns_of(request.get("messages"), "input.messages", "user")
-    with_tools = Row(values={"tools": request.get("tools")} | dict(row.values), source=row.source)
-    return [pair_of_values(with_tools, prompt, row.values["preferred_output"], row.values["non_preferred_output"])]
 
 
 def _ranked(row: Row) -> Records:
@@ -248,7 +171,9 @@ def _unpaired(row: Row) -> Records:
     return [example]
 
 
-def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Finding]:
+def _refusing(
+    read: Callable[[Row], Records],
+) -> Callable[[Row], Records | Finding]:
     """Wrap `read` so that a row it refuses becomes a finding at the row's location."""
 
     @wraps(read)
@@ -261,18 +186,11 @@ def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Findi
     return records
 
 
-ROW_FORMATS: Mapping[str, Callable[[Row], Records | Finding]] = {
-    name: _refusing(read)
-    for name, read in {
-        "pair": _pair,
-        "whole": _whole,
-        "hh": _hh,
-        "sharegpt": _sharegpt,
-        "alpaca": _alpaca,
-        "openai": _openai,
-        "ranked": _ranked,
-        **{name: _compared(name) for name in _COMPARISONS},
-        "unpaired": _unpaired,
-    }.items()
+_READ: Mapping[str, Callable[[Row], Records]] = {
+    **PAIR_FORMATS,
+    "ranked": _ranked,
+    **{name: _compared(name) for name in _COMPARISONS},
+    "unpaired": _unpaired,
 }
+ROW_FORMATS: Mapping[str, Callable[[Row], Records | Finding]] = {name: _refusing(read) for name, read in _READ.items()}
 """Format name -> function from a row to its records, or to the finding that it isn't in this format."""

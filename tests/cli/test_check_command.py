@@ -157,7 +157,9 @@ def test_fix_keeps_held_out_rows_apart(make_recipe, tmp_path):
     del document["data"]["heldout"]
     recipe = tmp_path / "share.toml"
     recipe.write_text(tomli_w.dumps(document))
-    check(recipe, "--fix", tmp_path / "clean.jsonl")
+    done = check(recipe, "--fix", tmp_path / "clean.jsonl")
+    assert "clean.heldout.jsonl, in place of" in done.stdout
+    assert "with [data] heldout in place of heldout_share" in done.stdout
     kept = [(tmp_path / name).read_text().splitlines() for name in ("clean.jsonl", "clean.heldout.jsonl")]
     assert all(kept)
     prompts = [{json.loads(line)["prompt"] for line in lines} for lines in kept]
@@ -237,13 +239,22 @@ def test_a_page_replaces_no_data(tmp_path):
     assert path.read_text() == before
 
 
-def test_fix_gives_renamed_columns_our_names(make_recipe, tmp_path):
-    other = [{"q": "What is it?", "chosen": "It is that, I think.", "rejected": "No idea at all."}]
+def test_fix_names_the_file_that_stands_in_for_each_source(make_recipe, tmp_path):
+    other = [{"q": "What is it?", "chosen": "It is that, I think.", "rejected": "No idea at all."}, {}]
     train = [
         {"path": str(write_jsonl(tmp_path / "a.jsonl", preference_rows(2)))},
         {"path": str(write_jsonl(tmp_path / "b.jsonl", other)), "columns": {"prompt": "q"}},
     ]
     recipe = tmp_path / "mixed.toml"
     recipe.write_text(tomli_w.dumps(make_recipe({"data.train": train})))
-    check(recipe, "--fix", tmp_path / "clean.jsonl")
-    assert facts(tmp_path / "clean.jsonl")["kept"] == 3
+    written = check(recipe, "--fix", tmp_path / "clean.jsonl", code=3).stdout.splitlines()[:4]
+    assert written == [
+        f"written: {tmp_path / 'clean.1.jsonl'}, in place of {tmp_path / 'a.jsonl'}",
+        f"written: {tmp_path / 'clean.2.jsonl'}, in place of {tmp_path / 'b.jsonl'}",
+        f"written: {tmp_path / 'clean.heldout.jsonl'}, in place of {tmp_path / 'heldout.jsonl'}",
+        f"written: {tmp_path / 'clean.refused.jsonl'}, the refused rows with the reasons",
+    ]
+    for number, source in enumerate(train, 1):
+        source["path"] = str(tmp_path / f"clean.{number}.jsonl")
+    recipe.write_text(tomli_w.dumps(make_recipe({"data.train": train})))
+    assert [facts(recipe)[key] for key in ("read", "kept")] == [7, 7]
