@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qpref.data.messages import BadRowError, json_value, named, shown
+from qpref.data.row_values import BadRowError, json_value, named, shown
 from qpref.recipe.contest_section import ContestSection, ValueRange, WinnerFlags, number_of, verdict_key
 from qpref.records import Row
 

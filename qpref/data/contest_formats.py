@@ -1,7 +1,7 @@
 """Row formats of public comparison data: the `[data.contest]` table that each would have, and the path of its prompt.
 
-A format with columns of its own is recognized by them. The others have columns that several datasets share, with verdicts
-of different meaning, so that a recipe has to name them.
+A format with columns of its own is recognized by them. The others have columns that several datasets share, with
+verdicts of different meaning, so that a recipe has to name them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 
 from qpref.data.contest import Contest, Values
-from qpref.data.messages import json_value
+from qpref.data.row_values import BadRowError, json_value
 from qpref.recipe.contest_section import ContestSection
 
 
@@ -18,7 +18,7 @@ def _exchanges(values: Values) -> Values:
     turn = values.get("turn")
     if isinstance(turn, bool) or not isinstance(turn, int):
         return values
-    return values | {side: _cut(values[side], turn) for side in ("chosen", "rejected")}
+    return {**values} | {side: _cut(values[side], turn) for side in ("chosen", "rejected")}
 
 
 def _cut(side: object, num_answers: int) -> object:
@@ -33,16 +33,21 @@ def _cut(side: object, num_answers: int) -> object:
 def _conversations(values: Values) -> Values:
     """Join the columns of a competition's file into conversations: each is the list of its turns' texts, as JSON."""
     lists = {name: _listed(values.get(name)) for name in ("prompt", "chosen", "rejected")}
-    questions = lists["prompt"]
-    if questions is None or any(texts is None or len(texts) != len(questions) for texts in lists.values()):
+    if any(texts is None for texts in lists.values()):
         return values
-    sides: dict[str, object] = {}
-    for side in ("chosen", "rejected"):
-        turns: list[dict[str, object]] = []
-        for question, answer in zip(questions, lists[side] or (), strict=True):
-            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        sides[side] = turns
-    return values | sides | {"prompt": None}
+    questions, *answers = (texts or [] for texts in lists.values())
+    if {len(questions)} != set(map(len, answers)):
+        counts = ", ".join(f"{name} {len(texts or [])}" for name, texts in lists.items())
+        raise BadRowError("not_a_message", f"the conversation's columns have lists of different lengths: {counts}")
+    sides = {side: _joined(questions, texts) for side, texts in zip(("chosen", "rejected"), answers, strict=True)}
+    return {**values} | sides | {"prompt": None}
+
+
+def _joined(questions: Sequence[object], answers: Sequence[object]) -> list[dict[str, object]]:
+    turns: list[dict[str, object]] = []
+    for question, answer in zip(questions, answers, strict=True):
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return turns
 
 
 def _listed(value: object) -> Sequence[object] | None:
@@ -115,9 +120,7 @@ CONTESTS: Mapping[str, Contest] = {
     "llmbar": Contest(
         _section("output_1", "output_2", winner="label", first_wins=[1], second_wins=[2]), prompts=("input",)
     ),
-    "autoj": Contest(
-        _section("response 1", "response 2", winner="label", first_wins=[0], second_wins=[1], tie=[2])
-    ),
+    "autoj": Contest(_section("response 1", "response 2", winner="label", first_wins=[0], second_wins=[1], tie=[2])),
     "judgebench": Contest(
         _section("response_A", "response_B", winner="label", first_wins=["A>B"], second_wins=["B>A"], tie=["A=B"]),
         prompts=("question",),
@@ -141,6 +144,8 @@ _OWN = {
     "label_studio": ("answer1", "answer2", "comparison"),
 }
 """Columns by which a format is recognized, whether or not they are null."""
+BY_NAME = frozenset(CONTESTS.keys() - _OWN.keys())
+"""Formats that are read only where a recipe names them."""
 CONTEST_COLUMNS = frozenset(
     path.split(".")[0]
     for contest in CONTESTS.values()
@@ -159,4 +164,3 @@ def contest_format(values: Mapping[str, object], has: Set[str]) -> str | None:
         if columns[0] in has and all(column in values for column in columns):
             return name
     return None
-

@@ -1,7 +1,7 @@
 """The recipe's `[data.contest]` table: the columns of two responses, and how their verdict is read.
 
-Nothing has a default polarity. One dataset counts its responses from 0 and another from 1, and a verdict that is read with
-the wrong one trains on every label the wrong way round.
+Nothing has a default polarity. One dataset counts its responses from 0 and another from 1, and verdicts that are read
+with the wrong one invert every label.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, PlainValidator, Tag, model_validator
 
+from qpref.recipe.problems import TABLE_ARM
 from qpref.recipe.section import Section
 
 Column = Annotated[str, Field(min_length=1)]
@@ -62,7 +63,19 @@ class ValueRange(Section):
         return "{ " + ", ".join(f"{name} = {bound:g}" for name, bound in bounds if bound is not None) + " }"
 
 
-Verdict = bool | int | float | str | ValueRange
+def _scalar(value: Any) -> Any:
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"expected a text, a number, true, false or a range such as {{ min = 1 }}, got {value!r}")
+
+
+def _is_table(value: Any) -> str:
+    return TABLE_ARM if isinstance(value, Mapping | Section) else "value"
+
+
+Scalar = Annotated[bool | int | float | str, PlainValidator(_scalar)]
+# Without the discriminator, pydantic reports what each arm of the union expects, bool first.
+Verdict = Annotated[Annotated[ValueRange, Tag(TABLE_ARM)] | Annotated[Scalar, Tag("value")], Discriminator(_is_table)]
 
 
 class WinnerFlags(Section):
@@ -71,6 +84,9 @@ class WinnerFlags(Section):
     first: Column = Field(description="Column that is set where the first response won.")
     second: Column = Field(description="Column that is set where the second response won.")
     tie: Column | None = Field(default=None, description="Column that is set where neither won.")
+
+
+Winner = Annotated[Annotated[WinnerFlags, Tag(TABLE_ARM)] | Annotated[Column, Tag("value")], Discriminator(_is_table)]
 
 
 class ScoreColumns(Section):
@@ -84,13 +100,13 @@ class ScoreColumns(Section):
 class ContestSection(Section):
     """Two responses and who won: for rows without `chosen` and `rejected`.
 
-    Names are the file's own columns; `summaries.0.text` reaches into objects and lists. A verdict that no list has refuses
-    the whole source. `winner` with lists, `winner` as a table of flags, or `scores`: one of the three.
+    Names are the file's own columns; `summaries.0.text` reaches into objects and lists. One of three: `winner` with
+    lists of its values, `winner` as a table of flags, or `scores`. A verdict in no list refuses the whole source.
     """
 
     first: Column = Field(description="Column of the first response.")
     second: Column = Field(description="Column of the second response.")
-    winner: Column | WinnerFlags | None = Field(
+    winner: Winner | None = Field(
         default=None,
         description="Column of the verdict, or one column for each outcome, one of them set: "
         '`{ first = "winner_a", second = "winner_b", tie = "winner_tie" }`.',
@@ -101,7 +117,9 @@ class ContestSection(Section):
         "false, or ranges such as `{ min = -3, max = -1 }` and `{ above = 0 }`.",
     )
     second_wins: list[Verdict] = Field(default_factory=list, description="Verdicts for the second response.")
-    tie: list[Verdict] = Field(default_factory=list, description="Verdicts for neither; such rows are refused (`tied`).")
+    tie: list[Verdict] = Field(
+        default_factory=list, description="Verdicts for neither; such rows are refused (`tied`)."
+    )
     scores: ScoreColumns | None = Field(
         default=None,
         description="Score of each response, in place of a verdict: "
@@ -163,14 +181,16 @@ def _meet(one: Verdict, other: Verdict) -> bool:
 
 
 def _shown(value: Verdict) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, ValueRange) else repr(value)
+    return (
+        str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, ValueRange) else repr(value)
+    )
 
 
 def verdict_key(value: object) -> str | None:
     """Return a text that is equal for equal verdicts in any file format; None for what is no verdict.
 
-    CSV has texts alone, and pandas writes an integer column with a gap as 1.0. So 1, 1.0, "1" and "1.0" are one verdict,
-    and true and "True" another: 1 and true differ, since a file that turns one into the other may count differently too.
+    CSV has texts alone, and pandas writes an integer column with a gap as 1.0. So 1, 1.0, "1" and "1.0" are the same
+    verdict, and so are true and "True". 1 and true differ: nothing says that a file of bools counts from 0 or from 1.
     """
     if isinstance(value, bool):
         return str(value).lower()
