@@ -37,7 +37,7 @@ BAR_WIDTH = 40
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Also write the findings as an HTML page.",
+    help="Also write the findings, with the texts of the rows, as an HTML page.",
 )
 @click.option(
     "--fix",
@@ -70,9 +70,9 @@ def command(
     if fix is not None:
         _fix(audit, fix, to_stderr=as_json)
     if html is not None:
-        from qpref.data.page import write_page
+        from qpref.report.check_page import write_check_page
 
-        write_page(audit, html)
+        write_check_page(audit, html, what if ":" in what else Path(what).name)
         click.echo(f"written: {html}", err=as_json)
     if as_json:
         click.echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))

@@ -130,6 +130,11 @@ class CheckedData:
     heldout: CheckedRows | None
     report: DataReport
 
+    @property
+    def splits(self) -> list[CheckedRows]:
+        """The splits there are, the training rows first."""
+        return [rows for rows in (self.train, self.heldout) if rows is not None]
+
 
 def check_data(
     sources: Sequence[SourceChoice],
@@ -162,6 +167,8 @@ def check_data(
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
         _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note, watches)
+    for _, source in opened:
+        report.add(source.notes)
     report.repeated = repeats.count()
     for watch in watches.values():
         report.add(watch.findings())
@@ -181,6 +188,8 @@ def _check_rows(
     def watch(source: DataSource, raw: Row, row: Sequence[ExampleRow] | Finding) -> None:
         watches[source.choice.location].note(raw, row)
 
+    of_all = [check for check in checks if not check.skips_refused]
+    of_kept = [check for check in checks if check.skips_refused]
     for row in rows.all_rows(note, watch):
         report.note_read(row.source if isinstance(row, Finding) else row[0].source)
         rows.read += 1
@@ -189,10 +198,17 @@ def _check_rows(
             continue
         if not rows.pairs_only:
             rows.note_pairs(row)
-        for example in row:
-            report.measure(example)
-            for check in checks:
-                report.add(check.look(example, rows.split))
+        _look(row, of_all, rows.split, report)
+        if not report.leaves_out(row[0].source):
+            _look(row, of_kept, rows.split, report)
+            for example in row:
+                report.measure(example)
+
+
+def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
+    for example in row:
+        for check in checks:
+            report.add(check.look(example, split))
 
 
 class RepeatCounter:
@@ -227,6 +243,10 @@ class _RunningCheck:
             return cls(validator, validator.plugin.record.start(validator.options))
         except (Exception, SystemExit) as error:
             raise _failure(validator, error) from error
+
+    @property
+    def skips_refused(self) -> bool:
+        return bool(self.validator.plugin.record.skips_refused)
 
     def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
         return self._findings(self.check.look, example, split)

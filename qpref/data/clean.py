@@ -42,7 +42,7 @@ def write_clean(checked: CheckedData, path: Path) -> tuple[list[FixedFile], Path
     """
     targets = [
         (FixedFile(_file_for(path, rows, number), rows.split, source.choice.location), rows, source)
-        for rows in _splits(checked)
+        for rows in checked.splits
         for number, source in enumerate(rows.sources, 1)
     ]
     refused = path.with_suffix(".refused.jsonl")
@@ -82,10 +82,6 @@ def _file_for(path: Path, rows: CheckedRows, number: int) -> Path:
     return path.with_suffix(f"{split}.{number}.jsonl" if len(rows.sources) > 1 else f"{split}.jsonl")
 
 
-def _splits(checked: CheckedData) -> list[CheckedRows]:
-    return [rows for rows in (checked.train, checked.heldout) if rows is not None]
-
-
 def _kept(rows: CheckedRows, source: DataSource) -> Iterator[str]:
     for row in rows.raw_rows(source):
         if isinstance(row, Row) and not rows.report.leaves_out(row.source):
@@ -94,7 +90,7 @@ def _kept(rows: CheckedRows, source: DataSource) -> Iterator[str]:
 
 def _refused(checked: CheckedData) -> Iterator[str]:
     reasons = checked.report.reasons()
-    raw_rows = (row for rows in _splits(checked) for source in rows.sources for row in rows.raw_rows(source))
+    raw_rows = (row for rows in checked.splits for source in rows.sources for row in rows.raw_rows(source))
     for row in raw_rows:
         location = {"path": row.source.path, "line": row.source.line}
         if isinstance(row, Finding):

@@ -19,7 +19,7 @@ NUM_SHOWN = 20
 WHOLE = 0
 """Line of a finding about a whole source."""
 NUM_KEPT = 1000
-"""Findings of each code that are kept in full; further ones are counted, and errors among them refuse their rows."""
+"""Findings of each code and file that are kept in full; further ones are counted, and errors among them refuse rows."""
 
 
 class Histogram(Counter[int]):
@@ -49,7 +49,7 @@ class DataReport:
     Attributes:
         paths: locations of the sources.
         read: rows of all sources.
-        findings: the first 1,000 findings of each code, in order of discovery.
+        findings: the first 1,000 findings of each code and file, in order of discovery.
         counts: (severity, code) -> number of findings.
         lengths: "prompt characters", "chosen tokens", ... -> histogram.
         repeated: rows that repeat an earlier row in every column, refused ones included.
@@ -66,6 +66,7 @@ class DataReport:
     num_cut: int = 0
     verdicts: list[ShownVerdict] = field(default_factory=list)
     _read_from: Counter[str] = field(default_factory=Counter)
+    _listed: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     _refused: dict[str, dict[int, str]] = field(default_factory=dict)
     _dropped: dict[str, set[int]] = field(default_factory=dict)
 
@@ -77,10 +78,11 @@ class DataReport:
     def add(self, findings: Iterable[Finding]) -> None:
         """Add findings; an error refuses its row, and an error of a whole source (line 0) all of its rows."""
         for finding in findings:
-            key = finding.severity, finding.code
-            if self.counts[key] < NUM_KEPT:
+            self.counts[finding.severity, finding.code] += 1
+            key = finding.severity, finding.code, finding.source.path
+            if self._listed[key] < NUM_KEPT:
+                self._listed[key] += 1
                 self.findings.append(finding)
-            self.counts[key] += 1
             if finding.severity == "error":
                 self._refused.setdefault(finding.source.path, {}).setdefault(finding.source.line, finding.code)
 
@@ -187,7 +189,9 @@ class DataReport:
         """Return the report as JSON data."""
         left_out: Counter[str] = Counter()
         for (_, code), number in self.counts.items():
-            left_out[code] += max(0, number - NUM_KEPT)
+            left_out[code] += number
+        for (_, code, _), number in self._listed.items():
+            left_out[code] -= number
         return {
             "sources": list(self.paths),
             "read": self.read,

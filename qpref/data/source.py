@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpref import pypi
@@ -20,9 +20,14 @@ from qpref.records import Finding, Row
 
 @dataclass(slots=True)
 class DataSource:
-    """A source whose rows can be read in many passes and have to be the same in each."""
+    """A source whose rows can be read in many passes and have to be the same in each.
+
+    Attributes:
+        notes: findings of the reader about the whole source, in the last pass; they are no rows.
+    """
 
     choice: SourceChoice
+    notes: list[Finding] = field(default_factory=list)
     _stamp: tuple[int, int, int] | None = None
     _contest: Contest | None = None
 
@@ -87,7 +92,12 @@ class DataSource:
         path = self._path()
         stamp = _stamp(path)
         self._stamp = self._stamp or stamp
-        yield from self._read(path)
+        self.notes.clear()
+        for row in self._read(path):
+            if isinstance(row, Finding) and not row.source.line:
+                self.notes.append(row)
+            else:
+                yield row
         if not self._stamp == stamp == _stamp(path):
             raise DataError(f"{path}: has changed while it was read", "run again once no process writes to it")
 

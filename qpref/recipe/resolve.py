@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
+from qpref.hooks.signatures import signature_of_file
 from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection
@@ -301,8 +302,9 @@ class Resolution:
                 if named := self._locations.hub_dataset(source.path):
                     self._problems.append(Problem(table, key, f"no such path; a dataset of the hub is 'hf:{named}'"))
                     return None
-                readers = ", ".join(f".{reader}" for reader in sorted(known))
-                self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
+                self._problems.append(
+                    Problem(table, key, f"no reader for '{file}'; {_advice(Path(source.path), known)}")
+                )
                 return None
             name = fitting[-1]
         return self._load(manager.READER, name, table, "reader" if source.reader else key)
@@ -348,3 +350,9 @@ class Resolution:
         problems = sorted(set(self._problems))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))
+
+
+def _advice(path: Path, known: Iterable[str]) -> str:
+    """Say what a file without a reader is, or list the readers."""
+    signature = signature_of_file(path) if path.is_file() else None
+    return f"it is {signature}" if signature else f"installed: {', '.join(f'.{reader}' for reader in sorted(known))}"
