@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qpref.data.columns import has_prompt
 from qpref.data.row_values import BadRowError, json_value, named, shown
 from qpref.recipe.contest_section import ContestSection, ValueRange, WinnerFlags, number_of, verdict_key
 from qpref.records import Row
@@ -15,8 +16,6 @@ Outcome = Literal["first_wins", "second_wins", "tie"]
 Values = Mapping[str, object]
 UNLISTED = "unlisted_verdict"
 """Code of a verdict that no list has; the whole source is refused then."""
-PROMPTS = ("prompt", "conversations", "messages", "instruction")
-"""Columns that any format reads as the prompt."""
 _SET, _UNSET = {"1.0", "true"}, {"0.0", "false", ""}
 
 
@@ -56,7 +55,7 @@ class Contest:
         """
         better, worse = self.sides(row.values)
         values = dict(row.values) | {"chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
-        if all(values.get(name) is None for name in PROMPTS):
+        if not has_prompt(values):
             prompts = (value_at(row.values, path) for path in self.prompts)
             values["prompt"] = next((prompt for prompt in prompts if not is_missing(prompt)), None)
         return Row(values=self.finish(values) if self.finish is not None else values, source=row.source)

@@ -93,12 +93,10 @@ CONTESTS: Mapping[str, Contest] = {
         finish=_conversations,
     ),
     "helpsteer2": Contest(_section("response_1", "response_2", winner="preference_strength", **_STRENGTH)),
-    "helpsteer3": Contest(
-        _section("response1", "response2", winner="overall_preference", **_STRENGTH), prompts=("context",)
-    ),
+    "helpsteer3": Contest(_section("response1", "response2", winner="overall_preference", **_STRENGTH)),
     "webgpt": Contest(
         _section("answer_0", "answer_1", scores={"first": "score_0", "second": "score_1", "better": "higher"}),
-        prompts=("question.full_text", "question"),
+        prompts=("question.full_text",),
     ),
     "summarize": Contest(
         _section("summaries.0.text", "summaries.1.text", winner="choice", first_wins=[0], second_wins=[1]),
@@ -117,13 +115,10 @@ CONTESTS: Mapping[str, Contest] = {
     "label_studio": Contest(
         _section("answer1", "answer2", winner="comparison", first_wins=["left"], second_wins=["right"])
     ),
-    "llmbar": Contest(
-        _section("output_1", "output_2", winner="label", first_wins=[1], second_wins=[2]), prompts=("input",)
-    ),
+    "llmbar": Contest(_section("output_1", "output_2", winner="label", first_wins=[1], second_wins=[2])),
     "autoj": Contest(_section("response 1", "response 2", winner="label", first_wins=[0], second_wins=[1], tie=[2])),
     "judgebench": Contest(
-        _section("response_A", "response_B", winner="label", first_wins=["A>B"], second_wins=["B>A"], tie=["A=B"]),
-        prompts=("question",),
+        _section("response_A", "response_B", winner="label", first_wins=["A>B"], second_wins=["B>A"], tie=["A=B"])
     ),
     "gold_label": Contest(
         _section("response_a", "response_b", winner="gold_label", first_wins=["A"], second_wins=["B"], tie=["tie"])

@@ -5,35 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of, shown
+from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of
+from qpref.data.turn_notation import CALLERS, SPEAKER_KEYS, content_in, join_parts, speaker_of
 from qpref.records import Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 EXTRA = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """Keys of a message that chat templates read, beside role and content."""
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-}
-"""ShareGPT's `from` -> role."""
-
 _NOT_TEXT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
 """Keys of a message whose content a text cannot represent; they refuse the row."""
 _MAY_FOLLOW = {
-    None: ("system", "user"),
-    "system": ("user",),
+    None: ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
@@ -43,18 +25,48 @@ _PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", r
 
 
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
-    """Parse turns: a text is one turn of `role`; else a message, a list of messages, or such a list as JSON text."""
+    """Parse turns: a text is one turn of `role`; else a message, a list of messages, or such a list as JSON text.
+
+    A message alone may lack its role, which is `role` then.
+    """
     if isinstance(value, str):
         listed = _listed(value, side)
         if listed is None:
             check_text(value, side)
             return (Message(role=role, content=value),)
         value = listed
-    if isinstance(value, dict) and ("role" in value or "from" in value):
-        value = [value]
+    if isinstance(value, dict) and (has_speaker(value) or content_in(value) is not None):
+        value = [value if has_speaker(value) else {**value, "role": role}]
     if not isinstance(value, list) or not value:
         raise BadRowError("not_a_message", f"{side}: expected a text or a list of messages, found {kind_of(value)}")
-    return tuple(_message(turn, f"{side}, turn {number}") for number, turn in enumerate(value, start=1))
+    turns: list[Message] = []
+    for number, turn in enumerate(value, start=1):
+        message = _message(turn, f"{side}, turn {number}")
+        if turns and turns[-1].role == "assistant" and _is_call(turn):
+            turns[-1] = _with_calls(turns[-1], message)
+        else:
+            turns.append(message)
+    return tuple(turns)
+
+
+def has_speaker(turn: Mapping[str, object]) -> bool:
+    """Return whether a turn names its speaker, under whichever key."""
+    return any(turn.get(key) is not None for key in SPEAKER_KEYS)
+
+
+def _is_call(turn: object) -> bool:
+    return isinstance(turn, dict) and speaker_of(turn, "") in CALLERS
+
+
+def _with_calls(before: Message, call: Message) -> Message:
+    """Add the calls of a turn of its own, as ShareGPT and ms-swift have them, to the assistant's turn before it."""
+    calls = [*_calls_of(before), *_calls_of(call)]
+    return Message(role="assistant", content=before.content, extra={**before.extra, "tool_calls": calls})
+
+
+def _calls_of(message: Message) -> list[object]:
+    calls = message.extra.get("tool_calls", [])
+    return calls if isinstance(calls, list) else []
 
 
 def _listed(text: str, side: str) -> list[object] | None:
@@ -64,7 +76,7 @@ def _listed(text: str, side: str) -> list[object] | None:
     if _PYTHON_LIST.fullmatch(text):
         raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
     value = json_value(text)
-    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value):
+    if isinstance(value, list) and all(isinstance(turn, dict) and has_speaker(turn) for turn in value):
         return value
     return None
 
@@ -72,44 +84,21 @@ def _listed(text: str, side: str) -> list[object] | None:
 def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRowError("not_a_message", f"{where}: a message has a role and a content, found {kind_of(turn)}")
-    if turn.get("from") is not None and turn.get("role") is None:
-        role: object = _speaker(turn, where)
-        content = turn.get("value")
-    else:
-        role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRowError("not_a_message", f"{where}: role {shown(role)}; known: {', '.join(ROLES)}")
+    speaker, content = speaker_of(turn, where), content_in(turn)
     extra = _extra(turn, where) if len(turn) > 2 else {}
-    if turn.get("from") == "function_call":
-        extra, content = {"tool_calls": _calls(content, where)}, ""
+    if speaker in CALLERS:
+        speaker, content, extra = "assistant", "", {"tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
         content = ""
     if isinstance(content, list):
-        content = _joined(content, where)
+        content, reasoning = join_parts(content, where)
+        if reasoning and extra.setdefault("reasoning_content", reasoning) != reasoning:
+            raise BadRowError("not_a_message", f"{where}: reasoning both in a part and in reasoning_content; keep one")
+        check_text(reasoning, where)
     if not isinstance(content, str):
         raise BadRowError("not_a_message", f"{where}: a message's content is a text, found {kind_of(content)}")
     check_text(content, where)
-    return Message(role="system" if role == "developer" else role, content=content, extra=extra)
-
-
-def _joined(parts: Sequence[object], where: str) -> str:
-    """Join a content of text parts, as multimodal data have it; chat templates put nothing between them."""
-    texts = []
-    for part in parts:
-        values = part if isinstance(part, dict) else {}
-        kind, text = values.get("type", "text"), values.get("text")
-        if kind != "text" or not isinstance(text, str):
-            found = "a part without a text" if kind == "text" else f"a part of the type {shown(kind)}"
-            raise BadRowError("not_a_message", f"{where}: {found}; qpref trains on text alone, so drop the row")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _speaker(turn: Mapping[str, object], where: str) -> str:
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise BadRowError("not_a_message", f"{where}: from {shown(speaker)}; known: {', '.join(SPEAKERS)}")
-    return SPEAKERS[speaker]
+    return Message(role=speaker, content=content, extra=extra)
 
 
 def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
@@ -158,7 +147,7 @@ def check_prompt(messages: Sequence[Message]) -> None:
         if role not in expected:
             after = f"after the {previous}'s" if previous else "first"
             raise BadRowError(
-                "role_order", f"{where}: the {role}'s turn {after}; expected the {' or '.join(expected)}'s"
+                "role_order", f"{where}: the {role}'s turn {after}; expected the {' or the '.join(expected)}'s"
             )
         if role in ("user", "assistant") and not message.content.strip() and "tool_calls" not in message.extra:
             raise BadRowError("empty", f"{where} is empty")

@@ -11,8 +11,19 @@ from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 
-from qpref.data.columns import any_prompt, label_in, number_in, tools_in
+from qpref.data.column_hints import advice, two_responses
+from qpref.data.columns import (
+    LABEL_COLUMNS,
+    PROMPT_COLUMNS,
+    QUESTION_COLUMNS,
+    SYSTEM_COLUMNS,
+    any_prompt,
+    label_in,
+    number_in,
+    tools_in,
+)
 from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
+from qpref.data.known_names import NAMES, with_known_names
 from qpref.data.messages import check_prompt, check_response, turns_of
 from qpref.data.pair_formats import PAIR_FORMATS, pair_format
 from qpref.data.pair_records import build_pair
@@ -22,11 +33,18 @@ from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 Records = Sequence[PreferencePair | UnpairedExample]
 
+COMPLETIONS = ("completion", "output", "response")
+"""Columns that hold a labelled completion."""
 COLUMNS = frozenset(
     {
-        *("prompt", "chosen", "rejected", "system", "tools", "weight", "margin", "conversations", "messages"),
-        *("instruction", "input", "output", "history", *RANKED_COLUMNS, "ranks", "scores"),
-        *("completion", "label", "kto_tag", "preferred_output", "non_preferred_output"),
+        *PROMPT_COLUMNS,
+        *QUESTION_COLUMNS,
+        *SYSTEM_COLUMNS,
+        *NAMES,
+        *("chosen", "rejected", "tools", "weight", "margin", "history", *RANKED_COLUMNS, "ranks", "scores", "ratings"),
+        *COMPLETIONS,
+        *LABEL_COLUMNS,
+        *("preferred_output", "non_preferred_output"),
         *CONTEST_COLUMNS,
     }
 )
@@ -44,20 +62,17 @@ def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
     if media := [name for name in NOT_TEXT if row.values.get(name)]:
         message = f"the row has {media[0]}; qpref trains on text alone, so drop the row"
         return Finding(code="not_text", severity="error", message=message, source=row.source)
+    row = with_known_names(row)
     name = format_of(row.values) if row_format == "auto" else row_format
     if name is None:
-        columns = named(row.values) or "no column"
-        message = (
-            f"no known row format; it has {columns}; map its columns to known ones with [data] columns, such as "
-            'columns = { prompt = "question" }'
-        )
+        message = f"no known row format; {advice(row.values)}"
         return Finding(code="unknown_format", severity="error", message=message, source=row.source)
     return ROW_FORMATS[name](row)
 
 
 def format_of(values: Mapping[str, object]) -> str | None:
     """Return the first format, in the order of docs/data.md, whose columns a row has; null columns don't count."""
-    has = {name for name in COLUMNS.intersection(values) if values[name] is not None}
+    has = {NAMES.get(name, name) for name in COLUMNS.intersection(values) if values[name] is not None}
     if has & {"chosen", "rejected"}:
         return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
@@ -68,9 +83,14 @@ def format_of(values: Mapping[str, object]) -> str | None:
         return "ranked"
     if contest := contest_format(values, has):
         return contest
-    if has & {"completion", "label", "kto_tag"}:
+    if has & {"completion", "label", "kto_tag"} and not _is_verdict(values, has):
         return "unpaired"
     return "pair" if "prompt" in has else None
+
+
+def _is_verdict(values: Mapping[str, object], has: set[str]) -> bool:
+    """Return whether the row's label is about two responses, which no format knows, and not about a completion."""
+    return not has & {*COMPLETIONS, "conversations", "messages"} and two_responses(values) is not None
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
@@ -115,14 +135,15 @@ def _contest(name: str) -> Callable[[Row], Records | Finding]:
 def _unpaired(row: Row) -> Records:
     values = row.values
     label = label_in(values)
-    completion = next((values[name] for name in ("completion", "output") if values.get(name) is not None), None)
-    if completion is not None:
-        prompt, response = any_prompt(values), turns_of(completion, "completion", "assistant")
+    name = next((name for name in COMPLETIONS if values.get(name) is not None), None)
+    if name is not None:
+        prompt, response = any_prompt(values), turns_of(values[name], name, "assistant")
     else:
         whole = any_prompt(values)
         prompt, response = whole[:-1], whole[-1:]
         if len(whole) == 1 or response[0].role != "assistant":
-            raise BadRowError("not_an_example", "not a labelled completion: no completion")
+            message = f"not a labelled completion: no completion; {advice(values, ['completion'])}"
+            raise BadRowError("not_an_example", message)
     check_prompt(prompt)
     check_response(response, "completion")
     weight, tools = number_in(values, "weight", 1.0, at_least=0.0), tools_in(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -68,9 +69,9 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def named(names: Iterable[object]) -> str:
-    """List the first 12 names of columns or keys on one line, shortened and with control characters escaped."""
-    first = [str(name)[:20] for name in itertools.islice(names, 12)]
+def named(names: Iterable[object], limit: int = 12) -> str:
+    """List the first names of columns or keys on one line, shortened and with control characters escaped."""
+    first = [str(name)[:20] for name in itertools.islice(names, limit)]
     return ", ".join(name if name.isprintable() else ascii(name) for name in first)
 
 
@@ -80,4 +81,6 @@ def shown(value: object) -> str:
         return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
         return repr(value)
+    if isinstance(value, int):
+        return f"a number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     return kind_of(value)

@@ -107,7 +107,7 @@ class ChatTemplate:
                 _render(self.tokenizer, turns + _dicts([last]), tools, False, num_characters) for last in responses
             ]
         except (TemplateError, *TEMPLATE_FAULTS) as error:
-            raise RefusedRowError("template", f"the chat template refuses it: {error}") from None
+            raise RefusedRowError("template", f"the chat template refuses it: {error}{_greeting_hint(turns)}") from None
         prompt = self._prompt(default, wholes)
         texts = tuple(self._response(prompt, *pair) for pair in zip(wholes, responses, strict=True))
         for side, text in zip(sides_of(row), texts, strict=True):
@@ -159,6 +159,16 @@ class ChatTemplate:
         if not kept or response.extra or not response.content.rstrip().endswith(kept):
             raise RefusedRowError("template", "the chat template drops a part of a response")
         return response.content + self.end.rstrip()
+
+
+def _greeting_hint(turns: Sequence[Mapping[str, object]]) -> str:
+    """Return what to do about a conversation that the assistant opens, which many templates refuse; else nothing."""
+    first = next((turn["role"] for turn in turns if turn["role"] != "system"), None)
+    return (
+        "; the assistant speaks first: remove that turn, or move it into the system turn"
+        if first == "assistant"
+        else ""
+    )
 
 
 def _dicts(messages: Iterable[Message]) -> list[dict[str, object]]:

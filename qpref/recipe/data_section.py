@@ -15,6 +15,8 @@ RowFormat = Literal[
     "whole",
     "hh",
     "sharegpt",
+    "messages",
+    "swift",
     "alpaca",
     "openai",
     "ranked",

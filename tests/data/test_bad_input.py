@@ -165,8 +165,8 @@ PARTS = {
     "a message that is a text": row("not_a_message", "turn 1: a message has a role", prompt=["Why?"]),
     "a message that is null": row("not_a_message", "found null", prompt=[None]),
     "a list of lists": row("not_a_message", "found a list", prompt=[turns("user")]),
-    "an unknown role": row("not_a_message", "role 'human'; known", prompt=turns("human")),
-    "a role in capitals": row("not_a_message", "role 'User'; known", prompt=turns("User")),
+    "an unknown role": row("not_a_message", "role 'narrator'; known", prompt=turns("narrator")),
+    "a role that is call or result": row("not_a_message", "a call or its result", prompt=turns("user", "function")),
     "a role that is a number": row("not_a_message", "role 3; known", prompt=[{"role": 3, "content": "x"}]),
     "a role that is a list": row("not_a_message", "role a list", prompt=[{"role": ["user"], "content": "x"}]),
     "an unknown speaker": row("not_a_message", "from 'Alice'; known", prompt=[{"from": "Alice", "value": "x"}]),
@@ -178,8 +178,8 @@ PARTS = {
     "messages in Python notation": row("not_a_message", "in Python notation", prompt=str(turns("user"))),
     "chosen is a number": row("not_a_message", "chosen: expected a text", chosen=3),
     "chosen is true": row("not_a_message", "chosen: expected a text", chosen=True),
-    "chosen is an object": row("not_a_message", "chosen: expected a text", chosen={"text": "x"}),
-    "the assistant first": row("role_order", "the assistant's turn first", prompt=turns("assistant", "user")),
+    "chosen is an object": row("not_a_message", "chosen: expected a text", chosen={"name": "x"}),
+    "the assistant first, and twice": row("role_order", "turn 2", prompt=turns("assistant", "assistant", "user")),
     "a tool first": row("role_order", "the tool's turn first", prompt=turns("tool", "user")),
     "two questions": row("role_order", "the user's turn after the user's", prompt=turns("user", "user")),
     "two answers": row("role_order", "turn 3", prompt=turns("user", "assistant", "assistant", "user")),
@@ -198,7 +198,8 @@ PARTS = {
     "tools that are no JSON": row("not_a_message", "tools: expected a list of JSON schemas", tools="weather()"),
     "tools that are an object": row("not_a_message", "tools: expected a list", tools={"name": "f"}),
     "two system texts": row("role_order", "turn 2: the system's", prompt=turns("system", "user"), system="y"),
-    "a system column that is a list": row("not_a_pair", "system: expected a text", system=["x"]),
+    "a system column that is a number": row("not_a_message", "system: expected a text", system=3),
+    "a system column of two texts": row("not_a_message", "system: expected one text", system=turns("system", "system")),
     "a function call that is no JSON": row(
         "not_a_message", "JSON with name", chosen={"from": "function_call", "value": "f()"}
     ),
@@ -243,7 +244,11 @@ CONVERSATIONS = {
         **dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"),
     ),
     "ShareGPT without chosen": row(
-        "not_a_pair", "no chosen", prompt=None, chosen=None, conversations=[{"from": "human", "value": "x"}]
+        "not_a_pair",
+        "last turn is the user's",
+        prompt=None,
+        chosen=None,
+        conversations=[{"from": "human", "value": "x"}],
     ),
     "ShareGPT of nothing": row("not_a_message", "an empty list", prompt=None, conversations=[]),
     "ShareGPT of a number": row("not_a_message", "found a number", prompt=None, conversations=3),
@@ -267,7 +272,7 @@ CONVERSATIONS = {
         "not_a_message", "history: expected", prompt=None, instruction="x", history=["a", "b"]
     ),
     "OpenAI without messages": ranked(
-        "not_a_message", "input.messages: expected", input={}, preferred_output="a", non_preferred_output="b"
+        "not_a_pair", "input: expected an object", input={}, preferred_output="a", non_preferred_output="b"
     ),
     "OpenAI with a text as input": ranked(
         "not_a_pair", "input: expected an object", input="x", preferred_output="a", non_preferred_output="b"
@@ -292,7 +297,7 @@ NUMBERS = {
     "a weight that is true": row("bad_number", "weight: expected a number, found True", weight=True),
     "a weight that is a list": row("bad_number", "weight: expected a number, found a list", weight=[1]),
     "a negative weight": row("bad_number", "weight: -1 is below 0", weight=-1),
-    "a weight of 400 digits": row("bad_number", "weight: expected a number", weight=10**400),
+    "a weight of 400 digits": row("bad_number", "weight: a number this large", weight=10**400),
     "an infinite weight": Bad(b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": 1e999}', "bad_number", "inf"),
     "a margin that is NaN as a text": row("bad_number", "margin: expected a number", margin="nan"),
     "a margin that is an object": row("bad_number", "margin: expected a number", margin={}),
@@ -301,10 +306,10 @@ LABELS = {
     "a label that is yes": single("bad_label", "label: expected true or false, found 'yes'", label="yes"),
     "a label that is 2": single("bad_label", "found 2", label=2),
     "a label that is -1": single("bad_label", "found -1", label=-1),
-    "a label that is 1.0": single("bad_label", "found 1.0", label=1.0),
+    "a label that is 0.5": single("bad_label", "found 0.5", label=0.5),
     "a label that is empty": single("bad_label", "found ''", label=""),
     "a label that is a list": single("bad_label", "found a list", label=[True]),
-    "a label of 400 digits": single("bad_label", "found a number", label=10**400),
+    "a label of 400 digits": single("bad_label", "found a number of about 401 digits", label=10**400),
     "no label": single("not_an_example", "no label", label=None),
     "no completion": single("not_an_example", "no completion", completion=None),
     "a label alone": row("not_an_example", "no completion", prompt="x", chosen=None, rejected=None, label=True),

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from qpref.data.check import check_data
 from qpref.data.contest_formats import BY_NAME, CONTESTS
-from qpref.data.contest_hint import contest_hint
 from qpref.data.row_formats import records_of_row
 from qpref.data.split import HeldOutShare
 from qpref.errors import DataError
@@ -477,37 +476,3 @@ def test_lists_of_turns_become_conversations():
         assert chosen([texts | broken | verdict])[1] == ["not_a_message"]
     plain = {"prompt": "[1, 2]", "response_a": A, "response_b": B}
     assert chosen([plain | verdict]) == ([B], [])
-
-
-# The hint.
-
-
-@pytest.mark.parametrize(
-    ("columns", "first", "second", "winner"),
-    [
-        (["instruction", "output_1", "output_2", "label"], "output_1", "output_2", "label"),
-        (["prompt", "response_a", "response_b", "gold_label"], "response_a", "response_b", "gold_label"),
-        (["prompt", "Response A", "Response B", "Preferred"], "Response A", "Response B", "Preferred"),
-        (["id", "q", "answer0", "answer1", "better"], "answer0", "answer1", "better"),
-        (["q", "left", "right", "vote"], "left", "right", "vote"),
-        (["q", "first_reply", "second_reply"], "first_reply", "second_reply", "..."),
-    ],
-)
-def test_columns_of_two_responses_suggest_a_contest(columns, first, second, winner):
-    assert f'first = "{first}", second = "{second}", winner = "{winner}"' in contest_hint(columns)
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        ["prompt", "chosen", "rejected"],
-        ["prompt", "completion", "label"],
-        ["prompt", "model_a", "model_b", "winner"],
-        ["prompt", "score_0", "score_1"],
-        ["prompt", "response_1"],
-        [],
-    ],
-    ids=str,
-)
-def test_other_columns_suggest_none(columns):
-    assert contest_hint(columns) is None
