@@ -9,9 +9,11 @@ from typing import Any
 
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
+from qpref.data.row_formats import COLUMNS
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
+from qpref.data.unread_keys import UnreadKeys
 from qpref.data.verdicts import VerdictWatch
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
@@ -163,13 +165,20 @@ def check_data(
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
     repeats = RepeatCounter()
+    unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
     watches = {source.choice.location: VerdictWatch(source) for _, source in opened}
+
+    def note(row: Row) -> None:
+        repeats.note(row)
+        unread.note(row)
+
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note, watches)
+        _check_rows(rows, checks, report, None if rows is heldout and share else note, watches)
     for _, source in opened:
         report.add(source.notes)
     report.repeated = repeats.count()
+    report.add(unread.findings())
     for watch in watches.values():
         report.add(watch.findings())
         report.verdicts += watch.shown

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from qpref.data.column_hints import advice
 from qpref.data.messages import dialogue_of, has_speaker, turns_of
-from qpref.data.row_values import BadRowError, check_texts_within, json_value, kind_of, shown
+from qpref.data.row_values import BadRowError, json_value, kind_of, shown
+from qpref.data.tool_calls import tools_of
 from qpref.records import Message
 
 Turns = tuple[Message, ...]
@@ -140,12 +141,7 @@ def label_in(values: Mapping[str, object]) -> bool:
 
 def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
     """Return the JSON schemas of the column `tools`, a list or its JSON text."""
-    tools = values.get("tools") or []
-    found = json_value(tools) if isinstance(tools, str) else tools
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise BadRowError("not_a_message", f"tools: expected a list of JSON schemas, found {kind_of(tools)}")
-    check_texts_within(found, "tools")
-    return tuple(found)
+    return tuple(tools_of(values.get("tools") or []))
 
 
 def number_in(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:

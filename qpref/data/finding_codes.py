@@ -96,6 +96,10 @@ CODES: Mapping[str, Explanation] = {
         "All responses have the same score, or the verdict is a tie, so none is preferred.",
         "Leave the row out: a tie has nothing to learn a preference from.",
     ),
+    "unread_key": Explanation(
+        "Messages of the source have texts under keys that aren't read, so the model doesn't see them.",
+        "Move the texts into `content`, or into `reasoning_content` where the model thinks before it answers.",
+    ),
     "unpaired": Explanation(
         "The row is a single completion with a label, and the loss needs pairs.",
         "Choose a loss on single completions: `qpref losses` lists both kinds.",

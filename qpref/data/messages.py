@@ -6,13 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 
 from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of
-from qpref.data.turn_notation import CALLERS, SPEAKER_KEYS, content_in, join_parts, speaker_of
+from qpref.data.tool_calls import tool_calls_of
+from qpref.data.turn_notation import CALLERS, CONTENT_KEYS, SPEAKER_KEYS, content_in, join_parts, speaker_of
 from qpref.records import Message
 
-EXTRA = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""Keys of a message that chat templates read, beside role and content."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of a message's reasoning: DeepSeek's and Qwen's, then those of other servers and templates."""
 _NOT_TEXT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
 """Keys of a message whose content a text cannot represent; they refuse the row."""
+_PLAIN = {*SPEAKER_KEYS, *CONTENT_KEYS}
 _MAY_FOLLOW = {
     None: ("system", "user", "assistant"),
     "system": ("user", "assistant"),
@@ -85,7 +87,7 @@ def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRowError("not_a_message", f"{where}: a message has a role and a content, found {kind_of(turn)}")
     speaker, content = speaker_of(turn, where), content_in(turn)
-    extra = _extra(turn, where) if len(turn) > 2 else {}
+    extra = _extra(turn, where) if turn.keys() - _PLAIN else {}
     if speaker in CALLERS:
         speaker, content, extra = "assistant", "", {"tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
@@ -105,15 +107,22 @@ def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
     not_text = [key for key in _NOT_TEXT if turn.get(key)]
     if not_text:
         raise BadRowError("not_a_message", f"{where}: {not_text[0]} cannot be trained on; remove it, or drop the row")
-    extra = {key: turn[key] for key in EXTRA if turn.get(key) not in (None, [])}
-    calls = extra.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadRowError("not_a_message", f"{where}: tool_calls is a list of objects, found {kind_of(calls)}")
+    extra = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) not in (None, "")}
+    if turn.get("tool_calls") not in (None, "", []):
+        extra["tool_calls"] = tool_calls_of(turn["tool_calls"], where)
+    if reasoning := reasoning_of(turn):
+        extra["reasoning_content"] = reasoning
     check_texts_within(extra, where)
     return extra
 
 
-def _calls(content: object, where: str) -> list[object]:
+def reasoning_of(turn: Mapping[str, object]) -> str | None:
+    """Return a message's reasoning, under whichever name it has; None where it has none."""
+    values = (turn.get(key) for key in REASONING)
+    return next((value for value in values if isinstance(value, str) and value.strip()), None)
+
+
+def _calls(content: object, where: str) -> list[dict[str, object]]:
     """Parse the tool calls of a ShareGPT `function_call` turn: the JSON of one call or of a list."""
     value = json_value(content) if isinstance(content, str) else content
     calls = value if isinstance(value, list) else [value]
@@ -121,8 +130,7 @@ def _calls(content: object, where: str) -> list[object]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             message = f"{where}: a function_call is JSON with name and arguments, found {kind_of(content)}"
             raise BadRowError("not_a_message", message)
-    check_texts_within(calls, where)
-    return [{"type": "function", "function": call} for call in calls]
+    return tool_calls_of(calls, where)
 
 
 def dialogue_of(text: str, side: str) -> tuple[Message, ...]:

@@ -36,7 +36,7 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_texts_within(value: object, where: str, depth: int = 0) -> None:
-    """Apply `check_text` to all keys and texts of a JSON value."""
+    """Apply `check_text` to all keys and texts of a JSON value, and refuse values that JSON cannot express."""
     if depth > MAX_DEPTH:
         raise BadRowError("not_a_message", f"{where}: nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
@@ -48,6 +48,8 @@ def check_texts_within(value: object, where: str, depth: int = 0) -> None:
     elif isinstance(value, list):
         for inner in value:
             check_texts_within(inner, where, depth + 1)
+    elif not isinstance(value, int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise BadRowError("not_a_message", f"{where}: {shown(value)} is not JSON")
 
 
 def json_value(text: str) -> object:

@@ -52,6 +52,12 @@ class SourceChoice:
     contest: ContestSection | None = None
     weight: float = 1.0
 
+    @property
+    def own_columns(self) -> frozenset[str]:
+        """The source's columns that the recipe names."""
+        sides = () if self.contest is None else (self.contest.first, self.contest.second)
+        return frozenset({*self.columns.values(), *sides})
+
 
 @dataclass(frozen=True, slots=True)
 class LossChoice:

@@ -225,10 +225,11 @@ def test_developer_is_taken_for_system():
     assert pair(TEXTS | {"prompt": [turn("developer", "Be kind."), USER]}).prompt[0] == message("system", "Be kind.")
 
 
-@pytest.mark.parametrize("key", ["name", "tool_call_id", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("key", ["name", "tool_call_id", "reasoning_content"])
 def test_what_chat_templates_read_is_kept(key):
     assert pair(TEXTS | {"chosen": [ASSISTANT | {key: "x"}]}).chosen[0].extra == {key: "x"}
-    assert pair(TEXTS | {"chosen": [ASSISTANT | {key: None}]}).chosen[0].extra == {}
+    for nothing in (None, ""):
+        assert pair(TEXTS | {"chosen": [ASSISTANT | {key: nothing}]}).chosen[0].extra == {}
 
 
 def test_other_keys_of_a_message_are_left_alone():
