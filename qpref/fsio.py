@@ -13,22 +13,27 @@ import hashlib
 import io
 import json
 import os
+import re
+import secrets
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from qpref.errors import DiskError, RunLockedError
-from qpref.linux import fcntl
+from qpref import locks
+from qpref.errors import DiskError
+from qpref.opening import open_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STAGING_PREFIX = ".tmp-"
+LOCK_SUFFIX = ".lock"
+STAGED = re.compile(rf"{re.escape(STAGING_PREFIX)}(?P<final>.+)-[0-9a-f]{{16}}({re.escape(LOCK_SUFFIX)})?")
+"""Names under which files and folders are written, and those of the locks that writers of folders hold."""
 
 
 def cache_folder() -> Path:
@@ -66,8 +71,7 @@ def fsync_tree(folder: Path) -> None:
         if path.is_dir():
             fsync_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _fsync_file(path)
     fsync_folder(folder)
 
 
@@ -77,15 +81,27 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
+def _staging_name(final: Path) -> Path:
+    """Return a name beside `final` that nobody has and nobody can guess: process ids are the same in two containers."""
+    return final.with_name(f"{STAGING_PREFIX}{final.name}-{secrets.token_hex(8)}")
+
+
+def _fsync_file(path: Path) -> None:
+    descriptor = open_plain(path)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _published(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; without an error that file is then fsynced and renamed to `path`."""
-    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}-{os.getpid()}")
+    temporary = _staging_name(path)
     with disk_errors(path):
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            _fsync_file(temporary)
             temporary.rename(path)
             fsync_folder(path.parent)
         finally:
@@ -95,7 +111,7 @@ def _published(path: Path) -> Iterator[Path]:
 def write_stream(path: Path, source: IO[bytes]) -> None:
     """Write all bytes of an open file, 1 MiB at a time."""
     with _published(path) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with os.fdopen(descriptor, "wb") as file:
             shutil.copyfileobj(source, file, 2**20)
 
@@ -111,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file line by line; only one line is in memory."""
     with _published(path) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
 
@@ -141,20 +157,27 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
     `final` must not exist, or be an empty folder; it never exists half-filled.
     """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_abandoned(final)
-        staging.mkdir(mode=0o700)
-    try:
+    with _staging(final) as staging:
         yield staging
         with disk_errors(final):
             fsync_tree(staging)
             staging.rename(final)
             fsync_folder(final.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def shared_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder as `staged_folder` does, for a folder that any process may make.
+
+    If another process has made it first, that one stays and this one is dropped: they have the same content.
+    """
+    try:
+        with staged_folder(final) as staging:
+            yield staging
+    except DiskError as error:
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) and cause.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir()):
+            raise
 
 
 def try_folder(final: Path) -> None:
@@ -163,7 +186,7 @@ def try_folder(final: Path) -> None:
     Raises:
         DiskError: it could not.
     """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
+    staging = _staging_name(final)
     with disk_errors(final):
         created = [parent for parent in staging.parents if not parent.exists()]
         try:
@@ -182,38 +205,52 @@ def staged_file(final: Path) -> Iterator[Path]:
 
     `final` must not exist at the end either.
     """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_abandoned(final)
-        staging.mkdir(mode=0o700)
-    try:
+    with _staging(final) as staging:
         path = staging / f"staged{final.suffix}"
         yield path
         with disk_errors(final):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _fsync_file(path)
             if final.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             path.rename(final)
             fsync_folder(final.parent)
+
+
+@contextmanager
+def _staging(final: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `final`, whose lock says that it is in use, and remove what is left of it."""
+    staging = _staging_name(final)
+    lock = staging.with_name(staging.name + LOCK_SUFFIX)
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(final)
+        descriptor = open_plain(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        locks.take(descriptor)
+    try:
+        with disk_errors(final):
+            staging.mkdir(mode=0o700)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Remove staging folders for `final` that killed processes of this machine left: a merged model is large."""
-    for path in final.parent.glob(f"{STAGING_PREFIX}{glob.escape(final.name)}-*"):
-        number = path.name.rpartition("-")[2]
-        if path.name != f"{STAGING_PREFIX}{final.name}-{number}" or not number.isdecimal():
+    """Remove staging folders for `final` that killed processes left: a merged model is large."""
+    for lock in final.parent.glob(f"{STAGING_PREFIX}{glob.escape(final.name)}-*{LOCK_SUFFIX}"):
+        match = STAGED.fullmatch(lock.name)
+        if match is None or match["final"] != final.name:
             continue
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (PermissionError, OverflowError):
-            continue  # alive, owned by another user
+        with suppress(OSError):
+            descriptor = open_plain(lock, os.O_RDWR)
+            try:
+                if locks.take(descriptor) and locks.is_named(lock, descriptor):
+                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                    lock.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def make_readable(top: Path) -> None:
@@ -233,15 +270,42 @@ def remove_tree(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_staging(folder: Path) -> None:
-    """Remove half-written files and folders that a killed process left in `folder`."""
-    for path in folder.glob(f"{STAGING_PREFIX}*"):
-        remove_tree(path)
+def staged_name(name: str) -> str | None:
+    """Return the final name of what a killed process left half-written under this name; None for other names."""
+    match = STAGED.fullmatch(name)
+    return match and match["final"]
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    """Hash a regular file, which may be reached by a link; SHA-256 in hex."""
+    with os.fdopen(open_plain(path, follow=True), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Describe every file below a folder: relative name -> its size in bytes and its SHA-256."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): _described(path) for path in files}
+
+
+def changed_file(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the first file of a manifest that isn't in the folder as it was written; None if all are.
+
+    A name that leads out of the folder, or through a link, is one that isn't.
+    """
+    for name, entry in written.items():
+        path = folder / name
+        try:
+            if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink() or _described(path) != entry:
+                return name
+        except (OSError, ValueError):
+            return name
+    return None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with os.fdopen(open_plain(path), "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 class AppendLog:
@@ -255,7 +319,7 @@ class AppendLog:
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self._path = path
         with disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             # Unbuffered, so that nothing stays in a buffer when a full disk has refused a line.
             self._file = os.fdopen(descriptor, "ab", buffering=0)
             try:
@@ -291,26 +355,3 @@ def touch(path: Path) -> None:
     """Set a cache file's modification time to now, which marks it as used."""
     with disk_errors(path):
         os.utime(path)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`'s LOCK file; the kernel releases it when the process ends, even if it is killed.
-
-    Raises:
-        RunLockedError: another process holds it; the message has its pid and host.
-    """
-    path = folder / "LOCK"
-    with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            raise RunLockedError(f"{folder}: another process is writing this run ({holder})") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,10 @@
-"""Files and folders appear whole or not at all, a refusal of the disk has an error of its own, a run one writer."""
+"""Files and folders appear whole or not at all, and a refusal of the disk has an error of its own."""
 
 import errno
 import io
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qpref import fsio
-from qpref.errors import DiskError, RunLockedError
+from qpref.errors import DiskError
 
 WRITERS = {
     "write_bytes": lambda path, text: fsio.write_bytes(path, text.encode()),
@@ -157,9 +156,7 @@ def test_a_killed_writer_leaves_the_old_file_and_one_leftover(tmp_path):
     process.kill()
     process.communicate()
     leftovers = [path.name for path in tmp_path.iterdir() if path.name != "file"]
-    assert ((tmp_path / "file").read_text(), leftovers) == ("old", [f".tmp-file-{process.pid}"])
-    fsio.remove_staging(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert ((tmp_path / "file").read_text(), [fsio.staged_name(name) for name in leftovers]) == ("old", ["file"])
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -177,7 +174,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     fsio.write_text(tmp_path / "file", "new")
-    staged = f".tmp-file-{os.getpid()}"
+    staged = events[0].removeprefix("fsync ")
+    assert fsio.staged_name(staged) == "file"
     assert events == [f"fsync {staged}", f"rename {staged}", f"fsync {tmp_path.name}"]
 
 
@@ -269,7 +267,6 @@ def test_a_staged_file_is_not_there_before_it_is_complete(tmp_path):
     with fsio.staged_file(final) as path:
         path.write_text("whole")
         assert path.suffix == ".gguf"
-        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
         assert not final.exists()
     assert [entry.name for entry in final.parent.iterdir()] == ["model.gguf"]
     assert final.read_text() == "whole"
@@ -330,13 +327,21 @@ def test_removing_a_link_to_a_folder_leaves_the_folder(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/mine"]
 
 
-def test_removing_leftovers_leaves_what_has_its_name(tmp_path):
-    for name in (".tmp-adapter-12", "adapter"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "one").touch()
-    (tmp_path / ".tmp-run.json-12").touch()
-    fsio.remove_staging(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+@pytest.mark.parametrize(
+    ("name", "final"),
+    [
+        (".tmp-run.json-0123456789abcdef", "run.json"),
+        (".tmp-step-000012-0123456789abcdef", "step-000012"),
+        (".tmp-step-000012-0123456789abcdef.lock", "step-000012"),
+        (".tmp-adapter-12", None),
+        (".tmp-notes", None),
+        ("adapter-0123456789abcdef", None),
+        (".tmp-adapter-0123456789abcdeF", None),
+        (".tmp-adapter-0123456789abcdef.txt", None),
+    ],
+)
+def test_a_staged_name_is_known_by_its_form(name, final):
+    assert fsio.staged_name(name) == final
 
 
 @pytest.mark.parametrize(
@@ -410,74 +415,92 @@ def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
     )
 
 
-# The lock.
+STAGED = pytest.mark.parametrize("staged", ["staged_folder", "staged_file"])
 
 
-def hold_lock(folder):
-    """A process that holds the folder's lock until its input ends."""
+def filler(path, staged):
+    """A process that is filling `path` until its input ends or it is killed."""
     process = python(
         f"""
-        with fsio.locked(Path("{folder}")):
-            print("locked", flush=True)
+        with fsio.{staged}(Path("{path}")) as place:
+            (place / "weights" if place.is_dir() else place).write_text("half")
+            print("half", flush=True)
             sys.stdin.read()
+            os._exit(0)
         """,
         stdin=subprocess.PIPE,
     )
-    assert process.stdout.readline() == "locked\n"
+    assert process.stdout.readline() == "half\n"
     return process
 
 
-@pytest.fixture
-def holder(tmp_path):
-    process = hold_lock(tmp_path)
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_process_is_refused_and_the_first_is_named(tmp_path, holder):
-    with pytest.raises(RunLockedError) as caught, fsio.locked(tmp_path):
-        pass
-    assert str(caught.value) == (
-        f"{tmp_path}: another process is writing this run (pid {holder.pid} on {os.uname().nodename})"
-    )
-
-
-def test_a_refused_process_leaves_the_lock_held(tmp_path, holder):
-    for _ in range(2):
-        with pytest.raises(RunLockedError), fsio.locked(tmp_path):
-            pass
-
-
-@pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "kill", "done"])
-def test_the_lock_is_free_however_its_holder_ended(tmp_path, holder, ended):
-    if ended:
-        holder.send_signal(ended)
-    holder.communicate()
-    with fsio.locked(tmp_path):
-        assert (tmp_path / "LOCK").read_text() == f"pid {os.getpid()} on {os.uname().nodename}\n"
-
-
-def test_an_error_inside_frees_the_lock(tmp_path):
-    with pytest.raises(KeyError), fsio.locked(tmp_path):
-        raise KeyError
-    with fsio.locked(tmp_path):
-        pass
-
-
-def test_the_lock_is_for_its_owner(tmp_path):
-    with fsio.locked(tmp_path):
-        assert mode_of(tmp_path / "LOCK") == 0o600
-
-
-@pytest.mark.parametrize("staged", [fsio.staged_folder, fsio.staged_file], ids=["folder", "file"])
+@STAGED
 def test_a_killed_process_leaves_nothing_beside_what_is_made_next(tmp_path, staged):
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    dead = int(done.stdout)
-    kept = [f".tmp-model-{os.getppid()}", f".tmp-model-b-{dead}", ".tmp-model-notes", f".tmp-other-{dead}"]
-    for name in (f".tmp-model-{dead}", *kept):
+    killed = filler(tmp_path / "model", staged)
+    killed.kill()
+    killed.communicate()
+    hexadecimal = "0123456789abcdef"
+    kept = [".tmp-model-12", ".tmp-model-notes", f".tmp-model-b-{hexadecimal}", f".tmp-model-{hexadecimal}"]
+    for name in kept:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text("half")
-    with staged(tmp_path / "model") as place:
+        (tmp_path / name / "weights").write_text("mine")
+    with getattr(fsio, staged)(tmp_path / "model") as place:
         (place / "weights" if place.is_dir() else place).write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "model"])
+
+
+@STAGED
+def test_a_folder_that_another_process_is_filling_stays(tmp_path, staged):
+    other = filler(tmp_path / "model", staged)
+    before = sorted(tmp_path.rglob("*"))
+    with getattr(fsio, staged)(tmp_path / "model") as place:
+        (place / "weights" if place.is_dir() else place).write_text("whole")
+    assert set(before) < set(tmp_path.rglob("*"))
+    other.kill()
+    other.communicate()
+
+
+def test_the_loser_of_a_race_for_a_shared_folder_keeps_the_winners(tmp_path):
+    with fsio.shared_folder(tmp_path / "base") as mine:
+        (mine / "weights").write_text("mine")
+        with fsio.shared_folder(tmp_path / "base") as theirs:
+            (theirs / "weights").write_text("theirs")
+    assert {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*/*")} == {
+        "base/weights": "theirs"
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_file_in_the_place_of_a_shared_folder_is_refused(tmp_path):
+    def fill():
+        with fsio.shared_folder(tmp_path / "base") as staging:
+            (staging / "weights").write_text("1")
+            (tmp_path / "base").touch()
+
+    with pytest.raises(DiskError, match="base: cannot be written: Not a directory"):
+        fill()
+
+
+def test_a_manifest_names_the_first_file_that_changed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "sub/b"):
+        (tmp_path / name).write_text(name)
+    written = fsio.manifest(tmp_path)
+    assert list(written) == ["a", "sub/b"]
+    assert fsio.changed_file(tmp_path, written) is None
+    (tmp_path / "sub" / "b").write_text("sub/c")
+    assert fsio.changed_file(tmp_path, written) == "sub/b"
+    (tmp_path / "a").unlink()
+    assert fsio.changed_file(tmp_path, written) == "a"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link", "linked/outside", "fifo", "sub", "no\0name"])
+def test_a_manifest_never_vouches_for_a_file_outside(tmp_path, name):
+    (tmp_path / "outside").write_text("")
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link").symlink_to("../outside")
+    (folder / "linked").symlink_to("..")
+    os.mkfifo(folder / "fifo")
+    empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+    assert fsio.changed_file(folder, {name: empty}) == name

@@ -195,6 +195,10 @@ CODES: Mapping[str, Explanation] = {
         "A response has control characters, zero-width characters or direction overrides.",
         "Remove them: the model would learn to write them.",
     ),
+    "lost_backslash": Explanation(
+        "A LaTeX command lost its backslash to an escape: `\\times` was read as a tab and `imes`.",
+        "Write the file with a JSON library, which doubles backslashes; texts in a program as raw strings.",
+    ),
     "markup": Explanation("A response has HTML tags or entities left in it.", "Convert the HTML to plain text."),
     "echo": Explanation(
         "A response starts with the whole prompt.", "Remove the prompt from the response: some exports join the two."

@@ -163,6 +163,15 @@ class SinkContext:
     first_step: int
     total_steps: int
 
+    def make_folder(self) -> Path:
+        """Create `sinks` in the run folder, and return it: the place for a sink's files.
+
+        It goes with the run when that is overwritten; a file that stands elsewhere in the run folder stops that.
+        """
+        folder = self.run_folder / "sinks"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
 
 class SinkWriter(Protocol):
     """Receives the rows of one run, in order, on a thread of its own."""
