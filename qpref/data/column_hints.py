@@ -18,8 +18,8 @@ REJECTED = {"rejected", "dispreferred", "bad", "worse", "worst", "lose", "losing
             "l"}  # fmt: skip
 """Words in the names of columns that hold the better and the worse response."""
 NEGATIONS = {"non", "not", "un", "less"}
-PROMPTS = ("question", "query", "user_prompt", "instruction", "instructions", "input", "problem", "task", "user",
-           "post", "request", "context")  # fmt: skip
+PROMPTS = ("prompt", "question", "query", "user_prompt", "instruction", "instructions", "input", "problem", "task",
+           "user", "post", "request", "context", "conversation", "dialogue", "dialog")  # fmt: skip
 RESPONSES = {"completion", "response", "output", "answer", "generation", "reply"}
 VERDICTS = ("winner", "verdict", "preference", "preferred", "better", "choice", "gold_label", "overall_preference",
             "better_response_id", "label", "labels")  # fmt: skip
@@ -83,7 +83,7 @@ def two_responses(values: Mapping[str, object]) -> tuple[str, str] | None:
 
     None where several columns, or three responses, are named like this.
     """
-    by_words = {words(name): name for name in _text_columns(values)}
+    by_words = {words(name): name for name in _text_columns(values) if _side(words(name)) is None}
     pairs = []
     for found, name in by_words.items():
         for first, second in TWINS:

@@ -170,6 +170,8 @@ def check_response(messages: Sequence[Message], side: str) -> None:
     """Refuse a response that isn't exactly one assistant turn with content or tool calls."""
     if len(messages) > 1 or messages[0].role != "assistant":
         found = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
-        raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}")
+        several = all(message.role == "assistant" for message in messages)
+        way_out = "; a list of lists holds several responses" if several else ""
+        raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}{way_out}")
     if not messages[0].content.strip() and "tool_calls" not in messages[0].extra:
         raise BadRowError("empty", f"{side} is empty")
