@@ -287,6 +287,7 @@ class Resolution:
                             reader=reader,
                             format=source.format or "auto",
                             columns=source.columns or {},
+                            contest=source.contest,
                             weight=source.weight,
                         )
                     )
