@@ -42,7 +42,7 @@ def advice(values: Mapping[str, object], missing: Sequence[str] = ("prompt", "ch
     found = f"it has {named(names, 8) or 'no column'}"
     if (twins := two_responses(values)) is not None:
         columns = {"first": twins[0], "second": twins[1], "winner": verdict_column(values) or "..."}
-        return f"{found}; say who won: [data.contest] {_toml(columns)}"
+        return f"{found}; say who won: [data.contest] {_toml(columns)}, first_wins = [...], second_wins = [...]"
     if columns := fitting_columns(values, missing):
         return f"{found}; [data] columns = {{ {_toml(columns)} }} would fit"
     if is_supervised(values):
