@@ -12,6 +12,9 @@ MAX_DEPTH = 64
 _CONTROL_BYTES = bytes(sorted({*range(0x20), 0x7F} - set(b"\t\n\r")))
 _CONTROL = re.compile(f"[{re.escape(_CONTROL_BYTES.decode())}]")
 
+_ESCAPES = {"\a": "a", "\b": "b", "\v": "v", "\f": "f"}
+_LETTERS = re.compile(r"[a-z]{2,}")
+
 
 class BadRowError(ValueError):
     """A row that cannot become a record; becomes a finding at the row's location."""
@@ -32,7 +35,17 @@ def check_text(text: str, where: str) -> None:
         found = _CONTROL.search(text)
         assert found is not None
         character = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
-        raise BadRowError("control_character", f"{where}: the control character {character}; remove it")
+        fix = _lost_backslash(text, found.start()) or "remove it"
+        raise BadRowError("control_character", f"{where}: the control character {character}; {fix}")
+
+
+def _lost_backslash(text: str, at: int) -> str:
+    """Name the word that a control character was made of, such as `\\frac`; empty where no word follows it."""
+    letter, rest = _ESCAPES.get(text[at]), _LETTERS.match(text, at + 1)
+    if letter is None or rest is None:
+        return ""
+    word = f"\\{letter}{rest[0][:20]}"
+    return f"'{word}' lost its backslash to the escape '\\{letter}': JSON writes it '\\{word}'"
 
 
 def check_texts_within(value: object, where: str, depth: int = 0) -> None:

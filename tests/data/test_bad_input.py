@@ -333,11 +333,20 @@ RANKS = {
     "responses that are a text": ranked("not_a_pair", "found a text", responses="a", ranks=[1]),
     "ranked without a prompt": ranked("not_a_pair", "no prompt", prompt=None, ranked=["a", "b"]),
     "SHP with another label": ranked(
-        "bad_label", "labels: expected 1 or 0, found 2", history="x", human_ref_A="a", human_ref_B="b", labels=2
+        "unlisted_verdict",
+        "labels = 2; expected 1 (human_ref_A is better)",
+        history="x",
+        human_ref_A="a",
+        human_ref_B="b",
+        labels=2,
     ),
     "an arena tie": ranked("tied", "winner: a tie", conversation_a=WHOLE, conversation_b=WHOLE, winner="tie"),
     "an arena of an unknown winner": ranked(
-        "bad_label", "winner: expected", conversation_a=WHOLE, conversation_b=WHOLE, winner="gpt-4"
+        "unlisted_verdict",
+        "winner = 'gpt-4'; expected 'model_a'",
+        conversation_a=WHOLE,
+        conversation_b=WHOLE,
+        winner="gpt-4",
     ),
 }
 ROWS = NOT_JSON | NOT_UTF8 | TOO_LONG | PARTS | CONVERSATIONS | CONTROL | NUMBERS | LABELS | RANKS

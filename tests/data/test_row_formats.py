@@ -731,8 +731,8 @@ def test_a_ranked_row_without_a_prompt_is_refused():
 def test_a_verdict_says_which_is_chosen(values, verdict, first, second, bad):
     assert order(values | {verdict: first}) == [("a", "b")]
     assert order(values | {verdict: second}) == [("b", "a")]
-    assert refusal(values | {verdict: bad})[0] == "bad_label"
-    assert refusal(values)[0] == "not_a_pair"
+    assert refusal(values | {verdict: bad})[0] == "unlisted_verdict"
+    assert refusal(values | {verdict: None})[0] == "not_a_pair"
 
 
 @pytest.mark.parametrize("winner", ["tie", "tie (bothbad)"])

@@ -11,6 +11,7 @@ from functools import cache
 
 from qpref.hooks import Field, Options, Severity, Split, Validator, hookimpl, report, text_of
 from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref_plugins.check_text.escapes import escaped_away
 from qpref_plugins.check_text.kinds import (
     declines,
     echoes,
@@ -35,6 +36,9 @@ class TextChecks(Options):
     )
     unseen: Severity = Field(
         default="warn", description="control characters, zero-width characters, direction overrides"
+    )
+    lost_backslash: Severity = Field(
+        default="warn", description="LaTeX that lost its backslash to an escape: a tab and `imes` for `\\times`"
     )
     markup: Severity = Field(default="warn", description="HTML tags or entities, unless the prompt is about code")
     echo: Severity = Field(default="warn", description="the response starts with the whole prompt")
@@ -64,12 +68,12 @@ class CheckText:
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
         """Return at most one finding of each kind, which names the sides that have it."""
-        prompt = text_of(example.prompt)
+        prompt, lost = text_of(example.prompt), self._lost_backslash(example)
         if isinstance(example, PreferencePair):
             chosen, rejected = kinds_of(text_of(example.chosen), prompt), kinds_of(text_of(example.rejected), prompt)
             rejected = tuple(code for code in rejected if code != "refusal")
             if not chosen and not rejected:
-                return ()
+                return lost
             found = [
                 (code, _message(_sides(code in chosen, code in rejected), code))
                 for code in WHAT
@@ -78,10 +82,14 @@ class CheckText:
         else:
             kinds = kinds_of(text_of(example.completion), prompt)
             found = [(code, _message("completion", code)) for code in kinds if example.label or code != "refusal"]
-        return [finding for code, message in found for finding in self._found(code, message, example)]
+        return [finding for code, message in found for finding in self._found(code, message, example)] + lost
 
     def finish(self) -> Iterable[Finding]:
         return ()
+
+    def _lost_backslash(self, example: PreferencePair | UnpairedExample) -> list[Finding]:
+        message = escaped_away(example)
+        return list(self._found("lost_backslash", message, example)) if message else []
 
     def _found(self, code: str, message: str, example: PreferencePair | UnpairedExample) -> tuple[Finding, ...]:
         severity: Severity = getattr(self.options, code)
