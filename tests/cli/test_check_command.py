@@ -304,3 +304,12 @@ def test_a_wrong_option_is_named(tmp_path, options, wording):
 def test_a_recipe_says_itself_how_its_data_are_read(write_recipe, options):
     key = options[0].replace("shape", "format")
     assert f"error: {key} is for a bare source of data" in check(write_recipe(), *options, code=2).stderr
+
+
+def test_rows_that_make_several_pairs_are_counted(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows({}, {"rejected": ["No.", "Never.", "Not at all."]}, {}))
+    assert f"{path}: 3 rows read, 3 kept, 0 refused; 1 row has more than two responses, which make 3 pairs" in (
+        check(path).stdout
+    )
+    assert facts(path)["several_responses"] == {"rows": 1, "pairs": 3}
+    assert facts(write_jsonl(tmp_path / "one.jsonl", preference_rows(2)))["several_responses"] == {}
