@@ -70,14 +70,15 @@ class DataSource:
         return records_of_row(named, self.choice.format if self._contest is None else "auto")
 
     def contest_of(self, row: Row) -> tuple[str, Contest, Mapping[str, object]] | None:
-        """Return the format's name, the contest that judges the row, and the values that it reads; None without one."""
+        """Return the format's name, the contest that judged a row, and the values that it read; None without one."""
         if self._contest is not None:
             return "", self._contest, row.values
         named = self.named(row)
         if isinstance(named, Finding):
             return None
         name = self.choice.format if self.choice.format != "auto" else format_of(named.values)
-        return None if name is None or name not in CONTESTS else (name, CONTESTS[name], named.values)
+        contest = CONTESTS.get(name or "")
+        return None if contest is None else (name or "", contest, contest.prepare(named.values))
 
     def named(self, row: Row) -> Row | Finding:
         """Rename the row's columns to qpref's names, or report those that it lacks."""

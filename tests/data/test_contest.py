@@ -476,3 +476,52 @@ def test_lists_of_turns_become_conversations():
         assert chosen([texts | broken | verdict])[1] == ["not_a_message"]
     plain = {"prompt": "[1, 2]", "response_a": A, "response_b": B}
     assert chosen([plain | verdict]) == ([B], [])
+
+
+def task(*answers, **more):
+    """A task of Label Studio's JSON export with one annotation for each answer."""
+    results = [[{"type": "pairwise", "value": {"selected": answer}}] if answer else [] for answer in answers]
+    data = {"prompt": "Why?", "answer1": A, "answer2": B}
+    return {"id": 1, "data": data, "annotations": [{"result": result} | more for result in results]}
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome"),
+    [
+        (task("left"), ([A], [])),
+        (task("right", "right"), ([B], [])),
+        (task("right", None), ([B], [])),
+        (task("left", "right"), ([], ["tied"])),
+        (task(), ([], ["not_a_pair"])),
+        (task(None), ([], ["not_a_pair"])),
+        (task("right", was_cancelled=True), ([], ["not_a_pair"])),
+        (task("both"), ([], ["unlisted_verdict", "refused_source"])),
+        (task("left") | {"annotations": [3, {"result": 3}, {"result": [3]}]}, ([], ["not_a_pair"])),
+        (task("left") | {"data": {"prompt": "Why?"}}, ([], ["missing_column"])),
+        (task("left") | {"data": 3}, ([], ["missing_column"])),
+    ],
+    ids=str,
+)
+def test_a_task_of_label_studio_has_the_answer_on_which_its_annotators_agree(values, outcome):
+    assert chosen([values]) == outcome
+
+
+# The rows that are shown.
+
+
+def test_the_first_three_rows_with_a_winner_are_shown_by_their_winner():
+    rows = [
+        row(label=label, a="A " * 100, b=[{"role": "assistant", "content": "B\n\u202e]"}]) for label in (0, 2, 1, 1, 1)
+    ]
+    verdicts = check(rows, contest(**LISTS)).report.facts()["verdicts"]
+    assert [(one["line"], one["verdict"], one["winner"]) for one in verdicts] == [
+        (2, "label = 2", "b"),
+        (3, "label = 1", "a"),
+        (4, "label = 1", "a"),
+    ]
+    assert verdicts[1]["chosen"] == "A " * 29 + "A…"
+    assert verdicts[1]["rejected"] == "B \ufffd]"
+
+
+def test_rows_with_a_label_of_their_own_show_no_winner():
+    assert check([{"prompt": "Why?", "chosen": A, "rejected": B}]).report.facts()["verdicts"] == []
