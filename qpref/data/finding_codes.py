@@ -141,7 +141,7 @@ CODES: Mapping[str, Explanation] = {
         "Read some of them: small edits can be good pairs; copies with noise teach little.",
     ),
     "too_short": Explanation(
-        "A response is shorter than its minimum in `[checks]`.",
+        "Responses are shorter than their minimum in `[checks]`; a Chinese character counts as several Latin ones.",
         'Lower the minimum or set `too_short = "off"` where short answers are meant.',
     ),
     "duplicate": Explanation(
@@ -194,6 +194,10 @@ CODES: Mapping[str, Explanation] = {
     "unseen": Explanation(
         "A response has control characters, zero-width characters or direction overrides.",
         "Remove them: the model would learn to write them.",
+    ),
+    "turn_markers": Explanation(
+        "Texts hold the control tokens or labels of a chat template, or responses go on with the user's next turn.",
+        "Remove the markers, and write several turns as messages; cut a response where the next turn starts.",
     ),
     "lost_backslash": Explanation(
         "A LaTeX command lost its backslash to an escape: `\\times` was read as a tab and `imes`.",
