@@ -25,14 +25,12 @@ class Contest:
 
     Attributes:
         section: the columns and the verdicts.
-        prepare: changes the row's values before they are read.
         prompts: paths of the prompt, the first that a row has, for rows without a column that any format reads as such.
         finish: changes the row's values once `chosen` and `rejected` are known.
     """
 
     section: ContestSection
     prompts: tuple[str, ...] = ()
-    prepare: Callable[[Values], Values] = dict
     finish: Callable[[Values], Values] = dict
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -55,11 +53,10 @@ class Contest:
         Raises:
             BadRowError: a tie, no verdict, one that no list has, or a column is missing.
         """
-        found = self.prepare(row.values)
-        better, worse = self.sides(found)
-        values = {**found, "chosen": value_at(found, better), "rejected": value_at(found, worse)}
+        better, worse = self.sides(row.values)
+        values = {**row.values, "chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
         if not has_prompt(values):
-            prompts = (value_at(found, path) for path in self.prompts)
+            prompts = (value_at(row.values, path) for path in self.prompts)
             values["prompt"] = next((prompt for prompt in prompts if not is_missing(prompt)), None)
         return Row(values=self.finish(values), source=row.source)
 

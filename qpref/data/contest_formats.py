@@ -6,7 +6,7 @@ verdicts of different meaning, so that a recipe has to name them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from qpref.data.contest import Contest, Values
 from qpref.data.row_values import BadRowError, json_value
@@ -53,25 +53,6 @@ def _joined(questions: Sequence[object], answers: Sequence[object]) -> list[dict
 def _listed(value: object) -> Sequence[object] | None:
     value = json_value(value) if isinstance(value, str) and value.startswith("[") else value
     return value if isinstance(value, list) and value and not isinstance(value[0], dict) else None
-
-
-def _task(values: Values) -> Values:
-    """Take the texts and the answer out of a task of Label Studio's JSON export; its other exports have columns."""
-    data, annotations = values.get("data"), values.get("annotations")
-    if not isinstance(data, dict) or not isinstance(annotations, list):
-        return values
-    answers = [value for annotation in annotations for value in _answers(annotation)]
-    if len({repr(answer) for answer in answers}) > 1:
-        raise BadRowError("tied", f"{len(answers)} annotations name different winners")
-    return {**values, **data, "comparison": answers[0] if answers else None}
-
-
-def _answers(annotation: object) -> Iterator[object]:
-    """Yield the answers of an annotation, unless its annotator cancelled it."""
-    results = annotation.get("result") if isinstance(annotation, dict) and not annotation.get("was_cancelled") else None
-    for result in results if isinstance(results, list) else []:
-        if isinstance(result, dict) and result.get("type") == "pairwise":
-            yield result.get("value")
 
 
 _STRENGTH = {  # from the first response being much better to the second
@@ -132,7 +113,7 @@ CONTESTS: Mapping[str, Contest] = {
         )
     ),
     "label_studio": Contest(
-        _section("answer1", "answer2", winner="comparison", first_wins=["left"], second_wins=["right"]), prepare=_task
+        _section("answer1", "answer2", winner="comparison", first_wins=["left"], second_wins=["right"])
     ),
     "llmbar": Contest(_section("output_1", "output_2", winner="label", first_wins=[1], second_wins=[2])),
     "autoj": Contest(_section("response 1", "response 2", winner="label", first_wins=[0], second_wins=[1], tie=[2])),
@@ -158,15 +139,13 @@ _OWN = {
     "label_studio": ("answer1", "answer2", "comparison"),
 }
 """Columns by which a format is recognized, whether or not they are null."""
-_TASK = ("data", "annotations")
-"""Columns of a task of Label Studio."""
 BY_NAME = frozenset(CONTESTS.keys() - _OWN.keys())
 """Formats that are read only where a recipe names them."""
 CONTEST_COLUMNS = frozenset(
     path.split(".")[0]
     for contest in CONTESTS.values()
     for path in (contest.section.first, contest.section.second, *contest.section.verdict_columns, *contest.prompts)
-).union(_TASK)
+)
 """Every column that one of these formats reads."""
 
 
@@ -179,4 +158,4 @@ def contest_format(values: Mapping[str, object], has: Set[str]) -> str | None:
     for name, columns in _OWN.items():
         if columns[0] in has and all(column in values for column in columns):
             return name
-    return "label_studio" if all(column in has for column in _TASK) else None
+    return None

@@ -478,34 +478,6 @@ def test_lists_of_turns_become_conversations():
     assert chosen([plain | verdict]) == ([B], [])
 
 
-def task(*answers, **more):
-    """A task of Label Studio's JSON export with one annotation for each answer."""
-    results = [[{"type": "pairwise", "value": {"selected": answer}}] if answer else [] for answer in answers]
-    data = {"prompt": "Why?", "answer1": A, "answer2": B}
-    return {"id": 1, "data": data, "annotations": [{"result": result} | more for result in results]}
-
-
-@pytest.mark.parametrize(
-    ("values", "outcome"),
-    [
-        (task("left"), ([A], [])),
-        (task("right", "right"), ([B], [])),
-        (task("right", None), ([B], [])),
-        (task("left", "right"), ([], ["tied"])),
-        (task(), ([], ["not_a_pair"])),
-        (task(None), ([], ["not_a_pair"])),
-        (task("right", was_cancelled=True), ([], ["not_a_pair"])),
-        (task("both"), ([], ["unlisted_verdict", "refused_source"])),
-        (task("left") | {"annotations": [3, {"result": 3}, {"result": [3]}]}, ([], ["not_a_pair"])),
-        (task("left") | {"data": {"prompt": "Why?"}}, ([], ["missing_column"])),
-        (task("left") | {"data": 3}, ([], ["missing_column"])),
-    ],
-    ids=str,
-)
-def test_a_task_of_label_studio_has_the_answer_on_which_its_annotators_agree(values, outcome):
-    assert chosen([values]) == outcome
-
-
 # The rows that are shown.
 
 
