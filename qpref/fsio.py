@@ -1,20 +1,19 @@
 """Atomic and durable writes; no other module of the core writes to disk.
 
 Every file appears whole or not at all: written under a temporary name, fsynced, renamed, and its folder fsynced.
-Folders that must appear as one (a checkpoint, an adapter, a merged model) are filled under a temporary name beside
-their final one and renamed.
+Folders that must appear as one (a checkpoint, an adapter, a merged model) are `qpref.publish`'s.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import io
 import json
 import os
+import re
+import secrets
 import shutil
-import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +21,16 @@ from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from qpref.errors import DiskError, RunLockedError
-from qpref.linux import fcntl
+from qpref.errors import DiskError
+from qpref.opening import open_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STAGING_PREFIX = ".tmp-"
+LOCK_SUFFIX = ".lock"
+STAGED = re.compile(rf"{re.escape(STAGING_PREFIX)}(?P<final>.+)-[0-9a-f]{{16}}({re.escape(LOCK_SUFFIX)})?")
+"""Names under which files and folders are written, and those of the locks that writers of folders hold."""
 
 
 def cache_folder() -> Path:
@@ -66,8 +68,7 @@ def fsync_tree(folder: Path) -> None:
         if path.is_dir():
             fsync_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(path)
     fsync_folder(folder)
 
 
@@ -77,15 +78,27 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
+def staging_name(final: Path) -> Path:
+    """Return a name beside `final` that nobody has and nobody can guess: process ids are the same in two containers."""
+    return final.with_name(f"{STAGING_PREFIX}{final.name}-{secrets.token_hex(8)}")
+
+
+def fsync_file(path: Path) -> None:
+    descriptor = open_plain(path)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _published(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; without an error that file is then fsynced and renamed to `path`."""
-    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}-{os.getpid()}")
+    temporary = staging_name(path)
     with disk_errors(path):
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(temporary)
             temporary.rename(path)
             fsync_folder(path.parent)
         finally:
@@ -95,7 +108,7 @@ def _published(path: Path) -> Iterator[Path]:
 def write_stream(path: Path, source: IO[bytes]) -> None:
     """Write all bytes of an open file, 1 MiB at a time."""
     with _published(path) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with os.fdopen(descriptor, "wb") as file:
             shutil.copyfileobj(source, file, 2**20)
 
@@ -111,7 +124,7 @@ def write_text(path: Path, text: str) -> None:
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file line by line; only one line is in memory."""
     with _published(path) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
 
@@ -135,87 +148,6 @@ def copy_file(source: Path, target: Path) -> None:
         write_stream(target, file)
 
 
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; without an error it is then fsynced and renamed to `final`.
-
-    `final` must not exist, or be an empty folder; it never exists half-filled.
-    """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_abandoned(final)
-        staging.mkdir(mode=0o700)
-    try:
-        yield staging
-        with disk_errors(final):
-            fsync_tree(staging)
-            staging.rename(final)
-            fsync_folder(final.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def try_folder(final: Path) -> None:
-    """Check that `staged_folder(final)` could start; leaves nothing behind.
-
-    Raises:
-        DiskError: it could not.
-    """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
-    with disk_errors(final):
-        created = [parent for parent in staging.parents if not parent.exists()]
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            staging.mkdir(mode=0o700)
-            staging.rmdir()
-        finally:
-            for folder in created:
-                if folder.is_dir():
-                    folder.rmdir()
-
-
-@contextmanager
-def staged_file(final: Path) -> Iterator[Path]:
-    """Yield a path in a temporary folder for another program to write; it is then fsynced and renamed to `final`.
-
-    `final` must not exist at the end either.
-    """
-    staging = final.with_name(f"{STAGING_PREFIX}{final.name}-{os.getpid()}")
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_abandoned(final)
-        staging.mkdir(mode=0o700)
-    try:
-        path = staging / f"staged{final.suffix}"
-        yield path
-        with disk_errors(final):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            if final.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            path.rename(final)
-            fsync_folder(final.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_abandoned(final: Path) -> None:
-    """Remove staging folders for `final` that killed processes of this machine left: a merged model is large."""
-    for path in final.parent.glob(f"{STAGING_PREFIX}{glob.escape(final.name)}-*"):
-        number = path.name.rpartition("-")[2]
-        if path.name != f"{STAGING_PREFIX}{final.name}-{number}" or not number.isdecimal():
-            continue
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except (PermissionError, OverflowError):
-            continue  # alive, owned by another user
-
-
 def make_readable(top: Path) -> None:
     """Set the modes of a file, or of a folder and its contents, to those of the user's umask, so others can read it."""
     umask = os.umask(0)
@@ -233,14 +165,15 @@ def remove_tree(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_staging(folder: Path) -> None:
-    """Remove half-written files and folders that a killed process left in `folder`."""
-    for path in folder.glob(f"{STAGING_PREFIX}*"):
-        remove_tree(path)
+def staged_name(name: str) -> str | None:
+    """Return the final name of what a killed process left half-written under this name; None for other names."""
+    match = STAGED.fullmatch(name)
+    return match and match["final"]
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    """Hash a regular file, which may be reached by a link; SHA-256 in hex."""
+    with os.fdopen(open_plain(path, follow=True), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -255,7 +188,7 @@ class AppendLog:
     def __init__(self, path: Path, keep: int | None = None) -> None:
         self._path = path
         with disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             # Unbuffered, so that nothing stays in a buffer when a full disk has refused a line.
             self._file = os.fdopen(descriptor, "ab", buffering=0)
             try:
@@ -291,26 +224,3 @@ def touch(path: Path) -> None:
     """Set a cache file's modification time to now, which marks it as used."""
     with disk_errors(path):
         os.utime(path)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`'s LOCK file; the kernel releases it when the process ends, even if it is killed.
-
-    Raises:
-        RunLockedError: another process holds it; the message has its pid and host.
-    """
-    path = folder / "LOCK"
-    with disk_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            raise RunLockedError(f"{folder}: another process is writing this run ({holder})") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qpref import fsio
 from qpref.errors import DiskError, RecipeError
+from qpref.opening import open_plain
 
 log = logging.getLogger("qpref")
 
@@ -161,7 +162,7 @@ class ShardStore:
     def _read(self, path: Path, size: int) -> int:
         """Index the records in the first `size` bytes of a shard; returns the length of its whole records in bytes."""
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_plain(path), "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 data = mmap.mmap(file.fileno(), min(size, found), access=mmap.ACCESS_READ) if min(size, found) else None
             fsio.touch(path)

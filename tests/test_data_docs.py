@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qpref.data.contest_formats import BY_NAME, CONTESTS
 from qpref.data.row_formats import COLUMNS, ROW_FORMATS, format_of, records_of_row
 from qpref.hooks.manager import READER, PluginHost, installed_offers
 from qpref.records import Message, PreferencePair, Row, Source, UnpairedExample
@@ -67,6 +68,11 @@ RECORDS = [
     ],
     [SUM],
     [SUM],
+    [SUM],
+    [SUM],
+    [SUM],
+    [pair(user("Name a fruit", "Pear", "Another"), "Fig", "Pear")],
+    [SUM, pair(user("1 + 1?"), "2", "3", number=1)],
     [pair(user("Name a fruit", "Pear", "Another"), "Fig", "Pear")],
     [pair((SYSTEM, *CALLED, Message(role="tool", content="rain")), "Rain.", "Sun.")],
     [pair(user("Translate to French: dog", "chien", "Translate to French.\ncat"), "chat", "chien")],
@@ -79,10 +85,10 @@ RECORDS = [
         pair(user("1 + 1?"), "2", "21", number=1),
         pair(user("1 + 1?"), "3", "21", number=2),
     ],
+    [pair((SYSTEM, *user("1 + 1?")), "2", "21")],
     [SUM],
     [SUM],
-    [SUM],
-    [SUM],
+    *[[SUM]] * 11,
     [single(user("1 + 1?"), "2", True)],
     [single(user("1 + 1?"), "21", False)],
 ]
@@ -98,11 +104,20 @@ def test_each_example_becomes_the_records_that_the_page_says(number):
 
 
 def test_every_format_has_an_example():
-    assert {format_of(values) for values in EXAMPLES} == set(ROW_FORMATS)
+    assert {format_of(values) for values in EXAMPLES} == set(ROW_FORMATS) - BY_NAME
 
 
 def test_the_order_of_precedence_names_every_format():
-    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(ROW_FORMATS)
+    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(ROW_FORMATS) - BY_NAME
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_the_table_of_comparisons_has_each_format_with_its_columns(name):
+    (row,) = re.findall(rf"^\| `{name}`.*\|$", PAGE, re.MULTILINE)
+    section = CONTESTS[name].section
+    columns = {path.split(".")[0] for path in (section.first, section.second, *section.verdict_columns)}
+    assert columns <= set(re.findall(r"`([\w ]+)`", row))
+    assert ("by name" in row) is (name in BY_NAME)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""Files and folders appear whole or not at all, a refusal of the disk has an error of its own, a run one writer."""
+"""Files and folders appear whole or not at all, and a refusal of the disk has an error of its own."""
 
 import errno
 import io
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qpref import fsio
-from qpref.errors import DiskError, RunLockedError
+from qpref.errors import DiskError
 
 WRITERS = {
     "write_bytes": lambda path, text: fsio.write_bytes(path, text.encode()),
@@ -157,9 +156,7 @@ def test_a_killed_writer_leaves_the_old_file_and_one_leftover(tmp_path):
     process.kill()
     process.communicate()
     leftovers = [path.name for path in tmp_path.iterdir() if path.name != "file"]
-    assert ((tmp_path / "file").read_text(), leftovers) == ("old", [f".tmp-file-{process.pid}"])
-    fsio.remove_staging(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert ((tmp_path / "file").read_text(), [fsio.staged_name(name) for name in leftovers]) == ("old", ["file"])
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -177,7 +174,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     fsio.write_text(tmp_path / "file", "new")
-    staged = f".tmp-file-{os.getpid()}"
+    staged = events[0].removeprefix("fsync ")
+    assert fsio.staged_name(staged) == "file"
     assert events == [f"fsync {staged}", f"rename {staged}", f"fsync {tmp_path.name}"]
 
 
@@ -188,114 +186,6 @@ def test_sha256_is_of_the_whole_file(tmp_path):
 
 
 # Folders.
-
-
-def test_a_staged_folder_is_not_there_before_it_is_complete(tmp_path):
-    final = tmp_path / "runs" / "adapter"
-    with fsio.staged_folder(final) as staging:
-        (staging / "one").write_text("1")
-        assert not final.exists()
-    assert {path.name: path.read_text() for path in final.iterdir()} == {"one": "1"}
-    assert [path.name for path in final.parent.iterdir()] == ["adapter"]
-
-
-def test_a_staged_folder_is_for_its_owner(tmp_path):
-    with fsio.staged_folder(tmp_path / "adapter"):
-        pass
-    assert mode_of(tmp_path / "adapter") == 0o700
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_error_removes_the_staged_folder(tmp_path, error):
-    def fill():
-        with fsio.staged_folder(tmp_path / "adapter") as staging:
-            (staging / "one").write_text("1")
-            raise error
-
-    with pytest.raises(error):
-        fill()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_staged_folder_takes_the_place_of_an_empty_one(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    with fsio.staged_folder(tmp_path / "adapter") as staging:
-        (staging / "one").write_text("1")
-    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["one"]
-
-
-def test_a_staged_folder_never_replaces_a_full_one(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "old").touch()
-
-    def fill():
-        with fsio.staged_folder(tmp_path / "adapter") as staging:
-            (staging / "new").touch()
-
-    with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/adapter: cannot be written: Directory not empty")):
-        fill()
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["adapter", "adapter/old"]
-
-
-def test_a_disk_that_fails_at_the_end_leaves_no_folder(tmp_path, monkeypatch):
-    def fill():
-        with fsio.staged_folder(tmp_path / "adapter") as staging:
-            (staging / "one").touch()
-            monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
-
-    with pytest.raises(DiskError, match="No space left on device"):
-        fill()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_staged_folder_reaches_the_disk_file_by_file(tmp_path, monkeypatch):
-    synced = []
-    fsync = os.fsync
-
-    def note(descriptor):
-        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
-
-    with fsio.staged_folder(tmp_path / "adapter") as staging:
-        (staging / "sub").mkdir()
-        for name in ("one", "sub/two"):
-            (staging / name).touch()
-        monkeypatch.setattr(os, "fsync", note)
-    assert sorted(synced) == sorted(["one", "sub", "two", staging.name, tmp_path.name])
-
-
-def test_a_staged_file_is_not_there_before_it_is_complete(tmp_path):
-    final = tmp_path / "new" / "model.gguf"
-    with fsio.staged_file(final) as path:
-        path.write_text("whole")
-        assert path.suffix == ".gguf"
-        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-        assert not final.exists()
-    assert [entry.name for entry in final.parent.iterdir()] == ["model.gguf"]
-    assert final.read_text() == "whole"
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_error_removes_the_staged_file(tmp_path, error):
-    def fill():
-        with fsio.staged_file(tmp_path / "file") as path:
-            path.write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        fill()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_staged_file_never_replaces_one_that_came_meanwhile(tmp_path):
-    def fill():
-        with fsio.staged_file(tmp_path / "file") as path:
-            path.write_text("new")
-            (tmp_path / "file").write_text("mine")
-
-    with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/file: cannot be written: File exists")):
-        fill()
-    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file", "mine")]
 
 
 def test_a_made_folder_is_for_its_owner(tmp_path):
@@ -309,19 +199,6 @@ def test_a_folder_in_the_place_of_a_file_is_a_disk_error(tmp_path):
         fsio.make_folder(tmp_path / "file" / "run")
 
 
-def test_a_readable_folder_has_the_modes_of_the_users_umask(tmp_path):
-    with fsio.staged_folder(tmp_path / "adapter") as staging:
-        (staging / "sub").mkdir(mode=0o700)
-        fsio.write_text(staging / "sub" / "one", "1")
-    before = os.umask(0o027)
-    try:
-        fsio.make_readable(tmp_path / "adapter")
-    finally:
-        after = os.umask(before)
-    modes = [mode_of(tmp_path / "adapter" / name) for name in (".", "sub", "sub/one")]
-    assert (modes, after) == ([0o750, 0o750, 0o640], 0o027)
-
-
 def test_removing_a_link_to_a_folder_leaves_the_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").touch()
@@ -330,13 +207,21 @@ def test_removing_a_link_to_a_folder_leaves_the_folder(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/mine"]
 
 
-def test_removing_leftovers_leaves_what_has_its_name(tmp_path):
-    for name in (".tmp-adapter-12", "adapter"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "one").touch()
-    (tmp_path / ".tmp-run.json-12").touch()
-    fsio.remove_staging(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+@pytest.mark.parametrize(
+    ("name", "final"),
+    [
+        (".tmp-run.json-0123456789abcdef", "run.json"),
+        (".tmp-step-000012-0123456789abcdef", "step-000012"),
+        (".tmp-step-000012-0123456789abcdef.lock", "step-000012"),
+        (".tmp-adapter-12", None),
+        (".tmp-notes", None),
+        ("adapter-0123456789abcdef", None),
+        (".tmp-adapter-0123456789abcdeF", None),
+        (".tmp-adapter-0123456789abcdef.txt", None),
+    ],
+)
+def test_a_staged_name_is_known_by_its_form(name, final):
+    assert fsio.staged_name(name) == final
 
 
 @pytest.mark.parametrize(
@@ -408,76 +293,3 @@ def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
     assert str(caught.value) == (
         f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and continue with --resume"
     )
-
-
-# The lock.
-
-
-def hold_lock(folder):
-    """A process that holds the folder's lock until its input ends."""
-    process = python(
-        f"""
-        with fsio.locked(Path("{folder}")):
-            print("locked", flush=True)
-            sys.stdin.read()
-        """,
-        stdin=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == "locked\n"
-    return process
-
-
-@pytest.fixture
-def holder(tmp_path):
-    process = hold_lock(tmp_path)
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_process_is_refused_and_the_first_is_named(tmp_path, holder):
-    with pytest.raises(RunLockedError) as caught, fsio.locked(tmp_path):
-        pass
-    assert str(caught.value) == (
-        f"{tmp_path}: another process is writing this run (pid {holder.pid} on {os.uname().nodename})"
-    )
-
-
-def test_a_refused_process_leaves_the_lock_held(tmp_path, holder):
-    for _ in range(2):
-        with pytest.raises(RunLockedError), fsio.locked(tmp_path):
-            pass
-
-
-@pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "kill", "done"])
-def test_the_lock_is_free_however_its_holder_ended(tmp_path, holder, ended):
-    if ended:
-        holder.send_signal(ended)
-    holder.communicate()
-    with fsio.locked(tmp_path):
-        assert (tmp_path / "LOCK").read_text() == f"pid {os.getpid()} on {os.uname().nodename}\n"
-
-
-def test_an_error_inside_frees_the_lock(tmp_path):
-    with pytest.raises(KeyError), fsio.locked(tmp_path):
-        raise KeyError
-    with fsio.locked(tmp_path):
-        pass
-
-
-def test_the_lock_is_for_its_owner(tmp_path):
-    with fsio.locked(tmp_path):
-        assert mode_of(tmp_path / "LOCK") == 0o600
-
-
-@pytest.mark.parametrize("staged", [fsio.staged_folder, fsio.staged_file], ids=["folder", "file"])
-def test_a_killed_process_leaves_nothing_beside_what_is_made_next(tmp_path, staged):
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    dead = int(done.stdout)
-    kept = [f".tmp-model-{os.getppid()}", f".tmp-model-b-{dead}", ".tmp-model-notes", f".tmp-other-{dead}"]
-    for name in (f".tmp-model-{dead}", *kept):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text("half")
-    with staged(tmp_path / "model") as place:
-        (place / "weights" if place.is_dir() else place).write_text("whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "model"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpref.cli.options import json_option, set_option
+from qpref.cli.options import json_option, set_option, source_options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
@@ -32,47 +32,54 @@ BAR_WIDTH = 40
 @click.argument("what", metavar="RECIPE_OR_DATA")
 @set_option
 @click.option("--model", "base", metavar="BASE", help="Base whose tokenizer checks a bare data file, too.")
+@source_options
 @json_option
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Also write the findings as an HTML page.",
+    help="Also write the findings, with the texts of the rows, as an HTML page.",
 )
 @click.option(
     "--fix",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write the kept rows to FILE, and the refused rows with their reasons to NAME.refused.jsonl beside it.",
+    help="Write the kept rows with their own columns to FILE (of several sources to NAME.1.jsonl and so on), and the "
+    "refused rows with their reasons to NAME.refused.jsonl beside it.",
 )
 def command(
-    what: str, overrides: tuple[str, ...], base: str | None, as_json: bool, html: Path | None, fix: Path | None
+    what: str,
+    overrides: tuple[str, ...],
+    base: str | None,
+    as_json: bool,
+    html: Path | None,
+    fix: Path | None,
+    **source_keys: Any,
 ) -> None:
     """Check the preference data of a recipe (a .toml file), or one data source: a file, `hf:org/name`, ...
 
     Loads no weights. Exits with 3 if a row is refused or no row is left; warnings alone exit with 0.
     """
-    from qpref.data.clean import files_beside, write_clean
+    from qpref.data.clean import refuse_early
     from qpref.errors import DataError, RecipeError
 
     if fix is not None:
-        files_beside(fix)
+        refuse_early(fix)
     if html is not None and html.suffix not in (".html", ".htm"):
         raise RecipeError(f"{html}: a page's name ends in .html")
     try:
-        audit = _audit(what, overrides, base)
+        audit = _audit(what, overrides, base, {key: value for key, value in source_keys.items() if value})
     except DataError as error:
         if as_json:
             click.echo(json.dumps(_unreadable(what, error), indent=2, ensure_ascii=False))
         raise
     report = audit.checked.report
     if fix is not None:
-        written = write_clean(audit.checked, fix)
-        click.echo(f"written: {', '.join(map(str, written))}", err=as_json)
+        _fix(audit, fix, to_stderr=as_json)
     if html is not None:
-        from qpref.data.page import write_page
+        from qpref.report.check_page import write_check_page
 
-        write_page(audit, html)
+        write_check_page(audit, html, what if ":" in what else Path(what).name)
         click.echo(f"written: {html}", err=as_json)
     if as_json:
         click.echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))
@@ -82,14 +89,31 @@ def command(
         raise click.exceptions.Exit(DataError.exit_code)
 
 
+def _fix(audit: Audit, path: Path, to_stderr: bool) -> None:
+    """Write the kept and the refused rows, and print which file stands in for which source."""
+    from qpref.data.clean import write_clean
+
+    fixed, refused = write_clean(audit.checked, path)
+    heldout = audit.checked.heldout
+    for file in fixed:
+        held_out = heldout is not None and heldout.share is not None and file.split == "heldout"
+        use = ", with [data] heldout in place of heldout_share" if held_out else ""
+        click.echo(f"written: {file.path}, in place of {file.location}{use}", err=to_stderr)
+    click.echo(f"written: {refused}, the refused rows with the reasons", err=to_stderr)
+
+
 def _unreadable(what: str, error: QprefError) -> dict[str, object]:
     """JSON output for data that cannot be read to the end."""
     finding = {"code": "unreadable", "severity": "error", "path": what, "line": 0, "message": error.what}
     return {"read": 0, "kept": 0, "refused": 0, "dropped": 0, "findings": [finding]}
 
 
-def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
-    """Check a recipe's data, or one source."""
+def _audit(what: str, overrides: tuple[str, ...], base: str | None, source_keys: Mapping[str, Any]) -> Audit:
+    """Check a recipe's data, or one source.
+
+    Args:
+        source_keys: keys of `[data]` for a source without a recipe.
+    """
     from qpref.data.audit import audit_data
     from qpref.data.check import check_data
     from qpref.data.load import check_rows
@@ -99,6 +123,9 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
     if Path(what).suffix == ".toml":
         if base is not None:
             raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
+        if source_keys:
+            key = next(iter(source_keys))
+            raise RecipeError(f"--{key} is for a bare source of data; a recipe has its own: --set data.{key}=...")
         recipe_plan = make_plan(Path(what), overrides)
         recipe = recipe_plan.recipe
         swaps = _swap_search(recipe.model)
@@ -108,7 +135,7 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
         return audit
     if overrides:
         raise RecipeError("--set changes a recipe, and this is a source of data")
-    plan = make_data_plan(what, base)
+    plan = make_data_plan(what, base, source_keys)
     checked = check_data(plan.sources, plan.validators, pairs_only=False)
     return audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
 

@@ -9,13 +9,18 @@ from typing import Any
 
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
+from qpref.data.row_formats import COLUMNS
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
+from qpref.data.unread_keys import UnreadKeys
+from qpref.data.verdicts import VerdictWatch
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
+
+Watch = Callable[[DataSource, Row, Sequence[ExampleRow] | Finding], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,19 +89,33 @@ class CheckedRows:
         sources = (Source(path=path, line=line) for path, lines in noted.items() for line in lines)
         return sum(not self.report.leaves_out(source) for source in sources)
 
-    def all_rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
+    def all_rows(
+        self, note: Callable[[Row], None] | None = None, watch: Watch | None = None
+    ) -> Iterator[Sequence[ExampleRow] | Finding]:
         """Yield each row of this split as one or more examples, or the finding that refuses it.
 
         Args:
             note: called with each raw row of the sources.
+            watch: called with each raw row of this split, its source and its result.
         """
         for source in self.sources:
-            for row in source.rows(note):
+            for raw in source.raw():
+                if note is not None and isinstance(raw, Row):
+                    note(raw)
+                row = source.records(raw)
                 if self.share is not None and self.share.split_of(row) != self.split:
                     continue
+                if watch is not None and isinstance(raw, Row):
+                    watch(source, raw, row)
                 if not isinstance(row, Finding) and source.choice.weight != 1:
                     self.weights[row[0].source.path] = source.choice.weight
                 yield self._refused_singles(row) if self.pairs_only and not isinstance(row, Finding) else row
+
+    def raw_rows(self, source: DataSource) -> Iterator[Row | Finding]:
+        """Yield the rows of this split in one of its sources, as the reader parsed them."""
+        for raw in source.raw():
+            if self.share is None or self.share.split_of(source.records(raw)) == self.split:
+                yield raw
 
     def _refused_singles(self, row: Sequence[ExampleRow]) -> Sequence[ExampleRow] | Finding:
         if not isinstance(row[0], UnpairedExample):
@@ -112,6 +131,11 @@ class CheckedData:
     train: CheckedRows
     heldout: CheckedRows | None
     report: DataReport
+
+    @property
+    def splits(self) -> list[CheckedRows]:
+        """The splits there are, the training rows first."""
+        return [rows for rows in (self.train, self.heldout) if rows is not None]
 
 
 def check_data(
@@ -141,10 +165,23 @@ def check_data(
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
     repeats = RepeatCounter()
+    unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
+    watches = {source.choice.location: VerdictWatch(source) for _, source in opened}
+
+    def note(row: Row) -> None:
+        repeats.note(row)
+        unread.note(row)
+
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note)
+        _check_rows(rows, checks, report, None if rows is heldout and share else note, watches)
+    for _, source in opened:
+        report.add(source.notes)
     report.repeated = repeats.count()
+    report.add(unread.findings())
+    for watch in watches.values():
+        report.add(watch.findings())
+        report.verdicts += watch.shown
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
@@ -155,19 +192,32 @@ def _check_rows(
     checks: Sequence[_RunningCheck],
     report: DataReport,
     note: Callable[[Row], None] | None,
+    watches: Mapping[str, VerdictWatch],
 ) -> None:
-    for row in rows.all_rows(note):
-        report.read += 1
+    def watch(source: DataSource, raw: Row, row: Sequence[ExampleRow] | Finding) -> None:
+        watches[source.choice.location].note(raw, row)
+
+    of_all = [check for check in checks if not check.skips_refused]
+    of_kept = [check for check in checks if check.skips_refused]
+    for row in rows.all_rows(note, watch):
+        report.note_read(row.source if isinstance(row, Finding) else row[0].source)
         rows.read += 1
         if isinstance(row, Finding):
             report.add([row])
             continue
         if not rows.pairs_only:
             rows.note_pairs(row)
-        for example in row:
-            report.measure(example)
-            for check in checks:
-                report.add(check.look(example, rows.split))
+        _look(row, of_all, rows.split, report)
+        if not report.leaves_out(row[0].source):
+            _look(row, of_kept, rows.split, report)
+            for example in row:
+                report.measure(example)
+
+
+def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
+    for example in row:
+        for check in checks:
+            report.add(check.look(example, split))
 
 
 class RepeatCounter:
@@ -202,6 +252,10 @@ class _RunningCheck:
             return cls(validator, validator.plugin.record.start(validator.options))
         except (Exception, SystemExit) as error:
             raise _failure(validator, error) from error
+
+    @property
+    def skips_refused(self) -> bool:
+        return bool(self.validator.plugin.record.skips_refused)
 
     def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
         return self._findings(self.check.look, example, split)

@@ -1,10 +1,12 @@
-"""Write the kept rows of a data set to new files, and the refused rows with the reasons."""
+"""Write the kept rows of a data set to files that stand in for its sources, and the refused rows with the reasons."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +14,93 @@ from qpref import fsio
 from qpref.data.check import CheckedData, CheckedRows
 from qpref.data.source import DataSource
 from qpref.errors import RecipeError
+from qpref.hooks.types import Split
 from qpref.records import Finding, Row
 
 
-def write_clean(checked: CheckedData, path: Path) -> list[Path]:
-    """Write the kept training rows to `path` as JSON Lines, and the held-out and the refused rows beside it.
+@dataclass(frozen=True, slots=True)
+class FixedFile:
+    """A file of kept rows, and the source that it stands in for under the same recipe."""
 
-    Kept rows have their original values under qpref's column names; refused rows are unchanged. Values that JSON lacks
-    (NaN) become null.
-    """
-    train, heldout, refused = files_beside(path)
-    files = {train: _kept(checked.train)}
-    if checked.heldout is not None:
-        files[heldout] = _kept(checked.heldout)
-    files[refused] = _refused(checked)
-    for file, lines in files.items():
-        fsio.write_lines(file, lines)
-    return list(files)
+    path: Path
+    split: Split
+    location: str
 
 
-def files_beside(path: Path) -> tuple[Path, Path, Path]:
-    """Return the three files for `clean.jsonl`: itself, `clean.heldout.jsonl` and `clean.refused.jsonl`.
+def write_clean(checked: CheckedData, path: Path) -> tuple[list[FixedFile], Path]:
+    """Write the kept rows as JSON Lines, one file for each source of a split, and the refused rows to one file.
+
+    Rows have all the columns that their reader gave them, under their own names and in their order, so that a recipe
+    reads the same records from them. Values that JSON lacks become null (NaN), Base64 (bytes) or text.
+
+    Args:
+        path: `clean.jsonl` for the training rows; `clean.heldout.jsonl` and `clean.refused.jsonl` are beside it. Where
+            a split has several sources, each has a number, in the recipe's order: `clean.1.jsonl`, `clean.2.jsonl`.
 
     Raises:
-        RecipeError: one of them exists, the folder is missing, or the suffix isn't .jsonl.
+        RecipeError: one of the files exists.
+    """
+    targets = [
+        (FixedFile(_file_for(path, rows, number), rows.split, source.choice.location), rows, source)
+        for rows in checked.splits
+        for number, source in enumerate(rows.sources, 1)
+    ]
+    refused = path.with_suffix(".refused.jsonl")
+    refuse_existing([refused, *(fixed.path for fixed, _, _ in targets)])
+    for fixed, rows, source in targets:
+        fsio.write_lines(fixed.path, _kept(rows, source))
+    fsio.write_lines(refused, _refused(checked))
+    return [fixed for fixed, _, _ in targets], refused
+
+
+def refuse_early(path: Path) -> None:
+    """Refuse, before the rows are read, an output that `write_clean` would refuse for a data set of one source.
+
+    Raises:
+        RecipeError: one of its files exists, the folder is missing, or the suffix isn't .jsonl.
     """
     if path.suffix != ".jsonl":
         raise RecipeError(f"{path}: the output is JSON Lines; name a .jsonl file")
-    files = path, path.with_suffix(".heldout.jsonl"), path.with_suffix(".refused.jsonl")
-    if taken := [file for file in files if file.exists()]:
-        raise RecipeError(f"{taken[0]}: exists already", "name another file")
     if not path.parent.is_dir():
         raise RecipeError(f"{path.parent}: no such folder")
-    return files
+    refuse_existing([path, path.with_suffix(".heldout.jsonl"), path.with_suffix(".refused.jsonl")])
 
 
-def _kept(rows: CheckedRows) -> Iterator[str]:
-    for source, row in _raw(rows):
+def refuse_existing(files: Iterable[Path]) -> None:
+    """Refuse to replace a file.
+
+    Raises:
+        RecipeError: one of them exists.
+    """
+    for file in files:
+        if file.exists():
+            raise RecipeError(f"{file}: exists already", "name another file")
+
+
+def _file_for(path: Path, rows: CheckedRows, number: int) -> Path:
+    split = ".heldout" if rows.split == "heldout" else ""
+    return path.with_suffix(f"{split}.{number}.jsonl" if len(rows.sources) > 1 else f"{split}.jsonl")
+
+
+def _kept(rows: CheckedRows, source: DataSource) -> Iterator[str]:
+    for row in rows.raw_rows(source):
         if isinstance(row, Row) and not rows.report.leaves_out(row.source):
-            named = source.named(row)
-            assert isinstance(named, Row)  # rows that lack a mapped column are refused
-            yield _json(dict(named.values))
+            yield _json(row.values)
 
 
 def _refused(checked: CheckedData) -> Iterator[str]:
     reasons = checked.report.reasons()
-    for rows in (checked.train, checked.heldout):
-        for _, row in _raw(rows) if rows is not None else ():
-            location = {"path": row.source.path, "line": row.source.line}
-            if isinstance(row, Finding):
-                yield _json(location | {"reasons": [row.message]})
-            elif checked.report.leaves_out(row.source):
-                yield _json(location | {"reasons": reasons(row.source), "row": dict(row.values)})
+    raw_rows = (row for rows in checked.splits for source in rows.sources for row in rows.raw_rows(source))
+    for row in raw_rows:
+        location = {"path": row.source.path, "line": row.source.line}
+        if isinstance(row, Finding):
+            yield _json(location | {"reasons": [row.message]})
+        elif checked.report.leaves_out(row.source):
+            yield _json(location | {"reasons": reasons(row.source), "row": row.values})
 
 
-def _raw(rows: CheckedRows) -> Iterator[tuple[DataSource, Row | Finding]]:
-    """Read the split's raw rows, each with its source."""
-    for source in rows.sources:
-        for raw in source.raw():
-            if rows.share is None or rows.share.split_of(source.records(raw)) == rows.split:
-                yield source, raw
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, default=str)
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, default=_as_text)
 
 
 def _finite(value: Any) -> Any:
@@ -84,3 +109,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _as_text(value: Any) -> str:
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)

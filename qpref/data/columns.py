@@ -5,20 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from qpref.data.messages import BadRowError, check_texts_within, dialogue_of, json_value, kind_of, shown, turns_of
+from qpref.data.column_hints import advice
+from qpref.data.messages import dialogue_of, has_speaker, turns_of
+from qpref.data.row_values import BadRowError, json_value, kind_of, shown
+from qpref.data.tool_calls import tools_of
 from qpref.records import Message
 
 Turns = tuple[Message, ...]
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+PROMPT_COLUMNS = ("prompt", "conversations", "messages", "instruction")
+"""Columns that hold the prompt, the first of them that a row has."""
+QUESTION_COLUMNS = ("contents", "context", "question", "query", "input")
+"""Columns that hold the prompt where none of PROMPT_COLUMNS does and no other of these is there."""
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_instruction", "systemInstruction")
+LABEL_COLUMNS = ("label", "kto_tag")
+_LABELS: Mapping[object, bool] = {0: False, 1: True, "0": False, "1": True, "0.0": False, "1.0": True, "false": False,
+                                  "true": True}  # fmt: skip
 
 
 def need(values: Mapping[str, object], *names: str) -> None:
     """Refuse a row in which one of these columns is missing or null."""
     missing = [name for name in names if values.get(name) is None]
     if missing:
-        raise BadRowError("not_a_pair", f"not a preference pair: no {' and no '.join(missing)}")
+        message = f"not a preference pair: no {' and no '.join(missing)}; {advice(values, missing)}"
+        raise BadRowError("not_a_pair", message)
 
 
 def text_in(values: Mapping[str, object], name: str) -> str:
@@ -30,34 +42,63 @@ def text_in(values: Mapping[str, object], name: str) -> str:
 
 
 def any_prompt(values: Mapping[str, object]) -> Turns:
-    """Return the prompt from the first column that has one: prompt, conversations, messages or instruction."""
-    if values.get("prompt") is not None:
-        return prompt_column(values)
-    for name in ("conversations", "messages"):
+    """Return the prompt from the first of PROMPT_COLUMNS that has one, or from the only one of QUESTION_COLUMNS.
+
+    Raises:
+        BadRowError: there is none, or several of QUESTION_COLUMNS, each of which may be a part of the prompt.
+    """
+    for name in PROMPT_COLUMNS:
         if values.get(name) is not None:
-            return with_system(values, turns_of(values[name], name, "user"))
-    return instruction(values)
+            return instruction(values) if name == "instruction" else prompt_column(values, name)
+    found = questions_in(values)
+    if not found:
+        raise BadRowError("not_a_pair", f"no prompt; {advice(values, ['prompt'])}")
+    if len(found) > 1:
+        message = (
+            f'{" and ".join(found)}: any of them may be the prompt; name it: columns = {{ prompt = "{found[0]}" }}'
+        )
+        raise BadRowError("not_a_pair", message)
+    return _after_history(values, prompt_turns(values[found[0]], found[0]))
 
 
-def prompt_column(values: Mapping[str, object]) -> Turns:
-    """Return the turns of the column `prompt`: a text, messages, or a dialogue of Human and Assistant marks."""
-    prompt = values["prompt"]
+def has_prompt(values: Mapping[str, object]) -> bool:
+    """Return whether some column may hold the prompt."""
+    return any(values.get(name) is not None for name in PROMPT_COLUMNS) or bool(questions_in(values))
+
+
+def questions_in(values: Mapping[str, object]) -> list[str]:
+    """List those of QUESTION_COLUMNS that have a text or a list."""
+    return [name for name in QUESTION_COLUMNS if isinstance(values.get(name), str | list) and values[name]]
+
+
+def prompt_column(values: Mapping[str, object], name: str = "prompt") -> Turns:
+    """Return the turns of a prompt's column, after those of the column `system`."""
+    return with_system(values, prompt_turns(values[name], name))
+
+
+def prompt_turns(prompt: object, name: str) -> Turns:
+    """Parse a prompt: a text, messages, or a dialogue of Human and Assistant marks."""
     if isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
-        return with_system(values, dialogue_of(prompt, "prompt")[:-1])
-    return with_system(values, turns_of(prompt, "prompt", "user"))
+        return dialogue_of(prompt, name)[:-1]
+    return turns_of(prompt, name, "user")
 
 
 def instruction(values: Mapping[str, object]) -> Turns:
     """Return Alpaca's prompt: the turns of `history`, then instruction and input, joined by a newline."""
     if values.get("instruction") is None:
-        raise BadRowError("not_a_pair", "no prompt: none of prompt, conversations, messages, instruction")
+        raise BadRowError("not_a_pair", f"no instruction; {advice(values, ['prompt'])}")
     parts = [text_in(values, "instruction")]
     if values.get("input") is not None and text_in(values, "input").strip():
         parts.append(text_in(values, "input"))
-    turns = []
+    return _after_history(values, turns_of("\n".join(parts), "instruction", "user"))
+
+
+def _after_history(values: Mapping[str, object], prompt: Turns) -> Turns:
+    """Prepend the turns of `history`, and before them those of `system`."""
+    turns: list[Message] = []
     for turn in _history(values):
         turns += [*turns_of(turn[0], "history", "user"), *turns_of(turn[1], "history", "assistant")]
-    return with_system(values, (*turns, *turns_of("\n".join(parts), "instruction", "user")))
+    return with_system(values, (*turns, *prompt))
 
 
 def _history(values: Mapping[str, object]) -> Iterator[list[str]]:
@@ -72,36 +113,35 @@ def _history(values: Mapping[str, object]) -> Iterator[list[str]]:
 
 
 def with_system(values: Mapping[str, object], prompt: Turns) -> Turns:
-    """Prepend the column `system` as a system turn, if the row has one."""
-    if values.get("system") in (None, ""):
+    """Prepend the system prompt of the first of SYSTEM_COLUMNS that has one, as a system turn."""
+    name = next((name for name in SYSTEM_COLUMNS if values.get(name) not in (None, "", [])), None)
+    if name is None:
         return prompt
-    (system,) = turns_of(text_in(values, "system"), "system", "system")
-    if prompt[:1] == (system,):
-        return prompt
-    return (system, *prompt)
+    value = values[name]
+    if isinstance(value, list) and not any(isinstance(part, dict) and has_speaker(part) for part in value):
+        value = {"content": value}
+    turns = turns_of(value, name, "system")
+    if len(turns) != 1:
+        raise BadRowError("not_a_message", f"{name}: expected one text, found {len(turns)} messages")
+    system = Message(role="system", content=turns[0].content)
+    return prompt if prompt[:1] == (system,) else (system, *prompt)
 
 
 def label_in(values: Mapping[str, object]) -> bool:
-    """Return the label of a single completion: true or false, 1 or 0, or one of these as a text."""
-    label = next((values[name] for name in ("label", "kto_tag") if values.get(name) is not None), None)
-    if label is None:
-        raise BadRowError("not_an_example", "not a labelled completion: no label")
-    known = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(label, bool | int) and label in (0, 1):
-        return bool(label)
-    if isinstance(label, str) and label.lower() in known:
-        return known[label.lower()]
-    raise BadRowError("bad_label", f"label: expected true or false, found {shown(label)}")
+    """Return the label of a single completion: true or false, 1 or 0 (also as floats), or one of these as a text."""
+    name = next((name for name in LABEL_COLUMNS if values.get(name) is not None), None)
+    if name is None:
+        raise BadRowError("not_an_example", f"not a labelled completion: no label; {advice(values, ['label'])}")
+    label = values[name]
+    key = label.lower() if isinstance(label, str) else label
+    if isinstance(key, str | int | float) and key in _LABELS:
+        return _LABELS[key]
+    raise BadRowError("bad_label", f"{name}: expected true or false, found {shown(label)}")
 
 
 def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
     """Return the JSON schemas of the column `tools`, a list or its JSON text."""
-    tools = values.get("tools") or []
-    found = json_value(tools) if isinstance(tools, str) else tools
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise BadRowError("not_a_message", f"tools: expected a list of JSON schemas, found {kind_of(tools)}")
-    check_texts_within(found, "tools")
-    return tuple(found)
+    return tuple(tools_of(values.get("tools") or []))
 
 
 def number_in(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:
@@ -118,8 +158,17 @@ def finite(value: object, name: str) -> float:
     """Convert a number, or its text, to a finite float."""
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
-    except (OverflowError, ValueError):
+    except ValueError:
         number = math.nan
+    except OverflowError:
+        number = math.inf
+    if math.isinf(number) and not _is_infinity(value):
+        raise BadRowError("bad_number", f"{name}: a number this large is infinite in 64 bits; the limit is 1.8e308")
     if not math.isfinite(number):
         raise BadRowError("bad_number", f"{name}: expected a number, found {shown(value)}")
     return number
+
+
+def _is_infinity(value: object) -> bool:
+    """Return whether a value says infinity, instead of being a number too large for a float."""
+    return isinstance(value, float) or (isinstance(value, str) and "inf" in value.lower())

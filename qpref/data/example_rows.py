@@ -32,17 +32,18 @@ def texts_of(row: ExampleRow) -> Iterator[str]:
     for turns in (row.prompt, *responses_of(row)):
         for message in turns:
             yield message.content
-            yield from _strings(message.extra)
-    yield from _strings(row.tools)
+            yield from strings_in(message.extra)
+    yield from strings_in(row.tools)
 
 
-def _strings(value: object) -> Iterator[str]:
+def strings_in(value: object) -> Iterator[str]:
+    """Yield every text of a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
-            yield from _strings(item)
+            yield from strings_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(item)
+            yield from strings_in(item)

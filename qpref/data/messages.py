@@ -2,100 +2,73 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of
+from qpref.data.tool_calls import tool_calls_of
+from qpref.data.turn_notation import CALLERS, CONTENT_KEYS, SPEAKER_KEYS, content_in, join_parts, speaker_of
 from qpref.records import Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-EXTRA = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""Keys of a message that chat templates read, beside role and content."""
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-}
-"""ShareGPT's `from` -> role."""
-
-MAX_DEPTH = 64
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of a message's reasoning: DeepSeek's and Qwen's, then those of other servers and templates."""
 _NOT_TEXT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
 """Keys of a message whose content a text cannot represent; they refuse the row."""
+_PLAIN = {*SPEAKER_KEYS, *CONTENT_KEYS}
 _MAY_FOLLOW = {
-    None: ("system", "user"),
-    "system": ("user",),
+    None: ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-_CONTROL_BYTES = bytes(sorted({*range(0x20), 0x7F} - set(b"\t\n\r")))
-_CONTROL = re.compile(f"[{re.escape(_CONTROL_BYTES.decode())}]")
 _SPEAKER_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", re.DOTALL)
 
 
-class BadRowError(ValueError):
-    """A row that cannot become a record; becomes a finding at the row's location."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def check_text(text: str, where: str) -> None:
-    """Refuse control characters, except tab, newline and carriage return, and half surrogate pairs."""
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{where}: half of a surrogate pair at character {error.start + 1}, which isn't valid Unicode"
-        raise BadRowError("control_character", message) from None
-    if len(raw.translate(None, _CONTROL_BYTES)) != len(raw):
-        found = _CONTROL.search(text)
-        assert found is not None
-        character = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
-        raise BadRowError("control_character", f"{where}: the control character {character}; remove it")
-
-
-def check_texts_within(value: object, where: str, depth: int = 0) -> None:
-    """Apply `check_text` to all keys and texts of a JSON value."""
-    if depth > MAX_DEPTH:
-        raise BadRowError("not_a_message", f"{where}: nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, str):
-        check_text(value, where)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            check_text(str(key), where)
-            check_texts_within(inner, where, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            check_texts_within(inner, where, depth + 1)
-
-
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
-    """Parse turns: a text is one turn of `role`; else a message, a list of messages, or such a list as JSON text."""
+    """Parse turns: a text is one turn of `role`; else a message, a list of messages, or such a list as JSON text.
+
+    A message alone may lack its role, which is `role` then.
+    """
     if isinstance(value, str):
         listed = _listed(value, side)
         if listed is None:
             check_text(value, side)
             return (Message(role=role, content=value),)
         value = listed
-    if isinstance(value, dict) and ("role" in value or "from" in value):
-        value = [value]
+    if isinstance(value, dict) and (has_speaker(value) or content_in(value) is not None):
+        value = [value if has_speaker(value) else {**value, "role": role}]
     if not isinstance(value, list) or not value:
         raise BadRowError("not_a_message", f"{side}: expected a text or a list of messages, found {kind_of(value)}")
-    return tuple(_message(turn, f"{side}, turn {number}") for number, turn in enumerate(value, start=1))
+    turns: list[Message] = []
+    for number, turn in enumerate(value, start=1):
+        message = _message(turn, f"{side}, turn {number}")
+        if turns and turns[-1].role == "assistant" and _is_call(turn):
+            turns[-1] = _with_calls(turns[-1], message)
+        else:
+            turns.append(message)
+    return tuple(turns)
+
+
+def has_speaker(turn: Mapping[str, object]) -> bool:
+    """Return whether a turn names its speaker, under whichever key."""
+    return any(turn.get(key) is not None for key in SPEAKER_KEYS)
+
+
+def _is_call(turn: object) -> bool:
+    return isinstance(turn, dict) and speaker_of(turn, "") in CALLERS
+
+
+def _with_calls(before: Message, call: Message) -> Message:
+    """Add the calls of a turn of its own, as ShareGPT and ms-swift have them, to the assistant's turn before it."""
+    calls = [*_calls_of(before), *_calls_of(call)]
+    return Message(role="assistant", content=before.content, extra={**before.extra, "tool_calls": calls})
+
+
+def _calls_of(message: Message) -> list[object]:
+    calls = message.extra.get("tool_calls", [])
+    return calls if isinstance(calls, list) else []
 
 
 def _listed(text: str, side: str) -> list[object] | None:
@@ -105,76 +78,51 @@ def _listed(text: str, side: str) -> list[object] | None:
     if _PYTHON_LIST.fullmatch(text):
         raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
     value = json_value(text)
-    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value):
+    if isinstance(value, list) and all(isinstance(turn, dict) and has_speaker(turn) for turn in value):
         return value
     return None
-
-
-def json_value(text: str) -> object:
-    """Parse a JSON text; None where it is invalid."""
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value
 
 
 def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRowError("not_a_message", f"{where}: a message has a role and a content, found {kind_of(turn)}")
-    if turn.get("from") is not None and turn.get("role") is None:
-        role: object = _speaker(turn, where)
-        content = turn.get("value")
-    else:
-        role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRowError("not_a_message", f"{where}: role {shown(role)}; known: {', '.join(ROLES)}")
-    extra = _extra(turn, where) if len(turn) > 2 else {}
-    if turn.get("from") == "function_call":
-        extra, content = {"tool_calls": _calls(content, where)}, ""
+    speaker, content = speaker_of(turn, where), content_in(turn)
+    extra = _extra(turn, where) if turn.keys() - _PLAIN else {}
+    if speaker in CALLERS:
+        speaker, content, extra = "assistant", "", {"tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
         content = ""
     if isinstance(content, list):
-        content = _joined(content, where)
+        content, reasoning = join_parts(content, where)
+        if reasoning and extra.setdefault("reasoning_content", reasoning) != reasoning:
+            raise BadRowError("not_a_message", f"{where}: reasoning both in a part and in reasoning_content; keep one")
+        check_text(reasoning, where)
     if not isinstance(content, str):
         raise BadRowError("not_a_message", f"{where}: a message's content is a text, found {kind_of(content)}")
     check_text(content, where)
-    return Message(role="system" if role == "developer" else role, content=content, extra=extra)
-
-
-def _joined(parts: Sequence[object], where: str) -> str:
-    """Join a content of text parts, as multimodal data have it; chat templates put nothing between them."""
-    texts = []
-    for part in parts:
-        values = part if isinstance(part, dict) else {}
-        kind, text = values.get("type", "text"), values.get("text")
-        if kind != "text" or not isinstance(text, str):
-            found = "a part without a text" if kind == "text" else f"a part of the type {shown(kind)}"
-            raise BadRowError("not_a_message", f"{where}: {found}; qpref trains on text alone, so drop the row")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _speaker(turn: Mapping[str, object], where: str) -> str:
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise BadRowError("not_a_message", f"{where}: from {shown(speaker)}; known: {', '.join(SPEAKERS)}")
-    return SPEAKERS[speaker]
+    return Message(role=speaker, content=content, extra=extra)
 
 
 def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
     not_text = [key for key in _NOT_TEXT if turn.get(key)]
     if not_text:
         raise BadRowError("not_a_message", f"{where}: {not_text[0]} cannot be trained on; remove it, or drop the row")
-    extra = {key: turn[key] for key in EXTRA if turn.get(key) not in (None, [])}
-    calls = extra.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadRowError("not_a_message", f"{where}: tool_calls is a list of objects, found {kind_of(calls)}")
+    extra = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) not in (None, "")}
+    if turn.get("tool_calls") not in (None, "", []):
+        extra["tool_calls"] = tool_calls_of(turn["tool_calls"], where)
+    if reasoning := reasoning_of(turn):
+        extra["reasoning_content"] = reasoning
     check_texts_within(extra, where)
     return extra
 
 
-def _calls(content: object, where: str) -> list[object]:
+def reasoning_of(turn: Mapping[str, object]) -> str | None:
+    """Return a message's reasoning, under whichever name it has; None where it has none."""
+    values = (turn.get(key) for key in REASONING)
+    return next((value for value in values if isinstance(value, str) and value.strip()), None)
+
+
+def _calls(content: object, where: str) -> list[dict[str, object]]:
     """Parse the tool calls of a ShareGPT `function_call` turn: the JSON of one call or of a list."""
     value = json_value(content) if isinstance(content, str) else content
     calls = value if isinstance(value, list) else [value]
@@ -182,8 +130,7 @@ def _calls(content: object, where: str) -> list[object]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             message = f"{where}: a function_call is JSON with name and arguments, found {kind_of(content)}"
             raise BadRowError("not_a_message", message)
-    check_texts_within(calls, where)
-    return [{"type": "function", "function": call} for call in calls]
+    return tool_calls_of(calls, where)
 
 
 def dialogue_of(text: str, side: str) -> tuple[Message, ...]:
@@ -208,7 +155,7 @@ def check_prompt(messages: Sequence[Message]) -> None:
         if role not in expected:
             after = f"after the {previous}'s" if previous else "first"
             raise BadRowError(
-                "role_order", f"{where}: the {role}'s turn {after}; expected the {' or '.join(expected)}'s"
+                "role_order", f"{where}: the {role}'s turn {after}; expected the {' or the '.join(expected)}'s"
             )
         if role in ("user", "assistant") and not message.content.strip() and "tool_calls" not in message.extra:
             raise BadRowError("empty", f"{where} is empty")
@@ -226,28 +173,3 @@ def check_response(messages: Sequence[Message], side: str) -> None:
         raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}")
     if not messages[0].content.strip() and "tool_calls" not in messages[0].extra:
         raise BadRowError("empty", f"{side} is empty")
-
-
-def kind_of(value: object) -> str:
-    """Describe the type of a JSON value for a message."""
-    if isinstance(value, dict):
-        return f"an object with the keys {named(value)}" if value else "an empty object"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
-
-
-def named(names: Iterable[object]) -> str:
-    """List the first 12 names of columns or keys on one line, shortened and with control characters escaped."""
-    first = [str(name)[:20] for name in itertools.islice(names, 12)]
-    return ", ".join(name if name.isprintable() else ascii(name) for name in first)
-
-
-def shown(value: object) -> str:
-    """Show a value in a message: itself if short, else its type."""
-    if isinstance(value, str):
-        return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
-    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
-        return repr(value)
-    return kind_of(value)

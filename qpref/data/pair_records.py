@@ -3,23 +3,82 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 from qpref.data.columns import Turns, number_in, tools_in, with_system
-from qpref.data.messages import BadRowError, check_prompt, check_response, turns_of
+from qpref.data.messages import check_prompt, check_response, has_speaker, turns_of
+from qpref.data.ranked import MAX_RESPONSES
+from qpref.data.row_values import BadRowError
 from qpref.records import PreferencePair, Row
 
 
-def pair_of_sides(row: Row, prompt: Turns | None) -> PreferencePair:
-    """Build the pair of the columns `chosen` and `rejected`.
+def pairs_of_sides(row: Row, prompt: Turns | None) -> list[PreferencePair]:
+    """Build a pair of every chosen with every rejected response: each column may hold one response, or a list.
 
     Args:
-        prompt: the prompt that both respond to; None where they are whole conversations, which start with it.
+        prompt: the prompt that all respond to; None where they are whole conversations, which start with it.
     """
-    chosen = turns_of(row.values["chosen"], "chosen", "assistant")
-    rejected = turns_of(row.values["rejected"], "rejected", "assistant")
-    if prompt is None or (chosen[0].role != "assistant" and rejected[0].role != "assistant"):
+    row = with_shared_tools(row, "chosen", "rejected")
+    chosen, rejected = (responses_of(row.values[side], side) for side in ("chosen", "rejected"))
+    return numbered(pair_of_turns(row, prompt, better, worse) for better in chosen for worse in rejected)
+
+
+def responses_of(value: object, side: str) -> list[Turns]:
+    """Parse the responses of one side: a list of texts, or of lists of messages, holds one response in each."""
+    if not (isinstance(value, list) and value and all(isinstance(one, str | list) for one in value)):
+        return [turns_of(value, side, "assistant")]
+    if len(value) > MAX_RESPONSES:
+        raise BadRowError("not_a_pair", f"{side}: {len(value)} responses; a row may have {MAX_RESPONSES}")
+    responses = []
+    for number, one in enumerate(value, start=1):
+        name = f"{side}, number {number}" if len(value) > 1 else side
+        responses.append(turns_of(one, name, "assistant"))
+        if not is_whole(responses[-1]):
+            check_response(responses[-1], name)
+    return responses
+
+
+def numbered(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
+    """Number the pairs of one row."""
+    return [replace(pair, number=number) if number else pair for number, pair in enumerate(pairs)]
+
+
+def pair_of_turns(row: Row, prompt: Turns | None, chosen: Turns, rejected: Turns) -> PreferencePair:
+    """Build a pair of two responses to a prompt, or of two whole conversations."""
+    if prompt is None or (is_whole(chosen) and is_whole(rejected)):
         return split_conversations(row, chosen, rejected, prompt)
     return build_pair(row, prompt, chosen, rejected)
+
+
+def is_whole(turns: Turns) -> bool:
+    """Return whether turns are a conversation, which the assistant may open, instead of a response."""
+    return turns[0].role != "assistant" or any(turn.role == "user" for turn in turns)
+
+
+def with_shared_tools(row: Row, *names: str) -> Row:
+    """Take columns that are objects with messages and tools apart: the column holds the messages, the row the tools.
+
+    Raises:
+        BadRowError: the tools of two objects, or of an object and the row, differ.
+    """
+    inner = {name: found for name in names if (found := messages_within(row.values.get(name))) is not None}
+    if not inner:
+        return row
+    values, tools = {**row.values, **inner}, tools_in(row.values)
+    for name in inner:
+        own = tools_in(row.values[name])  # type: ignore[arg-type]  # messages_within has found an object
+        if tools and own and own != tools:
+            raise BadRowError("different_prompts", f"{name}: its tools are not those of the row or of the other side")
+        tools = tools or own
+    return Row(values=values | {"tools": list(tools)}, source=row.source)
+
+
+def messages_within(value: object) -> list[object] | None:
+    """Return the list of messages in an object that holds it under `messages` or `conversations`; else None."""
+    if not isinstance(value, dict) or has_speaker(value):
+        return None
+    return next((value[key] for key in ("messages", "conversations") if isinstance(value.get(key), list)), None)
 
 
 def split_conversations(row: Row, chosen: Turns, rejected: Turns, prompt_column: Turns | None) -> PreferencePair:
@@ -50,11 +109,6 @@ def _is_start_or_question(column: Turns, conversation: Turns) -> bool:
         return True
     questions = [message.content.strip() for message in conversation if message.role == "user"]
     return bool(questions) and column[-1].content.strip() in (questions[0], questions[-1]) and len(column) <= 2
-
-
-def pair_of_values(row: Row, prompt: Turns, chosen: object, rejected: object) -> PreferencePair:
-    """Build a pair from the raw values of its two responses."""
-    return build_pair(row, prompt, turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant"))
 
 
 def build_pair(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -> PreferencePair:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qpref.data.columns import finite
-from qpref.data.messages import BadRowError, json_value, kind_of
+from qpref.data.row_values import BadRowError, json_value, kind_of
 
 MAX_RESPONSES = 64
 """Most ranked responses of one row: 64 make up to 2,016 pairs."""
-RANKED_COLUMNS = ("responses", "completions", "answers", "ranked")
+RANKED_COLUMNS = ("responses", "completions", "answers", "generations", "ranked")
 TEXTS = ("response", "answer", "text", "completion", "output", "content")
 """Keys that may hold the text of a ranked response that is an object."""
 SCORES = ("overall_score", "score", "rating")
@@ -38,9 +38,9 @@ def text_of_ranked(response: object) -> object:
 def scores_in(values: Mapping[str, object], responses: Sequence[object]) -> list[float]:
     """Return the score of each response, higher is better; a rank (1 is the best) counts as minus itself.
 
-    Sources in order: the columns `ranks` and `scores`, then a rank or score inside each response.
+    Sources in order: the columns `ranks`, `scores` and `ratings`, then a rank or score inside each response.
     """
-    for name, sign in (("ranks", -1.0), ("scores", 1.0)):
+    for name, sign in (("ranks", -1.0), ("scores", 1.0), ("ratings", 1.0)):
         if values.get(name) is not None:
             listed = values[name]
             listed = json_value(listed) if isinstance(listed, str) else listed

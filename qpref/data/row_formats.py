@@ -7,45 +7,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 
+from qpref.data.column_hints import advice, two_responses
 from qpref.data.columns import (
-    HUMAN,
+    LABEL_COLUMNS,
+    PROMPT_COLUMNS,
+    QUESTION_COLUMNS,
+    SYSTEM_COLUMNS,
     any_prompt,
-    instruction,
     label_in,
-    need,
     number_in,
-    prompt_column,
-    text_in,
     tools_in,
-    with_system,
 )
-from qpref.data.messages import (
-    BadRowError,
-    check_prompt,
-    check_response,
-    dialogue_of,
-    kind_of,
-    named,
-    shown,
-    turns_of,
-)
-from qpref.data.pair_records import build_pair, pair_of_sides, pair_of_values, split_conversations
+from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
+from qpref.data.known_names import NAMES, with_known_names
+from qpref.data.messages import check_prompt, check_response, turns_of
+from qpref.data.pair_formats import PAIR_FORMATS, pair_format
+from qpref.data.pair_records import build_pair
 from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
+from qpref.data.row_values import BadRowError, named
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
-Records = list[PreferencePair | UnpairedExample]
+Records = Sequence[PreferencePair | UnpairedExample]
 
+COMPLETIONS = ("completion", "output", "response")
+"""Columns that hold a labelled completion."""
 COLUMNS = frozenset(
     {
-        *("prompt", "chosen", "rejected", "system", "tools", "weight", "margin", "conversations", "messages"),
-        *("instruction", "input", "output", "history", *RANKED_COLUMNS, "ranks", "scores"),
-        *("completion", "label", "kto_tag", "preferred_output", "non_preferred_output"),
-        *("human_ref_A", "human_ref_B", "labels", "response_0", "response_1", "better_response_id"),
-        *("conversation_a", "conversation_b", "winner"),
+        *PROMPT_COLUMNS,
+        *QUESTION_COLUMNS,
+        *SYSTEM_COLUMNS,
+        *NAMES,
+        *("chosen", "rejected", "tools", "weight", "margin", "history", *RANKED_COLUMNS, "ranks", "scores", "ratings"),
+        *COMPLETIONS,
+        *LABEL_COLUMNS,
+        *("preferred_output", "non_preferred_output"),
+        *CONTEST_COLUMNS,
     }
 )
 """Every column that some format reads."""
@@ -53,7 +53,7 @@ NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 """Columns on which an answer may depend, and which no text stands for."""
 
 
-def records_of_row(row: Row, row_format: str = "auto") -> Sequence[PreferencePair | UnpairedExample] | Finding:
+def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
     """Convert a row to its records, or to the finding that refuses it.
 
     Args:
@@ -62,48 +62,35 @@ def records_of_row(row: Row, row_format: str = "auto") -> Sequence[PreferencePai
     if media := [name for name in NOT_TEXT if row.values.get(name)]:
         message = f"the row has {media[0]}; qpref trains on text alone, so drop the row"
         return Finding(code="not_text", severity="error", message=message, source=row.source)
+    row = with_known_names(row)
     name = format_of(row.values) if row_format == "auto" else row_format
     if name is None:
-        columns = named(row.values) or "no column"
-        message = (
-            f"no known row format; it has {columns}; map its columns to known ones with [data] columns, such as "
-            'columns = { prompt = "question" }'
-        )
+        message = f"no known row format; {advice(row.values)}"
         return Finding(code="unknown_format", severity="error", message=message, source=row.source)
     return ROW_FORMATS[name](row)
 
 
 def format_of(values: Mapping[str, object]) -> str | None:
     """Return the first format, in the order of docs/data.md, whose columns a row has; null columns don't count."""
-    has = {name for name in COLUMNS.intersection(values) if values[name] is not None}
+    has = {NAMES.get(name, name) for name in COLUMNS.intersection(values) if values[name] is not None}
     if has & {"chosen", "rejected"}:
-        return _pair_format(values, has)
+        return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
         return "openai"
     if "instruction" in has and isinstance(values.get("output"), list):
         return "alpaca"
     if has.intersection(RANKED_COLUMNS):
         return "ranked"
-    for name, comparison in _COMPARISONS.items():
-        if comparison.first in has and comparison.second in has:
-            return name
-    if has & {"completion", "label", "kto_tag"}:
+    if contest := contest_format(values, has):
+        return contest
+    if has & {"completion", "label", "kto_tag"} and not _is_verdict(values, has):
         return "unpaired"
     return "pair" if "prompt" in has else None
 
 
-def _pair_format(values: Mapping[str, object], has: set[str]) -> str:
-    sides = values.get("chosen"), values.get("rejected")
-    if all(isinstance(side, str) and side.startswith(HUMAN) for side in sides):
-        return "hh"
-    if "prompt" in has:
-        return "pair"
-    if "conversations" in has:
-        return "sharegpt"
-    if "instruction" in has:
-        return "alpaca"
-    is_whole = all(isinstance(side, list) or (isinstance(side, str) and side[:1] == "[") for side in sides)
-    return "whole" if is_whole else "pair"
+def _is_verdict(values: Mapping[str, object], has: set[str]) -> bool:
+    """Return whether the row's label is about two responses, which no format knows, and not about a completion."""
+    return not has & {*COMPLETIONS, "conversations", "messages"} and two_responses(values) is not None
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
@@ -120,51 +107,6 @@ def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:
     renamed = set(columns.values())
     values = {name: value for name, value in row.values.items() if name not in renamed}
     return Row(values=values | {name: row.values[theirs] for name, theirs in columns.items()}, source=row.source)
-
-
-def _pair(row: Row) -> Records:
-    need(row.values, "prompt", "chosen", "rejected")
-    return [pair_of_sides(row, prompt_column(row.values))]
-
-
-def _whole(row: Row) -> Records:
-    need(row.values, "chosen", "rejected")
-    return [pair_of_sides(row, None)]
-
-
-def _sharegpt(row: Row) -> Records:
-    need(row.values, "conversations", "chosen", "rejected")
-    prompt = with_system(row.values, turns_of(row.values["conversations"], "conversations", "user"))
-    return [pair_of_sides(row, prompt)]
-
-
-def _alpaca(row: Row) -> Records:
-    prompt, output = instruction(row.values), row.values.get("output")
-    if row.values.get("chosen") is not None or row.values.get("rejected") is not None:
-        need(row.values, "chosen", "rejected")
-        return [pair_of_sides(row, prompt)]
-    if not isinstance(output, list) or len(output) != 2:
-        found = f"{len(output)} of them" if isinstance(output, list) else kind_of(output)
-        raise BadRowError("not_a_pair", f"output: expected two responses, the better one first, found {found}")
-    return [pair_of_values(row, prompt, output[0], output[1])]
-
-
-def _hh(row: Row) -> Records:
-    need(row.values, "chosen", "rejected")
-    sides = [text_in(row.values, side) for side in ("chosen", "rejected")]
-    chosen, rejected = (dialogue_of(text, side) for text, side in zip(sides, ("chosen", "rejected"), strict=True))
-    prompt = None if row.values.get("prompt") is None else prompt_column(row.values)
-    return [split_conversations(row, chosen, rejected, prompt)]
-
-
-def _openai(row: Row) -> Records:
-    need(row.values, "input", "preferred_output", "non_preferred_output")
-    request = row.values["input"]
-    if not isinstance(request, dict):
-        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(request)}")
-    prompt = turns_of(request.get("messages"), "input.messages", "user")
-    with_tools = Row(values={"tools": request.get("tools")} | dict(row.values), source=row.source)
-    return [pair_of_values(with_tools, prompt, row.values["preferred_output"], row.values["non_preferred_output"])]
 
 
 def _ranked(row: Row) -> Records:
@@ -184,61 +126,24 @@ def _ranked(row: Row) -> Records:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """The columns of two responses, and the column whose value names the better one.
-
-    Attributes:
-        winners: value of `verdict` -> 0 where the first response is better, 1 where the second is.
-    """
-
-    first: str
-    second: str
-    verdict: str
-    winners: Mapping[str, int]
-
-
-_COMPARISONS: Mapping[str, _Comparison] = {
-    "shp": _Comparison("human_ref_A", "human_ref_B", "labels", {"1": 0, "0": 1}),
-    "saferlhf": _Comparison("response_0", "response_1", "better_response_id", {"0": 0, "1": 1}),
-    "arena": _Comparison("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}),
-}
-
-
-def _compared(name: str) -> Callable[[Row], Records]:
+def _contest(name: str) -> Callable[[Row], Records | Finding]:
     """Return the function that reads rows of one comparison format."""
-    columns = _COMPARISONS[name]
-
-    def read(row: Row) -> Records:
-        need(row.values, columns.first, columns.second, columns.verdict)
-        value = row.values[columns.verdict]
-        key = shown(value).strip("'").lower()
-        if key not in columns.winners:
-            if key.startswith("tie"):
-                raise BadRowError("tied", f"{columns.verdict}: a tie, so none is preferred")
-            expected = " or ".join(columns.winners)
-            raise BadRowError("bad_label", f"{columns.verdict}: expected {expected}, found {shown(value)}")
-        sides = (columns.first, columns.second)
-        better, worse = sides if columns.winners[key] == 0 else reversed(sides)
-        values = dict(row.values) | {"chosen": row.values[better], "rejected": row.values[worse]}
-        prompt = row.values.get("history" if name == "shp" else "prompt")
-        turns = None if prompt is None else prompt_column(values | {"prompt": prompt})
-        return [pair_of_sides(Row(values=values, source=row.source), turns)]
-
-    return read
+    contest = CONTESTS[name]
+    return lambda row: records_of_row(contest.judge(row))
 
 
 def _unpaired(row: Row) -> Records:
     values = row.values
     label = label_in(values)
-    completion = next((values[name] for name in ("completion", "output") if values.get(name) is not None), None)
-    if completion is not None:
-        prompt, response = any_prompt(values), turns_of(completion, "completion", "assistant")
+    name = next((name for name in COMPLETIONS if values.get(name) is not None), None)
+    if name is not None:
+        prompt, response = any_prompt(values), turns_of(values[name], name, "assistant")
     else:
         whole = any_prompt(values)
         prompt, response = whole[:-1], whole[-1:]
         if len(whole) == 1 or response[0].role != "assistant":
-            raise BadRowError("not_an_example", "not a labelled completion: no completion")
+            message = f"not a labelled completion: no completion; {advice(values, ['completion'])}"
+            raise BadRowError("not_an_example", message)
     check_prompt(prompt)
     check_response(response, "completion")
     weight, tools = number_in(values, "weight", 1.0, at_least=0.0), tools_in(values)
@@ -248,7 +153,7 @@ def _unpaired(row: Row) -> Records:
     return [example]
 
 
-def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Finding]:
+def _refusing(read: Callable[[Row], Records | Finding]) -> Callable[[Row], Records | Finding]:
     """Wrap `read` so that a row it refuses becomes a finding at the row's location."""
 
     @wraps(read)
@@ -261,18 +166,11 @@ def _refusing(read: Callable[[Row], Records]) -> Callable[[Row], Records | Findi
     return records
 
 
-ROW_FORMATS: Mapping[str, Callable[[Row], Records | Finding]] = {
-    name: _refusing(read)
-    for name, read in {
-        "pair": _pair,
-        "whole": _whole,
-        "hh": _hh,
-        "sharegpt": _sharegpt,
-        "alpaca": _alpaca,
-        "openai": _openai,
-        "ranked": _ranked,
-        **{name: _compared(name) for name in _COMPARISONS},
-        "unpaired": _unpaired,
-    }.items()
+_READ: Mapping[str, Callable[[Row], Records | Finding]] = {
+    **PAIR_FORMATS,
+    "ranked": _ranked,
+    **{name: _contest(name) for name in CONTESTS},
+    "unpaired": _unpaired,
 }
+ROW_FORMATS: Mapping[str, Callable[[Row], Records | Finding]] = {name: _refusing(read) for name, read in _READ.items()}
 """Format name -> function from a row to its records, or to the finding that it isn't in this format."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpref import pypi
+from qpref.data.contest import Contest
+from qpref.data.contest_formats import CONTESTS
 from qpref.data.example_rows import ExampleRow
-from qpref.data.row_formats import COLUMNS, records_of_row, with_columns
+from qpref.data.row_formats import COLUMNS, format_of, records_of_row, with_columns
+from qpref.data.row_values import BadRowError
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
@@ -17,12 +20,20 @@ from qpref.records import Finding, Row
 
 @dataclass(slots=True)
 class DataSource:
-    """A source whose rows can be read in many passes and have to be the same in each."""
+    """A source whose rows can be read in many passes and have to be the same in each.
+
+    Attributes:
+        notes: findings of the reader about the whole source, in the last pass; they are no rows.
+    """
 
     choice: SourceChoice
+    notes: list[Finding] = field(default_factory=list)
     _stamp: tuple[int, int, int] | None = None
+    _contest: Contest | None = None
 
     def __post_init__(self) -> None:
+        if self.choice.contest is not None:
+            self._contest = Contest(self.choice.contest)
         for name in self.choice.columns:
             if name not in COLUMNS:
                 raise RecipeError(
@@ -48,8 +59,25 @@ class DataSource:
         """Convert a raw row to its records."""
         if isinstance(row, Finding):
             return row
+        if self._contest is not None:
+            try:
+                row = self._contest.judge(row)
+            except BadRowError as error:
+                return Finding(code=error.code, severity="error", message=str(error), source=row.source)
         named = self.named(row)
-        return named if isinstance(named, Finding) else records_of_row(named, self.choice.format)
+        if isinstance(named, Finding):
+            return named
+        return records_of_row(named, self.choice.format if self._contest is None else "auto")
+
+    def contest_of(self, row: Row) -> tuple[str, Contest, Mapping[str, object]] | None:
+        """Return the format's name, the contest that judges the row, and the values that it reads; None without one."""
+        if self._contest is not None:
+            return "", self._contest, row.values
+        named = self.named(row)
+        if isinstance(named, Finding):
+            return None
+        name = self.choice.format if self.choice.format != "auto" else format_of(named.values)
+        return None if name is None or name not in CONTESTS else (name, CONTESTS[name], named.values)
 
     def named(self, row: Row) -> Row | Finding:
         """Rename the row's columns to qpref's names, or report those that it lacks."""
@@ -64,7 +92,12 @@ class DataSource:
         path = self._path()
         stamp = _stamp(path)
         self._stamp = self._stamp or stamp
-        yield from self._read(path)
+        self.notes.clear()
+        for row in self._read(path):
+            if isinstance(row, Finding) and not row.source.line:
+                self.notes.append(row)
+            else:
+                yield row
         if not self._stamp == stamp == _stamp(path):
             raise DataError(f"{path}: has changed while it was read", "run again once no process writes to it")
 

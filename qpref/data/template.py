@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
+from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, strings_in, texts_of
+from qpref.data.message_form import MessageForm, Turns
 from qpref.data.template_limits import HINT, check_output_size, limited
 from qpref.errors import PolicyError
 from qpref.records import Message
@@ -23,8 +24,6 @@ log = logging.getLogger("qpref")
 
 PROBE = (("user", "qpref asks"), ("assistant", "qpref answers"), ("user", "qpref asks again"))
 THINKING: tuple[dict[str, bool], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message from which templates read reasoning."""
 TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """Exceptions that a template can raise, besides jinja2's own."""
@@ -53,6 +52,7 @@ class ChatTemplate:
         openings: ends of a prompt for generation: by default, then with and without `enable_thinking`, where only this
             end differs.
         start: text between such a prompt and the response; None where the prompt changes once a response follows.
+        form: form in which it reads tool calls and reasoning.
     """
 
     tokenizer: Any
@@ -60,6 +60,7 @@ class ChatTemplate:
     end_of_turn: str | None = None
     openings: tuple[str, ...] = ("",)
     start: str | None = None
+    form: MessageForm = field(default_factory=MessageForm)
 
     @classmethod
     def of(cls, tokenizer: Any, control: re.Pattern[str]) -> ChatTemplate:
@@ -83,10 +84,12 @@ class ChatTemplate:
             raise PolicyError(f"the chat template cannot be run: {error}", HINT) from None
         except (TemplateError, *TEMPLATE_FAULTS):
             log.debug("the chat template refuses a conversation of three turns", exc_info=True)
-            return cls(tokenizer)
+            return cls(tokenizer, form=_form_of(tokenizer))
         is_prefix = ended.startswith(prompts[0])
         start = ended.removeprefix(prompts[0]).partition(PROBE[1][1])[0] if is_prefix else None
-        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(without, prompts), start)
+        return cls(
+            tokenizer, *_end_of_turn(ended, followed, control), _openings(without, prompts), start, _form_of(tokenizer)
+        )
 
     def render(self, row: ExampleRow) -> Rendered:
         """Render a row's prompt and responses.
@@ -97,17 +100,18 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
-        turns = _dicts(row.prompt)
+        turns = self.form.dicts(row.prompt)
         tools = [dict(tool) for tool in row.tools] or None
         responses = [side[0] for side in responses_of(row)]
         num_characters = sum(map(len, texts_of(row)))
         try:
             default = _render(self.tokenizer, turns, tools, True, num_characters)
             wholes = [
-                _render(self.tokenizer, turns + _dicts([last]), tools, False, num_characters) for last in responses
+                _render(self.tokenizer, turns + self.form.dicts([last]), tools, False, num_characters)
+                for last in responses
             ]
         except (TemplateError, *TEMPLATE_FAULTS) as error:
-            raise RefusedRowError("template", f"the chat template refuses it: {error}") from None
+            raise RefusedRowError("template", f"the chat template refuses it: {error}{_greeting_hint(turns)}") from None
         prompt = self._prompt(default, wholes)
         texts = tuple(self._response(prompt, *pair) for pair in zip(wholes, responses, strict=True))
         for side, text in zip(sides_of(row), texts, strict=True):
@@ -161,8 +165,32 @@ class ChatTemplate:
         return response.content + self.end.rstrip()
 
 
-def _dicts(messages: Iterable[Message]) -> list[dict[str, object]]:
-    return [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+def _form_of(tokenizer: Any) -> MessageForm:
+    """Find the form of messages that the template reads.
+
+    Raises:
+        PolicyError: the template takes too long or too much memory.
+    """
+    from jinja2 import TemplateError
+
+    def render(turns: Turns, tools: list[dict[str, object]] | None) -> str | None:
+        try:
+            return _render(tokenizer, turns, tools, False, 0)
+        except (TemplateError, *TEMPLATE_FAULTS):
+            return None
+
+    with limited():
+        return MessageForm.of(render)
+
+
+def _greeting_hint(turns: Sequence[Mapping[str, object]]) -> str:
+    """Return what to do about a conversation that the assistant opens, which many templates refuse; else nothing."""
+    first = next((turn["role"] for turn in turns if turn["role"] != "system"), None)
+    return (
+        "; the assistant speaks first: remove that turn, or move it into the system turn"
+        if first == "assistant"
+        else ""
+    )
 
 
 def _render(tokenizer: Any, turns: Any, tools: Any, for_generation: bool, num_characters: int, **options: Any) -> str:
@@ -211,11 +239,18 @@ def _opened_tag(prompt: str, content: str) -> str | None:
 
 def _contains_response(rendered: str, response: Message) -> bool:
     """Return whether a rendering contains the response's content, reasoning and tool calls."""
-    texts = [response.content, *(str(response.extra[key]) for key in REASONING if response.extra.get(key))]
-    calls = response.extra.get("tool_calls")
-    if isinstance(calls, list | tuple):
-        texts.extend(_name(call) for call in calls if isinstance(call, Mapping))
+    texts = [response.content, str(response.extra.get("reasoning_content", "")), *_texts_of_calls(response)]
     return all(_contains(rendered, text) for text in texts)
+
+
+def _texts_of_calls(message: Message) -> Iterator[str]:
+    """Yield the name of each called function, and the texts of its arguments."""
+    calls = message.extra.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        yield _name(call)
+        function = call.get("function")
+        if isinstance(function, Mapping):
+            yield from strings_in(function.get("arguments"))
 
 
 def _contains(rendered: str, text: str) -> bool:
@@ -240,6 +275,8 @@ def _left_out(rendered: str, row: ExampleRow) -> Iterator[str]:
         elif text in rendered:
             yield "the chat template changes the order of turns"
             break
+    if any(not _contains(rendered, text) for message in row.prompt for text in _texts_of_calls(message)):
+        yield "the chat template drops or changes a tool call of the prompt"
     if any(_name(tool) not in rendered for tool in row.tools):
         yield "the chat template doesn't render tools"
 

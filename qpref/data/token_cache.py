@@ -22,7 +22,7 @@ from qpref.shards import KEY_BYTES, ShardStore
 
 log = logging.getLogger("qpref")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the tokenization, part of the folder's name: raise it when the same row gets different ids."""
 ROWS_AT_ONCE = 256
 LIMIT_BYTES = 5 * 2**30

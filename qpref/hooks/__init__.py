@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from qpref.hooks.checks import Places, Severity, SourceSeverity, report, text_of
+from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, report, text_of
+from qpref.hooks.reading import reading_length, reads_shorter
 from qpref.hooks.types import (
     MetricSink,
     PairedLoss,
@@ -45,6 +46,10 @@ __all__ = [
     "Severity",
     "SourceSeverity",
     "Places",
+    "CountedRows",
+    "RowCounts",
+    "reading_length",
+    "reads_shorter",
     "report",
     "text_of",
     "MetricSink",

@@ -1,11 +1,13 @@
-"""Shared tools for validators: severities, message texts, and sources packed into integers."""
+"""Shared tools for validators: severities, message texts, counted rows, and sources packed into integers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from qpref.hooks.types import Split
 from qpref.records import Finding, Message, Source
 
 if TYPE_CHECKING:
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warn", "off"]
 SourceSeverity = Literal["warn", "off"]
 """Severity of a finding about a whole source, which refuses no row."""
+
+NUM_LINES = 5
+"""Lines that a counted warning names."""
 
 _LINE_BITS = 40
 
@@ -36,6 +41,76 @@ def text_of(messages: Sequence[Message]) -> str:
         if message.extra:
             texts.append(json.dumps(message.extra, sort_keys=True, ensure_ascii=False, default=str))
     return "\n".join(texts)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Distinct rows, which come in order; the pairs of a ranking are one row."""
+
+    count: int = 0
+    last: int = -1
+    first: list[int] = field(default_factory=list)
+
+    def add(self, line: int) -> None:
+        if line == self.last:
+            return
+        self.last = line
+        self.count += 1
+        if self.count <= NUM_LINES:
+            self.first.append(line)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedRows:
+    """The rows of one source and split that have something in common.
+
+    Attributes:
+        source: the whole source, for a finding.
+        share: their number as text: "12 of 3500 training rows (0.3%)".
+        lines: the first of them as text: "first at lines 3, 9, 14, 20, 21".
+    """
+
+    source: Source
+    count: int
+    share: str
+    lines: str
+
+
+class RowCounts:
+    """Counts rows by source, split and a key of the check's own, for one warning in place of one for each row."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, Split], _Tally] = {}
+        self._hits: dict[tuple[str, Split], dict[str, _Tally]] = {}
+
+    def add(self, source: Source, split: Split, keys: Iterable[str] = ()) -> None:
+        """Count an example's row, among all rows and once for each key."""
+        place = source.path, split
+        rows = self._rows.get(place)
+        if rows is None:
+            rows, self._hits[place] = self._rows.setdefault(place, _Tally()), {}
+        rows.add(source.line)
+        for key in keys:
+            self._hits[place].setdefault(key, _Tally()).add(source.line)
+
+    def __iter__(self) -> Iterator[dict[str, CountedRows]]:
+        """Yield the counts of each source and split that has any, by key, most rows first."""
+        for place, hits in self._hits.items():
+            if hits:
+                ranked = sorted(hits.items(), key=lambda item: -item[1].count)
+                yield {key: self._counted(place, tally) for key, tally in ranked}
+
+    def _counted(self, place: tuple[str, Split], tally: _Tally) -> CountedRows:
+        path, split = place
+        total = self._rows[place].count
+        rows = f"{'training' if split == 'train' else 'held-out'} {'row' if total == 1 else 'rows'}"
+        lines = ", ".join(map(str, tally.first))
+        return CountedRows(
+            source=Source(path=path, line=0),
+            count=tally.count,
+            share=f"{tally.count} of {total} {rows} ({tally.count / total:.1%})",
+            lines=f"{'first ' if tally.count > NUM_LINES else ''}at line{'s' if tally.count > 1 else ''} {lines}",
+        )
 
 
 class Places:

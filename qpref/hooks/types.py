@@ -141,12 +141,18 @@ class RowCheck(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validator:
-    """A check of the preference data; `start` makes the `RowCheck` for one recipe's data."""
+    """A check of the preference data; `start` makes the `RowCheck` for one recipe's data.
+
+    Attributes:
+        skips_refused: sees only rows that no other check has refused while looking at them, for statistics of the rows
+            that training uses. Errors that other checks find at the end come too late for it.
+    """
 
     name: str
     summary: str
     options: type[Any]
     start: Callable[[Any], RowCheck]
+    skips_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +162,15 @@ class SinkContext:
     run_folder: Path
     first_step: int
     total_steps: int
+
+    def make_folder(self) -> Path:
+        """Create `sinks` in the run folder, and return it: the place for a sink's files.
+
+        It goes with the run when that is overwritten; a file that stands elsewhere in the run folder stops that.
+        """
+        folder = self.run_folder / "sinks"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
 
 
 class SinkWriter(Protocol):
@@ -182,7 +197,7 @@ class Reader:
 
     A file is read by the reader whose name is its suffix (`csv` reads `x.csv`, `jsonl.gz` reads `x.jsonl.gz`), unless
     the recipe names a reader. For each line `read` yields a row, or a finding where the line can't be parsed. It is
-    called more than once and must yield the same rows each time.
+    called more than once and must yield the same rows each time. A warning with line 0 is about the whole source.
 
     Attributes:
         takes: argument of `read`: "file"; "folder", which includes files; or "name", the text after the reader's

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qpref import fsio
+from qpref import fsio, publish
 from qpref.errors import DiskError, MergeError, PolicyError, RecipeError
 from qpref.merge.base import TrainedBase
 from qpref.merge.learned import LearnedTensors
@@ -122,7 +122,7 @@ def refuse_output(request: MergeRequest) -> None:
             raise RecipeError(f"{out}: is not empty", "name a new or empty folder")
     if out.resolve().is_relative_to(request.run.resolve()):
         raise RecipeError(f"{out}: is inside the run", "name a folder elsewhere")
-    fsio.try_folder(out)
+    publish.try_folder(out)
 
 
 def refuse_original(request: MergeRequest, base: TrainedBase) -> None:

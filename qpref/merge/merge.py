@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qpref import fsio
+from qpref import fsio, publish
 from qpref.errors import MergeError
 from qpref.merge import guards
 from qpref.merge.card import portable, write_card
@@ -72,7 +72,7 @@ def _merge(request: MergeRequest) -> MergeResult:
     survey = _survey(run, request)
     survey.refuse_overflow(smallest)
     session = Session(run, request, survey)
-    with fsio.staged_folder(request.out) as staging:
+    with publish.staged_folder(request.out) as staging:
         result = session.write(staging)
         fsio.write_json(staging / "merge.json", result.describe() | _origin(run, request))
         write_card(staging / "README.md", run, request, result)

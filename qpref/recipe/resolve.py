@@ -16,7 +16,7 @@ from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
-from qpref.recipe.paths import Locations
+from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
 from qpref.recipe.sections import ModelSection, Recipe, check_document
@@ -119,17 +119,18 @@ class DataPlan:
     model: ModelSection | None
 
 
-def make_data_plan(location: str, base: str | None = None) -> DataPlan:
+def make_data_plan(location: str, base: str | None = None, options: Mapping[str, Any] | None = None) -> DataPlan:
     """Plan the check of one source with the defaults of a recipe.
 
     Args:
         location: as `[data] train`; a relative path starts at the current folder.
         base: as `[model] base`, or None.
+        options: other keys of `[data]`: `reader`, `format`, `columns`.
 
     Raises:
-        RecipeError: no reader is known for the source.
+        RecipeError: no reader is known for the source, or an option has an invalid value.
     """
-    return Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
+    return Resolution(location, Path.cwd(), Path()).resolve_data(location, base, options or {})
 
 
 class Resolution:
@@ -195,8 +196,12 @@ class Resolution:
             raise self._error()
         return plan
 
-    def resolve_data(self, location: str, base: str | None) -> DataPlan:
-        data = DataSection(train=self._locations.source(location))
+    def resolve_data(self, location: str, base: str | None, options: Mapping[str, Any]) -> DataPlan:
+        try:
+            data = DataSection.model_validate({"train": self._locations.source(location)} | dict(options))
+        except ValidationError as error:
+            self._problems += problems_of(error, DataSection, "data")
+            raise self._error() from None
         sources, validators = self._sources(data), self._validators(None)
         if self._problems:
             raise self._error()
@@ -282,6 +287,7 @@ class Resolution:
                             reader=reader,
                             format=source.format or "auto",
                             columns=source.columns or {},
+                            contest=source.contest,
                             weight=source.weight,
                         )
                     )
@@ -300,8 +306,9 @@ class Resolution:
                 if named := self._locations.hub_dataset(source.path):
                     self._problems.append(Problem(table, key, f"no such path; a dataset of the hub is 'hf:{named}'"))
                     return None
-                readers = ", ".join(f".{reader}" for reader in sorted(known))
-                self._problems.append(Problem(table, key, f"no reader for '{file}'; installed: {readers}"))
+                self._problems.append(
+                    Problem(table, key, f"no reader for '{file}'; {advice_on_reader(Path(source.path), known)}")
+                )
                 return None
             name = fitting[-1]
         return self._load(manager.READER, name, table, "reader" if source.reader else key)

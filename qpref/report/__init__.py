@@ -1,1 +1,1 @@
-"""Render one HTML page on one or several runs, from the files of their folders: no torch, no network, no model."""
+"""Render HTML pages: the report of runs from their folders, and the findings of `qpref check`; no torch, no model."""

@@ -1,32 +1,19 @@
-"""Render the page: its sections from the runs and from other commands' files, by one template.
-
-The page loads nothing: its Content-Security-Policy allows only its own style and script, by their hashes. Every text is
-escaped by the template; no code here produces markup.
-"""
+"""Render the report of some runs: its sections from the runs and from other commands' files, by one template."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from qpref import __version__
 from qpref.report import charts, curves, tables
 from qpref.report.cells import Fields, cell, label_of
 from qpref.report.data_section import DataTables, data_tables
+from qpref.report.frame import render_page
 from qpref.report.read import RunRecord, nested
 from qpref.report.results import evaluation_blocks, merge_blocks
 from qpref.report.samples import Sample, samples_of
 
-TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
 AREA = {
     "width": charts.WIDTH,
     "height": charts.HEIGHT,
@@ -64,18 +51,13 @@ class SampleFile:
 
 def render(runs: Sequence[RunRecord], extras: ExtraResults) -> str:
     """Render the page as HTML."""
-    style, script = _packaged(STYLE), _packaged(SCRIPT)
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: " + ", ".join(run.name for run in runs)
-    return _environment().get_template(TEMPLATE).render(
+    return render_page(
+        "page.html.j2",
+        script="page.js",
         title=title,
-        policy=policy,
-        style=Markup(style),  # noqa: S704 - the package's own files
-        script=Markup(script),  # noqa: S704
-        version=__version__,
+        command="report",
+        origin="the run folders",
         runs=runs,
         colours=charts.COLOURS,
         area=AREA,
@@ -90,7 +72,7 @@ def render(runs: Sequence[RunRecord], extras: ExtraResults) -> str:
         evaluations={path: evaluation_blocks(value) for path, value in extras.evaluations.items()},
         sample_files=[_sample_file(path, value) for path, value in extras.samples.items()],
         about=[_about(run) for run in runs],
-    )  # fmt: skip
+    )
 
 
 def _data(run: RunRecord) -> DataTables | None:
@@ -115,29 +97,3 @@ def _about(run: RunRecord) -> Fields:
     known = {key: facts[key] for key in keys if key in facts} | ({"plugins": plugins} if plugins else {})
     folder = [("folder", str(run.path.resolve()))]
     return Fields(folder + [(label_of(key), cell(value)) for key, value in known.items()])
-
-
-@cache
-def _packaged(name: str) -> str:
-    return files("qpref.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("qpref.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_path_to_text,
-    )
-
-
-def _path_to_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

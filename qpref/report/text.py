@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
+_UNSEEN = re.compile(
+    "\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff]"
+)
 DIGITS = 5
 NO_VALUE = "no value"
 
@@ -46,6 +51,18 @@ def count_text(value: float) -> str:
 
 def share_text(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else NO_VALUE
+
+
+def visible(text: str) -> str:
+    """Replace characters that no page shows, or that reorder a line, by their code: ⟨U+200B⟩.
+
+    Line breaks, tabs and the joiners that scripts and emoji need stay.
+    """
+    return text if text.isascii() and text.isprintable() else _UNSEEN.sub(_code_point, text)
+
+
+def _code_point(found: re.Match[str]) -> str:
+    return f"⟨U+{ord(found[0]):04X}⟩"
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qpref import fsio
 from qpref.errors import RecipeError
+from qpref.report.frame import write_page
 from qpref.report.page import ExtraResults, render
 from qpref.report.read import read_json, read_runs
 from qpref.training.folder import RunFolder
@@ -54,8 +55,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extra
         ),
     )
     fsio.make_folder(path.absolute().parent)
-    fsio.write_bytes(path, page.encode(errors="replace"))  # JSON may hold lone surrogates
-    fsio.make_readable(path)
+    write_page(path, page)
     return path
 
 

@@ -6,22 +6,25 @@ flipped bit for a weight.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from qpref import fsio
+from qpref import fsio, opening, publish
 from qpref.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("qpref")
 
 FORMAT = 2
 NAME = re.compile(r"step-(\d{6,})")
+STEMS = frozenset({"adapter", "optimizer", "reference"})
+STATE, MANIFEST = "state.json", "MANIFEST.json"
+FILES = frozenset({STATE, MANIFEST, *(f"{stem}.safetensors" for stem in STEMS)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +47,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final = path_of(folder, checkpoint.step)
     if final.exists():
         fsio.remove_tree(final)
-    with fsio.staged_folder(final) as staging:
+    with publish.staged_folder(final) as staging:
+        assert checkpoint.tensors.keys() <= STEMS
         for stem, tensors in checkpoint.tensors.items():
             fsio.write_tensors(staging / f"{stem}.safetensors", tensors)
-        fsio.write_json(staging / "state.json", {"format": FORMAT, "step": checkpoint.step} | checkpoint.state)
-        files = {path.name: _entry(path) for path in sorted(staging.iterdir())}
-        fsio.write_json(staging / "MANIFEST.json", {"format": FORMAT, "step": checkpoint.step, "files": files})
+        fsio.write_json(staging / STATE, {"format": FORMAT, "step": checkpoint.step} | checkpoint.state)
+        files = publish.manifest(staging)
+        fsio.write_json(staging / MANIFEST, {"format": FORMAT, "step": checkpoint.step, "files": files})
     best = checkpoint.state.get("best")
     for old in _folders(folder)[max(2, keep) :]:
         if best is None or old != path_of(folder, best["step"]):
@@ -104,29 +108,44 @@ def remove_newer(folder: Path, step: int) -> None:
             fsio.remove_tree(path)
 
 
+def foreign_files(folder: Path) -> list[Path]:
+    """List what no run has written to its folder of checkpoints."""
+    found = []
+    for path in folder.iterdir():
+        is_checkpoint = NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        if is_checkpoint:
+            found += [file for file in path.iterdir() if file.name not in FILES or not file.is_file()]
+        elif not NAME.fullmatch(fsio.staged_name(path.name) or ""):
+            found.append(path)
+    return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove checkpoints that a killed process left half-written."""
+    for path in folder.iterdir():
+        if NAME.fullmatch(fsio.staged_name(path.name) or ""):
+            fsio.remove_tree(path)
+
+
 def _folders(folder: Path) -> list[Path]:
     """List the checkpoints' folders, newest first."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": fsio.sha256_file(path)}
-
-
 def _load(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
-    if path.is_symlink() or (path / "MANIFEST.json").is_symlink():
-        raise ValueError("it is a link, or its MANIFEST.json is one")
-    manifest = json.loads((path / "MANIFEST.json").read_text())
+    if path.is_symlink():
+        raise ValueError("it is a link")
+    manifest = opening.read_object(path / MANIFEST)
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
-    for name, entry in manifest["files"].items():
-        file = path / Path(name).name
-        if file.is_symlink() or _entry(file) != entry:
-            raise ValueError(f"{name} is not as it was written")
-    state = json.loads((path / "state.json").read_text())
+    if not isinstance(manifest["files"], dict) or not {STATE} <= manifest["files"].keys() <= FILES:
+        raise ValueError(f"{MANIFEST} doesn't list a checkpoint's files")
+    if (changed := publish.changed_file(path, manifest["files"])) is not None:
+        raise ValueError(f"{changed} is not as it was written")
+    state = opening.read_object(path / STATE)
     if not path.name == f"step-{manifest['step']:06}" == f"step-{state['step']:06}":
         raise ValueError("its step is not the one in its name")
     stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]

@@ -1,22 +1,32 @@
-"""A run's folder: its files, its lock, and cleaning up after a run that never began."""
+"""A run's folder: its files, its lock, and cleaning up after a run that never began.
+
+A run folder can come from somebody else, or be one that somebody else writes to. So its files are opened without
+following links, and only what a run has written is ever deleted.
+"""
 
 from __future__ import annotations
 
-import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpref import fsio
+from qpref import fsio, locks, opening, publish
 from qpref.errors import RecipeError
+from qpref.training import checkpoint
 
 if TYPE_CHECKING:
     from qpref.recipe.reopen import RecordedRun
 
-ENTRIES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "checkpoints", "adapter", "result.json",
-           "report.html")  # fmt: skip
+FILES = ("run.json", "recipe.lock.toml", "data.json", "metrics.jsonl", "result.json", "report.html")
+FOLDERS = ("checkpoints", "adapter", "sinks")
+ENTRIES = frozenset({*FILES, *FOLDERS})
+CARD = "README.md"
+"""The adapter's model card, which people edit."""
+SHOWN_FILES = 5
 REQUIRED: Mapping[str, type] = {
     "base": str,
     "base_path": str,
@@ -82,11 +92,9 @@ class RunFolder:
             RecipeError: it cannot be read, or is no run of this qpref.
         """
         try:
-            facts = json.loads(self.run_json.read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            facts = opening.read_object(self.run_json)
+        except (OSError, ValueError) as error:
             raise RecipeError(f"{self.run_json}: cannot be read: {error}", "restore it, or train again") from None
-        if not isinstance(facts, dict):
-            raise RecipeError(f"{self.run_json}: expected a JSON object; not a run of this qpref")
         if missing := _missing_key(facts):
             raise RecipeError(f"{self.run_json}: lacks '{missing}': not a run of this qpref")
         return facts
@@ -99,26 +107,88 @@ class RunFolder:
             facts: run.json.
         """
         try:
-            report = json.loads(self.data_json.read_text())
-        except (OSError, ValueError, RecursionError):
+            report = opening.read_object(self.data_json)
+        except (OSError, ValueError):
             report = {}
         from qpref.recipe.reopen import RecordedRun  # imports pydantic, which reports do without
 
-        return RecordedRun(
-            path=self.path, document=document, facts=facts, report=report if isinstance(report, dict) else {}
-        )
+        return RecordedRun(path=self.path, document=document, facts=facts, report=report)
+
+    def adapter_manifest(self) -> dict[str, Any] | None:
+        """Read the manifest of the adapter from result.json; None where that has none."""
+        try:
+            written = opening.read_object(self.result).get("adapter_files")
+        except (OSError, ValueError):
+            return None
+        return written if isinstance(written, dict) else None
+
+    def damaged_adapter_file(self) -> str | None:
+        """Return a file of the finished run's adapter that isn't as training wrote it, or None."""
+        written = self.adapter_manifest()
+        if written is None:
+            return self.result.name
+        return publish.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
 
     def clear(self) -> None:
         """Remove the run but keep the lock. run.json goes first: without it there is no run."""
         for path in [self.run_json, *self.path.iterdir()]:
-            if path.name != "LOCK" and (path.exists() or path.is_symlink()):
+            if path.name in ENTRIES or fsio.staged_name(path.name) in ENTRIES:
                 fsio.remove_tree(path)
 
     def remove_leftovers(self) -> None:
         """Remove files that a killed process left half-written."""
-        fsio.remove_staging(self.path)
+        for path in self.path.iterdir():
+            if fsio.staged_name(path.name) in ENTRIES:
+                fsio.remove_tree(path)
         if self.checkpoints.is_dir():
-            fsio.remove_staging(self.checkpoints)
+            checkpoint.remove_leftovers(self.checkpoints)
+
+    def foreign_files(self) -> list[str]:
+        """List what no run has written, relative to the folder: files beside the run's, in its checkpoints and in its
+        adapter."""
+        found = [path for path in self.path.iterdir() if path.name not in ENTRIES and path.name != locks.NAME]
+        found = [path for path in found if fsio.staged_name(path.name) not in ENTRIES]
+        found += checkpoint.foreign_files(self.checkpoints) if self.checkpoints.is_dir() else []
+        written = self.adapter_manifest() or {}
+        adapter = [path for path in self.adapter.rglob("*") if not path.is_dir() or path.is_symlink()]
+        found += [path for path in adapter if path.relative_to(self.adapter).as_posix() not in written]
+        return sorted(path.relative_to(self.path).as_posix() for path in found)
+
+    def refuse_unsafe(self) -> None:
+        """Refuse a folder whose entries are not what a run makes, or that somebody else can change.
+
+        Raises:
+            RecipeError: a link, FIFO or device has the name of a run's file, or the folder is another user's and
+                others can write to it.
+        """
+        for name in (*FILES, locks.NAME):
+            if kind := opening.kind_of(self.path / name):
+                raise RecipeError(
+                    f"{self.path / name}: is {kind}; a run's files are regular files", "use another --output"
+                )
+        _refuse_writable_by_others(self.path)
+        for name in FOLDERS:
+            path = self.path / name
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                kind = opening.kind_of(path) or "a file"
+                raise RecipeError(
+                    f"{path}: is {kind}; qpref follows no link inside a run", "link the whole run folder instead"
+                )
+            if path.is_dir():
+                _refuse_writable_by_others(path)
+
+
+def _refuse_writable_by_others(folder: Path) -> None:
+    """Refuse another user's folder that others can write to, and another user's link to a folder."""
+    own = os.geteuid()
+    status = folder.stat()
+    if folder.is_symlink() and folder.lstat().st_uid not in (own, 0):
+        raise RecipeError(f"{folder}: is a link that another user has made", "use another --output")
+    if status.st_uid != own and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RecipeError(
+            f"{folder}: belongs to another user, and others can write to it",
+            "copy the run to a folder of your own, or use another --output",
+        )
 
 
 def _missing_key(facts: Mapping[str, Any]) -> str | None:
@@ -151,23 +221,34 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     if path.exists() and not path.is_dir():
         raise RecipeError(f"{path}: is a file; a run needs a folder")
     existed = path.is_dir()
-    found = {entry.name for entry in path.iterdir()} if existed else set()
-    if "run.json" not in found and _foreign_files(found, overwrite):
-        raise RecipeError(f"{path}: holds files and no run", "name another folder with --output")
-    if "run.json" in found and not (resume or overwrite):
-        raise RecipeError(
-            f"{path}: holds a run", "continue with --resume, replace it with --overwrite, or use --output"
-        )
+    if existed:
+        _refuse_use(folder, resume, overwrite)
     fsio.make_folder(path)
-    with fsio.locked(path):
+    with locks.locked(path):
         try:
+            folder.refuse_unsafe()
             yield folder
         finally:
             if not existed and not folder.run_json.exists():
                 fsio.remove_tree(path)
 
 
-def _foreign_files(found: set[str], overwrite: bool) -> set[str]:
-    """Select the files that aren't leftovers of a run killed before its run.json; with --overwrite, of any run."""
-    ours = {"LOCK", *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
-    return {name for name in found - ours if not name.startswith(fsio.STAGING_PREFIX)}
+def _refuse_use(folder: RunFolder, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder with a run that is neither to be resumed nor overwritten, or with files that no run has made."""
+    folder.refuse_unsafe()
+    path = folder.path
+    found = {entry.name for entry in path.iterdir()}
+    if "run.json" in found and not (resume or overwrite):
+        raise RecipeError(
+            f"{path}: holds a run", "continue with --resume, replace it with --overwrite, or use --output"
+        )
+    # A run that was killed before its run.json is none, and what it left is ours.
+    ours = {locks.NAME, *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
+    if "run.json" not in found and any(name not in ours and fsio.staged_name(name) not in ENTRIES for name in found):
+        raise RecipeError(f"{path}: holds files and no run", "name another folder with --output")
+    if overwrite and (foreign := folder.foreign_files()):
+        listed = ", ".join(foreign[:SHOWN_FILES]) + (", ..." if len(foreign) > SHOWN_FILES else "")
+        raise RecipeError(
+            f"{path}: holds files that this run has not written: {listed}",
+            "move them elsewhere; --overwrite deletes what the run has written, and nothing else",
+        )

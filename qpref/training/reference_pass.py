@@ -29,6 +29,8 @@ log = logging.getLogger("qpref")
 BATCH_FACTOR = 4
 """A pass without gradients keeps no activations, so it takes more tokens at once than training."""
 
+SHARD = re.compile(r"[0-9a-f]{32}\.shard")
+
 
 def open_references(
     prepared: Prepared, cache_before: Mapping[str, Any] | None = None, saved: Checkpoint | None = None
@@ -96,11 +98,9 @@ def _is_description(before: Mapping[str, Any]) -> bool:
     """Return whether run.json has a `cache_description`: its names are file names, its sizes bytes."""
     if not isinstance(before, dict) or not isinstance(before.get("seen"), dict):
         return False
-    names = [before.get("run"), *before["seen"]]
+    names = [f"{before.get('run')}.shard", *before["seen"]]
     sizes = before["seen"].values()
-    return all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names) and all(
-        type(size) is int and size >= 0 for size in sizes
-    )
+    return all(SHARD.fullmatch(name) for name in names) and all(type(size) is int and size >= 0 for size in sizes)
 
 
 def count_known(references: ReferenceStore, examples: Sequence[TokenizedExample]) -> tuple[int, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qpref import fsio
+from qpref import fsio, opening
 from qpref.linux import resource
 from qpref.training.state import TrainingState
 
@@ -20,15 +22,22 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def write_result(path: Path, state: TrainingState, device: torch.device, first_step: int) -> None:
+def write_result(
+    path: Path, state: TrainingState, device: torch.device, first_step: int, adapter_files: Mapping[str, Any]
+) -> None:
     """Write the result of a finished run.
 
     Args:
         first_step: step that this process began after; its peak memory is measured from there.
+        adapter_files: manifest of the adapter's folder.
     """
+    if first_step == state.step and (before := _read(path)):
+        fsio.write_json(path, before | {"adapter_files": dict(adapter_files)})  # exported again, and nothing trained
+        return
     fsio.write_json(
         path,
         {
+            "adapter_files": dict(adapter_files),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "first_step": first_step,
             "steps": state.step,
@@ -39,6 +48,13 @@ def write_result(path: Path, state: TrainingState, device: torch.device, first_s
             "peak_bytes": peak_bytes(device),
         },
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return opening.read_object(path)
+    except (OSError, ValueError):
+        return {}
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:

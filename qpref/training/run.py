@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from qpref import fsio
+from qpref import fsio, publish
 from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
-from qpref.errors import PolicyError, StoppedBySignal
+from qpref.errors import CheckpointError, PolicyError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
 from qpref.policy.load import choose_device
@@ -41,7 +41,7 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         QprefError: of the kind that fits; until training starts, nothing is left behind.
     """
     with claimed(plan.output, resume, overwrite) as folder:
-        if resume and folder.adapter.is_dir():
+        if resume and _is_complete(plan, folder):
             log.info("%s: this run is complete", folder.path)
             return folder.path
         checked = load_rows(plan)
@@ -72,9 +72,33 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     if not finished:
         raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", requested[0])
     _take_best(prepared, folder, session.state)
-    write_result(folder.result, session.state, prepared.policy.device, first_step)
-    _write_adapter(prepared, folder)
+    _write_adapter(prepared, folder, session.state, first_step)
     log.info("adapter: %s", folder.adapter)
+
+
+def _is_complete(plan: Plan, folder: RunFolder) -> bool:
+    """Return whether the folder has this plan's finished run; with a damaged adapter it isn't complete.
+
+    Raises:
+        CheckpointError: it is the finished run of another recipe, or no checkpoint is left to export the adapter from.
+    """
+    if not (folder.result.exists() or folder.adapter.exists()):
+        return False
+    if folder.description()["fingerprints"]["recipe"] != plan.fingerprint:
+        raise CheckpointError(
+            f"{folder.path}: is the run of another recipe",
+            "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
+        )
+    damaged = folder.damaged_adapter_file()
+    if damaged is None:
+        return True
+    problem = f"{folder.adapter}: {damaged} is not as training wrote it"
+    if not any(folder.checkpoints.glob("step-*")):
+        raise CheckpointError(
+            f"{problem}, and no checkpoint is left to export it from", "restore a copy, or start over with --overwrite"
+        )
+    log.warning("%s; the adapter is exported again from the last checkpoint", problem)
+    return False
 
 
 def _begin(session: Session, folder: RunFolder) -> int:
@@ -181,13 +205,16 @@ def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> N
              best.step, early, train.best_by, best.value)  # fmt: skip
 
 
-def _write_adapter(prepared: Prepared, folder: RunFolder) -> None:
-    """Write the result in PEFT's format, with the tokenizer that it was trained with."""
+def _write_adapter(prepared: Prepared, folder: RunFolder, state: TrainingState, first_step: int) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer that it was trained with, and result.json, which has the
+    manifest of both: a run is finished as soon as the adapter has its name."""
     model = prepared.policy.model
     bad = [name for name, value in prepared.policy.trained_parameters().items() if not bool(value.isfinite().all())]
     if bad:
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
     model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
-    with fsio.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
+    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
+        write_result(folder.result, state, prepared.policy.device, first_step, publish.manifest(staging))
+        fsio.remove_tree(folder.adapter)  # a damaged one

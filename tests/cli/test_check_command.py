@@ -70,7 +70,7 @@ def test_an_unreadable_line_is_a_refused_row(tmp_path):
     path.write_text(path.read_text() + '{"prompt": "Wh')
     found = facts(path, code=3)
     assert [found[key] for key in ("read", "kept", "refused")] == [4, 3, 1]
-    assert found["findings"][-1]["line"] == 4
+    assert [one["line"] for one in found["findings"] if one["code"] == "unreadable"] == [4]
 
 
 def test_warnings_alone_exit_with_0(tmp_path):
@@ -157,7 +157,9 @@ def test_fix_keeps_held_out_rows_apart(make_recipe, tmp_path):
     del document["data"]["heldout"]
     recipe = tmp_path / "share.toml"
     recipe.write_text(tomli_w.dumps(document))
-    check(recipe, "--fix", tmp_path / "clean.jsonl")
+    done = check(recipe, "--fix", tmp_path / "clean.jsonl")
+    assert "clean.heldout.jsonl, in place of" in done.stdout
+    assert "with [data] heldout in place of heldout_share" in done.stdout
     kept = [(tmp_path / name).read_text().splitlines() for name in ("clean.jsonl", "clean.heldout.jsonl")]
     assert all(kept)
     prompts = [{json.loads(line)["prompt"] for line in lines} for lines in kept]
@@ -237,13 +239,68 @@ def test_a_page_replaces_no_data(tmp_path):
     assert path.read_text() == before
 
 
-def test_fix_gives_renamed_columns_our_names(make_recipe, tmp_path):
-    other = [{"q": "What is it?", "chosen": "It is that, I think.", "rejected": "No idea at all."}]
+def test_fix_names_the_file_that_stands_in_for_each_source(make_recipe, tmp_path):
+    other = [{"q": "What is it?", "chosen": "It is that, I think.", "rejected": "No idea at all."}, {}]
     train = [
         {"path": str(write_jsonl(tmp_path / "a.jsonl", preference_rows(2)))},
         {"path": str(write_jsonl(tmp_path / "b.jsonl", other)), "columns": {"prompt": "q"}},
     ]
     recipe = tmp_path / "mixed.toml"
     recipe.write_text(tomli_w.dumps(make_recipe({"data.train": train})))
-    check(recipe, "--fix", tmp_path / "clean.jsonl")
-    assert facts(tmp_path / "clean.jsonl")["kept"] == 3
+    written = check(recipe, "--fix", tmp_path / "clean.jsonl", code=3).stdout.splitlines()[:4]
+    assert written == [
+        f"written: {tmp_path / 'clean.1.jsonl'}, in place of {tmp_path / 'a.jsonl'}",
+        f"written: {tmp_path / 'clean.2.jsonl'}, in place of {tmp_path / 'b.jsonl'}",
+        f"written: {tmp_path / 'clean.heldout.jsonl'}, in place of {tmp_path / 'heldout.jsonl'}",
+        f"written: {tmp_path / 'clean.refused.jsonl'}, the refused rows with the reasons",
+    ]
+    for number, source in enumerate(train, 1):
+        source["path"] = str(tmp_path / f"clean.{number}.jsonl")
+    recipe.write_text(tomli_w.dumps(make_recipe({"data.train": train})))
+    assert [facts(recipe)[key] for key in ("read", "kept")] == [7, 7]
+
+
+# A file without a recipe: its reader, its format and its columns.
+
+
+def test_a_bare_file_is_read_with_the_reader_format_and_columns_that_are_named(tmp_path):
+    renamed = [{"post": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in preference_rows(3)]
+    path = write_jsonl(tmp_path / "pairs.data", renamed)
+    columns = ("--columns", "prompt=post", "--columns", "chosen=good", "--columns", "rejected=bad")
+    assert facts(path, "--reader", "jsonl", *columns)["kept"] == 3
+    assert facts(path, "--reader", "jsonl", *columns, "--format", "pair")["kept"] == 3
+    as_completions = facts(path, "--reader", "jsonl", *columns, "--shape", "unpaired", code=3)
+    assert {one["code"] for one in as_completions["findings"]} == {"not_an_example"}
+
+
+def test_the_columns_that_would_fit_are_those_that_the_option_takes(tmp_path):
+    renamed = [{"post": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in preference_rows(2)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", renamed)
+    message = facts(path, code=3)["findings"][0]["message"]
+    mapping = re.search(r"columns = \{ (.*) \} would fit", message)
+    assert mapping
+    pairs = [option for pair in mapping[1].split(", ") for option in ("--columns", re.sub(r"[ \"]", "", pair))]
+    assert facts(path, *pairs)["kept"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "wording"),
+    [
+        (("--columns", "prompt"), "'prompt' is not NAME=COLUMN, such as prompt=question"),
+        (("--columns", "=post"), "'=post' is not NAME=COLUMN"),
+        (("--columns", "prompt="), "'prompt=' is not NAME=COLUMN"),
+        (("--columns", "prompt=a", "--columns", "prompt=b"), "'prompt' is mapped twice"),
+        (("--columns", "promt=post"), "no row format has a column 'promt'; did you mean 'prompt'?"),
+        (("--format", "pairs"), "[data] format: expected 'auto', 'pair'"),
+        (("--reader", "pairs"), "[data] reader: no reader 'pairs' is installed"),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path, options, wording):
+    path = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(2))
+    assert wording in check(path, *options, code=2).stderr
+
+
+@pytest.mark.parametrize("options", [("--reader", "jsonl"), ("--shape", "pair"), ("--columns", "prompt=post")])
+def test_a_recipe_says_itself_how_its_data_are_read(write_recipe, options):
+    key = options[0].replace("shape", "format")
+    assert f"error: {key} is for a bare source of data" in check(write_recipe(), *options, code=2).stderr

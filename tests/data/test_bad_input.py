@@ -108,21 +108,21 @@ NOT_JSON = {
     "100,000 objects": Bad(b'{"a":' * DEEP + b"1" + b"}" * DEEP, "unreadable", "nested too deeply"),
     "a number of 5,000 digits": Bad(b'{"weight": ' + b"1" * 5000 + b"}", "unreadable", "a number of 5000 digits"),
     "a number of 1,000,000 digits": Bad(b'{"weight": ' + b"1" * 10**6 + b"}", "unreadable", "of 1000000 digits"),
-    "cut off in a text": Bad(b'{"prompt": "Wh', "unreadable", "not JSON: Unterminated string"),
-    "cut off after a key": Bad(b'{"prompt"', "unreadable", "not JSON: Expecting ':' delimiter"),
-    "cut off after a value": Bad(b'{"prompt": 1', "unreadable", "not JSON: Expecting ',' delimiter"),
-    "cut off in an escape": Bad(b'{"prompt": "\\u12', "unreadable", "not JSON: Invalid \\uXXXX escape"),
-    "an unknown escape": Bad(b'{"prompt": "\\x"}', "unreadable", "not JSON: Invalid \\escape"),
-    "a raw tab in a text": Bad(b'{"prompt": "\t"}', "unreadable", "not JSON: Invalid control character"),
-    "a raw NUL in a text": Bad(b'{"prompt": "\0"}', "unreadable", "not JSON: Invalid control character"),
+    "cut off in a text": Bad(b'{"prompt": "Wh', "unreadable", "not JSON: the row doesn't end on its line"),
+    "cut off after a key": Bad(b'{"prompt"', "unreadable", "not JSON: the row doesn't end on its line"),
+    "cut off after a value": Bad(b'{"prompt": 1', "unreadable", "not JSON: the row doesn't end on its line"),
+    "cut off in an escape": Bad(b'{"prompt": "\\u12', "unreadable", "not JSON: the row doesn't end on its line"),
+    "an unknown escape": Bad(b'{"prompt": "\\x"}', "unreadable", "a lone backslash in '\\x'"),
+    "a raw tab in a text": Bad(b'{"prompt": "\t"}', "unreadable", "not JSON: a raw tab inside a text"),
+    "a raw NUL in a text": Bad(b'{"prompt": "\0"}', "unreadable", "not JSON: the control character U+0000"),
     "NUL bytes": Bad(bytes(100), "unreadable", "not JSON: Expecting value"),
-    "single quotes": Bad(b"{'prompt': 'x'}", "unreadable", "not JSON: Expecting property name"),
+    "single quotes": Bad(b"{'prompt': 'x'}", "unreadable", "not JSON: single quotes, as Python prints a dict"),
     "a comma too many": Bad(b'{"prompt": "x",}', "unreadable", "not JSON: "),
-    "a comment": Bad(b"// a comment", "unreadable", "not JSON: Expecting value"),
-    "two values": Bad(b"{} {}", "unreadable", "not JSON: Extra data"),
+    "a comment": Bad(b"// a comment", "unreadable", "not JSON: a comment"),
+    "two values": Bad(b"{} {}", "unreadable", "not JSON: several objects on one line"),
     "a number with a leading zero": Bad(b'{"weight": 01}', "unreadable", "not JSON: "),
     "a hexadecimal number": Bad(b'{"weight": 0x1}', "unreadable", "not JSON: "),
-    "Python's True": Bad(b'{"label": True}', "unreadable", "not JSON: Expecting value"),
+    "Python's True": Bad(b'{"label": True}', "unreadable", "not JSON: True, as Python prints"),
     "CSV": Bad(b"Why?,Because.,No idea.", "unreadable", "not JSON: Expecting value"),
     "null": Bad(b"null", "unreadable", "expected a JSON object, found null"),
     "true": Bad(b"true", "unreadable", "expected a JSON object, found true or false"),
@@ -165,8 +165,8 @@ PARTS = {
     "a message that is a text": row("not_a_message", "turn 1: a message has a role", prompt=["Why?"]),
     "a message that is null": row("not_a_message", "found null", prompt=[None]),
     "a list of lists": row("not_a_message", "found a list", prompt=[turns("user")]),
-    "an unknown role": row("not_a_message", "role 'human'; known", prompt=turns("human")),
-    "a role in capitals": row("not_a_message", "role 'User'; known", prompt=turns("User")),
+    "an unknown role": row("not_a_message", "role 'narrator'; known", prompt=turns("narrator")),
+    "a role that is call or result": row("not_a_message", "a call or its result", prompt=turns("user", "function")),
     "a role that is a number": row("not_a_message", "role 3; known", prompt=[{"role": 3, "content": "x"}]),
     "a role that is a list": row("not_a_message", "role a list", prompt=[{"role": ["user"], "content": "x"}]),
     "an unknown speaker": row("not_a_message", "from 'Alice'; known", prompt=[{"from": "Alice", "value": "x"}]),
@@ -178,8 +178,8 @@ PARTS = {
     "messages in Python notation": row("not_a_message", "in Python notation", prompt=str(turns("user"))),
     "chosen is a number": row("not_a_message", "chosen: expected a text", chosen=3),
     "chosen is true": row("not_a_message", "chosen: expected a text", chosen=True),
-    "chosen is an object": row("not_a_message", "chosen: expected a text", chosen={"text": "x"}),
-    "the assistant first": row("role_order", "the assistant's turn first", prompt=turns("assistant", "user")),
+    "chosen is an object": row("not_a_message", "chosen: expected a text", chosen={"name": "x"}),
+    "the assistant first, and twice": row("role_order", "turn 2", prompt=turns("assistant", "assistant", "user")),
     "a tool first": row("role_order", "the tool's turn first", prompt=turns("tool", "user")),
     "two questions": row("role_order", "the user's turn after the user's", prompt=turns("user", "user")),
     "two answers": row("role_order", "turn 3", prompt=turns("user", "assistant", "assistant", "user")),
@@ -198,7 +198,8 @@ PARTS = {
     "tools that are no JSON": row("not_a_message", "tools: expected a list of JSON schemas", tools="weather()"),
     "tools that are an object": row("not_a_message", "tools: expected a list", tools={"name": "f"}),
     "two system texts": row("role_order", "turn 2: the system's", prompt=turns("system", "user"), system="y"),
-    "a system column that is a list": row("not_a_pair", "system: expected a text", system=["x"]),
+    "a system column that is a number": row("not_a_message", "system: expected a text", system=3),
+    "a system column of two texts": row("not_a_message", "system: expected one text", system=turns("system", "system")),
     "a function call that is no JSON": row(
         "not_a_message", "JSON with name", chosen={"from": "function_call", "value": "f()"}
     ),
@@ -243,7 +244,11 @@ CONVERSATIONS = {
         **dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"),
     ),
     "ShareGPT without chosen": row(
-        "not_a_pair", "no chosen", prompt=None, chosen=None, conversations=[{"from": "human", "value": "x"}]
+        "not_a_pair",
+        "last turn is the user's",
+        prompt=None,
+        chosen=None,
+        conversations=[{"from": "human", "value": "x"}],
     ),
     "ShareGPT of nothing": row("not_a_message", "an empty list", prompt=None, conversations=[]),
     "ShareGPT of a number": row("not_a_message", "found a number", prompt=None, conversations=3),
@@ -267,7 +272,7 @@ CONVERSATIONS = {
         "not_a_message", "history: expected", prompt=None, instruction="x", history=["a", "b"]
     ),
     "OpenAI without messages": ranked(
-        "not_a_message", "input.messages: expected", input={}, preferred_output="a", non_preferred_output="b"
+        "not_a_pair", "input: expected an object", input={}, preferred_output="a", non_preferred_output="b"
     ),
     "OpenAI with a text as input": ranked(
         "not_a_pair", "input: expected an object", input="x", preferred_output="a", non_preferred_output="b"
@@ -292,7 +297,7 @@ NUMBERS = {
     "a weight that is true": row("bad_number", "weight: expected a number, found True", weight=True),
     "a weight that is a list": row("bad_number", "weight: expected a number, found a list", weight=[1]),
     "a negative weight": row("bad_number", "weight: -1 is below 0", weight=-1),
-    "a weight of 400 digits": row("bad_number", "weight: expected a number", weight=10**400),
+    "a weight of 400 digits": row("bad_number", "weight: a number this large", weight=10**400),
     "an infinite weight": Bad(b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": 1e999}', "bad_number", "inf"),
     "a margin that is NaN as a text": row("bad_number", "margin: expected a number", margin="nan"),
     "a margin that is an object": row("bad_number", "margin: expected a number", margin={}),
@@ -301,10 +306,10 @@ LABELS = {
     "a label that is yes": single("bad_label", "label: expected true or false, found 'yes'", label="yes"),
     "a label that is 2": single("bad_label", "found 2", label=2),
     "a label that is -1": single("bad_label", "found -1", label=-1),
-    "a label that is 1.0": single("bad_label", "found 1.0", label=1.0),
+    "a label that is 0.5": single("bad_label", "found 0.5", label=0.5),
     "a label that is empty": single("bad_label", "found ''", label=""),
     "a label that is a list": single("bad_label", "found a list", label=[True]),
-    "a label of 400 digits": single("bad_label", "found a number", label=10**400),
+    "a label of 400 digits": single("bad_label", "found a number of about 401 digits", label=10**400),
     "no label": single("not_an_example", "no label", label=None),
     "no completion": single("not_an_example", "no completion", completion=None),
     "a label alone": row("not_an_example", "no completion", prompt="x", chosen=None, rejected=None, label=True),
@@ -328,11 +333,20 @@ RANKS = {
     "responses that are a text": ranked("not_a_pair", "found a text", responses="a", ranks=[1]),
     "ranked without a prompt": ranked("not_a_pair", "no prompt", prompt=None, ranked=["a", "b"]),
     "SHP with another label": ranked(
-        "bad_label", "labels: expected 1 or 0, found 2", history="x", human_ref_A="a", human_ref_B="b", labels=2
+        "unlisted_verdict",
+        "labels = 2; expected 1 (human_ref_A is better)",
+        history="x",
+        human_ref_A="a",
+        human_ref_B="b",
+        labels=2,
     ),
     "an arena tie": ranked("tied", "winner: a tie", conversation_a=WHOLE, conversation_b=WHOLE, winner="tie"),
     "an arena of an unknown winner": ranked(
-        "bad_label", "winner: expected", conversation_a=WHOLE, conversation_b=WHOLE, winner="gpt-4"
+        "unlisted_verdict",
+        "winner = 'gpt-4'; expected 'model_a'",
+        conversation_a=WHOLE,
+        conversation_b=WHOLE,
+        winner="gpt-4",
     ),
 }
 ROWS = NOT_JSON | NOT_UTF8 | TOO_LONG | PARTS | CONVERSATIONS | CONTROL | NUMBERS | LABELS | RANKS
@@ -385,8 +399,8 @@ def test_a_bad_csv_record_is_refused_at_its_line(tmp_path, name, suffix):
 
 
 FILES = {
-    "an array as JSON Lines": ("jsonl", json.dumps([GOOD], indent=1).encode(), 1, "unreadable", 'reader = "json"'),
-    "JSON Lines as an array": ("json", b"{}\n{}\n", 1, "stopped", 'reader = "jsonl"'),
+    "an array as JSON Lines": ("jsonl", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
+    "JSON Lines as an array": ("json", b"{}\nx\n", 1, "unknown_format", "no column"),
     "an empty array file": ("json", b"", 1, "stopped", "the file is empty"),
     "an array without an end": ("json", b"[\n", 2, "stopped", "not JSON"),
     "an array cut in a row": ("json", b'[\n{"a": 1,', 2, "stopped", "not JSON"),
@@ -395,16 +409,16 @@ FILES = {
         b'["' + b"x" * 9 * 2**20 + b'"]',
         1,
         "stopped",
-        "row 1 is longer than 4 MiB",
+        "the row is longer than 4 MiB",
     ),
     "a number in place of an array": ("json", b"3", 1, "stopped", "expected an array of objects, found '3'"),
-    "an array of lists without end": ("json", b"[" * DEEP, 1, "stopped", "row 1 is nested too deeply"),
+    "an array of lists without end": ("json", b"[" * DEEP, 1, "stopped", "the row is nested too deeply"),
     "an array that is no UTF-8": ("json", b'["\xff"]', 0, "stopped", "not UTF-8 (byte 3)"),
-    "an array in UTF-16": ("json", '[{"a": 1}]'.encode("utf-16"), 0, "stopped", "not UTF-8 (byte 1)"),
+    "an array in UTF-16": ("json", '[{"a": 1}]'.encode("utf-16"), 1, "unknown_format", "it has a"),
     "an element that is no object": ("json", b"[1]", 1, "unreadable", "expected a JSON object, found a number"),
     "an element with NaN": ("json", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
     "an element of unknown format": ("json", b"[{}]", 1, "unknown_format", "no column"),
-    "text as gzip": ("jsonl.gz", b"{}\n", 1, "stopped", "Not a gzipped file"),
+    "text as gzip": ("jsonl.gz", b"{}\n", 1, "unknown_format", "no column"),
     "an empty file as gzip, cut": ("jsonl.gz", gzip.compress(b"")[:12], 1, "stopped", "truncated"),
     "a cut gzip file": (
         "jsonl.gz",
@@ -417,8 +431,8 @@ FILES = {
     "a gzip bomb of one line": ("jsonl.gz", gzip.compress(bytes(2**27)), 1, "stopped", "more than 200 times"),
     "a gzip bomb in an array": ("json.gz", gzip.compress(b"[" + b" " * 2**27), 0, "stopped", "more than 200 times"),
     "a gzip file of a bad line": ("jsonl.gz", gzip.compress(b"\nx\n"), 2, "unreadable", "not JSON"),
-    "JSON Lines in gzip as a plain file": ("jsonl", gzip.compress(b"{}"), 1, "unreadable", "not UTF-8"),
-    "Parquet as JSON Lines": ("jsonl", b"PAR1\x15\x04\xff", 1, "unreadable", "not UTF-8"),
+    "JSON Lines in gzip as a plain file": ("jsonl", gzip.compress(b"{}"), 1, "unknown_format", "no column"),
+    "Parquet as JSON Lines": ("jsonl", b"PAR1\x15\x04\xff", 0, "stopped", "Parquet data; name it .parquet"),
     "text as Parquet": ("parquet", b"prompt,chosen,rejected\n", 1, "stopped", "not a Parquet file"),
     "an empty file as Parquet": ("parquet", b"", 1, "stopped", "not a Parquet file"),
     "a Parquet file cut off": ("parquet", b"PAR1" + bytes(999), 1, "stopped", "not a Parquet file"),
@@ -432,7 +446,7 @@ FILES = {
         "it has Why?, Because., No.",
     ),
     "a CSV file with old line ends": ("csv", b"prompt,chosen\ra,b\r", 1, "stopped", "carriage returns only"),
-    "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 1, "stopped", "not UTF-8"),
+    "a CSV file in UTF-16": ("csv", "prompt,chosen\na,b\n".encode("utf-16"), 2, "not_a_pair", "no rejected"),
     "a CSV file with a quote open to its end": ("csv", b'prompt\n"a\nb\n', 2, "unreadable", "an unclosed quote"),
 }
 
@@ -629,9 +643,9 @@ def test_3000_spoiled_lines_are_each_judged(tmp_path, seed):
     choose = random.Random(seed)
     lines = [spoiled(choose, choose.choice(valid_lines())) for _ in range(3000)]
     path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    items = list(HOST.load(READER, "jsonl").record.read(path))
-    expected = [number for number, line in enumerate(lines, start=1) if not line.isspace() and line]
+    path.write_bytes(b"{}\n" + b"\n".join(lines))
+    items = [item for item in HOST.load(READER, "jsonl").record.read(path) if item.source.line]
+    expected = [1, *(number for number, line in enumerate(lines, start=2) if not line.isspace() and line)]
     assert [item.source.line for item in items] == expected
     for item in items:
         check_judged(item, str(path))
@@ -640,9 +654,9 @@ def test_3000_spoiled_lines_are_each_judged(tmp_path, seed):
 def test_lines_cut_at_every_byte_are_each_judged(tmp_path):
     lines = [line[:length] for line in valid_lines() for length in range(1, len(line))]
     path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    items = list(HOST.load(READER, "jsonl").record.read(path))
-    assert [item.source.line for item in items] == list(range(1, len(lines) + 1))
+    path.write_bytes(b"{}\n" + b"\n".join(lines))
+    _, *items = (item for item in HOST.load(READER, "jsonl").record.read(path) if item.source.line)
+    assert [item.source.line for item in items] == list(range(2, len(lines) + 2))
     assert all(isinstance(item, Finding) and item.code == "unreadable" for item in items)
 
 

@@ -413,3 +413,15 @@ def test_a_share_that_leaves_nothing_is_reported(path):
     checked = check_data([source], [], share=HeldOutShare(1e-9, seed=0))
     assert checked.heldout.is_empty
     assert checked.heldout.why_empty == f"{path}: heldout_share 1e-09 leaves no row for heldout; change it"
+
+
+@pytest.mark.parametrize("share", [None, HeldOutShare(0.5, seed=0)])
+def test_a_readers_note_on_the_whole_source_is_no_row_and_is_reported_once(tmp_path, share):
+    note = finding(0, severity="warning", code="separator")
+    path = tmp_path / "pairs.x"
+    path.touch()
+    sources = [SourceChoice(location=str(path), split="train", reader=rows(note, GOOD, GOOD | {"prompt": "How?"}))]
+    checked = check_data(sources, [], share=share)
+    kept = [row for split in (checked.train, checked.heldout) if split is not None for row in split.rows()]
+    assert (checked.report.read, checked.report.kept, checked.report.refused, len(kept)) == (2, 2, 0, 2)
+    assert checked.report.findings == [note]

@@ -24,6 +24,15 @@ def test_findings_beyond_the_first_of_a_code_are_counted_and_their_rows_refused(
     assert {entry["code"]: entry["count"] for entry in facts["counts"]} == {"bad": NUM_KEPT + 10, "worse": 1}
 
 
+def test_each_file_has_its_own_first_findings():
+    report = DataReport(("pairs.x", "other.x"), read=2 * NUM_KEPT)
+    report.add(finding(line) for line in range(1, NUM_KEPT + 11))
+    other = Finding(code="bad", severity="error", message="is bad", source=Source(path="other.x", line=1))
+    report.add([other])
+    assert report.findings[-1] is other
+    assert report.facts()["findings_not_listed"] == {"bad": 10}
+
+
 def test_a_row_is_refused_once_and_a_refused_row_is_not_dropped_too():
     report = DataReport(("pairs.x",), read=5)
     report.add([finding(1), finding(1, code="worse"), finding(2, "warning")])

@@ -134,12 +134,17 @@ def test_a_list_of_messages_as_python_prints_it_is_refused():
 def test_every_missing_side_is_named(absent, wording, as_null):
     values = {side: text for side, text in TEXTS.items() if side not in absent}
     values |= dict.fromkeys(absent) if as_null else {}
-    assert refusal(values) == ("not_a_pair", f"not a preference pair: {wording}")
+    code, message = refusal(values)
+    assert (code, message.split("; it has ")[0]) == ("not_a_pair", f"not a preference pair: {wording}")
 
 
 @pytest.mark.parametrize(
     ("values", "wording"),
-    [({}, "no column"), ({"question": 1, "answer": 2}, "question, answer"), (dict.fromkeys(SIDES), "prompt, chosen")],
+    [
+        ({}, "no column"),
+        ({"question": 1, "answer": 2}, "question, answer"),
+        (dict.fromkeys(SIDES), "prompt (null), chosen (null)"),
+    ],
 )
 def test_a_row_of_unknown_format_names_its_columns(values, wording):
     code, message = refusal(values)
@@ -152,7 +157,7 @@ def test_a_row_of_unknown_format_names_its_columns(values, wording):
     [
         ([], "an empty list"),
         ({}, "an empty object"),
-        ({"text": "x", "id": 3}, "an object with the keys text, id"),
+        ({"name": "x", "id": 3}, "an object with the keys name, id"),
         (3, "a number"),
         (True, "true or false"),
         (b"x", "bytes"),
@@ -167,9 +172,7 @@ def test_a_side_is_a_text_or_a_list(side, value, kind):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(
-    ("value", "kind"), [("Why?", "a text"), (None, "null"), ([], "an empty list"), (3, "a number")], ids=str
-)
+@pytest.mark.parametrize(("value", "kind"), [(None, "null"), (True, "true or false"), (3, "a number")], ids=str)
 def test_a_message_is_an_object(side, value, kind):
     assert refusal(TEXTS | {side: [value]}) == (
         "not_a_message",
@@ -177,25 +180,17 @@ def test_a_message_is_an_object(side, value, kind):
     )
 
 
-@pytest.mark.parametrize("role", ["human", "User", "function", "", None, 3], ids=repr)
-def test_an_unknown_role_is_refused(role):
-    assert refusal(TEXTS | {"prompt": [USER, {"role": role, "content": "x"}]}) == (
-        "not_a_message",
-        f"prompt, turn 2: role {role!r}; known: system, developer, user, assistant, tool",
-    )
+@pytest.mark.parametrize("key", ["role", "from"])
+@pytest.mark.parametrize("speaker", ["narrator", "", 3, "user\x00"], ids=repr)
+def test_an_unknown_speaker_is_refused(key, speaker):
+    code, wording = refusal(TEXTS | {"prompt": [USER, {key: speaker, "content": "x"}]})
+    known = f"prompt, turn 2: {key} {speaker!r}; known: system, developer, user, human"
+    assert (code, wording.startswith(known)) == ("not_a_message", True)
 
 
 @pytest.mark.parametrize("role", [["user"], {"a": 1}, 10**5000], ids=["list", "object", "huge"])
 def test_a_role_of_any_type_is_refused(role):
     assert refusal(TEXTS | {"prompt": [{"role": role, "content": "x"}]})[0] == "not_a_message"
-
-
-def test_an_unknown_speaker_is_refused():
-    code, wording = refusal(TEXTS | {"prompt": [{"from": "Human", "value": "x"}]})
-    assert (code, wording.startswith("prompt, turn 1: from 'Human'; known: human, user, gpt")) == (
-        "not_a_message",
-        True,
-    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +217,7 @@ def test_a_part_that_is_an_image_is_refused():
     parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     assert refusal(TEXTS | {"prompt": [turn("user", parts)]}) == (
         "not_a_message",
-        "prompt, turn 1: a part of the type 'image'; qpref trains on text alone, so drop the row",
+        "prompt, turn 1, part 1: a part of the type 'image'; qpref trains on text alone, so drop the row",
     )
 
 
@@ -230,10 +225,11 @@ def test_developer_is_taken_for_system():
     assert pair(TEXTS | {"prompt": [turn("developer", "Be kind."), USER]}).prompt[0] == message("system", "Be kind.")
 
 
-@pytest.mark.parametrize("key", ["name", "tool_call_id", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("key", ["name", "tool_call_id", "reasoning_content"])
 def test_what_chat_templates_read_is_kept(key):
     assert pair(TEXTS | {"chosen": [ASSISTANT | {key: "x"}]}).chosen[0].extra == {key: "x"}
-    assert pair(TEXTS | {"chosen": [ASSISTANT | {key: None}]}).chosen[0].extra == {}
+    for nothing in (None, ""):
+        assert pair(TEXTS | {"chosen": [ASSISTANT | {key: nothing}]}).chosen[0].extra == {}
 
 
 def test_other_keys_of_a_message_are_left_alone():
@@ -311,20 +307,23 @@ def test_a_sharegpt_call_without_a_name_is_refused(value):
 # Order and emptiness.
 
 ORDERS = [
-    (("assistant",), "prompt: the assistant's turn first; expected the system or user's"),
+    (("assistant",), "prompt: the last turn is the assistant's; it has to be the user's or a tool's"),
     (("user", "user"), "prompt, turn 2: the user's turn after the user's; expected the assistant's"),
     (("user", "system", "user"), "prompt, turn 2: the system's turn after the user's; expected the assistant's"),
-    (("system", "system"), "prompt, turn 2: the system's turn after the system's; expected the user's"),
-    (("system", "assistant"), "prompt, turn 2: the assistant's turn after the system's; expected the user's"),
+    (
+        ("system", "system"),
+        "prompt, turn 2: the system's turn after the system's; expected the user or the assistant's",
+    ),
+    (("system", "assistant"), "prompt: the last turn is the assistant's; it has to be the user's or a tool's"),
     (
         ("user", "assistant", "assistant"),
-        "prompt, turn 3: the assistant's turn after the assistant's; expected the user or tool's",
+        "prompt, turn 3: the assistant's turn after the assistant's; expected the user or the tool's",
     ),
     (("user", "tool"), "prompt, turn 2: the tool's turn after the user's; expected the assistant's"),
-    (("tool", "user"), "prompt, turn 1: the tool's turn first; expected the system or user's"),
+    (("tool", "user"), "prompt, turn 1: the tool's turn first; expected the system or the user or the assistant's"),
     (
         ("user", "assistant", "tool", "user"),
-        "prompt, turn 4: the user's turn after the tool's; expected the tool or assistant's",
+        "prompt, turn 4: the user's turn after the tool's; expected the tool or the assistant's",
     ),
     (("user", "assistant"), "prompt: the last turn is the assistant's; it has to be the user's or a tool's"),
     (("system",), "prompt: the last turn is the system's; it has to be the user's or a tool's"),
@@ -706,10 +705,8 @@ def test_responses_without_a_number_each_are_refused(changes):
 
 
 def test_a_ranked_row_without_a_prompt_is_refused():
-    assert refusal({"responses": ["a", "b"], "ranks": [1, 2]}) == (
-        "not_a_pair",
-        "no prompt: none of prompt, conversations, messages, instruction",
-    )
+    code, wording = refusal({"responses": ["a", "b"], "ranks": [1, 2]})
+    assert (code, wording.startswith("no prompt; it has responses, ranks; ")) == ("not_a_pair", True)
 
 
 # Two responses and a verdict.
@@ -734,8 +731,8 @@ def test_a_ranked_row_without_a_prompt_is_refused():
 def test_a_verdict_says_which_is_chosen(values, verdict, first, second, bad):
     assert order(values | {verdict: first}) == [("a", "b")]
     assert order(values | {verdict: second}) == [("b", "a")]
-    assert refusal(values | {verdict: bad})[0] == "bad_label"
-    assert refusal(values)[0] == "not_a_pair"
+    assert refusal(values | {verdict: bad})[0] == "unlisted_verdict"
+    assert refusal(values | {verdict: None})[0] == "not_a_pair"
 
 
 @pytest.mark.parametrize("winner", ["tie", "tie (bothbad)"])
@@ -749,7 +746,10 @@ def test_a_tie_is_refused(winner):
 
 @pytest.mark.parametrize(
     ("label", "desirable"),
-    [(True, True), (False, False), (1, True), (0, False), ("true", True), ("False", False), ("1", True), ("0", False)],
+    [
+        *((True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False)),
+        *(("true", True), ("False", False), ("1", True), ("0", False), ("1.0", True), ("0.0", False)),
+    ],
 )
 def test_a_label_is_true_or_false(label, desirable):
     assert records(SINGLE | {"label": label}) == [
@@ -762,7 +762,7 @@ def test_a_label_is_true_or_false(label, desirable):
     ]
 
 
-@pytest.mark.parametrize("label", ["yes", "", "good", 2, -1, 1.0, [], {}, "true "], ids=repr)
+@pytest.mark.parametrize("label", ["yes", "", "good", 2, -1, 0.5, math.nan, 10**400, "0.5", [], {}, "true "], ids=repr)
 def test_another_label_is_refused(label):
     code, wording = refusal(SINGLE | {"label": label})
     assert (code, wording.startswith("label: expected true or false, found ")) == ("bad_label", True)
@@ -770,7 +770,9 @@ def test_another_label_is_refused(label):
 
 @pytest.mark.parametrize(("absent", "wording"), [("label", "no label"), ("completion", "no completion")])
 def test_a_missing_part_of_a_labelled_completion_is_named(absent, wording):
-    assert refusal(SINGLE | {absent: None}) == ("not_an_example", f"not a labelled completion: {wording}")
+    code, message = refusal(SINGLE | {absent: None})
+    assert (code, message.split("; it has ")[0]) == ("not_an_example", f"not a labelled completion: {wording}")
+    assert f"{absent} (null)" in message
 
 
 def test_a_labelled_completion_keeps_its_weight_and_tools():

@@ -10,9 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qpref.records import Message, PreferencePair, Source
-from qpref_plugins.check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, check_pair, same_text, same_words
+from qpref.hooks.reading import reading_length, reads_shorter
+from qpref_plugins import check_pairs
+from qpref_plugins.check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, same_text, same_words
 from qpref_plugins.check_pairs.similarity import SHORTEST_SEED, more_alike_than
+from tests.plugins import check_cases
+from tests.plugins.check_cases import findings
 
 LONG = "Bread rises because yeast turns sugar into gas, which the dough's gluten holds."
 OTHER = "I would not know; perhaps somebody in a bakery could be asked about all that."
@@ -20,18 +23,12 @@ ALIKE = "chosen and rejected are more than 90% alike"
 
 
 def pair(chosen, rejected, line=1):
-    return PreferencePair(
-        prompt=(Message(role="user", content="Why does bread rise?"),),
-        chosen=(Message(role="assistant", content=chosen),),
-        rejected=(Message(role="assistant", content=rejected),),
-        source=Source(path="pairs.jsonl", line=line),
-    )
+    return check_cases.pair("Why does bread rise?", chosen, rejected, line)
 
 
 def found(chosen, rejected, **options):
     """(code, severity, message) of each finding of one pair."""
-    findings = check_pair(PairChecks(**options), pair(chosen, rejected))
-    return [(finding.code, finding.severity, finding.message) for finding in findings]
+    return [(one.code, one.severity, one.message) for one in findings(check_pairs, [pair(chosen, rejected)], **options)]
 
 
 def test_a_good_pair_has_no_finding():
@@ -84,16 +81,47 @@ def test_identical_texts_are_reported_once():
 
 
 @pytest.mark.parametrize(
-    ("num_chosen", "num_rejected", "messages"),
+    ("num_chosen", "num_rejected", "sides"),
     [
         (50, 20, []),
-        (49, 20, ["chosen has 49 characters, under 50"]),
-        (50, 19, ["rejected has 19 characters, under 20"]),
-        (1, 2, ["chosen has 1 characters, under 50; rejected has 2 characters, under 20"]),
+        (49, 20, ["chosen under 50 in 1"]),
+        (50, 19, ["rejected under 20 in 1"]),
+        (1, 2, ["chosen under 50 in 1, rejected under 20 in 1"]),
     ],
 )
-def test_a_response_under_its_length_is_warned_of(num_chosen, num_rejected, messages):
-    assert found("c" * num_chosen, "r" * num_rejected) == [("too_short", "warning", message) for message in messages]
+def test_a_response_under_its_length_is_warned_of(num_chosen, num_rejected, sides):
+    assert found("c" * num_chosen, "r" * num_rejected) == [
+        (
+            "too_short",
+            "warning",
+            f"1 of 1 training row (100.0%) have a short response (characters of {side}), at line 1",
+        )
+        for side in sides
+    ]
+
+
+def test_short_responses_are_one_warning_for_each_source_and_split():
+    pairs = [pair("Gas." if line % 4 else LONG, OTHER if line % 3 else "No.", line) for line in range(1, 25)]
+    elsewhere = [check_cases.pair("Why?", "Gas.", OTHER, 8, "other.jsonl")] * 3  # a ranking: one row
+    told = [(str(one.source), one.message) for one in findings(check_pairs, pairs + elsewhere, pairs[:1])]
+    short = "have a short response (characters of chosen under 50 in"
+    assert told == [
+        ("pairs.jsonl", f"1 of 1 held-out row (100.0%) {short} 1), at line 1"),
+        (
+            "pairs.jsonl",
+            f"20 of 24 training rows (83.3%) {short} 18, rejected under 20 in 8), first at lines 1, 2, 3, 5, 6",
+        ),
+        ("other.jsonl", f"1 of 1 training row (100.0%) {short} 1), at line 8"),
+    ]
+
+
+def test_short_responses_that_refuse_their_rows_are_named_by_line():
+    rows = [pair("Gas.", OTHER, 3), pair(LONG, OTHER, 4), pair(LONG, "\u4e0d\u7528\u3002", 5)]
+    found = findings(check_pairs, rows, too_short="error")
+    assert [(one.source.line, one.severity, one.message) for one in found] == [
+        (3, "error", "chosen is as long as 4 characters of Latin script, under 50"),
+        (5, "error", "rejected is as long as 8 characters of Latin script, under 20"),
+    ]
 
 
 def test_space_around_a_response_does_not_lengthen_it():
@@ -101,9 +129,60 @@ def test_space_around_a_response_does_not_lengthen_it():
 
 
 def test_the_lengths_are_the_recipes():
-    assert found("c", "rr", min_chosen_characters=1, min_rejected_characters=3) == [
-        ("too_short", "warning", "rejected has 2 characters, under 3")
-    ]
+    ((_, _, message),) = found("c", "rr", min_chosen_characters=1, min_rejected_characters=3)
+    assert "rejected under 3 in 1" in message
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "先用干净的棉布把面包包好，再放进有盖的木盒里。",
+        "請先把麵包放進紙袋，再收到陰涼乾燥的櫃子裡。",
+        "パンは布で包んで、ふた付きの箱に入れておくと乾きません。",
+        "빵을 마른 천으로 싸서 뚜껑이 있는 상자에 넣어 두세요.",
+        "ห่อขนมปังด้วยผ้าฝ้ายแล้วเก็บไว้ในกล่องที่ปิดสนิท",
+        "ຫໍ່ເຂົ້າຈີ່ດ້ວຍຜ້າຝ້າຍແລ້ວເກັບໄວ້ໃນກ່ອງທີ່ປິດສະໜິດ",
+        "עטפו את הלחם במגבת נקייה ושמרו אותו בקופסה.",
+        "لف الخبز بقطعة قماش نظيفة واحفظه في صندوق مغلق.",
+        "Заверните хлеб в полотно и храните его в закрытой коробке.",
+        "रोटी को साफ कपड़े में लपेटकर एक बंद डिब्बे में रखें।",
+    ],
+)
+def test_a_sentence_is_long_enough_in_every_script(answer):
+    assert not reads_shorter(answer, 50)
+    assert not reads_shorter(unicodedata.normalize("NFD", answer), 50)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "包好。",
+        "はい。",
+        "네.",
+        "ใช่",
+        "כן",
+        "Да.",
+        "हाँ",
+        "Oui.",
+        "e\u0301" * 19,
+        "\u200b" * 100,
+        "\U0001f44d\U0001f3fd" * 3,
+    ],
+    ids=repr,
+)
+def test_a_word_is_short_in_every_script(answer):
+    assert reads_shorter(answer, 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [("abc", 3), (" a c\n", 3), ("面包", 7), ("かな", 3.2), ("한글", 4.5), ("หก", 2.4), ("שלום", 5.2), ("é\u0301", 1),
+     ("面, a", 6.5), ("\U0001f44d\U0001f3fd", 1), ("\u0660", 1), ("\U00020000", 3.5)],
+    ids=repr,
+)  # fmt: skip
+def test_characters_count_by_what_they_say(text, length):
+    assert reading_length(text) == pytest.approx(length)
+    assert reading_length(unicodedata.normalize("NFD", text)) == pytest.approx(length)
 
 
 @pytest.mark.parametrize(("num_other", "codes"), [(4, ["too_similar"]), (5, []), (50, [])])
@@ -143,9 +222,9 @@ def test_every_check_has_the_severity_that_the_recipe_gives(check, chosen, rejec
 
 
 def test_findings_come_in_the_pairs_order_with_their_places():
-    pairs = [pair("Gas.", OTHER, 3), pair(LONG, OTHER, 5), pair(LONG, LONG, 8)]
-    places = [(finding.code, str(finding.source)) for one in pairs for finding in check_pair(PairChecks(), one)]
-    assert places == [("too_short", "pairs.jsonl:3"), ("identical", "pairs.jsonl:8")]
+    pairs = [pair(LONG, LONG + " No.", 3), pair(LONG, OTHER, 5), pair(LONG, LONG, 8)]
+    places = [(one.code, str(one.source)) for one in findings(check_pairs, pairs)]
+    assert places == [("too_similar", "pairs.jsonl:3"), ("identical", "pairs.jsonl:8")]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_tabs_separate_a_tsv_file(read):
     assert read(b'a\tb\n1,1\t"2\t2"\n', "tsv") == [row(2, "1,1", "2\t2")]
 
 
+NOT_UTF8 = "the row is not UTF-8 (byte 1 of the field)"
 BAD = {
     "a field too few": (b"1", "1 fields, where the header has 2"),
     "a field too many": (b"1,2,3", "3 fields, where the header has 2"),
@@ -82,9 +83,12 @@ BAD = {
         b'"1"x,2',
         "text after a closing quote; a quote inside a quoted field has to be doubled",
     ),
-    "no UTF-8": (b"\xff,2", "the row is not UTF-8"),
-    "no UTF-8 in quotes": (b'"\xff",2', "the row is not UTF-8"),
-    "a cut character": (b"\xc3,2", "the row is not UTF-8"),
+    "no UTF-8": (b"\xff,2", f"{NOT_UTF8}; in Windows-1252 it is 'ÿ': iconv -f WINDOWS-1252 -t UTF-8 converts the file"),
+    "no UTF-8 in quotes": (
+        b'"\xff",2',
+        f"{NOT_UTF8}; in Windows-1252 it is 'ÿ': iconv -f WINDOWS-1252 -t UTF-8 converts the file",
+    ),
+    "a cut character": (b"\xc3,2", f"{NOT_UTF8}; convert the file: iconv -f ITS-ENCODING -t UTF-8"),
 }
 
 

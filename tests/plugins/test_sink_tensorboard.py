@@ -40,7 +40,7 @@ def scalars(folder):
 
 def test_every_value_is_a_scalar_of_its_step(tmp_path):
     write(tmp_path, row(1, loss=0.5, rewards__margins=-2.0), row(2, loss=0.25), row(2, "eval", eval_loss=0.75))
-    assert scalars(tmp_path / "tensorboard") == {
+    assert scalars(tmp_path / "sinks" / "tensorboard") == {
         "loss": [(1, 0.5), (2, 0.25)],
         "rewards/margins": [(1, -2.0)],
         "eval_loss": [(2, 0.75)],
@@ -50,13 +50,13 @@ def test_every_value_is_a_scalar_of_its_step(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_left_out(tmp_path, value):
     write(tmp_path, row(1, loss=value, margin=1.0), row(2, loss=0.5))
-    assert scalars(tmp_path / "tensorboard") == {"loss": [(2, 0.5)], "margin": [(1, 1.0)]}
+    assert scalars(tmp_path / "sinks" / "tensorboard") == {"loss": [(2, 0.5)], "margin": [(1, 1.0)]}
 
 
 def test_the_folder_is_the_recipes(tmp_path):
     write(tmp_path, row(1, loss=0.5), folder="logs/tb")
-    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
-    assert scalars(tmp_path / "logs" / "tb") == {"loss": [(1, 0.5)]}
+    assert [path.name for path in (tmp_path / "sinks").iterdir()] == ["logs"]
+    assert scalars(tmp_path / "sinks" / "logs" / "tb") == {"loss": [(1, 0.5)]}
 
 
 def make_older(folder):
@@ -68,9 +68,11 @@ def make_older(folder):
 
 def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
     write(tmp_path, *(row(step, loss=1.0) for step in range(1, 6)))
-    make_older(tmp_path / "tensorboard")
+    make_older(tmp_path / "sinks" / "tensorboard")
     write(tmp_path, *(row(step, loss=2.0) for step in range(4, 8)), first_step=3)
-    assert scalars(tmp_path / "tensorboard") == {"loss": [(step, 1.0 if step < 4 else 2.0) for step in range(1, 8)]}
+    assert scalars(tmp_path / "sinks" / "tensorboard") == {
+        "loss": [(step, 1.0 if step < 4 else 2.0) for step in range(1, 8)]
+    }
 
 
 def test_without_tensorboardx_the_way_out_is_named(tmp_path, monkeypatch):

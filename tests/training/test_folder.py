@@ -21,7 +21,7 @@ WHOLE["dtype"] = "bf16"
 DAMAGED = {
     "cut off": ("[1", "cannot be read: "),
     "not a text": ("\ud800", "cannot be read: "),
-    "no object": ("[1]", "expected a JSON object; not a run of this qpref"),
+    "no object": ("[1]", "cannot be read: expected a JSON object"),
     "empty": ("{}", "lacks 'base': not a run of this qpref"),
     "another kind": (json.dumps(WHOLE | {"base_weights": None}), "lacks 'base_weights': not a run of this qpref"),
     "a dtype": (json.dumps(WHOLE | {"dtype": "int3"}), "lacks 'dtype': not a run of this qpref"),

@@ -32,7 +32,7 @@ from tiny_models import TinyModel
 from transformers import AutoModelForCausalLM
 
 import qpref
-from qpref import fsio
+from qpref import fsio, locks
 from qpref.errors import CheckpointError, NonFiniteError, RecipeError, RunLockedError, StoppedBySignal
 from qpref.records import LossOutput
 from qpref.training import checkpoint, objective, optim, stop
@@ -289,7 +289,7 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(make_toy, tmp_path
 def test_start_that_was_killed_before_its_run_json_is_in_nobodys_way(make_toy, unbroken, tmp_path, resume):
     (tmp_path / "run").mkdir()  # one that the run has not made it does not remove either, as a killed one would not
     train_until(make_toy(), tmp_path / "run", writing("run.json"))
-    (tmp_path / "run" / ".tmp-run.json-4321").write_text("{")
+    (tmp_path / "run" / ".tmp-run.json-0123456789abcdef").write_text("{")
     assert (tmp_path / "run" / "recipe.lock.toml").is_file()
     assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=resume)) == unbroken
 
@@ -528,7 +528,10 @@ def test_metrics_shorter_than_at_the_checkpoint_are_refused(make_toy, stopped):
 
 
 def test_leftovers_of_a_killed_save_are_removed(make_toy, stopped):
-    leftovers = [stopped / "checkpoints" / ".tmp-step-000005-4321", stopped / ".tmp-adapter-4321"]
+    leftovers = [
+        stopped / "checkpoints" / ".tmp-step-000005-0123456789abcdef",
+        stopped / ".tmp-adapter-0123456789abcdef",
+    ]
     for folder in leftovers:
         folder.mkdir()
         (folder / "adapter.safetensors").write_bytes(b"half")
@@ -699,7 +702,7 @@ def test_terminated_command_exits_143_saved_and_a_resume_completes_it(make_toy, 
 
 def test_folder_that_another_process_holds_exits_7_by_its_pid(make_toy, start, tmp_path):
     (tmp_path / "run").mkdir()
-    with fsio.locked(tmp_path / "run"):
+    with locks.locked(tmp_path / "run"):
         code, said = start(make_toy(), tmp_path / "run").wait()
     assert (code, f"another process is writing this run (pid {os.getpid()} on " in said) == (7, True)
 

@@ -197,4 +197,5 @@ def qpref_validators() -> Iterator[Validator]:
         summary="lengths or labels that give the preference away",
         options=BiasChecks,
         start=CheckBias,
+        skips_refused=True,
     )

@@ -122,4 +122,5 @@ def qpref_validators() -> Iterator[Validator]:
         summary="repeated and contradictory rows, few distinct prompts",
         options=DuplicateChecks,
         start=CheckDuplicates,
+        skips_refused=True,
     )

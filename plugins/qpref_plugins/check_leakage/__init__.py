@@ -130,4 +130,5 @@ def qpref_validators() -> Iterator[Validator]:
         summary="held-out prompts in the training set, exactly or nearly",
         options=LeakageChecks,
         start=CheckLeakage,
+        skips_refused=True,
     )

@@ -12,8 +12,20 @@ from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from unicodedata import category, normalize
 
-from qpref.hooks import Field, Options, Severity, Split, Validator, hookimpl, report, text_of
-from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref.hooks import (
+    Field,
+    Options,
+    RowCounts,
+    Severity,
+    Split,
+    Validator,
+    hookimpl,
+    reading_length,
+    reads_shorter,
+    report,
+    text_of,
+)
+from qpref.records import Finding, PreferencePair, Source, UnpairedExample
 from qpref_plugins.check_pairs.similarity import more_alike_than
 
 MAX_COMPARED_CHARACTERS = 4000
@@ -31,9 +43,19 @@ class PairChecks(Options):
     nearly_identical: Severity = Field(
         default="warn", description="chosen and rejected differ only in case or punctuation"
     )
-    too_short: Severity = Field(default="warn", description="a response is shorter than its minimum below")
-    min_chosen_characters: int = Field(default=50, ge=0, description="minimum length of chosen, in characters")
-    min_rejected_characters: int = Field(default=20, ge=0, description="minimum length of rejected, in characters")
+    too_short: Severity = Field(
+        default="warn",
+        description="a response is shorter than its minimum below; a warning counts the rows of each source",
+    )
+    min_chosen_characters: int = Field(
+        default=50,
+        ge=0,
+        description="minimum length of chosen, in characters of Latin script; a Chinese one counts as 3.5, a Japanese "
+        "kana as 1.6, a Korean syllable as 2.25, a Thai character as 1.2",
+    )
+    min_rejected_characters: int = Field(
+        default=20, ge=0, description="minimum length of rejected, in the same characters"
+    )
     too_similar: Severity = Field(
         default="warn", description="chosen and rejected are more similar than `max_similarity`"
     )
@@ -47,32 +69,53 @@ class PairChecks(Options):
 
 
 class CheckPairs:
-    """Check of single pairs; keeps no state."""
+    """Check of single pairs; keeps nothing but the number of short ones."""
 
     def __init__(self, options: PairChecks) -> None:
         self.options = options
+        self.short = RowCounts()
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
-        return check_pair(self.options, example) if isinstance(example, PreferencePair) else ()
+        if not isinstance(example, PreferencePair):
+            return
+        options, source = self.options, example.source
+        chosen, rejected = text_of(example.chosen), text_of(example.rejected)
+        if same_text(chosen, rejected):
+            yield from report(options.identical, "identical", "chosen and rejected are the same text", source)
+            return
+        if options.too_short != "off":
+            yield from self._of_lengths(chosen, rejected, source, split)
+        if same_words(chosen, rejected):
+            message = "chosen and rejected differ only in case or punctuation"
+            yield from report(options.nearly_identical, "nearly_identical", message, source)
+        elif options.too_similar != "off" and _too_similar(chosen, rejected, options.max_similarity):
+            message = f"chosen and rejected are more than {options.max_similarity:.0%} alike"
+            yield from report(options.too_similar, "too_similar", message, source)
 
-    def finish(self) -> Iterable[Finding]:
-        return ()
+    def finish(self) -> Iterator[Finding]:
+        options = self.options
+        for counts in self.short:
+            either = counts.pop("either")
+            minima = {"chosen": options.min_chosen_characters, "rejected": options.min_rejected_characters}
+            sides = ", ".join(
+                f"{side} under {minima[side]} in {counts[side].count}" for side in minima if side in counts
+            )
+            message = f"{either.share} have a short response (characters of {sides}), {either.lines}"
+            yield from report("warn", "too_short", message, either.source)
 
-
-def check_pair(options: PairChecks, pair: PreferencePair) -> Iterator[Finding]:
-    """Yield the findings of one pair."""
-    chosen, rejected = text_of(pair.chosen), text_of(pair.rejected)
-    if same_text(chosen, rejected):
-        yield from report(options.identical, "identical", "chosen and rejected are the same text", pair.source)
-        return
-    if message := _too_short(options, chosen, rejected):
-        yield from report(options.too_short, "too_short", message, pair.source)
-    if same_words(chosen, rejected):
-        message = "chosen and rejected differ only in case or punctuation"
-        yield from report(options.nearly_identical, "nearly_identical", message, pair.source)
-    elif options.too_similar != "off" and _too_similar(chosen, rejected, options.max_similarity):
-        message = f"chosen and rejected are more than {options.max_similarity:.0%} alike"
-        yield from report(options.too_similar, "too_similar", message, pair.source)
+    def _of_lengths(self, chosen: str, rejected: str, source: Source, split: Split) -> tuple[Finding, ...]:
+        """Find responses under their minimum; count them, or report each where it refuses its row."""
+        texts = (("chosen", chosen, self.options.min_chosen_characters),
+                 ("rejected", rejected, self.options.min_rejected_characters))  # fmt: skip
+        short = [(side, text, minimum) for side, text, minimum in texts if reads_shorter(text, minimum)]
+        if self.options.too_short == "warn":
+            self.short.add(source, split, ["either", *(side for side, _, _ in short)] if short else ())
+            return ()
+        message = "; ".join(
+            f"{side} is as long as {int(reading_length(text))} characters of Latin script, under {minimum}"
+            for side, text, minimum in short
+        )
+        return report("error", "too_short", message, source) if short else ()
 
 
 def same_text(first: str, second: str) -> bool:
@@ -104,17 +147,6 @@ def same_words(first: str, second: str) -> bool:
 def _letters(text: str) -> str:
     """Reduce a text to casefolded letters, digits and marks; many scripts write vowels as marks."""
     return "".join(sign for sign in normalize("NFC", text.casefold()) if category(sign)[0] not in "CPSZ")
-
-
-def _too_short(options: PairChecks, chosen: str, rejected: str) -> str:
-    """Describe which of the two is too short; empty where neither is."""
-    num_chosen, num_rejected = len(chosen.strip()), len(rejected.strip())
-    parts = []
-    if num_chosen < options.min_chosen_characters:
-        parts.append(f"chosen has {num_chosen} characters, under {options.min_chosen_characters}")
-    if num_rejected < options.min_rejected_characters:
-        parts.append(f"rejected has {num_rejected} characters, under {options.min_rejected_characters}")
-    return "; ".join(parts)
 
 
 def _too_similar(chosen: str, rejected: str, limit: float) -> bool:

@@ -11,6 +11,8 @@ from functools import cache
 
 from qpref.hooks import Field, Options, Severity, Split, Validator, hookimpl, report, text_of
 from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref_plugins.check_text.escapes import escaped_away
+from qpref_plugins.check_text.formatted import FormattedTexts
 from qpref_plugins.check_text.kinds import (
     declines,
     echoes,
@@ -36,11 +38,19 @@ class TextChecks(Options):
     unseen: Severity = Field(
         default="warn", description="control characters, zero-width characters, direction overrides"
     )
+    lost_backslash: Severity = Field(
+        default="warn", description="LaTeX that lost its backslash to an escape: a tab and `imes` for `\\times`"
+    )
     markup: Severity = Field(default="warn", description="HTML tags or entities, unless the prompt is about code")
     echo: Severity = Field(default="warn", description="the response starts with the whole prompt")
     repetition: Severity = Field(default="warn", description="the response is stuck in a loop")
     refusal: Severity = Field(
         default="warn", description='a preferred response that refuses, or says "as an AI language model"'
+    )
+    turn_markers: Severity = Field(
+        default="warn",
+        description="a text that is formatted already (ChatML, Llama, Alpaca, Human: ... Assistant:), or "
+        " a response that goes on into the next turn; a warning counts the rows of each source",
     )
 
 
@@ -57,19 +67,21 @@ WHAT = {
 
 
 class CheckText:
-    """Check of single responses; keeps no state."""
+    """Check of single examples; keeps nothing but the number of rows with turn markers."""
 
     def __init__(self, options: TextChecks) -> None:
         self.options = options
+        self.formatted = FormattedTexts(options.turn_markers)
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
         """Return at most one finding of each kind, which names the sides that have it."""
         prompt = text_of(example.prompt)
+        others = [*self._lost_backslash(example), *self.formatted.look(example, split)]
         if isinstance(example, PreferencePair):
             chosen, rejected = kinds_of(text_of(example.chosen), prompt), kinds_of(text_of(example.rejected), prompt)
             rejected = tuple(code for code in rejected if code != "refusal")
             if not chosen and not rejected:
-                return ()
+                return others
             found = [
                 (code, _message(_sides(code in chosen, code in rejected), code))
                 for code in WHAT
@@ -78,10 +90,14 @@ class CheckText:
         else:
             kinds = kinds_of(text_of(example.completion), prompt)
             found = [(code, _message("completion", code)) for code in kinds if example.label or code != "refusal"]
-        return [finding for code, message in found for finding in self._found(code, message, example)]
+        return [finding for code, message in found for finding in self._found(code, message, example)] + others
 
     def finish(self) -> Iterable[Finding]:
-        return ()
+        return self.formatted.finish()
+
+    def _lost_backslash(self, example: PreferencePair | UnpairedExample) -> list[Finding]:
+        message = escaped_away(example)
+        return list(self._found("lost_backslash", message, example)) if message else []
 
     def _found(self, code: str, message: str, example: PreferencePair | UnpairedExample) -> tuple[Finding, ...]:
         severity: Severity = getattr(self.options, code)

@@ -16,6 +16,7 @@ import datasets
 
 from qpref.errors import DataError, UnreachableDataError
 from qpref.hooks.hub import hub_failure
+from qpref.hooks.signatures import signature_of_file
 from qpref.records import Finding, Row
 from qpref_plugins.read_arrow.cells import BATCH_ROWS, rows_of_table
 
@@ -39,8 +40,19 @@ def rows_of_folder(folder: Path) -> Iterator[Row | Finding]:
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # noqa: BLE001 - a damaged folder makes the library raise anything
-        raise DataError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
+        raise DataError(
+            f"{folder}: cannot be read as a saved dataset: {_reason(folder) or _first_line(error)}"
+        ) from None
     yield from _rows(saved, str(folder))
+
+
+def _reason(folder: Path) -> str:
+    """Name the first of the folder's tables that is something else, such as a Git LFS pointer; empty where none is."""
+    for file in sorted(folder.glob("*.arrow")):
+        signature = signature_of_file(file)
+        if signature and "Arrow" not in signature.what:
+            return f"{file.name} is {signature}"
+    return ""
 
 
 def rows_of_hub(name: str) -> Iterator[Row | Finding]:

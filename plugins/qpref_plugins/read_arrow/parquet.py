@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qpref.errors import DataError
+from qpref.hooks.signatures import HEAD_BYTES, signature_of
 from qpref.records import Finding, Row
 from qpref_plugins.read_arrow.cells import BATCH_ROWS, rows_of_table
 
@@ -36,4 +37,14 @@ def rows_of_parquet(path: Path) -> Iterator[Row | Finding]:
 
 
 def _damaged(path: Path, number: int, error: Exception) -> DataError:
-    return DataError(f"{path}:{number}: not a Parquet file, or damaged: {str(error).splitlines()[0]}")
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head.startswith(b"PAR1") and (signature := signature_of(head)):
+        return DataError(f"{path}: not a Parquet file but {signature}")
+    return DataError(f"{path}:{number}: not a Parquet file, or damaged: {str(error).splitlines()[0]}{_as_text(head)}")
+
+
+def _as_text(head: bytes) -> str:
+    """Name the reader of a text file that is called Parquet; empty for anything else."""
+    reader = {b"{": "jsonl", b"[": "json"}.get(head.lstrip()[:1])
+    return f'; it starts as JSON: set [data] reader = "{reader}"' if reader else ""

@@ -1,5 +1,8 @@
 """Readers of comma- and tab-separated values with a header (RFC 4180: quoted fields may contain newlines).
 
+A header without the reader's separator is split at the one that it has: spreadsheets write semicolons in countries with
+a decimal comma, and call the file .csv.
+
 Python's csv module isn't used: its maximum field length is global to the process, it accepts text after a closing quote
 as part of the field, and an unclosed quote swallows all rows after it. Here such a row is refused and reading continues
 on the next line.
@@ -16,7 +19,9 @@ from typing import IO
 
 from qpref.errors import DataError
 from qpref.hooks import Reader, hookimpl
+from qpref.hooks.streams import BrokenStreamError, not_utf8, opened
 from qpref.records import Finding, Row, Source
+from qpref_plugins.read_csv.separator import NAMES, separator_of
 
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES_AGAIN = 100
@@ -31,21 +36,33 @@ class _BadRowError(ValueError):
 
 def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
     """Yield a row for each record after the header; its line is the one on which it starts."""
-    with path.open("rb") as file:
-        lines, header = _Lines(file), None
-        for line, fields in _records(lines, separator):
-            source = Source(path=str(path), line=line)
-            if header is None:
-                header, problem = _header(fields)
-                lines.max_fields = len(header)
-                if problem:
-                    raise DataError(f"{source}: the header: {problem}")
-            elif isinstance(fields, str):
-                yield _unreadable(fields, source)
-            elif len(fields) != len(header):
-                yield _unreadable(f"{len(fields)} fields, where the header has {len(header)}", source)
-            else:
-                yield Row(values=dict(zip(header, fields, strict=True)), source=source)
+    with opened(path) as file:
+        found = separator_of(file.peek(), separator)
+        lines = _Lines(file, found.num_lines)
+        if found.separator != separator and not found.num_lines:
+            message = f"the header has {NAMES[found.separator]} between its columns; rows are split there"
+            yield Finding(code="separator", severity="warning", message=message, source=Source(path=str(path), line=0))
+        try:
+            yield from _rows(lines, found.separator, str(path))
+        except BrokenStreamError as error:
+            raise DataError(f"{path}:{lines.number + 1}: {error}") from None
+
+
+def _rows(lines: _Lines, separator: bytes, path: str) -> Iterator[Row | Finding]:
+    header = None
+    for line, fields in _records(lines, separator):
+        source = Source(path=path, line=line)
+        if header is None:
+            header, problem = _header(fields)
+            lines.max_fields = len(header)
+            if problem:
+                raise DataError(f"{source}: the header: {problem}")
+        elif isinstance(fields, str):
+            yield _unreadable(fields, source)
+        elif len(fields) != len(header):
+            yield _unreadable(f"{len(fields)} fields, where the header has {len(header)}", source)
+        else:
+            yield Row(values=dict(zip(header, fields, strict=True)), source=source)
 
 
 def _header(fields: list[str] | str) -> tuple[list[str], str | None]:
@@ -92,10 +109,12 @@ def _records(lines: _Lines, separator: bytes) -> Iterator[tuple[int, list[str] |
 class _Lines:
     """Numbered lines of a file; lines can be put back to be read a second time."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], num_skipped: int) -> None:
         self._file = file
         self._again: list[bytes] = []
         self.number = 0
+        for _ in range(num_skipped):
+            self.next()
         self.max_fields = MAX_ROW_BYTES
 
     def next(self) -> bytes:
@@ -171,10 +190,13 @@ class _Record:
 
     def texts(self) -> list[str]:
         """Decode the fields."""
-        try:
-            return [field.decode() for field in self._fields]
-        except UnicodeDecodeError:
-            raise _BadRowError("the row is not UTF-8") from None
+        texts = []
+        for field in self._fields:
+            try:
+                texts.append(field.decode())
+            except UnicodeDecodeError as error:
+                raise _BadRowError(f"the row is {not_utf8(field, error, 'field')}") from None
+        return texts
 
 
 def _unreadable(message: str, source: Source) -> Finding:
@@ -183,5 +205,7 @@ def _unreadable(message: str, source: Source) -> Finding:
 
 @hookimpl
 def qpref_readers() -> Iterator[Reader]:
-    yield Reader(name="csv", summary="comma-separated values with a header", read=partial(read_separated, b","))
-    yield Reader(name="tsv", summary="tab-separated values with a header", read=partial(read_separated, b"\t"))
+    for suffix, packed in (("", ""), (".gz", ", gzipped")):
+        comma, tab = (partial(read_separated, separator) for separator in (b",", b"\t"))
+        yield Reader(name=f"csv{suffix}", summary=f"comma-separated values with a header{packed}", read=comma)
+        yield Reader(name=f"tsv{suffix}", summary=f"tab-separated values with a header{packed}", read=tab)

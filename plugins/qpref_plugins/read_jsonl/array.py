@@ -1,4 +1,4 @@
-"""Stream a JSON array element by element; a few rows are in memory, whatever the file's size."""
+"""Stream a JSON array, or objects over several lines; a few rows are in memory, whatever the file's size."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from typing import IO
 
 from qpref.errors import DataError
+from qpref.hooks.streams import BrokenStreamError
 from qpref.records import Finding, Row, Source
-from qpref_plugins.read_jsonl.lines import row_of, unreadable
+from qpref_plugins.read_jsonl.causes import INCOMPLETE, cause_of
+from qpref_plugins.read_jsonl.lines import CUT_OFF, row_of, unreadable
 from qpref_plugins.read_jsonl.parse import MAX_ROW_BYTES, BadJsonError, JsonParser, reason_of
-from qpref_plugins.read_jsonl.stream import BrokenStreamError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _UNTERMINATED = "Unterminated string"
 _MARGIN = 16
 """Maximum characters of a token that the window's end may cut."""
+_NO_END = "the array has no end: the file is cut off, or lacks its closing bracket"
 
 
 def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
@@ -28,7 +30,7 @@ def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
     """
     window, parser, number = _Window(file, path), JsonParser(), 0
     if window.next_character() != "[":
-        raise window.error(_not_an_array(window, path))
+        raise window.error(_not_an_array(window))
     window.at += 1
     if window.next_character() == "]":
         window.at += 1
@@ -39,20 +41,38 @@ def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
             yield window.element(parser, Source(path=path, line=number))
             separator = window.next_character()
             if separator not in (",", "]"):
-                raise window.error("not JSON: Expecting ',' delimiter" if separator else "the array has no end")
+                raise window.error(f"not JSON: {_missing_comma(separator)}" if separator else _NO_END)
             window.at += 1
     if window.next_character():
         raise window.error("not JSON: more after the array's end")
 
 
-def _not_an_array(window: _Window, path: str) -> str:
+def rows_of_objects(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
+    """Yield each object as a row, with the line on which it starts; commas between them are ignored.
+
+    Raises:
+        DataError: an object isn't JSON, or the file is truncated or damaged.
+    """
+    window, parser, last = _Window(file, path), JsonParser(), 0
+    while window.next_character():
+        if window.line == last:
+            raise window.error("several objects on one line; write each on a line of its own: jq -c . FILE")
+        last = window.line
+        yield window.element(parser, Source(path=path, line=last))
+        if window.next_character() == ",":
+            window.at += 1
+
+
+def _missing_comma(found: str) -> str:
+    return "a comma is missing between two rows" if found == "{" else "Expecting ',' delimiter"
+
+
+def _not_an_array(window: _Window) -> str:
     """Explain a file that doesn't start with `[`."""
     first = window.next_character()
-    if not first:
-        return "the file is empty; expected an array of objects"
-    lines = "jsonl.gz" if path.endswith(".gz") else "jsonl"
-    hint = f'; for one object per line, set [data] reader = "{lines}"' if first == "{" else ""
-    return f"expected an array of objects, found {first!r}{hint}"
+    return (
+        f"expected an array of objects, found {first!r}" if first else "the file is empty; expected an array of objects"
+    )
 
 
 class _Window:
@@ -60,7 +80,8 @@ class _Window:
 
     def __init__(self, file: IO[bytes], path: str) -> None:
         self._file, self._path = file, path
-        self._undecoded, self._num_read, self._num_lines = b"", 0, 0  # num_read counts decoded bytes
+        self._undecoded, self._num_read = b"", 0  # num_read counts decoded bytes
+        self._line, self._counted = 1, 0  # the line of text[_counted]
         self._ended = False
         self.text, self.at = "", 0
 
@@ -74,6 +95,13 @@ class _Window:
             if self.at < len(self.text) or self._ended:
                 return self.text[self.at : self.at + 1]
 
+    @property
+    def line(self) -> int:
+        """Line of the file that `at` is on, from 1."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
     def element(self, parser: JsonParser, source: Source) -> Row | Finding:
         """Parse the value at the next character as a row and move `at` past it."""
         self.next_character()
@@ -82,11 +110,12 @@ class _Window:
         except json.JSONDecodeError as error:
             cut = error.msg.startswith(_UNTERMINATED) or error.pos >= len(self.text) - _MARGIN
             if cut and not self._ended:
-                raise self.error(f"row {source.line} is longer than {MAX_ROW_BYTES // 2**20} MiB") from None
+                raise self.error(f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB") from None
+            cause = cause_of(self.text, error)
             self.at = error.pos
-            raise self.error(f"not JSON: {reason_of(error)}") from None
+            raise self.error(f"not JSON: {CUT_OFF if cause == INCOMPLETE else cause or reason_of(error)}") from None
         except RecursionError:
-            raise self.error(f"row {source.line} is nested too deeply") from None
+            raise self.error("the row is nested too deeply") from None
         length, self.at = end - self.at, end
         if length > MAX_ROW_BYTES:
             return unreadable(f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB", source)
@@ -94,16 +123,14 @@ class _Window:
 
     def error(self, message: str) -> DataError:
         """Build the error that ends the reading, with the line and column of `at`."""
-        line = self._num_lines + self.text.count("\n", 0, self.at) + 1
         column = self.at - self.text.rfind("\n", 0, self.at)
-        return DataError(f"{self._path}:{line}: {message} (column {column})")
+        return DataError(f"{self._path}:{self.line}: {message} (column {column})")
 
     def _fill(self) -> None:
         if self._ended or len(self.text) - self.at > MAX_ROW_BYTES:
             return
-        self._num_lines += self.text.count("\n", 0, self.at)
-        pieces = [self.text[self.at :]]
-        self.at, missing = 0, 2 * MAX_ROW_BYTES - len(pieces[0])
+        line, pieces = self.line, [self.text[self.at :]]
+        self._line, self.at, self._counted, missing = line, 0, 0, 2 * MAX_ROW_BYTES - len(pieces[0])
         while missing > 0 and not self._ended:
             pieces.append(self._read(missing))
             missing -= len(pieces[-1])

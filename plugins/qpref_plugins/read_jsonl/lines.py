@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from typing import IO
 
 from qpref.errors import DataError
+from qpref.hooks.streams import BrokenStreamError, not_utf8
 from qpref.records import Finding, Row, Source
+from qpref_plugins.read_jsonl.causes import INCOMPLETE
 from qpref_plugins.read_jsonl.parse import MAX_ROW_BYTES, BadJsonError, JsonParser
-from qpref_plugins.read_jsonl.stream import BrokenStreamError
+
+COMMAS = "a comma follows each object, as in an array without its brackets; read as JSON Lines"
+CUT_OFF = "the file ends within this row: it is cut off; write or download it again, or remove the line"
 
 
 def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
-    """Yield a row for each line that isn't blank.
+    """Yield a row for each line that isn't blank; a comma after an object is ignored, and reported once.
 
     Raises:
         DataError: the file is truncated or damaged.
     """
-    parser, number = JsonParser(), 0
+    parser, number, has_commas = JsonParser(), 0, False
     try:
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -28,18 +32,27 @@ def rows_of_lines(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
                 _skip_line(file, line)
                 yield unreadable(f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB", source)
                 continue
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield row_of(parser.parse(text), source)
-            except UnicodeDecodeError as error:
-                yield unreadable(f"not UTF-8 (byte {error.start + 1} of the line)", source)
-            except BadJsonError as error:
-                array = "json.gz" if path.endswith(".gz") else "json"
-                hint = f'; for a file with one array, set [data] reader = "{array}"' if line[:1] == b"[" else ""
-                yield unreadable(f"{error}{hint}", source)
+            if not has_commas and line.rstrip().endswith(b"},"):
+                has_commas = True
+                yield Finding(code="commas", severity="warning", message=COMMAS, source=Source(path=path, line=0))
+            if (row := _row(parser, line, source)) is not None:
+                yield row
     except BrokenStreamError as error:
         raise DataError(f"{path}:{number + 1}: {error}") from None
+
+
+def _row(parser: JsonParser, line: bytes, source: Source) -> Row | Finding | None:
+    """Parse a line; None where nothing but a byte order mark is on it."""
+    try:
+        text = line.decode("utf-8-sig" if source.line == 1 else "utf-8").strip()
+        if text.endswith("},"):
+            text = text[:-1]
+        return row_of(parser.parse(text), source) if text else None
+    except UnicodeDecodeError as error:
+        return unreadable(not_utf8(line, error), source)
+    except BadJsonError as error:
+        is_cut_off = error.cause == INCOMPLETE and not line.endswith(b"\n")
+        return unreadable(f"not JSON: {CUT_OFF}" if is_cut_off else str(error), source)
 
 
 def _skip_line(file: IO[bytes], line: bytes) -> None:

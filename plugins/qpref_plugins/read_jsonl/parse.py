@@ -10,6 +10,8 @@ import json
 import re
 from collections import Counter
 
+from qpref_plugins.read_jsonl.causes import cause_of
+
 MAX_ROW_BYTES = 4 * 2**20
 """Maximum size of a row; a longer one is a broken file, or an attempt to exhaust memory."""
 
@@ -17,7 +19,16 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class BadJsonError(ValueError):
-    """Invalid JSON, or JSON with values that are refused."""
+    """Invalid JSON, or JSON with values that are refused.
+
+    Args:
+        cause: why the text is not JSON, where that is known.
+        at: offset of the error.
+    """
+
+    def __init__(self, message: str, cause: str = "", at: int | None = None) -> None:
+        super().__init__(message)
+        self.cause, self.at = cause, at
 
 
 class JsonParser:
@@ -41,9 +52,9 @@ class JsonParser:
             if rest := text[end:].lstrip():
                 raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
         except json.JSONDecodeError as error:
-            column = f"column {error.colno}"
-            position = column if error.lineno == 1 else f"line {error.lineno}, {column}"
-            raise BadJsonError(f"not JSON: {reason_of(error)} at {position}") from None
+            cause = cause_of(text, error)
+            message = f"{cause} (column {error.colno})" if cause else f"{reason_of(error)} at column {error.colno}"
+            raise BadJsonError(f"not JSON: {message}", cause, error.pos) from None
         except RecursionError:
             raise BadJsonError("nested too deeply") from None
         self._refuse_faults(value, text, 0, len(text))
@@ -78,17 +89,17 @@ class JsonParser:
         values = dict(pairs)
         if len(values) != len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            self._faults.append(f"duplicate key {repeated[:40]!r}")
+            self._faults.append(f"duplicate key {repeated[:40]!r}; remove one of the two")
         return values
 
     def _constant(self, name: str) -> None:
-        self._faults.append(f"{name} is not JSON")
+        self._faults.append(f"{name} is not JSON; write null, or leave the key out")
 
     def _integer(self, digits: str) -> int:
         try:
             return int(digits)
         except ValueError:  # Python's guard against quadratic time
-            self._faults.append(f"a number of {len(digits)} digits")
+            self._faults.append(f"a number of {len(digits)} digits, which is too large")
             return 0
 
 

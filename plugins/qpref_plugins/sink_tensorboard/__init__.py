@@ -14,7 +14,9 @@ from qpref.records import MetricRow
 class TensorBoardOptions(Options):
     """Options of the sink `tensorboard`."""
 
-    folder: str = Field(default="tensorboard", description="Folder of the event files, relative to the run folder.")
+    folder: str = Field(
+        default="tensorboard", description="Folder of the event files, relative to `sinks` in the run folder."
+    )
 
 
 class TensorBoardWriter:
@@ -45,7 +47,7 @@ class TensorBoardWriter:
 
 
 def open_tensorboard(options: TensorBoardOptions, context: SinkContext) -> TensorBoardWriter:
-    return TensorBoardWriter(context.run_folder / options.folder, context.first_step)
+    return TensorBoardWriter(context.make_folder() / options.folder, context.first_step)
 
 
 @hookimpl

@@ -1,0 +1,112 @@
+"""How a file of JSON holds its rows, decided by its first bytes, and files whose rows are inside of something."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from qpref.errors import DataError
+from qpref_plugins.read_jsonl.parse import BadJsonError, JsonParser
+
+Layout = Literal["lines", "array", "objects"]
+"""One object a line, one array of objects, or objects of which each may take several lines."""
+
+_NUM_LINES = 8
+_ROWS_KEYS = ("data", "rows", "train", "examples", "items", "records", "results", "instances", "samples", "dataset")
+_ROWS_INSIDE = re.compile(
+    rf'\{{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,\s*)*"(?P<key>{"|".join(_ROWS_KEYS)})"\s*:\s*\[\s*\{{'
+)
+_COLUMNS_INSIDE = re.compile(r'\{\s*"[^"]*"\s*:\s*\{\s*"0"\s*:')
+_AS_LINES = 'write it with DataFrame.to_json(..., orient="records", lines=True), or as a Dataset\'s to_json does'
+
+
+def layout_of(head: str) -> Layout | None:
+    """Decide the layout by a file's start, without white space before it; None where it isn't JSON objects or an array.
+
+    An object whose first line isn't an object by itself may be a bad line of JSON Lines: it counts as one over several
+    lines only if its second line continues it. An array on the first line before another one is a bad line.
+    """
+    first, _, rest = head.partition("\n")
+    if head[:1] not in ("[", "{"):
+        return None
+    continued = len(first) + 1 + len(rest) - len(rest.lstrip())
+    try:
+        _, end = JsonParser().parse_at(head, 0)
+    except json.JSONDecodeError as error:
+        end = error.pos if rest.strip() and error.pos > continued else 0
+    except RecursionError:
+        end = 0
+    if head[0] == "[":
+        return "lines" if 0 < end <= len(first) and rest.lstrip()[:1] == "[" else "array"
+    return "objects" if end > len(first) or first.strip() == "{" else "lines"
+
+
+def refuse_foreign(head: str, path: str) -> None:
+    """Refuse a file whose first lines are all bad for one reason: the reason is the file's, and not each line's.
+
+    Raises:
+        DataError: names the reason.
+    """
+    lines = [line for line in head.split("\n")[:-1] if line.strip()][:_NUM_LINES]
+    causes = {_cause(line) for line in lines}
+    if len(lines) < 2 or len(causes) > 1 or None in causes:
+        return
+    (cause,) = causes
+    if cause:
+        raise DataError(f"{path}: its lines are not JSON: {cause}")
+    table = next((name for name, separator in (("tsv", "\t"), ("csv", ",")) if separator in lines[0]), None)
+    hint = f'; for a table with a header set [data] reader = "{table}"' if table else ""
+    raise DataError(f"{path}: not JSON Lines: none of its first {len(lines)} lines is an object{hint}")
+
+
+def _cause(line: str) -> str | None:
+    """Return why a line is not JSON; empty for one that doesn't even start as JSON, None for any other line."""
+    try:
+        JsonParser().parse(line.strip().removesuffix(","))
+    except BadJsonError as error:
+        return error.cause or ("" if error.at == 0 else None)
+    return None
+
+
+def refuse_wrapped(head: str, path: str) -> None:
+    """Refuse one object that holds all rows, in a list or by columns.
+
+    Raises:
+        DataError: says where the rows are, and how to write them.
+    """
+    if head[:1] != "{":
+        return
+    try:
+        value, end = JsonParser().parse_at(head, 0)
+    except (json.JSONDecodeError, RecursionError):
+        value, end = None, len(head)
+    if head[end:].strip():
+        return
+    if isinstance(value, dict):
+        key = next((key for key in _ROWS_KEYS if _is_list_of(value.get(key), dict)), None)
+        by_columns = _are_columns(list(value.values()))
+    else:
+        found = _ROWS_INSIDE.match(head)
+        key, by_columns = found and found["key"], bool(_COLUMNS_INSIDE.match(head))
+    if key:
+        raise DataError(f"{path}: one object, whose rows are its list '{key}'; write that list alone: jq .{key} FILE")
+    if by_columns:
+        raise DataError(f"{path}: one object that holds the columns of a table, not its rows; {_AS_LINES}")
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _are_columns(values: Sequence[object]) -> bool:
+    """Return whether an object's values are columns: texts in lists of one length, or numbered as pandas does."""
+    if len(values) < 2:
+        return False
+    if all(isinstance(value, dict) and value and all(map(str.isdecimal, value)) for value in values):
+        return True
+    sizes = {len(value) for value in values if isinstance(value, list)}
+    kinds = {type(item) for item in itertools.chain(*(value for value in values if isinstance(value, list)))}
+    return all(isinstance(value, list) for value in values) and len(sizes) == 1 and kinds == {str}

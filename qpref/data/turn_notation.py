@@ -1,0 +1,99 @@
+"""Role and content of a turn, in each notation that data use.
+
+OpenAI, Mistral: `role` and `content`. ShareGPT: `from` and `value`. Gemini: `role` and `parts`. OASST: `role` and
+`text`. Cohere: `role` and `message`. A content may be a list of parts, as in multimodal data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qpref.data.row_values import BadRowError, kind_of, named, shown
+
+_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "chatbot", "ai", "model"),
+    "tool": ("tool", "observation", "function_response", "tool_response", "tool_result", "ipython"),
+}
+ROLE_OF = {name: role for role, names in _NAMES.items() for name in names}
+"""Name of a speaker, in lower case -> role."""
+CALLERS = ("function_call", "tool_call")
+"""Names for a turn of the assistant's whose content is the JSON of its calls."""
+SPEAKER_KEYS = ("role", "from")
+CONTENT_KEYS = ("content", "value", "parts", "text", "message")
+_TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
+_REASONING_PARTS = ("thinking", "reasoning")
+_CALL_PARTS = ("tool_use", "tool_call", "functionCall", "function_call")
+
+
+def speaker_of(turn: Mapping[str, object], where: str) -> str:
+    """Return the role of a turn, or one of CALLERS; capitals and spaces around a name don't count."""
+    key = next((key for key in SPEAKER_KEYS if turn.get(key) is not None), SPEAKER_KEYS[0])
+    speaker = turn.get(key)
+    name = speaker.strip().lower() if isinstance(speaker, str) else ""
+    if name in CALLERS:
+        return name
+    if name == "function":
+        message = f"{where}: {key} {shown(speaker)} can be a call or its result; write function_call or tool"
+        raise BadRowError("not_a_message", message)
+    if name not in ROLE_OF:
+        known = ", ".join((*ROLE_OF, *CALLERS))
+        raise BadRowError("not_a_message", f"{where}: {key} {shown(speaker)}; known: {known}")
+    return ROLE_OF[name]
+
+
+def is_assistant(turn: Mapping[str, object]) -> bool:
+    """Return whether a turn that may be malformed is the assistant's."""
+    names = (turn.get(key) for key in SPEAKER_KEYS)
+    speaker = next((name for name in names if isinstance(name, str)), "").strip().lower()
+    return ROLE_OF.get(speaker) == "assistant" or speaker in CALLERS
+
+
+def content_in(turn: Mapping[str, object]) -> object:
+    """Return the content of a turn under the first key that has one; None where no key has."""
+    return next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
+
+
+def join_parts(parts: Sequence[object], where: str) -> tuple[str, str]:
+    """Join the parts of a content to its text and its reasoning; chat templates put nothing between parts.
+
+    Raises:
+        BadRowError: a part is neither a text nor reasoning; names its number.
+    """
+    texts, reasoning = [], []
+    for number, part in enumerate(parts, start=1):
+        at = f"{where}, part {number}"
+        values = {"text": part} if isinstance(part, str) else part
+        if not isinstance(values, dict):
+            raise BadRowError("not_a_message", f"{at}: expected an object with a text, found {kind_of(part)}")
+        kind = values.get("type")
+        if kind in _REASONING_PARTS or (kind in _TEXT_PARTS and values.get("thought") is True):
+            reasoning.append(_reasoning(values, at))
+        elif kind in _TEXT_PARTS and isinstance(text := values.get("refusal" if kind == "refusal" else "text"), str):
+            texts.append(text)
+        else:
+            raise BadRowError("not_a_message", f"{at}: {_no_text(values)}")
+    return "".join(texts), "".join(reasoning)
+
+
+def _reasoning(part: Mapping[str, object], where: str) -> str:
+    """Return the text of a part that holds reasoning; Mistral's is a list of text parts."""
+    text = next((part[key] for key in ("thinking", "reasoning", "text") if part.get(key) is not None), None)
+    if isinstance(text, list):
+        text = join_parts(text, where)[0]
+    if not isinstance(text, str):
+        raise BadRowError("not_a_message", f"{where}: reasoning without a text, found {kind_of(text)}")
+    return text
+
+
+def _no_text(part: Mapping[str, object]) -> str:
+    """Describe a part that is no text, and what to do."""
+    kind = part.get("type")
+    other = [key for key, value in part.items() if key not in ("type", "text") and value not in (None, "", [], {})]
+    if kind in _CALL_PARTS or set(other) & set(_CALL_PARTS):
+        return "a call of a tool; write it under the message's key tool_calls"
+    if kind in _TEXT_PARTS and not other:
+        return "a part without a text; remove it, or drop the row"
+    found = f"a part of the type {shown(kind)}" if kind is not None else f"a part with {named(other)}"
+    return f"{found}; qpref trains on text alone, so drop the row"

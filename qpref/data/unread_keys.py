@@ -1,0 +1,94 @@
+"""Texts of messages under keys that no chat template gets: one warning for a source, naming them.
+
+Keys that identify a message, or say when or how it was made, may be lost without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+
+from qpref.data.messages import reasoning_of
+from qpref.data.row_values import json_value, named
+from qpref.data.turn_notation import SPEAKER_KEYS, content_in
+from qpref.records import Finding, Row, Source
+
+READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id"})
+"""Keys whose values are a part of the message, beside its content and its reasoning."""
+LAST_WORDS = frozenset(
+    {"id", "ids", "uuid", "hash", "ip", "at", "time", "timestamp", "date", "model", "language", "lang", "index"}
+)
+"""Last words of keys that say which message it is, when it was written, by which model and in which language."""
+RECORDS = frozenset({"type", "status", "finish_reason", "stop_reason"})
+MAX_DEPTH = 4
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+class UnreadKeys:
+    """Count the rows in which each key of a message holds text that is left out.
+
+    Args:
+        columns: names of the columns that may hold messages.
+    """
+
+    def __init__(self, columns: Collection[str]) -> None:
+        self._columns = frozenset(columns)
+        self._counts: dict[str, Counter[str]] = {}
+        self._num_rows: Counter[str] = Counter()
+
+    def note(self, row: Row) -> None:
+        """Count the keys of a row's messages."""
+        keys: set[str] = set()
+        for column in self._columns.intersection(row.values):
+            for turn in _messages(row.values[column]):
+                keys |= unread_keys(turn)
+        if keys:
+            self._counts.setdefault(row.source.path, Counter()).update(keys)
+            self._num_rows[row.source.path] += 1
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield a warning for each source that has such keys."""
+        for path, counts in self._counts.items():
+            num_rows = self._num_rows[path]
+            message = (
+                f"messages of {num_rows} {'row' if num_rows == 1 else 'rows'} have texts under keys that aren't read: "
+                f"{named(key for key, _ in counts.most_common())}; move what the model has to see into content or "
+                "reasoning_content"
+            )
+            yield Finding(code="unread_key", severity="warning", message=message, source=Source(path=path, line=0))
+
+
+def unread_keys(turn: Mapping[str, object]) -> set[str]:
+    """Return the keys of a message that hold text and aren't read, except records of its making."""
+    others = turn.keys() - READ
+    if not others:
+        return set()
+    known = [content_in(turn), reasoning_of(turn)]
+    return {key for key in others if _holds_text(turn[key]) and turn[key] not in known and not _is_record(key)}
+
+
+def _is_record(key: str) -> bool:
+    words = _WORD.findall(key)
+    return key in RECORDS or bool(words and words[-1].lower() in LAST_WORDS)
+
+
+def _holds_text(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(map(_holds_text, values))
+
+
+def _messages(value: object, depth: int = 0) -> Iterator[Mapping[str, object]]:
+    """Yield the messages in a column: a message, lists of them, their JSON text, or an object that holds them."""
+    if isinstance(value, str):
+        value = json_value(value) if value[:1] == "[" and "{" in value[:8] and depth == 0 else None
+    if isinstance(value, Mapping):
+        if any(isinstance(value.get(key), str) for key in SPEAKER_KEYS):
+            yield value
+            return
+        value = list(value.values())
+    if isinstance(value, list) and depth < MAX_DEPTH:
+        for inner in value:
+            yield from _messages(inner, depth + 1)

@@ -1,0 +1,133 @@
+"""Open a data file for reading as UTF-8 text, whatever it is packed and encoded in.
+
+gzip data and UTF-16 or UTF-32 text are recognized by their first bytes, not by the file's name, and read. Other files
+that aren't text are refused in one sentence, see `signatures`. A gzip bomb is refused before it exhausts memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from qpref.errors import DataError
+from qpref.hooks.signatures import HEAD_BYTES, signature_of
+
+MAX_RATIO = 200
+FREE_BYTES = 2**20
+"""Decompressed bytes that are allowed at any ratio, so that tiny files of repeated rows are read."""
+BUFFER_BYTES = 256 * 2**10
+_GZIP = b"\x1f\x8b"
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_ZEROS = {"x0x0": "utf-16-le", "0x0x": "utf-16-be", "x000": "utf-32-le", "000x": "utf-32-be"}
+"""Zeros among a text's first four bytes, where its first characters are ASCII: RFC 4627, section 3."""
+
+
+class BrokenStreamError(Exception):
+    """A truncated, damaged or refused file; the reader adds path and line."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a file as a stream of UTF-8 text; a byte order mark of UTF-8 is left in it.
+
+    Reading raises BrokenStreamError where packed data are truncated, damaged or a bomb.
+
+    Raises:
+        DataError: the file is neither text nor gzipped text.
+    """
+    with ExitStack() as stack:
+        stream: io.BufferedReader = io.BufferedReader(stack.enter_context(io.FileIO(path)), BUFFER_BYTES)
+        try:
+            if stream.peek(2).startswith(_GZIP):
+                unpacked = stack.enter_context(gzip.GzipFile(fileobj=stream))
+                stream = io.BufferedReader(_Guarded(stream, unpacked), BUFFER_BYTES)
+            head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+        except BrokenStreamError as error:
+            raise DataError(f"{path}:1: {error}") from None
+        encoding = encoding_of(head)
+        if encoding is None and (signature := signature_of(head)):
+            raise DataError(f"{path}: {signature}")
+        if encoding is not None:
+            stream = io.BufferedReader(_Transcoded(stream, encoding), BUFFER_BYTES)
+        yield stream
+
+
+def encoding_of(head: bytes) -> str | None:
+    """Return the UTF-16 or UTF-32 of a text's first bytes, by its byte order mark or its zeros; else None."""
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return encoding
+    is_ascii = all(byte in b"\0\t\n\r" or 0x20 <= byte < 0x7F for byte in head[:4])
+    return _ZEROS.get("".join("x" if byte else "0" for byte in head[:4])) if is_ascii else None
+
+
+def not_utf8(line: bytes, error: UnicodeDecodeError, part: str = "line") -> str:
+    """Explain a part of a file that isn't UTF-8, with the character in Windows-1252 if it can be that."""
+    at, byte = error.start, line[error.start : error.start + 1]
+    message = f"not UTF-8 (byte {at + 1} of the {part})"
+    before, after = line[max(0, at - 1) : at], line[at + 1 : at + 2]
+    alone = before.isascii() and after.isascii() and after not in (b"\r", b"\n")
+    character = byte.decode("cp1252", "ignore")
+    if not (alone and character and character.isprintable()) or error.reason == "unexpected end of data":
+        return f"{message}; convert the file: iconv -f ITS-ENCODING -t UTF-8"
+    return f"{message}; in Windows-1252 it is '{character}': iconv -f WINDOWS-1252 -t UTF-8 converts the file"
+
+
+class _Guarded(io.RawIOBase):
+    """Decompressed bytes with a limit on the compression ratio."""
+
+    def __init__(self, packed: io.BufferedReader, unpacked: gzip.GzipFile) -> None:
+        self._packed, self._unpacked = packed, unpacked
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        try:
+            count = self._unpacked.readinto1(buffer)  # returns the bytes before the damage
+        except EOFError:
+            raise BrokenStreamError("the gzip data end too early; the file is truncated") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise BrokenStreamError(f"damaged gzip data: {error}") from None
+        if self._unpacked.tell() > FREE_BYTES + MAX_RATIO * self._packed.tell():
+            raise BrokenStreamError(
+                f"the gzip data decompress to more than {MAX_RATIO} times their size; decompress the file first if "
+                "you trust it"
+            )
+        return count
+
+
+class _Transcoded(io.RawIOBase):
+    """UTF-16 or UTF-32 as UTF-8; a lone surrogate stays one, so that its line alone is refused as not UTF-8."""
+
+    def __init__(self, file: io.BufferedReader, encoding: str) -> None:
+        self._file, self._name = file, encoding[:6].upper()
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        while not self._left:
+            raw = self._file.read(BUFFER_BYTES)
+            try:
+                self._left = self._decoder.decode(raw, final=not raw).encode("utf-8", "surrogatepass")
+            except UnicodeDecodeError as error:
+                truncated = "; the file is truncated" if not raw else ""
+                raise BrokenStreamError(f"damaged {self._name} text: {error.reason}{truncated}") from None
+            if not raw:
+                break
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count

@@ -1,0 +1,97 @@
+"""File locks: one writer per run folder, one process per staged folder.
+
+The kernel releases a lock when its process ends, even if it is killed, and it holds between containers, whose
+processes have the same ids.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qpref.errors import DiskError, RunLockedError
+from qpref.linux import fcntl
+from qpref.opening import open_plain
+
+log = logging.getLogger("qpref")
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of a file system that has no locks."""
+NAME = "LOCK"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is created if it isn't there.
+
+    Raises:
+        RunLockedError: another process holds it; the message has its pid and host.
+        DiskError: the lock's file cannot be opened, or is a link.
+    """
+    path = folder / NAME
+    try:
+        descriptor = _newest_locked(path)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be locked: {error.strerror or error}") from error
+    try:
+        if not excludes(path):
+            log.warning("%s: locks don't hold on this file system; start no second process in this folder", folder)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take(descriptor: int) -> bool:
+    """Take the lock of an open file, without waiting; False where another process holds it.
+
+    On a file system without locks it counts as taken.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def is_named(path: Path, descriptor: int) -> bool:
+    """Return whether an open file still has this name: another process may have removed or replaced it."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _newest_locked(path: Path) -> int:
+    """Open and lock the file that has this name at the moment when the lock is taken."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            continue  # its holder has removed the folder in between
+        if not take(descriptor):
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RunLockedError(f"{path.parent}: another process is writing this run ({holder})")
+        if is_named(path, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def excludes(path: Path) -> bool:
+    """Return whether a lock that this process holds keeps out a second opening of the file."""
+    second = open_plain(path, os.O_RDWR)  # NFS takes an exclusive lock on a file open for writing alone
+    try:
+        return not take(second)
+    finally:
+        os.close(second)

@@ -1,0 +1,140 @@
+"""One writer per run folder, whatever its holder's end; a link in the lock's place is not followed."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from qpref import locks
+from qpref.errors import DiskError, RunLockedError
+from qpref.linux import fcntl
+
+HOLD = """
+import sys
+from pathlib import Path
+from qpref import locks
+with locks.locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold_lock(folder):
+    """A process that holds the folder's lock until its input ends."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = hold_lock(tmp_path)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_refused_and_the_first_is_named(tmp_path, holder):
+    with pytest.raises(RunLockedError) as caught, locks.locked(tmp_path):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path}: another process is writing this run (pid {holder.pid} on {os.uname().nodename})"
+    )
+
+
+def test_a_refused_process_leaves_the_lock_held(tmp_path, holder):
+    for _ in range(2):
+        with pytest.raises(RunLockedError), locks.locked(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "kill", "done"])
+def test_the_lock_is_free_however_its_holder_ended(tmp_path, holder, ended):
+    if ended:
+        holder.send_signal(ended)
+    holder.communicate()
+    with locks.locked(tmp_path):
+        assert (tmp_path / "LOCK").read_text() == f"pid {os.getpid()} on {os.uname().nodename}\n"
+
+
+def test_an_error_inside_frees_the_lock(tmp_path):
+    with pytest.raises(KeyError), locks.locked(tmp_path):
+        raise KeyError
+    with locks.locked(tmp_path):
+        pass
+
+
+def test_the_lock_is_for_its_owner(tmp_path):
+    with locks.locked(tmp_path):
+        assert (tmp_path / "LOCK").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_taken_again(tmp_path, monkeypatch):
+    """The holder of a folder that never held a run removes it, perhaps between our look and our lock."""
+    real, seen = locks.open_plain, []
+
+    def open_then_lose(path, *flags):
+        descriptor = real(path, *flags)
+        if not seen:
+            path.unlink()
+        seen.append(path)
+        return descriptor
+
+    monkeypatch.setattr(locks, "open_plain", open_then_lose)
+    with locks.locked(tmp_path):
+        assert (tmp_path / "LOCK").read_text() == f"pid {os.getpid()} on {os.uname().nodename}\n"
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    with locks.locked(tmp_path / "runs" / "run"):
+        assert (tmp_path / "runs" / "run").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "FIFO", "folder"])
+def test_what_is_no_file_of_its_own_is_never_written(tmp_path, kind):
+    outside, lock = tmp_path / "outside", tmp_path / "run" / "LOCK"
+    lock.parent.mkdir()
+    outside.write_text("mine")
+    {
+        "link": lambda: lock.symlink_to(outside),
+        "dangling link": lambda: lock.symlink_to(tmp_path / "new"),
+        "hard link": lambda: os.link(outside, lock),
+        "FIFO": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+    }[kind]()
+    with pytest.raises(DiskError, match=re.escape(f"{lock}: cannot be locked: it ")), locks.locked(lock.parent):
+        pass
+    assert outside.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "run"]
+
+
+def without_locks(number):
+    def flock(descriptor, operation):
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [0, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_on_which_locks_do_not_hold_is_named(tmp_path, monkeypatch, caplog, number):
+    """Some have no locks, and some take a lock from anybody."""
+    monkeypatch.setattr(fcntl, "flock", without_locks(number))
+    with caplog.at_level(logging.WARNING, "qpref"), locks.locked(tmp_path):
+        pass
+    assert caplog.messages == [
+        f"{tmp_path}: locks don't hold on this file system; start no second process in this folder"
+    ]
+
+
+def test_a_lock_that_holds_is_not_talked_about(tmp_path, caplog):
+    with locks.locked(tmp_path):
+        assert caplog.messages == []

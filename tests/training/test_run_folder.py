@@ -1,0 +1,241 @@
+"""A run folder as the attacker: whatever stands in it, nothing outside it changes, and nothing foreign is deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+import qpref
+from qpref.errors import CheckpointError, RecipeError
+from qpref.training import folder as run_folders
+from qpref.training.folder import FILES, FOLDERS, RunFolder, claimed
+
+HEX = "0123456789abcdef"
+
+
+@pytest.fixture
+def outside(tmp_path) -> Path:
+    """What belongs to somebody else: files, and a folder that looks like a run's checkpoints."""
+    folder = tmp_path / "outside"
+    for name in (
+        "notes.txt",
+        f"checkpoints/.tmp-step-000001-{HEX}/half",
+        "checkpoints/step-000001/adapter.safetensors",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def run(trained_run, tmp_path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(trained_run(), tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, float]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime) for path in folder.rglob("*") if path.is_file()}
+
+
+def recipe_of(run: Path) -> dict[str, object]:
+    import tomllib
+
+    return tomllib.loads((run / "recipe.lock.toml").read_text())
+
+
+def replace(path: Path, kind: str, target: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to(target)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        os.link(target, path)
+
+
+OPTIONS = ({"resume": True}, {"overwrite": True})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
+@pytest.mark.parametrize("name", [*FILES, "LOCK"])
+def test_a_file_that_is_something_else_is_refused_at_once(run, outside, name, kind, options):
+    recipe, before = recipe_of(run), contents(outside)
+    replace(run / name, kind, outside / "notes.txt")
+    start = time.monotonic()
+    with pytest.raises(RecipeError, match=f"{name}: is a (symbolic link|FIFO)"):
+        qpref.train(recipe, output=run, **options)
+    assert contents(outside) == before
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_a_link_is_refused(run, outside, name, options):
+    before = contents(outside)
+    replace(run / name, "link", outside / "checkpoints")
+    with pytest.raises(RecipeError, match=f"{name}: is a symbolic link; qpref follows no link inside a run"):
+        qpref.train(recipe_of(run), output=run, **options)
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("name", ["LOCK", "recipe.lock.toml", "data.json", f".tmp-run.json-{HEX}"])
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_new_run_in_a_prepared_folder_changes_nothing_outside(run, outside, tmp_path, name, kind):
+    """No run is in it and no --resume is needed: whoever can make a folder on a shared disk can prepare one."""
+    before, prepared = contents(outside), tmp_path / "prepared"
+    prepared.mkdir()
+    replace(prepared / name, kind, outside / "notes.txt")
+    with contextlib.suppress(RecipeError, qpref.errors.DiskError):
+        qpref.train(recipe_of(run), output=prepared)
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("name", ["state.json", "MANIFEST.json", "adapter.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
+def test_a_checkpoint_file_that_is_something_else_is_not_read(run, outside, name, kind):
+    newest = max((run / "checkpoints").iterdir())
+    twin = shutil.copytree(newest, outside / newest.name)
+    replace(newest / name, kind, twin / name)
+    with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
+        run_folders.checkpoint.read(newest)
+
+
+@pytest.mark.parametrize(
+    "files", [{"../../outside/notes.txt": {}}, {"state.json": {}, "/etc/hostname": {}}, {}, [], None]
+)
+def test_a_manifest_that_lists_no_checkpoints_files_is_not_believed(run, files):
+    newest = max((run / "checkpoints").iterdir())
+    written = json.loads((newest / "MANIFEST.json").read_text())
+    (newest / "MANIFEST.json").write_text(json.dumps(written | {"files": files}))
+    with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
+        run_folders.checkpoint.read(newest)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o775, 0o755, 0o700])
+@pytest.mark.parametrize("name", [".", "checkpoints"])
+def test_another_users_folder_is_used_only_if_nobody_else_can_write_to_it(run, monkeypatch, name, mode):
+    (run / name).chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    folder = RunFolder(run)
+    if mode & 0o022:
+        with pytest.raises(RecipeError, match="belongs to another user, and others can write to it"):
+            folder.refuse_unsafe()
+    else:
+        folder.refuse_unsafe()
+
+
+def test_an_own_folder_may_be_open_to_a_group(run):
+    run.chmod(0o775)
+    RunFolder(run).refuse_unsafe()
+
+
+def test_a_link_to_a_run_folder_is_followed(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    with claimed(tmp_path / "link", resume=True, overwrite=False) as folder:
+        assert folder.run_json.is_file()
+
+
+def test_another_users_link_to_a_folder_is_not(run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(run)
+    os.lchown(tmp_path / "link", 12345, 12345)
+    with pytest.raises(RecipeError, match="is a link that another user has made"):
+        RunFolder(tmp_path / "link").refuse_unsafe()
+
+
+FOREIGN = (
+    "notes.txt",
+    ".tmp-notes",
+    f".tmp-notes-{HEX}",
+    "checkpoints/best",
+    "checkpoints/step-000001/notes.txt",
+    "checkpoints/.tmp-mine",
+    "adapter/analysis.ipynb",
+    "adapter/sub/deep.txt",
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_overwrite_names_what_the_run_has_not_written_and_deletes_nothing(run, name):
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text("years")
+    before = contents(run)
+    with pytest.raises(RecipeError, match=f"holds files that this run has not written: {name}"):
+        qpref.train(recipe_of(run), output=run, overwrite=True)
+    assert contents(run) == before
+
+
+def test_overwrite_removes_all_that_a_run_has_written(run):
+    (run / "sinks" / "tensorboard").mkdir(parents=True)
+    (run / "report.html").touch()
+    (run / f".tmp-run.json-{HEX}").touch()
+    (run / "checkpoints" / f".tmp-step-000009-{HEX}").mkdir()
+    with claimed(run, resume=False, overwrite=True) as folder:
+        folder.clear()
+        assert [path.name for path in run.iterdir()] == ["LOCK"]
+
+
+def test_foreign_staging_folders_stay_where_a_run_resumes(run):
+    kept = [run / "checkpoints" / ".tmp-mine", run / ".tmp-mine", run / f".tmp-mine-{HEX}"]
+    for path in kept:
+        path.mkdir()
+    RunFolder(run).remove_leftovers()
+    assert all(path.is_dir() for path in kept)
+
+
+def test_a_finished_run_is_resumed_with_its_own_recipe_alone(run):
+    recipe = recipe_of(run)
+    recipe["train"]["learning_rate"] *= 2
+    before = contents(run / "adapter")
+    with pytest.raises(CheckpointError, match="is the run of another recipe"):
+        qpref.train(recipe, output=run, resume=True)
+    assert contents(run / "adapter") == before
+
+
+DAMAGE = {
+    "missing": lambda run: shutil.rmtree(run / "adapter"),
+    "a flipped bit": lambda run: flip(run / "adapter" / "adapter_model.safetensors"),
+    "its settings": lambda run: flip(run / "adapter" / "adapter_config.json"),
+    "its tokenizer": lambda run: (run / "adapter" / "tokenizer.json").unlink(),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_adapter_is_exported_again_from_the_last_checkpoint(run, damage, said):
+    whole = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+    result = json.loads((run / "result.json").read_text())
+    DAMAGE[damage](run)
+    qpref.train(recipe_of(run), output=run, resume=True)
+    assert {path.name: path.read_bytes() for path in (run / "adapter").iterdir()} == whole
+    assert json.loads((run / "result.json").read_text()) == result
+    assert sum("is exported again from the last checkpoint" in line for line in said) == 1
+
+
+def test_a_damaged_adapter_without_a_checkpoint_stays_and_is_named(run):
+    flip(run / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(run / "checkpoints")
+    before = sorted((run / "adapter").iterdir())
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is not as .* no checkpoint is left"):
+        qpref.train(recipe_of(run), output=run, resume=True)
+    assert sorted((run / "adapter").iterdir()) == before
+
+
+def test_an_edited_model_card_is_no_damage(run):
+    (run / "adapter" / "README.md").write_text("# My model")
+    qpref.train(recipe_of(run), output=run, resume=True)
+    assert (run / "adapter" / "README.md").read_text() == "# My model"
