@@ -72,7 +72,7 @@ def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
 
 def format_of(values: Mapping[str, object]) -> str | None:
     """Return the first format, in the order of docs/data.md, whose columns a row has; null columns don't count."""
-    has = {NAMES.get(name, name) for name in COLUMNS.intersection(values) if values[name] is not None}
+    has = {NAMES.get(name, name) for name, value in values.items() if value is not None and name in COLUMNS}
     if has & {"chosen", "rejected"}:
         return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
