@@ -10,6 +10,7 @@ from qpref import pypi
 from qpref.data.contest import Contest
 from qpref.data.contest_formats import CONTESTS
 from qpref.data.example_rows import ExampleRow
+from qpref.data.label_studio import flattened
 from qpref.data.row_formats import COLUMNS, format_of, records_of_row, with_columns
 from qpref.data.row_values import BadRowError
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
@@ -59,18 +60,22 @@ class DataSource:
         """Convert a raw row to its records."""
         if isinstance(row, Finding):
             return row
-        if self._contest is not None:
-            try:
-                row = self._contest.judge(row)
-            except BadRowError as error:
-                return Finding(code=error.code, severity="error", message=str(error), source=row.source)
+        try:
+            row = flattened(row)
+            row = row if self._contest is None else self._contest.judge(row)
+        except BadRowError as error:
+            return Finding(code=error.code, severity="error", message=str(error), source=row.source)
         named = self.named(row)
         if isinstance(named, Finding):
             return named
         return records_of_row(named, self.choice.format if self._contest is None else "auto")
 
     def contest_of(self, row: Row) -> tuple[str, Contest, Mapping[str, object]] | None:
-        """Return the format's name, the contest that judges the row, and the values that it reads; None without one."""
+        """Return the format's name, the contest that judged a row, and the values that it read; None without one."""
+        try:
+            row = flattened(row)
+        except BadRowError:
+            return None
         if self._contest is not None:
             return "", self._contest, row.values
         named = self.named(row)

@@ -1,6 +1,7 @@
 """Layouts of other tools and vendors become the records of qpref's own, and each is refused where a part is broken."""
 
 import json
+import math
 
 import pytest
 
@@ -54,6 +55,19 @@ GEMINI = {
         {"score": 1, "completion": {"role": "model", "parts": [{"text": "Because."}]}},
     ],
 }
+NOVA = {
+    "system": [{"text": "Be kind."}],
+    "messages": [
+        *TALK[1:],
+        {
+            "role": "assistant",
+            "candidates": [
+                {"content": [{"text": "No idea."}], "preferenceLabel": "non-preferred"},
+                {"content": [{"text": "Because."}], "preferenceLabel": "preferred"},
+            ],
+        },
+    ],
+}
 TEXT_SIDES = {"chosen": "Because.", "rejected": "No idea."}
 WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
 
@@ -88,6 +102,7 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         {"context": TALK, "completions": [{"rank": 0, "completion": [GOOD]}, {"rank": 1, "completion": [BAD]}]},
         {"messages": TALK, "generations": ["No idea.", "Because."], "ratings": [1, 4.5]},
         {"system": [{"text": "Be kind."}], "messages": TALK[1:], **TEXT_SIDES},
+        NOVA,
         {"input": {"messages": TALK}, "preferred_completion": [GOOD], "non_preferred_completion": [BAD]},
         {"input": json.dumps({"messages": TALK}), "preferred_output": "Because.", "non_preferred_output": "No idea."},
     ],
@@ -161,6 +176,42 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
 def test_a_broken_part_of_a_layout_refuses_the_row(values, code, wording):
     found, message = refusal(values)
     assert (found, wording in message) == (code, True), message
+
+
+def with_candidates(*candidates):
+    return {"messages": [*TALK, {"role": "assistant", "candidates": list(candidates)}]}
+
+
+def candidate(text, label):
+    return {"content": [{"text": text}], "preferenceLabel": label}
+
+
+def test_every_preferred_candidate_makes_a_pair_with_every_other_one():
+    values = with_candidates(*(candidate(text, "preferred" if text in "ab" else "non-preferred") for text in "acbd"))
+    pairs = [(one.chosen[0].content, one.rejected[0].content, one.number) for one in records(values)]
+    assert pairs == [("a", "c", 0), ("a", "d", 1), ("b", "c", 2), ("b", "d", 3)]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "code", "wording"),
+    [
+        ([], "not_a_pair", "candidates: 0 preferred and 0 non-preferred"),
+        ([candidate("a", "preferred")], "not_a_pair", "candidates: 1 preferred and 0 non-preferred"),
+        ([candidate("a", "good")], "bad_label", "candidate 1: preferenceLabel 'good'; known: preferred, non-preferred"),
+        ([candidate("a", ["preferred"])], "bad_label", "candidate 1: preferenceLabel a list"),
+        (["a"], "bad_label", "candidate 1: preferenceLabel None"),
+        ([{"preferenceLabel": "preferred"}], "not_a_message", "candidate 1: expected a text or a list of messages"),
+        ([candidate("", "preferred"), candidate("b", "non-preferred")], "empty", "chosen is empty"),
+    ],
+)
+def test_broken_candidates_refuse_the_row(candidates, code, wording):
+    found, message = refusal(with_candidates(*candidates))
+    assert (found, message[: len(wording)]) == (code, wording)
+
+
+def test_a_row_named_nova_has_candidates():
+    assert refusal({"messages": TALK}, "nova")[0] == "not_a_pair"
+    assert refusal({"messages": [{"candidates": NOVA["messages"][-1]["candidates"]}]})[0] == "not_a_message"
 
 
 def test_whole_conversations_beside_messages_are_read_without_them():
@@ -350,6 +401,11 @@ GREETED = [turn("assistant", "What can I do for you?"), USER]
         {"chosen": [*GREETED, GOOD], "rejected": [*GREETED, BAD]},
         {"prompt": "Why?", "chosen": [*GREETED, GOOD], "rejected": [*GREETED, BAD]},
         {"messages": [*GREETED, GOOD], "rejected_response": "No idea."},
+        {
+            side: f"\n\nAssistant: What can I do for you?\n\nHuman: Why?\n\nAssistant: {text}"
+            for side, text in TEXT_SIDES.items()
+        },
+        {"prompt": "\n\nAssistant: What can I do for you?\n\nHuman: Why?\n\nAssistant:", **TEXT_SIDES},
     ],
     ids=lambda values: "-".join(values),
 )
@@ -368,15 +424,15 @@ def test_a_greeting_alone_is_no_prompt():
 
 # Numbers.
 
+TOO_LARGE = {"401 digits": 10**400, "5,000 digits": -(10**5000), "1e999": "1e999", "a text": "9" * 400, "inf": math.inf}
 
-@pytest.mark.parametrize(
-    "value", [10**400, -(10**5000), "1e999", "-" + "9" * 400], ids=["int", "endless", "e", "digits"]
-)
+
+@pytest.mark.parametrize("value", TOO_LARGE.values(), ids=TOO_LARGE)
 @pytest.mark.parametrize("column", ["margin", "weight"])
 def test_a_number_too_large_for_a_float_is_called_that(column, value):
     assert refusal({"prompt": "Why?", **TEXT_SIDES, column: value}) == (
         "bad_number",
-        f"{column}: a number this large is infinite in 64 bits; the limit is 1.8e308",
+        f"{column}: infinite, or a number too large for 64 bits (at most 1.8e308)",
     )
 
 
@@ -388,6 +444,8 @@ def test_a_number_too_large_for_a_float_is_called_that(column, value):
     [
         ({"prompt": "p", "accepted": "a", "rejected": "b"}, 'chosen = "accepted"'),
         ({"post": "p", "good": "a", "bad": "b"}, 'prompt = "post", chosen = "good", rejected = "bad"'),
+        ({"Prompt": "p", "Chosen": "a", "Rejected": "b"},
+         'prompt = "Prompt", chosen = "Chosen", rejected = "Rejected"'),
         ({"problem": "p", "Chosen Answer": "a", "Rejected Answer": "b"},
          'prompt = "problem", chosen = "Chosen Answer", rejected = "Rejected Answer"'),
         ({"prompt": "p", "preferredText": "a", "nonPreferredText": "b"},
@@ -429,7 +487,10 @@ def test_two_responses_and_a_verdict_are_no_single_completion_and_are_told_of_th
     assert f'[data.contest] first = "{first}", second = "{second}", winner = "{winner}"' in message
 
 
-@pytest.mark.parametrize("names", [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2")])
+@pytest.mark.parametrize(
+    "names",
+    [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2")],
+)
 def test_other_columns_are_no_two_responses(names):
     _, message = refusal({"post": "p", "label": 1} | dict.fromkeys(names, "x"))
     assert "contest" not in message
