@@ -5,6 +5,7 @@ python docs/make_recipe_reference.py
 
 from __future__ import annotations
 
+import inspect
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from qpref.hooks import manager
+from qpref.recipe.contest_section import ContestSection, Verdict
 from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.sections import Recipe
 
@@ -42,6 +44,7 @@ def reference() -> str:
             if model is DataSection:
                 title = "[[data.train]], [[data.heldout]]"
                 parts.append(f"## {title}\n\n{SourceSection.__doc__}\n\n{_rows(SourceSection)}")
+                parts.append(f"## [data.contest]\n\n{inspect.getdoc(ContestSection)}\n\n{_rows(ContestSection)}")
     parts.append(LOSS)
     host = manager.PluginHost()
     titles = {"loss": '## [loss] name = "{}"', "check": "## [checks]: {}", "sink": '## [[sinks]] name = "{}"'}
@@ -71,6 +74,10 @@ def _kind(annotation: Any) -> str:
     origin, arms = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{_toml(arm)}`" for arm in arms)
+    if annotation == Verdict:
+        return "value"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(arm) for arm in arms if arm is not type(None))
     if origin is list:

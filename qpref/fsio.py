@@ -1,14 +1,12 @@
 """Atomic and durable writes; no other module of the core writes to disk.
 
 Every file appears whole or not at all: written under a temporary name, fsynced, renamed, and its folder fsynced.
-Folders that must appear as one (a checkpoint, an adapter, a merged model) are filled under a temporary name beside
-their final one and renamed.
+Folders that must appear as one (a checkpoint, an adapter, a merged model) are `qpref.publish`'s.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import io
 import json
@@ -17,13 +15,12 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from qpref import locks
 from qpref.errors import DiskError
 from qpref.opening import open_plain
 
@@ -71,7 +68,7 @@ def fsync_tree(folder: Path) -> None:
         if path.is_dir():
             fsync_folder(path)
         else:
-            _fsync_file(path)
+            fsync_file(path)
     fsync_folder(folder)
 
 
@@ -81,12 +78,12 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
-def _staging_name(final: Path) -> Path:
+def staging_name(final: Path) -> Path:
     """Return a name beside `final` that nobody has and nobody can guess: process ids are the same in two containers."""
     return final.with_name(f"{STAGING_PREFIX}{final.name}-{secrets.token_hex(8)}")
 
 
-def _fsync_file(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     descriptor = open_plain(path)
     try:
         os.fsync(descriptor)
@@ -97,11 +94,11 @@ def _fsync_file(path: Path) -> None:
 @contextmanager
 def _published(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; without an error that file is then fsynced and renamed to `path`."""
-    temporary = _staging_name(path)
+    temporary = staging_name(path)
     with disk_errors(path):
         try:
             yield temporary
-            _fsync_file(temporary)
+            fsync_file(temporary)
             temporary.rename(path)
             fsync_folder(path.parent)
         finally:
@@ -151,108 +148,6 @@ def copy_file(source: Path, target: Path) -> None:
         write_stream(target, file)
 
 
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; without an error it is then fsynced and renamed to `final`.
-
-    `final` must not exist, or be an empty folder; it never exists half-filled.
-    """
-    with _staging(final) as staging:
-        yield staging
-        with disk_errors(final):
-            fsync_tree(staging)
-            staging.rename(final)
-            fsync_folder(final.parent)
-
-
-@contextmanager
-def shared_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder as `staged_folder` does, for a folder that any process may make.
-
-    If another process has made it first, that one stays and this one is dropped: they have the same content.
-    """
-    try:
-        with staged_folder(final) as staging:
-            yield staging
-    except DiskError as error:
-        cause = error.__cause__
-        if not (isinstance(cause, OSError) and cause.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir()):
-            raise
-
-
-def try_folder(final: Path) -> None:
-    """Check that `staged_folder(final)` could start; leaves nothing behind.
-
-    Raises:
-        DiskError: it could not.
-    """
-    staging = _staging_name(final)
-    with disk_errors(final):
-        created = [parent for parent in staging.parents if not parent.exists()]
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            staging.mkdir(mode=0o700)
-            staging.rmdir()
-        finally:
-            for folder in created:
-                if folder.is_dir():
-                    folder.rmdir()
-
-
-@contextmanager
-def staged_file(final: Path) -> Iterator[Path]:
-    """Yield a path in a temporary folder for another program to write; it is then fsynced and renamed to `final`.
-
-    `final` must not exist at the end either.
-    """
-    with _staging(final) as staging:
-        path = staging / f"staged{final.suffix}"
-        yield path
-        with disk_errors(final):
-            _fsync_file(path)
-            if final.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            path.rename(final)
-            fsync_folder(final.parent)
-
-
-@contextmanager
-def _staging(final: Path) -> Iterator[Path]:
-    """Make a temporary folder beside `final`, whose lock says that it is in use, and remove what is left of it."""
-    staging = _staging_name(final)
-    lock = staging.with_name(staging.name + LOCK_SUFFIX)
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(final)
-        descriptor = open_plain(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        locks.take(descriptor)
-    try:
-        with disk_errors(final):
-            staging.mkdir(mode=0o700)
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):
-            lock.unlink()
-        os.close(descriptor)
-
-
-def _remove_abandoned(final: Path) -> None:
-    """Remove staging folders for `final` that killed processes left: a merged model is large."""
-    for lock in final.parent.glob(f"{STAGING_PREFIX}{glob.escape(final.name)}-*{LOCK_SUFFIX}"):
-        match = STAGED.fullmatch(lock.name)
-        if match is None or match["final"] != final.name:
-            continue
-        with suppress(OSError):
-            descriptor = open_plain(lock, os.O_RDWR)
-            try:
-                if locks.take(descriptor) and locks.is_named(lock, descriptor):
-                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                    lock.unlink()
-            finally:
-                os.close(descriptor)
-
-
 def make_readable(top: Path) -> None:
     """Set the modes of a file, or of a folder and its contents, to those of the user's umask, so others can read it."""
     umask = os.umask(0)
@@ -280,32 +175,6 @@ def sha256_file(path: Path) -> str:
     """Hash a regular file, which may be reached by a link; SHA-256 in hex."""
     with os.fdopen(open_plain(path, follow=True), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Describe every file below a folder: relative name -> its size in bytes and its SHA-256."""
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    return {path.relative_to(folder).as_posix(): _described(path) for path in files}
-
-
-def changed_file(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the first file of a manifest that isn't in the folder as it was written; None if all are.
-
-    A name that leads out of the folder, or through a link, is one that isn't.
-    """
-    for name, entry in written.items():
-        path = folder / name
-        try:
-            if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink() or _described(path) != entry:
-                return name
-        except (OSError, ValueError):
-            return name
-    return None
-
-
-def _described(path: Path) -> dict[str, Any]:
-    with os.fdopen(open_plain(path), "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 class AppendLog:

@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DiskError(f"{path}: cannot be locked: {error.strerror or error}") from error
     try:
-        if not _excludes(path):
+        if not excludes(path):
             log.warning("%s: locks don't hold on this file system; start no second process in this folder", folder)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -88,7 +88,7 @@ def _newest_locked(path: Path) -> int:
         os.close(descriptor)
 
 
-def _excludes(path: Path) -> bool:
+def excludes(path: Path) -> bool:
     """Return whether a lock that this process holds keeps out a second opening of the file."""
     second = open_plain(path, os.O_RDWR)  # NFS takes an exclusive lock on a file open for writing alone
     try:

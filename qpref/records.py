@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A problem of one row or of a whole source. An error refuses the row; findings of a whole source are warnings."""
+    """A problem of one row or of a whole source (line 0). An error refuses the row, or all rows of the source."""
 
     code: str
     severity: Literal["error", "warning"]

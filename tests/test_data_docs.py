@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qpref.data.contest_formats import BY_NAME, CONTESTS
 from qpref.data.row_formats import COLUMNS, ROW_FORMATS, format_of, records_of_row
 from qpref.hooks.manager import READER, PluginHost, installed_offers
 from qpref.records import Message, PreferencePair, Row, Source, UnpairedExample
@@ -87,9 +88,7 @@ RECORDS = [
     [pair((SYSTEM, *user("1 + 1?")), "2", "21")],
     [SUM],
     [SUM],
-    [SUM],
-    [SUM],
-    [SUM],
+    *[[SUM]] * 11,
     [single(user("1 + 1?"), "2", True)],
     [single(user("1 + 1?"), "21", False)],
 ]
@@ -105,11 +104,20 @@ def test_each_example_becomes_the_records_that_the_page_says(number):
 
 
 def test_every_format_has_an_example():
-    assert {format_of(values) for values in EXAMPLES} == set(ROW_FORMATS)
+    assert {format_of(values) for values in EXAMPLES} == set(ROW_FORMATS) - BY_NAME
 
 
 def test_the_order_of_precedence_names_every_format():
-    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(ROW_FORMATS)
+    assert set(re.findall(r"^\d+\. `(\w+)`:", PAGE, re.MULTILINE)) == set(ROW_FORMATS) - BY_NAME
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_the_table_of_comparisons_has_each_format_with_its_columns(name):
+    (row,) = re.findall(rf"^\| `{name}`.*\|$", PAGE, re.MULTILINE)
+    section = CONTESTS[name].section
+    columns = {path.split(".")[0] for path in (section.first, section.second, *section.verdict_columns)}
+    assert columns <= set(re.findall(r"`([\w ]+)`", row))
+    assert ("by name" in row) is (name in BY_NAME)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpref.cli.options import json_option, set_option
+from qpref.cli.options import json_option, set_option, source_options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
@@ -32,6 +32,7 @@ BAR_WIDTH = 40
 @click.argument("what", metavar="RECIPE_OR_DATA")
 @set_option
 @click.option("--model", "base", metavar="BASE", help="Base whose tokenizer checks a bare data file, too.")
+@source_options
 @json_option
 @click.option(
     "--html",
@@ -47,7 +48,13 @@ BAR_WIDTH = 40
     "refused rows with their reasons to NAME.refused.jsonl beside it.",
 )
 def command(
-    what: str, overrides: tuple[str, ...], base: str | None, as_json: bool, html: Path | None, fix: Path | None
+    what: str,
+    overrides: tuple[str, ...],
+    base: str | None,
+    as_json: bool,
+    html: Path | None,
+    fix: Path | None,
+    **source_keys: Any,
 ) -> None:
     """Check the preference data of a recipe (a .toml file), or one data source: a file, `hf:org/name`, ...
 
@@ -61,7 +68,7 @@ def command(
     if html is not None and html.suffix not in (".html", ".htm"):
         raise RecipeError(f"{html}: a page's name ends in .html")
     try:
-        audit = _audit(what, overrides, base)
+        audit = _audit(what, overrides, base, {key: value for key, value in source_keys.items() if value})
     except DataError as error:
         if as_json:
             click.echo(json.dumps(_unreadable(what, error), indent=2, ensure_ascii=False))
@@ -101,8 +108,12 @@ def _unreadable(what: str, error: QprefError) -> dict[str, object]:
     return {"read": 0, "kept": 0, "refused": 0, "dropped": 0, "findings": [finding]}
 
 
-def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
-    """Check a recipe's data, or one source."""
+def _audit(what: str, overrides: tuple[str, ...], base: str | None, source_keys: Mapping[str, Any]) -> Audit:
+    """Check a recipe's data, or one source.
+
+    Args:
+        source_keys: keys of `[data]` for a source without a recipe.
+    """
     from qpref.data.audit import audit_data
     from qpref.data.check import check_data
     from qpref.data.load import check_rows
@@ -112,6 +123,9 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
     if Path(what).suffix == ".toml":
         if base is not None:
             raise RecipeError("--model is for a bare source of data; a recipe names its own: --set model.base=...")
+        if source_keys:
+            key = next(iter(source_keys))
+            raise RecipeError(f"--{key} is for a bare source of data; a recipe has its own: --set data.{key}=...")
         recipe_plan = make_plan(Path(what), overrides)
         recipe = recipe_plan.recipe
         swaps = _swap_search(recipe.model)
@@ -121,7 +135,7 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None) -> Audit:
         return audit
     if overrides:
         raise RecipeError("--set changes a recipe, and this is a source of data")
-    plan = make_data_plan(what, base)
+    plan = make_data_plan(what, base, source_keys)
     checked = check_data(plan.sources, plan.validators, pairs_only=False)
     return audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
 

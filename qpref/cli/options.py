@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 set_option = click.option(
@@ -16,3 +19,30 @@ quantization_option = click.option(
     show_default=True,
     help="Quantization of a plain model, or of an adapter's base; a run keeps its own.",
 )
+
+
+def _columns(context: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    """Parse `NAME=COLUMN`, of which there may be several, to a mapping."""
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not (equals and name and column):
+            raise click.BadParameter(f"{pair!r} is not NAME=COLUMN, such as prompt=question", context, parameter)
+        if name in columns:
+            raise click.BadParameter(f"{name!r} is mapped twice", context, parameter)
+        columns[name] = column
+    return columns
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how one source of data is read, each a key of `[data]`."""
+    options: tuple[Callable[[Any], Any], ...] = (
+        click.option("--reader", metavar="NAME", help="Reader of a bare data file; default: by its suffix."),
+        click.option("--format", "--shape", "format", metavar="NAME",
+                     help="Row format of a bare data file; default: by its columns."),
+        click.option("--columns", multiple=True, metavar="NAME=COLUMN", callback=_columns,
+                     help="Read a bare data file's COLUMN as qpref's NAME (prompt=question); repeatable."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command

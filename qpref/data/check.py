@@ -14,10 +14,13 @@ from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
 from qpref.data.unread_keys import UnreadKeys
+from qpref.data.verdicts import VerdictWatch
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
+
+Watch = Callable[[DataSource, Row, Sequence[ExampleRow] | Finding], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,16 +89,24 @@ class CheckedRows:
         sources = (Source(path=path, line=line) for path, lines in noted.items() for line in lines)
         return sum(not self.report.leaves_out(source) for source in sources)
 
-    def all_rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
+    def all_rows(
+        self, note: Callable[[Row], None] | None = None, watch: Watch | None = None
+    ) -> Iterator[Sequence[ExampleRow] | Finding]:
         """Yield each row of this split as one or more examples, or the finding that refuses it.
 
         Args:
             note: called with each raw row of the sources.
+            watch: called with each raw row of this split, its source and its result.
         """
         for source in self.sources:
-            for row in source.rows(note):
+            for raw in source.raw():
+                if note is not None and isinstance(raw, Row):
+                    note(raw)
+                row = source.records(raw)
                 if self.share is not None and self.share.split_of(row) != self.split:
                     continue
+                if watch is not None and isinstance(raw, Row):
+                    watch(source, raw, row)
                 if not isinstance(row, Finding) and source.choice.weight != 1:
                     self.weights[row[0].source.path] = source.choice.weight
                 yield self._refused_singles(row) if self.pairs_only and not isinstance(row, Finding) else row
@@ -154,7 +165,8 @@ def check_data(
     train, heldout = rows_of("train"), rows_of("heldout")
     checks = [_RunningCheck.of(validator) for validator in validators]
     repeats = RepeatCounter()
-    unread = UnreadKeys(COLUMNS.union(*(source.columns.values() for source in sources)))
+    unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
+    watches = {source.choice.location: VerdictWatch(source) for _, source in opened}
 
     def note(row: Row) -> None:
         repeats.note(row)
@@ -162,11 +174,14 @@ def check_data(
 
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else note)
+        _check_rows(rows, checks, report, None if rows is heldout and share else note, watches)
     for _, source in opened:
         report.add(source.notes)
     report.repeated = repeats.count()
     report.add(unread.findings())
+    for watch in watches.values():
+        report.add(watch.findings())
+        report.verdicts += watch.shown
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
@@ -177,11 +192,15 @@ def _check_rows(
     checks: Sequence[_RunningCheck],
     report: DataReport,
     note: Callable[[Row], None] | None,
+    watches: Mapping[str, VerdictWatch],
 ) -> None:
+    def watch(source: DataSource, raw: Row, row: Sequence[ExampleRow] | Finding) -> None:
+        watches[source.choice.location].note(raw, row)
+
     of_all = [check for check in checks if not check.skips_refused]
     of_kept = [check for check in checks if check.skips_refused]
-    for row in rows.all_rows(note):
-        report.read += 1
+    for row in rows.all_rows(note, watch):
+        report.note_read(row.source if isinstance(row, Finding) else row[0].source)
         rows.read += 1
         if isinstance(row, Finding):
             report.add([row])

@@ -18,8 +18,8 @@ REJECTED = {"rejected", "dispreferred", "bad", "worse", "worst", "lose", "losing
             "l"}  # fmt: skip
 """Words in the names of columns that hold the better and the worse response."""
 NEGATIONS = {"non", "not", "un", "less"}
-PROMPTS = ("question", "query", "user_prompt", "instruction", "instructions", "input", "problem", "task", "user",
-           "post", "request", "context")  # fmt: skip
+PROMPTS = ("prompt", "question", "query", "user_prompt", "instruction", "instructions", "input", "problem", "task",
+           "user", "post", "request", "context", "conversation", "dialogue", "dialog")  # fmt: skip
 RESPONSES = {"completion", "response", "output", "answer", "generation", "reply"}
 VERDICTS = ("winner", "verdict", "preference", "preferred", "better", "choice", "gold_label", "overall_preference",
             "better_response_id", "label", "labels")  # fmt: skip
@@ -42,7 +42,7 @@ def advice(values: Mapping[str, object], missing: Sequence[str] = ("prompt", "ch
     found = f"it has {named(names, 8) or 'no column'}"
     if (twins := two_responses(values)) is not None:
         columns = {"first": twins[0], "second": twins[1], "winner": verdict_column(values) or "..."}
-        return f"{found}; say who won: [data.contest] {_toml(columns)}"
+        return f"{found}; say who won: [data.contest] {_toml(columns)}, first_wins = [...], second_wins = [...]"
     if columns := fitting_columns(values, missing):
         return f"{found}; [data] columns = {{ {_toml(columns)} }} would fit"
     if is_supervised(values):
@@ -83,7 +83,7 @@ def two_responses(values: Mapping[str, object]) -> tuple[str, str] | None:
 
     None where several columns, or three responses, are named like this.
     """
-    by_words = {words(name): name for name in _text_columns(values)}
+    by_words = {words(name): name for name in _text_columns(values) if _side(words(name)) is None}
     pairs = []
     for found, name in by_words.items():
         for first, second in TWINS:

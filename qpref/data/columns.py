@@ -78,9 +78,14 @@ def prompt_column(values: Mapping[str, object], name: str = "prompt") -> Turns:
 
 def prompt_turns(prompt: object, name: str) -> Turns:
     """Parse a prompt: a text, messages, or a dialogue of Human and Assistant marks."""
-    if isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
+    if isinstance(prompt, str) and is_dialogue(prompt) and prompt.rstrip().endswith(ASSISTANT):
         return dialogue_of(prompt, name)[:-1]
     return turns_of(prompt, name, "user")
+
+
+def is_dialogue(text: str) -> bool:
+    """Return whether a text starts with a mark of HH-RLHF's speakers; the assistant may greet first."""
+    return text.startswith(HUMAN) or (text.startswith(ASSISTANT) and HUMAN in text)
 
 
 def instruction(values: Mapping[str, object]) -> Turns:
@@ -162,13 +167,8 @@ def finite(value: object, name: str) -> float:
         number = math.nan
     except OverflowError:
         number = math.inf
-    if math.isinf(number) and not _is_infinity(value):
-        raise BadRowError("bad_number", f"{name}: a number this large is infinite in 64 bits; the limit is 1.8e308")
-    if not math.isfinite(number):
+    if math.isinf(number):
+        raise BadRowError("bad_number", f"{name}: infinite, or a number too large for 64 bits (at most 1.8e308)")
+    if math.isnan(number):
         raise BadRowError("bad_number", f"{name}: expected a number, found {shown(value)}")
     return number
-
-
-def _is_infinity(value: object) -> bool:
-    """Return whether a value says infinity, instead of being a number too large for a float."""
-    return isinstance(value, float) or (isinstance(value, str) and "inf" in value.lower())

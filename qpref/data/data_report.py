@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qpref.data.verdicts import ShownVerdict
 from qpref.errors import DataError
 from qpref.records import Finding, Message, PreferencePair, Source, UnpairedExample
 
@@ -15,6 +16,8 @@ log = logging.getLogger("qpref")
 
 NUM_SHOWN = 20
 """Refused rows in the message of an error."""
+WHOLE = 0
+"""Line of a finding about a whole source."""
 NUM_KEPT = 1000
 """Findings of each code and file that are kept in full; further ones are counted, and errors among them refuse rows."""
 
@@ -51,6 +54,7 @@ class DataReport:
         lengths: "prompt characters", "chosen tokens", ... -> histogram.
         repeated: rows that repeat an earlier row in every column, refused ones included.
         num_cut: rows that were truncated to the maximum lengths.
+        verdicts: the first rows of each source of comparisons, with the response that won.
     """
 
     paths: tuple[str, ...]
@@ -60,12 +64,19 @@ class DataReport:
     lengths: dict[str, Histogram] = field(default_factory=dict)
     repeated: int = 0
     num_cut: int = 0
+    verdicts: list[ShownVerdict] = field(default_factory=list)
+    _read_from: Counter[str] = field(default_factory=Counter)
     _listed: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     _refused: dict[str, dict[int, str]] = field(default_factory=dict)
     _dropped: dict[str, set[int]] = field(default_factory=dict)
 
+    def note_read(self, source: Source) -> None:
+        """Count a row that was read."""
+        self.read += 1
+        self._read_from[source.path] += 1
+
     def add(self, findings: Iterable[Finding]) -> None:
-        """Add findings; an error refuses its row."""
+        """Add findings; an error refuses its row, and an error of a whole source (line 0) all of its rows."""
         for finding in findings:
             self.counts[finding.severity, finding.code] += 1
             key = finding.severity, finding.code, finding.source.path
@@ -82,7 +93,7 @@ class DataReport:
     def leaves_out(self, source: Source) -> bool:
         """Return whether the row is refused or dropped."""
         refused, dropped = self._refused.get(source.path, ()), self._dropped.get(source.path, ())
-        return source.line in refused or source.line in dropped
+        return source.line in refused or source.line in dropped or WHOLE in refused
 
     def reasons(self) -> Callable[[Source], list[str]]:
         """Return a function from a row that is left out to its reasons: messages of kept findings, else a code."""
@@ -92,18 +103,21 @@ class DataReport:
                 messages.setdefault(finding.source, []).append(finding.message)
 
         def of(source: Source) -> list[str]:
-            code = self._refused.get(source.path, {}).get(source.line, "over the recipe's maximum lengths")
-            return messages.get(source, [code])
+            refused = self._refused.get(source.path, {})
+            code = refused.get(source.line, "over the recipe's maximum lengths")
+            whole = messages.get(Source(path=source.path, line=WHOLE), []) if WHOLE in refused else []
+            return messages.get(source, [] if whole else [code]) + whole
 
         return of
 
     @property
     def refused(self) -> int:
-        return sum(map(len, self._refused.values()))
+        return sum(self._read_from[path] if WHOLE in lines else len(lines) for path, lines in self._refused.items())
 
     @property
     def dropped(self) -> int:
-        return sum(len(lines - self._refused.get(path, {}).keys()) for path, lines in self._dropped.items())
+        refused = {path: self._refused.get(path, {}).keys() for path in self._dropped}
+        return sum(len(lines - refused[path]) for path, lines in self._dropped.items() if WHOLE not in refused[path])
 
     @property
     def kept(self) -> int:
@@ -150,14 +164,15 @@ class DataReport:
                         finding.message)  # fmt: skip
 
     def stop_on_errors(self, allowed_share: float) -> None:
-        """Raise if more rows are refused than the allowed share, or if none is kept.
+        """Raise if more rows are refused than the allowed share, if a whole source is, or if none is kept.
 
         Raises:
             DataError: the first refused rows, one per line.
         """
         errors = [finding for finding in self.findings if finding.severity == "error"]
+        errors.sort(key=lambda finding: finding.source.line != WHOLE)
         refused = self.refused
-        if errors and (refused > allowed_share * self.read or not self.kept):
+        if errors and (refused > allowed_share * self.read or not self.kept or errors[0].source.line == WHOLE):
             lines = [f"{finding.source}: {finding.message}" for finding in errors[:NUM_SHOWN]]
             count = sum(number for (severity, _), number in self.counts.items() if severity == "error")
             if count > NUM_SHOWN:

@@ -46,7 +46,7 @@ CODES: Mapping[str, Explanation] = {
         "The row has images, videos or sounds, on which its responses may depend.", "Leave the row out with `--fix`."
     ),
     "missing_column": Explanation(
-        "The row lacks a column that `[data] columns` names.",
+        "The row lacks a column that `[data] columns` or `[data.contest]` names.",
         "Correct the name in `columns`; give a source with other names a `[[data.train]]` table of its own.",
     ),
     "not_a_pair": Explanation(
@@ -74,6 +74,22 @@ CODES: Mapping[str, Explanation] = {
     "bad_label": Explanation(
         "The label is none that its format knows, or two labels contradict each other.",
         "Write true or false, 1 or 0, or the format's own words.",
+    ),
+    "unlisted_verdict": Explanation(
+        "The verdict is none of those that its contest or its format lists.",
+        "List it in `[data.contest]`: in `first_wins`, `second_wins` or `tie`.",
+    ),
+    "refused_source": Explanation(
+        "Some verdicts fit no outcome, so the others may name the wrong side; no row of the source is used.",
+        "Say who won in `[data.contest]`, with every verdict that the source has.",
+    ),
+    "assumed_verdict": Explanation(
+        "`[data] columns` renames columns to those of a format, whose verdicts count in one of two ways.",
+        "Say who won in `[data.contest]`, with the file's own columns.",
+    ),
+    "one_sided_verdicts": Explanation(
+        "All verdicts of the source name the same side.",
+        "Compare the rows that `qpref check` prints with the data: a wrong reading would look like this.",
     ),
     "bad_number": Explanation("A weight, margin, rank or score is no usable number.", _FIX_OR_SKIP),
     "tied": Explanation(
@@ -125,7 +141,7 @@ CODES: Mapping[str, Explanation] = {
         "Read some of them: small edits can be good pairs; copies with noise teach little.",
     ),
     "too_short": Explanation(
-        "A response is shorter than its minimum in `[checks]`.",
+        "Responses are shorter than their minimum in `[checks]`; a Chinese character counts as several Latin ones.",
         'Lower the minimum or set `too_short = "off"` where short answers are meant.',
     ),
     "duplicate": Explanation(
@@ -178,6 +194,10 @@ CODES: Mapping[str, Explanation] = {
     "unseen": Explanation(
         "A response has control characters, zero-width characters or direction overrides.",
         "Remove them: the model would learn to write them.",
+    ),
+    "turn_markers": Explanation(
+        "Texts hold the control tokens or labels of a chat template, or responses go on with the user's next turn.",
+        "Remove the markers, and write several turns as messages; cut a response where the next turn starts.",
     ),
     "lost_backslash": Explanation(
         "A LaTeX command lost its backslash to an escape: `\\times` was read as a tab and `imes`.",

@@ -42,18 +42,20 @@ class FlaggedRow:
 def flagged_rows(checked: CheckedData) -> list[FlaggedRow]:
     """Read the rows with findings again, the training rows first, in the order of their files.
 
-    At most MAX_ROWS_PER_CODE rows of a code, and MAX_ROWS in all, so that a page of them stays small.
+    At most MAX_ROWS_PER_CODE rows of a code, and MAX_ROWS in all, so that a page of them stays small. Many codes share
+    the rows evenly, so that a rare one at the end of a file is shown too.
     """
     of_row: dict[Source, list[Finding]] = {}
     for finding in checked.report.findings:
         if finding.source.line:
             of_row.setdefault(finding.source, []).append(finding)
+    most = max(1, min(MAX_ROWS_PER_CODE, MAX_ROWS // max(1, len(checked.report.counts))))
     taken: Counter[str] = Counter()
     flagged: list[FlaggedRow] = []
     for rows in checked.splits:
         for source, raw in _flagged_raw_rows(rows, of_row):
             findings = of_row.pop(raw.source)
-            if len(flagged) < MAX_ROWS and any(taken[finding.code] < MAX_ROWS_PER_CODE for finding in findings):
+            if len(flagged) < MAX_ROWS and any(taken[finding.code] < most for finding in findings):
                 taken.update({finding.code for finding in findings})
                 flagged.append(_flagged(rows.split, source, raw, findings))
     return flagged

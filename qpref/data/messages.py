@@ -44,7 +44,7 @@ def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
     turns: list[Message] = []
     for number, turn in enumerate(value, start=1):
         message = _message(turn, f"{side}, turn {number}")
-        if turns and turns[-1].role == "assistant" and _is_call(turn):
+        if turns and message.role == turns[-1].role == "assistant" and _is_call(turn):
             turns[-1] = _with_calls(turns[-1], message)
         else:
             turns.append(message)
@@ -53,7 +53,7 @@ def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
 
 def has_speaker(turn: Mapping[str, object]) -> bool:
     """Return whether a turn names its speaker, under whichever key."""
-    return any(turn.get(key) is not None for key in SPEAKER_KEYS)
+    return turn.get("role") is not None or turn.get("from") is not None
 
 
 def _is_call(turn: object) -> bool:
@@ -170,6 +170,8 @@ def check_response(messages: Sequence[Message], side: str) -> None:
     """Refuse a response that isn't exactly one assistant turn with content or tool calls."""
     if len(messages) > 1 or messages[0].role != "assistant":
         found = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
-        raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}")
+        several = all(message.role == "assistant" for message in messages)
+        way_out = "; a list of lists holds several responses" if several else ""
+        raise BadRowError("role_order", f"{side}: expected one turn of the assistant's, found: {found}{way_out}")
     if not messages[0].content.strip() and "tool_calls" not in messages[0].extra:
         raise BadRowError("empty", f"{side} is empty")

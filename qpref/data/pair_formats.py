@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from qpref.data.columns import (
-    HUMAN,
     any_prompt,
     has_prompt,
     instruction,
+    is_dialogue,
     need,
     prompt_column,
     questions_in,
@@ -41,7 +41,7 @@ def pair_format(values: Mapping[str, object], has: set[str]) -> str:
         has: names of its columns that aren't null.
     """
     sides = [values.get("chosen"), values.get("rejected")]
-    if all(isinstance(side, str) and side.startswith(HUMAN) for side in sides):
+    if all(isinstance(side, str) and is_dialogue(side) for side in sides):
         return "hh"
     if "chosen" not in has and has & {"messages", "conversations", "response"}:
         return "swift"

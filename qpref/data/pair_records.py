@@ -62,7 +62,8 @@ def with_shared_tools(row: Row, *names: str) -> Row:
     Raises:
         BadRowError: the tools of two objects, or of an object and the row, differ.
     """
-    inner = {name: found for name in names if (found := messages_within(row.values.get(name))) is not None}
+    found = ((name, messages_within(row.values.get(name))) for name in names)
+    inner = {name: messages for name, messages in found if messages is not None}
     if not inner:
         return row
     values, tools = {**row.values, **inner}, tools_in(row.values)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 
@@ -19,17 +19,16 @@ from qpref.data.columns import (
     SYSTEM_COLUMNS,
     any_prompt,
     label_in,
-    need,
     number_in,
-    prompt_column,
     tools_in,
 )
+from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
 from qpref.data.known_names import NAMES, with_known_names
 from qpref.data.messages import check_prompt, check_response, turns_of
 from qpref.data.pair_formats import PAIR_FORMATS, pair_format
-from qpref.data.pair_records import build_pair, pairs_of_sides
+from qpref.data.pair_records import build_pair
 from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
-from qpref.data.row_values import BadRowError, named, shown
+from qpref.data.row_values import BadRowError, named
 from qpref.records import Finding, PreferencePair, Row, UnpairedExample
 
 Records = Sequence[PreferencePair | UnpairedExample]
@@ -46,8 +45,7 @@ COLUMNS = frozenset(
         *COMPLETIONS,
         *LABEL_COLUMNS,
         *("preferred_output", "non_preferred_output"),
-        *("human_ref_A", "human_ref_B", "labels", "response_0", "response_1", "better_response_id"),
-        *("conversation_a", "conversation_b", "winner"),
+        *CONTEST_COLUMNS,
     }
 )
 """Every column that some format reads."""
@@ -74,7 +72,7 @@ def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
 
 def format_of(values: Mapping[str, object]) -> str | None:
     """Return the first format, in the order of docs/data.md, whose columns a row has; null columns don't count."""
-    has = {NAMES.get(name, name) for name in COLUMNS.intersection(values) if values[name] is not None}
+    has = {NAMES.get(name, name) for name, value in values.items() if value is not None and name in COLUMNS}
     if has & {"chosen", "rejected"}:
         return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
@@ -83,9 +81,8 @@ def format_of(values: Mapping[str, object]) -> str | None:
         return "alpaca"
     if has.intersection(RANKED_COLUMNS):
         return "ranked"
-    for name, comparison in _COMPARISONS.items():
-        if comparison.first in has and comparison.second in has:
-            return name
+    if contest := contest_format(values, has):
+        return contest
     if has & {"completion", "label", "kto_tag"} and not _is_verdict(values, has):
         return "unpaired"
     return "pair" if "prompt" in has else None
@@ -129,48 +126,10 @@ def _ranked(row: Row) -> Records:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """The columns of two responses, and the column whose value names the better one.
-
-    Attributes:
-        winners: value of `verdict` -> 0 where the first response is better, 1 where the second is.
-    """
-
-    first: str
-    second: str
-    verdict: str
-    winners: Mapping[str, int]
-
-
-_COMPARISONS: Mapping[str, _Comparison] = {
-    "shp": _Comparison("human_ref_A", "human_ref_B", "labels", {"1": 0, "0": 1}),
-    "saferlhf": _Comparison("response_0", "response_1", "better_response_id", {"0": 0, "1": 1}),
-    "arena": _Comparison("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}),
-}
-
-
-def _compared(name: str) -> Callable[[Row], Records]:
+def _contest(name: str) -> Callable[[Row], Records | Finding]:
     """Return the function that reads rows of one comparison format."""
-    columns = _COMPARISONS[name]
-
-    def read(row: Row) -> Records:
-        need(row.values, columns.first, columns.second, columns.verdict)
-        value = row.values[columns.verdict]
-        key = shown(value).strip("'").lower()
-        if key not in columns.winners:
-            if key.startswith("tie"):
-                raise BadRowError("tied", f"{columns.verdict}: a tie, so none is preferred")
-            expected = " or ".join(columns.winners)
-            raise BadRowError("bad_label", f"{columns.verdict}: expected {expected}, found {shown(value)}")
-        sides = (columns.first, columns.second)
-        better, worse = sides if columns.winners[key] == 0 else reversed(sides)
-        values = dict(row.values) | {"chosen": row.values[better], "rejected": row.values[worse]}
-        prompt = row.values.get("history" if name == "shp" else "prompt")
-        turns = None if prompt is None else prompt_column(values | {"prompt": prompt})
-        return pairs_of_sides(Row(values=values, source=row.source), turns)
-
-    return read
+    contest = CONTESTS[name]
+    return lambda row: records_of_row(contest.judge(row))
 
 
 def _unpaired(row: Row) -> Records:
@@ -194,9 +153,7 @@ def _unpaired(row: Row) -> Records:
     return [example]
 
 
-def _refusing(
-    read: Callable[[Row], Records],
-) -> Callable[[Row], Records | Finding]:
+def _refusing(read: Callable[[Row], Records | Finding]) -> Callable[[Row], Records | Finding]:
     """Wrap `read` so that a row it refuses becomes a finding at the row's location."""
 
     @wraps(read)
@@ -209,10 +166,10 @@ def _refusing(
     return records
 
 
-_READ: Mapping[str, Callable[[Row], Records]] = {
+_READ: Mapping[str, Callable[[Row], Records | Finding]] = {
     **PAIR_FORMATS,
     "ranked": _ranked,
-    **{name: _compared(name) for name in _COMPARISONS},
+    **{name: _contest(name) for name in CONTESTS},
     "unpaired": _unpaired,
 }
 ROW_FORMATS: Mapping[str, Callable[[Row], Records | Finding]] = {name: _refusing(read) for name, read in _READ.items()}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpref import pypi
+from qpref.data.contest import Contest
+from qpref.data.contest_formats import CONTESTS
 from qpref.data.example_rows import ExampleRow
-from qpref.data.row_formats import COLUMNS, records_of_row, with_columns
+from qpref.data.label_studio import flattened
+from qpref.data.row_formats import COLUMNS, format_of, records_of_row, with_columns
+from qpref.data.row_values import BadRowError
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
@@ -26,8 +30,11 @@ class DataSource:
     choice: SourceChoice
     notes: list[Finding] = field(default_factory=list)
     _stamp: tuple[int, int, int] | None = None
+    _contest: Contest | None = None
 
     def __post_init__(self) -> None:
+        if self.choice.contest is not None:
+            self._contest = Contest(self.choice.contest)
         for name in self.choice.columns:
             if name not in COLUMNS:
                 raise RecipeError(
@@ -53,8 +60,29 @@ class DataSource:
         """Convert a raw row to its records."""
         if isinstance(row, Finding):
             return row
+        try:
+            row = flattened(row)
+            row = row if self._contest is None else self._contest.judge(row)
+        except BadRowError as error:
+            return Finding(code=error.code, severity="error", message=str(error), source=row.source)
         named = self.named(row)
-        return named if isinstance(named, Finding) else records_of_row(named, self.choice.format)
+        if isinstance(named, Finding):
+            return named
+        return records_of_row(named, self.choice.format if self._contest is None else "auto")
+
+    def contest_of(self, row: Row) -> tuple[str, Contest, Mapping[str, object]] | None:
+        """Return the format's name, the contest that judges the row, and the values that it reads; None without one."""
+        try:
+            row = flattened(row)
+        except BadRowError:
+            return None
+        if self._contest is not None:
+            return "", self._contest, row.values
+        named = self.named(row)
+        if isinstance(named, Finding):
+            return None
+        name = self.choice.format if self.choice.format != "auto" else format_of(named.values)
+        return None if name is None or name not in CONTESTS else (name, CONTESTS[name], named.values)
 
     def named(self, row: Row) -> Row | Finding:
         """Rename the row's columns to qpref's names, or report those that it lacks."""

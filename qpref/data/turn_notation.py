@@ -29,7 +29,7 @@ _CALL_PARTS = ("tool_use", "tool_call", "functionCall", "function_call")
 
 def speaker_of(turn: Mapping[str, object], where: str) -> str:
     """Return the role of a turn, or one of CALLERS; capitals and spaces around a name don't count."""
-    key = next((key for key in SPEAKER_KEYS if turn.get(key) is not None), SPEAKER_KEYS[0])
+    key = "from" if turn.get("role") is None and turn.get("from") is not None else "role"
     speaker = turn.get(key)
     name = speaker.strip().lower() if isinstance(speaker, str) else ""
     if name in CALLERS:
@@ -52,7 +52,10 @@ def is_assistant(turn: Mapping[str, object]) -> bool:
 
 def content_in(turn: Mapping[str, object]) -> object:
     """Return the content of a turn under the first key that has one; None where no key has."""
-    return next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
+    for key in CONTENT_KEYS:
+        if (content := turn.get(key)) is not None:
+            return content
+    return None
 
 
 def join_parts(parts: Sequence[object], where: str) -> tuple[str, str]:

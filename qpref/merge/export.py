@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio
+from qpref import fsio, publish
 from qpref.errors import DiskError, MergeError, RecipeError
 
 log = logging.getLogger("qpref")
@@ -55,7 +55,7 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
         log.warning("%s rounds the weights, which are stored as %s; part of what was learned may be lost", kind, stored)
     _refuse_full_disk(merged, out, BYTES.get(kind, 2.0) / BYTES.get(stored or "", 2.0))
     log.info("converting with %s", script)
-    with fsio.staged_file(out) as staged:
+    with publish.staged_file(out) as staged:
         # Run in the staging folder: the converter reads braces in the file's path as template fields.
         command = [sys.executable, str(script), str(merged.resolve()), "--outfile", staged.name, "--outtype", kind]
         done = subprocess.run(  # noqa: S603 - the script that the user has or names, without a shell

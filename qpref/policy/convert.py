@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio
+from qpref import fsio, publish
 from qpref.errors import PolicyError
 from qpref.policy.pretrained import load_pretrained
 
 log = logging.getLogger("qpref")
 
-VERSION = 2
+VERSION = 3
 """Part of the cache's key: raise it when a conversion comes out differently."""
 
 PLAIN_PRE_TOKENIZERS = ("gpt-2", "default")
@@ -41,7 +42,16 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
     suffix = "" if has_own_tokenizer else "-tokenizer"
     folder = fsio.cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{VERSION}{suffix}"
     if folder.is_dir():
-        return folder
+        if (damaged := _damaged_file(folder)) is None:
+            return folder
+        log.warning("%s: %s is not as it was written; converting %s again", folder, damaged, path.name)
+        fsio.remove_tree(folder)
+        _damaged_file.cache_clear()
+    if fsio.sha256_file(path) != digest:
+        raise PolicyError(
+            f"{path}: its content has changed, and its size and time of change have not: a disk or a copy damaged it",
+            "fetch the file again",
+        )
     log.info("converting %s to safetensors, once, in %s", path.name, folder)
     import torch
     from transformers import GgufConfig
@@ -53,12 +63,18 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
     except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
         raise PolicyError(f"{path}: transformers can't read this GGUF file's tokenizer: {error}") from error
     model.config._name_or_path = ""
-    with fsio.staged_folder(folder) as staging:
+    with publish.shared_folder(folder) as staging:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _drop_name(staging / "config.json")
     return folder
+
+
+@cache
+def _damaged_file(folder: Path) -> str | None:
+    """Return a file of a converted model that isn't as it was written, or None; each folder is hashed once a run."""
+    return publish.damaged_file(folder)
 
 
 def _tokenizer(path: Path, max_length: int) -> Any:

@@ -5,14 +5,16 @@ Each is resolved to a plain Hugging Face folder with safetensors. No code in it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio, pypi
-from qpref.errors import PolicyError
+from qpref import fsio, opening, pypi
+from qpref.errors import DiskError, PolicyError
 from qpref.hooks.hub import hub_failure
 from qpref.policy.convert import convert_gguf
 from qpref.policy.quantized import is_prequantized
@@ -159,9 +161,19 @@ def cached_sha256(path: Path) -> str:
     status = path.stat()
     key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     known = fsio.cache_folder() / "sha256" / key
-    if known.is_file():
-        return known.read_text()
+    with suppress(OSError, ValueError):
+        digest, check = opening.read_text(known).split()
+        if check == _check(key, digest):
+            return digest
     digest = fsio.sha256_file(path)
-    fsio.make_folder(known.parent)
-    fsio.write_text(known, digest)
+    try:
+        fsio.make_folder(known.parent)
+        fsio.write_text(known, f"{digest} {_check(key, digest)}")
+    except DiskError as error:
+        log.warning("the hash of %s is not cached: %s", path.name, error.what)
     return digest
+
+
+def _check(key: str, digest: str) -> str:
+    """Tell a cached hash from a damaged one, by a hash of it and its key."""
+    return hashlib.sha256(f"{key} {digest}".encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from typing import Any
 from qpref.errors import PluginError
 from qpref.hooks.manager import Loaded
 from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
+from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.schedule import Scheduled
 
 
@@ -39,6 +40,7 @@ class SourceChoice:
         location: a path, `NAME:...` for a reader that takes names, or `pypi:...`.
         format: row format, a name of `RowFormat`; "auto" recognizes it by the columns of each row.
         columns: qpref's column names -> the source's.
+        contest: two responses and who won, in place of a format.
         weight: times that an epoch trains on each row.
     """
 
@@ -47,7 +49,14 @@ class SourceChoice:
     reader: Loaded
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    contest: ContestSection | None = None
     weight: float = 1.0
+
+    @property
+    def own_columns(self) -> frozenset[str]:
+        """The source's columns that the recipe names."""
+        sides = () if self.contest is None else (self.contest.first, self.contest.second)
+        return frozenset({*self.columns.values(), *sides})
 
 
 @dataclass(frozen=True, slots=True)

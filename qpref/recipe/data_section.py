@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.section import Section
 
 RowFormat = Literal[
@@ -19,11 +20,23 @@ RowFormat = Literal[
     "alpaca",
     "openai",
     "ranked",
+    "unpaired",
     "shp",
     "saferlhf",
     "arena",
-    "unpaired",
+    "lmsys",
+    "helpsteer2",
+    "helpsteer3",
+    "webgpt",
+    "summarize",
+    "alpaca_eval",
+    "label_studio",
+    "llmbar",
+    "autoj",
+    "judgebench",
+    "gold_label",
 ]
+SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 RENAMED_KEYS = {"shape": "unknown key; did you mean 'format'?"}
 
 
@@ -36,6 +49,11 @@ class SourceSection(Section):
     reader: str | None = Field(default=None, description="Reader of this source; default: `reader` of `[data]`.")
     format: RowFormat | None = Field(default=None, description="Row format; default: `format` of `[data]`.")
     columns: dict[str, str] | None = Field(default=None, description="Column names; default: `columns` of `[data]`.")
+    contest: ContestSection | None = Field(
+        default=None,
+        description="Two responses and who won (`[data.train.contest]`); default: `[data.contest]`, unless the source "
+        "has a `format`.",
+    )
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -43,6 +61,21 @@ class SourceSection(Section):
         description="Sampling weight: times that an epoch trains on each row. 2 is twice; 0.5 is a seeded half of the "
         "rows, once.",
     )
+
+
+def _refuse_two_mappings(source: SourceSection) -> None:
+    """Refuse a source whose contest and other keys say the same thing twice."""
+    contest, columns = source.contest, source.columns or {}
+    if contest is None:
+        return
+    if source.format not in (None, "auto"):
+        raise ValueError(f"{source.path}: contest says how rows are read, and so does format: choose one")
+    if sides := sorted({"chosen", "rejected"} & set(columns)):
+        raise ValueError(f"columns: {sides[0]} comes from the contest; remove it")
+    names = {contest.first, contest.second, *contest.verdict_columns}
+    if renamed := sorted(names & {name for name, theirs in columns.items() if theirs != name}):
+        theirs = columns[renamed[0]]
+        raise ValueError(f"contest: its columns have the file's own names; write {theirs!r}, not {renamed[0]!r}")
 
 
 class DataSection(Section):
@@ -76,6 +109,9 @@ class DataSection(Section):
         default_factory=dict,
         description='Column mapping, qpref\'s name first: `{ prompt = "question" }` reads the column `question` as the '
         "prompt.",
+    )
+    contest: ContestSection | None = Field(
+        default=None, description="Two responses and who won, in place of `format`: [`[data.contest]`](#datacontest)."
     )
     template: Literal["chat", "none"] = Field(
         default="chat",
@@ -112,6 +148,7 @@ class DataSection(Section):
                     "reader": source.reader or self.reader,
                     "format": source.format or self.format,
                     "columns": self.columns if source.columns is None else source.columns,
+                    "contest": source.contest or (None if source.format else self.contest),
                 }
             )
             for source in listed
@@ -123,6 +160,15 @@ class DataSection(Section):
             raise ValueError("heldout names the held-out data, and heldout_share takes them from train: choose one")
         if any(source.weight != 1 for source in self.sources("heldout")):
             raise ValueError("heldout: a weight says how often rows are trained on, and these never are")
+        return self
+
+    @model_validator(mode="after")
+    def judge_one_way(self) -> DataSection:
+        if self.contest is not None and self.format != "auto":
+            raise ValueError(f"contest says how rows are read, and so does format = {self.format!r}: choose one")
+        for key in SPLITS:
+            for source in self.sources(key):
+                _refuse_two_mappings(source)
         return self
 
     @model_validator(mode="after")

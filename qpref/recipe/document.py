@@ -17,7 +17,7 @@ FREE_TO_CHANGE = {
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
     *(
         ("data", key)
-        for key in ("train", "heldout", "heldout_share", "reader", "format", "columns", "skip_bad", "cache")
+        for key in ("train", "heldout", "heldout_share", "reader", "format", "columns", "contest", "skip_bad", "cache")
     ),
     ("adapter", "start"),
     # Memory and speed, and how often metrics and checkpoints are written.

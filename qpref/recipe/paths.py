@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpref import pypi
+from qpref.hooks.signatures import signature_of_file
 from qpref.recipe.data_section import SourceSection
 from qpref.recipe.sections import Recipe
 
@@ -68,3 +69,9 @@ class Locations:
         }
         sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
         return recipe.model_copy(update=sections)
+
+
+def advice_on_reader(path: Path, known: Iterable[str]) -> str:
+    """Say what a file without a reader is, or list the readers."""
+    signature = signature_of_file(path) if path.is_file() else None
+    return f"it is {signature}" if signature else f"installed: {', '.join(f'.{reader}' for reader in sorted(known))}"

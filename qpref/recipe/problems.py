@@ -9,6 +9,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+TABLE_ARM = "{...}"
+"""Tag of the arm of a union that is a table, where other arms are single values."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
@@ -60,7 +63,7 @@ def _known_keys(steps: Sequence[int | str], model: type[BaseModel]) -> tuple[lis
         if isinstance(step, int):
             keys.append(str(step))
             continue
-        if step.startswith("list["):  # an arm of a union; keys follow
+        if step.startswith("list[") or step == TABLE_ARM:  # an arm of a union; keys follow
             continue
         if step not in model.model_fields:
             break

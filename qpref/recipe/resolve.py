@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from pydantic import BaseModel, ValidationError
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
-from qpref.hooks.signatures import signature_of_file
 from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.document import fingerprint_of, read_document, with_overrides
-from qpref.recipe.paths import Locations
+from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
 from qpref.recipe.sections import ModelSection, Recipe, check_document
@@ -120,17 +119,18 @@ class DataPlan:
     model: ModelSection | None
 
 
-def make_data_plan(location: str, base: str | None = None) -> DataPlan:
+def make_data_plan(location: str, base: str | None = None, options: Mapping[str, Any] | None = None) -> DataPlan:
     """Plan the check of one source with the defaults of a recipe.
 
     Args:
         location: as `[data] train`; a relative path starts at the current folder.
         base: as `[model] base`, or None.
+        options: other keys of `[data]`: `reader`, `format`, `columns`.
 
     Raises:
-        RecipeError: no reader is known for the source.
+        RecipeError: no reader is known for the source, or an option has an invalid value.
     """
-    return Resolution(location, Path.cwd(), Path()).resolve_data(location, base)
+    return Resolution(location, Path.cwd(), Path()).resolve_data(location, base, options or {})
 
 
 class Resolution:
@@ -196,8 +196,12 @@ class Resolution:
             raise self._error()
         return plan
 
-    def resolve_data(self, location: str, base: str | None) -> DataPlan:
-        data = DataSection(train=self._locations.source(location))
+    def resolve_data(self, location: str, base: str | None, options: Mapping[str, Any]) -> DataPlan:
+        try:
+            data = DataSection.model_validate({"train": self._locations.source(location)} | dict(options))
+        except ValidationError as error:
+            self._problems += problems_of(error, DataSection, "data")
+            raise self._error() from None
         sources, validators = self._sources(data), self._validators(None)
         if self._problems:
             raise self._error()
@@ -283,6 +287,7 @@ class Resolution:
                             reader=reader,
                             format=source.format or "auto",
                             columns=source.columns or {},
+                            contest=source.contest,
                             weight=source.weight,
                         )
                     )
@@ -302,7 +307,7 @@ class Resolution:
                     self._problems.append(Problem(table, key, f"no such path; a dataset of the hub is 'hf:{named}'"))
                     return None
                 self._problems.append(
-                    Problem(table, key, f"no reader for '{file}'; {_advice(Path(source.path), known)}")
+                    Problem(table, key, f"no reader for '{file}'; {advice_on_reader(Path(source.path), known)}")
                 )
                 return None
             name = fitting[-1]
@@ -349,9 +354,3 @@ class Resolution:
         problems = sorted(set(self._problems))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))
-
-
-def _advice(path: Path, known: Iterable[str]) -> str:
-    """Say what a file without a reader is, or list the readers."""
-    signature = signature_of_file(path) if path.is_file() else None
-    return f"it is {signature}" if signature else f"installed: {', '.join(f'.{reader}' for reader in sorted(known))}"

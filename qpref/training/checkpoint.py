@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpref import fsio, opening
+from qpref import fsio, opening, publish
 from qpref.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final = path_of(folder, checkpoint.step)
     if final.exists():
         fsio.remove_tree(final)
-    with fsio.staged_folder(final) as staging:
+    with publish.staged_folder(final) as staging:
         assert checkpoint.tensors.keys() <= STEMS
         for stem, tensors in checkpoint.tensors.items():
             fsio.write_tensors(staging / f"{stem}.safetensors", tensors)
         fsio.write_json(staging / STATE, {"format": FORMAT, "step": checkpoint.step} | checkpoint.state)
-        files = fsio.manifest(staging)
+        files = publish.manifest(staging)
         fsio.write_json(staging / MANIFEST, {"format": FORMAT, "step": checkpoint.step, "files": files})
     best = checkpoint.state.get("best")
     for old in _folders(folder)[max(2, keep) :]:
@@ -143,7 +143,7 @@ def _load(path: Path) -> Checkpoint:
         raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
     if not isinstance(manifest["files"], dict) or not {STATE} <= manifest["files"].keys() <= FILES:
         raise ValueError(f"{MANIFEST} doesn't list a checkpoint's files")
-    if (changed := fsio.changed_file(path, manifest["files"])) is not None:
+    if (changed := publish.changed_file(path, manifest["files"])) is not None:
         raise ValueError(f"{changed} is not as it was written")
     state = opening.read_object(path / STATE)
     if not path.name == f"step-{manifest['step']:06}" == f"step-{state['step']:06}":

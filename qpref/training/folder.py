@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpref import fsio, locks, opening
+from qpref import fsio, locks, opening, publish
 from qpref.errors import RecipeError
 from qpref.training import checkpoint
 
@@ -127,7 +127,7 @@ class RunFolder:
         written = self.adapter_manifest()
         if written is None:
             return self.result.name
-        return fsio.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
+        return publish.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
 
     def clear(self) -> None:
         """Remove the run but keep the lock. run.json goes first: without it there is no run."""

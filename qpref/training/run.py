@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from qpref import fsio
+from qpref import fsio, publish
 from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
@@ -213,8 +213,8 @@ def _write_adapter(prepared: Prepared, folder: RunFolder, state: TrainingState, 
     if bad:
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
     model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
-    with fsio.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
+    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
-        write_result(folder.result, state, prepared.policy.device, first_step, fsio.manifest(staging))
+        write_result(folder.result, state, prepared.policy.device, first_step, publish.manifest(staging))
         fsio.remove_tree(folder.adapter)  # a damaged one

@@ -258,3 +258,49 @@ def test_fix_names_the_file_that_stands_in_for_each_source(make_recipe, tmp_path
         source["path"] = str(tmp_path / f"clean.{number}.jsonl")
     recipe.write_text(tomli_w.dumps(make_recipe({"data.train": train})))
     assert [facts(recipe)[key] for key in ("read", "kept")] == [7, 7]
+
+
+# A file without a recipe: its reader, its format and its columns.
+
+
+def test_a_bare_file_is_read_with_the_reader_format_and_columns_that_are_named(tmp_path):
+    renamed = [{"post": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in preference_rows(3)]
+    path = write_jsonl(tmp_path / "pairs.data", renamed)
+    columns = ("--columns", "prompt=post", "--columns", "chosen=good", "--columns", "rejected=bad")
+    assert facts(path, "--reader", "jsonl", *columns)["kept"] == 3
+    assert facts(path, "--reader", "jsonl", *columns, "--format", "pair")["kept"] == 3
+    as_completions = facts(path, "--reader", "jsonl", *columns, "--shape", "unpaired", code=3)
+    assert {one["code"] for one in as_completions["findings"]} == {"not_an_example"}
+
+
+def test_the_columns_that_would_fit_are_those_that_the_option_takes(tmp_path):
+    renamed = [{"post": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in preference_rows(2)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", renamed)
+    message = facts(path, code=3)["findings"][0]["message"]
+    mapping = re.search(r"columns = \{ (.*) \} would fit", message)
+    assert mapping
+    pairs = [option for pair in mapping[1].split(", ") for option in ("--columns", re.sub(r"[ \"]", "", pair))]
+    assert facts(path, *pairs)["kept"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "wording"),
+    [
+        (("--columns", "prompt"), "'prompt' is not NAME=COLUMN, such as prompt=question"),
+        (("--columns", "=post"), "'=post' is not NAME=COLUMN"),
+        (("--columns", "prompt="), "'prompt=' is not NAME=COLUMN"),
+        (("--columns", "prompt=a", "--columns", "prompt=b"), "'prompt' is mapped twice"),
+        (("--columns", "promt=post"), "no row format has a column 'promt'; did you mean 'prompt'?"),
+        (("--format", "pairs"), "[data] format: expected 'auto', 'pair'"),
+        (("--reader", "pairs"), "[data] reader: no reader 'pairs' is installed"),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path, options, wording):
+    path = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(2))
+    assert wording in check(path, *options, code=2).stderr
+
+
+@pytest.mark.parametrize("options", [("--reader", "jsonl"), ("--shape", "pair"), ("--columns", "prompt=post")])
+def test_a_recipe_says_itself_how_its_data_are_read(write_recipe, options):
+    key = options[0].replace("shape", "format")
+    assert f"error: {key} is for a bare source of data" in check(write_recipe(), *options, code=2).stderr

@@ -297,7 +297,7 @@ NUMBERS = {
     "a weight that is true": row("bad_number", "weight: expected a number, found True", weight=True),
     "a weight that is a list": row("bad_number", "weight: expected a number, found a list", weight=[1]),
     "a negative weight": row("bad_number", "weight: -1 is below 0", weight=-1),
-    "a weight of 400 digits": row("bad_number", "weight: a number this large", weight=10**400),
+    "a weight of 400 digits": row("bad_number", "weight: infinite, or a number too large", weight=10**400),
     "an infinite weight": Bad(b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": 1e999}', "bad_number", "inf"),
     "a margin that is NaN as a text": row("bad_number", "margin: expected a number", margin="nan"),
     "a margin that is an object": row("bad_number", "margin: expected a number", margin={}),
@@ -333,11 +333,20 @@ RANKS = {
     "responses that are a text": ranked("not_a_pair", "found a text", responses="a", ranks=[1]),
     "ranked without a prompt": ranked("not_a_pair", "no prompt", prompt=None, ranked=["a", "b"]),
     "SHP with another label": ranked(
-        "bad_label", "labels: expected 1 or 0, found 2", history="x", human_ref_A="a", human_ref_B="b", labels=2
+        "unlisted_verdict",
+        "labels = 2; expected 1 (human_ref_A is better)",
+        history="x",
+        human_ref_A="a",
+        human_ref_B="b",
+        labels=2,
     ),
     "an arena tie": ranked("tied", "winner: a tie", conversation_a=WHOLE, conversation_b=WHOLE, winner="tie"),
     "an arena of an unknown winner": ranked(
-        "bad_label", "winner: expected", conversation_a=WHOLE, conversation_b=WHOLE, winner="gpt-4"
+        "unlisted_verdict",
+        "winner = 'gpt-4'; expected 'model_a'",
+        conversation_a=WHOLE,
+        conversation_b=WHOLE,
+        winner="gpt-4",
     ),
 }
 ROWS = NOT_JSON | NOT_UTF8 | TOO_LONG | PARTS | CONVERSATIONS | CONTROL | NUMBERS | LABELS | RANKS

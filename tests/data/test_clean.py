@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -77,7 +79,17 @@ def test_a_fixed_file_has_the_rows_as_they_were_read(rows, tmp_path):
     assert (tmp_path / "clean.jsonl").read_text() == json.dumps(rows[0], ensure_ascii=False) + "\n"
 
 
-@pytest.mark.parametrize("name", ["texts", "conversations", "ranked"])
+def test_every_documented_row_is_kept_with_its_records(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    texts = re.findall(r"```json\n(.*?)```", page, re.DOTALL) + re.findall(r"\| `(\{.*\})` \| +\|$", page, re.MULTILINE)
+    rows = [json.loads(text) for text in texts]
+    before, after = fixed_and_read_again([choice(write_jsonl(tmp_path / "rows.jsonl", [*rows, {}]))], tmp_path)
+    assert (before.report.refused, after.report.refused) == (1, 0)
+    assert after.report.kept == len(rows) > 50
+    assert records(after) == records(before)
+
+
+@pytest.mark.parametrize("name", ["texts", "conversations", "tool calls", "ranked"])
 def test_rows_of_parquet_keep_columns_and_records(name, tmp_path):
     rows = [ROWS[name][0], ROWS[name][0] | {"prompt": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")

@@ -1,6 +1,7 @@
 """Layouts of other tools and vendors become the records of qpref's own, and each is refused where a part is broken."""
 
 import json
+import math
 
 import pytest
 
@@ -350,6 +351,11 @@ GREETED = [turn("assistant", "What can I do for you?"), USER]
         {"chosen": [*GREETED, GOOD], "rejected": [*GREETED, BAD]},
         {"prompt": "Why?", "chosen": [*GREETED, GOOD], "rejected": [*GREETED, BAD]},
         {"messages": [*GREETED, GOOD], "rejected_response": "No idea."},
+        {
+            side: f"\n\nAssistant: What can I do for you?\n\nHuman: Why?\n\nAssistant: {text}"
+            for side, text in TEXT_SIDES.items()
+        },
+        {"prompt": "\n\nAssistant: What can I do for you?\n\nHuman: Why?\n\nAssistant:", **TEXT_SIDES},
     ],
     ids=lambda values: "-".join(values),
 )
@@ -368,15 +374,15 @@ def test_a_greeting_alone_is_no_prompt():
 
 # Numbers.
 
+TOO_LARGE = {"401 digits": 10**400, "5,000 digits": -(10**5000), "1e999": "1e999", "a text": "9" * 400, "inf": math.inf}
 
-@pytest.mark.parametrize(
-    "value", [10**400, -(10**5000), "1e999", "-" + "9" * 400], ids=["int", "endless", "e", "digits"]
-)
+
+@pytest.mark.parametrize("value", TOO_LARGE.values(), ids=TOO_LARGE)
 @pytest.mark.parametrize("column", ["margin", "weight"])
 def test_a_number_too_large_for_a_float_is_called_that(column, value):
     assert refusal({"prompt": "Why?", **TEXT_SIDES, column: value}) == (
         "bad_number",
-        f"{column}: a number this large is infinite in 64 bits; the limit is 1.8e308",
+        f"{column}: infinite, or a number too large for 64 bits (at most 1.8e308)",
     )
 
 
@@ -388,6 +394,8 @@ def test_a_number_too_large_for_a_float_is_called_that(column, value):
     [
         ({"prompt": "p", "accepted": "a", "rejected": "b"}, 'chosen = "accepted"'),
         ({"post": "p", "good": "a", "bad": "b"}, 'prompt = "post", chosen = "good", rejected = "bad"'),
+        ({"Prompt": "p", "Chosen": "a", "Rejected": "b"},
+         'prompt = "Prompt", chosen = "Chosen", rejected = "Rejected"'),
         ({"problem": "p", "Chosen Answer": "a", "Rejected Answer": "b"},
          'prompt = "problem", chosen = "Chosen Answer", rejected = "Rejected Answer"'),
         ({"prompt": "p", "preferredText": "a", "nonPreferredText": "b"},
@@ -429,7 +437,10 @@ def test_two_responses_and_a_verdict_are_no_single_completion_and_are_told_of_th
     assert f'[data.contest] first = "{first}", second = "{second}", winner = "{winner}"' in message
 
 
-@pytest.mark.parametrize("names", [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2")])
+@pytest.mark.parametrize(
+    "names",
+    [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2")],
+)
 def test_other_columns_are_no_two_responses(names):
     _, message = refusal({"post": "p", "label": 1} | dict.fromkeys(names, "x"))
     assert "contest" not in message

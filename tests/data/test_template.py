@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
@@ -220,6 +221,35 @@ def test_a_template_that_refuses_the_probe_is_used_all_the_same():
 @pytest.mark.parametrize("fault", ["{{ 1 // 0 }}", "{{ 'a' + 1 }}", "{{ messages.x.y }}", "{{ 'a'|int('b') + [] }}"])
 def test_whatever_a_templates_program_raises_refuses_the_row(fault):
     assert refusal(CHAT_TEMPLATE + fault).startswith("the chat template refuses it: ")
+
+
+# A greeting by the assistant
+
+
+def greeted(*before: Message) -> PreferencePair:
+    row = make_row("4", "5")
+    return replace(row, prompt=(*before, Message(role="assistant", content="Ask me."), *row.prompt))
+
+
+def test_a_greeting_by_the_assistant_is_in_the_prompt():
+    tokenizer = PairTokenizer.of(make_tokenizer(CHAT_TEMPLATE), "chat", [])
+    (example,) = tokenizer.tokenize([greeted()])
+    assert isinstance(example, TokenizedExample)
+    assert "assistant\nAsk me.<|im_end|>\n<|im_start|>user\n2+2?" in tokenizer.tokenizer.decode(example.prompt.tolist())
+
+
+@pytest.mark.parametrize("before", [(), (Message(role="system", content="Be kind."),)], ids=["first", "after system"])
+def test_a_template_that_refuses_a_greeting_says_what_to_do(before):
+    alternating = "{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}" \
+        "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"  # fmt: skip
+    tokenizer = PairTokenizer.of(make_tokenizer(alternating + CHAT_TEMPLATE), "chat", [])
+    (finding,) = tokenizer.tokenize([greeted(*before)])
+    assert isinstance(finding, Finding)
+    assert finding.message == (
+        "the chat template refuses it: Roles must alternate; the assistant speaks first: remove that turn, or move it "
+        "into the system turn"
+    )
+    assert not isinstance(next(iter(tokenizer.tokenize([make_row("4", "5")]))), Finding)
 
 
 # Templates that a stranger wrote

@@ -215,7 +215,7 @@ CASES = {
 
 def test_every_kind_has_a_case():
     assert list(CASES) == list(WHAT)
-    assert set(TextChecks.model_fields) - set(WHAT) == {"lost_backslash"}
+    assert set(TextChecks.model_fields) - set(WHAT) == {"lost_backslash", "turn_markers"}
 
 
 @pytest.mark.parametrize("code", CASES)

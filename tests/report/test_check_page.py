@@ -100,13 +100,13 @@ def test_files_of_the_same_name_are_told_apart(tmp_path):
 
 def test_a_flagged_pair_is_shown_with_its_turns_and_both_sides(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    row = {"prompt": turns, "chosen": "Hello.", "rejected": [{"role": "assistant", "content": "x", "thinking": "Hm"}]}
+    row = {"prompt": turns, "chosen": "Hello.", "rejected": [{"role": "assistant", "content": "x", "name": "Ann"}]}
     (card,) = cards(page_of([source(write_jsonl(tmp_path / "pairs.jsonl", [row]))], judge(each=warn)))
     assert texts_of(card) == {
         "system": "Be brief.",
         "user": "Hi",
         "chosen": "Hello.",
-        "rejected": 'x\n{"thinking": "Hm"}',
+        "rejected": 'x\n{"name": "Ann"}',
     }
     assert [item.text.strip() for item in card.all("li")] == ["odd is odd"]
 
@@ -194,6 +194,13 @@ def test_rows_of_many_codes_are_bounded_together(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(12))
     page = page_of([source(path)], judge(each=lambda example: warn(example, code=f"code{example.source.line}")))
     assert len(cards(page)) == 6
+
+
+def test_a_rare_code_is_not_crowded_out_by_a_frequent_one(path, monkeypatch):
+    monkeypatch.setattr(flagged, "MAX_ROWS", 6)
+    rare = Finding(code="rare", severity="error", message="is rare", source=Source(path=str(path), line=12))
+    page = page_of([source(path)], judge(rare, each=warn))
+    assert headings(page) == [f"pairs.jsonl, line {line} training" for line in (1, 2, 3, 12)]
 
 
 def test_many_columns_turns_and_responses_are_bounded(tmp_path):

@@ -12,6 +12,7 @@ from functools import cache
 from qpref.hooks import Field, Options, Severity, Split, Validator, hookimpl, report, text_of
 from qpref.records import Finding, PreferencePair, UnpairedExample
 from qpref_plugins.check_text.escapes import escaped_away
+from qpref_plugins.check_text.formatted import FormattedTexts
 from qpref_plugins.check_text.kinds import (
     declines,
     echoes,
@@ -46,6 +47,11 @@ class TextChecks(Options):
     refusal: Severity = Field(
         default="warn", description='a preferred response that refuses, or says "as an AI language model"'
     )
+    turn_markers: Severity = Field(
+        default="warn",
+        description="a text that is formatted already (ChatML, Llama, Alpaca, Human: ... Assistant:), or "
+        " a response that goes on into the next turn; a warning counts the rows of each source",
+    )
 
 
 WHAT = {
@@ -61,19 +67,21 @@ WHAT = {
 
 
 class CheckText:
-    """Check of single responses; keeps no state."""
+    """Check of single examples; keeps nothing but the number of rows with turn markers."""
 
     def __init__(self, options: TextChecks) -> None:
         self.options = options
+        self.formatted = FormattedTexts(options.turn_markers)
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
         """Return at most one finding of each kind, which names the sides that have it."""
-        prompt, lost = text_of(example.prompt), self._lost_backslash(example)
+        prompt = text_of(example.prompt)
+        others = [*self._lost_backslash(example), *self.formatted.look(example, split)]
         if isinstance(example, PreferencePair):
             chosen, rejected = kinds_of(text_of(example.chosen), prompt), kinds_of(text_of(example.rejected), prompt)
             rejected = tuple(code for code in rejected if code != "refusal")
             if not chosen and not rejected:
-                return lost
+                return others
             found = [
                 (code, _message(_sides(code in chosen, code in rejected), code))
                 for code in WHAT
@@ -82,10 +90,10 @@ class CheckText:
         else:
             kinds = kinds_of(text_of(example.completion), prompt)
             found = [(code, _message("completion", code)) for code in kinds if example.label or code != "refusal"]
-        return [finding for code, message in found for finding in self._found(code, message, example)] + lost
+        return [finding for code, message in found for finding in self._found(code, message, example)] + others
 
     def finish(self) -> Iterable[Finding]:
-        return ()
+        return self.formatted.finish()
 
     def _lost_backslash(self, example: PreferencePair | UnpairedExample) -> list[Finding]:
         message = escaped_away(example)

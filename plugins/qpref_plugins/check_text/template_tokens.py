@@ -1,0 +1,83 @@
+# ruff: noqa: RUF001
+"""Control tokens of the known families' chat templates, where they mark turns and aren't merely mentioned.
+
+A token marks a turn where the text or a line starts with it, or the text ends with it. Inside code, in the middle of a
+sentence and before its definition (`<|im_end|>: ends a turn`) it is a subject of the text.
+"""
+
+from __future__ import annotations
+
+import re
+
+END_OF_TEXT = "an end-of-sequence token"
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "ChatML": ("<|im_start|>", "<|im_end|>", "<|im_sep|>"),
+    "Llama 2 or Mistral": ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+                           "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
+                           "[/TOOL_RESULTS]"),
+    "Llama 3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
+                "<|python_tag|>"),
+    "Llama 4": ("<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
+    "Gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "Gemma 4": ("<|turn>", "<turn|>"),
+    "Phi-3, Zephyr or GLM-4": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|observation|>", "[gMASK]"),
+    "gpt-oss": ("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"),
+    "DeepSeek": ("<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>",
+                 "<｜end▁of▁sentence｜>", "<|User|>", "<|Assistant|>", "<|Bot|>"),
+    "Command R": ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
+                  "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<BOS_TOKEN>"),
+    "Granite": ("<|start_of_role|>", "<|end_of_role|>"),
+    "Kimi": ("<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),
+    "EXAONE": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+    "Hunyuan": ("<|hy_User|>", "<|hy_Assistant|>", "<｜hy_User｜>", "<｜hy_Assistant｜>"),
+    "OpenAssistant": ("<|prompter|>",),
+    END_OF_TEXT: ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
+}  # fmt: skip
+FAMILY_OF = {token: family for family, tokens in FAMILIES.items() for token in tokens}
+
+_TOKEN = re.compile("|".join(map(re.escape, sorted(FAMILY_OF, key=len, reverse=True))))
+_CODE = re.compile(r"```.*?```|~~~.*?~~~|`[^`\n]*`", re.DOTALL)
+_STARTS = re.compile(r"[ ]{0,3}(?:<s>|<bos>)?[ ]*")
+_DEFINES = ":=,.;)'\"-\u2013\u2014\u2192\u201d"
+_SENTENCE_ENDS = "\n.!?\u3002\uff01\uff1f\u0964\u061f;:)\"'*\u201d\u300d"
+
+
+def marking_token(text: str) -> str | None:
+    """Return the first control token that marks a turn in the text; None where there is none."""
+    if not mentions_token(text):
+        return None
+    text = _CODE.sub(" code ", text).strip() if "`" in text or "~~~" in text else text.strip()
+    last_end = _STARTS.match(text).end()  # type: ignore[union-attr]  # matches the empty text
+    for match in _TOKEN.finditer(text):
+        start, end = match.span()
+        if last_end == start or _at_line_start(text, start):
+            last_end = end
+            if not _is_defined(text, end) and len(match[0]) < len(text):
+                return match[0]
+        elif end == len(text) and _ends_turn(text, start, match[0]):
+            return match[0]
+    return None
+
+
+def mentions_token(text: str) -> bool:
+    """Return whether a text has a control token anywhere."""
+    return ("<" in text or "[" in text) and _TOKEN.search(text) is not None
+
+
+def _at_line_start(text: str, start: int) -> bool:
+    line = text.rfind("\n", max(0, start - 4), start)
+    return (line >= 0 or start < 4) and not text[line + 1 : start].strip(" ")
+
+
+def _is_defined(text: str, end: int) -> bool:
+    """Return whether the text goes on with the definition of a token, or with the rest of a sentence about it."""
+    rest = text[end : end + 24].lstrip(" ")
+    return rest[:1] in _DEFINES if rest else False
+
+
+def _ends_turn(text: str, start: int, token: str) -> bool:
+    """Return whether the token at the end of a text ends a turn: directly behind a text, or after a sentence."""
+    if token == FAMILIES[END_OF_TEXT][0] and text.find("<s>", 1) > 0:
+        return False  # struck through, in HTML
+    before = text[:start].rstrip(" ") if text[start - 1] == " " else text[:start]
+    return len(before) == start or before[-1] in _SENTENCE_ENDS
