@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,11 @@ def _print(audit: Audit) -> None:
     for finding in report.findings:
         if not finding.source.line:
             console.print(f"{finding.code}: {finding.source}: {finding.message}")
+    for path, verdicts in itertools.groupby(report.verdicts, key=lambda one: one.source.path):
+        console.print(f"\n{path}: who won, in the first rows")
+        for one in verdicts:
+            console.print(f"  {one.source.line}: {one.verdict}: {one.winner} won\n    chosen:   {one.chosen}\n"
+                          f"    rejected: {one.rejected}")  # fmt: skip
     for name, histogram in report.lengths.items():
         console.print(f"\n{name}")
         top = max(histogram.values())

@@ -206,6 +206,7 @@ class DataReport:
             ],
             "findings": [_fact(finding) for finding in self.findings],
             "findings_not_listed": +left_out,
+            "verdicts": [_fact(verdict) for verdict in self.verdicts],
             "lengths": {
                 name: [{"from": low, "to": high, "count": number} for low, high, number in histogram.bars()]
                 for name, histogram in self.lengths.items()
@@ -217,14 +218,18 @@ def _characters(turns: Sequence[Message]) -> int:
     return len(turns[0].content) if len(turns) == 1 else sum(len(message.content) for message in turns)
 
 
-def _fact(finding: Finding) -> dict[str, Any]:
-    fact = asdict(finding)
-    source = fact.pop("source")
-    return {"code": fact["code"], "severity": fact["severity"], **source, "message": fact["message"]}
+def _fact(found: Finding | ShownVerdict) -> dict[str, Any]:
+    """Return the record as JSON data, with the path and the line of its source before its texts."""
+    fact = asdict(found)
+    source, message = fact.pop("source"), fact.pop("message", None)
+    start = {name: fact.pop(name) for name in ("code", "severity") if name in fact}
+    return {**start, **source, **fact, **({} if message is None else {"message": message})}
 
 
 def _hint(codes: set[str]) -> str:
     hint = "fix or drop the rows (`qpref check` lists all of them), or allow a share of them with [data] skip_bad"
+    if "refused_source" in codes:
+        return "`qpref check` prints rows with the side that won; docs/data.md has the verdicts of each format"
     if codes == {"identical"}:
         hint = 'drop the lines, or set [checks] identical = "warn"'
     if codes == {"too_long"}:
