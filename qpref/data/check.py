@@ -210,8 +210,7 @@ def _check_rows(
         _look(row, of_all, rows.split, report)
         if not report.leaves_out(row[0].source):
             _look(row, of_kept, rows.split, report)
-            for example in row:
-                report.measure(example)
+            report.measure_row(row)
 
 
 def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
