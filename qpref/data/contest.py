@@ -31,7 +31,7 @@ class Contest:
 
     section: ContestSection
     prompts: tuple[str, ...] = ()
-    finish: Callable[[Values], Values] | None = None
+    finish: Callable[[Values], Values] = dict
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,11 +54,11 @@ class Contest:
             BadRowError: a tie, no verdict, one that no list has, or a column is missing.
         """
         better, worse = self.sides(row.values)
-        values = dict(row.values) | {"chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
+        values = {**row.values, "chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
         if not has_prompt(values):
             prompts = (value_at(row.values, path) for path in self.prompts)
             values["prompt"] = next((prompt for prompt in prompts if not is_missing(prompt)), None)
-        return Row(values=self.finish(values) if self.finish is not None else values, source=row.source)
+        return Row(values=self.finish(values), source=row.source)
 
     def sides(self, values: Values) -> tuple[str, str]:
         """Return the columns of the winner and of the loser."""

@@ -71,7 +71,7 @@ class DataSource:
         return records_of_row(named, self.choice.format if self._contest is None else "auto")
 
     def contest_of(self, row: Row) -> tuple[str, Contest, Mapping[str, object]] | None:
-        """Return the format's name, the contest that judges the row, and the values that it reads; None without one."""
+        """Return the format's name, the contest that judged a row, and the values that it read; None without one."""
         try:
             row = flattened(row)
         except BadRowError:

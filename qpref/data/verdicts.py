@@ -57,14 +57,15 @@ class VerdictWatch:
 
     def note(self, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
         """Count the verdict of a row, and keep the first rows that have a winner."""
+        if isinstance(result, Finding) and result.code != UNLISTED:
+            return
         found = self.source.contest_of(row)
         if found is None:
             return
         self._format, self._contest, values = found
         self._path = row.source.path
         if isinstance(result, Finding):
-            if result.code == UNLISTED:
-                self._note_unlisted(self._contest.described(values), row.source.line)
+            self._note_unlisted(self._contest.described(values), row.source.line)
         else:
             better, worse = self._contest.sides(values)
             self._winners[better] += 1
@@ -140,4 +141,5 @@ def _short(value: object) -> str:
     if isinstance(value, dict):
         value = value.get("content", value.get("value", value))
     text = " ".join(str(value)[: 4 * _MOST_CHARACTERS].split())
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

@@ -476,3 +476,24 @@ def test_lists_of_turns_become_conversations():
         assert chosen([texts | broken | verdict])[1] == ["not_a_message"]
     plain = {"prompt": "[1, 2]", "response_a": A, "response_b": B}
     assert chosen([plain | verdict]) == ([B], [])
+
+
+# The rows that are shown.
+
+
+def test_the_first_three_rows_with_a_winner_are_shown_by_their_winner():
+    rows = [
+        row(label=label, a="A " * 100, b=[{"role": "assistant", "content": "B\n\u202e]"}]) for label in (0, 2, 1, 1, 1)
+    ]
+    verdicts = check(rows, contest(**LISTS)).report.facts()["verdicts"]
+    assert [(one["line"], one["verdict"], one["winner"]) for one in verdicts] == [
+        (2, "label = 2", "b"),
+        (3, "label = 1", "a"),
+        (4, "label = 1", "a"),
+    ]
+    assert verdicts[1]["chosen"] == "A " * 29 + "A…"
+    assert verdicts[1]["rejected"] == "B \ufffd]"
+
+
+def test_rows_with_a_label_of_their_own_show_no_winner():
+    assert check([{"prompt": "Why?", "chosen": A, "rejected": B}]).report.facts()["verdicts"] == []
