@@ -12,6 +12,7 @@ from qpref.data.audit import Audit
 from qpref.data.data_report import DataReport
 from qpref.data.finding_codes import Explanation, explanation_of
 from qpref.data.flagged import FlaggedRow, Texts, flagged_rows
+from qpref.data.verdicts import ShownVerdict
 from qpref.records import Finding
 from qpref.report.data_section import Kind, data_tables
 from qpref.report.frame import render_page, write_page
@@ -75,7 +76,7 @@ def render_check_page(audit: Audit, title: str) -> str:
     names = _short_names([*report.paths, *(row.source.path for row in rows)])
     summaries = _summaries(report, rows)
     facts = audit.facts()
-    del facts["first_row"], facts["sources"]
+    del facts["first_row"], facts["sources"], facts["verdicts"]
     return render_page(
         "check.html.j2",
         script="check.js",
@@ -89,6 +90,7 @@ def render_check_page(audit: Audit, title: str) -> str:
         summaries=summaries[:MAX_CODES],
         codes_left_out=max(0, len(summaries) - MAX_CODES),
         source_findings=_source_findings(report, names),
+        verdicts=[_verdict(verdict, names) for verdict in report.verdicts],
         rows=[_card(row, names) for row in rows],
         splits=[SPLITS[split] for split in SPLITS if any(row.split == split for row in rows)],
         severities=[severity for severity in SEVERITIES if any(one.severity == severity for one in summaries)],
@@ -129,6 +131,13 @@ def _source_findings(report: DataReport, names: dict[str, str]) -> list[tuple[st
         (finding.severity, visible(finding.code), f"{_name(finding.source.path, names)}: {_message(finding)}")
         for finding in found
     ]
+
+
+def _verdict(verdict: ShownVerdict, names: dict[str, str]) -> tuple[str, str, Texts]:
+    """Lay out a row of a comparison: its location, what it says of the winner, and the two responses."""
+    location = f"{_name(verdict.source.path, names)}, line {verdict.source.line}"
+    sides = (("chosen", verdict.chosen), ("rejected", verdict.rejected))
+    return location, visible(f"{verdict.verdict}: {verdict.winner} won"), _visible(sides)
 
 
 def _card(row: FlaggedRow, names: dict[str, str]) -> RowCard:

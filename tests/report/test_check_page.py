@@ -141,6 +141,16 @@ def test_findings_of_a_whole_source_are_above_the_codes_and_no_row(path):
     assert page.all("section", id="rows") == []
 
 
+def test_the_first_rows_of_comparisons_show_who_won(tmp_path):
+    rows = [{"history": "1 + 1?", "human_ref_A": "21", "human_ref_B": "<b>2</b>", "labels": 0}] * 5
+    page = page_of([source(write_jsonl(tmp_path / "shp.jsonl", rows))])
+    shown = page.one("section", id="verdicts").all("article")
+    assert [card.one("h3").text for card in shown] == [f"shp.jsonl, line {line}" for line in (1, 2, 3)]
+    assert shown[0].one("code").text == "labels = 0: human_ref_B won"
+    assert texts_of(shown[0]) == {"chosen": "<b>2</b>", "rejected": "21"}
+    assert cards(page) == []
+
+
 def test_each_code_is_explained_once_with_what_to_do(path):
     twice = [Finding(code="tied", severity="error", message=f"m{line}", source=Source(path=str(path), line=line))
              for line in (2, 3)]  # fmt: skip
