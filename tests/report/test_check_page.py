@@ -206,6 +206,21 @@ def test_rows_of_many_codes_are_bounded_together(tmp_path, monkeypatch):
     assert len(cards(page)) == 6
 
 
+def test_many_sources_codes_and_verdicts_are_bounded_and_counted(tmp_path):
+    row = {"prompt": "Why?", "human_ref_A": "21", "human_ref_B": "2", "labels": 1}
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", [row] * 3) for number in range(22)]
+    wholes = [Finding(code="odd", severity="warning", message="is odd", source=Source(path="x", line=0))] * 103
+    codes = [warn(SimpleNamespace(source=Source(path=str(paths[0]), line=1)), code=f"c{at}") for at in range(101)]
+    page = page_of([source(path) for path in paths], judge(*wholes, *codes))
+    assert len(page.all("p", class_="path")) == 20
+    assert len(page.one("section", id="verdicts").all("article")) == 30
+    assert len(page.one("section", id="findings").one("ul").all("li")) == 100
+    assert len(page.all("article", class_="kind")) == 100
+    notes = [note.text for note in page.all("p", class_="note") if "more" in note.text and "not shown" in note.text]
+    assert notes == [f"{number} more {what} are not shown."
+                     for number, what in ((2, "sources"), (36, "rows"), (3, "of them"), (2, "codes"))]  # fmt: skip
+
+
 def test_a_rare_code_is_not_crowded_out_by_a_frequent_one(path, monkeypatch):
     monkeypatch.setattr(flagged, "MAX_ROWS", 6)
     rare = Finding(code="rare", severity="error", message="is rare", source=Source(path=str(path), line=12))
