@@ -104,6 +104,9 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         {"system": [{"text": "Be kind."}], "messages": TALK[1:], **TEXT_SIDES},
         NOVA,
         {"input": {"messages": TALK}, "preferred_completion": [GOOD], "non_preferred_completion": [BAD]},
+        {"input": TALK, "preferred_output": GOOD, "non_preferred_output": BAD},
+        {"prompt": TALK, "chosen": {"answer": "Because.", "rank": 1}, "rejected": {"response": "No idea."}},
+        {"prompt": TALK, "chosen": "Because.", "rejected": [{"answer": "No idea.", "rank": 7}]},
         {"input": json.dumps({"messages": TALK}), "preferred_output": "Because.", "non_preferred_output": "No idea."},
     ],
     ids=lambda values: "-".join(values),
@@ -489,11 +492,25 @@ def test_two_responses_and_a_verdict_are_no_single_completion_and_are_told_of_th
 
 @pytest.mark.parametrize(
     "names",
-    [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2")],
+    [("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2"), ("x", "y"), ("output_2", "output_3")],
 )
 def test_other_columns_are_no_two_responses(names):
     _, message = refusal({"post": "p", "label": 1} | dict.fromkeys(names, "x"))
     assert "contest" not in message
+
+
+def test_columns_of_several_responses_are_told_of_the_list_of_them():
+    values = {"prompt": "p", "label": 1} | dict.fromkeys(("answer_a", "answer_b", "answer_c"), "x")
+    code, message = refusal(values)
+    assert (code, "write the 3 responses as one list: responses, with ranks or scores" in message) == (
+        "not_a_pair",
+        True,
+    )
+
+
+def test_responses_without_a_score_are_told_what_to_add():
+    code, message = refusal({"question": "Why?", "answers": ["a", "b"]})
+    assert (code, "add them, or name a list from best to worst ranked" in message) == ("bad_number", True)
 
 
 def test_data_for_supervised_fine_tuning_are_called_that():
