@@ -122,6 +122,11 @@ def test_one_column_of_another_name_is_the_prompt(column):
     assert records(single) == records({"prompt": "Why?", "completion": "Because.", "label": True})
 
 
+def test_qprefs_own_names_come_before_those_of_other_tools():
+    others = {"chosen_response": "x", "rejected_response": "y", "rejected_message": "z", "prompt_messages": "w"}
+    assert records({"prompt": TALK, **TEXT_SIDES, **others}) == plain(TALK)
+
+
 def test_a_prompt_comes_before_columns_of_other_names():
     assert records({"prompt": "Why?", "context": "x", "question": "y", **TEXT_SIDES}) == plain("Why?")
     assert records(WHOLE | {"context": "about kindness"}) == plain(TALK)
@@ -528,7 +533,9 @@ def test_a_text_that_holds_the_prompt_on_both_sides_needs_it_in_a_column():
 
 def test_advice_stays_short_and_on_one_line():
     names = [f"{'very_long_name_' * 6}{number}" for number in range(40)]
-    for values in (dict.fromkeys(names, "x"), dict.fromkeys(["a\nb", 'c"d', "\x1b[31m"], "x"), {"": "x"}):
+    sides = [f"{side}_{'x' * 300}" for side in ("chosen", "rejected")]
+    hostile = ["a\nb", 'c"d', "\x1b[31m", "chosen\n", "rejected\x1b"]
+    for values in (dict.fromkeys(names, "x"), dict.fromkeys(sides, "x"), dict.fromkeys(hostile, "x"), {"": "x"}):
         _, message = refusal(values)
         assert len(message) < 400
         assert message.isprintable()
