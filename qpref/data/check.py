@@ -229,7 +229,9 @@ class RepeatCounter:
         self._hashes = array("q")
 
     def note(self, row: Row) -> None:
-        self._hashes.append(hash(repr(row.values)))  # Python's hash distinguishes texts, but not 1, 1.0 and True
+        # Python's hash distinguishes texts, but not 1, 1.0 and True. That of a text is kept in it, for the checks too.
+        values = (value if type(value) is str else (repr(value),) for value in row.values.values())
+        self._hashes.append(hash((*row.values, *values)))
 
     def count(self) -> int:
         """Return the number of rows that repeat an earlier one."""

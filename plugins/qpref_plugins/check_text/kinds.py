@@ -7,6 +7,7 @@ table and a short label.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 LONGEST_PLACEHOLDER = 60
 SHORTEST_ECHO = 16
@@ -32,15 +33,21 @@ _BRACKETED = re.compile(r"<(?P<angle>[^<>]+)>|\[(?P<square>[^\[\]]+)\]|\{\{?(?P<
 _NOTHING = re.compile(r"no[ _-]?(?:input|output|answer|response|text|content|data|result)s?")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _ANY_WORD = re.compile(r"[^\W_]")
-_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v") + b"\x7f"
+_PLAIN = bytes(code for code in range(127) if code >= 32 or code in b"\t\n\r\f\v")
+"""ASCII characters that no test of characters looks for."""
 # UTF-8 read as Windows-1252 or Latin-1. Closing quotes are left out: they may follow a real A with a tilde.
 _GARBLED = re.compile(
     "\ufffd|[\u00c2\u00c3][\u0080-\u009f\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00bf]|\u00e2\u20ac[^\\s\\w]|\u00f0\u0178|"
     "\u00ef\u00bb\u00bf|\u00ef\u00bf\u00bd"
 )
-_INVISIBLE = re.compile(
-    "[\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}"
+_MAY_BE_GARBLED = re.compile("\ufffd|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac|\u00f0\u0178|\u00ef[\u00bb\u00bf]")
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}"
 )
+_MAY_BE_UNSEEN = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\U000e0020-\U000e007f]"
+)
+"""Finds what the pattern above does, and more, in the text's odd characters alone."""
 _MARKUP = re.compile(
     r"&(?:nbsp|amp|lt|gt|quot|apos|#\d{2,5}|#x[0-9a-f]{2,5});|"
     r"</?(?:p|br|div|span|a|b|i|u|ul|ol|li|td|tr|th|table|font|img|strong|em|h[1-6])(?:\s[^<>]*)?/?>",
@@ -91,15 +98,20 @@ def has_no_word(answer: str) -> bool:
 
 def is_garbled(answer: str) -> bool:
     """Return whether the response has U+FFFD, or character sequences of UTF-8 decoded as another encoding."""
-    return not answer.isascii() and _GARBLED.search(answer) is not None
+    odd = odd_characters(answer)
+    return _MAY_BE_GARBLED.search(odd) is not None and _GARBLED.search(answer) is not None
 
 
 def has_unseen(answer: str) -> bool:
     """Return whether the response has control or invisible characters: zero-width, direction overrides, tags."""
-    raw = answer.encode("utf-8", "replace")
-    if len(raw.translate(None, _CONTROLS)) != len(raw):
-        return True
-    return len(raw) != len(answer) and _INVISIBLE.search(answer) is not None
+    odd = odd_characters(answer)
+    return _MAY_BE_UNSEEN.search(odd) is not None and _UNSEEN.search(answer) is not None
+
+
+@lru_cache(maxsize=2)
+def odd_characters(answer: str) -> str:
+    """Return the characters of a text that aren't plain ASCII, in order: few, so that patterns are fast on them."""
+    return answer.encode("utf-8", "replace").translate(None, _PLAIN).decode()
 
 
 def has_markup(answer: str, prompt: str) -> bool:
