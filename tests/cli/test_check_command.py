@@ -182,6 +182,7 @@ def test_the_page_escapes_what_rows_say_and_needs_no_network(tmp_path):
     check(path, "--html", tmp_path / "page.html", code=3)
     page = (tmp_path / "page.html").read_text()
     assert script not in page
+    assert "<title>odd.jsonl - qpref check</title>" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "2 rows read, 1 kept, 1 refused" in " ".join(page.split())
     assert not re.search(r"(src|href)=", page)
