@@ -76,6 +76,8 @@ PLACES = {
     "a list": {"prompt": [USER, TURN | {"note": "x"}]},
     "one message": {"chosen": TURN | {"note": "x"}},
     "JSON text": {"chosen": json.dumps([USER, TURN | {"note": "x"}])},
+    "JSON text of one message": {"chosen": json.dumps(TURN | {"note": "x"})},
+    "an object of lists": {"prompt": {"role": ["user"], "content": ["Why?"], "note": ["x"]}},
     "OpenAI's input": {"input": {"messages": [USER | {"note": "x"}], "tools": []}},
     "ranked responses": {"responses": [[TURN], [TURN | {"note": "x"}]]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?", "note": "x"}]},

@@ -64,7 +64,7 @@ def prompt_labels(prompt: str) -> str | None:
     """Return the name of the labels that a prompt is formatted with; None where it isn't."""
     if ":" not in prompt and "：" not in prompt:
         return None
-    if "##" in prompt:
+    if "#" in prompt:
         name = _open_heading(prompt) or _template_headings(prompt)
         if name is not None and name != QUESTION:
             return name
@@ -82,7 +82,7 @@ def prompt_labels(prompt: str) -> str | None:
 
 def response_labels(response: str, prompt: str) -> str | None:
     """Return the name of the labels in front of a response, or around turns that it goes on with; None without any."""
-    if "##" in response:
+    if "#" in response:
         name = _template_headings(response)
         if name is not None and name != QUESTION:
             return name
