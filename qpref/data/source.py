@@ -84,6 +84,23 @@ class DataSource:
         name = self.choice.format if self.choice.format != "auto" else format_of(named.values)
         return None if name is None or name not in CONTESTS else (name, CONTESTS[name], named.values)
 
+    def sides_of(self, row: Row) -> tuple[Mapping[str, object], str, str, tuple[str, ...]]:
+        """Return a kept row's values, the columns of its better and its worse response, and those that tell which.
+
+        Names are the file's own, unless a format's contest judged the row. Ranked responses have no such columns.
+        """
+        if (found := self.contest_of(row)) is not None:
+            _, contest, values = found
+            return values, *contest.sides(values), contest.section.verdict_columns
+        values, columns = flattened(row).values, self.choice.columns
+        better, worse = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+        return values, better, worse, ()
+
+    def named_values(self, row: Row) -> Mapping[str, object]:
+        """Return a kept row's values under qpref's names."""
+        named = self.named(flattened(row))
+        return row.values if isinstance(named, Finding) else named.values
+
     def named(self, row: Row) -> Row | Finding:
         """Rename the row's columns to qpref's names, or report those that it lacks."""
         return with_columns(row, self.choice.columns) if self.choice.columns else row
