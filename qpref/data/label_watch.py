@@ -20,8 +20,9 @@ class LabelWatch:
 
     def note(self, source: DataSource, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
         """Look at a raw row and what it became."""
+        judged = source.contest_of(row)
         for watch in self._of[source.choice.location]:
-            watch.note(row, result)
+            watch.note(row, judged, result)
 
     def report_to(self, report: DataReport) -> None:
         """Add the findings about whole sources, and the first rows that have a winner."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from qpref.data.column_hints import words
-from qpref.data.ranked import responses_in, text_of_ranked
+from qpref.data.ranked import RANKED_COLUMNS, responses_in, text_of_ranked
 from qpref.data.row_values import BadRowError, json_value
 from qpref.recipe.contest_section import number_of
 
@@ -79,6 +79,8 @@ def differences(values: Values) -> Iterator[tuple[str, float]]:
 
 def orders_of(values: Values) -> dict[str, list[float]]:
     """Return every order of a row's ranked responses by its column, the one that decides first; higher is better."""
+    if all(values.get(name) is None for name in RANKED_COLUMNS):
+        return {}
     try:
         name, responses = responses_in(values)
     except BadRowError:
