@@ -173,7 +173,8 @@ def _print(audit: Audit) -> None:
     console.print(f"{report.label}: {report.read} rows read, {report.kept} kept, {report.refused} refused"
                   + (f", {report.repeated} the same as an earlier row" if report.repeated else "")
                   + (f", {report.dropped} left out for their length" if report.dropped else "")
-                  + (f", {report.num_cut} cut to length" if report.num_cut else ""))  # fmt: skip
+                  + (f", {report.num_cut} cut to length" if report.num_cut else "")
+                  + (_several(report) if report.num_several else ""))  # fmt: skip
     if report.counts:
         console.print(_findings(report))
     for finding in report.findings:
@@ -194,6 +195,11 @@ def _print(audit: Audit) -> None:
         console.print(f"\nthe first row as the model sees it, scored text in ⟦ ⟧:\n{audit.first_row}")
     for reason in audit.why_empty:
         console.print(f"\n{reason}")
+
+
+def _several(report: DataReport) -> str:
+    rows = "1 row has" if report.num_several == 1 else f"{report.num_several} rows have"
+    return f"; {rows} more than two responses, which make {report.num_pairs} pairs"
 
 
 def _findings(report: DataReport) -> Table:

@@ -205,8 +205,7 @@ def _check_rows(
         _look(row, of_all, rows.split, report)
         if not report.leaves_out(row[0].source):
             _look(row, of_kept, rows.split, report)
-            for example in row:
-                report.measure(example)
+            report.measure_row(row)
 
 
 def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
@@ -225,7 +224,9 @@ class RepeatCounter:
         self._hashes = array("q")
 
     def note(self, row: Row) -> None:
-        self._hashes.append(hash(repr(row.values)))  # Python's hash distinguishes texts, but not 1, 1.0 and True
+        # Python's hash distinguishes texts, but not 1, 1.0 and True. That of a text is kept in it, for the checks too.
+        values = (value if type(value) is str else (repr(value),) for value in row.values.values())
+        self._hashes.append(hash((*row.values, *values)))
 
     def count(self) -> int:
         """Return the number of rows that repeat an earlier one."""

@@ -92,9 +92,8 @@ def instruction(values: Mapping[str, object]) -> Turns:
     """Return Alpaca's prompt: the turns of `history`, then instruction and input, joined by a newline."""
     if values.get("instruction") is None:
         raise BadRowError("not_a_pair", f"no instruction; {advice(values, ['prompt'])}")
-    parts = [text_in(values, "instruction")]
-    if values.get("input") is not None and text_in(values, "input").strip():
-        parts.append(text_in(values, "input"))
+    parts = [text_in(values, name) for name in ("instruction", "input") if values.get(name) is not None]
+    parts = [part for part in parts if part.strip()]
     return _after_history(values, turns_of("\n".join(parts), "instruction", "user"))
 
 

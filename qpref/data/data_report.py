@@ -54,6 +54,7 @@ class DataReport:
         lengths: "prompt characters", "chosen tokens", ... -> histogram.
         repeated: rows that repeat an earlier row in every column, refused ones included.
         num_cut: rows that were truncated to the maximum lengths.
+        num_several, num_pairs: rows with more than two responses that no check refuses, and the pairs that they make.
         verdicts: the first rows of each source of comparisons, with the response that won.
     """
 
@@ -64,6 +65,8 @@ class DataReport:
     lengths: dict[str, Histogram] = field(default_factory=dict)
     repeated: int = 0
     num_cut: int = 0
+    num_several: int = 0
+    num_pairs: int = 0
     verdicts: list[ShownVerdict] = field(default_factory=list)
     _read_from: Counter[str] = field(default_factory=Counter)
     _listed: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -126,6 +129,14 @@ class DataReport:
     @property
     def label(self) -> str:
         return ", ".join(self.paths)
+
+    def measure_row(self, row: Sequence[PreferencePair | UnpairedExample]) -> None:
+        """Add the lengths of a row's examples, and count them where there are several."""
+        for example in row:
+            self.measure(example)
+        if len(row) > 1:
+            self.num_several += 1
+            self.num_pairs += len(row)
 
     def measure(self, example: PreferencePair | UnpairedExample) -> None:
         """Add the lengths of an example's sides, in characters."""
@@ -200,6 +211,7 @@ class DataReport:
             "dropped": self.dropped,
             "repeated": self.repeated,
             "cut": self.num_cut,
+            "several_responses": {"rows": self.num_several, "pairs": self.num_pairs} if self.num_several else {},
             "counts": [
                 {"severity": severity, "code": code, "count": number}
                 for (severity, code), number in sorted(self.counts.items())

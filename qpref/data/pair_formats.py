@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from qpref.data.column_hints import advice
 from qpref.data.columns import (
+    Turns,
     any_prompt,
     has_prompt,
     instruction,
@@ -27,7 +29,7 @@ from qpref.data.pair_records import (
     split_conversations,
     with_shared_tools,
 )
-from qpref.data.row_values import BadRowError, json_value, kind_of
+from qpref.data.row_values import BadRowError, json_value, kind_of, shown
 from qpref.data.turn_notation import is_assistant
 from qpref.records import PreferencePair, Row
 
@@ -112,6 +114,35 @@ def _swift(row: Row) -> Pairs:
     )
 
 
+def has_candidates(values: Mapping[str, object]) -> bool:
+    """Return whether the last message is one of Amazon Nova's, with candidates in place of a content."""
+    messages = values.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and isinstance(last.get("candidates"), list)
+
+
+def _nova(row: Row) -> Pairs:
+    """Pair every preferred candidate of the last message with every other one."""
+    messages = row.values.get("messages")
+    if not isinstance(messages, list) or not has_candidates(row.values):
+        raise BadRowError("not_a_pair", f"messages: the last one has no list of candidates; {advice(row.values)}")
+    sides: dict[object, list[Turns]] = {"preferred": [], "non-preferred": []}
+    for number, candidate in enumerate(messages[-1]["candidates"], start=1):
+        where = f"candidate {number}"
+        label = candidate.get("preferenceLabel") if isinstance(candidate, dict) else None
+        if not isinstance(label, str) or label not in sides:
+            raise BadRowError(
+                "bad_label", f"{where}: preferenceLabel {shown(label)}; known: {', '.join(map(str, sides))}"
+            )
+        sides[label].append(turns_of(candidate, where, "assistant"))
+    prompt = with_system(row.values, turns_of(messages[:-1], "messages", "user"))
+    chosen, rejected = sides.values()
+    if not chosen or not rejected:
+        message = f"candidates: {len(chosen)} preferred and {len(rejected)} non-preferred; a pair needs one of each"
+        raise BadRowError("not_a_pair", message)
+    return numbered(build_pair(row, prompt, better, worse) for better in chosen for worse in rejected)
+
+
 def _alpaca(row: Row) -> Pairs:
     prompt, output = instruction(row.values), row.values.get("output")
     if row.values.get("chosen") is not None or row.values.get("rejected") is not None:
@@ -149,6 +180,7 @@ PAIR_FORMATS: Mapping[str, Callable[[Row], Pairs]] = {
     "sharegpt": _sharegpt,
     "messages": _messages,
     "swift": _swift,
+    "nova": _nova,
     "alpaca": _alpaca,
     "openai": _openai,
 }

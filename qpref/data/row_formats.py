@@ -25,7 +25,7 @@ from qpref.data.columns import (
 from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
 from qpref.data.known_names import NAMES, with_known_names
 from qpref.data.messages import check_prompt, check_response, turns_of
-from qpref.data.pair_formats import PAIR_FORMATS, pair_format
+from qpref.data.pair_formats import PAIR_FORMATS, has_candidates, pair_format
 from qpref.data.pair_records import build_pair
 from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
 from qpref.data.row_values import BadRowError, named
@@ -77,6 +77,8 @@ def format_of(values: Mapping[str, object]) -> str | None:
         return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
         return "openai"
+    if has_candidates(values):
+        return "nova"
     if "instruction" in has and isinstance(values.get("output"), list):
         return "alpaca"
     if has.intersection(RANKED_COLUMNS):

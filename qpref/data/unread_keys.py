@@ -14,7 +14,7 @@ from qpref.data.row_values import json_value, named
 from qpref.data.turn_notation import SPEAKER_KEYS, content_in
 from qpref.records import Finding, Row, Source
 
-READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id"})
+READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id", "candidates"})
 """Keys whose values are a part of the message, beside its content and its reasoning."""
 LAST_WORDS = frozenset(
     {"id", "ids", "uuid", "hash", "ip", "at", "time", "timestamp", "date", "model", "language", "lang", "index"}

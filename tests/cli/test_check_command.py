@@ -182,6 +182,7 @@ def test_the_page_escapes_what_rows_say_and_needs_no_network(tmp_path):
     check(path, "--html", tmp_path / "page.html", code=3)
     page = (tmp_path / "page.html").read_text()
     assert script not in page
+    assert "<title>odd.jsonl - qpref check</title>" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "2 rows read, 1 kept, 1 refused" in " ".join(page.split())
     assert not re.search(r"(src|href)=", page)
@@ -335,3 +336,11 @@ def test_a_source_whose_verdicts_fit_no_outcome_is_refused_as_a_whole(write_reci
     refused = [json.loads(line) for line in (tmp_path / "clean.refused.jsonl").read_text().splitlines()]
     assert [one["row"] for one in refused] == rows
     assert all("fit no outcome" in one["reasons"][-1] for one in refused)
+
+
+def test_rows_that_make_several_pairs_are_counted(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows({}, {"rejected": ["No.", "Never.", "Not at all."]}, {}))
+    counted = f"{path}: 3 rows read, 3 kept, 0 refused; 1 row has more than two responses, which make 3 pairs"
+    assert counted in check(path).stdout
+    assert facts(path)["several_responses"] == {"rows": 1, "pairs": 3}
+    assert facts(write_jsonl(tmp_path / "one.jsonl", preference_rows(2)))["several_responses"] == {}

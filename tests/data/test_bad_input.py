@@ -373,8 +373,8 @@ CSV = {
     "another separator": Bad(b"a;b;c", "unreadable", "1 fields, where the header has 3"),
     "a row of 4 MiB": Bad(b"a,b," + b"x" * LONG, "unreadable", "the row is longer than 4 MiB"),
     "a row of commas": Bad(b"," * LONG, "unreadable", "the row is longer than 4 MiB"),
-    "empty fields": Bad(b",,", "empty", "prompt is empty"),
-    "an empty last field": Bad(b"a,b,", "empty", "rejected is empty"),
+    "empty fields": Bad(b",,", "unknown_format", ""),
+    "an empty last field": Bad(b"a,b,", "not_a_pair", "no rejected"),
     "NUL": Bad(b"a,b,\0", "control_character", "U+0000"),
     "messages out of order": Bad(b'"[{""role"": ""system"", ""content"": ""x""}]",b,c', "role_order", "the system's"),
     "messages as pandas writes them": Bad(
@@ -462,7 +462,7 @@ def test_a_bad_file_is_reported_with_its_place(tmp_path, name):
 
 
 PARQUET = {
-    "bytes as a text": ([{"prompt": b"x", "chosen": "a", "rejected": "b"}], "not_a_message", "found bytes"),
+    "bytes as a text": ([{"prompt": b"\xff", "chosen": "a", "rejected": "b"}], "not_a_message", "found bytes"),
     "a null prompt": ([GOOD | {"prompt": None}], "not_a_pair", "no prompt"),
     "a number as a text": ([GOOD | {"prompt": 3}], "not_a_message", "found a number"),
     "NaN as a weight": ([GOOD | {"weight": float("nan")}], "bad_number", "weight: expected a number, found nan"),

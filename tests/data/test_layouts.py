@@ -55,6 +55,19 @@ GEMINI = {
         {"score": 1, "completion": {"role": "model", "parts": [{"text": "Because."}]}},
     ],
 }
+NOVA = {
+    "system": [{"text": "Be kind."}],
+    "messages": [
+        *TALK[1:],
+        {
+            "role": "assistant",
+            "candidates": [
+                {"content": [{"text": "No idea."}], "preferenceLabel": "non-preferred"},
+                {"content": [{"text": "Because."}], "preferenceLabel": "preferred"},
+            ],
+        },
+    ],
+}
 TEXT_SIDES = {"chosen": "Because.", "rejected": "No idea."}
 WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
 
@@ -89,6 +102,7 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         {"context": TALK, "completions": [{"rank": 0, "completion": [GOOD]}, {"rank": 1, "completion": [BAD]}]},
         {"messages": TALK, "generations": ["No idea.", "Because."], "ratings": [1, 4.5]},
         {"system": [{"text": "Be kind."}], "messages": TALK[1:], **TEXT_SIDES},
+        NOVA,
         {"input": {"messages": TALK}, "preferred_completion": [GOOD], "non_preferred_completion": [BAD]},
         {"input": json.dumps({"messages": TALK}), "preferred_output": "Because.", "non_preferred_output": "No idea."},
     ],
@@ -162,6 +176,42 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
 def test_a_broken_part_of_a_layout_refuses_the_row(values, code, wording):
     found, message = refusal(values)
     assert (found, wording in message) == (code, True), message
+
+
+def with_candidates(*candidates):
+    return {"messages": [*TALK, {"role": "assistant", "candidates": list(candidates)}]}
+
+
+def candidate(text, label):
+    return {"content": [{"text": text}], "preferenceLabel": label}
+
+
+def test_every_preferred_candidate_makes_a_pair_with_every_other_one():
+    values = with_candidates(*(candidate(text, "preferred" if text in "ab" else "non-preferred") for text in "acbd"))
+    pairs = [(one.chosen[0].content, one.rejected[0].content, one.number) for one in records(values)]
+    assert pairs == [("a", "c", 0), ("a", "d", 1), ("b", "c", 2), ("b", "d", 3)]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "code", "wording"),
+    [
+        ([], "not_a_pair", "candidates: 0 preferred and 0 non-preferred"),
+        ([candidate("a", "preferred")], "not_a_pair", "candidates: 1 preferred and 0 non-preferred"),
+        ([candidate("a", "good")], "bad_label", "candidate 1: preferenceLabel 'good'; known: preferred, non-preferred"),
+        ([candidate("a", ["preferred"])], "bad_label", "candidate 1: preferenceLabel a list"),
+        (["a"], "bad_label", "candidate 1: preferenceLabel None"),
+        ([{"preferenceLabel": "preferred"}], "not_a_message", "candidate 1: expected a text or a list of messages"),
+        ([candidate("", "preferred"), candidate("b", "non-preferred")], "empty", "chosen is empty"),
+    ],
+)
+def test_broken_candidates_refuse_the_row(candidates, code, wording):
+    found, message = refusal(with_candidates(*candidates))
+    assert (found, message[: len(wording)]) == (code, wording)
+
+
+def test_a_row_named_nova_has_candidates():
+    assert refusal({"messages": TALK}, "nova")[0] == "not_a_pair"
+    assert refusal({"messages": [{"candidates": NOVA["messages"][-1]["candidates"]}]})[0] == "not_a_message"
 
 
 def test_whole_conversations_beside_messages_are_read_without_them():

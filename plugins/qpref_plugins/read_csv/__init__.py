@@ -49,6 +49,7 @@ def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
 
 
 def _rows(lines: _Lines, separator: bytes, path: str) -> Iterator[Row | Finding]:
+    """Yield the rows; an empty field is null, as tables have no other way to write it."""
     header = None
     for line, fields in _records(lines, separator):
         source = Source(path=path, line=line)
@@ -62,7 +63,7 @@ def _rows(lines: _Lines, separator: bytes, path: str) -> Iterator[Row | Finding]
         elif len(fields) != len(header):
             yield _unreadable(f"{len(fields)} fields, where the header has {len(header)}", source)
         else:
-            yield Row(values=dict(zip(header, fields, strict=True)), source=source)
+            yield Row(values=dict(zip(header, (field or None for field in fields), strict=True)), source=source)
 
 
 def _header(fields: list[str] | str) -> tuple[list[str], str | None]:
