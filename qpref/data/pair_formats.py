@@ -166,6 +166,7 @@ def _openai(row: Row) -> Pairs:
     need(row.values, "input", "preferred_output", "non_preferred_output")
     found = row.values["input"]
     request = json_value(found) if isinstance(found, str) else found
+    request = {"messages": request} if isinstance(request, list) else request
     if messages_within(request) is None:
         raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(found)}")
     sides = {"chosen": row.values["preferred_output"], "rejected": row.values["non_preferred_output"]}
