@@ -143,7 +143,14 @@ def label_in(values: Mapping[str, object]) -> bool:
     name = next((name for name in LABEL_COLUMNS if values.get(name) is not None), None)
     if name is None:
         raise BadRowError("not_an_example", f"not a labelled completion: no label; {advice(values, ['label'])}")
-    label = values[name]
+    labels = {name: _label(values[name], name) for name in LABEL_COLUMNS if values.get(name) is not None}
+    if len(set(labels.values())) > 1:
+        found = " and ".join(f"{name} is {str(label).lower()}" for name, label in labels.items())
+        raise BadRowError("bad_label", f"two labels contradict each other: {found}")
+    return labels[name]
+
+
+def _label(label: object, name: str) -> bool:
     key = label.lower() if isinstance(label, str) else label
     if isinstance(key, str | int | float) and key in _LABELS:
         return _LABELS[key]
