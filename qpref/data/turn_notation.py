@@ -50,6 +50,24 @@ def is_assistant(turn: Mapping[str, object]) -> bool:
     return ROLE_OF.get(speaker) == "assistant" or speaker in CALLERS
 
 
+def is_message(values: Mapping[str, object]) -> bool:
+    """Return whether an object has a known speaker beside a content under the key that belongs to it."""
+    for speaker_key, content_key in (("role", "content"), ("from", "value")):
+        speaker = values.get(speaker_key)
+        if isinstance(speaker, str) and speaker.lower() in (*ROLE_OF, *CALLERS) and content_key in values:
+            return True
+    return False
+
+
+def by_message(values: dict[str, object]) -> dict[str, object] | list[dict[str, object]]:
+    """Turn an object of lists, as older `datasets` store a Sequence of messages, into the list of messages."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    speakers = next((lists[key] for key in SPEAKER_KEYS if key in lists), None)
+    if speakers is None or any(len(value) != len(speakers) for value in lists.values()):
+        return values
+    return [{key: value[index] for key, value in lists.items()} for index in range(len(speakers))]
+
+
 def content_in(turn: Mapping[str, object]) -> object:
     """Return the content of a turn under the first key that has one; None where no key has."""
     for key in CONTENT_KEYS:

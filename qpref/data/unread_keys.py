@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from qpref.data.messages import reasoning_of
 from qpref.data.row_values import json_value, named
-from qpref.data.turn_notation import SPEAKER_KEYS, content_in
+from qpref.data.turn_notation import CALLERS, SPEAKER_KEYS, by_message, content_in
 from qpref.records import Finding, Row, Source
 
-READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id", "candidates"})
+READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id", *CALLERS, "candidates"})
 """Keys whose values are a part of the message, beside its content and its reasoning."""
 LAST_WORDS = frozenset(
     {"id", "ids", "uuid", "hash", "ip", "at", "time", "timestamp", "date", "model", "language", "lang", "index"}
@@ -83,7 +83,9 @@ def _holds_text(value: object) -> bool:
 def _messages(value: object, depth: int = 0) -> Iterator[Mapping[str, object]]:
     """Yield the messages in a column: a message, lists of them, their JSON text, or an object that holds them."""
     if isinstance(value, str):
-        value = json_value(value) if value[:1] == "[" and "{" in value[:8] and depth == 0 else None
+        value = json_value(value) if value[:1] in ("[", "{") and "{" in value[:8] and depth == 0 else None
+    if isinstance(value, dict):
+        value = by_message(value)
     if isinstance(value, Mapping):
         if any(isinstance(value.get(key), str) for key in SPEAKER_KEYS):
             yield value

@@ -55,6 +55,11 @@ def test_other_keys_may_not(key):
     assert unread_keys(TURN | {key: "x"}) == {key}
 
 
+def test_candidates_in_place_of_a_content_are_read():
+    candidate = {"content": [{"text": "x"}], "preferenceLabel": "preferred"}
+    assert counted({"messages": [USER, {"role": "assistant", "candidates": [candidate]}]}) == []
+
+
 def test_reasoning_is_read_once_and_another_text_of_it_is_not():
     assert unread_keys(TURN | {"reasoning": "x"}) == unread_keys(TURN | {"thinking": "x", "reasoning": "x"}) == set()
     assert unread_keys(TURN | {"reasoning_content": "x", "thinking": "y"}) == {"thinking"}
@@ -71,6 +76,8 @@ PLACES = {
     "a list": {"prompt": [USER, TURN | {"note": "x"}]},
     "one message": {"chosen": TURN | {"note": "x"}},
     "JSON text": {"chosen": json.dumps([USER, TURN | {"note": "x"}])},
+    "JSON text of one message": {"chosen": json.dumps(TURN | {"note": "x"})},
+    "an object of lists": {"prompt": {"role": ["user"], "content": ["Why?"], "note": ["x"]}},
     "OpenAI's input": {"input": {"messages": [USER | {"note": "x"}], "tools": []}},
     "ranked responses": {"responses": [[TURN], [TURN | {"note": "x"}]]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?", "note": "x"}]},

@@ -3,6 +3,7 @@
 import random
 import time
 import unicodedata
+from dataclasses import replace
 from difflib import SequenceMatcher
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qpref.hooks.reading import reading_length, reads_shorter
+from qpref.records import Message
 from qpref_plugins import check_pairs
 from qpref_plugins.check_pairs import MAX_COMPARED_CHARACTERS, PairChecks
 from qpref_plugins.check_pairs.same import same_text, same_words
@@ -34,6 +36,18 @@ def found(chosen, rejected, **options):
 
 def test_a_good_pair_has_no_finding():
     assert found(LONG, OTHER) == []
+
+
+def calling(number, **arguments):
+    """A response that calls a tool, with an id as a server makes it up."""
+    call = {"id": f"call_{number}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return (Message(role="assistant", content="", extra={"tool_calls": [call]}),)
+
+
+def test_calls_that_differ_in_their_ids_alone_are_the_same_text():
+    for city, codes in (("Oslo", ["identical"]), ("Turku", [])):
+        calls = replace(pair("", ""), chosen=calling(1, city="Oslo"), rejected=calling(2, city=city))
+        assert [one.code for one in findings(check_pairs, [calls], too_short="off", too_similar="off")] == codes
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,19 @@ def test_nan_in_a_column_of_the_type_json_is_refused():
     assert refused.message == "column a: invalid JSON: NaN is not JSON"
 
 
+def test_a_column_that_occurs_twice_is_refused(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    columns = [pyarrow.array([1]), pyarrow.array([2]), pyarrow.array([3])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["a", "b", "a"]), path)
+    with pytest.raises(DataError, match=re.escape(f"{path}: duplicate column 'a'")):
+        found("parquet", path)
+
+
+def test_an_over_long_row_is_refused_in_a_small_file_too(write):
+    rows = [{"a": "x" * (MAX_ROW_BYTES + 1)}, {"a": "y"}]
+    assert found("parquet", write(rows)) == [(1, "the row is longer than 4 MiB"), (2, {"a": "y"})]
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all", b"PAR1" + bytes(100) + b"PAR1"], ids=repr)
 def test_a_file_that_is_no_parquet_stops_the_reading(tmp_path, content):
     path = tmp_path / "pairs.parquet"

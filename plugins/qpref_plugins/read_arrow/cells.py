@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
 
+from qpref.errors import DataError
 from qpref.records import Finding, Row, Source
 from qpref_plugins.read_arrow.json_values import BadCellError, Convert, conversion, temporal_as_text
 
@@ -18,15 +20,23 @@ _NOT_CONVERTIBLE = (ValueError, OverflowError, pyarrow.ArrowException)
 
 
 def rows_of_table(table: Any, path: str, first: int) -> Iterator[Row | Finding]:
-    """Yield the rows of a pyarrow table or record batch; the first one has the number `first`."""
+    """Yield the rows of a pyarrow table or record batch; the first one has the number `first`.
+
+    Raises:
+        DataError: a column's name occurs twice.
+    """
+    name, count = Counter(table.schema.names).most_common(1)[0] if table.schema.names else ("", 0)
+    if count > 1:
+        raise DataError(f"{path}: duplicate column {name[:40]!r}")
     # A dictionary column stores a long value once, but every row that refers to it gets a copy.
     one_by_one = table.nbytes > MAX_BATCH_BYTES or "dictionary<" in str(table.schema.types)
     pieces = (table.slice(index, 1) for index in range(table.num_rows)) if one_by_one else (table,)
     convert = {field.name: convert for field in table.schema if (convert := conversion(field.type)) is not None}
+    is_measured = one_by_one or table.nbytes > MAX_ROW_BYTES
     number = first
     for piece in pieces:
         for values in _values(piece):
-            yield _row(values, convert, Source(path=path, line=number), measured=one_by_one)
+            yield _row(values, convert, Source(path=path, line=number), is_measured)
             number += 1
 
 
@@ -58,10 +68,10 @@ def _first(table: Any) -> dict[str, Any]:
     return values
 
 
-def _row(values: dict[str, Any] | str, convert: dict[str, Convert], source: Source, measured: bool) -> Row | Finding:
+def _row(values: dict[str, Any] | str, convert: dict[str, Convert], source: Source, is_measured: bool) -> Row | Finding:
     if isinstance(values, str):
         return _unreadable(values, source)
-    if measured and _size(values) > MAX_ROW_BYTES:
+    if is_measured and _size(values) > MAX_ROW_BYTES:
         return _unreadable(f"the row is longer than {MAX_ROW_BYTES // 2**20} MiB", source)
     try:
         for name, to_json in convert.items():
