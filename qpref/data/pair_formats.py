@@ -97,6 +97,7 @@ def _messages(row: Row) -> Pairs:
 def _swift(row: Row) -> Pairs:
     """Read the last turn of `messages`, or `response`, as the chosen response."""
     need(row.values, "rejected")
+    row = with_shared_tools(row, "rejected")
     name = next((name for name in ("messages", "conversations") if row.values.get(name) is not None), None)
     rejected = responses_of(row.values["rejected"], "rejected")
     if name is None:
@@ -126,14 +127,12 @@ def _nova(row: Row) -> Pairs:
     messages = row.values.get("messages")
     if not isinstance(messages, list) or not has_candidates(row.values):
         raise BadRowError("not_a_pair", f"messages: the last one has no list of candidates; {advice(row.values)}")
-    sides: dict[object, list[Turns]] = {"preferred": [], "non-preferred": []}
+    sides: dict[str, list[Turns]] = {"preferred": [], "non-preferred": []}
     for number, candidate in enumerate(messages[-1]["candidates"], start=1):
         where = f"candidate {number}"
         label = candidate.get("preferenceLabel") if isinstance(candidate, dict) else None
         if not isinstance(label, str) or label not in sides:
-            raise BadRowError(
-                "bad_label", f"{where}: preferenceLabel {shown(label)}; known: {', '.join(map(str, sides))}"
-            )
+            raise BadRowError("bad_label", f"{where}: preferenceLabel {shown(label)}; known: {', '.join(sides)}")
         sides[label].append(turns_of(candidate, where, "assistant"))
     prompt = with_system(row.values, turns_of(messages[:-1], "messages", "user"))
     chosen, rejected = sides.values()
@@ -166,6 +165,7 @@ def _openai(row: Row) -> Pairs:
     need(row.values, "input", "preferred_output", "non_preferred_output")
     found = row.values["input"]
     request = json_value(found) if isinstance(found, str) else found
+    request = {"messages": request} if isinstance(request, list) else request
     if messages_within(request) is None:
         raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(found)}")
     sides = {"chosen": row.values["preferred_output"], "rejected": row.values["non_preferred_output"]}

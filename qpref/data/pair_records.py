@@ -12,6 +12,8 @@ from qpref.data.ranked import MAX_RESPONSES
 from qpref.data.row_values import BadRowError
 from qpref.records import PreferencePair, Row
 
+RESPONSE_KEYS = ("response", "answer", "completion", "output")
+
 
 def pairs_of_sides(row: Row, prompt: Turns | None) -> list[PreferencePair]:
     """Build a pair of every chosen with every rejected response: each column may hold one response, or a list.
@@ -25,7 +27,11 @@ def pairs_of_sides(row: Row, prompt: Turns | None) -> list[PreferencePair]:
 
 
 def responses_of(value: object, side: str) -> list[Turns]:
-    """Parse the responses of one side: a list of texts, or of lists of messages, holds one response in each."""
+    """Parse the responses of one side: a list of texts, or of lists of messages, holds one response in each.
+
+    A response may be an object that holds its text under one of RESPONSE_KEYS, as Nectar's do.
+    """
+    value = [_text_within(one) for one in value] if isinstance(value, list) else _text_within(value)
     if not (isinstance(value, list) and value and all(isinstance(one, str | list) for one in value)):
         return [turns_of(value, side, "assistant")]
     if len(value) > MAX_RESPONSES:
@@ -37,6 +43,13 @@ def responses_of(value: object, side: str) -> list[Turns]:
         if not is_whole(responses[-1]):
             check_response(responses[-1], name)
     return responses
+
+
+def _text_within(response: object) -> object:
+    """Return the text of a response that is an object without a speaker; any other response as it is."""
+    if isinstance(response, dict) and not has_speaker(response):
+        return next((response[key] for key in RESPONSE_KEYS if isinstance(response.get(key), str)), response)
+    return response
 
 
 def numbered(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:

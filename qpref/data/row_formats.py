@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 
-from qpref.data.column_hints import advice, two_responses
+from qpref.data.column_hints import advice, response_columns
 from qpref.data.columns import (
     LABEL_COLUMNS,
     PROMPT_COLUMNS,
@@ -91,8 +91,8 @@ def format_of(values: Mapping[str, object]) -> str | None:
 
 
 def _is_verdict(values: Mapping[str, object], has: set[str]) -> bool:
-    """Return whether the row's label is about two responses, which no format knows, and not about a completion."""
-    return not has & {*COMPLETIONS, "conversations", "messages"} and two_responses(values) is not None
+    """Return whether the row's label is about several responses, which no format knows, and not about a completion."""
+    return not has & {*COMPLETIONS, "conversations", "messages"} and bool(response_columns(values))
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from qpref.data.contest import UNLISTED, Contest, value_at
 from qpref.data.example_rows import ExampleRow
-from qpref.data.source import DataSource
+from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, Row, Source
 
 FEWEST_VERDICTS = 20
@@ -55,14 +55,11 @@ class VerdictWatch:
     _contest: Contest | None = None
     _format: str = ""
 
-    def note(self, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
+    def note(self, row: Row, judged: Judged | None, result: Sequence[ExampleRow] | Finding) -> None:
         """Count the verdict of a row, and keep the first rows that have a winner."""
-        if isinstance(result, Finding) and result.code != UNLISTED:
+        if judged is None or (isinstance(result, Finding) and result.code != UNLISTED):
             return
-        found = self.source.contest_of(row)
-        if found is None:
-            return
-        self._format, self._contest, values = found
+        self._format, self._contest, values = judged
         self._path = row.source.path
         if isinstance(result, Finding):
             self._note_unlisted(self._contest.described(values), row.source.line)

@@ -33,9 +33,9 @@ def check(rows, contest=None, **choice):
     rows = [Row(values=values, source=Source(path="pairs.x", line=line)) for line, values in enumerate(rows, start=1)]
     reader = Loaded(Reader(name="x", summary="", read=lambda path: iter(rows), takes="name"),
                     Offer("read", "x", "acme", "2.0", "acme_x"))  # fmt: skip
-    share = choice.pop("share", None)
+    share, pairs_only = choice.pop("share", None), choice.pop("pairs_only", True)
     source = SourceChoice(location="pairs.x", split="train", reader=reader, contest=contest, **choice)
-    return check_data([source], [], share=share)
+    return check_data([source], [], share=share, pairs_only=pairs_only)
 
 
 def chosen(rows, contest=None, **choice):

@@ -92,6 +92,10 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
          "system": "Be kind."},
         {"question": "Why?", "response_chosen": "Because.", "response_rejected": "No idea.",
          "history": [["Hi", "Hello."]], "system": "Be kind."},
+        {"prompt": "Why?", "history": [["Hi", "Hello."]], "system": "Be kind.", **TEXT_SIDES},
+        {"prompt": "Why?", "history": TALK[:-1], **TEXT_SIDES},
+        {"prompt": TALK, "history": [["x", "y"]], **TEXT_SIDES},
+        {"messages": [*TALK, GOOD], "rejected": {"messages": [*TALK, BAD]}},
         {"prompt": TALK, "chosen_response": "Because.", "rejected_response": "No idea."},
         {"chosen_conversations": WHOLE["chosen"], "rejected_conversations": WHOLE["rejected"]},
         {side: {"messages": turns} for side, turns in WHOLE.items()},
@@ -104,6 +108,9 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         {"system": [{"text": "Be kind."}], "messages": TALK[1:], **TEXT_SIDES},
         NOVA,
         {"input": {"messages": TALK}, "preferred_completion": [GOOD], "non_preferred_completion": [BAD]},
+        {"input": TALK, "preferred_output": GOOD, "non_preferred_output": BAD},
+        {"prompt": TALK, "chosen": {"answer": "Because.", "rank": 1}, "rejected": {"response": "No idea."}},
+        {"prompt": TALK, "chosen": "Because.", "rejected": [{"answer": "No idea.", "rank": 7}]},
         {"input": json.dumps({"messages": TALK}), "preferred_output": "Because.", "non_preferred_output": "No idea."},
     ],
     ids=lambda values: "-".join(values),
@@ -117,6 +124,11 @@ def test_one_column_of_another_name_is_the_prompt(column):
     assert records({column: "Why?", **TEXT_SIDES}) == plain("Why?")
     single = {column: "Why?", "response": "Because.", "label": True}
     assert records(single) == records({"prompt": "Why?", "completion": "Because.", "label": True})
+
+
+def test_qprefs_own_names_come_before_those_of_other_tools():
+    others = {"chosen_response": "x", "rejected_response": "y", "rejected_message": "z", "prompt_messages": "w"}
+    assert records({"prompt": TALK, **TEXT_SIDES, **others}) == plain(TALK)
 
 
 def test_a_prompt_comes_before_columns_of_other_names():
@@ -151,6 +163,8 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
         (SWIFT | {"rejected_response": 3}, "not_a_message", "rejected: expected a text or a list of messages"),
         (SWIFT | {"rejected_response": [USER, BAD]}, "different_prompts", "share no first turn"),
         ({"query": "Why?", "response": None, "rejected_response": "x"}, "not_a_pair", "no chosen"),
+        ({"prompt": "Why?", "history": [["Hi"]], **TEXT_SIDES}, "not_a_message", "history: expected [question"),
+        ({"prompt": "Why?", "history": [{"a": 1}], **TEXT_SIDES}, "not_a_message", "history, turn 1: role None"),
         ({"query": "", "response": "a", "rejected_response": "x"}, "not_a_pair", "no prompt; it has query"),
         ({"chosen_response": "a", "prompt": "Why?"}, "not_a_pair", "no rejected"),
         ({"chosen_conversations": [], "rejected_conversations": []}, "not_a_message", "found an empty list"),
@@ -489,11 +503,25 @@ def test_two_responses_and_a_verdict_are_no_single_completion_and_are_told_of_th
 
 @pytest.mark.parametrize(
     "names",
-    [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2")],
+    [("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2"), ("x", "y"), ("output_2", "output_3")],
 )
 def test_other_columns_are_no_two_responses(names):
     _, message = refusal({"post": "p", "label": 1} | dict.fromkeys(names, "x"))
     assert "contest" not in message
+
+
+def test_columns_of_several_responses_are_told_of_the_list_of_them():
+    values = {"prompt": "p", "label": 1} | dict.fromkeys(("answer_a", "answer_b", "answer_c"), "x")
+    code, message = refusal(values)
+    assert (code, "write the 3 responses as one list: responses, with ranks or scores" in message) == (
+        "not_a_pair",
+        True,
+    )
+
+
+def test_responses_without_a_score_are_told_what_to_add():
+    code, message = refusal({"question": "Why?", "answers": ["a", "b"]})
+    assert (code, "add them, or name a list from best to worst ranked" in message) == ("bad_number", True)
 
 
 def test_data_for_supervised_fine_tuning_are_called_that():
@@ -511,7 +539,9 @@ def test_a_text_that_holds_the_prompt_on_both_sides_needs_it_in_a_column():
 
 def test_advice_stays_short_and_on_one_line():
     names = [f"{'very_long_name_' * 6}{number}" for number in range(40)]
-    for values in (dict.fromkeys(names, "x"), dict.fromkeys(["a\nb", 'c"d', "\x1b[31m"], "x"), {"": "x"}):
+    sides = [f"{side}_{'x' * 300}" for side in ("chosen", "rejected")]
+    hostile = ["a\nb", 'c"d', "\x1b[31m", "chosen\n", "rejected\x1b"]
+    for values in (dict.fromkeys(names, "x"), dict.fromkeys(sides, "x"), dict.fromkeys(hostile, "x"), {"": "x"}):
         _, message = refusal(values)
         assert len(message) < 400
         assert message.isprintable()

@@ -55,6 +55,11 @@ def test_other_keys_may_not(key):
     assert unread_keys(TURN | {key: "x"}) == {key}
 
 
+def test_candidates_in_place_of_a_content_are_read():
+    candidate = {"content": [{"text": "x"}], "preferenceLabel": "preferred"}
+    assert counted({"messages": [USER, {"role": "assistant", "candidates": [candidate]}]}) == []
+
+
 def test_reasoning_is_read_once_and_another_text_of_it_is_not():
     assert unread_keys(TURN | {"reasoning": "x"}) == unread_keys(TURN | {"thinking": "x", "reasoning": "x"}) == set()
     assert unread_keys(TURN | {"reasoning_content": "x", "thinking": "y"}) == {"thinking"}
