@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from qpref.data.messages import has_speaker
-from qpref.data.pair_records import messages_within
+from qpref.data.pair_records import conversation_in
 from qpref.data.row_values import json_value
 from qpref.data.turn_notation import is_message
 from qpref.records import Row
@@ -26,7 +26,7 @@ def with_decoded_messages(row: Row, columns: Collection[str]) -> Row:
 def _holds_messages(value: object) -> bool:
     """Return whether a value is messages, one of them, lists of them, or an object that holds them."""
     if isinstance(value, dict):
-        return is_message(value) or messages_within(value) is not None
+        return is_message(value) or conversation_in(value) is not None
     if not isinstance(value, list) or not value:
         return False
     return all(has_speaker(item) if isinstance(item, dict) else _holds_messages(item) for item in value)

@@ -32,7 +32,7 @@ _MAY_FOLLOW = {
     "tool": ("tool", "assistant"),
 }
 _SPEAKER_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_PYTHON_NOTATION = re.compile(r"(?:\[\s*)?\{'(?:role|content|from|value)'.*\}(?:\s*\])?\s*", re.DOTALL)
+_PYTHON_MESSAGES = re.compile(r"(?:\[\s*)?\{'(?:role|content|from|value|messages)': .*\}\s*\]?\s*", re.DOTALL)
 
 
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
@@ -86,7 +86,7 @@ def _listed(text: str, side: str) -> list[object] | None:
     """Parse a text that is the JSON of a list of messages or of one, as in CSV files; None for any other text."""
     if text[:1] not in ("[", "{") or "{" not in text[:8]:
         return None
-    if _PYTHON_NOTATION.fullmatch(text):
+    if _PYTHON_MESSAGES.fullmatch(text):
         raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
     value = json_value(text)
     if isinstance(value, dict):
