@@ -57,7 +57,10 @@ class UnreadKeys:
         """Count the keys of a row's messages."""
         keys: set[str] = set()
         for column in self._columns.intersection(row.values):
-            for turn in _messages(row.values[column]):
+            value = row.values[column]
+            if isinstance(value, str) and value[:1] not in ("[", "{"):
+                continue  # a text, as most columns are
+            for turn in _messages(value):
                 keys |= unread_keys(turn)
         if keys:
             self._counts.setdefault(row.source.path, Counter()).update(keys)
