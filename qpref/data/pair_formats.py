@@ -20,8 +20,8 @@ from qpref.data.columns import (
 from qpref.data.messages import dialogue_of, turns_of
 from qpref.data.pair_records import (
     build_pair,
+    conversation_in,
     is_whole,
-    messages_within,
     numbered,
     pair_of_turns,
     pairs_of_sides,
@@ -29,7 +29,7 @@ from qpref.data.pair_records import (
     split_conversations,
     with_shared_tools,
 )
-from qpref.data.row_values import BadRowError, json_value, kind_of, shown
+from qpref.data.row_values import BadRowError, kind_of, shown
 from qpref.data.turn_notation import is_assistant
 from qpref.records import PreferencePair, Row
 
@@ -60,8 +60,8 @@ def pair_format(values: Mapping[str, object], has: set[str]) -> str:
 
 def _is_conversation(side: object) -> bool:
     """Return whether a side is a whole conversation and not a response, by its first message."""
-    if (inner := messages_within(side)) is not None:
-        return not inner or _is_conversation(inner)
+    if (inner := conversation_in(side)) is not None:
+        return not inner[0] or _is_conversation(inner[0])
     if not isinstance(side, list) or not side:
         return False
     first = side[0]
@@ -163,11 +163,10 @@ def _hh(row: Row) -> Pairs:
 
 def _openai(row: Row) -> Pairs:
     need(row.values, "input", "preferred_output", "non_preferred_output")
-    found = row.values["input"]
-    request = json_value(found) if isinstance(found, str) else found
+    request = row.values["input"]
     request = {"messages": request} if isinstance(request, list) else request
-    if messages_within(request) is None:
-        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(found)}")
+    if conversation_in(request) is None:
+        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(request)}")
     sides = {"chosen": row.values["preferred_output"], "rejected": row.values["non_preferred_output"]}
     row = with_shared_tools(Row(values={**row.values, "input": request, **sides}, source=row.source), "input")
     return pairs_of_sides(row, with_system(row.values, turns_of(row.values["input"], "input.messages", "user")))
