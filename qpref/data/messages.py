@@ -32,7 +32,7 @@ _MAY_FOLLOW = {
     "tool": ("tool", "assistant"),
 }
 _SPEAKER_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", re.DOTALL)
+_PYTHON_MESSAGES = re.compile(r"(?:\[\s*)?\{'(?:role|content|from|value|messages)': .*\}\s*\]?\s*", re.DOTALL)
 
 
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
@@ -84,14 +84,13 @@ def _calls_of(message: Message) -> list[object]:
 
 def _listed(text: str, side: str) -> list[object] | None:
     """Parse a text that is the JSON of a list of messages or of one, as in CSV files; None for any other text."""
-    if text[:1] == "{":
-        message = json_value(text) if "content" in text or "value" in text else None
-        return [message] if isinstance(message, dict) and is_message(message) else None
-    if text[:1] != "[" or "{" not in text[:8]:
+    if text[:1] not in ("[", "{") or "{" not in text[:8]:
         return None
-    if _PYTHON_LIST.fullmatch(text):
+    if _PYTHON_MESSAGES.fullmatch(text):
         raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
     value = json_value(text)
+    if isinstance(value, dict):
+        return [value] if is_message(value) else None
     if isinstance(value, list) and all(isinstance(turn, dict) and has_speaker(turn) for turn in value):
         return value
     return None
@@ -103,7 +102,7 @@ def _message(turn: object, where: str) -> Message:
     speaker, content = speaker_of(turn, where), content_in(turn)
     extra = _extra(turn, where) if turn.keys() - _PLAIN else {}
     if speaker in CALLERS:
-        speaker, content, extra = "assistant", "", {"tool_calls": _calls(content, where)}
+        speaker, content, extra = "assistant", "", {**extra, "tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
         content = ""
     if isinstance(content, list):

@@ -21,6 +21,9 @@ SIDE_VERDICTS = frozenset({"winner", "verdict", "preference", "preferred", "bett
 SWAPPED_SHARE = 0.5
 """Share of contradicting rows above which the whole source looks swapped, and not single rows."""
 
+_TEXTS = {"prompt", "chosen", "rejected", "system"}
+"""Columns beside which a row of texts has no score."""
+
 
 @dataclass(slots=True)
 class ScoreWatch:
@@ -35,6 +38,8 @@ class ScoreWatch:
     def note(self, row: Row, judged: Judged | None, result: Sequence[ExampleRow] | Finding) -> None:
         """Compare the label of a row with its other columns."""
         if isinstance(result, Finding) or not isinstance(result[0], PreferencePair):
+            return
+        if row.values.keys() <= _TEXTS and all(isinstance(value, str) for value in row.values.values()):
             return
         self._path = row.source.path
         for text, contradicts in self._evidence(row, judged):

@@ -80,6 +80,7 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         {"messages": TALK, "chosen": [GOOD], "rejected": [BAD]},
         {"messages": [*TALK, GOOD], **TEXT_SIDES},
         {"messages": json.dumps(TALK), **{side: json.dumps([one]) for side, one in SIDES.items()}},
+        {"messages": json.dumps(TALK), **{side: json.dumps(one) for side, one in SIDES.items()}},
         {"messages": TALK[1:], "system": "Be kind.", **TEXT_SIDES},
         SWIFT,
         SWIFT | {"rejected_response": BAD},
@@ -92,10 +93,15 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
          "system": "Be kind."},
         {"question": "Why?", "response_chosen": "Because.", "response_rejected": "No idea.",
          "history": [["Hi", "Hello."]], "system": "Be kind."},
+        {"prompt": "Why?", "history": [["Hi", "Hello."]], "system": "Be kind.", **TEXT_SIDES},
+        {"prompt": "Why?", "history": TALK[:-1], **TEXT_SIDES},
+        {"prompt": TALK, "history": [["x", "y"]], **TEXT_SIDES},
+        {"messages": [*TALK, GOOD], "rejected": {"messages": [*TALK, BAD]}},
         {"prompt": TALK, "chosen_response": "Because.", "rejected_response": "No idea."},
         {"chosen_conversations": WHOLE["chosen"], "rejected_conversations": WHOLE["rejected"]},
         {side: {"messages": turns} for side, turns in WHOLE.items()},
         {side: {"conversations": turns} for side, turns in WHOLE.items()},
+        {side: json.dumps({"messages": turns, "tools": []}) for side, turns in WHOLE.items()},
         {"prompt": {"messages": TALK}, **TEXT_SIDES},
         {"contents": GEMINI["contents"], "systemInstruction": {"role": "system", "parts": ["Be kind."]}, **TEXT_SIDES},
         GEMINI,
@@ -159,6 +165,8 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
         (SWIFT | {"rejected_response": 3}, "not_a_message", "rejected: expected a text or a list of messages"),
         (SWIFT | {"rejected_response": [USER, BAD]}, "different_prompts", "share no first turn"),
         ({"query": "Why?", "response": None, "rejected_response": "x"}, "not_a_pair", "no chosen"),
+        ({"prompt": "Why?", "history": [["Hi"]], **TEXT_SIDES}, "not_a_message", "history: expected [question"),
+        ({"prompt": "Why?", "history": [{"a": 1}], **TEXT_SIDES}, "not_a_message", "history, turn 1: role None"),
         ({"query": "", "response": "a", "rejected_response": "x"}, "not_a_pair", "no prompt; it has query"),
         ({"chosen_response": "a", "prompt": "Why?"}, "not_a_pair", "no rejected"),
         ({"chosen_conversations": [], "rejected_conversations": []}, "not_a_message", "found an empty list"),
@@ -338,6 +346,30 @@ def test_calls_in_turns_of_their_own_join_the_assistants_turn():
 def test_a_content_is_read_under_every_key(key):
     assert plain([{"role": "user", key: "Why?"}]) == plain("Why?")
     assert plain({key: "Why?"}) == plain("Why?")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"role": "admin", "content": "x"},
+        {"role": "user"},
+        {"from": "Oslo", "text": "x"},
+        {"content": "x"},
+        {"user": "x"},
+        {},
+    ],
+    ids=str,
+)
+def test_an_answer_in_json_that_is_no_message_is_a_text(answer):
+    (pair,) = plain("Why?", json.dumps(answer))
+    assert pair.chosen[0].content == json.dumps(answer)
+
+
+@pytest.mark.parametrize("value", [GOOD, [GOOD], [USER, GOOD], {"messages": [USER, GOOD]}], ids=str)
+def test_messages_as_python_prints_them_are_refused(value):
+    code, message = refusal({"prompt": "Why?", **TEXT_SIDES, "chosen": str(value)})
+    assert (code, message) == ("not_a_message", "chosen: messages in Python notation; write them as JSON (json.dumps)")
+    assert plain("Why?", "{'colour': 'blue'}")[0].chosen[0].content == "{'colour': 'blue'}"
 
 
 # Parts.
