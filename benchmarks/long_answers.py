@@ -4,7 +4,7 @@
     python -m benchmarks.long_answers --rows 200 --output out/
 
 The rows resemble answers of chat models: paragraphs, numbered lists, headings, code and now and then a character that
-isn't ASCII; a prompt of 500 characters and two answers of 4,400 on average, in words drawn by Zipf's law. They are made
+isn't ASCII; a prompt of 800 characters and two answers of 4,400 on average, in words drawn by Zipf's law. They are made
 from a seed. The tokenizer is a byte-level BPE of 16,000 tokens trained on the first of them, with a ChatML template.
 
 Each part is run alone in this process, in CPU seconds. A part's figure contains the parts before it in the table, as
