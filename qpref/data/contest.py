@@ -54,7 +54,8 @@ class Contest:
             BadRowError: a tie, no verdict, one that no list has, or a column is missing.
         """
         better, worse = self.sides(row.values)
-        values = {**row.values, "chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
+        values = {name: value for name, value in row.values.items() if name not in (better, worse)}
+        values |= {"chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
         if not has_prompt(values):
             prompts = (value_at(row.values, path) for path in self.prompts)
             values["prompt"] = next((prompt for prompt in prompts if not is_missing(prompt)), None)
