@@ -111,13 +111,14 @@ def test_a_verdict_that_no_outcome_has_refuses_every_row(listed, value):
     assert "first: 2)" in report.findings[1].message
 
 
-@pytest.mark.parametrize("value", [None, math.nan, ""], ids=repr)
+@pytest.mark.parametrize("value", [None, math.nan, "", " "], ids=repr)
 def test_a_row_without_a_verdict_is_refused_alone(value):
     assert chosen([row(label=1), row(label=value), row(label=2)], contest(**LISTS)) == ([A, B], ["not_a_pair"])
 
 
 def test_an_empty_text_may_be_a_verdict():
-    assert chosen([row(label=""), row(label=1)], contest(**LISTS | {"tie": [""]})) == ([A], ["tied"])
+    section = contest(**LISTS | {"tie": [""]})
+    assert chosen([row(label=""), row(label=1), row(label=None)], section) == ([A], ["tied", "not_a_pair"])
 
 
 def test_a_tie_is_refused_alone():
@@ -229,6 +230,13 @@ def test_paths_reach_into_lists_and_objects_unless_a_column_has_their_name():
     assert chosen([literal], section) == (["Literal."], [])
     for broken in (both[:1], [], {"0": {"text": A}}, "text", None):
         assert chosen([{"prompt": "Why?", "both": broken, "label": 2}], section)[1] == ["not_a_pair"]
+
+
+def test_a_verdict_in_a_column_that_qpref_reads_means_nothing_else():
+    ranges = {"first_wins": [{"above": 0}], "second_wins": [{"below": 0}]}
+    for name in ("margin", "weight"):
+        (pair,) = check([row(**{name: -2})], contest(winner=name, **ranges)).train.rows()
+        assert (pair.chosen[0].content, pair.margin, pair.weight) == (B, 0.0, 1.0)
 
 
 def test_whole_conversations_can_compete():
