@@ -137,7 +137,7 @@ CODES: Mapping[str, Explanation] = {
         'Leave the row out: it has no preference. With `[checks] identical = "warn"` it stays.',
     ),
     "nearly_identical": Explanation(
-        "Chosen and rejected differ only in case or punctuation.",
+        "Chosen and rejected differ only in case, punctuation or indentation.",
         "Leave the row out, unless the preference is about just that.",
     ),
     "too_similar": Explanation(

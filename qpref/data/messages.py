@@ -88,10 +88,9 @@ def _listed(text: str, side: str) -> list[object] | None:
         return None
     if _PYTHON_MESSAGES.fullmatch(text):
         raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
-    if text[:1] == "{":
-        message = json_value(text) if "content" in text or "value" in text else None
-        return [message] if isinstance(message, dict) and is_message(message) else None
     value = json_value(text)
+    if isinstance(value, dict):
+        return [value] if is_message(value) else None
     if isinstance(value, list) and all(isinstance(turn, dict) and has_speaker(turn) for turn in value):
         return value
     return None

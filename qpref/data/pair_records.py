@@ -9,7 +9,7 @@ from dataclasses import replace
 from qpref.data.columns import Turns, number_in, tools_in, with_system
 from qpref.data.messages import check_prompt, check_response, has_speaker, turns_of
 from qpref.data.ranked import MAX_RESPONSES
-from qpref.data.row_values import BadRowError, json_value
+from qpref.data.row_values import BadRowError
 from qpref.records import PreferencePair, Row
 
 CONVERSATION_KEYS = ("messages", "conversations")
@@ -91,9 +91,7 @@ def with_shared_tools(row: Row, *names: str) -> Row:
 
 
 def conversation_in(value: object) -> tuple[list[object], object] | None:
-    """Return messages and tools of an object that holds messages, or of its JSON text, as in CSV files; else None."""
-    if isinstance(value, str) and value[:1] == "{" and any(f'"{key}"' in value[:40] for key in CONVERSATION_KEYS):
-        value = json_value(value)
+    """Return messages and tools of an object that holds messages; else None."""
     if not isinstance(value, dict) or has_speaker(value):
         return None
     messages = next((value[key] for key in CONVERSATION_KEYS if isinstance(value.get(key), list)), None)

@@ -23,6 +23,7 @@ from qpref.data.columns import (
     tools_in,
 )
 from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
+from qpref.data.json_columns import with_decoded_messages
 from qpref.data.known_names import NAMES, with_known_names
 from qpref.data.messages import check_prompt, check_response, turns_of
 from qpref.data.pair_formats import PAIR_FORMATS, has_candidates, pair_format
@@ -62,7 +63,7 @@ def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
     if media := [name for name in NOT_TEXT if row.values.get(name)]:
         message = f"the row has {media[0]}; qpref trains on text alone, so drop the row"
         return Finding(code="not_text", severity="error", message=message, source=row.source)
-    row = with_known_names(row)
+    row = with_decoded_messages(with_known_names(row), COLUMNS)
     name = format_of(row.values) if row_format == "auto" else row_format
     if name is None:
         message = f"no known row format; {advice(row.values)}"

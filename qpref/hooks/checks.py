@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
+from unicodedata import normalize
 
 from qpref.hooks.types import Split
 from qpref.records import Finding, Message, Source
@@ -44,6 +46,17 @@ def text_of(messages: Sequence[Message]) -> str:
         if message.extra:
             texts.append(json.dumps(_without_ids(message.extra), sort_keys=True, ensure_ascii=False, default=str))
     return "\n".join(texts)
+
+
+def composed(messages: Sequence[Message]) -> str:
+    """Join the text of the turns in Unicode's composed form (NFC), for texts that are compared or hashed."""
+    text = text_of(messages)
+    return text if text.isascii() else _nfc(text)
+
+
+@lru_cache(maxsize=4)
+def _nfc(text: str) -> str:
+    return normalize("NFC", text)
 
 
 def _without_ids(extra: Mapping[str, object]) -> dict[str, object]:

@@ -191,9 +191,16 @@ def test_the_json_text_of_one_message_is_the_message(message):
     assert whole.chosen[0].content == "Rain."
 
 
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+def test_one_message_in_pythons_notation_is_refused_with_the_way_out(message):
+    for text in (str(message), str([message])):
+        found = record(chosen=text)
+        assert found.message == "chosen: messages in Python notation; write them as JSON (json.dumps)"
+
+
 ANSWERS = [
     '{"role": "admin", "content": "x"}', '{"city": "Oslo"}', '{"role": "user", "name": "x"}', '{"content": "x"}',
-    '{"role": "user", "content": ', "{content}", '{"role": ["user"], "content": "x"}',
+    "{'city': 'Oslo'}", '{"role": "user", "content": ', "{content}", '{"role": ["user"], "content": "x"}',
 ]  # fmt: skip
 
 

@@ -135,25 +135,37 @@ class Made:
         return rows, types
 
     def nested(self) -> tuple[Iterator[Values], Values]:
-        """Rows of conversations with tools and calls, and the types of their columns."""
+        """Rows of conversations with tools and calls in several layouts, and the types of their columns."""
         as_text, tools_as_text = self.flag(), self.flag()
+        turns, tool_type = message_type(TEXT if as_text else ARGUMENTS), TEXT if tools_as_text else TOOLS
+        layout = self.random.choice(("pair", "whole", "openai", "objects"))
 
         def row() -> Values:
             prompt: list[Values] = [{"role": "user", "content": self.text()}]
             if self.flag():
                 result = {"role": "tool", "content": self.text()}
                 prompt += [self.calling(as_text), self.with_optional(result, tool_call_id=lambda: "call_1")]
-            sides = {
-                side: [self.calling(as_text) if self.flag() else self.answering()] for side in ("chosen", "rejected")
-            }
-            tools = partial(self.some, self.tool)
-            return self.with_optional(
-                {"prompt": prompt, **sides}, tools=(lambda: json.dumps(tools())) if tools_as_text else tools
-            )
+            chosen, rejected = ([self.calling(as_text) if self.flag() else self.answering()] for _ in range(2))
+            schemas = self.some(self.tool)
+            tools = {"tools": json.dumps(schemas) if tools_as_text else schemas} if self.flag() else {}
+            if layout == "openai":
+                request = {"messages": prompt, **tools}
+                return {"input": request, "preferred_output": chosen, "non_preferred_output": rejected}
+            if layout == "objects":
+                sides = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+                return {side: {"messages": messages, **tools} for side, messages in sides.items()}
+            if layout == "whole":
+                return {"chosen": prompt + chosen, "rejected": prompt + rejected, **tools}
+            return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **tools}
 
-        turns = message_type(TEXT if as_text else ARGUMENTS)
-        types = {"prompt": turns, "chosen": turns, "rejected": turns, "tools": TEXT if tools_as_text else TOOLS}
-        return (row() for _ in range(ROWS)), types
+        whole = pyarrow.struct({"messages": turns, "tools": tool_type})
+        types = {
+            "pair": {"prompt": turns, "chosen": turns, "rejected": turns, "tools": tool_type},
+            "whole": {"chosen": turns, "rejected": turns, "tools": tool_type},
+            "openai": {"input": whole, "preferred_output": turns, "non_preferred_output": turns},
+            "objects": {"chosen": whole, "rejected": whole},
+        }
+        return (row() for _ in range(ROWS)), types[layout]
 
 
 # Writers, by reader.
@@ -193,16 +205,17 @@ def separated(delimiter: str) -> Callable[..., None]:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(schema), delimiter=delimiter, quoting=csv.QUOTE_ALL)
             writer.writeheader()
-            writer.writerows(rows)
+            for row in rows:
+                texts = {name: json.dumps(value) for name, value in row.items() if isinstance(value, list | dict)}
+                writer.writerow(row | texts)
 
     return write
 
 
-NESTED = {
+WRITERS = {
     "jsonl": write_lines, "json": write_array, "jsonl.gz": gzipped(write_lines), "json.gz": gzipped(write_array),
-    "parquet": write_parquet, "datasets": write_saved,
+    "csv": separated(","), "tsv": separated("\t"), "parquet": write_parquet, "datasets": write_saved,
 }  # fmt: skip
-FLAT = NESTED | {"csv": separated(","), "tsv": separated("\t")}
 
 
 def as_values(record: Any) -> Values:
@@ -239,7 +252,7 @@ def test_the_same_rows_are_the_same_records_from_every_reader(folder, seed, is_f
     rows = list(found)
     expected = judged(Row(values=row, source=NOWHERE) for row in rows)
     assert sum(result.startswith("[") for result in expected) > ROWS / 5
-    for name, write in (FLAT if is_flat else NESTED).items():
+    for name, write in WRITERS.items():
         path = folder / f"rows.{name}"
         write(path, rows, types)
         results = judged(HOST.load(READER, name).record.read(path))

@@ -43,7 +43,7 @@ def conversion(kind: Any) -> Convert | None:
         return inner and _or_null(lambda values: [inner(value) for value in values])
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return conversion(kind.value_type)
-    if types.is_timestamp(kind) and kind.unit == "s" and kind.tz is None:
+    if types.is_timestamp(kind) and kind.tz is None:
         return _or_null(_date_or_time)
     return _scalar
 
@@ -89,7 +89,7 @@ def _refuse(name: str) -> None:
 
 
 def _date_or_time(value: Any) -> Any:
-    """Write a timestamp of whole seconds; Arrow's JSON reader takes texts of dates for such at midnight."""
+    """Write midnight as a date: Arrow's JSON reader takes texts of dates for timestamps."""
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
         return value.date().isoformat()
     return _scalar(value)
