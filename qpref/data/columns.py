@@ -159,7 +159,8 @@ def _label(label: object, name: str) -> bool:
 
 def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
     """Return the JSON schemas of the column `tools`, a list or its JSON text."""
-    return tuple(tools_of(values.get("tools") or []))
+    tools = values.get("tools")
+    return tuple(tools_of(tools)) if tools else ()
 
 
 def number_in(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:

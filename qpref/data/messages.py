@@ -102,7 +102,7 @@ def _message(turn: object, where: str) -> Message:
     speaker, content = speaker_of(turn, where), content_in(turn)
     extra = _extra(turn, where) if turn.keys() - _PLAIN else {}
     if speaker in CALLERS:
-        speaker, content, extra = "assistant", "", {"tool_calls": _calls(content, where)}
+        speaker, content, extra = "assistant", "", {**extra, "tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
         content = ""
     if isinstance(content, list):

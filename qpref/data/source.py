@@ -75,6 +75,9 @@ class DataSource:
 
     def contest_of(self, row: Row) -> Judged | None:
         """Return what judged a row; None where that is no contest."""
+        is_plain = self._contest is None and self.choice.format == "auto" and not self.choice.columns
+        if is_plain and row.values.get("chosen") is not None:
+            return None  # a pair, as format_of would find
         try:
             row = flattened(row)
         except BadRowError:

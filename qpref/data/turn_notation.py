@@ -21,7 +21,7 @@ ROLE_OF = {name: role for role, names in _NAMES.items() for name in names}
 CALLERS = ("function_call", "tool_call")
 """Names for a turn of the assistant's whose content is the JSON of its calls."""
 SPEAKER_KEYS = ("role", "from")
-CONTENT_KEYS = ("content", "value", "parts", "text", "message")
+CONTENT_KEYS = ("content", "value", "parts", "text", "message", "refusal")
 _TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
 _REASONING_PARTS = ("thinking", "reasoning")
 _CALL_PARTS = ("tool_use", "tool_call", "functionCall", "function_call")

@@ -41,6 +41,7 @@ SPELLINGS = {
     "compact JSON text": [
         {"type": "function", "function": {"name": "weather", "arguments": '{"days":3,"city":"Oslo"}'}}
     ],
+    "text of the text": [{"function": {"name": "weather", "arguments": json.dumps(json.dumps(ARGUMENTS))}}],
     "white space around the text": [{"function": {"name": "weather", "arguments": f"\n {json.dumps(ARGUMENTS)} "}}],
     "no type": [{"function": {"name": "weather", "arguments": ARGUMENTS}}],
     "no function": [{"name": "weather", "arguments": ARGUMENTS}],
@@ -196,6 +197,16 @@ def test_one_message_in_pythons_notation_is_refused_with_the_way_out(message):
     for text in (str(message), str([message])):
         found = record(chosen=text)
         assert found.message == "chosen: messages in Python notation; write them as JSON (json.dumps)"
+
+
+def test_a_refusal_is_the_content_of_a_message_without_one():
+    said = record(chosen=[{"role": "assistant", "content": None, "refusal": "I can't."}])
+    assert said == record(chosen="I can't.")
+
+
+def test_reasoning_beside_a_sharegpt_call_is_kept():
+    call = {"from": "function_call", "value": json.dumps(CALL["function"]), "reasoning": "Clouds."}
+    assert record(chosen=[call]).chosen[0].extra == {"reasoning_content": "Clouds.", "tool_calls": [CALL]}
 
 
 ANSWERS = [

@@ -15,9 +15,9 @@ from rapidfuzz.distance import LCSseq
 
 SHORTEST_SEED = 8
 MAX_HITS = 64
-START_OF_UNMATCHED = 4
-"""Length of a start that is compared first, in multiples of the characters that may be unmatched: three quarters of it
-have to match then, and of unrelated texts in one language two thirds do."""
+START_OF_UNMATCHED = 3
+"""Length of a start that is compared first, in multiples of the characters that may be unmatched. Two thirds of it have
+to match then, which is more than unrelated texts of one language have in common, as a rule."""
 
 
 def more_alike_than(limit: float, first: str, second: str) -> bool:
