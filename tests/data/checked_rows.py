@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qpref.data.check import check_data
+from qpref.data.check import CheckedData, check_data
 from qpref.data.split import HeldOutShare
 from qpref.hooks import Reader
 from qpref.hooks.manager import Loaded, Offer
