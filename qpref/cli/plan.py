@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpref.cli.options import json_option, set_option
+from qpref.cli.output import echo
 
 if TYPE_CHECKING:
     from qpref.memory.forecast import Forecast, Target
@@ -42,10 +43,10 @@ def command(
     forecast = Forecast.of(plan, _target(plan.recipe, **device), shape)
     facts = forecast.facts(tflops)
     if as_json:
-        click.echo(json.dumps({"recipe": str(recipe)} | facts, indent=2))
+        echo(json.dumps({"recipe": str(recipe)} | facts, indent=2))
     else:
         for line in (*_overview(forecast, facts), "", *_memory(forecast), *_choice(forecast), *_notes(facts)):
-            click.echo(line)
+            echo(line)
     if not forecast.fit.fits:
         need, limit = _gib(forecast.fit.memory.total), _gib(forecast.target.limit_bytes)
         what = f"needs {need}, and the limit is {limit} ({forecast.target.limit_origin})"
@@ -73,12 +74,16 @@ def _overview(forecast: Forecast, facts: dict[str, Any]) -> Iterator[str]:
     adapted = sum(bool(linear.rank) for linear in shape.linears)
     rows = "" if shape.shares_prompts else "; its attention can't share prompts: each response is a row of its own"
     yield f"base     {shape.origin}: {count_text(shape.parameters)} parameters, {shape.num_layers} layers{rows}"
-    yield f"adapter  {count_text(facts['adapter_parameters'])} parameters on {adapted} linear layers"
+    layers = sum(bool(each.adapter_weights) for each in shape.experts)
+    on_experts = f" and on the experts of {layers} layers" if layers else ""
+    yield f"adapter  {count_text(facts['adapter_parameters'])} parameters on {adapted} linear layers{on_experts}"
     if experts := facts["shape"]["experts"]:
         bits = 8 * forecast.demand.setup.dtype_bytes
         kept = {"packed": "in 4 bits", "unpacked": f"in {bits} bits"}
         parts = [f"{count_text(count)} parameters {kept[name]}" for name, count in experts.items() if count]
-        yield f"experts  {', '.join(parts)}, without an adapter"
+        own = facts["expert_adapter_parameters"]
+        adapter = f"with {count_text(own)} parameters of the adapter" if own else "without an adapter"
+        yield f"experts  {', '.join(parts)}, {adapter}"
     yield f"data     {facts['data']['origin']}"
     tokens, work = f"{facts['tokens_per_step']:,}", f"{facts['flops_per_step'] / 1e12:,.1f} TFLOP a step"
     if facts["steps"] is None:

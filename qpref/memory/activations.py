@@ -54,7 +54,7 @@ def _layer_bytes(layer: Layer, shape: ModelShape, setup: Setup, stream: Stream) 
     for linear in writers:
         is_recomputed = _is_flash(shape, setup) if linear.in_attention else layer.fuses_mlp
         numbers += 0 if is_recomputed else linear.inputs
-    numbers += _mlp_numbers(layer) + _experts_numbers(layer, shape.hidden)
+    numbers += _mlp_numbers(layer) + (layer.experts.kept_numbers(shape.hidden) if layer.experts else 0)
     # A and B in the recipe's dtype; in float32 an A that isn't joined with others is the parameter itself.
     copied = [linear for linear in adapted if b < 4 or linear.reads_residual]
     copies = b * sum(linear.rank * linear.inputs for linear in copied)
@@ -76,14 +76,6 @@ def _mlp_numbers(layer: Layer) -> int:
     outer = sum(linear.outputs for linear in linears if linear.reads_residual)
     inner = max((linear.inputs for linear in linears if not linear.reads_residual), default=0)
     return outer + inner if outer > inner and not layer.fuses_mlp else outer
-
-
-def _experts_numbers(layer: Layer, hidden: int) -> int:
-    """Count what the experts of a token keep: the first product, the activated gate, and the result, which the router's
-    weights multiply."""
-    if layer.experts is None:
-        return 0
-    return layer.experts.used * (layer.experts.outputs + layer.experts.inner + hidden)
 
 
 def _is_flash(shape: ModelShape, setup: Setup) -> bool:
@@ -149,8 +141,8 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
         # An input's gradient beside a dequantized weight, or the gradients of gate and up beside their product's,
         # whose own input is freed. Dropout takes two more numbers per number of the input.
         numbers = max(4 * inner if setup.dropout else 2 * inner, inner + matrix) + hidden
-    of_experts = [_experts_live(each, shape, stream) for each in shape.experts]
-    total: float = setup.dtype_bytes * max([numbers, *of_experts])
+    of_experts = [_experts_live(each, shape, setup, stream) for each in shape.experts]
+    total: float = max([setup.dtype_bytes * numbers, *of_experts])
     if shape.plain_attention and shape.shares_prompts:
         # A block's scores, capped scores, their exponentials and both gradients, in float32.
         total = max(total, 5 * 4 * shape.heads * min(QUERY_BLOCK, stream.longest_keys) * stream.longest_keys)
@@ -167,11 +159,15 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
     return max(0, int(total - freed))
 
 
-def _experts_live(experts: Experts, shape: ModelShape, stream: Stream) -> float:
-    """Numbers in the backward pass of experts: a dequantized matrix, the layer's input and output, and for each expert
-    of a token three gradients of the size of its result, or one, and those of gate and up and of their product."""
+def _experts_live(experts: Experts, shape: ModelShape, setup: Setup, stream: Stream) -> float:
+    """Bytes in the backward pass of experts: a dequantized matrix, the layer's input and output, and for each expert of
+    a token three gradients of the size of its result, or one, and those of gate and up and of their product. Of an
+    adapter its copies, and its gradients in float32, B's in two orders."""
     rows = experts.used * max(3 * shape.hidden, shape.hidden + 2 * experts.outputs)
-    return max(experts.numels) + stream.tokens * (rows + 2 * shape.hidden)
+    numbers = max(experts.numels) + stream.tokens * (rows + 2 * shape.hidden)
+    b = setup.dtype_bytes
+    adapters = max((a * (b + 4) + each * (b + 8) for a, each in experts.adapter_sizes), default=0)
+    return b * numbers + experts.count * adapters
 
 
 def _block_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> float:

@@ -35,6 +35,8 @@ def _changes(demand: Demand) -> dict[str, Demand]:
     rank = max(linear.rank for linear in shape.linears)
     if rank > 1 and not setup.has_start:
         changes[f"[adapter] rank {rank} -> {rank // 2}"] = replace(demand, shape=_with_rank(shape, rank // 2))
+    if shape.expert_adapter_parameters and not setup.has_start:
+        changes["[adapter] experts = false"] = replace(demand, shape=_with_rank(shape, rank, of_experts=0))
     length = workload.longest_lengths[0] + max(workload.longest_lengths[1])
     halved = _halved(workload, shape.shares_prompts)
     changes[f"[data] max_length {length} -> {length // 2}"] = replace(demand, workload=halved)
@@ -65,10 +67,12 @@ def _halved(workload: Workload, shared: bool) -> Workload:
     return Workload.of([(max(1, prompt // 2), [max(1, length // 2) for length in responses])], 1, shared)
 
 
-def _with_rank(shape: ModelShape, rank: int) -> ModelShape:
-    """Lower every adapter to `rank` at most."""
-    layers = [
-        replace(layer, linears=tuple(replace(linear, rank=min(linear.rank, rank)) for linear in layer.linears))
-        for layer in shape.layers
-    ]
+def _with_rank(shape: ModelShape, rank: int, of_experts: int | None = None) -> ModelShape:
+    """Lower every adapter to `rank` at most, or those of experts to another."""
+    limit = rank if of_experts is None else of_experts
+    layers = []
+    for layer in shape.layers:
+        linears = tuple(replace(linear, rank=min(linear.rank, rank)) for linear in layer.linears)
+        experts = layer.experts and layer.experts.with_rank(limit)
+        layers.append(replace(layer, linears=linears, experts=experts))
     return replace(shape, layers=tuple(layers))

@@ -38,8 +38,10 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> int:
     """Count the base as bitsandbytes stores it; embeddings, head, norms and biases stay in the recipe's dtype."""
     unquantized = shape.embeddings + shape.other_parameters
     linears = sum(_matrix_bytes(linear.numel, setup) for linear in shape.linears)
-    experts = sum(each.count * _matrix_bytes(numel, setup) for each in shape.experts for numel in each.numels)
-    return linears + experts + setup.dtype_bytes * unquantized
+    packed = [each for each in shape.experts if each.packed]
+    experts = sum(each.count * _matrix_bytes(numel, setup) for each in packed for numel in each.numels)
+    plain = sum(each.num_weights for each in shape.experts if not each.packed)
+    return linears + experts + setup.dtype_bytes * (unquantized + plain)
 
 
 def _matrix_bytes(numel: int, setup: Setup) -> int:

@@ -34,7 +34,7 @@ def _attention_flops(shape: ModelShape, stream: Stream) -> float:
 
 
 def _lora_flops(shape: ModelShape, stream: Stream) -> float:
-    return 2 * sum(shape.adapter_sizes) * stream.tokens
+    return 2 * shape.adapter_weights_of_token * stream.tokens
 
 
 def _head_flops(shape: ModelShape, stream: Stream) -> float:

@@ -145,6 +145,7 @@ class Forecast:
                 "experts": self._expert_facts(),
             },
             "adapter_parameters": sum(shape.adapter_sizes),
+            "expert_adapter_parameters": shape.expert_adapter_parameters,
             "data": {"origin": self.data.origin, "examples": self.data.num_examples},
             "tokens_per_step": peak["tokens_per_step"],
             "flops_per_step": peak["flops_per_step"],
@@ -165,12 +166,13 @@ class Forecast:
 
     def _expert_facts(self) -> dict[str, int] | None:
         """Parameters of fused experts by how they are kept; None for a model without experts."""
-        shape, packed = self.demand.shape, sum(each.num_weights for each in self.demand.shape.experts)
-        if not packed + shape.unpacked_experts:
+        shape, setup = self.demand.shape, self.demand.setup
+        total = shape.unpacked_experts + sum(each.num_weights for each in shape.experts)
+        if not total:
             return None
-        if self.demand.setup.double_quantization is None:
-            return {"packed": 0, "unpacked": packed + shape.unpacked_experts}
-        return {"packed": packed, "unpacked": shape.unpacked_experts}
+        is_packed = setup.double_quantization is not None
+        packed = sum(each.num_weights for each in shape.experts if each.packed and is_packed)
+        return {"packed": packed, "unpacked": total - packed}
 
     def _total_facts(self, flops_per_step: float) -> dict[str, Any]:
         """Sum tokens, steps and operations over the run; None for each where the number of examples is unknown."""

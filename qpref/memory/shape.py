@@ -57,7 +57,7 @@ class Layer:
     """A decoder layer.
 
     Attributes:
-        experts: its experts, where they are packed to 4 bits under NF4; others count as `other_parameters`.
+        experts: its experts, where NF4 packs them or they have an adapter; others count as `other_parameters`.
         norms: for each norm the numbers that it normalizes per token, and the groups that they fall into.
         fuses_norms: the norms keep 16-bit inputs.
         reads_norms: attention and MLP read fused norms, from whose inputs theirs are recomputed.
@@ -140,6 +140,21 @@ class ModelShape:
     @property
     def adapter_sizes(self) -> list[int]:
         """Number of weights of each of the adapter's matrices, A and B apart."""
+        experts = [each.count * size for each in self.experts for pair in each.adapter_sizes for size in pair]
+        return self._linear_adapter_sizes + experts
+
+    @property
+    def adapter_weights_of_token(self) -> int:
+        """Weights of the adapter that a token is multiplied with."""
+        experts = sum(each.used * sum(map(sum, each.adapter_sizes)) for each in self.experts)
+        return sum(self._linear_adapter_sizes) + experts
+
+    @property
+    def expert_adapter_parameters(self) -> int:
+        return sum(each.adapter_weights for each in self.experts)
+
+    @property
+    def _linear_adapter_sizes(self) -> list[int]:
         head = [(self.head_rank, self.hidden, self.vocabulary)]
         layers = [(linear.rank, linear.inputs, linear.outputs) for linear in self.linears]
         return [rank * width for rank, *widths in layers + head if rank for width in widths]
@@ -235,10 +250,15 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
                 fuses_norms=fuses_norms,
                 reads_norms=fuses_norms and hasattr(layer, "input_layernorm"),  # OLMo 2 norms outputs instead
                 fuses_mlp=any(is_gated_mlp(module) for module in layer.modules()),
-                experts=None if stored else read_experts(layer, config),
+                experts=read_experts(layer, config, _inside(prefix, ranks), packed=not stored),
             )
         )
     return tuple(layers)
+
+
+def _inside(prefix: str, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Ranks inside a module, by names within it."""
+    return {name.removeprefix(f"{prefix}."): rank for name, rank in ranks.items() if name.startswith(f"{prefix}.")}
 
 
 def _widths(linear: Any) -> tuple[int, int]:
@@ -260,25 +280,29 @@ def _norm(name: str, norm: Any, linears: list[Linear], query: int) -> tuple[int,
 
 
 def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
-    """Rank of the adapter of each linear layer that gets one, by the layer's whole name."""
+    """Rank of the adapter of each linear layer that gets one, by the layer's whole name, and of each parameter with
+    experts."""
     from qpref.policy import adapter_folder
-    from qpref.policy.adapter_names import LayerNames, plain_targets
+    from qpref.policy.adapter_names import LayerNames, plain_parameters, plain_targets
+    from qpref.policy.experts_lora import adaptable_experts, matching_experts
     from qpref.policy.targets import matches, target_layers
 
     if adapter.start is None:
-        return dict.fromkeys(target_layers(model, adapter.targets), adapter.rank)
+        experts = adaptable_experts(model) if adapter.experts else []
+        return dict.fromkeys([*target_layers(model, adapter.targets), *experts], adapter.rank)
     start = adapter_folder.read_settings(Path(adapter.start))
     try:
         rank, targets = int(start["r"]), start["target_modules"]
     except (ValueError, KeyError, TypeError) as error:
         raise PolicyError(f"{adapter.start}: no adapter in PEFT's format: {error!r}") from error
-    layers = target_layers(model, "all-linear")
-    targets = plain_targets(targets, LayerNames.of(model))
+    layers, names = target_layers(model, "all-linear"), LayerNames.of(model)
+    experts = matching_experts(model, plain_parameters(start.get("target_parameters") or [], names))
+    targets = plain_targets(targets, names)
     if isinstance(targets, str) and targets != "all-linear":
         layers = {name for name in layers if re.fullmatch(targets, name)}
     elif isinstance(targets, list):
         layers = {name for name in layers if any(matches(name, target) for target in targets)}
-    return dict.fromkeys(layers, rank)
+    return dict.fromkeys([*layers, *experts], rank)
 
 
 def _attention_sizes(config: Any) -> tuple[int, int, int, int]:

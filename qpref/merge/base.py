@@ -8,16 +8,16 @@ language model's are none of the run's: a merged model has them byte for byte.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpref.merge.experts import QuantizedExperts, sources_in_model
-from qpref.policy.adapter_names import LayerNames
+from qpref.merge.experts import FusedExperts, sources_in_model
 from qpref.policy.architecture import empty_model, other_modules, text_modules
+from qpref.policy.delta import AdaptableLayers
 from qpref.policy.experts import through_nf4
 from qpref.policy.load import DTYPES
 from qpref.policy.pretrained import read_config
@@ -58,37 +58,35 @@ class TrainedBase:
 
     Attributes:
         names: tensor name in the files -> its name in the loaded model; transformers renames some.
-        layer_names: names in the loaded model, for adapters with other ones.
+        layers: names and layouts in the loaded model, for adapters.
         tensors: tensor name in the files -> its description, in file order, without quantization state.
         kept: names of the tensors in the files that the language model doesn't compute with.
         unread: names, in the files or in the model, of the kept tensors that transformers doesn't read.
         quantization_state: tensor name -> file, for the scales and tables stored beside 4-bit weights.
         linear: names of the language model's linear layers except the output head.
         head: the output head's name.
-        transposed: names of the linear layers whose weights are [inputs, outputs], as GPT-2's are.
         others: names of the outermost modules outside the language model.
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
         device: where weights are quantized and dequantized.
-        experts: the fused experts that were 4-bit in training.
+        experts: its fused experts.
     """
 
     path: Path
     names: Mapping[str, str]
-    layer_names: LayerNames
+    layers: AdaptableLayers
     tensors: Mapping[str, Stored]
     kept: frozenset[str]
     unread: frozenset[str]
     quantization_state: Mapping[str, Path]
     linear: frozenset[str]
     head: str
-    transposed: frozenset[str]
     others: frozenset[str]
     quantized: frozenset[str]
     dtype: torch.dtype
     double_quantization: bool
     device: torch.device
-    experts: QuantizedExperts = field(default_factory=QuantizedExperts)
+    experts: FusedExperts
 
     @classmethod
     def of(cls, path: Path, shards: list[Path], facts: Mapping[str, Any], device: torch.device) -> TrainedBase:
@@ -98,7 +96,7 @@ class TrainedBase:
             facts: the run's run.json.
         """
         model = empty_model(read_config(path), path)
-        layer_names, text = LayerNames.of(model), text_modules(model)
+        layers, text = AdaptableLayers.of(model), text_modules(model)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         headers = {key: header for shard in shards for key, header in _headers(shard).items()}
         sources = sources_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
@@ -107,7 +105,6 @@ class TrainedBase:
         unread = {key for key, name in names.items() if name not in shapes}
         outside = {key for key, name in names.items() if name.rpartition(".")[0] not in text}
         linear = {name for name in text if is_linear(model.get_submodule(name))}
-        transposed = {name for name in linear if not isinstance(model.get_submodule(name), torch.nn.Linear)}
         return cls(
             path=path,
             names=names,
@@ -120,19 +117,23 @@ class TrainedBase:
                 )
                 for key, name in names.items()
             },
-            layer_names=layer_names,
+            layers=layers,
             kept=frozenset((unread | outside) - packed),
             unread=frozenset(unread | {names[key] for key in unread}),
             quantization_state={key: header.file for key, header in headers.items() if key not in names},
-            linear=frozenset(linear - {layer_names.head}),
-            head=layer_names.head,
-            transposed=frozenset(transposed),
+            linear=frozenset(linear - {layers.names.head}),
+            head=layers.names.head,
             others=frozenset(other_modules(model)),
             quantized=frozenset(facts["quantized_modules"]),
             dtype=DTYPES[facts["dtype"]],
             double_quantization=facts["double_quantization"],
             device=device,
-            experts=QuantizedExperts.of(model, sources, facts.get("quantized_experts", ())),
+            experts=FusedExperts.of(
+                model,
+                sources,
+                {key: header.shape for key, header in headers.items()},
+                facts.get("quantized_experts", ()),
+            ),
         )
 
     @property
@@ -153,7 +154,7 @@ class TrainedBase:
             return dequantized.to(self.dtype).cpu()
         if not tensor.is_floating_point():
             return tensor
-        if self.names[key] in self.experts.names:
+        if self.names[key] in self.experts.quantized:
             return self.experts.rounded(key, self.original, self.experts_through_nf4)
         if self.module_of(key) in self.quantized:
             return self.through_nf4(tensor, self.module_of(key)).cpu()
@@ -161,7 +162,7 @@ class TrainedBase:
 
     def through_nf4(self, weight: Tensor, module: str) -> Tensor:
         """Quantize a module's 16- or 32-bit weight to NF4 and back on `device`, as bitsandbytes does in training."""
-        if module in self.transposed:
+        if module in self.layers.transposed:
             return self._through_nf4(weight.t().contiguous()).t()
         return self._through_nf4(weight)
 

@@ -169,7 +169,7 @@ class AsTrained:
 
     def _base_weight(self, module: str, stored: Tensor, rows: slice) -> Tensor:
         base = self.base
-        is_experts = module in base.experts.names
+        is_experts = module in base.experts.quantized
         if not is_experts and module not in base.quantized:
             return _select(stored, rows).to(base.device, base.dtype)
         if module not in self.dequantized:

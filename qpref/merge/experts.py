@@ -1,7 +1,7 @@
-"""Fused experts that were in 4 bits in training, as the tensors of the base's files: mostly one for each expert.
+"""Fused experts as the tensors of the base's files: mostly one for each expert.
 
-An expert's matrix is quantized as the model holds it, where several tensors of the files may be one. So they are fused
-as transformers fuses them, rounded, and taken apart by the reverse conversion.
+An expert's matrix is quantized, and adapted, as the model holds it, where several tensors of the files may be one. So
+they are fused as transformers fuses them, rounded, and taken apart by the reverse conversion; so is what was learned.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from qpref.errors import MergeError
+from qpref.policy.experts import fused_experts, projections_of
 
 KEPT = 2
-"""Rounded parameters kept: files list the two projections of a layer expert by expert."""
+"""Parameters of a kind, rounded or learned, that are kept: files list the two projections of a layer expert by
+expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +36,35 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedExperts:
-    """The fused experts that were 4-bit in training.
+class FusedExperts:
+    """The fused experts of a base.
 
     Attributes:
         model: on the meta device.
-        names: of their parameters.
-        sources: tensor name in the files -> its place, for these parameters.
+        quantized: names of the parameters that were 4-bit in training.
+        sources: tensor name in the files -> its place, for the parameters with experts.
+        shapes: tensor name in the files -> its shape.
     """
 
-    model: Any = None
-    names: frozenset[str] = frozenset()
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    model: Any
+    quantized: frozenset[str]
+    sources: Mapping[str, Source]
+    shapes: Mapping[str, tuple[int, ...]]
     _rounded: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _learned: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, sources: Mapping[str, Source], names: Collection[str]) -> QuantizedExperts:
-        """Keep the sources of the named parameters."""
-        return cls(model, frozenset(names), {key: source for key, source in sources.items() if source.name in names})
+    def of(
+        cls, model: Any, sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], names: Collection[str]
+    ) -> FusedExperts:
+        """Read the places of a plain model's experts.
+
+        Args:
+            names: of the parameters that were 4-bit in training.
+        """
+        modules = fused_experts(model).items()
+        known = {f"{module}.{name}" for module, experts in modules for name in projections_of(experts)} | set(names)
+        return cls(model, frozenset(names), {key: each for key, each in sources.items() if each.name in known}, shapes)
 
     def rounded(self, key: str, read: Callable[[str], Tensor], rounding: Callable[[Tensor], Tensor]) -> Tensor:
         """Compute a tensor of the files as training computed with it, on the CPU.
@@ -64,31 +77,54 @@ class QuantizedExperts:
             MergeError: transformers can't take the parameter apart again.
         """
         name = self.sources[key].name
-        if name not in self._rounded:
-            while len(self._rounded) >= KEPT:
-                del self._rounded[next(iter(self._rounded))]
-            self._rounded[name] = self._parts(name, read, rounding)
-        return self._rounded[name][key]
+        return self._parts(self._rounded, name, lambda: rounding(self._fused(name, read)).cpu())[key]
 
-    def _parts(
-        self, name: str, read: Callable[[str], Tensor], rounding: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
+    def learned(self, key: str, delta: Callable[[str], Tensor]) -> Tensor:
+        """Compute what a tensor of the files has learned.
+
+        Args:
+            delta: computes the delta of a parameter, [experts, rows, columns].
+
+        Raises:
+            MergeError: as for `rounded`.
+        """
+        name = self.sources[key].name
+        return self._parts(self._learned, name, lambda: delta(name))[key]
+
+    def _parts(self, kept: dict[str, dict[str, Tensor]], name: str, whole: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Take the parameter apart into the tensors of the files, unless it is kept."""
+        if name not in kept:
+            while len(kept) >= KEPT:
+                del kept[next(iter(kept))]
+            kept[name] = self._apart(name, whole())
+        return kept[name]
+
+    def _keys(self, name: str) -> list[str]:
         from transformers.core_model_loading import dot_natural_key
 
-        keys = sorted((key for key, source in self.sources.items() if source.name == name), key=dot_natural_key)
-        converter = self.sources[keys[0]].converter
+        return sorted((key for key, source in self.sources.items() if source.name == name), key=dot_natural_key)
+
+    def _fused(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        keys = self._keys(name)
+        converter = deepcopy(self.sources[keys[0]].converter)
         if converter is None:
-            return {keys[0]: rounding(read(keys[0])).cpu()}
-        fusing = deepcopy(converter)
+            return read(keys[0])
         for key in keys:
-            fusing.add_tensor(name, key, self.sources[key].pattern, read(key))
-        parts = self._apart(name, converter, rounding(_only(self._convert(fusing, name)[name])).cpu())
+            converter.add_tensor(name, key, self.sources[key].pattern, read(key))
+        return _only(self._convert(converter, name)[name])
+
+    def _apart(self, name: str, weights: Tensor) -> dict[str, Tensor]:
+        from transformers.core_model_loading import dot_natural_key
+
+        keys = self._keys(name)
+        converter = self.sources[keys[0]].converter
+        parts = {name: weights} if converter is None else self._reversed(name, converter, weights)
         found = [parts[part] for part in sorted(parts, key=dot_natural_key)]
-        if [part.shape for part in found] != [read(key).shape for key in keys]:
+        if [tuple(part.shape) for part in found] != [self.shapes[key] for key in keys]:
             raise MergeError(f"{name}: transformers doesn't take these experts apart into the tensors of the files")
         return dict(zip(keys, found, strict=True))
 
-    def _apart(self, name: str, converter: Any, weights: Tensor) -> dict[str, Tensor]:
+    def _reversed(self, name: str, converter: Any, weights: Tensor) -> dict[str, Tensor]:
         from transformers.core_model_loading import rename_source_key
 
         taking = deepcopy(converter).reverse_transform()

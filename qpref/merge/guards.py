@@ -15,6 +15,7 @@ import torch
 from qpref import disk_space, fsio, publish
 from qpref.errors import MergeError, PolicyError, RecipeError
 from qpref.merge.base import TrainedBase
+from qpref.merge.learned import LearnedTensors
 from qpref.merge.request import MergeRequest
 from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
@@ -36,7 +37,7 @@ class TrainedRun:
     Attributes:
         recorded: the run's record, which can reopen its training data too.
         plan: resolved for the held-out data alone.
-        adapted: tensor name in the base's files -> adapted module.
+        learned: deltas of the tensors in the base's files.
         tokenizer: the tokenizer used in training.
         tokenizer_files: the folder of its files.
     """
@@ -46,10 +47,14 @@ class TrainedRun:
     recorded: RecordedRun
     plan: Plan
     base: TrainedBase
-    delta: LoraDelta
-    adapted: dict[str, str]
+    learned: LearnedTensors
     tokenizer: Any
     tokenizer_files: Path
+
+    @property
+    def delta(self) -> LoraDelta:
+        """Deltas of the model's weights."""
+        return self.learned.delta
 
     @property
     def base_folder(self) -> BaseFolder:
@@ -77,8 +82,8 @@ def read_run(path: Path) -> TrainedRun:
     base_path = Path(facts["base_path"])
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
     _refuse_other_settings(folder.adapter, document["adapter"], base)
-    delta = LoraDelta.read(folder.adapter).in_base(base.layer_names, base.transposed)
-    adapted = _adapted_tensors(base, delta, folder.adapter)
+    delta = LoraDelta.read(folder.adapter, base.layers)
+    learned = LearnedTensors(delta, _adapted_tensors(base, delta, folder.adapter), base.experts)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
     _refuse_other_tokenizer(tokenizer, folder.adapter)
     return TrainedRun(
@@ -87,8 +92,7 @@ def read_run(path: Path) -> TrainedRun:
         recorded=recorded,
         plan=plan,
         base=base,
-        delta=delta,
-        adapted=adapted,
+        learned=learned,
         tokenizer=tokenizer,
         tokenizer_files=tokenizer_folder(plan.recipe.model, base_path),
     )
@@ -191,6 +195,8 @@ def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: Train
         raise MergeError(f"{file}: the adapter uses {setting}, so it is not a plain LoRA delta")
     expected = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
     if recipe.get("start") is None:
+        if bool(values.get("target_parameters")) != recipe.get("experts", False):
+            raise MergeError(f"{file}: target_parameters don't fit the run's [adapter] experts")
         for key, name in expected.items():
             if values.get(key) != recipe[name]:
                 raise MergeError(
@@ -203,7 +209,7 @@ def _adapted_tensors(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict
     from peft.tuners.tuners_utils import check_target_module_exists
 
     settings = adapter_folder.read_settings(adapter)
-    plain = {"target_modules": plain_targets(settings["target_modules"], base.layer_names)}
+    plain = {"target_modules": plain_targets(settings["target_modules"], base.layers.names)}
     config = adapter_folder.lora_config(settings | plain)
     found = set(delta.modules)
     modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
@@ -214,11 +220,13 @@ def _adapted_tensors(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict
         raise MergeError(f"{adapter}: has no matrices for its target {missing[0]}")
     if extra := sorted(found - targets):
         raise MergeError(f"{adapter}: adapts {extra[0]}, which is not one of its targets")
-    for module in delta.modules:
-        shape = base.tensors[modules[module]].shape
-        if delta.shape(module) != shape:
-            raise MergeError(f"{adapter}: its delta of {module} is {delta.shape(module)}, the base's weight {shape}")
-    return {modules[module]: module for module in delta.modules}
+    adapted = {modules[module]: module for module in delta.modules}
+    shapes = {module: base.tensors[key].shape for key, module in adapted.items()}
+    shapes |= {name: tuple(base.experts.model.get_parameter(name).shape) for name in delta.experts}
+    for name, shape in shapes.items():
+        if delta.shape(name) != shape:
+            raise MergeError(f"{adapter}: its delta of {name} is {delta.shape(name)}, the base's weight {shape}")
+    return adapted | {key: source.name for key, source in base.experts.sources.items() if source.name in shapes}
 
 
 def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:

@@ -85,8 +85,7 @@ def weights_of(run: TrainedRun, request: MergeRequest, dtype: torch.dtype) -> We
     packed = (run.base.quantized or run.base.linear) if request.quantize else frozenset()
     return Weights(
         base=run.base,
-        delta=run.delta,
-        adapted=run.adapted,
+        learned=run.learned,
         dtype=dtype,
         original=request.onto == "original",
         packed=packed,
@@ -98,17 +97,19 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
     base, original = run.base, request.onto == "original"
     names = list(STORED) if request.dtype == "auto" and not request.quantize else [request.dtype]
     survey = Survey({name: Retention() for name in names if name in STORED})
-    packed = Retention()
-    for key, stored in base.tensors.items():
-        if not stored.is_float or key in base.kept:
+    packed, weights = Retention(), weights_of(run, request, base.dtype)
+    for key, entry in base.tensors.items():
+        if not entry.is_float or key in base.kept:
             continue
-        weight, module = base.original(key) if original else base.as_trained(key), run.adapted.get(key)
-        survey.add(key, weight, run.delta, module)
-        if request.quantize and module:
-            # Quantized whole, since 4-bit blocks and their scales cross rows; summed in slices.
-            requantized = base.through_nf4(rounded(weight, run.delta, module, base.dtype), module).cpu()
+        weight, delta = base.original(key) if original else base.as_trained(key), run.learned.of(key)
+        survey.add(key, weight, delta)
+        if request.quantize and delta:
+            stored = rounded(weight, delta, base.dtype)
+            if weights.is_packed(key):
+                # Quantized whole, since 4-bit blocks and their scales cross rows; summed in slices.
+                stored = base.through_nf4(stored, base.module_of(key)).cpu()
             for rows in row_blocks(weight):
-                packed.add(weight[rows], run.delta.of(module, rows), requantized[rows])
+                packed.add(weight[rows], delta(rows), stored[rows])
     if request.quantize:
         survey.retention[request.quantize] = packed
     return survey
@@ -218,4 +219,4 @@ def _start(run: TrainedRun) -> LoraDelta | None:
         return None
     if not Path(start).is_dir() or start_digest(start) != run.facts["fingerprints"]["start adapter"]:
         raise MergeError(f"{start}: not the adapter that the run started from", "the verdict needs it as reference")
-    return LoraDelta.read(Path(start)).in_base(run.base.layer_names, run.base.transposed)
+    return LoraDelta.read(Path(start), run.base.layers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qpref.errors import MergeError
-from qpref.policy.delta import LoraDelta
+from qpref.merge.learned import Delta
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 """Dtypes that a merged model may be stored in, in the order of trying."""
@@ -59,13 +59,13 @@ class Survey:
     def kept(self) -> dict[str, float]:
         return {name: retention.kept for name, retention in self.retention.items()}
 
-    def add(self, key: str, weight: Tensor, delta: LoraDelta, module: str | None) -> None:
-        """Add one weight; `module` is its adapted module, or None."""
+    def add(self, key: str, weight: Tensor, delta: Delta | None) -> None:
+        """Add one weight and its delta, if any."""
         weight = torch.atleast_1d(weight)
         for rows in row_blocks(weight):
             exact = weight[rows].float()
-            if module is not None:
-                change = delta.of(module, rows)
+            if delta is not None:
+                change = delta(rows)
                 exact = exact + change
                 for name, retention in self.retention.items():
                     retention.add(weight[rows], change, exact.to(STORED[name]))
@@ -91,11 +91,11 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def rounded(weight: Tensor, delta: LoraDelta, module: str | None, dtype: torch.dtype) -> Tensor:
+def rounded(weight: Tensor, delta: Delta | None, dtype: torch.dtype) -> Tensor:
     """Add weight and delta in float32, and round once to the nearest number of `dtype`."""
-    if module is None:
+    if delta is None:
         return weight.to(dtype)
     stored = torch.empty_like(weight, dtype=dtype)
     for rows in row_blocks(weight):
-        stored[rows] = (weight[rows].float() + delta.of(module, rows)).to(dtype)
+        stored[rows] = (weight[rows].float() + delta(rows)).to(dtype)
     return stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qpref import fsio
 from qpref.merge.base import TrainedBase
+from qpref.merge.learned import LearnedTensors
 from qpref.merge.rounding import rounded
-from qpref.policy.delta import LoraDelta
 
 SHARD_BYTES = 5 * 10**9
 """Maximum shard size, as in the hub's own tools."""
@@ -26,15 +26,14 @@ class Weights:
     """The merged weights, computed on demand.
 
     Attributes:
-        adapted: tensor name in the files -> adapted module.
+        learned: their deltas.
         dtype: the stored dtype.
         original: add to the base's own weights instead of the dequantized ones that were trained on.
         packed: modules to requantize to NF4.
     """
 
     base: TrainedBase
-    delta: LoraDelta
-    adapted: Mapping[str, str]
+    learned: LearnedTensors
     dtype: torch.dtype
     original: bool = False
     packed: frozenset[str] = frozenset()
@@ -46,8 +45,8 @@ class Weights:
         source = self.base.original(key) if self.original else self.base.as_trained(key)
         if not source.is_floating_point():
             return {key: source}
-        stored = rounded(source, self.delta, self.adapted.get(key), self.dtype)
-        return self._packed(key, stored) if self._is_packed(key) else {key: stored}
+        stored = rounded(source, self.learned.of(key), self.dtype)
+        return self._packed(key, stored) if self.is_packed(key) else {key: stored}
 
     def size(self, key: str) -> int:
         """Bytes of a stored tensor; an upper bound for a 4-bit one."""
@@ -55,7 +54,7 @@ class Weights:
         num_elements = math.prod(stored.shape)
         if key in self.base.kept and stored.dtype is not None:
             return num_elements * stored.dtype.itemsize
-        if self._is_packed(key):
+        if self.is_packed(key):
             return int(num_elements * NF4_BYTES) + 4096
         return num_elements * (self.dtype.itemsize if stored.is_float else 8)
 
@@ -75,13 +74,14 @@ class Weights:
             size += self.size(key)
         return shards
 
-    def _is_packed(self, key: str) -> bool:
+    def is_packed(self, key: str) -> bool:
+        """Return whether a tensor is requantized to NF4."""
         return key.endswith(".weight") and self.base.module_of(key) in self.packed
 
     def _packed(self, key: str, weight: Tensor) -> dict[str, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
-        if self.base.module_of(key) in self.base.transposed:
+        if self.base.module_of(key) in self.base.layers.transposed:
             weight = weight.t().contiguous()
         values, state = quantize_4bit(
             weight.to(self.base.device), compress_statistics=self.base.double_quantization, quant_type="nf4"

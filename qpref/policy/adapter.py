@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from qpref.errors import PolicyError
 from qpref.policy import adapter_folder
-from qpref.policy.adapter_names import LayerNames, plain_targets
+from qpref.policy.adapter_names import LayerNames, plain_parameters, plain_targets
+from qpref.policy.experts_lora import adaptable_experts, add_to_experts, matching_experts, peft_target_parameters
 from qpref.policy.targets import matches, peft_target_modules, target_layers
 from qpref.recipe.sections import AdapterSection
 
@@ -24,12 +26,13 @@ def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
     """Wrap the frozen base in a PeftModel with the adapter to train, and with its frozen copy where it has a start.
 
     Raises:
-        PolicyError: a target matches no linear layer of the text model, or the start adapter cannot be used.
+        PolicyError: a target matches no linear layer of the text model, experts are to be adapted that it lacks, or the
+            start adapter cannot be used.
     """
     if adapter.start is None:
         wrapped = _add_fresh(model, adapter, seed)
     else:
-        wrapped = _add_started(model, Path(adapter.start), adapter.dropout, seed)
+        wrapped = _add_started(model, Path(adapter.start), adapter, seed)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(is_trained(name))
         if "lora_" in name:
@@ -69,6 +72,7 @@ def _add_fresh(model: Any, adapter: AdapterSection, seed: int) -> Any:
     from peft import LoraConfig
 
     layers = target_layers(model, adapter.targets)
+    experts = adaptable_experts(model) if adapter.experts else []
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -81,10 +85,11 @@ def _add_fresh(model: Any, adapter: AdapterSection, seed: int) -> Any:
     )
     wrapped = _wrap(model, config, (TRAINED,), seed)
     _refuse_other_layers(wrapped, layers)
+    _adapt_experts(wrapped, experts)
     return wrapped
 
 
-def _add_started(model: Any, start: Path, dropout: float, seed: int) -> Any:
+def _add_started(model: Any, start: Path, adapter: AdapterSection, seed: int) -> Any:
     settings, tensors = adapter_folder.read_settings(start), adapter_folder.read_tensors(start)
     if settings.get("peft_type") != "LORA":
         raise PolicyError(f"{start}: a {settings.get('peft_type')} adapter; only LoRA can be trained on from")
@@ -93,12 +98,50 @@ def _add_started(model: Any, start: Path, dropout: float, seed: int) -> Any:
     names = LayerNames.of(model)
     settings = settings | {"target_modules": plain_targets(settings.get("target_modules") or [], names)}
     tensors = names.translated_keys(tensors)
-    config = adapter_folder.lora_config(settings, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM")
+    experts = _started_experts(model, start, plain_parameters(settings.pop("target_parameters", None) or [], names))
+    _refuse_unfit_start(start, adapter, experts)
+    config = adapter_folder.lora_config(settings, lora_dropout=adapter.dropout, bias="none", task_type="CAUSAL_LM")
     wrapped = _wrap(model, config, (TRAINED, REFERENCE), seed)
+    _adapt_experts(wrapped, experts)
     for name in (TRAINED, REFERENCE):
         load_adapter_tensors(wrapped, tensors, name, origin=str(start))
     wrapped.base_model.set_adapter(TRAINED)
     return wrapped
+
+
+def _started_experts(model: Any, start: Path, targets: list[str]) -> list[str]:
+    try:
+        return matching_experts(model, targets)
+    except PolicyError as error:
+        raise PolicyError(f"{start}: {error.what}") from error
+
+
+def _refuse_unfit_start(start: Path, adapter: AdapterSection, experts: Collection[str]) -> None:
+    """Refuse a recipe that asks more of a start adapter's experts than it has, or can have."""
+    if adapter.experts and not experts:
+        raise PolicyError(
+            f"[adapter] experts: {start} has no adapter on experts, and a start adapter's own targets apply",
+            "leave [adapter] experts out, or [adapter] start",
+        )
+    if adapter.dropout and experts:
+        raise PolicyError(
+            f"[adapter] dropout: {start} is on experts, where PEFT has no dropout", "set [adapter] dropout = 0"
+        )
+
+
+def _adapt_experts(wrapped: Any, parameters: Collection[str]) -> None:
+    """Add every adapter of the PeftModel to these experts too, and record them in its config as PEFT does."""
+    if not parameters:
+        return
+    model = wrapped.base_model.model
+    targets = peft_target_parameters(model, parameters)
+    for name, config in wrapped.peft_config.items():
+        try:
+            add_to_experts(model, parameters, config, name)
+        except ValueError as error:
+            raise PolicyError(f"the adapter doesn't fit the base's experts: {error}") from error
+    for config in wrapped.peft_config.values():
+        config.target_parameters = targets
 
 
 def _wrap(model: Any, config: Any, names: tuple[str, ...], seed: int) -> Any:

@@ -17,6 +17,7 @@ PLAIN_SETTINGS = (
     "r",
     "lora_alpha",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "use_rslora",
     "rank_pattern",

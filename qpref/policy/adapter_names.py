@@ -51,7 +51,7 @@ class LayerNames:
 
     def translated_keys(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Rename tensors of an adapter in PEFT's format, or of its parameters, as `translated` does their layers."""
-        layers = {key: key.removeprefix(WRAPPED).partition(".lora_")[0] for key in tensors}
+        layers = {key: _layer_of(key) for key in tensors}
         names = self.translated(dict.fromkeys(layers.values()))
         return {key.replace(layers[key], names[layers[key]], 1): tensor for key, tensor in tensors.items()}
 
@@ -64,6 +64,19 @@ class LayerNames:
             if name in self.modules and DECODER_WORDS.issuperset(parts[:start]):
                 return name
         return self.head if parts[-1] == self.head.rpartition(".")[2] else layer
+
+
+def _layer_of(key: str) -> str:
+    """Name the layer that a tensor of an adapter is for; of two on the same experts, PEFT calls one the other's base
+    layer."""
+    return key.removeprefix(WRAPPED).partition(".lora_")[0].removesuffix(".base_layer")
+
+
+def plain_parameters(targets: Collection[str], names: LayerNames) -> list[str]:
+    """Translate the target parameters of an adapter's settings as `plain_targets` does."""
+    parts = [target.rpartition(".") for target in targets]
+    layers = names.translated(dict.fromkeys(layer for layer, _, _ in parts))
+    return [f"{layers[layer]}{dot}{own}" for layer, dot, own in parts]
 
 
 def plain_targets(targets: str | Collection[str], names: LayerNames) -> str | list[str]:

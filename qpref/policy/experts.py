@@ -1,8 +1,7 @@
-"""Frozen experts in 4 bits: packed weights, and the function that a layer's experts are computed by.
+"""Fused experts of a model: which modules have them, and their weights in 4 bits.
 
 transformers keeps the experts of a layer in one 3-D parameter for each projection, which bitsandbytes passes over. Here
-each expert's matrix is quantized to NF4 by itself. A pass dequantizes one expert's matrix after the other, for its
-tokens, and the backward pass does so again; nothing dense is kept. Activation, gating and biases are the model's own.
+each expert's matrix is quantized to NF4 by itself, and dequantized alone.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-IMPLEMENTATION = "qpref_nf4"
-"""Name in transformers' registry of functions that compute experts."""
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the 3-D parameters of modules that take part in that registry; one without a gate has `up_proj`."""
 BLOCK, SCALE_BLOCK = 64, 256
@@ -63,6 +59,12 @@ class PackedExperts(nn.Module):
     def num_weights(self) -> int:
         return self.num_experts * math.prod(self.size)
 
+    @property
+    def stand_in(self) -> Tensor:
+        """[experts, rows, columns] with the dtype and the device of the dequantized weights, but one number in memory:
+        for PEFT, which reads no more of a weight that it adapts."""
+        return torch.zeros((), dtype=self.dtype, device=self.packed.device).expand(self.num_experts, *self.size)
+
     def dense(self, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield each expert with tokens, and its dequantized matrix."""
         scales = self._float32_scales()
@@ -96,20 +98,26 @@ def keeps_scales(device: torch.device) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return whether a module's experts are fused parameters, computed by a function of transformers' registry."""
+    """Return whether a module's experts are fused, packed or not, and computed by a function of transformers'
+    registry."""
     described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
-    return described and all(name in module._parameters for name in projections_of(module))
+    return described and all(name in {**module._parameters, **module._modules} for name in projections_of(module))
 
 
 def projections_of(module: Any) -> tuple[str, str]:
-    """Names of the two projections of a module with fused experts."""
+    """Names of the two projections of a module with fused experts, in the order in which it has them."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def fused_experts(model: nn.Module) -> dict[str, Any]:
+    """Find the modules with fused experts, by name."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
 def packed_names(model: nn.Module) -> list[str]:
     """Names of the parameters that are packed, as in the plain model."""
     return [
-        name.removeprefix("base_model.model.")
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
         for name, module in model.named_modules()
         if isinstance(module, PackedExperts)
     ]
@@ -138,84 +146,6 @@ def through_nf4(weights: Tensor, double_quantization: bool) -> Tensor:
     for expert, (packed, state) in enumerate(_quantized(weights, double_quantization)):
         rounded[expert] = dequantize_4bit(packed, state)
     return rounded
-
-
-def compute_packed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute a layer's experts from packed weights, with one wait for the device; a function of the registry.
-
-    Args:
-        module: with a PackedExperts for each projection.
-        hidden_states: [tokens, hidden].
-        top_k_index: [tokens, k] experts of each token; a number beyond the last expert's adds nothing.
-        top_k_weights: [tokens, k] their weights.
-
-    Returns:
-        [tokens, hidden] in the dtype of the hidden states.
-    """
-    up, down = (getattr(module, name) for name in projections_of(module))
-    k, experts = top_k_index.shape[-1], top_k_index.flatten()
-    order = experts.argsort(stable=True)
-    counts = torch.bincount(experts, minlength=up.num_experts)[: up.num_experts].tolist()
-    order = order[: sum(counts)]
-    experts = experts[order]
-
-    inner = _product(hidden_states[order // k], up, counts, module, f"{projections_of(module)[0]}_bias", experts)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    outer = _product(inner, down, counts, module, "down_proj_bias", experts)
-    if getattr(module, "has_post_expert_norm", False):
-        outer = module.post_expert_norm(outer)
-    weighted = outer * top_k_weights.flatten()[order].unsqueeze(1)
-    rows: Tensor = _Placed.apply(weighted, order, top_k_index.numel())  # type: ignore[no-untyped-call]
-    return rows.view(-1, k, rows.shape[1]).sum(1).to(hidden_states.dtype)
-
-
-def _product(
-    x: Tensor, packed: PackedExperts, counts: Sequence[int], module: Any, bias: str, experts: Tensor
-) -> Tensor:
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    y: Tensor = _GroupedProduct.apply(x.to(dtype), packed, counts, module.is_transposed)  # type: ignore[no-untyped-call]
-    return y + getattr(module, bias)[experts].to(dtype) if module.has_bias else y
-
-
-class _Placed(torch.autograd.Function):
-    """Rows [n, width] at distinct places [n] of a zero [count, width]; torch's index_copy keeps the rows for its
-    backward pass, which only needs their places."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, places, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> Any:
-        return incoming.index_select(0, *ctx.saved_tensors), None, None
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """[tokens, in] -> [tokens, out], the tokens sorted by expert; the frozen weights need no input kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedExperts, counts: Sequence[int], is_transposed: bool) -> Tensor:
-        ctx.packed, ctx.counts, ctx.is_transposed = packed, counts, is_transposed
-        return _multiply(x, packed, counts, is_transposed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> Any:
-        return _multiply(incoming, ctx.packed, ctx.counts, not ctx.is_transposed), None, None, None
-
-
-def _multiply(x: Tensor, packed: PackedExperts, counts: Sequence[int], plain: bool) -> Tensor:
-    """Multiply each expert's rows of x with its matrix as it is, or else with its transpose."""
-    y = x.new_empty(len(x), packed.size[1 if plain else 0])
-    rows = iter(zip(x.split(list(counts)), y.split(list(counts)), strict=True))
-    parts = list(rows)
-    for expert, matrix in packed.dense(counts):
-        source, target = parts[expert]
-        dense = matrix.to(x.dtype)
-        target.copy_(source @ (dense if plain else dense.t()))
-    return y
 
 
 def _quantized(weights: Tensor, double_quantization: bool) -> Iterator[tuple[Tensor, Any]]:

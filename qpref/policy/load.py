@@ -42,6 +42,7 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     _refuse_wrong_dtype(recipe.model, device)
     model = _load_ready(recipe.model, base, device)
     policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
+    _announce_experts(model, policy.dtype, policy.adapts_experts())
     policy.starts_from_adapter = recipe.adapter.start is not None
     fuse_layers(policy.decoder, policy.dtype, policy.autocast)
     policy.recompute_layers(recomputed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
@@ -57,7 +58,9 @@ def load_plain(section: ModelSection, base: BaseFolder) -> Policy:
     device = choose_device(section.device)
     _refuse_wrong_dtype(section, device)
     model = _load_ready(section, base, device)
-    return _policy(model, model, section, device)
+    policy = _policy(model, model, section, device)
+    _announce_experts(model, policy.dtype, adapted=False)
+    return policy
 
 
 def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
@@ -70,20 +73,20 @@ def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -
     model = load_base(section, base, device)
     _prepare_4bit_layers(model, DTYPES[section.dtype])
     keep_text_alone(model)
-    _announce_experts(model, DTYPES[section.dtype])
     attention.register()
     return model
 
 
-def _announce_experts(model: Any, dtype: torch.dtype) -> None:
-    """Say how fused experts are kept, which neither bitsandbytes nor PEFT takes for layers."""
+def _announce_experts(model: Any, dtype: torch.dtype, adapted: bool) -> None:
+    """Say how fused experts are kept, which bitsandbytes doesn't take for layers, and whether they are adapted."""
     text = text_modules(model)
     modules = [module for name, module in model.named_modules() if name in text]
+    ending = "with an adapter" if adapted else "and get no adapter"
     if packed := sum(module.num_weights for module in modules if isinstance(module, PackedExperts)):
-        log.info("experts: %s weights are frozen in 4 bits (NF4) and get no adapter", f"{packed:,}")
+        log.info("experts: %s weights are frozen in 4 bits (NF4) %s", f"{packed:,}", ending)
     if others := unpacked_weights(model, text):
-        bits = 8 * dtype.itemsize
-        log.warning("experts: %s weights are frozen in %d bits and get no adapter", f"{others:,}", bits)
+        level = logging.INFO if adapted else logging.WARNING
+        log.log(level, "experts: %s weights are frozen in %d bits %s", f"{others:,}", 8 * dtype.itemsize, ending)
 
 
 def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.device) -> Policy:

@@ -12,26 +12,28 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from qpref.policy.experts import IMPLEMENTATION, PackedExperts, compute_packed, is_experts, projections_of
+from qpref.policy.experts import PackedExperts, is_experts, projections_of
+from qpref.policy.experts_forward import compute_here
+
+METHOD = "qpref_nf4"
+"""Name of this quantization in transformers' registry of quantizers."""
 
 
 def nf4_settings(dtype: torch.dtype, double_quantization: bool) -> BitsAndBytesConfig:
     """Settings for transformers' `from_pretrained` that quantize linear layers and fused experts to NF4."""
-    if IMPLEMENTATION not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(IMPLEMENTATION)(Nf4Quantizer)
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, compute_packed)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(Nf4Quantizer)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    settings.quant_method = IMPLEMENTATION
+    settings.quant_method = METHOD
     return settings
 
 
@@ -47,13 +49,13 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # transformers' i
         return _Pack(super().get_quantize_ops(), self.quantization_config.bnb_4bit_use_double_quant)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Replace the packed parameters with modules, and have transformers compute them with `compute_packed`."""
+        """Replace the packed parameters with modules, and have transformers compute them with `compute_experts`."""
         for module in list(model.modules()):
             if is_experts(module):
                 for name in projections_of(module):
                     packed = module._parameters.pop(name)
                     module.add_module(name, packed.experts.to(packed.device))
-                module.config._experts_implementation = IMPLEMENTATION
+                compute_here(module)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from qpref.attention.layout import current, laid_out
 from qpref.policy.adapter import is_trained
 from qpref.policy.experts import packed_names
+from qpref.policy.experts_lora import ExpertsLora
 from qpref.policy.head import Head
 from qpref.policy.rope import RopeLengths, for_lengths
 from qpref.policy.rope import current as current_lengths
@@ -177,6 +178,11 @@ class Policy:
     def packed_experts(self) -> list[str]:
         """Names, as in the base model, of the decoder's fused experts in 4 bits, one for each projection of a layer."""
         return packed_names(self.model)
+
+    def adapts_experts(self) -> bool:
+        """Return whether fused experts have adapters, so that they are computed by qpref even where they aren't
+        packed."""
+        return any(isinstance(module, ExpertsLora) for module in self.decoder.modules())
 
 
 def _contexts(layer: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -77,9 +77,9 @@ class Projections:
     def _adapter_gradients(
         self, x: Tensor, low: Tensor, low_grad: Tensor, incoming: Sequence[Tensor], seed: int
     ) -> list[Tensor]:
-        of_a = _float32_product(low_grad.t(), self._dropped(x, seed)).split(self._adapted_ranks)
+        of_a = float32_product(low_grad.t(), self._dropped(x, seed)).split(self._adapted_ranks)
         of_b = [
-            _float32_product(gradient.t(), part).mul_(scaling)
+            float32_product(gradient.t(), part).mul_(scaling)
             for gradient, part, scaling in zip(
                 incoming, low.split(self._adapted_ranks, 1), self._adapted_scalings, strict=True
             )
@@ -126,7 +126,7 @@ def _onto(start: Tensor, x: Tensor, base: Any) -> Tensor:
     return start if base.bias is None else start.add_(base.bias)
 
 
-def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply for the gradient of float32 weights, not rounded to 16 bits on a GPU (a CPU has no such product)."""
     if left.device.type == "cuda" and left.dtype != torch.float32:
         return float32_mm(left, right)

@@ -92,6 +92,11 @@ class AdapterSection(Section):
         description="Target modules: names, or name endings such as `q_proj`, of the linear layers that get an "
         "adapter. all-linear: every linear layer of the text model's blocks.",
     )
+    experts: bool = Field(
+        default=False,
+        description="Adapt the fused experts of a mixture too (Mixtral, Qwen3-MoE, gpt-oss, ...): a LoRA of `rank` for "
+        "each expert and projection, saved as PEFT's `target_parameters`. Not with `dropout`.",
+    )
     rslora: bool = Field(
         default=False,
         description="Rank-stabilized LoRA: scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).",
@@ -110,6 +115,13 @@ class AdapterSection(Section):
         default="none",
         description="Only none: trained biases would stay on without the adapter and move the reference.",
     )
+
+    @field_validator("experts")
+    @classmethod
+    def refuse_experts_with_dropout(cls, experts: bool, info: ValidationInfo) -> bool:
+        if experts and info.data.get("dropout"):
+            raise ValueError("PEFT's adapters on experts have no dropout; set dropout = 0")
+        return experts
 
     @field_validator("init", mode="before")
     @classmethod

@@ -62,7 +62,7 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
         "weights": base.weights,
         "config": base.config,
         "quantization": [model.quantization, model.double_quantization],
-        "experts": "nf4" if policy.packed_experts() else "as in the files",
+        "experts": _experts(policy),
         "dtype": model.dtype,
         "device": policy.device.type,
         "attention": policy.attention,
@@ -78,6 +78,13 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
     except DiskError as error:
         fsio.warn_unwritable("the reference is not cached", error)
         return None
+
+
+def _experts(policy: Policy) -> str:
+    """Describe the weights of experts, and the function that computes them, whose rounding may differ."""
+    if policy.packed_experts():
+        return "nf4"
+    return "as in the files, computed by qpref" if policy.adapts_experts() else "as in the files"
 
 
 def cache_description(references: ReferenceStore | None) -> dict[str, Any] | None:

@@ -311,6 +311,25 @@ def test_nothing_that_fits_exits_5_with_what_would_help():
     assert (found["fits"], bool(found["advice"])) == (False, True)
 
 
+def test_adapters_on_experts_are_planned():
+    """A and B of rank 4 for each of 128 experts of 48 layers: gate and up 2048 -> 1536, down 768 -> 2048."""
+    options = ("--shape", "Qwen3-30B-A3B", "--vram", "80GiB", "--set", "adapter.experts=true", "--set",
+               "adapter.rank=4", "--set", "adapter.dropout=0")  # fmt: skip
+    size = 48 * 128 * 4 * (2048 + 1536 + 768 + 2048)
+    assert facts(RECIPES / "7b-24gb.toml", *options)["expert_adapter_parameters"] == size == 157_286_400
+    lines = plan(RECIPES / "7b-24gb.toml", *options).stdout.splitlines()
+    assert "adapter  161 million parameters on 192 linear layers and on the experts of 48 layers" in lines
+    assert "experts  29.0 billion parameters in 4 bits, with 157 million parameters of the adapter" in lines
+
+
+def test_adapters_on_experts_that_a_model_lacks_are_refused_as_by_train():
+    done = plan(RECIPES / "7b-24gb.toml", "--shape", "Qwen3-4B", "--vram", "80GiB", "--set", "adapter.experts=true",
+                "--set", "adapter.dropout=0", code=10)  # fmt: skip
+    assert done.stderr == (
+        "error: [adapter] experts: this qwen3 model has no experts\nhint: leave [adapter] experts out\n"
+    )
+
+
 @pytest.mark.parametrize("size", ["lots", "24TB", "0"])
 def test_a_bad_vram_is_refused(write_recipe, size):
     done = plan(write_recipe(), "--vram", size, code=2)

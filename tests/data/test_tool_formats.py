@@ -21,7 +21,7 @@ ROWS = [
 ]
 TOOLS = (
     "TRL", "Axolotl", "LLaMA-Factory", "ms-swift", "OpenAI", "Together", "Fireworks", "Vertex AI", "Mistral", "Argilla",
-    "distilabel",
+    "distilabel", "Label Studio",
 )  # fmt: skip
 GREETINGS = ("Be brief.", "Hello.")
 

@@ -116,11 +116,12 @@ def test_activations_follow_the_adapter(make_base, adapter):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
-def test_activations_and_weights_of_packed_experts_are_as_predicted(family, dtype, tmp_path):
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+def test_activations_and_weights_of_packed_experts_are_as_predicted(family, dtype, adapted, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "num_experts": 8}
     own = {name: size for name, size in sizes.items() if family == "qwen3_moe" or not name.startswith(("moe", "num"))}
     base = TinyModel(model_type=family, config=own).write(tmp_path)
-    policy, shape, setup = load(a_recipe(base, dtype, quantization="nf4"))
+    policy, shape, setup = load(a_recipe(base, dtype, quantization="nf4", adapter={"experts": adapted}))
     predicted = activation_bytes(shape, setup, Stream.of(LENGTHS), 0)
     assert predicted == pytest.approx(kept_bytes(policy, a_batch()), rel=0.05)
     packed = [module for module in policy.decoder.modules() if isinstance(module, PackedExperts)]
@@ -144,14 +145,16 @@ def test_the_peak_of_a_whole_step_is_as_predicted(make_base):
     for recomputed in (1, 3, 4):
         policy.recompute_layers(recomputed)
         part = peak_memory(shape, setup, stream, recomputed)
-        assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak_bytes(step), rel=0.06)
+    assert part.activations + max(part.live, part.head_tile) == pytest.approx(peak_bytes(step), rel=0.06)
 
 
 @pytest.mark.parametrize("recomputed", [1, 4])
-def test_the_peak_of_a_step_with_packed_experts_is_as_predicted(recomputed, tmp_path):
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+def test_the_peak_of_a_step_with_packed_experts_is_as_predicted(recomputed, adapted, tmp_path):
     size = {"hidden_size": 256, "moe_intermediate_size": 96, "num_experts_per_tok": 4, "num_hidden_layers": 4}
     base = TinyModel(model_type="qwen3_moe", config=size).write(tmp_path)
-    recipe = a_recipe(base, "float32", quantization="nf4", train={"gradient_checkpointing": recomputed})
+    train = {"gradient_checkpointing": recomputed}
+    recipe = a_recipe(base, "float32", quantization="nf4", train=train, adapter={"experts": adapted})
     policy, shape, setup = load(recipe)
     lengths = [(120, (81, 70))] * 4
     batch = a_batch(lengths)

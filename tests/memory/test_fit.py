@@ -172,6 +172,18 @@ def test_advice_says_what_each_change_saves_most_first(shape):
     assert any(change.startswith("[data] max_length 1024 -> 512 saves") for change in tight_fit(shape).advice)
 
 
+def test_advice_names_the_adapters_of_experts():
+    adapted, without, halved = (
+        demand(read_shape(named_config("Qwen3-30B-A3B"), AdapterSection(rank=rank, experts=experts)))
+        for rank, experts in ((16, True), (16, False), (8, True))
+    )
+    lines = fit_memory(adapted, 5 * GIB).advice
+    for change, other in (("[adapter] experts = false", without), ("[adapter] rank 16 -> 8", halved)):
+        saved = need(adapted, *adapted.smallest()) - need(other, *other.smallest())
+        assert f"{change} saves {saved / GIB:.2f} GiB" in lines
+    assert not any("experts" in line for line in fit_memory(without, 5 * GIB).advice)
+
+
 def test_what_advice_says_of_a_change_is_so(shape):
     """Double quantization, by the difference of the two totals."""
     plain, doubled = (demand(shape, double_quantization=double) for double in (False, True))

@@ -1,7 +1,9 @@
 """A shape read from a config is the model's own: every parameter, every linear layer, the adapter's sizes."""
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from tiny_models import TinyModel
 
 from qpref import fsio
 from qpref.errors import PolicyError
+from qpref.memory.costs import weight_bytes
 from qpref.memory.known_shapes import ALSO_CALLED, KNOWN_SHAPES, base_config, known_shape, local_base, named_config
+from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape, read_shape
 from qpref.policy.convert import VERSION
 from qpref.policy.load import load_policy
@@ -113,6 +117,42 @@ def test_a_shape_has_the_models_own_parameters_layers_and_adapters(make_base, fa
     trained = [value.numel() for value in policy.trained_parameters().values()]
     assert sorted(shape.adapter_sizes) == sorted(trained)
     assert shape.parameters == sum(value.numel() for value in policy.model.parameters()) - sum(trained)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_a_shape_has_the_adapters_of_experts(kind, tmp_path):
+    recipe = Recipe.model_validate(
+        {
+            "model": {"base": str(TinyModel(model_type=kind).write(tmp_path)), "dtype": "float32", "device": "cpu"},
+            "adapter": {"rank": 3, "experts": True},
+            "data": {"train": "x"},
+            "loss": {"name": "dpo"},
+        }
+    )
+    policy, shape = load_policy(recipe, resolve_base(recipe.model)), model_shape(recipe.model, recipe.adapter)
+    trained = {name: value.numel() for name, value in policy.trained_parameters().items()}
+    assert sorted(shape.adapter_sizes) == sorted(trained.values())
+    assert shape.expert_adapter_parameters == sum(size for name, size in trained.items() if ".experts." in name)
+
+
+def test_of_the_experts_adapters_a_token_is_multiplied_with_a_few():
+    plain, adapted = (read_shape(named_config("Qwen3-30B-A3B"), AdapterSection(experts=each)) for each in (False, True))
+    of_expert = 16 * ((2048 + 2 * 768) + (768 + 2048))  # A and B of gate and up, and of down
+    assert adapted.expert_adapter_parameters == 48 * 128 * of_expert
+    assert adapted.adapter_weights_of_token - plain.adapter_weights_of_token == 48 * 8 * of_expert
+
+
+def test_experts_of_a_base_in_4_bits_are_adapted_in_16():
+    """bitsandbytes' own files leave them so."""
+    found = named_config("Qwen3-30B-A3B")
+    plain = read_shape(found, AdapterSection(experts=True))
+    config = copy.deepcopy(found.config)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    stored = read_shape(replace(found, config=config), AdapterSection(experts=True))
+    assert stored.adapter_sizes == plain.adapter_sizes
+    assert stored.parameters == plain.parameters
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert weight_bytes(stored, Setup(device="cuda")) > 2 * experts > weight_bytes(plain, Setup(device="cuda"))
 
 
 def test_the_config_that_is_named_wins_over_the_base(make_base):

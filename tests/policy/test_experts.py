@@ -10,26 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from expert_cases import KINDS, TOKENS, dense
 from tiny_models import TinyModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qpref.policy import experts, nf4_loading
-from qpref.policy.experts import PackedExperts, compute_packed, packed_names, through_nf4
+from qpref.policy.experts import PackedExperts, packed_names, through_nf4
+from qpref.policy.experts_forward import compute_experts
 from qpref.policy.load import load_base, load_plain
 from qpref.policy.nf4_loading import nf4_settings
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import ModelSection
-
-TOKENS = torch.arange(60).view(3, 20) % 200
-KINDS = {
-    "mixtral": TinyModel(model_type="mixtral"),
-    "qwen3_moe": TinyModel(model_type="qwen3_moe"),
-    "olmoe": TinyModel(model_type="olmoe", config={"norm_topk_prob": True}),
-    "gpt_oss": TinyModel(model_type="gpt_oss"),  # transposed and interleaved, biases, an activation with a limit
-    "nemotron_h": TinyModel(model_type="nemotron_h"),  # no gate
-}
 
 
 def section(base: Path, **changes: Any) -> ModelSection:
@@ -39,19 +31,6 @@ def section(base: Path, **changes: Any) -> ModelSection:
 def load(base: Path, **changes: Any) -> Any:
     settings = section(base, **changes)
     return load_base(settings, resolve_base(settings), torch.device("cpu")).eval()
-
-
-def dense(base: Path, packed: Any, double_quantization: bool) -> Any:
-    """The same model by transformers alone, with the rounded experts and linear layers of `packed` in float32."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
-    for name in packed_names(packed):
-        weights = model.get_parameter(name)
-        weights.copy_(through_nf4(weights, double_quantization))
-    for name, module in packed.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            model.get_submodule(name).weight.copy_(dequantize_4bit(module.weight, module.weight.quant_state))
-    return model
 
 
 def values_and_gradients(model: Any) -> tuple[Tensor, Tensor]:
@@ -112,9 +91,9 @@ def test_a_number_beyond_the_last_expert_adds_nothing():
     module.up_proj = PackedExperts(torch.randn(2, 32, 64), double_quantization=False)
     module.down_proj = PackedExperts(torch.randn(2, 64, 32), double_quantization=False)
     x, weights = torch.randn(3, 64), torch.rand(3, 2)
-    one = compute_packed(module, x, torch.tensor([[0, 2], [2, 1], [2, 2]]), weights)
+    one = compute_experts(module, x, torch.tensor([[0, 2], [2, 1], [2, 2]]), weights)
     weights[0, 1] = weights[1, 0] = 0
-    two = compute_packed(module, x[:2], torch.tensor([[0, 1], [0, 1]]), weights[:2])
+    two = compute_experts(module, x[:2], torch.tensor([[0, 1], [0, 1]]), weights[:2])
     assert torch.allclose(one[:2], two, atol=1e-6)
     assert not one[2].any()
 

@@ -207,6 +207,10 @@ def test_a_clash_of_plugins_is_no_mistake_of_the_recipe(offer_by_acme):
             "use_dora: DoRA rescales whole columns of the base, which folds into no delta on a 4-bit base",
         ),
         (
+            {"experts": True, "dropout": 0.1},
+            "experts: PEFT's adapters on experts have no dropout; set dropout = 0",
+        ),
+        (
             {"modules_to_save": ["lm_head"]},
             "modules_to_save: layers trained in full stay changed with the adapters off, so the reference would move",
         ),

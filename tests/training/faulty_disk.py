@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class FaultyDisk:
     def __init__(self, root: Path, at: int = 0, kind: str = "crash", lasts: int = 1) -> None:
         self.root, self.at, self.kind, self.lasts = root, at, kind, lasts
         self.count, self.names, self._dead = 0, [], False
+        self._opened: list[int] = []
 
     def meets(self, name: str, write_half: Callable[[], object] = lambda: None) -> None:
         """Count an operation; raises where it is the one that fails."""
@@ -78,14 +79,27 @@ class FaultyDisk:
             patch.setattr(builtins, "open", self._open(builtins.open))
             patch.setattr(safetensors.torch, "save_file", self._save_file(safetensors.torch.save_file))
             patch.setattr(shutil, "_use_fd_functions", False)  # so that paths are whole
-            yield self
+            try:
+                yield self
+            finally:
+                self._close_all()
+
+    def _close_all(self) -> None:
+        """Close what a process that died had open, its locks with them."""
+        for descriptor in self._opened if self._dead else ():
+            with suppress(OSError):
+                if self.holds(descriptor, {}):
+                    os.close(descriptor)
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
             writes = name != "open" or (arguments[:1] and arguments[0] & (os.O_WRONLY | os.O_RDWR))
             if writes and self.holds(path, options):
                 self.meets(name)
-            return real(path, *arguments, **options)
+            result = real(path, *arguments, **options)
+            if name == "open" and writes:
+                self._opened.append(result)
+            return result
 
         return call
 

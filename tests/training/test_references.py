@@ -294,7 +294,9 @@ RECIPE = {
     "data": {"train": "y"},
     "loss": {"name": "dpo"},
 }
-POLICY = SimpleNamespace(device=torch.device("cpu"), attention="qpref_segments", packed_experts=list)
+POLICY = SimpleNamespace(
+    device=torch.device("cpu"), attention="qpref_segments", packed_experts=list, adapts_experts=bool
+)
 WEIGHTS = {"model.safetensors": "1f"}
 CONFIG = {"rope_theta": 1e4, "hidden_size": 64}
 
@@ -339,6 +341,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "device": {"policy": {"device": torch.device("cuda")}},
     "attention": {"policy": {"attention": "sdpa"}},
     "packed experts": {"policy": {"packed_experts": lambda: ["model.layers.0.mlp.experts.down_proj"]}},
+    "experts that qpref computes": {"policy": {"adapts_experts": lambda: True}},
     "start adapter": {"start": "1f"},
 }
 

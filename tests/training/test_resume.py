@@ -27,6 +27,8 @@ import tomli_w
 import torch
 from conftest import Outcome, outcome, preference_rows, rows_of, write_jsonl
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import TinyModel
 from transformers import AutoModelForCausalLM
 
 import qpref
@@ -192,6 +194,17 @@ def test_nf4_run_resumes_to_the_bit(make_toy, tmp_path):
     recipe = make_toy(gradient_checkpointing=True)
     recipe["model"] |= {"quantization": "nf4", "dtype": "bf16"}
     straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    train_until(recipe, tmp_path / "run", after_save(3))
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+
+
+def test_run_with_adapters_on_experts_resumes_to_the_bit(make_toy, tmp_path):
+    recipe = make_toy(gradient_checkpointing=1)
+    base = TinyModel(model_type="gpt_oss").write(tmp_path / "base")
+    recipe["model"] |= {"quantization": "nf4", "dtype": "bf16", "base": str(base)}
+    recipe["adapter"] = {"rank": 2, "experts": True}
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    assert any(".experts.base_layer.lora_B" in name for name in load_file(tmp_path / "straight" / ADAPTER))
     train_until(recipe, tmp_path / "run", after_save(3))
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
 

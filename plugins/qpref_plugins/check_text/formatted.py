@@ -60,18 +60,22 @@ class FormattedTexts:
 def find_markers(example: PreferencePair | UnpairedExample) -> tuple[set[str], set[str]]:
     """Find the families that an example's texts are formatted for, and the labels that its responses go on with."""
     families = {family for message in example.prompt if (family := _prompt_family(message))}
-    asked = example.prompt[-1].content
-    about = not families and (mentions_token(asked) or _ABOUT_TEMPLATES.search(asked) is not None)
+    asked, in_prompt = example.prompt[-1].content, bool(families)
     labels = set()
     for turns in (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example.completion,):
         text = turns[-1].content
-        if not about and (family := _family(text) or response_labels(text, asked)):
+        family = _family(text) or response_labels(text, asked)
+        if family and (in_prompt or not _asks_about_templates(asked)):
             families.add(family)
         if label := next_turn(text, asked):
             labels.add(label)
     if len(families) > 1:
         families.discard(_named(FAMILIES[END_OF_TEXT][0]))
     return families, labels
+
+
+def _asks_about_templates(prompt: str) -> bool:
+    return mentions_token(prompt) or _ABOUT_TEMPLATES.search(prompt) is not None
 
 
 def _prompt_family(message: Message) -> str | None:
