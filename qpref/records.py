@@ -49,8 +49,9 @@ class Message:
     """A turn of a conversation.
 
     Attributes:
-        extra: other keys that chat templates read: name, tool_calls, tool_call_id. Their texts are checked like
-            `content`.
+        extra: other keys that chat templates read: name, tool_calls, tool_call_id, reasoning_content. Their texts are
+            checked like `content`, and tool calls have one form: `{"type": "function", "function": {"name": ...,
+            "arguments": {...}}}`, arguments that are no object as the text that they are.
     """
 
     role: str

@@ -78,6 +78,7 @@ RECORDS = [
     [pair(user("Translate to French: dog", "chien", "Translate to French.\ncat"), "chat", "chien")],
     [pair((Message(role="system", content="You translate."), *user("Translate to French: cat")), "chat", "chien")],
     [SUM],
+    [pair((SYSTEM, *user("1 + 1?")), "2", "21")],
     [pair(user("1 + 1?"), "2", "21"), pair(user("1 + 1?"), "two", "21", number=1)],
     [SUM],
     [

@@ -9,12 +9,12 @@ from typing import Any
 
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
+from qpref.data.label_watch import LabelWatch
 from qpref.data.row_formats import COLUMNS
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
 from qpref.data.unread_keys import UnreadKeys
-from qpref.data.verdicts import VerdictWatch
 from qpref.errors import PluginError
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
@@ -166,7 +166,7 @@ def check_data(
     checks = [_RunningCheck.of(validator) for validator in validators]
     repeats = RepeatCounter()
     unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
-    watches = {source.choice.location: VerdictWatch(source) for _, source in opened}
+    labels = LabelWatch(source for _, source in opened)
 
     def note(row: Row) -> None:
         repeats.note(row)
@@ -174,14 +174,12 @@ def check_data(
 
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else note, watches)
+        _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
     for _, source in opened:
         report.add(source.notes)
     report.repeated = repeats.count()
     report.add(unread.findings())
-    for watch in watches.values():
-        report.add(watch.findings())
-        report.verdicts += watch.shown
+    labels.report_to(report)
     for check in checks:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
@@ -192,11 +190,8 @@ def _check_rows(
     checks: Sequence[_RunningCheck],
     report: DataReport,
     note: Callable[[Row], None] | None,
-    watches: Mapping[str, VerdictWatch],
+    watch: Watch,
 ) -> None:
-    def watch(source: DataSource, raw: Row, row: Sequence[ExampleRow] | Finding) -> None:
-        watches[source.choice.location].note(raw, row)
-
     of_all = [check for check in checks if not check.skips_refused]
     of_kept = [check for check in checks if check.skips_refused]
     for row in rows.all_rows(note, watch):
@@ -210,8 +205,7 @@ def _check_rows(
         _look(row, of_all, rows.split, report)
         if not report.leaves_out(row[0].source):
             _look(row, of_kept, rows.split, report)
-            for example in row:
-                report.measure(example)
+            report.measure_row(row)
 
 
 def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
@@ -230,7 +224,9 @@ class RepeatCounter:
         self._hashes = array("q")
 
     def note(self, row: Row) -> None:
-        self._hashes.append(hash(repr(row.values)))  # Python's hash distinguishes texts, but not 1, 1.0 and True
+        # Python's hash distinguishes texts, but not 1, 1.0 and True. That of a text is kept in it, for the checks too.
+        values = (value if type(value) is str else (repr(value),) for value in row.values.values())
+        self._hashes.append(hash((*row.values, *values)))
 
     def count(self) -> int:
         """Return the number of rows that repeat an earlier one."""

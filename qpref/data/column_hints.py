@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 
 from qpref.data.row_values import named
 
@@ -24,8 +25,8 @@ RESPONSES = {"completion", "response", "output", "answer", "generation", "reply"
 VERDICTS = ("winner", "verdict", "preference", "preferred", "better", "choice", "gold_label", "overall_preference",
             "better_response_id", "label", "labels")  # fmt: skip
 """Names of columns that say which of two responses won, the surest first."""
-TWINS = (("0", "1"), ("1", "2"), ("2", "3"), ("a", "b"), ("b", "c"), ("left", "right"), ("first", "second"), ("x", "y"))
-"""Words in which the names of two responses' columns differ; those of three responses make two such pairs."""
+SERIES = (tuple("12345678"), tuple("01234567"), tuple("abcdefgh"), ("left", "right"), ("first", "second"))
+"""Words in which the names of several responses' columns differ, in order."""
 ABOUT_A_RESPONSE = {"score", "scores", "rating", "rank", "model", "source", "policy", "id", "name", "reason",
                     "rationale", "reward"}  # fmt: skip
 MAX_NAME = 24
@@ -40,8 +41,11 @@ def advice(values: Mapping[str, object], missing: Sequence[str] = ("prompt", "ch
     """
     names = (name if value is not None else f"{name[:13]} (null)" for name, value in values.items())
     found = f"it has {named(names, 8) or 'no column'}"
-    if (twins := two_responses(values)) is not None:
-        columns = {"first": twins[0], "second": twins[1], "winner": verdict_column(values) or "..."}
+    responses = response_columns(values)
+    if len(responses) > 2:
+        return f"{found}; write the {len(responses)} responses as one list: responses, with ranks or scores"
+    if responses:
+        columns = {"first": responses[0], "second": responses[1], "winner": verdict_column(values) or "..."}
         return f"{found}; say who won: [data.contest] {_toml(columns)}, first_wins = [...], second_wins = [...]"
     if columns := fitting_columns(values, missing):
         return f"{found}; [data] columns = {{ {_toml(columns)} }} would fit"
@@ -78,25 +82,21 @@ def _side(found: Sequence[str]) -> str | None:
     return "rejected" if is_rejected or NEGATIONS.intersection(found) else "chosen"
 
 
-def two_responses(values: Mapping[str, object]) -> tuple[str, str] | None:
-    """Return the two columns of texts whose names differ in one of TWINS, such as output_1 and output_2.
+def response_columns(values: Mapping[str, object]) -> list[str]:
+    """List the columns of texts whose names differ in a word of SERIES alone, such as output_1 and output_2.
 
-    None where several columns, or three responses, are named like this.
+    Empty where no names do, or those of more than one kind, such as prompt_1, prompt_2, output_1 and output_2.
     """
     by_words = {words(name): name for name in _text_columns(values) if _side(words(name)) is None}
-    pairs = []
-    for found, name in by_words.items():
-        for first, second in TWINS:
-            twins = [by_words.get(other) for other in _replaced(found, first, second)]
-            pairs += [(name, twin) for twin in twins if twin is not None]
-    if len(pairs) > 1:
-        pairs = [pair for pair in pairs if not ABOUT_A_RESPONSE.intersection(words(pair[0]))]
-    return pairs[0] if len(pairs) == 1 else None
-
-
-def _replaced(found: tuple[str, ...], first: str, second: str) -> list[tuple[str, ...]]:
-    """List a name's words with one occurrence of `first` replaced by `second`."""
-    return [(*found[:at], second, *found[at + 1 :]) for at, word in enumerate(found) if word == first]
+    found = []
+    for name in by_words:
+        for at, series in ((at, series) for at, word in enumerate(name) for series in SERIES if word == series[0]):
+            names = ((*name[:at], word, *name[at + 1 :]) for word in series)
+            found.append([by_words[other] for other in takewhile(by_words.__contains__, names)])
+    found = [names for names in found if len(names) > 1]
+    if len(found) > 1:
+        found = [names for names in found if not ABOUT_A_RESPONSE.intersection(words(names[0]))]
+    return found[0] if len(found) == 1 else []
 
 
 def verdict_column(values: Mapping[str, object]) -> str | None:

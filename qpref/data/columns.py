@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from qpref.data.column_hints import advice
 from qpref.data.messages import dialogue_of, has_speaker, turns_of
@@ -49,7 +49,12 @@ def any_prompt(values: Mapping[str, object]) -> Turns:
     """
     for name in PROMPT_COLUMNS:
         if values.get(name) is not None:
-            return instruction(values) if name == "instruction" else prompt_column(values, name)
+            if name == "instruction":
+                return instruction(values)
+            is_question = isinstance(values[name], str) and isinstance(values.get("history"), list)
+            return (
+                _after_history(values, prompt_turns(values[name], name)) if is_question else prompt_column(values, name)
+            )
     found = questions_in(values)
     if not found:
         raise BadRowError("not_a_pair", f"no prompt; {advice(values, ['prompt'])}")
@@ -92,29 +97,30 @@ def instruction(values: Mapping[str, object]) -> Turns:
     """Return Alpaca's prompt: the turns of `history`, then instruction and input, joined by a newline."""
     if values.get("instruction") is None:
         raise BadRowError("not_a_pair", f"no instruction; {advice(values, ['prompt'])}")
-    parts = [text_in(values, "instruction")]
-    if values.get("input") is not None and text_in(values, "input").strip():
-        parts.append(text_in(values, "input"))
+    parts = [text_in(values, name) for name in ("instruction", "input") if values.get(name) is not None]
+    parts = [part for part in parts if part.strip()]
     return _after_history(values, turns_of("\n".join(parts), "instruction", "user"))
 
 
 def _after_history(values: Mapping[str, object], prompt: Turns) -> Turns:
     """Prepend the turns of `history`, and before them those of `system`."""
-    turns: list[Message] = []
-    for turn in _history(values):
-        turns += [*turns_of(turn[0], "history", "user"), *turns_of(turn[1], "history", "assistant")]
-    return with_system(values, (*turns, *prompt))
+    return with_system(values, (*_history(values), *prompt))
 
 
-def _history(values: Mapping[str, object]) -> Iterator[list[str]]:
+def _history(values: Mapping[str, object]) -> Turns:
+    """Parse the column `history`: a list of [question, answer], or of messages."""
     history = values.get("history") or []
     history = json_value(history) if isinstance(history, str) else history
     if not isinstance(history, list):
         raise BadRowError("not_a_message", f"history: expected a list of [question, answer], found {kind_of(history)}")
+    if history and all(isinstance(turn, dict) for turn in history):
+        return turns_of(history, "history", "user")
+    turns: list[Message] = []
     for turn in history:
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
             raise BadRowError("not_a_message", f"history: expected [question, answer], found {kind_of(turn)}")
-        yield turn
+        turns += [*turns_of(turn[0], "history", "user"), *turns_of(turn[1], "history", "assistant")]
+    return tuple(turns)
 
 
 def with_system(values: Mapping[str, object], prompt: Turns) -> Turns:
@@ -137,7 +143,14 @@ def label_in(values: Mapping[str, object]) -> bool:
     name = next((name for name in LABEL_COLUMNS if values.get(name) is not None), None)
     if name is None:
         raise BadRowError("not_an_example", f"not a labelled completion: no label; {advice(values, ['label'])}")
-    label = values[name]
+    labels = {name: _label(values[name], name) for name in LABEL_COLUMNS if values.get(name) is not None}
+    if len(set(labels.values())) > 1:
+        found = " and ".join(f"{name} is {str(label).lower()}" for name, label in labels.items())
+        raise BadRowError("bad_label", f"two labels contradict each other: {found}")
+    return labels[name]
+
+
+def _label(label: object, name: str) -> bool:
     key = label.lower() if isinstance(label, str) else label
     if isinstance(key, str | int | float) and key in _LABELS:
         return _LABELS[key]
@@ -146,7 +159,8 @@ def label_in(values: Mapping[str, object]) -> bool:
 
 def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
     """Return the JSON schemas of the column `tools`, a list or its JSON text."""
-    return tuple(tools_of(values.get("tools") or []))
+    tools = values.get("tools")
+    return tuple(tools_of(tools)) if tools else ()
 
 
 def number_in(values: Mapping[str, object], name: str, default: float, at_least: float) -> float:

@@ -7,6 +7,7 @@ verdicts of different meaning, so that a recipe has to name them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 
 from qpref.data.contest import Contest, Values
 from qpref.data.row_values import BadRowError, json_value
@@ -147,6 +148,12 @@ CONTEST_COLUMNS = frozenset(
     for path in (contest.section.first, contest.section.second, *contest.section.verdict_columns, *contest.prompts)
 )
 """Every column that one of these formats reads."""
+
+
+@lru_cache(maxsize=512)
+def may_compare(columns: tuple[str, ...]) -> bool:
+    """Return whether rows with these columns may be in one of the recognized formats."""
+    return any(set(own).issubset(columns) for own in _OWN.values())
 
 
 def contest_format(values: Mapping[str, object], has: Set[str]) -> str | None:

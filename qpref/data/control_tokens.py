@@ -54,9 +54,9 @@ class ControlTokens:
         Raises:
             RefusedRowError: the ids have more control tokens than the text.
         """
-        found = [token for token in ids if token in self.ids]
-        if len(found) > len(written := self.pattern.findall(text)):
-            rest = Counter(found) - Counter(self.tokenizer.convert_tokens_to_ids(written))
+        found = Counter({token: ids.count(token) for token in self.ids.intersection(ids)})
+        if found.total() > len(written := self.pattern.findall(text)):
+            rest = found - Counter(self.tokenizer.convert_tokens_to_ids(written))
             name = self.tokenizer.convert_ids_to_tokens(next(iter(rest)))
             raise RefusedRowError("control_token", f"the tokenizer normalizes text to the control token {name}")
 

@@ -54,6 +54,7 @@ class DataReport:
         lengths: "prompt characters", "chosen tokens", ... -> histogram.
         repeated: rows that repeat an earlier row in every column, refused ones included.
         num_cut: rows that were truncated to the maximum lengths.
+        num_several, num_pairs: rows with more than two responses that no check refuses, and the pairs that they make.
         verdicts: the first rows of each source of comparisons, with the response that won.
     """
 
@@ -64,6 +65,8 @@ class DataReport:
     lengths: dict[str, Histogram] = field(default_factory=dict)
     repeated: int = 0
     num_cut: int = 0
+    num_several: int = 0
+    num_pairs: int = 0
     verdicts: list[ShownVerdict] = field(default_factory=list)
     _read_from: Counter[str] = field(default_factory=Counter)
     _listed: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -126,6 +129,14 @@ class DataReport:
     @property
     def label(self) -> str:
         return ", ".join(self.paths)
+
+    def measure_row(self, row: Sequence[PreferencePair | UnpairedExample]) -> None:
+        """Add the lengths of a row's examples, and count them where there are several."""
+        for example in row:
+            self.measure(example)
+        if len(row) > 1:
+            self.num_several += 1
+            self.num_pairs += len(row)
 
     def measure(self, example: PreferencePair | UnpairedExample) -> None:
         """Add the lengths of an example's sides, in characters."""
@@ -200,12 +211,14 @@ class DataReport:
             "dropped": self.dropped,
             "repeated": self.repeated,
             "cut": self.num_cut,
+            "several_responses": {"rows": self.num_several, "pairs": self.num_pairs} if self.num_several else {},
             "counts": [
                 {"severity": severity, "code": code, "count": number}
                 for (severity, code), number in sorted(self.counts.items())
             ],
             "findings": [_fact(finding) for finding in self.findings],
             "findings_not_listed": +left_out,
+            "verdicts": [_fact(verdict) for verdict in self.verdicts],
             "lengths": {
                 name: [{"from": low, "to": high, "count": number} for low, high, number in histogram.bars()]
                 for name, histogram in self.lengths.items()
@@ -217,14 +230,18 @@ def _characters(turns: Sequence[Message]) -> int:
     return len(turns[0].content) if len(turns) == 1 else sum(len(message.content) for message in turns)
 
 
-def _fact(finding: Finding) -> dict[str, Any]:
-    fact = asdict(finding)
-    source = fact.pop("source")
-    return {"code": fact["code"], "severity": fact["severity"], **source, "message": fact["message"]}
+def _fact(found: Finding | ShownVerdict) -> dict[str, Any]:
+    """Return the record as JSON data, with the path and the line of its source before its texts."""
+    fact = asdict(found)
+    source, message = fact.pop("source"), fact.pop("message", None)
+    start = {name: fact.pop(name) for name in ("code", "severity") if name in fact}
+    return {**start, **source, **fact, **({} if message is None else {"message": message})}
 
 
 def _hint(codes: set[str]) -> str:
     hint = "fix or drop the rows (`qpref check` lists all of them), or allow a share of them with [data] skip_bad"
+    if "refused_source" in codes:
+        return "`qpref check` prints rows with the side that won; docs/data.md has the verdicts of each format"
     if codes == {"identical"}:
         hint = 'drop the lines, or set [checks] identical = "warn"'
     if codes == {"too_long"}:

@@ -91,6 +91,10 @@ CODES: Mapping[str, Explanation] = {
         "All verdicts of the source name the same side.",
         "Compare the rows that `qpref check` prints with the data: a wrong reading would look like this.",
     ),
+    "swapped_score": Explanation(
+        "A score, rating, rank or verdict beside the label says that the rejected response is the better one.",
+        "If most rows do, the two sides are swapped: map `chosen` and `rejected` the other way. Else read the rows.",
+    ),
     "bad_number": Explanation("A weight, margin, rank or score is no usable number.", _FIX_OR_SKIP),
     "tied": Explanation(
         "All responses have the same score, or the verdict is a tie, so none is preferred.",
@@ -133,7 +137,7 @@ CODES: Mapping[str, Explanation] = {
         'Leave the row out: it has no preference. With `[checks] identical = "warn"` it stays.',
     ),
     "nearly_identical": Explanation(
-        "Chosen and rejected differ only in case or punctuation.",
+        "Chosen and rejected differ only in case, punctuation or indentation.",
         "Leave the row out, unless the preference is about just that.",
     ),
     "too_similar": Explanation(

@@ -7,12 +7,21 @@ from collections.abc import Mapping, Sequence
 
 from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of
 from qpref.data.tool_calls import tool_calls_of
-from qpref.data.turn_notation import CALLERS, CONTENT_KEYS, SPEAKER_KEYS, content_in, join_parts, speaker_of
+from qpref.data.turn_notation import (
+    CALLERS,
+    CONTENT_KEYS,
+    SPEAKER_KEYS,
+    by_message,
+    content_in,
+    is_message,
+    join_parts,
+    speaker_of,
+)
 from qpref.records import Message
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of a message's reasoning: DeepSeek's and Qwen's, then those of other servers and templates."""
-_NOT_TEXT = ("function_call", "tool_call", "image", "images", "audio", "audios", "video", "videos")
+_NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
 """Keys of a message whose content a text cannot represent; they refuse the row."""
 _PLAIN = {*SPEAKER_KEYS, *CONTENT_KEYS}
 _MAY_FOLLOW = {
@@ -23,7 +32,7 @@ _MAY_FOLLOW = {
     "tool": ("tool", "assistant"),
 }
 _SPEAKER_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_PYTHON_LIST = re.compile(r"\[\s*\{'(?:role|content|from|value)'.*\}\s*\]\s*", re.DOTALL)
+_PYTHON_MESSAGES = re.compile(r"(?:\[\s*)?\{'(?:role|content|from|value|messages)': .*\}\s*\]?\s*", re.DOTALL)
 
 
 def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
@@ -37,6 +46,8 @@ def turns_of(value: object, side: str, role: str) -> tuple[Message, ...]:
             check_text(value, side)
             return (Message(role=role, content=value),)
         value = listed
+    if isinstance(value, dict):
+        value = by_message(value)
     if isinstance(value, dict) and (has_speaker(value) or content_in(value) is not None):
         value = [value if has_speaker(value) else {**value, "role": role}]
     if not isinstance(value, list) or not value:
@@ -72,12 +83,14 @@ def _calls_of(message: Message) -> list[object]:
 
 
 def _listed(text: str, side: str) -> list[object] | None:
-    """Parse a text that is the JSON of a list of messages, as in CSV files; None for any other text."""
-    if text[:1] != "[" or "{" not in text[:8]:
+    """Parse a text that is the JSON of a list of messages or of one, as in CSV files; None for any other text."""
+    if text[:1] not in ("[", "{") or "{" not in text[:8]:
         return None
-    if _PYTHON_LIST.fullmatch(text):
+    if _PYTHON_MESSAGES.fullmatch(text):
         raise BadRowError("not_a_message", f"{side}: messages in Python notation; write them as JSON (json.dumps)")
     value = json_value(text)
+    if isinstance(value, dict):
+        return [value] if is_message(value) else None
     if isinstance(value, list) and all(isinstance(turn, dict) and has_speaker(turn) for turn in value):
         return value
     return None
@@ -89,7 +102,7 @@ def _message(turn: object, where: str) -> Message:
     speaker, content = speaker_of(turn, where), content_in(turn)
     extra = _extra(turn, where) if turn.keys() - _PLAIN else {}
     if speaker in CALLERS:
-        speaker, content, extra = "assistant", "", {"tool_calls": _calls(content, where)}
+        speaker, content, extra = "assistant", "", {**extra, "tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
         content = ""
     if isinstance(content, list):
@@ -108,8 +121,11 @@ def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:
     if not_text:
         raise BadRowError("not_a_message", f"{where}: {not_text[0]} cannot be trained on; remove it, or drop the row")
     extra = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) not in (None, "")}
-    if turn.get("tool_calls") not in (None, "", []):
-        extra["tool_calls"] = tool_calls_of(turn["tool_calls"], where)
+    calls = tool_calls_of(turn["tool_calls"], where) if turn.get("tool_calls") else []
+    for key in CALLERS:
+        calls += [call for call in _calls(turn[key], where) if call not in calls] if turn.get(key) else []
+    if calls:
+        extra["tool_calls"] = calls
     if reasoning := reasoning_of(turn):
         extra["reasoning_content"] = reasoning
     check_texts_within(extra, where)
@@ -123,11 +139,11 @@ def reasoning_of(turn: Mapping[str, object]) -> str | None:
 
 
 def _calls(content: object, where: str) -> list[dict[str, object]]:
-    """Parse the tool calls of a ShareGPT `function_call` turn: the JSON of one call or of a list."""
+    """Parse the tool calls of a `function_call` turn or key: one call, a list of them, or the JSON text of these."""
     value = json_value(content) if isinstance(content, str) else content
     calls = value if isinstance(value, list) else [value]
     for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        if not isinstance(call, dict) or not (isinstance(call.get("name"), str) or "function" in call):
             message = f"{where}: a function_call is JSON with name and arguments, found {kind_of(content)}"
             raise BadRowError("not_a_message", message)
     return tool_calls_of(calls, where)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from qpref.data.column_hints import advice
 from qpref.data.columns import (
+    Turns,
     any_prompt,
     has_prompt,
     instruction,
@@ -18,8 +20,8 @@ from qpref.data.columns import (
 from qpref.data.messages import dialogue_of, turns_of
 from qpref.data.pair_records import (
     build_pair,
+    conversation_in,
     is_whole,
-    messages_within,
     numbered,
     pair_of_turns,
     pairs_of_sides,
@@ -27,7 +29,7 @@ from qpref.data.pair_records import (
     split_conversations,
     with_shared_tools,
 )
-from qpref.data.row_values import BadRowError, json_value, kind_of
+from qpref.data.row_values import BadRowError, kind_of, shown
 from qpref.data.turn_notation import is_assistant
 from qpref.records import PreferencePair, Row
 
@@ -58,8 +60,8 @@ def pair_format(values: Mapping[str, object], has: set[str]) -> str:
 
 def _is_conversation(side: object) -> bool:
     """Return whether a side is a whole conversation and not a response, by its first message."""
-    if (inner := messages_within(side)) is not None:
-        return not inner or _is_conversation(inner)
+    if (inner := conversation_in(side)) is not None:
+        return not inner[0] or _is_conversation(inner[0])
     if not isinstance(side, list) or not side:
         return False
     first = side[0]
@@ -95,6 +97,7 @@ def _messages(row: Row) -> Pairs:
 def _swift(row: Row) -> Pairs:
     """Read the last turn of `messages`, or `response`, as the chosen response."""
     need(row.values, "rejected")
+    row = with_shared_tools(row, "rejected")
     name = next((name for name in ("messages", "conversations") if row.values.get(name) is not None), None)
     rejected = responses_of(row.values["rejected"], "rejected")
     if name is None:
@@ -110,6 +113,33 @@ def _swift(row: Row) -> Pairs:
         pair_of_turns(row, None, whole, worse) if is_whole(worse) else build_pair(row, prompt, whole[-1:], worse)
         for worse in rejected
     )
+
+
+def has_candidates(values: Mapping[str, object]) -> bool:
+    """Return whether the last message is one of Amazon Nova's, with candidates in place of a content."""
+    messages = values.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and isinstance(last.get("candidates"), list)
+
+
+def _nova(row: Row) -> Pairs:
+    """Pair every preferred candidate of the last message with every other one."""
+    messages = row.values.get("messages")
+    if not isinstance(messages, list) or not has_candidates(row.values):
+        raise BadRowError("not_a_pair", f"messages: the last one has no list of candidates; {advice(row.values)}")
+    sides: dict[str, list[Turns]] = {"preferred": [], "non-preferred": []}
+    for number, candidate in enumerate(messages[-1]["candidates"], start=1):
+        where = f"candidate {number}"
+        label = candidate.get("preferenceLabel") if isinstance(candidate, dict) else None
+        if not isinstance(label, str) or label not in sides:
+            raise BadRowError("bad_label", f"{where}: preferenceLabel {shown(label)}; known: {', '.join(sides)}")
+        sides[label].append(turns_of(candidate, where, "assistant"))
+    prompt = with_system(row.values, turns_of(messages[:-1], "messages", "user"))
+    chosen, rejected = sides.values()
+    if not chosen or not rejected:
+        message = f"candidates: {len(chosen)} preferred and {len(rejected)} non-preferred; a pair needs one of each"
+        raise BadRowError("not_a_pair", message)
+    return numbered(build_pair(row, prompt, better, worse) for better in chosen for worse in rejected)
 
 
 def _alpaca(row: Row) -> Pairs:
@@ -133,10 +163,10 @@ def _hh(row: Row) -> Pairs:
 
 def _openai(row: Row) -> Pairs:
     need(row.values, "input", "preferred_output", "non_preferred_output")
-    found = row.values["input"]
-    request = json_value(found) if isinstance(found, str) else found
-    if messages_within(request) is None:
-        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(found)}")
+    request = row.values["input"]
+    request = {"messages": request} if isinstance(request, list) else request
+    if conversation_in(request) is None:
+        raise BadRowError("not_a_pair", f"input: expected an object with messages, found {kind_of(request)}")
     sides = {"chosen": row.values["preferred_output"], "rejected": row.values["non_preferred_output"]}
     row = with_shared_tools(Row(values={**row.values, "input": request, **sides}, source=row.source), "input")
     return pairs_of_sides(row, with_system(row.values, turns_of(row.values["input"], "input.messages", "user")))
@@ -149,6 +179,7 @@ PAIR_FORMATS: Mapping[str, Callable[[Row], Pairs]] = {
     "sharegpt": _sharegpt,
     "messages": _messages,
     "swift": _swift,
+    "nova": _nova,
     "alpaca": _alpaca,
     "openai": _openai,
 }

@@ -12,6 +12,10 @@ from qpref.data.ranked import MAX_RESPONSES
 from qpref.data.row_values import BadRowError
 from qpref.records import PreferencePair, Row
 
+CONVERSATION_KEYS = ("messages", "conversations")
+"""Keys of an object that may hold messages, beside `tools`."""
+RESPONSE_KEYS = ("response", "answer", "completion", "output")
+
 
 def pairs_of_sides(row: Row, prompt: Turns | None) -> list[PreferencePair]:
     """Build a pair of every chosen with every rejected response: each column may hold one response, or a list.
@@ -25,7 +29,11 @@ def pairs_of_sides(row: Row, prompt: Turns | None) -> list[PreferencePair]:
 
 
 def responses_of(value: object, side: str) -> list[Turns]:
-    """Parse the responses of one side: a list of texts, or of lists of messages, holds one response in each."""
+    """Parse the responses of one side: a list of texts, or of lists of messages, holds one response in each.
+
+    A response may be an object that holds its text under one of RESPONSE_KEYS, as Nectar's do.
+    """
+    value = [_text_within(one) for one in value] if isinstance(value, list) else _text_within(value)
     if not (isinstance(value, list) and value and all(isinstance(one, str | list) for one in value)):
         return [turns_of(value, side, "assistant")]
     if len(value) > MAX_RESPONSES:
@@ -37,6 +45,13 @@ def responses_of(value: object, side: str) -> list[Turns]:
         if not is_whole(responses[-1]):
             check_response(responses[-1], name)
     return responses
+
+
+def _text_within(response: object) -> object:
+    """Return the text of a response that is an object without a speaker; any other response as it is."""
+    if isinstance(response, dict) and not has_speaker(response):
+        return next((response[key] for key in RESPONSE_KEYS if isinstance(response.get(key), str)), response)
+    return response
 
 
 def numbered(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
@@ -62,24 +77,25 @@ def with_shared_tools(row: Row, *names: str) -> Row:
     Raises:
         BadRowError: the tools of two objects, or of an object and the row, differ.
     """
-    found = ((name, messages_within(row.values.get(name))) for name in names)
-    inner = {name: messages for name, messages in found if messages is not None}
+    found = ((name, conversation_in(row.values.get(name))) for name in names)
+    inner = {name: conversation for name, conversation in found if conversation is not None}
     if not inner:
         return row
-    values, tools = {**row.values, **inner}, tools_in(row.values)
-    for name in inner:
-        own = tools_in(row.values[name])  # type: ignore[arg-type]  # messages_within has found an object
+    values, tools = dict(row.values), tools_in(row.values)
+    for name, (messages, of_object) in inner.items():
+        own = tools_in({"tools": of_object})
         if tools and own and own != tools:
             raise BadRowError("different_prompts", f"{name}: its tools are not those of the row or of the other side")
-        tools = tools or own
+        values[name], tools = messages, tools or own
     return Row(values=values | {"tools": list(tools)}, source=row.source)
 
 
-def messages_within(value: object) -> list[object] | None:
-    """Return the list of messages in an object that holds it under `messages` or `conversations`; else None."""
+def conversation_in(value: object) -> tuple[list[object], object] | None:
+    """Return messages and tools of an object that holds messages; else None."""
     if not isinstance(value, dict) or has_speaker(value):
         return None
-    return next((value[key] for key in ("messages", "conversations") if isinstance(value.get(key), list)), None)
+    messages = next((value[key] for key in CONVERSATION_KEYS if isinstance(value.get(key), list)), None)
+    return None if messages is None else (messages, value.get("tools"))
 
 
 def split_conversations(row: Row, chosen: Turns, rejected: Turns, prompt_column: Turns | None) -> PreferencePair:

@@ -56,6 +56,9 @@ def _score_within(response: object) -> float:
     fields = response if isinstance(response, dict) else {}
     key = next((key for key in ("rank", *SCORES) if fields.get(key) is not None), None)
     if key is None:
-        raise BadRowError("bad_number", "a response has neither a rank nor a score")
+        raise BadRowError(
+            "bad_number",
+            "a response has neither a rank nor a score; add them, or name a list from best to worst ranked",
+        )
     value = finite(fields[key], key)
     return -value if key == "rank" else value

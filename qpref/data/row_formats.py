@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 
-from qpref.data.column_hints import advice, two_responses
+from qpref.data.column_hints import advice, response_columns
 from qpref.data.columns import (
     LABEL_COLUMNS,
     PROMPT_COLUMNS,
@@ -23,9 +23,10 @@ from qpref.data.columns import (
     tools_in,
 )
 from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
+from qpref.data.json_columns import with_decoded_messages
 from qpref.data.known_names import NAMES, with_known_names
 from qpref.data.messages import check_prompt, check_response, turns_of
-from qpref.data.pair_formats import PAIR_FORMATS, pair_format
+from qpref.data.pair_formats import PAIR_FORMATS, has_candidates, pair_format
 from qpref.data.pair_records import build_pair
 from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
 from qpref.data.row_values import BadRowError, named
@@ -62,7 +63,7 @@ def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
     if media := [name for name in NOT_TEXT if row.values.get(name)]:
         message = f"the row has {media[0]}; qpref trains on text alone, so drop the row"
         return Finding(code="not_text", severity="error", message=message, source=row.source)
-    row = with_known_names(row)
+    row = with_decoded_messages(with_known_names(row), COLUMNS)
     name = format_of(row.values) if row_format == "auto" else row_format
     if name is None:
         message = f"no known row format; {advice(row.values)}"
@@ -77,6 +78,8 @@ def format_of(values: Mapping[str, object]) -> str | None:
         return pair_format(values, has)
     if has & {"preferred_output", "non_preferred_output"}:
         return "openai"
+    if has_candidates(values):
+        return "nova"
     if "instruction" in has and isinstance(values.get("output"), list):
         return "alpaca"
     if has.intersection(RANKED_COLUMNS):
@@ -89,8 +92,8 @@ def format_of(values: Mapping[str, object]) -> str | None:
 
 
 def _is_verdict(values: Mapping[str, object], has: set[str]) -> bool:
-    """Return whether the row's label is about two responses, which no format knows, and not about a completion."""
-    return not has & {*COMPLETIONS, "conversations", "messages"} and two_responses(values) is not None
+    """Return whether the row's label is about several responses, which no format knows, and not about a completion."""
+    return not has & {*COMPLETIONS, "conversations", "messages"} and bool(response_columns(values))
 
 
 def with_columns(row: Row, columns: Mapping[str, str]) -> Row | Finding:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qpref import pypi
 from qpref.data.contest import Contest
-from qpref.data.contest_formats import CONTESTS
+from qpref.data.contest_formats import CONTESTS, may_compare
 from qpref.data.example_rows import ExampleRow
 from qpref.data.label_studio import flattened
 from qpref.data.row_formats import COLUMNS, format_of, records_of_row, with_columns
@@ -17,6 +17,9 @@ from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
 from qpref.records import Finding, Row
+
+Judged = tuple[str, Contest, Mapping[str, object]]
+"""A format's name, empty for the recipe's contest; the contest that judged a row; and the values that it read."""
 
 
 @dataclass(slots=True)
@@ -70,8 +73,11 @@ class DataSource:
             return named
         return records_of_row(named, self.choice.format if self._contest is None else "auto")
 
-    def contest_of(self, row: Row) -> tuple[str, Contest, Mapping[str, object]] | None:
-        """Return the format's name, the contest that judges the row, and the values that it reads; None without one."""
+    def contest_of(self, row: Row) -> Judged | None:
+        """Return what judged a row; None where that is no contest."""
+        is_plain = self._contest is None and self.choice.format == "auto" and not self.choice.columns
+        if is_plain and row.values.get("chosen") is not None:
+            return None  # a pair, as format_of would find
         try:
             row = flattened(row)
         except BadRowError:
@@ -81,8 +87,30 @@ class DataSource:
         named = self.named(row)
         if isinstance(named, Finding):
             return None
-        name = self.choice.format if self.choice.format != "auto" else format_of(named.values)
+        name: str | None = self.choice.format
+        if name == "auto":
+            name = format_of(named.values) if may_compare(tuple(named.values)) else None
         return None if name is None or name not in CONTESTS else (name, CONTESTS[name], named.values)
+
+    def sides_of(self, row: Row, judged: Judged | None) -> tuple[Mapping[str, object], str, str, tuple[str, ...]]:
+        """Return a kept row's values, the columns of its better and its worse response, and those that tell which.
+
+        Names are the file's own, unless a format's contest judged the row. Ranked responses have no such columns.
+
+        Args:
+            judged: `contest_of` the row.
+        """
+        if judged is not None:
+            _, contest, values = judged
+            return values, *contest.sides(values), contest.section.verdict_columns
+        values, columns = flattened(row).values, self.choice.columns
+        better, worse = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+        return values, better, worse, ()
+
+    def named_values(self, row: Row) -> Mapping[str, object]:
+        """Return a kept row's values under qpref's names."""
+        named = self.named(flattened(row))
+        return row.values if isinstance(named, Finding) else named.values
 
     def named(self, row: Row) -> Row | Finding:
         """Rename the row's columns to qpref's names, or report those that it lacks."""

@@ -52,7 +52,7 @@ class ChatTemplate:
         openings: ends of a prompt for generation: by default, then with and without `enable_thinking`, where only this
             end differs.
         start: text between such a prompt and the response; None where the prompt changes once a response follows.
-        form: form in which it reads tool calls and reasoning.
+        form: form in which it reads messages.
     """
 
     tokenizer: Any
@@ -75,7 +75,8 @@ class ChatTemplate:
         if "strftime_now" in str(tokenizer.chat_template):
             log.warning("the chat template may write today's date into prompts: the same rows can have other tokens "
                         "tomorrow, and then a run cannot be resumed")  # fmt: skip
-        turns = [{"role": role, "content": content} for role, content in PROBE]
+        form = _form_of(tokenizer)
+        turns = form.dicts(Message(role=role, content=content) for role, content in PROBE)
         try:
             with limited():
                 prompts = [_render(tokenizer, turns[:1], None, True, 0, **thinking) for thinking in THINKING]
@@ -84,12 +85,10 @@ class ChatTemplate:
             raise PolicyError(f"the chat template cannot be run: {error}", HINT) from None
         except (TemplateError, *TEMPLATE_FAULTS):
             log.debug("the chat template refuses a conversation of three turns", exc_info=True)
-            return cls(tokenizer, form=_form_of(tokenizer))
+            return cls(tokenizer, form=form)
         is_prefix = ended.startswith(prompts[0])
         start = ended.removeprefix(prompts[0]).partition(PROBE[1][1])[0] if is_prefix else None
-        return cls(
-            tokenizer, *_end_of_turn(ended, followed, control), _openings(without, prompts), start, _form_of(tokenizer)
-        )
+        return cls(tokenizer, *_end_of_turn(ended, followed, control), _openings(without, prompts), start, form)
 
     def render(self, row: ExampleRow) -> Rendered:
         """Render a row's prompt and responses.

@@ -216,7 +216,7 @@ class PairTokenizer:
 
     def _with_stop(self, ids: list[int]) -> list[int]:
         """Cut ids after the first stop token (templates add white space there); without one, append end-of-sequence."""
-        stop = next((index for index, token in enumerate(ids) if token in self.stop_tokens), None)
+        stop = min((ids.index(token) for token in self.stop_tokens if token in ids), default=None)
         if stop is not None:
             after = [token for token in ids[stop + 1 :] if token not in self.control.ids]
             if after and self.tokenizer.decode(after).strip():

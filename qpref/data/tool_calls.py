@@ -74,8 +74,10 @@ def _tool(schema: dict[str, object]) -> dict[str, object]:
 
 def _object_of(value: object, where: str) -> object:
     """Decode the JSON text of an object; return anything else, such as invalid JSON, as it is."""
-    found = _decoded(value) if isinstance(value, str) else None
-    if not isinstance(found, dict):
+    found = value
+    while isinstance(found, str):  # some tools encode it twice
+        found = _decoded(found)
+    if not isinstance(found, dict) or found is value:
         return value
     check_texts_within(found, where)
     return _without_nulls(found)

@@ -21,7 +21,7 @@ ROLE_OF = {name: role for role, names in _NAMES.items() for name in names}
 CALLERS = ("function_call", "tool_call")
 """Names for a turn of the assistant's whose content is the JSON of its calls."""
 SPEAKER_KEYS = ("role", "from")
-CONTENT_KEYS = ("content", "value", "parts", "text", "message")
+CONTENT_KEYS = ("content", "value", "parts", "text", "message", "refusal")
 _TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
 _REASONING_PARTS = ("thinking", "reasoning")
 _CALL_PARTS = ("tool_use", "tool_call", "functionCall", "function_call")
@@ -48,6 +48,24 @@ def is_assistant(turn: Mapping[str, object]) -> bool:
     names = (turn.get(key) for key in SPEAKER_KEYS)
     speaker = next((name for name in names if isinstance(name, str)), "").strip().lower()
     return ROLE_OF.get(speaker) == "assistant" or speaker in CALLERS
+
+
+def is_message(values: Mapping[str, object]) -> bool:
+    """Return whether an object has a known speaker beside a content under the key that belongs to it."""
+    for speaker_key, content_key in (("role", "content"), ("from", "value")):
+        speaker = values.get(speaker_key)
+        if isinstance(speaker, str) and speaker.lower() in (*ROLE_OF, *CALLERS) and content_key in values:
+            return True
+    return False
+
+
+def by_message(values: dict[str, object]) -> dict[str, object] | list[dict[str, object]]:
+    """Turn an object of lists, as older `datasets` store a Sequence of messages, into the list of messages."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    speakers = next((lists[key] for key in SPEAKER_KEYS if key in lists), None)
+    if speakers is None or any(len(value) != len(speakers) for value in lists.values()):
+        return values
+    return [{key: value[index] for key, value in lists.items()} for index in range(len(speakers))]
 
 
 def content_in(turn: Mapping[str, object]) -> object:

@@ -11,13 +11,29 @@ from collections.abc import Collection, Iterator, Mapping
 
 from qpref.data.messages import reasoning_of
 from qpref.data.row_values import json_value, named
-from qpref.data.turn_notation import SPEAKER_KEYS, content_in
+from qpref.data.turn_notation import CALLERS, SPEAKER_KEYS, by_message, content_in
 from qpref.records import Finding, Row, Source
 
-READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id"})
+READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id", *CALLERS, "candidates"})
 """Keys whose values are a part of the message, beside its content and its reasoning."""
+READ_OF_PARTS = frozenset({"text", "thinking", "reasoning", "refusal"})
 LAST_WORDS = frozenset(
-    {"id", "ids", "uuid", "hash", "ip", "at", "time", "timestamp", "date", "model", "language", "lang", "index"}
+    {
+        "id",
+        "ids",
+        "uuid",
+        "hash",
+        "ip",
+        "at",
+        "time",
+        "timestamp",
+        "date",
+        "model",
+        "language",
+        "lang",
+        "index",
+        "signature",
+    }
 )
 """Last words of keys that say which message it is, when it was written, by which model and in which language."""
 RECORDS = frozenset({"type", "status", "finish_reason", "stop_reason"})
@@ -41,7 +57,10 @@ class UnreadKeys:
         """Count the keys of a row's messages."""
         keys: set[str] = set()
         for column in self._columns.intersection(row.values):
-            for turn in _messages(row.values[column]):
+            value = row.values[column]
+            if isinstance(value, str) and value[:1] not in ("[", "{"):
+                continue  # a text, as most columns are
+            for turn in _messages(value):
                 keys |= unread_keys(turn)
         if keys:
             self._counts.setdefault(row.source.path, Counter()).update(keys)
@@ -60,12 +79,22 @@ class UnreadKeys:
 
 
 def unread_keys(turn: Mapping[str, object]) -> set[str]:
-    """Return the keys of a message that hold text and aren't read, except records of its making."""
-    others = turn.keys() - READ
-    if not others:
+    """Return the keys of a message, and of the parts of its content, that hold text which isn't read.
+
+    Records of how the message was made don't count.
+    """
+    others, content = turn.keys() - READ, turn.get("content")
+    if not others and not isinstance(content, list):
         return set()
-    known = [content_in(turn), reasoning_of(turn)]
-    return {key for key in others if _holds_text(turn[key]) and turn[key] not in known and not _is_record(key)}
+    content = content_in(turn)
+    known = [content, reasoning_of(turn)]
+    found = {
+        key for key in others if turn[key] is not content and not _is_record(key) and _holds_text(turn[key], known)
+    }
+    for part in content if isinstance(content, list) else ():
+        keys = part.keys() - READ_OF_PARTS if isinstance(part, dict) else ()
+        found.update(key for key in keys if not _is_record(key) and _holds_text(part[key], known))
+    return found
 
 
 def _is_record(key: str) -> bool:
@@ -73,19 +102,23 @@ def _is_record(key: str) -> bool:
     return key in RECORDS or bool(words and words[-1].lower() in LAST_WORDS)
 
 
-def _holds_text(value: object) -> bool:
+def _holds_text(value: object, known: Collection[object]) -> bool:
+    """Return whether a value holds a text that isn't blank, known, or a record."""
     if isinstance(value, str):
-        return bool(value.strip())
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return any(map(_holds_text, values))
+        return bool(value.strip()) and value not in known
+    if isinstance(value, Mapping):
+        return any(_holds_text(inner, known) for key, inner in value.items() if not _is_record(str(key)))
+    return isinstance(value, list) and any(_holds_text(inner, known) for inner in value)
 
 
 def _messages(value: object, depth: int = 0) -> Iterator[Mapping[str, object]]:
     """Yield the messages in a column: a message, lists of them, their JSON text, or an object that holds them."""
     if isinstance(value, str):
-        value = json_value(value) if value[:1] == "[" and "{" in value[:8] and depth == 0 else None
+        value = json_value(value) if value[:1] in ("[", "{") and "{" in value[:8] and depth == 0 else None
+    if isinstance(value, dict):
+        value = by_message(value)
     if isinstance(value, Mapping):
-        if any(isinstance(value.get(key), str) for key in SPEAKER_KEYS):
+        if any(isinstance(value.get(key), str) for key in SPEAKER_KEYS) or (depth == 0 and content_in(value)):
             yield value
             return
         value = list(value.values())

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qpref.data.contest import UNLISTED, Contest, value_at
 from qpref.data.example_rows import ExampleRow
-from qpref.data.source import DataSource
+from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, Row, Source
 
 FEWEST_VERDICTS = 20
@@ -55,16 +56,14 @@ class VerdictWatch:
     _contest: Contest | None = None
     _format: str = ""
 
-    def note(self, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
+    def note(self, row: Row, judged: Judged | None, result: Sequence[ExampleRow] | Finding) -> None:
         """Count the verdict of a row, and keep the first rows that have a winner."""
-        found = self.source.contest_of(row)
-        if found is None:
+        if judged is None or (isinstance(result, Finding) and result.code != UNLISTED):
             return
-        self._format, self._contest, values = found
+        self._format, self._contest, values = judged
         self._path = row.source.path
         if isinstance(result, Finding):
-            if result.code == UNLISTED:
-                self._note_unlisted(self._contest.described(values), row.source.line)
+            self._note_unlisted(self._contest.described(values), row.source.line)
         else:
             better, worse = self._contest.sides(values)
             self._winners[better] += 1
@@ -126,11 +125,8 @@ class VerdictWatch:
             f"{contest.expected}. Every row of the source is refused, since the rest may be inverted; {advice}"
         )
 
-    def _finding(self, code: str, severity: str, message: str) -> Finding:
-        source = Source(path=self._path, line=0)
-        if severity == "error":
-            return Finding(code=code, severity="error", message=message, source=source)
-        return Finding(code=code, severity="warning", message=message, source=source)
+    def _finding(self, code: str, severity: Literal["error", "warning"], message: str) -> Finding:
+        return Finding(code=code, severity=severity, message=message, source=Source(path=self._path, line=0))
 
 
 def _short(value: object) -> str:
@@ -140,4 +136,5 @@ def _short(value: object) -> str:
     if isinstance(value, dict):
         value = value.get("content", value.get("value", value))
     text = " ".join(str(value)[: 4 * _MOST_CHARACTERS].split())
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

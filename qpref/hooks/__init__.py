@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, report, text_of
+from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, composed, report, text_of
 from qpref.hooks.reading import reading_length, reads_shorter
 from qpref.hooks.types import (
     MetricSink,
@@ -52,6 +52,7 @@ __all__ = [
     "reads_shorter",
     "report",
     "text_of",
+    "composed",
     "MetricSink",
     "SinkContext",
     "SinkWriter",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
+from unicodedata import normalize
 
 from qpref.hooks.types import Split
 from qpref.records import Finding, Message, Source
@@ -32,15 +34,37 @@ def report(severity: Severity, code: str, message: str, source: Source) -> tuple
 
 
 def text_of(messages: Sequence[Message]) -> str:
-    """Join the text of the turns, one per line; extra keys of a turn, such as tool calls, follow as JSON."""
+    """Join the text of the turns, one per line; extra keys of a turn, such as tool calls, follow as JSON.
+
+    Ids of calls are left out: each generation makes up its own.
+    """
     if len(messages) == 1 and not messages[0].extra:
         return messages[0].content
     texts = []
     for message in messages:
         texts.append(message.content)
         if message.extra:
-            texts.append(json.dumps(message.extra, sort_keys=True, ensure_ascii=False, default=str))
+            texts.append(json.dumps(_without_ids(message.extra), sort_keys=True, ensure_ascii=False, default=str))
     return "\n".join(texts)
+
+
+def composed(messages: Sequence[Message]) -> str:
+    """Join the text of the turns in Unicode's composed form (NFC), for texts that are compared or hashed."""
+    text = text_of(messages)
+    return text if text.isascii() else _nfc(text)
+
+
+@lru_cache(maxsize=4)
+def _nfc(text: str) -> str:
+    return normalize("NFC", text)
+
+
+def _without_ids(extra: Mapping[str, object]) -> dict[str, object]:
+    values = {key: value for key, value in extra.items() if key != "tool_call_id"}
+    calls = values.get("tool_calls")
+    if isinstance(calls, list):
+        values["tool_calls"] = [{key: value for key, value in call.items() if key != "id"} for call in calls]
+    return values
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ RowFormat = Literal[
     "sharegpt",
     "messages",
     "swift",
+    "nova",
     "alpaca",
     "openai",
     "ranked",

@@ -12,12 +12,13 @@ from qpref.data.audit import Audit
 from qpref.data.data_report import DataReport
 from qpref.data.finding_codes import Explanation, explanation_of
 from qpref.data.flagged import FlaggedRow, Texts, flagged_rows
+from qpref.data.verdicts import ShownVerdict
 from qpref.records import Finding
 from qpref.report.data_section import Kind, data_tables
 from qpref.report.frame import render_page, write_page
 from qpref.report.text import visible
 
-MAX_CODES, MAX_SOURCE_FINDINGS, MAX_MESSAGE = 100, 100, 600
+MAX_SOURCES, MAX_CODES, MAX_SOURCE_FINDINGS, MAX_VERDICTS, MAX_MESSAGE = 20, 100, 100, 30, 600
 SPLITS = {"train": "training", "heldout": "held-out"}
 SEVERITIES = ("error", "warning")
 
@@ -73,9 +74,9 @@ def render_check_page(audit: Audit, title: str) -> str:
     report = audit.checked.report
     rows = flagged_rows(audit.checked)
     names = _short_names([*report.paths, *(row.source.path for row in rows)])
-    summaries = _summaries(report, rows)
+    summaries, source_findings = _summaries(report, rows), _source_findings(report, names)
     facts = audit.facts()
-    del facts["first_row"], facts["sources"]
+    del facts["first_row"], facts["sources"], facts["verdicts"]
     return render_page(
         "check.html.j2",
         script="check.js",
@@ -84,11 +85,15 @@ def render_check_page(audit: Audit, title: str) -> str:
         command="check",
         origin="the data",
         report=report,
-        paths=[visible(path) for path in report.paths],
+        paths=[visible(path) for path in report.paths[:MAX_SOURCES]],
+        sources_left_out=max(0, len(report.paths) - MAX_SOURCES),
         why_empty=audit.why_empty,
         summaries=summaries[:MAX_CODES],
         codes_left_out=max(0, len(summaries) - MAX_CODES),
-        source_findings=_source_findings(report, names),
+        source_findings=source_findings[:MAX_SOURCE_FINDINGS],
+        source_findings_left_out=max(0, len(source_findings) - MAX_SOURCE_FINDINGS),
+        verdicts=[_verdict(verdict, names) for verdict in report.verdicts[:MAX_VERDICTS]],
+        verdicts_left_out=max(0, len(report.verdicts) - MAX_VERDICTS),
         rows=[_card(row, names) for row in rows],
         splits=[SPLITS[split] for split in SPLITS if any(row.split == split for row in rows)],
         severities=[severity for severity in SEVERITIES if any(one.severity == severity for one in summaries)],
@@ -124,11 +129,18 @@ def _num_rows(findings: Iterable[Finding]) -> Counter[Kind]:
 
 def _source_findings(report: DataReport, names: dict[str, str]) -> list[tuple[str, str, str]]:
     """Collect the findings of whole sources: severity, code, and message with the source."""
-    found = [finding for finding in report.findings if not finding.source.line][:MAX_SOURCE_FINDINGS]
     return [
         (finding.severity, visible(finding.code), f"{_name(finding.source.path, names)}: {_message(finding)}")
-        for finding in found
+        for finding in report.findings
+        if not finding.source.line
     ]
+
+
+def _verdict(verdict: ShownVerdict, names: dict[str, str]) -> tuple[str, str, Texts]:
+    """Lay out a row of a comparison: its location, what it says of the winner, and the two responses."""
+    location = f"{_name(verdict.source.path, names)}, line {verdict.source.line}"
+    sides = (("chosen", verdict.chosen), ("rejected", verdict.rejected))
+    return location, visible(f"{verdict.verdict}: {verdict.winner} won"), _visible(sides)
 
 
 def _card(row: FlaggedRow, names: dict[str, str]) -> RowCard:

@@ -182,6 +182,7 @@ def test_the_page_escapes_what_rows_say_and_needs_no_network(tmp_path):
     check(path, "--html", tmp_path / "page.html", code=3)
     page = (tmp_path / "page.html").read_text()
     assert script not in page
+    assert "<title>odd.jsonl - qpref check</title>" in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "2 rows read, 1 kept, 1 refused" in " ".join(page.split())
     assert not re.search(r"(src|href)=", page)
@@ -304,3 +305,42 @@ def test_a_wrong_option_is_named(tmp_path, options, wording):
 def test_a_recipe_says_itself_how_its_data_are_read(write_recipe, options):
     key = options[0].replace("shape", "format")
     assert f"error: {key} is for a bare source of data" in check(write_recipe(), *options, code=2).stderr
+
+
+def test_who_won_is_printed_for_the_first_rows_of_comparisons(tmp_path):
+    rows = [
+        {"prompt": f"Why {number}?", "response_0": "Left.", "response_1": "Right.", "better_response_id": number % 2}
+        for number in range(5)
+    ]
+    path = write_jsonl(tmp_path / "compared.jsonl", rows)
+    printed = check(path).stdout
+    assert f"{path}: who won, in the first rows" in printed
+    assert "2: better_response_id = 1: response_1 won\n    chosen:   Right.\n    rejected: Left.\n" in printed
+    assert printed.count(" won\n") == 3
+    assert [one["winner"] for one in facts(path)["verdicts"]] == ["response_0", "response_1", "response_0"]
+
+
+def test_a_source_whose_verdicts_fit_no_outcome_is_refused_as_a_whole(write_recipe, tmp_path):
+    rows = [{"prompt": f"Why {number}?", "a": "Left.", "b": "Right.", "label": number} for number in (1, 2, 7)]
+    path = write_jsonl(tmp_path / "compared.jsonl", rows)
+    contest = {"first": "a", "second": "b", "winner": "label", "first_wins": [1], "second_wins": [2]}
+    heldout = write_jsonl(tmp_path / "judged.jsonl", preference_rows(4))
+    sources = {"data.train": str(path), "data.heldout": [{"path": str(heldout), "format": "pair"}]}
+    recipe = write_recipe(sources | {"data.contest": contest})
+    found = facts(recipe, code=3)
+    assert (found["kept"], found["refused"]) == (4, 3)  # the held-out rows stay
+    assert [one["line"] for one in found["findings"] if one["code"] == "refused_source"] == [0]
+    printed = check(recipe, "--fix", tmp_path / "clean.jsonl", code=3).stdout
+    assert "1 of 3 verdicts fit no outcome: label = 7 (1 row, first: 3)" in printed
+    assert (tmp_path / "clean.jsonl").read_text() == ""
+    refused = [json.loads(line) for line in (tmp_path / "clean.refused.jsonl").read_text().splitlines()]
+    assert [one["row"] for one in refused] == rows
+    assert all("fit no outcome" in one["reasons"][-1] for one in refused)
+
+
+def test_rows_that_make_several_pairs_are_counted(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows({}, {"rejected": ["No.", "Never.", "Not at all."]}, {}))
+    counted = f"{path}: 3 rows read, 3 kept, 0 refused; 1 row has more than two responses, which make 3 pairs"
+    assert counted in check(path).stdout
+    assert facts(path)["several_responses"] == {"rows": 1, "pairs": 3}
+    assert facts(write_jsonl(tmp_path / "one.jsonl", preference_rows(2)))["several_responses"] == {}

@@ -41,6 +41,7 @@ SPELLINGS = {
     "compact JSON text": [
         {"type": "function", "function": {"name": "weather", "arguments": '{"days":3,"city":"Oslo"}'}}
     ],
+    "text of the text": [{"function": {"name": "weather", "arguments": json.dumps(json.dumps(ARGUMENTS))}}],
     "white space around the text": [{"function": {"name": "weather", "arguments": f"\n {json.dumps(ARGUMENTS)} "}}],
     "no type": [{"function": {"name": "weather", "arguments": ARGUMENTS}}],
     "no function": [{"name": "weather", "arguments": ARGUMENTS}],
@@ -148,3 +149,89 @@ def test_reasoning_has_one_name(key):
 @pytest.mark.parametrize("nothing", [None, "", " \n", [], {}], ids=repr)
 def test_blank_reasoning_is_none(nothing):
     assert extra(reasoning=nothing, thinking=nothing) == {}
+
+
+LEGACY = {
+    "an object": {"function_call": CALL["function"]},
+    "with arguments as text": {"function_call": {"name": "weather", "arguments": json.dumps(ARGUMENTS)}},
+    "JSON text": {"function_call": json.dumps(CALL["function"])},
+    "another name": {"tool_call": CALL},
+    "beside no calls": {"function_call": CALL["function"], "tool_calls": []},
+    "beside the same call": {"function_call": CALL["function"], "tool_calls": [CALL]},
+}
+
+
+@pytest.mark.parametrize("keys", LEGACY.values(), ids=LEGACY)
+def test_a_single_call_under_its_older_key_is_a_tool_call(keys):
+    assert extra(**keys) == {"tool_calls": [CALL]}
+    assert record(chosen=[{"role": "assistant", "content": None} | keys]).chosen[0].content == ""
+
+
+def test_calls_under_both_keys_are_all_kept():
+    other = {"type": "function", "function": {"name": "time", "arguments": {}}}
+    assert extra(function_call={"name": "time"}, tool_calls=[CALL]) == {"tool_calls": [CALL, other]}
+
+
+@pytest.mark.parametrize("call", ["weather()", {"arguments": {}}, ["x"], {"name": 3}], ids=str)
+def test_a_single_call_without_a_name_is_refused(call):
+    found = record(chosen=[{"role": "assistant", "content": "x", "function_call": call}])
+    assert (found.code, "a function_call is JSON with name and arguments" in found.message) == ("not_a_message", True)
+
+
+MESSAGES = {
+    "OpenAI's": {"role": "assistant", "content": "Rain."},
+    "ShareGPT's": {"from": "gpt", "value": "Rain."},
+    "capitals": {"role": "Assistant", "content": "Rain.", "id": "m1"},
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+def test_the_json_text_of_one_message_is_the_message(message):
+    whole = record(chosen=message)
+    assert whole == record(chosen=json.dumps(message)) == record(chosen=json.dumps([message]))
+    assert whole.chosen[0].content == "Rain."
+
+
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+def test_one_message_in_pythons_notation_is_refused_with_the_way_out(message):
+    for text in (str(message), str([message])):
+        found = record(chosen=text)
+        assert found.message == "chosen: messages in Python notation; write them as JSON (json.dumps)"
+
+
+def test_a_refusal_is_the_content_of_a_message_without_one():
+    said = record(chosen=[{"role": "assistant", "content": None, "refusal": "I can't."}])
+    assert said == record(chosen="I can't.")
+
+
+def test_reasoning_beside_a_sharegpt_call_is_kept():
+    call = {"from": "function_call", "value": json.dumps(CALL["function"]), "reasoning": "Clouds."}
+    assert record(chosen=[call]).chosen[0].extra == {"reasoning_content": "Clouds.", "tool_calls": [CALL]}
+
+
+ANSWERS = [
+    '{"role": "admin", "content": "x"}', '{"city": "Oslo"}', '{"role": "user", "name": "x"}', '{"content": "x"}',
+    "{'city': 'Oslo'}", '{"role": "user", "content": ', "{content}", '{"role": ["user"], "content": "x"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_an_answer_in_json_that_is_no_message_is_a_text(text):
+    assert record(chosen=text).chosen[0].content == text
+
+
+def test_an_object_of_lists_is_a_list_of_messages():
+    columns = {
+        "role": ["user", "assistant", "tool"],
+        "content": ["Rain?", None, "rain"],
+        "tool_calls": [[], [CALL], []],
+    }
+    assert record(prompt=columns) == record(
+        prompt=[
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "content": "rain"},
+        ]
+    )
+    assert record(prompt={"from": ["human"], "value": ["Rain?"]}).prompt[0].content == "Rain?"
+    assert record(prompt={"role": ["user", "assistant"], "content": ["Rain?"]}).code == "not_a_message"

@@ -55,6 +55,19 @@ GEMINI = {
         {"score": 1, "completion": {"role": "model", "parts": [{"text": "Because."}]}},
     ],
 }
+NOVA = {
+    "system": [{"text": "Be kind."}],
+    "messages": [
+        *TALK[1:],
+        {
+            "role": "assistant",
+            "candidates": [
+                {"content": [{"text": "No idea."}], "preferenceLabel": "non-preferred"},
+                {"content": [{"text": "Because."}], "preferenceLabel": "preferred"},
+            ],
+        },
+    ],
+}
 TEXT_SIDES = {"chosen": "Because.", "rejected": "No idea."}
 WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
 
@@ -67,6 +80,7 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
         {"messages": TALK, "chosen": [GOOD], "rejected": [BAD]},
         {"messages": [*TALK, GOOD], **TEXT_SIDES},
         {"messages": json.dumps(TALK), **{side: json.dumps([one]) for side, one in SIDES.items()}},
+        {"messages": json.dumps(TALK), **{side: json.dumps(one) for side, one in SIDES.items()}},
         {"messages": TALK[1:], "system": "Be kind.", **TEXT_SIDES},
         SWIFT,
         SWIFT | {"rejected_response": BAD},
@@ -79,17 +93,26 @@ WHOLE = {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
          "system": "Be kind."},
         {"question": "Why?", "response_chosen": "Because.", "response_rejected": "No idea.",
          "history": [["Hi", "Hello."]], "system": "Be kind."},
+        {"prompt": "Why?", "history": [["Hi", "Hello."]], "system": "Be kind.", **TEXT_SIDES},
+        {"prompt": "Why?", "history": TALK[:-1], **TEXT_SIDES},
+        {"prompt": TALK, "history": [["x", "y"]], **TEXT_SIDES},
+        {"messages": [*TALK, GOOD], "rejected": {"messages": [*TALK, BAD]}},
         {"prompt": TALK, "chosen_response": "Because.", "rejected_response": "No idea."},
         {"chosen_conversations": WHOLE["chosen"], "rejected_conversations": WHOLE["rejected"]},
         {side: {"messages": turns} for side, turns in WHOLE.items()},
         {side: {"conversations": turns} for side, turns in WHOLE.items()},
+        {side: json.dumps({"messages": turns, "tools": []}) for side, turns in WHOLE.items()},
         {"prompt": {"messages": TALK}, **TEXT_SIDES},
         {"contents": GEMINI["contents"], "systemInstruction": {"role": "system", "parts": ["Be kind."]}, **TEXT_SIDES},
         GEMINI,
         {"context": TALK, "completions": [{"rank": 0, "completion": [GOOD]}, {"rank": 1, "completion": [BAD]}]},
         {"messages": TALK, "generations": ["No idea.", "Because."], "ratings": [1, 4.5]},
         {"system": [{"text": "Be kind."}], "messages": TALK[1:], **TEXT_SIDES},
+        NOVA,
         {"input": {"messages": TALK}, "preferred_completion": [GOOD], "non_preferred_completion": [BAD]},
+        {"input": TALK, "preferred_output": GOOD, "non_preferred_output": BAD},
+        {"prompt": TALK, "chosen": {"answer": "Because.", "rank": 1}, "rejected": {"response": "No idea."}},
+        {"prompt": TALK, "chosen": "Because.", "rejected": [{"answer": "No idea.", "rank": 7}]},
         {"input": json.dumps({"messages": TALK}), "preferred_output": "Because.", "non_preferred_output": "No idea."},
     ],
     ids=lambda values: "-".join(values),
@@ -103,6 +126,11 @@ def test_one_column_of_another_name_is_the_prompt(column):
     assert records({column: "Why?", **TEXT_SIDES}) == plain("Why?")
     single = {column: "Why?", "response": "Because.", "label": True}
     assert records(single) == records({"prompt": "Why?", "completion": "Because.", "label": True})
+
+
+def test_qprefs_own_names_come_before_those_of_other_tools():
+    others = {"chosen_response": "x", "rejected_response": "y", "rejected_message": "z", "prompt_messages": "w"}
+    assert records({"prompt": TALK, **TEXT_SIDES, **others}) == plain(TALK)
 
 
 def test_a_prompt_comes_before_columns_of_other_names():
@@ -137,6 +165,8 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
         (SWIFT | {"rejected_response": 3}, "not_a_message", "rejected: expected a text or a list of messages"),
         (SWIFT | {"rejected_response": [USER, BAD]}, "different_prompts", "share no first turn"),
         ({"query": "Why?", "response": None, "rejected_response": "x"}, "not_a_pair", "no chosen"),
+        ({"prompt": "Why?", "history": [["Hi"]], **TEXT_SIDES}, "not_a_message", "history: expected [question"),
+        ({"prompt": "Why?", "history": [{"a": 1}], **TEXT_SIDES}, "not_a_message", "history, turn 1: role None"),
         ({"query": "", "response": "a", "rejected_response": "x"}, "not_a_pair", "no prompt; it has query"),
         ({"chosen_response": "a", "prompt": "Why?"}, "not_a_pair", "no rejected"),
         ({"chosen_conversations": [], "rejected_conversations": []}, "not_a_message", "found an empty list"),
@@ -162,6 +192,42 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
 def test_a_broken_part_of_a_layout_refuses_the_row(values, code, wording):
     found, message = refusal(values)
     assert (found, wording in message) == (code, True), message
+
+
+def with_candidates(*candidates):
+    return {"messages": [*TALK, {"role": "assistant", "candidates": list(candidates)}]}
+
+
+def candidate(text, label):
+    return {"content": [{"text": text}], "preferenceLabel": label}
+
+
+def test_every_preferred_candidate_makes_a_pair_with_every_other_one():
+    values = with_candidates(*(candidate(text, "preferred" if text in "ab" else "non-preferred") for text in "acbd"))
+    pairs = [(one.chosen[0].content, one.rejected[0].content, one.number) for one in records(values)]
+    assert pairs == [("a", "c", 0), ("a", "d", 1), ("b", "c", 2), ("b", "d", 3)]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "code", "wording"),
+    [
+        ([], "not_a_pair", "candidates: 0 preferred and 0 non-preferred"),
+        ([candidate("a", "preferred")], "not_a_pair", "candidates: 1 preferred and 0 non-preferred"),
+        ([candidate("a", "good")], "bad_label", "candidate 1: preferenceLabel 'good'; known: preferred, non-preferred"),
+        ([candidate("a", ["preferred"])], "bad_label", "candidate 1: preferenceLabel a list"),
+        (["a"], "bad_label", "candidate 1: preferenceLabel None"),
+        ([{"preferenceLabel": "preferred"}], "not_a_message", "candidate 1: expected a text or a list of messages"),
+        ([candidate("", "preferred"), candidate("b", "non-preferred")], "empty", "chosen is empty"),
+    ],
+)
+def test_broken_candidates_refuse_the_row(candidates, code, wording):
+    found, message = refusal(with_candidates(*candidates))
+    assert (found, message[: len(wording)]) == (code, wording)
+
+
+def test_a_row_named_nova_has_candidates():
+    assert refusal({"messages": TALK}, "nova")[0] == "not_a_pair"
+    assert refusal({"messages": [{"candidates": NOVA["messages"][-1]["candidates"]}]})[0] == "not_a_message"
 
 
 def test_whole_conversations_beside_messages_are_read_without_them():
@@ -280,6 +346,30 @@ def test_calls_in_turns_of_their_own_join_the_assistants_turn():
 def test_a_content_is_read_under_every_key(key):
     assert plain([{"role": "user", key: "Why?"}]) == plain("Why?")
     assert plain({key: "Why?"}) == plain("Why?")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"role": "admin", "content": "x"},
+        {"role": "user"},
+        {"from": "Oslo", "text": "x"},
+        {"content": "x"},
+        {"user": "x"},
+        {},
+    ],
+    ids=str,
+)
+def test_an_answer_in_json_that_is_no_message_is_a_text(answer):
+    (pair,) = plain("Why?", json.dumps(answer))
+    assert pair.chosen[0].content == json.dumps(answer)
+
+
+@pytest.mark.parametrize("value", [GOOD, [GOOD], [USER, GOOD], {"messages": [USER, GOOD]}], ids=str)
+def test_messages_as_python_prints_them_are_refused(value):
+    code, message = refusal({"prompt": "Why?", **TEXT_SIDES, "chosen": str(value)})
+    assert (code, message) == ("not_a_message", "chosen: messages in Python notation; write them as JSON (json.dumps)")
+    assert plain("Why?", "{'colour': 'blue'}")[0].chosen[0].content == "{'colour': 'blue'}"
 
 
 # Parts.
@@ -439,11 +529,25 @@ def test_two_responses_and_a_verdict_are_no_single_completion_and_are_told_of_th
 
 @pytest.mark.parametrize(
     "names",
-    [("output_1", "output_2", "output_3"), ("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2")],
+    [("output_1", "response_2"), ("a1", "b2"), ("rejected-1", "rejected-2"), ("x", "y"), ("output_2", "output_3")],
 )
 def test_other_columns_are_no_two_responses(names):
     _, message = refusal({"post": "p", "label": 1} | dict.fromkeys(names, "x"))
     assert "contest" not in message
+
+
+def test_columns_of_several_responses_are_told_of_the_list_of_them():
+    values = {"prompt": "p", "label": 1} | dict.fromkeys(("answer_a", "answer_b", "answer_c"), "x")
+    code, message = refusal(values)
+    assert (code, "write the 3 responses as one list: responses, with ranks or scores" in message) == (
+        "not_a_pair",
+        True,
+    )
+
+
+def test_responses_without_a_score_are_told_what_to_add():
+    code, message = refusal({"question": "Why?", "answers": ["a", "b"]})
+    assert (code, "add them, or name a list from best to worst ranked" in message) == ("bad_number", True)
 
 
 def test_data_for_supervised_fine_tuning_are_called_that():
@@ -461,7 +565,9 @@ def test_a_text_that_holds_the_prompt_on_both_sides_needs_it_in_a_column():
 
 def test_advice_stays_short_and_on_one_line():
     names = [f"{'very_long_name_' * 6}{number}" for number in range(40)]
-    for values in (dict.fromkeys(names, "x"), dict.fromkeys(["a\nb", 'c"d', "\x1b[31m"], "x"), {"": "x"}):
+    sides = [f"{side}_{'x' * 300}" for side in ("chosen", "rejected")]
+    hostile = ["a\nb", 'c"d', "\x1b[31m", "chosen\n", "rejected\x1b"]
+    for values in (dict.fromkeys(names, "x"), dict.fromkeys(sides, "x"), dict.fromkeys(hostile, "x"), {"": "x"}):
         _, message = refusal(values)
         assert len(message) < 400
         assert message.isprintable()

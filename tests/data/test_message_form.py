@@ -124,3 +124,23 @@ def test_reasoning_reaches_the_key_that_the_template_reads(reads, written):
     template = TURNS.replace("{{ m.content", block + "{{ m.content")
     chosen = {"content": "It rains.", written: "Clouds."}
     assert example_of(template, chosen)[1] == "<think>Clouds.</think>It rains.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{% for part in m.content %}{{ part.text }}{% endfor %}", "{{ m.content[0]['text'] }}", "{{ m.content[0].text }}"],
+)
+def test_a_template_that_reads_parts_alone_gets_parts(content):
+    assert example_of(
+        TURNS.replace("{{ m.content or '' }}", content).replace("CALL", ""), {"content": "It pours."}
+    ) == [
+        "<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n",
+        "It pours.<|im_end|>",
+        "It rains.<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("content", ["{{ m.content[:3] }}", "{{ m.content | upper }}", "{{ m.content | tojson }}"])
+def test_a_template_that_changes_texts_does_not_get_parts(content):
+    template = TURNS.replace("{{ m.content or '' }}", content).replace("CALL", "")
+    assert not PairTokenizer.of(make_tokenizer(template), "chat", []).template.form.content_as_parts

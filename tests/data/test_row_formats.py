@@ -236,7 +236,7 @@ def test_other_keys_of_a_message_are_left_alone():
     assert pair(TEXTS | {"chosen": [ASSISTANT | {"num_tokens": 3, "id": "x"}]}) == pair(TEXTS)
 
 
-@pytest.mark.parametrize("key", ["images", "audio", "function_call"])
+@pytest.mark.parametrize("key", ["images", "audio"])
 def test_what_no_text_can_carry_is_refused(key):
     assert refusal(TEXTS | {"prompt": [USER | {key: ["x.png"]}]}) == (
         "not_a_message",

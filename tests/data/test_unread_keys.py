@@ -55,10 +55,17 @@ def test_other_keys_may_not(key):
     assert unread_keys(TURN | {key: "x"}) == {key}
 
 
+def test_candidates_in_place_of_a_content_are_read():
+    candidate = {"content": [{"text": "x"}], "preferenceLabel": "preferred"}
+    assert counted({"messages": [USER, {"role": "assistant", "candidates": [candidate]}]}) == []
+
+
 def test_reasoning_is_read_once_and_another_text_of_it_is_not():
     assert unread_keys(TURN | {"reasoning": "x"}) == unread_keys(TURN | {"thinking": "x", "reasoning": "x"}) == set()
     assert unread_keys(TURN | {"reasoning_content": "x", "thinking": "y"}) == {"thinking"}
     assert unread_keys(TURN | {"reasoning": {"effort": "high"}}) == {"reasoning"}
+    assert unread_keys(TURN | {"reasoning": "x", "reasoning_details": [{"type": "summary", "text": "x"}]}) == set()
+    assert unread_keys(TURN | {"reasoning": "x", "reasoning_details": [{"text": "y"}]}) == {"reasoning_details"}
 
 
 @pytest.mark.parametrize("turn", [{"from": "gpt", "value": "x"}, {"role": "model", "parts": [{"text": "x"}]}], ids=str)
@@ -67,10 +74,21 @@ def test_the_key_that_the_content_comes_from_is_read_and_another_content_is_not(
     assert unread_keys(turn | {"message": "y"}) == {"message"}
 
 
+def test_texts_beside_those_of_parts_are_unread():
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}, "citations": None}
+    thought = {"type": "thinking", "thinking": "y", "signature": "Ab3="}
+    assert unread_keys(USER | {"content": [part, thought, "z"]}) == set()
+    assert unread_keys(USER | {"content": [part, thought | {"notes": ["n"]}]}) == {"notes"}
+    assert unread_keys({"role": "model", "parts": [part | {"notes": "n"}]}) == {"notes"}
+
+
 PLACES = {
     "a list": {"prompt": [USER, TURN | {"note": "x"}]},
     "one message": {"chosen": TURN | {"note": "x"}},
     "JSON text": {"chosen": json.dumps([USER, TURN | {"note": "x"}])},
+    "a message without a role": {"chosen": {"content": "x", "note": "y"}},
+    "JSON text of one message": {"chosen": json.dumps(TURN | {"note": "x"})},
+    "an object of lists": {"prompt": {"role": ["user"], "content": ["Why?"], "note": ["x"]}},
     "OpenAI's input": {"input": {"messages": [USER | {"note": "x"}], "tools": []}},
     "ranked responses": {"responses": [[TURN], [TURN | {"note": "x"}]]},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?", "note": "x"}]},

@@ -3,6 +3,7 @@
 import random
 import tracemalloc
 from itertools import combinations
+from unicodedata import normalize
 
 import pytest
 from pydantic import ValidationError
@@ -22,6 +23,12 @@ def test_a_repeated_row_names_the_first_one():
         ("duplicate", 3, "the same pair as pairs.jsonl:1"),
         ("duplicate", 4, "the same pair as pairs.jsonl:1"),
     ]
+
+
+def test_another_unicode_form_is_the_same_row():
+    row = pair("Où ?", "Crème", "brûlée", 1)
+    again = pair(*(normalize("NFD", text) for text in ("Où ?", "Crème", "brûlée")), 2)
+    assert [code for code, _, _ in reported(check_duplicates, [row, again])] == ["duplicate"]
 
 
 @pytest.mark.parametrize("other", [("q", "a", "b"), ("p", "a ", "b"), ("p", "a", "B")], ids=str)

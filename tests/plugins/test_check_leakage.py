@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+from unicodedata import normalize
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_a_held_out_prompt_is_found_whatever_its_case_and_punctuation(prompt):
         ("What is 1 + 1?", "What is 1 + 2?"),
         ("\u0915\u093f", "\u0915\u093e"),
         ("é", "e"),
+        ("What is 5 + 3?", "What is 5 - 3?"),
+        ("What is 5*3?", "What is 5/3?"),
+        ("Is a < b?", "Is a > b?"),
+        ("Is it 5%?", "Is it 5?"),
+        ("Solve x = -3.", "Solve x = 3."),
+        ("What is a pointer in C?", "What is a pointer in C++?"),
+        ("What is a class in C++?", "What is a class in C#?"),
+        ("What does \U0001f602 mean?", "What does \U0001f62d mean?"),
+        ("3 × 4 是多少？", "3 ÷ 4 是多少？"),
+        ("x → y 是什么？", "x ← y 是什么？"),
+        ("ก่า คืออะไร", "ก้า คืออะไร"),
     ],
     ids=repr,
 )
@@ -65,6 +77,52 @@ def test_prompts_need_not_be_ascii():
 def test_chinese_prompts_leak_nearly():
     prompt = "请用简单的语言解释为什么黑麦面包比小麦面包发酵得更慢并给出三个建议"
     assert lines(check_leakage, "near_leak", trained(prompt + "谢谢"), held(prompt)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Is it **5**, or more?", "Is it 5, or more"),
+        ("Rye - why?", "Rye: why"),
+        ("为什么面包，会膨胀？", "为什么 面包会膨胀"),
+        ("ทำไม ขนมปังจึงขึ้นฟู?", "ทำไมขนมปังจึงขึ้นฟู"),
+        ("Ｗｈｙ１", "why1"),
+        ("caf\u00e9", "CAFE\u0301"),
+        ("5 + 3 = ?", "5 +3 =?"),
+    ],
+    ids=repr,
+)
+def test_the_same_prompt_is_found_in_any_script(one, other):
+    assert lines(check_leakage, "leaked_prompt", trained(other), held(one)) == [1]
+
+
+LONG_PROMPTS = {
+    "Chinese": "请用简单的语言向一位面包师解释{}的含义，并给出三个日常生活中的例子和一个练习题",
+    "Japanese": "パン職人にもわかるように、{}とは何かを簡単な言葉で説明し、日常の例を三つ挙げてください",
+    "Thai": "ช่วยอธิบายความหมายของ{}ด้วยภาษาที่เข้าใจง่าย พร้อมยกตัวอย่างในชีวิตประจำวันสามตัวอย่าง",
+    "Khmer": "សូមពន្យល់អត្ថន័យនៃ{}ជាភាសាសាមញ្ញ ហើយផ្តល់ឧទាហរណ៍បីក្នុងជីវិតប្រចាំថ្ងៃ",
+}
+THINGS = {
+    "Chinese": ("通货膨胀", "光合作用"),
+    "Japanese": ("物価の上昇", "光合成の仕組み"),
+    "Thai": ("ภาวะเงินเฟ้อ", "การสังเคราะห์แสง"),
+    "Khmer": ("អតិផរណា", "រស្មីសំយោគ"),
+}
+
+
+@pytest.mark.parametrize("language", LONG_PROMPTS)
+def test_near_leaks_are_those_of_the_text_in_scripts_without_spaces(language):
+    prompt, things = LONG_PROMPTS[language], THINGS[language]
+    one, other = (prompt.format(thing) for thing in things)
+    greeting = things[1]
+    assert lines(check_leakage, "near_leak", trained(f"{greeting} {one} {greeting}"), held(one)) == [1]
+    assert reported(check_leakage, trained(other), held(one)) == []
+
+
+def test_the_same_row_in_another_unicode_form_is_a_whole_row():
+    row = pair("Où ?", "Crème", "brûlée", 1)
+    copy = pair(*(normalize("NFD", text) for text in ("Où ?", "Crème", "brûlée")), 1, "heldout.jsonl")
+    assert [code for code, _, _ in reported(check_leakage, [row], [copy])] == ["leaked_pair"]
 
 
 def test_a_whole_row_is_reported_as_such_alone():

@@ -3,6 +3,7 @@
 import random
 import time
 import unicodedata
+from dataclasses import replace
 from difflib import SequenceMatcher
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qpref.hooks.reading import reading_length, reads_shorter
+from qpref.records import Message
 from qpref_plugins import check_pairs
-from qpref_plugins.check_pairs import MAX_COMPARED_CHARACTERS, PairChecks, same_text, same_words
+from qpref_plugins.check_pairs import MAX_COMPARED_CHARACTERS, PairChecks
+from qpref_plugins.check_pairs.same import same_text, same_words
 from qpref_plugins.check_pairs.similarity import SHORTEST_SEED, more_alike_than
 from tests.plugins import check_cases
 from tests.plugins.check_cases import findings
@@ -33,6 +36,18 @@ def found(chosen, rejected, **options):
 
 def test_a_good_pair_has_no_finding():
     assert found(LONG, OTHER) == []
+
+
+def calling(number, **arguments):
+    """A response that calls a tool, with an id as a server makes it up."""
+    call = {"id": f"call_{number}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return (Message(role="assistant", content="", extra={"tool_calls": [call]}),)
+
+
+def test_calls_that_differ_in_their_ids_alone_are_the_same_text():
+    for city, codes in (("Oslo", ["identical"]), ("Turku", [])):
+        calls = replace(pair("", ""), chosen=calling(1, city="Oslo"), rejected=calling(2, city=city))
+        assert [one.code for one in findings(check_pairs, [calls], too_short="off", too_similar="off")] == codes
 
 
 @pytest.mark.parametrize(
@@ -62,13 +77,54 @@ def test_case_and_punctuation_alone_are_warned_of(rejected):
     ("one", "other"),
     [("It is 15.", "It is 1.5."), ("e-mail", "email"), ("Yes.", "Yes. No."), ("?", "!"),
      ("\u0915\u093f", "\u0915\u093e"),
-     ("resume", "résumé")],
+     ("resume", "résumé"), ("It is 5 + 3.", "It is 5 - 3."), ("a < b", "a > b"), ("It is -5.", "It is 5."),
+     ("It costs $5.", "It costs 5."), ("In C++.", "In C."), ("Good \U0001f44d", "Good \U0001f44e"),
+     ("Good \U0001f44d", "Good"),
+     ("√2", "2"), ("x² = 4", "x2 = 4"), ("✓ rye", "✗ rye"), ("5 €", "5 £"), ("面包好吃", "面包不好吃"), ("กา", "ก้า")],
     ids=repr,
 )  # fmt: skip
 def test_other_words_are_another_answer(one, other):
     assert not same_words(one, other)
     assert not same_words(other, one)
     assert not same_text(one, other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("# Rye\n- wheat", "Rye\n* Wheat!"), ("> rye", "Rye"), ("`rye` ~ wheat", "Rye, wheat"), ("2024-05", "2024-05."),
+     ("面包，会膨胀。", "面包会膨胀"), ("「パン」です", "パンです。"), ("ＡＢＣ、１２", "abc, 12"),
+     ("ขนมปัง ขึ้นฟู!", "ขนมปังขึ้นฟู"),
+     ("Rye - wheat", "rye: wheat"), ("שלום, לחם", "שלום לחם!"), ("خبز، شاي", "خبز شاي"), ("5+3", "5 + 3")],
+    ids=repr,
+)  # fmt: skip
+def test_punctuation_is_none_of_the_words_in_any_script(one, other):
+    assert same_words(one, other)
+    assert same_words(other, one)
+
+
+CODE = "def rise(dough):\n    if dough:\n        return 2 * dough\n    return 0\n"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "codes"),
+    [
+        (CODE.replace("    return 0", "        return 0"), ["nearly_identical"]),
+        (CODE.replace("    ", "\t"), ["identical"]),
+        ("\n".join(f"  {line}" for line in CODE.split("\n")), ["identical"]),
+        (CODE.replace("\n", "\n\n"), ["identical"]),
+        (CODE.replace("\n", "\r\n"), ["identical"]),
+    ],
+    ids=repr,
+)
+def test_indentation_is_content(rejected, codes):
+    assert [code for code, _, _ in found(CODE, rejected) if code != "too_short"] == codes
+
+
+def test_similarity_says_how_much_of_long_texts_it_compares():
+    long = "".join(chr(0x4E00 + place) for place in range(MAX_COMPARED_CHARACTERS))
+    assert [message for _, _, message in found(long + "a", long + "b" * 50)] == [
+        f"{ALIKE}, in their first {MAX_COMPARED_CHARACTERS} characters"
+    ]
 
 
 @pytest.mark.parametrize("rejected", [LONG.lower(), LONG.replace(" ", ""), LONG + "."], ids=repr)

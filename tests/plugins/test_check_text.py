@@ -6,12 +6,17 @@ import tracemalloc
 import pytest
 
 from qpref_plugins import check_text
-from qpref_plugins.check_text import WHAT, CheckText, TextChecks, kinds_of
+from qpref_plugins.check_text import WHAT, CheckText, TextChecks
 from tests.plugins.check_cases import findings, lines, pair, reported, severities, single, words
 
 PROMPT = "Tell me why bread rises, in a few words."
 GOOD = "Bread rises because yeast turns sugar into gas, which the dough's gluten holds."
 LOOP = "1. The dough rises.\n" + "".join(f"{number}. The dough rises again in the oven.\n" for number in range(2, 40))
+
+
+def kinds_of(answer, prompt):
+    """The codes of a response to a prompt of one turn."""
+    return check_text.kinds_of(answer, prompt, prompt)
 
 
 @pytest.mark.parametrize(

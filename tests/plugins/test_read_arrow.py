@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +15,7 @@ import pytest
 from qpref.errors import DataError, UnreachableDataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.records import Finding
-from qpref_plugins.read_arrow.cells import MAX_ROW_BYTES
+from qpref_plugins.read_arrow.cells import MAX_ROW_BYTES, rows_of_table
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because.", "name": "ü"}]
 
@@ -85,7 +87,99 @@ def test_values_of_the_type_json_are_parsed(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"a": column}), path)
     first, second, (line, message) = found("parquet", path)
     assert (first, second, line) == ((1, {"a": {"x": [1, None]}}), (2, {"a": None}), 3)
-    assert message.startswith("invalid JSON in a column of the type JSON: ")
+    assert message.startswith("column a: invalid JSON: ")
+
+
+DATE, TIME, DAY, MOMENT = date(2024, 1, 5), time(10, 30), datetime(2024, 1, 5), datetime(2024, 1, 5, 10, 30)
+NO_SUCH_YEAR = pyarrow.array([300_000_000_000], pyarrow.timestamp("s"))
+JSON_VALUES = {
+    "bytes that are text": (pyarrow.array([b"gr\xc3\xbcn"]), "grün"),
+    "bytes that are none": (pyarrow.array([b"\xff"]), b"\xff"),
+    "large text": (pyarrow.array(["x"], pyarrow.large_string()), "x"),
+    "a view of a text": (pyarrow.array(["x"], pyarrow.string_view()), "x"),
+    "a category": (pyarrow.array(["x"]).dictionary_encode(), "x"),
+    "a category of days": (pyarrow.array([DATE]).dictionary_encode(), "2024-01-05"),
+    "runs": (pyarrow.RunEndEncodedArray.from_arrays([1], pyarrow.array([DATE])), "2024-01-05"),
+    "a day": (pyarrow.array([DATE]), "2024-01-05"),
+    "a time": (pyarrow.array([TIME]), "10:30:00"),
+    "a moment": (pyarrow.array([MOMENT]), "2024-01-05T10:30:00"),
+    "a moment with a zone": (pyarrow.array([MOMENT], pyarrow.timestamp("us", "UTC")), "2024-01-05T10:30:00+00:00"),
+    "nanoseconds": (
+        pyarrow.array([1_704_450_600_123_456_789], pyarrow.timestamp("ns")),
+        "2024-01-05T10:30:00.123456789",
+    ),
+    "a day that Arrow's JSON reader takes for a moment": (pyarrow.array([DAY], pyarrow.timestamp("s")), "2024-01-05"),
+    "such a moment": (pyarrow.array([MOMENT], pyarrow.timestamp("s")), "2024-01-05T10:30:00"),
+    "such a day in Parquet": (pyarrow.array([DAY], pyarrow.timestamp("ms")), "2024-01-05"),
+    "midnight in a zone": (pyarrow.array([DAY], pyarrow.timestamp("ms", "UTC")), "2024-01-05T00:00:00+00:00"),
+    "a year beyond Python's": (NO_SUCH_YEAR, "11476-08-15 05:20:00"),
+    "one within an object": (pyarrow.StructArray.from_arrays([NO_SUCH_YEAR], ["a"]), {"a": "11476-08-15 05:20:00"}),
+    "a duration": (pyarrow.array([timedelta(minutes=1, milliseconds=500)]), 60.5),
+    "a decimal": (pyarrow.array([Decimal("12.50")]), 12.5),
+    "an integral decimal": (pyarrow.array([Decimal("12.00")]), 12),
+    "an integer of one byte": (pyarrow.array([1], pyarrow.int8()), 1),
+    "half a float": (pyarrow.array([0.5], pyarrow.float16()), 0.5),
+    "a map": (pyarrow.array([[("a", DATE), ("b", None)]], pyarrow.map_("string", "date32")), {"a": "2024-01-05"}),
+    "a map of numbers": (pyarrow.array([[(1, "x")]], pyarrow.map_("int64", "string")), {"1": "x"}),
+    "a list of maps": (
+        pyarrow.array(
+            [
+                [[("a", 1)]],
+            ],
+            pyarrow.list_(pyarrow.map_("string", "int64")),
+        ),
+        [{"a": 1}],
+    ),
+    "a view of a list": (pyarrow.array([[b"x", None]], pyarrow.list_view(pyarrow.binary())), ["x", None]),
+    "a list of a fixed size": (pyarrow.array([[DATE]], pyarrow.list_(pyarrow.date32(), 1)), ["2024-01-05"]),
+    "an identifier": (pyarrow.array([bytes(16)], pyarrow.uuid()), "00000000-0000-0000-0000-000000000000"),
+    "a null": (pyarrow.nulls(1), None),
+}
+
+
+@pytest.mark.parametrize(("column", "value"), JSON_VALUES.values(), ids=JSON_VALUES)
+def test_a_value_is_what_json_has_for_it(column, value):
+    (row,) = rows_of_table(pyarrow.table({"a": column}), "x", 1)
+    assert repr(row.values["a"]) == repr(value)
+    (row,) = rows_of_table(pyarrow.table({"a": pyarrow.nulls(1, column.type)}), "x", 1)
+    assert row.values["a"] is None
+
+
+def test_a_map_with_a_key_twice_refuses_its_row_alone():
+    column = pyarrow.array([[("a", 1), ("a", 2)], [("a", 3)]], pyarrow.map_("string", "int64"))
+    refused, kept = rows_of_table(pyarrow.table({"a": column}), "x", 1)
+    assert (refused.message, str(refused.source)) == ("column a: a map has a key twice", "x:1")
+    assert (kept.values, str(kept.source)) == ({"a": {"a": 3}}, "x:2")
+
+
+def test_a_text_that_is_not_utf8_refuses_its_row_alone():
+    offsets = pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1]
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"xy\xff")])
+    kept, refused = rows_of_table(pyarrow.table({"a": column}), "x", 1)
+    assert (kept.values, refused.message, refused.source.line) == ({"a": "x"}, "a text is not UTF-8 (byte 2)", 2)
+
+
+def test_an_unknown_time_zone_refuses_its_rows_by_name():
+    (refused,) = rows_of_table(pyarrow.table({"a": pyarrow.array([0], pyarrow.timestamp("us", "Nowhere/X"))}), "x", 1)
+    assert refused.message.startswith("a value cannot be converted: Cannot locate or parse timezone 'Nowhere/X'")
+
+
+def test_nan_in_a_column_of_the_type_json_is_refused():
+    (refused,) = rows_of_table(pyarrow.table({"a": pyarrow.array(["[NaN]"], pyarrow.json_())}), "x", 1)
+    assert refused.message == "column a: invalid JSON: NaN is not JSON"
+
+
+def test_a_column_that_occurs_twice_is_refused(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    columns = [pyarrow.array([1]), pyarrow.array([2]), pyarrow.array([3])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["a", "b", "a"]), path)
+    with pytest.raises(DataError, match=re.escape(f"{path}: duplicate column 'a'")):
+        found("parquet", path)
+
+
+def test_an_over_long_row_is_refused_in_a_small_file_too(write):
+    rows = [{"a": "x" * (MAX_ROW_BYTES + 1)}, {"a": "y"}]
+    assert found("parquet", write(rows)) == [(1, "the row is longer than 4 MiB"), (2, {"a": "y"})]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet at all", b"PAR1" + bytes(100) + b"PAR1"], ids=repr)

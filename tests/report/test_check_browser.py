@@ -32,8 +32,9 @@ def page(tmp_path_factory):
     rows = [
         *preference_rows(2),
         {"prompt": "Why?", "chosen": "", "rejected": "x" * 500},
-        {"prompt": "Which word?", "chosen": "Sesame </pre><script>alert(1)</script>", "rejected": "No."},
+        {"prompt": "Which word?", "chosen": "<p>Sesame</p></pre><script>alert(1)</script>", "rejected": "No."},
         {f"a very long name of a column that says much {at}": at for at in range(9)},
+        {"prompt": "Why?", "chosen": "As an AI language model, I cannot say.", "rejected": "So it is."},
     ]
     path = write_jsonl(folder / "a-long-name-of-a-file-of-preferences-as-they-were-exported-last-week.jsonl", rows)
     done = CliRunner().invoke(main, ["check", str(path), "--html", str(folder / "page.html")], catch_exceptions=False)
@@ -73,7 +74,7 @@ def test_no_width_needs_sideways_scrolling(browser, page, width):
 
 def test_filters_by_code_severity_split_and_words(shown):
     everything = shown.evaluate(SHOWN)
-    assert len(everything) >= 4
+    assert len(everything) == 4
     choose(shown, "[data-filter=severities]", "error")
     assert [heading.rpartition(" ")[2] for heading in shown.evaluate(SHOWN)] == ["3", "5"]
     choose(shown, "[data-filter=codes]", "empty")
@@ -98,5 +99,5 @@ def test_without_scripts_the_rows_are_all_shown_and_the_filters_are_not(browser,
     browser.ask("Emulation.setScriptExecutionDisabled", value=True)
     browser.open(page)
     browser.ask("Emulation.setScriptExecutionDisabled", value=False)
-    assert len(browser.evaluate(SHOWN)) >= 4
+    assert len(browser.evaluate(SHOWN)) == 4
     assert browser.evaluate("getComputedStyle(document.querySelector('.filters')).display") == "none"

@@ -141,6 +141,16 @@ def test_findings_of_a_whole_source_are_above_the_codes_and_no_row(path):
     assert page.all("section", id="rows") == []
 
 
+def test_the_first_rows_of_comparisons_show_who_won(tmp_path):
+    rows = [{"history": "1 + 1?", "human_ref_A": "21", "human_ref_B": "<b>2</b>", "labels": 0}] * 5
+    page = page_of([source(write_jsonl(tmp_path / "shp.jsonl", rows))])
+    shown = page.one("section", id="verdicts").all("article")
+    assert [card.one("h3").text for card in shown] == [f"shp.jsonl, line {line}" for line in (1, 2, 3)]
+    assert shown[0].one("code").text == "labels = 0: human_ref_B won"
+    assert texts_of(shown[0]) == {"chosen": "<b>2</b>", "rejected": "21"}
+    assert cards(page) == []
+
+
 def test_each_code_is_explained_once_with_what_to_do(path):
     twice = [Finding(code="tied", severity="error", message=f"m{line}", source=Source(path=str(path), line=line))
              for line in (2, 3)]  # fmt: skip
@@ -194,6 +204,21 @@ def test_rows_of_many_codes_are_bounded_together(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(12))
     page = page_of([source(path)], judge(each=lambda example: warn(example, code=f"code{example.source.line}")))
     assert len(cards(page)) == 6
+
+
+def test_many_sources_codes_and_verdicts_are_bounded_and_counted(tmp_path):
+    row = {"prompt": "Why?", "human_ref_A": "21", "human_ref_B": "2", "labels": 1}
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", [row] * 3) for number in range(22)]
+    wholes = [Finding(code="odd", severity="warning", message="is odd", source=Source(path="x", line=0))] * 103
+    codes = [warn(SimpleNamespace(source=Source(path=str(paths[0]), line=1)), code=f"c{at}") for at in range(101)]
+    page = page_of([source(path) for path in paths], judge(*wholes, *codes))
+    assert len(page.all("p", class_="path")) == 20
+    assert len(page.one("section", id="verdicts").all("article")) == 30
+    assert len(page.one("section", id="findings").one("ul").all("li")) == 100
+    assert len(page.all("article", class_="kind")) == 100
+    notes = [note.text for note in page.all("p", class_="note") if "more" in note.text and "not shown" in note.text]
+    assert notes == [f"{number} more {what} are not shown."
+                     for number, what in ((2, "sources"), (36, "rows"), (3, "of them"), (2, "codes"))]  # fmt: skip
 
 
 def test_a_rare_code_is_not_crowded_out_by_a_frequent_one(path, monkeypatch):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from qpref.hooks import Field, Options, Places, Severity, SourceSeverity, Split, Validator, hookimpl, report, text_of
+from qpref.hooks import Field, Options, Places, Severity, SourceSeverity, Split, Validator, composed, hookimpl, report
 from qpref.records import Finding, PreferencePair, Source, UnpairedExample
 from qpref_plugins.check_duplicates.table import Edges, edge_keys, on_cycles, partners, repeats
 
@@ -47,15 +47,15 @@ class CheckDuplicates:
         self.labelled: dict[Split, Edges] = {"heldout": Edges(), "train": Edges()}
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
-        prompt = hash(text_of(example.prompt))
+        prompt = hash(composed(example.prompt))
         if example.tools:
             prompt = hash((prompt, repr(example.tools)))
         location = self.places.number(example.source)
         if isinstance(example, PreferencePair):
-            better, worse = hash((prompt, text_of(example.chosen))), hash((prompt, text_of(example.rejected)))
+            better, worse = hash((prompt, composed(example.chosen))), hash((prompt, composed(example.rejected)))
             self.pairs[split].add(prompt, better, worse, location)
         else:
-            self.labelled[split].add(prompt, hash((prompt, text_of(example.completion))), int(example.label), location)
+            self.labelled[split].add(prompt, hash((prompt, composed(example.completion))), int(example.label), location)
         return ()
 
     def finish(self) -> Iterator[Finding]:

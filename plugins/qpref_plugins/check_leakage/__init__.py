@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from qpref.hooks import Field, Options, Places, Severity, Split, Validator, hookimpl, report, text_of
+from qpref.hooks import Field, Options, Places, Severity, Split, Validator, composed, hookimpl, report, text_of
 from qpref.records import Finding, PreferencePair, UnpairedExample
 from qpref_plugins.check_leakage.index import HeldOutIndex
 from qpref_plugins.check_leakage.shingles import plain
@@ -119,8 +119,8 @@ class CheckLeakage:
 def _key(example: PreferencePair | UnpairedExample) -> int:
     """Hash a whole example; Python caches the hash of a text, so that other validators get it for free."""
     if isinstance(example, PreferencePair):
-        return hash((text_of(example.prompt), text_of(example.chosen), text_of(example.rejected)))
-    return hash((text_of(example.prompt), text_of(example.completion), example.label))
+        return hash((composed(example.prompt), composed(example.chosen), composed(example.rejected)))
+    return hash((composed(example.prompt), composed(example.completion), example.label))
 
 
 @hookimpl

@@ -1,5 +1,8 @@
 """Hash the word 5-grams (shingles) of many prompts at once, ignoring case and punctuation.
 
+Scripts without spaces have sequences of characters for words; single characters would make a 5-gram of two words, and
+near leaks of prompts that share no more than their phrasing.
+
 The bytes of a prompt are the coefficients of a polynomial over the integers modulo 2^64 (Rabin-Karp): with running
 sums, the hash of any sequence of words is one subtraction, which numpy does for all prompts of a batch together.
 """
@@ -16,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORDS = 5
+IDEOGRAPHS, SYLLABLES = 4, 6
+"""Lengths of the sequences that stand for words in scripts without spaces."""
 MOST_CHARACTERS = 1 << 16
 
 _BASE = 0x9E3779B97F4A7C15 | 1
@@ -24,9 +29,27 @@ _PLAIN = bytes(
     ord(chr(code).lower()) if chr(code).isalnum() and code < 128 else code if code >= 128 else _SPACE
     for code in range(256)
 )
+# Operators make another question of the same words: 5 + 3 and 5 - 3, a < b and a > b, C and C++. So do emoji.
+# One class in front lets `re` skip to the few signs; a double asterisk is Markdown's.
+_OPERATOR = re.compile(
+    r"[-+*/^%$<>=#](?<!\*\*)(?!\*)(?:(?<=[0-9][-+*/^%])|(?<=[0-9][ ][-+*/^%])|(?<=[-+*/^$])(?=[ ]?[0-9])|"
+    r"(?:(?<=\w[<>=+^])|(?<=\w[ ][<>=+^]))=?(?=[ ]?[\w(])|(?<=[A-Za-z]\+)\+(?!\w)|(?<=[A-Za-z]#)(?!\w))"
+)
+_SYMBOLS = "\u00ac\u00b1\u00d7\u00f7\u20a0-\u20bf\u2190-\u23ff\u25a0-\u27bf\u2900-\u2bff\U0001f000-\U0001faff"
+_SYMBOL = re.compile(f"[{_SYMBOLS}]")
 # `re` doesn't count marks as letters, but many scripts write their vowels with them.
-_NO_WORD = re.compile(r"[^\w\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u109f\u1780-\u17ff]+|_")
-_IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_NO_WORD = re.compile(
+    f"[^\\w\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u109f\u1780-\u17ff\u1a00-\u1bff\ua800-\uabff{_SYMBOLS}]+|_"
+)
+_IDEOGRAPHS = "[\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+# A consonant of Thai, Lao, Burmese or Khmer with its marks.
+_SYLLABLES = (
+    "(?:[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+    "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u1056-\u1059\u17b4-\u17d3]*)"
+)
+_UNSPACED = re.compile(f"{_IDEOGRAPHS}(?: ?{_IDEOGRAPHS})*|{_SYLLABLES}(?: ?{_SYLLABLES})*")
+_UNIT = re.compile(f"{_IDEOGRAPHS}|{_SYLLABLES}")
+_UNIT_IS_IDEOGRAPH = re.compile(_IDEOGRAPHS)
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -48,15 +71,27 @@ class Shingled:
 
 
 def plain(text: str) -> bytes:
-    """Casefold and NFKC-normalize a text and replace everything but letters, marks and digits by spaces.
+    """Casefold and NFKC-normalize a text, and replace everything but letters, marks, digits and operators by spaces.
 
-    Only the first `MOST_CHARACTERS` count. Each Chinese or Japanese character is a word.
+    Only the first `MOST_CHARACTERS` count. The words of scripts without spaces are overlapping sequences of characters.
     """
-    text = text[:MOST_CHARACTERS]
+    text = _OPERATOR.sub(_name_of, text[:MOST_CHARACTERS])
     if text.isascii():
         return text.encode().translate(_PLAIN)
     folded = _NO_WORD.sub(" ", normalize("NFKC", text).casefold())
-    return _IDEOGRAPH.sub(r" \g<0> ", folded).encode("utf-8", "replace")
+    return _UNSPACED.sub(_sequences, _SYMBOL.sub(r" \g<0> ", folded)).encode("utf-8", "replace")
+
+
+def _name_of(operator: re.Match[str]) -> str:
+    return f" operator{'x'.join(str(ord(sign)) for sign in operator[0].strip())} "
+
+
+def _sequences(run: re.Match[str]) -> str:
+    """Make words of a run without spaces, so that 5 of them are 8 characters of Chinese or 10 syllables of Thai."""
+    units = _UNIT.findall(run[0])
+    size = IDEOGRAPHS if _UNIT_IS_IDEOGRAPH.match(units[0]) else SYLLABLES
+    words = ("".join(units[start : start + size]) for start in range(max(1, len(units) - size + 1)))
+    return f" {' '.join(words)} "
 
 
 def shingle(prompts: Sequence[bytes]) -> Shingled:

@@ -1,16 +1,13 @@
 """Validator `pairs`: identical, too short and too similar responses, pair by pair.
 
 Responses that differ only in white space or Unicode normalization are the same text: there is nothing to prefer, and
-the pair is refused. Responses that differ only in case or punctuation are different token sequences, and may have been
-judged by exactly that difference; they get a warning.
+the pair is refused. Responses that differ only in case, punctuation or the indentation of their lines are different
+token sequences, and may have been judged by exactly that difference; they get a warning.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from itertools import zip_longest
-from unicodedata import category, normalize
 
 from qpref.hooks import (
     Field,
@@ -26,22 +23,21 @@ from qpref.hooks import (
     text_of,
 )
 from qpref.records import Finding, PreferencePair, Source, UnpairedExample
+from qpref_plugins.check_pairs.same import same_indentation, same_text, same_words
 from qpref_plugins.check_pairs.similarity import more_alike_than
 
 MAX_COMPARED_CHARACTERS = 4000
-
-_CHUNK = re.compile(r"\S+")
-_WORD = re.compile(r"\w+")
 
 
 class PairChecks(Options):
     """Options of the validator `pairs`: severities and thresholds."""
 
     identical: Severity = Field(
-        default="error", description="chosen and rejected are the same text, apart from white space and NFC"
+        default="error",
+        description="chosen and rejected are the same text, apart from white space (but not indentation) and NFC",
     )
     nearly_identical: Severity = Field(
-        default="warn", description="chosen and rejected differ only in case or punctuation"
+        default="warn", description="chosen and rejected differ only in case, punctuation or indentation"
     )
     too_short: Severity = Field(
         default="warn",
@@ -81,7 +77,11 @@ class CheckPairs:
         options, source = self.options, example.source
         chosen, rejected = text_of(example.chosen), text_of(example.rejected)
         if same_text(chosen, rejected):
-            yield from report(options.identical, "identical", "chosen and rejected are the same text", source)
+            if same_indentation(chosen, rejected):
+                yield from report(options.identical, "identical", "chosen and rejected are the same text", source)
+            else:
+                message = "chosen and rejected differ only in indentation"
+                yield from report(options.nearly_identical, "nearly_identical", message, source)
             return
         if options.too_short != "off":
             yield from self._of_lengths(chosen, rejected, source, split)
@@ -89,7 +89,9 @@ class CheckPairs:
             message = "chosen and rejected differ only in case or punctuation"
             yield from report(options.nearly_identical, "nearly_identical", message, source)
         elif options.too_similar != "off" and _too_similar(chosen, rejected, options.max_similarity):
-            message = f"chosen and rejected are more than {options.max_similarity:.0%} alike"
+            part = f", in their first {MAX_COMPARED_CHARACTERS} characters"
+            longer = max(len(chosen), len(rejected)) > MAX_COMPARED_CHARACTERS
+            message = f"chosen and rejected are more than {options.max_similarity:.0%} alike{part if longer else ''}"
             yield from report(options.too_similar, "too_similar", message, source)
 
     def finish(self) -> Iterator[Finding]:
@@ -116,37 +118,6 @@ class CheckPairs:
             for side, text, minimum in short
         )
         return report("error", "too_short", message, source) if short else ()
-
-
-def same_text(first: str, second: str) -> bool:
-    """Return whether two texts are equal apart from white space and Unicode normalization (NFC).
-
-    Compared word by word, since most pairs differ in the first; white space never combines with a letter.
-    """
-    return first == second or all(
-        one is not None
-        and other is not None
-        and (one[0] == other[0] or normalize("NFC", one[0]) == normalize("NFC", other[0]))
-        for one, other in zip_longest(_CHUNK.finditer(first), _CHUNK.finditer(second))
-    )
-
-
-def same_words(first: str, second: str) -> bool:
-    """Return whether two texts have the same words in the same order, ignoring case and punctuation.
-
-    False for texts without a word.
-    """
-    if _WORD.search(first) is None or not all(
-        one is not None and other is not None and (one[0] == other[0] or one[0].casefold() == other[0].casefold())
-        for one, other in zip_longest(_WORD.finditer(first), _WORD.finditer(second))
-    ):
-        return False
-    return (first.isascii() and second.isascii()) or _letters(first) == _letters(second)
-
-
-def _letters(text: str) -> str:
-    """Reduce a text to casefolded letters, digits and marks; many scripts write vowels as marks."""
-    return "".join(sign for sign in normalize("NFC", text.casefold()) if category(sign)[0] not in "CPSZ")
 
 
 def _too_similar(chosen: str, rejected: str, limit: float) -> bool:

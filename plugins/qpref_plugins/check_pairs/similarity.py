@@ -15,6 +15,9 @@ from rapidfuzz.distance import LCSseq
 
 SHORTEST_SEED = 8
 MAX_HITS = 64
+START_OF_UNMATCHED = 3
+"""Length of a start that is compared first, in multiples of the characters that may be unmatched. Two thirds of it have
+to match then, which is more than unrelated texts of one language have in common, as a rule."""
 
 
 def more_alike_than(limit: float, first: str, second: str) -> bool:
@@ -23,9 +26,25 @@ def more_alike_than(limit: float, first: str, second: str) -> bool:
     if not total:
         return limit < 1
     enough = _fewest_over(limit, total)
-    if min(len(first), len(second)) < enough or LCSseq.similarity(first, second, score_cutoff=enough) < enough:
+    if min(len(first), len(second)) < enough or _differ_at_the_start(first, second, enough):
+        return False
+    if LCSseq.similarity(first, second, score_cutoff=enough) < enough:
         return False
     return _matches(first, second, enough)
+
+
+def _differ_at_the_start(first: str, second: str, enough: int) -> bool:
+    """Return whether the starts of two texts are too different for `enough` matching characters in all.
+
+    At most len(first) - enough characters of the first text have no match, so its first n characters have at least n
+    minus that many, all of them among the first n + len(second) - enough characters of the second.
+    """
+    unmatched, size = len(first) - enough, START_OF_UNMATCHED * (len(first) - enough)
+    if size >= len(first) // 2:
+        return False
+    start = second[: size + len(second) - enough]
+    needed = size - unmatched
+    return LCSseq.similarity(first[:size], start, score_cutoff=needed) < needed
 
 
 def _fewest_over(limit: float, total: int) -> int:

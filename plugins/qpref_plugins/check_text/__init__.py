@@ -11,18 +11,12 @@ from functools import cache
 
 from qpref.hooks import Field, Options, Severity, Split, Validator, hookimpl, report, text_of
 from qpref.records import Finding, PreferencePair, UnpairedExample
+from qpref_plugins.check_text.characters import has_unseen, is_garbled
 from qpref_plugins.check_text.escapes import escaped_away
 from qpref_plugins.check_text.formatted import FormattedTexts
-from qpref_plugins.check_text.kinds import (
-    declines,
-    echoes,
-    has_markup,
-    has_no_word,
-    has_unseen,
-    is_garbled,
-    is_placeholder,
-    repeats,
-)
+from qpref_plugins.check_text.kinds import echoes, has_markup, repeats
+from qpref_plugins.check_text.placeholders import has_no_word, is_placeholder
+from qpref_plugins.check_text.refusals import declines
 
 
 class TextChecks(Options):
@@ -31,7 +25,9 @@ class TextChecks(Options):
     placeholder: Severity = Field(
         default="warn", description="the whole response is a placeholder: <nooutput>, N/A, None, [image], [Link to ...]"
     )
-    no_word: Severity = Field(default="warn", description="a response without any letter or digit")
+    no_word: Severity = Field(
+        default="warn", description="a response without any letter or digit, unless the prompt asks for signs"
+    )
     garbled: Severity = Field(
         default="warn", description="broken encoding: U+FFFD, or UTF-8 decoded as another encoding (mojibake)"
     )
@@ -41,11 +37,12 @@ class TextChecks(Options):
     lost_backslash: Severity = Field(
         default="warn", description="LaTeX that lost its backslash to an escape: a tab and `imes` for `\\times`"
     )
-    markup: Severity = Field(default="warn", description="HTML tags or entities, unless the prompt is about code")
-    echo: Severity = Field(default="warn", description="the response starts with the whole prompt")
+    markup: Severity = Field(default="warn", description="HTML tags or entities outside of code and tables")
+    echo: Severity = Field(default="warn", description="the response starts with the prompt's whole last turn")
     repetition: Severity = Field(default="warn", description="the response is stuck in a loop")
     refusal: Severity = Field(
-        default="warn", description='a preferred response that refuses, or says "as an AI language model"'
+        default="warn",
+        description='a preferred response that refuses without an answer, or says "as an AI language model"',
     )
     turn_markers: Severity = Field(
         default="warn",
@@ -75,10 +72,11 @@ class CheckText:
 
     def look(self, example: PreferencePair | UnpairedExample, split: Split) -> Iterable[Finding]:
         """Return at most one finding of each kind, which names the sides that have it."""
-        prompt = text_of(example.prompt)
+        prompt, asked = text_of(example.prompt), example.prompt[-1].content
         others = [*self._lost_backslash(example), *self.formatted.look(example, split)]
         if isinstance(example, PreferencePair):
-            chosen, rejected = kinds_of(text_of(example.chosen), prompt), kinds_of(text_of(example.rejected), prompt)
+            chosen = kinds_of(text_of(example.chosen), prompt, asked)
+            rejected = kinds_of(text_of(example.rejected), prompt, asked)
             rejected = tuple(code for code in rejected if code != "refusal")
             if not chosen and not rejected:
                 return others
@@ -88,7 +86,7 @@ class CheckText:
                 if code in chosen or code in rejected
             ]
         else:
-            kinds = kinds_of(text_of(example.completion), prompt)
+            kinds = kinds_of(text_of(example.completion), prompt, asked)
             found = [(code, _message("completion", code)) for code in kinds if example.label or code != "refusal"]
         return [finding for code, message in found for finding in self._found(code, message, example)] + others
 
@@ -104,19 +102,24 @@ class CheckText:
         return report(severity, code, message, example.source)
 
 
-def kinds_of(answer: str, prompt: str) -> tuple[str, ...]:
-    """Return the codes that apply to a response; a placeholder, or one without a word, has no other code."""
-    if is_placeholder(answer):
+def kinds_of(answer: str, prompt: str, asked: str) -> tuple[str, ...]:
+    """Return the codes that apply to a response; a placeholder, or one without a word, has no other code.
+
+    Args:
+        prompt: text of all turns of the prompt.
+        asked: text of its last turn.
+    """
+    if is_placeholder(answer, prompt):
         return ("placeholder",)
-    if has_no_word(answer):
+    if has_no_word(answer, prompt):
         return ("no_word",)
     found = (
-        ("garbled", is_garbled(answer)),
+        ("garbled", is_garbled(answer, prompt)),
         ("unseen", has_unseen(answer)),
         ("markup", has_markup(answer, prompt)),
-        ("echo", echoes(answer, prompt)),
-        ("repetition", repeats(answer)),
-        ("refusal", declines(answer)),
+        ("echo", echoes(answer, asked)),
+        ("repetition", repeats(answer, prompt)),
+        ("refusal", declines(answer, prompt)),
     )
     return tuple(code for code, fits in found if fits)
 

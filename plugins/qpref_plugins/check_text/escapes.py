@@ -54,7 +54,7 @@ def lost_backslash(text: str) -> str | None:
     for start, pattern in _ANYWHERE.items():
         if start in text and (found := pattern.search(text)):
             return _restored(found[0])
-    if "$" not in text and "\\(" not in text:
+    if "$" not in text and ("\\" not in text or "\\(" not in text):  # one character is found much faster than two
         return None
     for math in _INLINE_MATH.finditer(text):
         for start, pattern in _IN_MATH.items():

@@ -1,4 +1,4 @@
-"""Tests for kinds of unusable responses, each a function of the response.
+"""Tests for kinds of unusable responses, each a function of the response and its prompt: markup, echoes and loops.
 
 They are few and narrow on purpose: false positives hide the real ones. A number is a valid response, and so are code, a
 table and a short label.
@@ -8,38 +8,27 @@ from __future__ import annotations
 
 import re
 
-LONGEST_PLACEHOLDER = 60
+from qpref.hooks import reading_length
+
 SHORTEST_ECHO = 16
 TAIL_CHARACTERS = 16
 FEWEST_REPEATS = 4
 FEWEST_SEQUENCES = 10
 
-_PLACEHOLDER_WORDS = frozenset({
-    "none", "null", "nil", "nan", "n/a", "na", "tbd", "tba", "todo", "undefined", "unknown", "blank", "empty",
-    "missing", "deleted", "removed", "redacted", "placeholder", "lorem", "ipsum", "no output", "no response",
-    "no answer", "no input", "not applicable", "not available", "lorem ipsum",
-})  # fmt: skip
-_SLOTS = frozenset({
-    "answer", "article", "attachment", "audio", "chart", "content", "deleted", "file", "graph", "graphic",
-    "here", "image", "img", "input", "insert", "link", "name", "output", "photo", "picture", "playlist",
-    "redacted", "removed", "response", "table", "template", "text", "url", "video", "website",
-})  # fmt: skip
-_TOKENS = frozenset({
-    "s", "/s", "unk", "pad", "eos", "bos", "sep", "cls", "mask", "endoftext", "end", "blank", "empty", "none",
-    "null",
-})  # fmt: skip
-_BRACKETED = re.compile(r"<(?P<angle>[^<>]+)>|\[(?P<square>[^\[\]]+)\]|\{\{?(?P<curly>[^{}]+)\}?\}")
-_NOTHING = re.compile(r"no[ _-]?(?:input|output|answer|response|text|content|data|result)s?")
-_LETTERS = re.compile(r"[^\W\d_]+")
-_ANY_WORD = re.compile(r"[^\W_]")
-_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v") + b"\x7f"
-# UTF-8 read as Windows-1252 or Latin-1. Closing quotes are left out: they may follow a real A with a tilde.
-_GARBLED = re.compile(
-    "\ufffd|[\u00c2\u00c3][\u0080-\u009f\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00bf]|\u00e2\u20ac[^\\s\\w]|\u00f0\u0178|"
-    "\u00ef\u00bb\u00bf|\u00ef\u00bf\u00bd"
+# `re` doesn't count marks as letters, but many scripts write vowels with them. Chinese and Japanese have no spaces.
+_IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0900-\u109f"
+_LETTERS = re.compile(f"[{_IDEOGRAPH}]|(?:[^\\W\\d_{_IDEOGRAPH}]|[{_MARKS}])+")
+_LETTERS_AND_DIGITS = re.compile(r"\w+")
+_TABLE_ROW = re.compile(r"^[^\n|]*\|[^\n|]*\|.*$", re.MULTILINE)
+_STRUCTURED = re.compile(r"\A\s*[\[{<]|```|~~~|^[ \t]*\|.*\|[ \t]*$|[;{}][ \t]*$", re.MULTILINE)
+_ASKS_TO_REPEAT = re.compile(
+    r"\brepeat|\btimes\b|\bover and over|\brepet|wiederhol|r\u00e9p\u00e9t|повтор|重复|重複|繰り返|반복", re.IGNORECASE
 )
-_INVISIBLE = re.compile(
-    "[\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}"
+_ASKS_FOR_VERSE = re.compile(
+    r"\bsong|lyric|chorus|refrain|\bchant|mantra|poem|poetry|rhyme|verse|villanelle|ballad|lullaby|hymn|\brap\b|"
+    r"canci\u00f3n|poema|chanson|po\u00e8me|\blied|gedicht|песн|стих|歌|诗|詩|노래|가사|कविता|गीत|أغنية|قصيدة|เพลง",
+    re.IGNORECASE,
 )
 _MARKUP = re.compile(
     r"&(?:nbsp|amp|lt|gt|quot|apos|#\d{2,5}|#x[0-9a-f]{2,5});|"
@@ -47,82 +36,52 @@ _MARKUP = re.compile(
     re.IGNORECASE,
 )
 _ABOUT_MARKUP = re.compile(
-    r"html|xml|css|markup|markdown|<[a-z/!]|&[a-z#0-9]+;|\bweb|\bcode|javascript|\bphp\b|\bjsx?\b", re.IGNORECASE
+    r"html|xml|css|markup|markdown|<[a-z/!]|&[a-z#0-9]+;|\bweb|\bcode|javascript|\bphp\b|\bjsx?\b|\bsvg\b|"
+    r"\breact\b|\bvue\b|"
+    r"angular|\btags?\b|landing page|scrap|\bwiki|epub|e-?mail template|\bsitio|\bp\u00e1gina|c\u00f3digo|"
+    r"веб|сайт|страниц|код\b|"
+    r"网页|網頁|网站|網站|代码|代碼|ウェブ|サイト|コード|웹|사이트|코드",
+    re.IGNORECASE,
 )
-_DISCLAIMERS = (
-    "as an ai ",
-    "as an ai,",
-    "as a language model",
-    "as a large language model",
-    "i am an ai language model",
-    "i'm an ai language model",
-    "i am just an ai",
-    "i'm just an ai",
+_DOCUMENT = re.compile(r"\s*<(?:!doctype|html|svg|\?xml)\b", re.IGNORECASE)
+_CODE_STUB = re.compile(
+    r"\s*(?:def |class |import |from \w+ import |@\w+|#include|function |public |private |const |let |var |fn |func |"
+    r"package |using |<\?php|<!doctype|select )",
+    re.IGNORECASE,
 )
-_REFUSALS = tuple(
-    opening + end
-    for opening in ("", "i'm sorry, but ", "i am sorry, but ", "sorry, but ", "i apologize, but ")
-    for end in ("i can't ", "i cannot ", "i'm unable to ", "i am unable to ", "i'm not able to ", "i am not able to ")
-)
-_FIRST_LETTERS = frozenset("IiSs")
-_HELP = ("assist", "help", "provide", "fulfill", "comply", "answer", "create", "generate", "write", "do that")
-
-
-def is_placeholder(answer: str) -> bool:
-    """Return whether the whole response is a placeholder: `<nooutput>`, `N/A`, `[image]`, `[Link to the list]`."""
-    answer = answer.strip()
-    if len(answer) > LONGEST_PLACEHOLDER:
-        return False
-    if answer.strip(" .!*_\"'`-").casefold() in _PLACEHOLDER_WORDS or answer in ("...", "\u2026"):
-        return True
-    bracketed = _BRACKETED.fullmatch(answer)
-    if bracketed is None:
-        return False
-    inner = (bracketed["angle"] or bracketed["square"] or bracketed["curly"]).strip(" |").casefold()
-    if _NOTHING.fullmatch(inner) or inner in _PLACEHOLDER_WORDS or inner in _TOKENS:
-        return True
-    return bracketed["angle"] is None and not _SLOTS.isdisjoint(re.findall(r"[a-z]+", inner))
-
-
-def has_no_word(answer: str) -> bool:
-    """Return whether the response has no letter and no digit of any script."""
-    return _ANY_WORD.search(answer) is None
-
-
-def is_garbled(answer: str) -> bool:
-    """Return whether the response has U+FFFD, or character sequences of UTF-8 decoded as another encoding."""
-    return not answer.isascii() and _GARBLED.search(answer) is not None
-
-
-def has_unseen(answer: str) -> bool:
-    """Return whether the response has control or invisible characters: zero-width, direction overrides, tags."""
-    raw = answer.encode("utf-8", "replace")
-    if len(raw.translate(None, _CONTROLS)) != len(raw):
-        return True
-    return len(raw) != len(answer) and _INVISIBLE.search(answer) is not None
 
 
 def has_markup(answer: str, prompt: str) -> bool:
-    """Return whether the response has HTML outside of code, and the prompt isn't about it; a tag alone is fine."""
-    if "<" not in answer and "&" not in answer:
+    """Return whether the response has HTML outside of code and tables, and the prompt isn't about it.
+
+    A tag alone is fine, and so is a whole document. Cells of a Markdown table have no other way to break a line.
+    """
+    if ("<" not in answer and "&" not in answer) or "`" in answer:
         return False
-    leftover = _MARKUP.search(answer)
-    if leftover is None or leftover[0] == answer.strip():
+    text = _TABLE_ROW.sub("", answer) if "|" in answer else answer
+    leftover = _MARKUP.search(text)
+    if leftover is None or leftover[0] == answer.strip() or _DOCUMENT.match(answer):
         return False
-    return "`" not in answer and _ABOUT_MARKUP.search(prompt) is None
+    return _ABOUT_MARKUP.search(prompt) is None
 
 
-def echoes(answer: str, prompt: str) -> bool:
-    """Return whether the response starts with the whole prompt; quoting a part of it is fine."""
-    prompt = prompt.strip()
-    return len(prompt) >= SHORTEST_ECHO and answer.lstrip().startswith(prompt)
+def echoes(answer: str, asked: str) -> bool:
+    """Return whether the response starts with the whole last turn of the prompt; quoting a part of it is fine.
+
+    A response that completes code starts with that code.
+    """
+    asked = asked.strip()
+    if not asked or not answer.lstrip().startswith(asked):
+        return False
+    return reading_length(asked) >= SHORTEST_ECHO and _CODE_STUB.match(asked) is None
 
 
-def repeats(answer: str) -> bool:
+def repeats(answer: str, prompt: str) -> bool:
     """Return whether the response is stuck in a loop: its end and most of its text are repetitions.
 
     End: one of its last two segments of `TAIL_CHARACTERS` occurs `FEWEST_REPEATS` times; two, since the numbers of a
-    list differ. Text: more than half of its word 4-grams (without digits) occur earlier.
+    list differ. Text: more than half of its word 4-grams (without digits) occur earlier; four in five in songs and
+    poems, which have refrains. Lines of code, tables and data that differ in their numbers are no repetitions.
     """
     answer = answer.rstrip()
     size = len(answer)
@@ -133,20 +92,15 @@ def repeats(answer: str) -> bool:
         tail = answer[start:end]
         # Most responses end in new text, and finding the first occurrence is faster than counting.
         if answer.find(tail) < start and answer.count(tail) >= FEWEST_REPEATS:
-            words = _LETTERS.findall(answer.casefold())
-            sequences = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-            return len(sequences) >= FEWEST_SEQUENCES and 2 * len(set(sequences)) < len(sequences)
+            return _loops(answer, prompt)
     return False
 
 
-def declines(answer: str) -> bool:
-    """Return whether the response opens with a refusal, or calls itself a language model near its start."""
-    start = answer[:300].lstrip()
-    if "AI" in start or "language model" in start:
-        lower = start.replace("\u2019", "'").casefold()
-        if any(phrase in lower for phrase in _DISCLAIMERS):
-            return True
-    if start[:1] not in _FIRST_LETTERS:
+def _loops(answer: str, prompt: str) -> bool:
+    if _ASKS_TO_REPEAT.search(prompt):
         return False
-    lower = start[:80].replace("\u2019", "'").casefold()
-    return lower.startswith(_REFUSALS) and any(word in lower for word in _HELP)
+    pattern = _LETTERS_AND_DIGITS if _STRUCTURED.search(answer) else _LETTERS
+    words = pattern.findall(answer.casefold())
+    sequences = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    most = 0.2 if _ASKS_FOR_VERSE.search(prompt) else 0.5
+    return len(sequences) >= FEWEST_SEQUENCES and len(set(sequences)) < most * len(sequences)

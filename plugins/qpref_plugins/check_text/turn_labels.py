@@ -39,6 +39,7 @@ _HEADING = re.compile(r"^[ ]{0,3}#{2,3}[ ]?([^\n#][^\n]*)", re.MULTILINE)
 _USER_HEADINGS = frozenset({"human", "user", "question"})
 _ASSISTANT_HEADINGS = frozenset({"assistant", "answer", "gpt", "ai"})
 _TEMPLATE_HEADINGS = _USER_HEADINGS | _ASSISTANT_HEADINGS | {"instruction", "input", "context", "response", "system"}
+_ANY_TEMPLATE_HEADING = re.compile(rf"##[^\S\n]*(?:{'|'.join(sorted(_TEMPLATE_HEADINGS))})[^\S\n]*:", re.IGNORECASE)
 _LABEL = re.compile(r"^[ ]{0,3}(?:\*\*)?([^\W\d_][\w .'-]{0,24}?)[ ]?[:：](?:\*\*)?", re.MULTILINE)
 _NEXT_TURN = re.compile(
     r"\n[ ]{0,3}(Human|User|USER|Question|Q|Instruction|用户|用戶|人类|ユーザー|사용자|Пользователь|Человек|"
@@ -63,7 +64,7 @@ def prompt_labels(prompt: str) -> str | None:
     """Return the name of the labels that a prompt is formatted with; None where it isn't."""
     if ":" not in prompt and "：" not in prompt:
         return None
-    if "##" in prompt:
+    if "#" in prompt:
         name = _open_heading(prompt) or _template_headings(prompt)
         if name is not None and name != QUESTION:
             return name
@@ -81,7 +82,7 @@ def prompt_labels(prompt: str) -> str | None:
 
 def response_labels(response: str, prompt: str) -> str | None:
     """Return the name of the labels in front of a response, or around turns that it goes on with; None without any."""
-    if "##" in response:
+    if "#" in response:
         name = _template_headings(response)
         if name is not None and name != QUESTION:
             return name
@@ -118,6 +119,8 @@ def next_turn(response: str, prompt: str) -> str | None:
 def _template_headings(text: str) -> str | None:
     """Return the family where all of a text's headings are a template's labels with a colon."""
     bare: dict[str, bool] = {}
+    if _ANY_TEMPLATE_HEADING.search(text) is None:
+        return None
     for match in _HEADING.finditer(_CODE.sub("", text)):
         label, colon, rest = match[1].partition(":")
         name = label.strip().casefold()

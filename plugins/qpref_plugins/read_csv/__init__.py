@@ -26,6 +26,7 @@ from qpref_plugins.read_csv.separator import NAMES, separator_of
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES_AGAIN = 100
 """Maximum lines of a record within lines that are read a second time."""
+_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"[^"]*"\s*:')
 _INSIDE = re.compile(rb'[^"]*(?:""[^"]*)*')
 """The inside of a quoted field, in which a quote is doubled."""
 
@@ -37,6 +38,7 @@ class _BadRowError(ValueError):
 def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
     """Yield a row for each record after the header; its line is the one on which it starts."""
     with opened(path) as file:
+        _refuse_json(file.peek(), path)
         found = separator_of(file.peek(), separator)
         lines = _Lines(file, found.num_lines)
         if found.separator != separator and not found.num_lines:
@@ -48,7 +50,13 @@ def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
             raise DataError(f"{path}:{lines.number + 1}: {error}") from None
 
 
+def _refuse_json(head: bytes, path: Path) -> None:
+    if _JSON.match(head):
+        raise DataError(f'{path}: JSON, not a table; name it .jsonl, or set [data] reader = "jsonl"')
+
+
 def _rows(lines: _Lines, separator: bytes, path: str) -> Iterator[Row | Finding]:
+    """Yield the rows; an empty field is null, as tables have no other way to write it."""
     header = None
     for line, fields in _records(lines, separator):
         source = Source(path=path, line=line)
@@ -62,7 +70,7 @@ def _rows(lines: _Lines, separator: bytes, path: str) -> Iterator[Row | Finding]
         elif len(fields) != len(header):
             yield _unreadable(f"{len(fields)} fields, where the header has {len(header)}", source)
         else:
-            yield Row(values=dict(zip(header, fields, strict=True)), source=source)
+            yield Row(values=dict(zip(header, (field or None for field in fields), strict=True)), source=source)
 
 
 def _header(fields: list[str] | str) -> tuple[list[str], str | None]:

@@ -78,7 +78,7 @@ class JsonParser:
         if self._faults:
             raise BadJsonError(self._faults[0])
         # Valid UTF-8 has no surrogates, so half a pair can only come from an escape.
-        if text.find("\\u", start, end) < 0 or not _SURROGATE_ESCAPE.search(text, start, end):
+        if not _SURROGATE_ESCAPE.search(text, start, end):
             return
         try:
             json.dumps(value, ensure_ascii=False).encode()
