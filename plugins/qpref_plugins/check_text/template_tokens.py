@@ -51,7 +51,7 @@ _SENTENCE_ENDS = "\n.!?\u3002\uff01\uff1f\u0964\u061f;:)\"'*\u201d\u300d"
 
 
 class Found(NamedTuple):
-    """A control token of a text, and its place: start or end of the text, start of a line (or between turns), or inside."""
+    """A control token and its place: start or end of the text, start of a line or between turns, or inside a line."""
 
     token: str
     place: Literal["start", "end", "line", "inside"]
