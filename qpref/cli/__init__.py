@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import click
 
 from qpref import __version__
+from qpref.cli.output import StderrHandler, echo, guard_streams
 from qpref.errors import QprefError, StoppedBySignal
 from qpref.installed import as_install_error
 
@@ -50,36 +49,32 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        guard_streams()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            echo("error: interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except (QprefError, ImportError) as caught:
             error = as_install_error(caught) if isinstance(caught, ImportError) else caught
-            click.echo(f"error: {error}", err=True)
+            echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-
-
-class _StderrHandler(logging.Handler):
-    """Looks up standard error at every record, since a live progress bar replaces it while it runs."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="qpref")
 def main() -> None:
     """Preference training (DPO and its kin) of 4-bit language models on one consumer GPU."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # data may hold text that the terminal can't encode
     from qpref.linux import set_torch_variables
 
     set_torch_variables()
     logger = logging.getLogger("qpref")
     logger.setLevel(logging.INFO)
-    logger.handlers = [_StderrHandler()]
+    logger.handlers = [StderrHandler()]
     logger.propagate = False
     # Deprecations that libraries address to their own developers; errors still come through.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from qpref.cli.options import json_option
+from qpref.cli.output import echo
 
 KINDS = {
     "models": "converted base models; qpref merge needs those of its runs",
@@ -47,16 +48,16 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
     entries = list(_entries(cache_folder()))
     if as_json:
-        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        echo(json.dumps([asdict(entry) for entry in entries], indent=2))
         return
     for kind, description in KINDS.items():
         found = [entry for entry in entries if entry.kind == kind]
         size = sum(entry.num_bytes for entry in found)
-        click.echo(f"{kind:10} {_size(size):>10}  {description}")
+        echo(f"{kind:10} {_size(size):>10}  {description}")
         if kind != "sha256":
             for entry in found:
-                click.echo(f"{'':10} {_size(entry.num_bytes):>10}  {entry.name}, last used {entry.last_used[:16]}")
-    click.echo(f"{'all':10} {_size(sum(entry.num_bytes for entry in entries)):>10}  {cache_folder()}")
+                echo(f"{'':10} {_size(entry.num_bytes):>10}  {entry.name}, last used {entry.last_used[:16]}")
+    echo(f"{'all':10} {_size(sum(entry.num_bytes for entry in entries)):>10}  {cache_folder()}")
 
 
 @command.command("clear")
@@ -70,7 +71,7 @@ def clear(kinds: tuple[str, ...]) -> None:
         freed = sum(_bytes(path) for path in folder.glob("*"))
         if folder.is_dir():
             fsio.remove_tree(folder)
-        click.echo(f"{kind}: {_size(freed)} freed")
+        echo(f"{kind}: {_size(freed)} freed")
 
 
 def _entries(cache: Path) -> Iterator[Entry]:

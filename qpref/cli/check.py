@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpref.cli.options import json_option, set_option, source_options
+from qpref.cli.output import echo, make_console
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def command(
         audit = _audit(what, overrides, base, {key: value for key, value in source_keys.items() if value})
     except DataError as error:
         if as_json:
-            click.echo(json.dumps(_unreadable(what, error), indent=2, ensure_ascii=False))
+            echo(json.dumps(_unreadable(what, error), indent=2, ensure_ascii=False))
         raise
     report = audit.checked.report
     if fix is not None:
@@ -81,9 +82,9 @@ def command(
         from qpref.report.check_page import write_check_page
 
         write_check_page(audit, html, what if ":" in what else Path(what).name)
-        click.echo(f"written: {html}", err=as_json)
+        echo(f"written: {html}", err=as_json)
     if as_json:
-        click.echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))
+        echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))
     else:
         _print(audit)
     if report.refused or audit.why_empty:
@@ -99,8 +100,8 @@ def _fix(audit: Audit, path: Path, to_stderr: bool) -> None:
     for file in fixed:
         held_out = heldout is not None and heldout.share is not None and file.split == "heldout"
         use = ", with [data] heldout in place of heldout_share" if held_out else ""
-        click.echo(f"written: {file.path}, in place of {file.location}{use}", err=to_stderr)
-    click.echo(f"written: {refused}, the refused rows with the reasons", err=to_stderr)
+        echo(f"written: {file.path}, in place of {file.location}{use}", err=to_stderr)
+    echo(f"written: {refused}, the refused rows with the reasons", err=to_stderr)
 
 
 def _unreadable(what: str, error: QprefError) -> dict[str, object]:
@@ -166,9 +167,7 @@ def _tokenizer(model: ModelSection, data: DataSection) -> PairTokenizer:
 
 
 def _print(audit: Audit) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     report = audit.checked.report
     console.print(f"{report.label}: {report.read} rows read, {report.kept} kept, {report.refused} refused"
                   + (f", {report.repeated} the same as an earlier row" if report.repeated else "")

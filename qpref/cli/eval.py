@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpref.cli.options import base_option, json_option, quantization_option
+from qpref.cli.output import echo, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,39 +62,36 @@ def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     quiet_transformers()
     report = evaluate(Request(models=models, **asked))
     if as_json:
-        click.echo(json.dumps(report.as_json(), indent=2, allow_nan=False))
+        echo(json.dumps(report.as_json(), indent=2, allow_nan=False))
     else:
         _print(report)
 
 
 def _print(report: Comparison) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDE  # don't wrap in a file or pipe
-    console.print(f"data       {report.data}: {report.pairs} pairs", markup=False)
-    console.print(f"beta       {report.beta:g} ({report.beta_from})", markup=False)
+    console.print(f"data       {report.data}: {report.pairs} pairs")
+    console.print(f"beta       {report.beta:g} ({report.beta_from})")
     for model in report.models:
         against = f"rewards against the reference of {model.reference}" if model.reference else "no reference"
-        console.print(f"{model.kind:10} {model.name}: {against}", markup=False)
+        console.print(f"{model.kind:10} {model.name}: {against}")
     console.print(_metrics_table(report.models))
     for kind in report.models[0].summary.buckets:
         console.print(_bucket_table(kind, report.models))
     if len(report.models) > 1:
         console.print(_difference_table(report.models))
     for warning in report.warnings():
-        click.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in columns:
-        table.add_column(Text(column), justify="right")
+        table.add_column(column, justify="right")
     return table
 
 
@@ -110,8 +108,6 @@ def _metrics_table(models: Sequence[ComparedModel]) -> Table:
 
 def _bucket_table(kind: str, models: Sequence[ComparedModel]) -> Table:
     """Tabulate the accuracy in each bucket, by implicit reward where the model has a reference."""
-    from rich.text import Text
-
     table = _table(f"accuracy by {kind}", ["pairs", *(model.name for model in models)])
     for name in models[0].summary.buckets[kind]:
         cells, pairs = [], 0
@@ -120,7 +116,7 @@ def _bucket_table(kind: str, models: Sequence[ComparedModel]) -> Table:
             estimate = found.get("rewards/accuracies") or found["logps/accuracies"]
             pairs = estimate.pairs
             cells.append(_cell(estimate))
-        table.add_row(Text(name), str(pairs), *cells)
+        table.add_row(name, str(pairs), *cells)
     return table
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from qpref.cli.output import echo
+
 PATH = click.Path(path_type=Path)
 
 
@@ -30,4 +32,4 @@ def command(merged: Path, out: Path, gguf: bool, converter: Path | None, kind: s
 
     with ends_cleanly():
         written = export_gguf(merged, out, kind, converter)
-    click.echo(f"gguf: {written}")
+    echo(f"gguf: {written}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from qpref.cli.options import base_option, json_option, quantization_option
+from qpref.cli.output import echo, make_console
 
 if TYPE_CHECKING:
     from qpref.evaluation.generate import Answers
@@ -78,7 +79,7 @@ def command(
     prompts = _prompts(texts, data, subject)
     answers = generate(subject, prompts, Sampling(**sampling))
     if as_json:
-        click.echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
+        echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
     else:
         _print(answers, model)
 
@@ -96,21 +97,19 @@ def _prompts(texts: Sequence[str], data: str | None, subject: Subject) -> list[U
 
 
 def _print(answers: Sequence[Answers], name: str) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console = Console(highlight=False)
+    console = make_console()
     if not console.is_terminal:
         console.width = COLUMNS_WITHOUT_TERMINAL
     for answer in answers:
-        table = Table(title=Text(answer.prompt), title_justify="left", expand=True)
+        table = Table(title=answer.prompt, title_justify="left", expand=True)
         cells = []
         if answer.base is not None:
             table.add_column("base", ratio=1)
-            cells.append(Text(_shown(answer.base, answer.ended[1])))
-        table.add_column(Text(name), ratio=1)
-        cells.append(Text(_shown(answer.model, answer.ended[0])))
+            cells.append(_shown(answer.base, answer.ended[1]))
+        table.add_column(name, ratio=1)
+        cells.append(_shown(answer.model, answer.ended[0]))
         table.add_row(*cells)
         console.print(table)
 

@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from qpref.cli.output import echo
 from qpref.cli.tables import options_text, print_table
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def compare_losses(losses: Mapping[str, Loaded | str], all_installed: bool, as_j
     failures: dict[str, str] = {}
     facts: list[dict[str, Any]] = []
     if not as_json:
-        click.echo(f"TRL {version}: largest relative differences over {NUM_BATCHES} random batches")
+        echo(f"TRL {version}: largest relative differences over {NUM_BATCHES} random batches")
     hint: str | None = None
     for name, loaded in losses.items():
         try:
@@ -58,7 +57,7 @@ def compare_losses(losses: Mapping[str, Loaded | str], all_installed: bool, as_j
         if not as_json:
             _print(loaded.offer, outcome, comparisons)
     if as_json:
-        click.echo(json.dumps({"trl": version, "batches": NUM_BATCHES, "losses": facts}, indent=2))
+        echo(json.dumps({"trl": version, "batches": NUM_BATCHES, "losses": facts}, indent=2))
     if failures:
         raise PluginError("\n".join(failures.values()), hint)
 
@@ -93,13 +92,11 @@ def _facts(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 def _print(offer: Offer, outcome: str, comparisons: Sequence[Comparison]) -> None:
     if outcome == "not in TRL":
         lacks = {comparison.message for comparison in comparisons}
-        click.echo(f"\n{offer.name} ({offer}): TRL has no such loss{''.join(f' ({text})' for text in sorted(lacks))}")
+        echo(f"\n{offer.name} ({offer}): TRL has no such loss{''.join(f' ({text})' for text in sorted(lacks))}")
         if not comparisons:
-            click.echo(
-                "  nothing was compared; a loss that is TRL's under another name says so in its record's trl_cases"
-            )
+            echo("  nothing was compared; a loss that is TRL's under another name says so in its record's trl_cases")
         return
-    click.echo(f"\n{offer.name} ({offer}): {'DIFFERS' if outcome == 'differs' else outcome}")
+    echo(f"\n{offer.name} ({offer}): {'DIFFERS' if outcome == 'differs' else outcome}")
     rows = [("  ", "loss", "gradient", "qpref", "TRL")]
     notes: list[str] = []
     for comparison in comparisons:
@@ -114,7 +111,7 @@ def _print(offer: Offer, outcome: str, comparisons: Sequence[Comparison]) -> Non
         rows.append((f"  {status}{mark}", *numbers, options, _trl_text(comparison.case)))
     print_table(rows)
     for number, note in enumerate(notes, 1):
-        click.echo(f"  [{number}] {note}")
+        echo(f"  [{number}] {note}")
 
 
 def _trl_text(case: TrlCase) -> str:

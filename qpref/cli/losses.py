@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpref.cli.options import json_option
+from qpref.cli.output import echo
 from qpref.cli.tables import options_text, print_table, toml_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
     host = PluginHost()
     losses = [_listed(host, offer) for offer in _offers(host)]
     if as_json:
-        click.echo(json.dumps(losses, indent=2))
+        echo(json.dumps(losses, indent=2))
         return
     rows = [("NAME", "DATA", "DISTRIBUTION", "SUMMARY")]
     for loss in losses:
@@ -64,14 +65,14 @@ def show(name: str) -> None:
     except (Exception, SystemExit) as error:
         what = f"{loaded.offer}: its record raised {type(error).__name__}: {error}"
         raise PluginError(what, f"see qpref losses check {name}") from error
-    click.echo(f"{record.name}: {record.summary}\n")
+    echo(f"{record.name}: {record.summary}\n")
     for title, fact in facts.items():
         if fact:
-            click.echo(textwrap.fill(fact, 100, initial_indent=f"{title:<11}", subsequent_indent=" " * 11))
+            echo(textwrap.fill(fact, 100, initial_indent=f"{title:<11}", subsequent_indent=" " * 11))
     for option, field in record.options.model_fields.items():
         default = "required" if field.is_required() else f"default {toml_text(field.default)}"
-        click.echo(f"\n{option}: {_type(field.annotation)}, {default}")
-        click.echo(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
+        echo(f"\n{option}: {_type(field.annotation)}, {default}")
+        echo(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
 
 
 def _facts(record: Any) -> dict[str, str]:
@@ -156,7 +157,7 @@ def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_
             broken[name] = loaded
             facts.append({"loss": name, "from": None, "error": loaded, "results": []})
             if not as_json:
-                click.echo(f"{name}: cannot be loaded")
+                echo(f"{name}: cannot be loaded")
             continue
         results = check_loss(loaded.record)
         rules = dict.fromkeys(result.rule for result in results if result.status == "broken")
@@ -166,7 +167,7 @@ def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_
         if not as_json:
             _print_results(loaded.offer, results, in_full=not all_installed or bool(rules))
     if as_json:
-        click.echo(json.dumps(facts, indent=2, default=str))
+        echo(json.dumps(facts, indent=2, default=str))
     if broken:
         head = [f"{len(broken)} of {len(losses)} losses cannot be relied on"] if len(losses) > 1 else []
         lines = [f"  {line}" if head else line for line in broken.values()]
@@ -215,7 +216,7 @@ def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> No
     tables = {options_text(result.options) for result in results}
     is_broken = any(result.status == "broken" for result in results)
     count = f"{len(tables)} set{'s' if len(tables) > 1 else ''} of options"
-    click.echo(f"{offer.name} ({offer}): {'broken' if is_broken else 'ok'}, {count}")
+    echo(f"{offer.name} ({offer}): {'broken' if is_broken else 'ok'}, {count}")
     if not in_full:
         return
     rows = []

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli.output import echo
+
 if TYPE_CHECKING:
     from qpref.merge.request import MergeResult, Verdict
 
@@ -68,7 +70,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     with ends_cleanly():
         result = merge_run(request)
     for line in _report(result, request.quantize or result.dtype):
-        click.echo(line)
+        echo(line)
     verdict = result.verdict
     if not verdict.passed:
         unsent = "; nothing was pushed" if push else ""
@@ -77,7 +79,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
             _way_out(request.onto, request.quantize, request.dtype),
         )
     if push is not None:
-        click.echo(f"pushed: {hub.push(result.path, push)}")
+        echo(f"pushed: {hub.push(result.path, push)}")
 
 
 def _way_out(onto: str, quantize: str | None, dtype: str) -> str:

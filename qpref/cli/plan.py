@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qpref.cli.options import json_option, set_option
+from qpref.cli.output import echo
 
 if TYPE_CHECKING:
     from qpref.memory.forecast import Forecast, Target
@@ -42,10 +43,10 @@ def command(
     forecast = Forecast.of(plan, _target(plan.recipe, **device), shape)
     facts = forecast.facts(tflops)
     if as_json:
-        click.echo(json.dumps({"recipe": str(recipe)} | facts, indent=2))
+        echo(json.dumps({"recipe": str(recipe)} | facts, indent=2))
     else:
         for line in (*_overview(forecast, facts), "", *_memory(forecast), *_choice(forecast), *_notes(facts)):
-            click.echo(line)
+            echo(line)
     if not forecast.fit.fits:
         need, limit = _gib(forecast.fit.memory.total), _gib(forecast.target.limit_bytes)
         what = f"needs {need}, and the limit is {limit} ({forecast.target.limit_origin})"

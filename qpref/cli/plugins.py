@@ -7,6 +7,7 @@ import json
 import click
 
 from qpref.cli.options import json_option
+from qpref.cli.output import echo
 
 
 @click.command("plugins")
@@ -22,7 +23,7 @@ def command(as_json: bool) -> None:
 
     offers = installed_offers()
     if as_json:
-        click.echo(json.dumps([asdict(offer) for offer in offers], indent=2))
+        echo(json.dumps([asdict(offer) for offer in offers], indent=2))
         return
     rows = [("KIND", "NAME", "DISTRIBUTION", "VERSION", "ENTRY POINT")]
     for offer in offers:
@@ -30,4 +31,4 @@ def command(as_json: bool) -> None:
         rows.append((kind, offer.name, offer.distribution, offer.version, offer.entry_point))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

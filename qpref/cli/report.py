@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from qpref.cli.output import echo
+
 PATH = click.Path(path_type=Path)
 
 
@@ -39,4 +41,4 @@ def command(
     from qpref.report.write import Extras, write_report
 
     extras = Extras(merged=merged, evaluations=evaluations, samples=samples)
-    click.echo(f"report: {write_report(runs, output, extras)}")
+    echo(f"report: {write_report(runs, output, extras)}")

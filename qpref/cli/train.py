@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qpref.cli.options import set_option
+from qpref.cli.output import echo
 
 
 @click.command("train")
@@ -26,14 +27,14 @@ def command(
     if dry_run:
         import tomli_w
 
-        click.echo(tomli_w.dumps(plan.document).rstrip())
-        click.echo(f"\n# run folder: {plan.output}")
+        echo(tomli_w.dumps(plan.document).rstrip())
+        echo(f"\n# run folder: {plan.output}")
         for offer in sorted({plugin.offer for plugin in plan.plugins}):
-            click.echo(f"# {offer}")
+            echo(f"# {offer}")
         return
     from qpref.cli import quiet_transformers
     from qpref.training.run import train_plan
 
     quiet_transformers()
     folder = train_plan(plan, resume=resume, overwrite=overwrite)
-    click.echo(f"run folder: {folder}")
+    echo(f"run folder: {folder}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qpref.credentials import keys_with_credentials
 from qpref.errors import RecipeError
 
 FREE_TO_CHANGE = {
@@ -69,6 +70,19 @@ def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dic
         except (TypeError, AttributeError, ValueError, IndexError):
             raise RecipeError(f"--set {override}: '{path.strip()}' is not a key of this recipe") from None
     return changed
+
+
+def refuse_credentials(document: Mapping[str, Any], origin: str) -> None:
+    """Refuse a recipe that holds a password or token, which would be stored with the run.
+
+    Raises:
+        RecipeError: it does; the message names the keys.
+    """
+    if keys := list(keys_with_credentials(document)):
+        raise RecipeError(
+            f"{origin}: {', '.join(keys)}: holds a password or token, which a run would store and share",
+            "keep it in the environment, such as HF_TOKEN, or in `hf auth login`",
+        )
 
 
 def _toml_value(text: str) -> object:

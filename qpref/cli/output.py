@@ -1,0 +1,51 @@
+"""The way of every message to the terminal: printable, and without passwords or tokens."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qpref.printable import PrintableStream, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def echo(text: str = "", err: bool = False) -> None:
+    """Print a line to standard output, or to standard error."""
+    click.echo(printable(text), err=err)
+
+
+def guard_streams() -> None:
+    """Put a `PrintableStream` before standard output and standard error, once."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or isinstance(stream, PrintableStream):
+            continue
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # data may hold text that the terminal can't encode
+        setattr(sys, name, PrintableStream(stream))
+
+
+class StderrHandler(logging.Handler):
+    """Looks up standard error at every record, since a live progress bar replaces it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        print(printable(f"{prefix}{self.format(record)}"), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def make_console(soft_wrap: bool = False) -> Console:
+    """Make a console for tables, whose cells and titles are made printable before they are laid out."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class PrintableConsole(Console):
+        def render_str(self, text: str, **styles: Any) -> Text:
+            return super().render_str(printable(text), **styles)
+
+    return PrintableConsole(highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
