@@ -16,6 +16,8 @@ from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, PreferencePair, Row, Source
 
 NUM_LINES = 10
+SIDE_VERDICTS = frozenset({"winner", "verdict", "preference", "preferred", "better", "choice", "label"})
+"""Columns that may name a side."""
 SWAPPED_SHARE = 0.5
 """Share of contradicting rows above which the whole source looks swapped, and not single rows."""
 
@@ -83,7 +85,12 @@ def _contradicting_orders(values: Mapping[str, object]) -> Iterator[tuple[str, b
 
 
 def _contradicting_verdict(values: Mapping[str, object], better: str, worse: str) -> Iterator[tuple[str, bool]]:
-    """Compare `chosen` with the verdict on two responses that the row has too."""
+    """Compare `chosen` with a verdict that the row has too: `rejected`, or the winner of a comparison."""
+    for column in SIDE_VERDICTS & values.keys():
+        text = values[column]
+        side = text.strip().lower() if isinstance(text, str) else None
+        if side in ("chosen", "rejected"):
+            yield f"the label contradicts {column}", side == "rejected"
     if not may_compare(tuple(values)):
         return
     name = contest_format(values, {name for name, value in values.items() if value is not None})

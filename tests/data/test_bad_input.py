@@ -115,7 +115,7 @@ NOT_JSON = {
     "an unknown escape": Bad(b'{"prompt": "\\x"}', "unreadable", "a lone backslash in '\\x'"),
     "a raw tab in a text": Bad(b'{"prompt": "\t"}', "unreadable", "not JSON: a raw tab inside a text"),
     "a raw NUL in a text": Bad(b'{"prompt": "\0"}', "unreadable", "not JSON: the control character U+0000"),
-    "NUL bytes": Bad(bytes(100), "unreadable", "not JSON: Expecting value"),
+    "NUL bytes": Bad(bytes(100), "unreadable", "not JSON: zero bytes"),
     "single quotes": Bad(b"{'prompt': 'x'}", "unreadable", "not JSON: single quotes, as Python prints a dict"),
     "a comma too many": Bad(b'{"prompt": "x",}', "unreadable", "not JSON: "),
     "a comment": Bad(b"// a comment", "unreadable", "not JSON: a comment"),
@@ -402,7 +402,7 @@ FILES = {
     "an array as JSON Lines": ("jsonl", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
     "JSON Lines as an array": ("json", b"{}\nx\n", 1, "unknown_format", "no column"),
     "an empty array file": ("json", b"", 1, "stopped", "the file is empty"),
-    "an array without an end": ("json", b"[\n", 2, "stopped", "not JSON"),
+    "an array without an end": ("json", b"[\n", 2, "stopped", "the array has no end"),
     "an array cut in a row": ("json", b'[\n{"a": 1,', 2, "stopped", "not JSON"),
     "an array of a row of 9 MiB": (
         "json",
