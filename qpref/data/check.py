@@ -175,12 +175,19 @@ def check_data(
     for rows in (heldout, train):
         # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
         _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
+    num_refused = report.refused
     for _, source in opened:
         report.add(source.notes)
     report.repeated = repeats.count()
     report.add(unread.findings())
     labels.report_to(report)
     for check in checks:
+        if check.may_refuse:
+            report.add(check.finish())
+    others = [check for check in checks if not check.may_refuse]
+    if report.refused > num_refused:
+        others = _restarted(others, (heldout, train), report)
+    for check in others:
         report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
@@ -206,6 +213,25 @@ def _check_rows(
         if not report.leaves_out(row[0].source):
             _look(row, of_kept, rows.split, report)
             report.measure_row(row)
+
+
+def _restarted(
+    checks: Sequence[_RunningCheck], splits: Iterable[CheckedRows], report: DataReport
+) -> list[_RunningCheck]:
+    """Restart the checks that skip refused rows, and show them those rows that are left at the end.
+
+    What they find while they look was reported the first time.
+    """
+    checks = [_RunningCheck.of(check.validator) if check.skips_refused else check for check in checks]
+    of_kept = [check for check in checks if check.skips_refused]
+    for rows in splits if of_kept else ():
+        for row in rows.all_rows():
+            if isinstance(row, Finding) or report.leaves_out(row[0].source):
+                continue
+            for example in row:
+                for check in of_kept:
+                    list(check.look(example, rows.split))
+    return checks
 
 
 def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
@@ -252,6 +278,11 @@ class _RunningCheck:
     @property
     def skips_refused(self) -> bool:
         return bool(self.validator.plugin.record.skips_refused)
+
+    @property
+    def may_refuse(self) -> bool:
+        """True where an option of the check is the severity "error"."""
+        return "error" in getattr(self.validator.options, "__dict__", {}).values()
 
     def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
         return self._findings(self.check.look, example, split)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 
-from qpref import fsio, publish
-from qpref.errors import DiskError, MergeError, PolicyError, RecipeError
+from qpref import disk_space, fsio, publish
+from qpref.errors import MergeError, PolicyError, RecipeError
 from qpref.merge.base import TrainedBase
 from qpref.merge.learned import LearnedTensors
 from qpref.merge.request import MergeRequest
@@ -141,10 +140,7 @@ def refuse_full_disk(out: Path, weights: Weights) -> None:
     Raises:
         DiskError: with the bytes needed and free.
     """
-    folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if weights.num_bytes > free:
-        raise DiskError(f"{out}: needs {weights.num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    disk_space.refuse_full(out, weights.num_bytes)
 
 
 def _device(plan: Plan) -> torch.device:

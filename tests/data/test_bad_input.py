@@ -675,16 +675,15 @@ def test_2000_lines_of_spoiled_csv_are_each_judged(tmp_path, suffix):
         check_judged(item, str(path))
 
 
+KEYS = ["role", "content", "from", "parts", "type", "text", "messages", "tools", "candidates", "completion", "a"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["x", "a\n", "\0"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=8,
 )
 MESSAGE = st.fixed_dictionaries(
     {
-        "role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "human"]),
+        "role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "human", "model", "tool_call"]),
         "content": st.sampled_from(["x", "y", ""]) | JSON,
     },
     optional={"name": JSON, "tool_calls": JSON},

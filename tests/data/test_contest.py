@@ -4,16 +4,13 @@ import json
 import math
 
 import pytest
+from checked_rows import check
 from pydantic import ValidationError
 
-from qpref.data.check import check_data
 from qpref.data.contest_formats import BY_NAME, CONTESTS
 from qpref.data.row_formats import records_of_row
 from qpref.data.split import HeldOutShare
 from qpref.errors import DataError
-from qpref.hooks import Reader
-from qpref.hooks.manager import Loaded, Offer
-from qpref.recipe.choices import SourceChoice
 from qpref.recipe.contest_section import ContestSection
 from qpref.records import Row, Source
 
@@ -26,16 +23,6 @@ def contest(**keys):
 
 def row(**values):
     return {"prompt": "Why?", "a": "Answer A.", "b": "Answer B."} | values
-
-
-def check(rows, contest=None, **choice):
-    """The report on rows that a recipe with this contest reads."""
-    rows = [Row(values=values, source=Source(path="pairs.x", line=line)) for line, values in enumerate(rows, start=1)]
-    reader = Loaded(Reader(name="x", summary="", read=lambda path: iter(rows), takes="name"),
-                    Offer("read", "x", "acme", "2.0", "acme_x"))  # fmt: skip
-    share, pairs_only = choice.pop("share", None), choice.pop("pairs_only", True)
-    source = SourceChoice(location="pairs.x", split="train", reader=reader, contest=contest, **choice)
-    return check_data([source], [], share=share, pairs_only=pairs_only)
 
 
 def chosen(rows, contest=None, **choice):

@@ -7,7 +7,7 @@ import pytest
 
 from qpref.records import Message
 from qpref_plugins import check_text
-from qpref_plugins.check_text.template_tokens import FAMILIES, FAMILY_OF, marking_token
+from qpref_plugins.check_text.template_tokens import FAMILIES, FAMILY_OF, find_token
 from tests.plugins.check_cases import findings, lines, pair, reported, severities, single
 
 ASK = "How do I keep a cut loaf from going stale?"
@@ -73,10 +73,19 @@ def test_every_family_of_tokens_has_a_case():
 
 
 @pytest.mark.parametrize("token", FAMILY_OF)
-def test_every_token_marks_a_turn_at_either_end_of_a_text(token):
-    assert marking_token(f"{GOOD}{token}\n") == token
-    assert marking_token(f"{token}{GOOD}") == token
-    assert marking_token(f"{GOOD}\n{token}{GOOD}") == token
+def test_every_token_is_found_by_its_place(token):
+    assert find_token(f"{GOOD}{token}\n") == (token, "end")
+    assert find_token(f" {token}{GOOD}") == (token, "start")
+    assert find_token(f"{GOOD}\n{token}{GOOD}") == (token, "line")
+    assert find_token(f"{GOOD} {token} {GOOD}") == (token, "inside")
+    assert find_token(f"{GOOD} '{token}' and `{token}` {GOOD}") is None
+
+
+def test_a_token_inside_a_response_counts_unless_the_texts_are_about_it():
+    inside = "Wrap the loaf <|eot_id|> in a cotton cloth."
+    assert families(ASK, inside) == ["Llama 3 (<|begin_of_text|>)"]
+    assert told(pair(inside, GOOD, BAD), pair("What does <|eot_id|> mean?", inside, BAD)) == []
+    assert told(pair(ASK, f"{inside} It is a special token.", BAD)) == []
 
 
 @pytest.mark.parametrize(
@@ -151,7 +160,7 @@ HONEST = {
     "login": "Use these.\n\nUser: admin\nPassword: bread",
     "code": "Run it:\n```\n<|im_start|>user\nHi<|im_end|>\nUser: a\nAssistant: b\n### Instruction:\n```",
     "inline code": "A turn starts with `<|im_start|>` and ends with `<|im_end|>`",
-    "sentence": "A turn starts with <|im_start|>, a role and a line break, and <|im_end|> closes it.",
+    "sentence": "In its template, a turn starts with <|im_start|>, and then <|im_end|> closes it.",
     "definitions": "The tokens:\n<|im_start|>: starts a turn\n<|im_end|> - ends one.\n[INST] = instruction",
     "string": 'prompt = "<|im_start|>user"\nstop = ["</s>", "<|im_end|>"]',
     "closed interval": "It is in [INSTANT, END] and <start_of_day>.",
