@@ -4,7 +4,7 @@
     python -m benchmarks.long_answers --rows 200 --output out/
 
 The rows resemble answers of chat models: paragraphs, numbered lists, headings, code and now and then a character that
-isn't ASCII; a prompt of 500 characters and two answers of 4,400 on average, in words drawn by Zipf's law. They are made
+isn't ASCII; a prompt of 800 characters and two answers of 4,400 on average, in words drawn by Zipf's law. They are made
 from a seed. The tokenizer is a byte-level BPE of 16,000 tokens trained on the first of them, with a ChatML template.
 
 Each part is run alone in this process, in CPU seconds. A part's figure contains the parts before it in the table, as
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
 def parts_of(path: Path) -> Iterator[tuple[str, Callable[[], int]]]:
     """Yield the name of each part, and a function that runs it and returns its number of rows."""
     from qpref.data.check import check_data
+    from qpref.data.example_rows import texts_of
     from qpref.data.source import DataSource
     from qpref.data.tokenize import PairTokenizer
     from qpref.recipe.resolve import make_data_plan
@@ -136,13 +138,12 @@ def parts_of(path: Path) -> Iterator[tuple[str, Callable[[], int]]]:
     yield "reading, records", lambda: count(DataSource(choice).rows())
     yield "reading, records, counts", lambda: checked(())
     for name in CHECKS:
-        yield f"reading, records, counts, check `{name}`", lambda name=name: checked((name,))  # type: ignore[misc]
-    yield "`qpref check`: all of these", lambda: checked(CHECKS)
-    records = [record for row in DataSource(choice).rows() for record in row]  # type: ignore[union-attr]
-    texts = [turn.content for one in records[:TRAINED_ROWS] for turn in (*one.prompt, *one.chosen, *one.rejected)]  # type: ignore[union-attr]
-    base = make_tokenizer(texts)
+        yield f"reading, records, counts, check `{name}`", partial(checked, (name,))
+    yield "`qpref check`: all of these", partial(checked, CHECKS)
+    records = [record for row in DataSource(choice).rows() if not isinstance(row, Finding) for record in row]
+    base = make_tokenizer([text for record in records[:TRAINED_ROWS] for text in texts_of(record)])
     tokenizer = PairTokenizer.of(base, "chat", (base.eos_token_id,))
-    yield "tokenizing alone", lambda: count(tokenizer.tokenize(records))  # type: ignore[arg-type]
+    yield "tokenizing alone", lambda: count(tokenizer.tokenize(records))
 
 
 def measure(num_rows: int) -> dict[str, Any]:

@@ -54,10 +54,14 @@ class Contest:
             BadRowError: a tie, no verdict, one that no list has, or a column is missing.
         """
         better, worse = self.sides(row.values)
-        values = {**row.values, "chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
+        # What the contest has read means nothing else: a verdict in a column `margin` is no margin of the loss.
+        read = {better, worse, *self.section.verdict_columns}
+        values = {name: value for name, value in row.values.items() if name not in read}
+        values |= {"chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
         if not has_prompt(values):
             prompts = (value_at(row.values, path) for path in self.prompts)
-            values["prompt"] = next((prompt for prompt in prompts if not is_missing(prompt)), None)
+            prompt = next((prompt for prompt in prompts if not is_missing(prompt)), None)
+            values |= {} if prompt is None else {"prompt": prompt}
         return Row(values=self.finish(values), source=row.source)
 
     def sides(self, values: Values) -> tuple[str, str]:
@@ -75,7 +79,7 @@ class Contest:
     def outcome(self, values: Values) -> Outcome:
         """Read the verdict."""
         found = [_column(values, name) for name in self.section.verdict_columns]
-        if all(is_missing(value) for value in found) and "" not in self._outcomes:
+        if all(is_missing(value) and verdict_key(value) not in self._outcomes for value in found):
             names = " and ".join(self.section.verdict_columns)
             raise BadRowError("not_a_pair", f"not a preference pair: no verdict in {names}")
         if self.section.scores is not None:
@@ -149,8 +153,10 @@ def _selected(value: object) -> object:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a cell is empty: null, NaN as pandas writes a gap, or an empty text."""
-    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
+    """Return whether a cell is empty: null, NaN as pandas writes a gap, or a text without a character."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def value_at(values: Values, path: str) -> object:

@@ -19,11 +19,13 @@ SCORE_WORDS = frozenset({"score", "scores", "rating", "ratings", "reward", "rewa
 LOWER_IS_BETTER = frozenset({"rank", "ranking"})
 NEUTRAL_WORDS = frozenset(
     {"avg", "average", "mean", "overall", "total", "final", "model", "rm", "human", "preference", "annotator", "raw"}
-    | {"response", "answer", "output", "completion", "generation", "conversation", "text"}
+    | {"response", "answer", "output", "completion", "generation", "conversation", "text", "metadata", "meta", "info"}
 )
 """Words beside the score in a column's name that leave its meaning as it is."""
 DIFFERENCE_WORDS = frozenset({"margin", "difference", "diff", "gap", "delta"})
-KEYS = ("overall_score", "overall", "score", "rating", "reward", "rank")
+MAX_KEYS = 32
+"""Most keys of an object in which scores are looked for."""
+SCORE_KEYS = ("overall_score", "overall", "score", "rating", "reward")
 """Keys of an object that hold its score."""
 
 Values = Mapping[str, object]
@@ -38,15 +40,34 @@ def side_scores(values: Values, better: str, worse: str, exclude: Collection[str
         better, worse: columns of the preferred response and of the other.
         exclude: columns that the preference comes from.
     """
-    for one, other in _pairs_of_columns(tuple(values), better, worse):
+    flat = _flat(values, (better, worse))
+    for one, other in _pairs_of_columns(tuple(flat), better, worse):
         if one not in exclude and other not in exclude:
-            names = " and ".join(name for name in values if name in (one, other))
-            yield from _scored(names, words(one), values[one], values[other])
+            names = " and ".join(name for name in flat if name in (one, other))
+            yield from _scored(names, words(one), flat[one], flat[other])
     sides = _last(values.get(better)), _last(values.get(worse))
     if isinstance(sides[0], dict) and isinstance(sides[1], dict):
-        for key in [key for key in KEYS if key in sides[0] and key in sides[1]][:1]:
+        for key in [key for key in (*SCORE_KEYS, "rank") if key in sides[0] and key in sides[1]][:1]:
             yield from _scored(f"{key} within the two responses", (key,), sides[0][key], sides[1][key])
     yield from _scores_of_generations(values, sides)
+
+
+@lru_cache(maxsize=512)
+def has_scores(columns: tuple[str, ...], better: str, worse: str) -> bool:
+    """Return whether columns with these names hold scores of a row's responses, or their difference."""
+    is_ranked = not set(RANKED_COLUMNS).isdisjoint(columns)
+    return is_ranked or bool(_pairs_of_columns(columns, better, worse) or _difference_columns(columns))
+
+
+def _flat(values: Values, sides: Collection[str]) -> Values:
+    """Add what small objects hold, under `scores.chosen`; the sides themselves stay whole."""
+    nested = {
+        f"{name}.{key}": inner
+        for name, value in values.items()
+        if isinstance(value, dict) and name not in sides and len(value) <= MAX_KEYS
+        for key, inner in value.items()
+    }
+    return {**values, **nested} if nested else values
 
 
 def _scored(names: str, name_words: Sequence[str], better: object, worse: object) -> Iterator[Scored]:
@@ -140,7 +161,7 @@ def _difference_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
 def _number(value: object) -> float | None:
     """Return a score: a number, its text, or an object that holds one."""
     if isinstance(value, dict):
-        value = next((value[key] for key in KEYS if key in value), None)
+        value = next((value[key] for key in SCORE_KEYS if key in value), None)
     return number_of(value)
 
 

@@ -11,11 +11,13 @@ from qpref.data.contest import value_at
 from qpref.data.contest_formats import CONTESTS, contest_format, may_compare
 from qpref.data.example_rows import ExampleRow
 from qpref.data.row_values import BadRowError
-from qpref.data.score_columns import differences, orders_of, side_scores
+from qpref.data.score_columns import differences, has_scores, orders_of, side_scores
 from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, PreferencePair, Row, Source
 
 NUM_LINES = 10
+SIDE_VERDICTS = frozenset({"winner", "verdict", "preference", "preferred", "better", "choice", "label"})
+"""Columns that may name a side."""
 SWAPPED_SHARE = 0.5
 """Share of contradicting rows above which the whole source looks swapped, and not single rows."""
 
@@ -61,6 +63,8 @@ class ScoreWatch:
     def _evidence(self, row: Row, judged: Judged | None) -> Iterator[tuple[str, bool]]:
         """Yield the columns that a row's label is compared with, as a text, and whether they contradict it."""
         values, better, worse, exclude = self.source.sides_of(row, judged)
+        if not self._may_contradict(values, better, worse):
+            return
         if better not in values and worse not in values:
             yield from _contradicting_orders(self.source.named_values(row))
         for names, high, low in side_scores(values, better, worse, exclude):
@@ -70,6 +74,14 @@ class ScoreWatch:
         for name, difference in differences(values):
             yield f"{name} is below 0", difference < 0
         yield from _contradicting_verdict(values, better, worse)
+
+    @staticmethod
+    def _may_contradict(values: Mapping[str, object], better: str, worse: str) -> bool:
+        """Return whether a row has more than texts to compare; most have not, and this is the quick way to know."""
+        columns = tuple(values)
+        is_nested = any(isinstance(value, dict | list) for value in values.values())
+        is_judged = may_compare(columns) or not SIDE_VERDICTS.isdisjoint(columns)
+        return is_nested or is_judged or has_scores(columns, better, worse)
 
 
 def _contradicting_orders(values: Mapping[str, object]) -> Iterator[tuple[str, bool]]:
@@ -83,7 +95,12 @@ def _contradicting_orders(values: Mapping[str, object]) -> Iterator[tuple[str, b
 
 
 def _contradicting_verdict(values: Mapping[str, object], better: str, worse: str) -> Iterator[tuple[str, bool]]:
-    """Compare `chosen` with the verdict on two responses that the row has too."""
+    """Compare `chosen` with a verdict that the row has too: `rejected`, or the winner of a comparison."""
+    for column in SIDE_VERDICTS & values.keys():
+        text = values[column]
+        side = text.strip().lower() if isinstance(text, str) else None
+        if side in ("chosen", "rejected"):
+            yield f"the label contradicts {column}", side == "rejected"
     if not may_compare(tuple(values)):
         return
     name = contest_format(values, {name for name, value in values.items() if value is not None})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qpref import pypi
+from qpref import disk_space, pypi
 from qpref.data.contest import Contest
 from qpref.data.contest_formats import CONTESTS, may_compare
 from qpref.data.example_rows import ExampleRow
@@ -158,6 +158,8 @@ class DataSource:
                     raise PluginError(f"{reader.offer} yields {type(row).__name__}, neither Row nor Finding")
                 yield row
         except OSError as error:
+            if error.errno in disk_space.FULL:  # of a reader that downloads or unpacks
+                raise disk_space.refused_write(Path(error.filename or path), error) from error
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         except QprefError:
             raise

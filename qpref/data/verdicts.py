@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qpref.data.contest import UNLISTED, Contest, value_at
 from qpref.data.example_rows import ExampleRow
@@ -124,11 +125,8 @@ class VerdictWatch:
             f"{contest.expected}. Every row of the source is refused, since the rest may be inverted; {advice}"
         )
 
-    def _finding(self, code: str, severity: str, message: str) -> Finding:
-        source = Source(path=self._path, line=0)
-        if severity == "error":
-            return Finding(code=code, severity="error", message=message, source=source)
-        return Finding(code=code, severity="warning", message=message, source=source)
+    def _finding(self, code: str, severity: Literal["error", "warning"], message: str) -> Finding:
+        return Finding(code=code, severity=severity, message=message, source=Source(path=self._path, line=0))
 
 
 def _short(value: object) -> str:

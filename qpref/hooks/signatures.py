@@ -70,10 +70,7 @@ _TEXTS = (
     ),
     (
         re.compile(r"(?:<!--.*?-->\s*)*<(?:!doctype html|html|head)\b", re.IGNORECASE | re.DOTALL),
-        Signature(
-            "an HTML page",
-            "the download got a page for people, perhaps of an error or a login; download the file's raw address",
-        ),
+        Signature("an HTML page, perhaps of an error or a login", "download the file's raw address"),
     ),
     (re.compile(r"<\?xml\b|<svg\b|<rss\b"), Signature("XML", "write its rows as JSON Lines")),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ MAX_RATIO = 200
 FREE_BYTES = 2**20
 """Decompressed bytes that are allowed at any ratio, so that tiny files of repeated rows are read."""
 BUFFER_BYTES = 256 * 2**10
+_HIGH = re.compile(rb"[\x80-\xff]+")
 _GZIP = b"\x1f\x8b"
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -73,14 +75,15 @@ def encoding_of(head: bytes) -> str | None:
 
 def not_utf8(line: bytes, error: UnicodeDecodeError, part: str = "line") -> str:
     """Explain a part of a file that isn't UTF-8, with the character in Windows-1252 if it can be that."""
-    at, byte = error.start, line[error.start : error.start + 1]
-    message = f"not UTF-8 (byte {at + 1} of the {part})"
-    before, after = line[max(0, at - 1) : at], line[at + 1 : at + 2]
-    alone = before.isascii() and after.isascii() and after not in (b"\r", b"\n")
-    character = byte.decode("cp1252", "ignore")
-    if not (alone and character and character.isprintable()) or error.reason == "unexpected end of data":
+    message = f"not UTF-8 (byte {error.start + 1} of the {part})"
+    runs = _HIGH.findall(line)
+    characters = (_HIGH.match(line, error.start) or [b""])[0].decode("cp1252", "ignore")
+    # Windows-1252 has its few letters alone or in twos; other encodings have runs of them.
+    is_likely = max(map(len, runs), default=0) <= 2 and characters.isprintable() and characters
+    is_cut = part == "line" and line.rstrip(b"\r\n").endswith(runs[-1])  # JSON would end in a bracket
+    if not is_likely or is_cut:
         return f"{message}; convert the file: iconv -f ITS-ENCODING -t UTF-8"
-    return f"{message}; in Windows-1252 it is '{character}': iconv -f WINDOWS-1252 -t UTF-8 converts the file"
+    return f"{message}; in Windows-1252 it is '{characters}': iconv -f WINDOWS-1252 -t UTF-8 converts the file"
 
 
 class _Guarded(io.RawIOBase):

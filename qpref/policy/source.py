@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio, opening, pypi
+from qpref import disk_space, fsio, opening, pypi
 from qpref.errors import DiskError, PolicyError
 from qpref.hooks.hub import hub_failure
 from qpref.policy.convert import convert_gguf
@@ -133,6 +133,7 @@ def shard_files(path: Path) -> list[Path]:
 
 def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     transport_error: Any = HfHubHTTPError.__bases__[0]
@@ -141,6 +142,8 @@ def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     except HFValidationError:
         raise PolicyError(f"{name}: neither a path that exists nor a hub id") from None
     except (transport_error, OSError) as error:
+        if isinstance(error, OSError) and error.errno in disk_space.FULL:
+            raise disk_space.refused_write(Path(error.filename or HF_HUB_CACHE), error) from error
         failure = hub_failure(error, "model", revision)
         raise PolicyError(f"{name}: {failure.what}", f"{failure.hint}; or name a local folder") from error
 
@@ -159,7 +162,7 @@ def cached_sha256(path: Path) -> str:
         fsio.make_folder(known.parent)
         fsio.write_text(known, f"{digest} {_check(key, digest)}")
     except DiskError as error:
-        log.warning("the hash of %s is not cached: %s", path.name, error.what)
+        fsio.warn_unwritable(f"the hash of {path.name} is not cached", error)
     return digest
 
 

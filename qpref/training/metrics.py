@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qpref import fsio
+from qpref.errors import DiskError
 from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
@@ -64,6 +66,8 @@ class Averages:
 class Recorder:
     """Writes rows to metrics.jsonl, then hands them to the sinks.
 
+    Rows that the disk refuses stay in memory, and are written with the next one that it takes.
+
     Args:
         path: metrics.jsonl.
         keep: bytes of it to keep; rows that a killed run wrote after its last checkpoint are cut off.
@@ -72,21 +76,48 @@ class Recorder:
 
     def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
         self._lines = fsio.AppendLog(path, keep)
+        self._size = self._lines.size
+        self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
 
     @property
     def size(self) -> int:
-        """Bytes of metrics.jsonl."""
-        return self._lines.size
+        """Bytes of the rows in metrics.jsonl."""
+        return self._size
 
     def write(self, row: MetricRow) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in row.values.items()}
         flat = {"step": row.step, "split": row.split} | values | {"tokens": row.tokens, "seconds": row.seconds}
-        self._lines.append_line(json.dumps(flat, allow_nan=False))
+        self._unwritten.append(json.dumps(flat, allow_nan=False).encode() + b"\n")
+        try:
+            self.flush()
+        except DiskError as error:
+            if len(self._unwritten) == 1:
+                log.warning("%s; rows stay in memory until they can be written", error.what)
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
 
+    def flush(self) -> None:
+        """Write the rows that the disk has refused so far.
+
+        Raises:
+            DiskError: it refuses them still.
+        """
+        if not self._unwritten:
+            return
+        lines = b"".join(self._unwritten)
+        try:
+            self._lines.cut(self._size)  # of a part of a row that the disk took before it was full
+            self._lines.append(lines)
+        except DiskError:
+            with suppress(DiskError):
+                self._lines.cut(self._size)
+            raise
+        self._size += len(lines)
+        self._unwritten.clear()
+
     def close(self) -> None:
+        """Close the file, and the sinks; what they say then is logged."""
         deadline = time.monotonic() + CLOSE_SECONDS
         for sink in self._sinks:
             sink.finish()

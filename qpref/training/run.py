@@ -25,6 +25,7 @@ from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.result import reset_peak, write_result
+from qpref.training.saving import Saver
 from qpref.training.snapshot import Session
 from qpref.training.state import TrainingState
 from qpref.training.stop import stop_request
@@ -156,11 +157,6 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
     context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
     reset_peak(prepared.policy.device)
-
-    def save() -> None:
-        saved = snapshot.capture(session, recorder.size)
-        checkpoint.save_checkpoint(folder.checkpoints, saved, plan.recipe.train.keep)
-
     trainer = Trainer(
         train=plan.recipe.train,
         policy=prepared.policy,
@@ -172,11 +168,13 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
         heldout=prepared.heldout,
         state=session.state,
         recorder=recorder,
-        save=save,
+        save=Saver(session, folder, recorder, requested, total).save,
         should_stop=lambda: bool(requested),
     )
     try:
-        return trainer.run()
+        finished = trainer.run()
+        recorder.flush()
+        return finished
     finally:
         recorder.close()
         if references is not None and references.cache is not None:
@@ -213,7 +211,8 @@ def _write_adapter(prepared: Prepared, folder: RunFolder, state: TrainingState, 
     if bad:
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
     model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
-    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
+    num_bytes = sum(value.nbytes for value in prepared.policy.trained_parameters().values())
+    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter, num_bytes):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
         write_result(folder.result, state, prepared.policy.device, first_step, publish.manifest(staging))

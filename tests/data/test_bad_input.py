@@ -115,7 +115,7 @@ NOT_JSON = {
     "an unknown escape": Bad(b'{"prompt": "\\x"}', "unreadable", "a lone backslash in '\\x'"),
     "a raw tab in a text": Bad(b'{"prompt": "\t"}', "unreadable", "not JSON: a raw tab inside a text"),
     "a raw NUL in a text": Bad(b'{"prompt": "\0"}', "unreadable", "not JSON: the control character U+0000"),
-    "NUL bytes": Bad(bytes(100), "unreadable", "not JSON: Expecting value"),
+    "NUL bytes": Bad(bytes(100), "unreadable", "not JSON: zero bytes"),
     "single quotes": Bad(b"{'prompt': 'x'}", "unreadable", "not JSON: single quotes, as Python prints a dict"),
     "a comma too many": Bad(b'{"prompt": "x",}', "unreadable", "not JSON: "),
     "a comment": Bad(b"// a comment", "unreadable", "not JSON: a comment"),
@@ -402,7 +402,7 @@ FILES = {
     "an array as JSON Lines": ("jsonl", b'[{"a": NaN}]', 1, "unreadable", "NaN is not JSON"),
     "JSON Lines as an array": ("json", b"{}\nx\n", 1, "unknown_format", "no column"),
     "an empty array file": ("json", b"", 1, "stopped", "the file is empty"),
-    "an array without an end": ("json", b"[\n", 2, "stopped", "not JSON"),
+    "an array without an end": ("json", b"[\n", 2, "stopped", "the array has no end"),
     "an array cut in a row": ("json", b'[\n{"a": 1,', 2, "stopped", "not JSON"),
     "an array of a row of 9 MiB": (
         "json",
@@ -675,16 +675,15 @@ def test_2000_lines_of_spoiled_csv_are_each_judged(tmp_path, suffix):
         check_judged(item, str(path))
 
 
+KEYS = ["role", "content", "from", "parts", "type", "text", "messages", "tools", "candidates", "completion", "a"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["x", "a\n", "\0"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=8,
 )
 MESSAGE = st.fixed_dictionaries(
     {
-        "role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "human"]),
+        "role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "human", "model", "tool_call"]),
         "content": st.sampled_from(["x", "y", ""]) | JSON,
     },
     optional={"name": JSON, "tool_calls": JSON},

@@ -1,7 +1,7 @@
 """Columns that testify about the label: scores, ranks, differences and verdicts that say otherwise are warned of."""
 
 import pytest
-from test_contest import check
+from checked_rows import check
 
 from qpref.recipe.contest_section import ContestSection
 
@@ -100,7 +100,8 @@ def test_of_ranks_the_lower_is_better():
 def test_columns_mapped_the_wrong_way_round_are_noticed_by_their_own_scores():
     rows = [PAIR | {"score_chosen": 9, "score_rejected": 1}] * 3
     swapped = {"chosen": "rejected", "rejected": "chosen"}
-    assert len(warnings(rows, columns=swapped)) == 1
+    (message,) = warnings(rows, columns=swapped)
+    assert "in 3 of 3 rows" in message
     assert warnings(rows) == []
 
 
@@ -116,6 +117,22 @@ def test_a_difference_below_0_is_warned_of(name):
     rows = [PAIR | {name: value} for value in (0.5, -0.25, 0, 3)]
     assert warnings(rows) == [f"{name} is below 0 in 1 of 4 rows (line 2)"]
     assert warnings([PAIR | {"length_diff": -3, "time_margin": -1}]) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "keys"),
+    [
+        ("scores", ("chosen", "rejected")),
+        ("metadata", ("chosen_score", "rejected_score")),
+        ("rating", ("Chosen", "Rejected")),
+    ],
+)
+def test_scores_within_an_object_are_heard(column, keys):
+    rows = [PAIR | {column: dict(zip(keys, numbers, strict=True))} for numbers in ((9, 1), (1, 9))]
+    names = " and ".join(f"{column}.{key}" for key in keys)
+    assert warnings(rows) == [f"the label contradicts {names} in 1 of 2 rows (line 2)"]
+    many = {f"key {number}": number for number in range(40)}
+    assert warnings([PAIR | {column: many | dict(zip(keys, (1, 9), strict=True))}]) == []
 
 
 def test_scores_within_the_sides_are_heard():
@@ -226,6 +243,13 @@ def test_a_verdict_beside_chosen_and_rejected_is_heard():
     (message,) = warnings(rows)
     assert message.startswith("the label contradicts overall_preference in 1 of 2 rows (line 2)")
     assert warnings([PAIR | {"response1": "x", "response2": "y", "overall_preference": 1}]) == []
+
+
+@pytest.mark.parametrize("name", ["winner", "preference", "better"])
+def test_a_column_that_names_the_rejected_side_is_heard(name):
+    rows = [PAIR | {name: value} for value in ("chosen", " Rejected", "a", 1)]
+    assert warnings(rows) == [f"the label contradicts {name} in 1 of 2 rows (line 2)"]
+    assert warnings([PAIR | {"status": "rejected"}]) == []
 
 
 # Labels of single completions.

@@ -153,6 +153,29 @@ def test_the_readers_own_separator_wins_where_the_header_has_it_or_none(tmp_path
     assert notes == []
 
 
+@pytest.mark.parametrize("content", [LINES, ARRAY, PRETTY, "\ufeff" + LINES])
+@pytest.mark.parametrize("reader", ["csv", "tsv"])
+def test_json_under_a_tables_name_is_told_its_reader(tmp_path, content, reader):
+    assert '[data] reader = "jsonl"' in refusal(written(tmp_path, content, reader), reader)
+
+
+WINDOWS = {
+    "one letter": ("Größe".encode("cp1252"), "it is 'öß'"),
+    "quotes": ("say “so” to".encode("cp1252"), "it is '“'"),
+    "Chinese": ("你好吗".encode("gbk"), "ITS-ENCODING"),
+    "Russian": ("Почему".encode("koi8-r"), "ITS-ENCODING"),
+    "a cut emoji": ("😀 ".encode()[:3] + b" x", "ITS-ENCODING"),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_text_in_another_encoding_is_told_it(tmp_path, case):
+    raw, message = WINDOWS[case]
+    for reader, row in (("jsonl", b'{"prompt": "%b"}\n'), ("csv", b"prompt,chosen\nx %b,y\n")):
+        (found,), _ = read(written(tmp_path, row % raw, reader), reader)
+        assert message in str(found)
+
+
 @pytest.mark.parametrize(("reader", "separator"), [("csv", ","), ("tsv", "\t")])
 @pytest.mark.parametrize("encode", [str.encode, lambda text: text.encode("utf-16"), lambda text: text.encode("utf-32")])
 def test_tables_are_read_packed_and_in_any_unicode(tmp_path, reader, separator, encode):
@@ -305,6 +328,7 @@ NOT_JSON = {
     "commas before braces": ('{"a": 1,}\n' * 3, "a comma before a closing bracket"),
     "CSV": (TABLE, 'none of its first 2 lines is an object; for a table with a header set [data] reader = "csv"'),
     "TSV": (TABLE.replace(",", "\t"), 'reader = "tsv"'),
+    "objects encoded twice": ("".join(json.dumps(json.dumps(row)) + "\n" for row in ROWS), "was encoded twice"),
     "prose": ("Once upon a time\nthere was a file\n", "none of its first 2 lines is an object"),
 }
 
@@ -320,7 +344,7 @@ def test_a_cause_of_one_line_is_that_lines(tmp_path, case):
     bad = NOT_JSON[case][0].splitlines()[0]
     rows, _ = read(written(tmp_path, f"{LINES}{bad}\n{LINES}"), "jsonl")
     assert (rows[:2], rows[3:]) == (ROWS, ROWS)
-    assert "not JSON" in str(rows[2])
+    assert "not JSON" in str(rows[2]) or "encoded twice" in str(rows[2])
 
 
 ONE_LINE = {
@@ -336,6 +360,11 @@ ONE_LINE = {
     "NaN": ('{"a": NaN}', "NaN is not JSON; write null"),
     "a key twice": ('{"a": 1, "a": 2}', "duplicate key 'a'; remove one of the two"),
     "5,000 digits": (f'{{"a": {"9" * 5000}}}', "a number of 5000 digits, which is too large"),
+    "a closing bracket too many": ('{"a": 1}]', "a closing bracket that nothing opens; remove it"),
+    "a fence of Markdown": ("```json", "a fence of Markdown; remove the line"),
+    "a byte order mark within": ('\ufeff{"a": 1}', "a byte order mark within the file"),
+    "zero bytes": ("\0" * 40, "zero bytes, as where the end of a file was never written"),
+    "a line break of old Macs": ('{"a": 1}\r{"a": 2}', "lines end in carriage returns only; convert them to newlines"),
     "a raw carriage return": ('{"a": "x\ry"}', "a raw carriage return inside a text; JSON writes it \\r"),
 }
 
@@ -358,6 +387,8 @@ def test_a_file_cut_anywhere_in_its_last_row_says_so(tmp_path):
 
 
 WRAPPED = {
+    "under a name of their own": (json.dumps({"pairs": ROWS}), "whose rows are its list 'pairs'"),
+    "under their ids": (json.dumps({"a1": ROWS[0], "a2": ROWS[1]}, indent=1), "whose values are the rows"),
     "in data": (json.dumps({"version": "1.0", "data": ROWS}), "whose rows are its list 'data'"),
     "in rows, over several lines": (json.dumps({"rows": ROWS}, indent=1), "whose rows are its list 'rows'"),
     "in train, far beyond the start": (json.dumps({"train": ROWS * 9000}), "whose rows are its list 'train'"),
@@ -381,6 +412,9 @@ def test_an_object_that_holds_all_rows_says_where_they_are(tmp_path, case, reade
     [
         {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}]},
         {"instruction": "a", "output": ["b", "c"], "data": []},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}]},
+        {"chosen": {"conversations": [], "prompt": "a"}, "rejected": {"conversations": [], "prompt": "a"}},
         {"prompt": "a", "chosen": "b", "rejected": "c", "data": ["x"]},
     ],
 )

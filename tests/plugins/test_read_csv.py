@@ -88,7 +88,10 @@ BAD = {
         b'"\xff",2',
         f"{NOT_UTF8}; in Windows-1252 it is 'ÿ': iconv -f WINDOWS-1252 -t UTF-8 converts the file",
     ),
-    "a cut character": (b"\xc3,2", f"{NOT_UTF8}; convert the file: iconv -f ITS-ENCODING -t UTF-8"),
+    "no UTF-8 at the end of a field": (
+        b"\xc3,2",
+        f"{NOT_UTF8}; in Windows-1252 it is 'Ã': iconv -f WINDOWS-1252 -t UTF-8 converts the file",
+    ),
 }
 
 

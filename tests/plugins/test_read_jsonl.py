@@ -79,7 +79,8 @@ def test_lines_are_read_with_their_numbers(lines, case):
 
 
 CUT = (
-    "not JSON: the row doesn't end on its line: it was cut off, or a quote inside a text isn't written \\\" (column %d)"
+    "not JSON: the row doesn't end on its line: it was cut off, or a line break or quote in a text isn't escaped "
+    "(column %d)"
 )
 CUT_FILE = "not JSON: the file ends within this row: it is cut off; write or download it again, or remove the line"
 ANY_ENCODING = "convert the file: iconv -f ITS-ENCODING -t UTF-8"
@@ -250,7 +251,7 @@ STOPS = {
     "cut off in a row": (b'[{"a": 1},\n {"a": ', f"2: {CUT_FILE} (column 8)"),
     "cut off in a text": (b'[{"a": "x', f"1: {CUT_FILE} (column 8)"),
     "cut off after a row": (b'[{"a": 1}', "1: the array has no end: the file is cut off, or lacks its closing bracket"),
-    "cut off after a comma": (b'[{"a": 1},', f"1: {CUT_FILE} (column 11)"),
+    "cut off after a comma": (b'[{"a": 1},', "1: the array has no end: the file is cut off, or lacks its closing"),
     "a comma too many": (b'[{"a": 1},]', "1: not JSON: a comma before a closing bracket; remove it (column 11)"),
     "a comma missing": (b'[{"a": 1}\n{"a": 2}]', "2: not JSON: a comma is missing between two rows (column 1)"),
     "more after the end": (b'[{"a": 1}]\nx', "2: not JSON: more after the array's end (column 1)"),

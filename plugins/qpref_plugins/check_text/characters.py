@@ -34,10 +34,11 @@ _ABOUT_ENCODING = re.compile(
     r"unicode|utf-?\d|encod|mojibake|replacement character|latin-?1|cp125\d|charset|\ufffd", re.I
 )
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f\u0080-\u009f\u2060\ufeff\u202d\u202e]|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}|"
-    # Zero-width spaces divide words in scripts that write none.
-    "(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f])\u200b"
+    "[\x00-\x08\x0e-\x1f\x7f\u0080-\u009f\u2060\ufeff\u202d\u202e]|"
+    "(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{4}"
 )
+# Scripts that write no spaces, where zero-width ones divide words: Thai, Lao, Burmese, Khmer, Tai Tham, Cham.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa00-\uaa7f]")
 _MAY_BE_UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f\u0080-\u009f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\U000e0020-\U000e007f]"
 )
@@ -56,11 +57,13 @@ def is_garbled(answer: str, prompt: str) -> bool:
 def has_unseen(answer: str) -> bool:
     """Return whether the response has control or invisible characters: zero-width, direction overrides, tags.
 
-    Zero-width spaces between words of Thai, Khmer, Lao or Burmese, and directions that are set back in a text from
+    Zero-width spaces of a text in Thai, Khmer, Lao or Burmese, and directions that are set back in a text from
     right to left, are part of the text.
     """
     if _MAY_BE_UNSEEN.search(odd_characters(answer)) is None:
         return False
+    if "\u200b" in answer and _UNSPACED.search(answer) is None:
+        return True
     return _UNSEEN.search(answer) is not None or _stray_directions(answer)
 
 

@@ -26,6 +26,7 @@ from qpref_plugins.read_csv.separator import NAMES, separator_of
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES_AGAIN = 100
 """Maximum lines of a record within lines that are read a second time."""
+_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"[^"]*"\s*:')
 _INSIDE = re.compile(rb'[^"]*(?:""[^"]*)*')
 """The inside of a quoted field, in which a quote is doubled."""
 
@@ -37,6 +38,7 @@ class _BadRowError(ValueError):
 def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
     """Yield a row for each record after the header; its line is the one on which it starts."""
     with opened(path) as file:
+        _refuse_json(file.peek(), path)
         found = separator_of(file.peek(), separator)
         lines = _Lines(file, found.num_lines)
         if found.separator != separator and not found.num_lines:
@@ -46,6 +48,11 @@ def read_separated(separator: bytes, path: Path) -> Iterator[Row | Finding]:
             yield from _rows(lines, found.separator, str(path))
         except BrokenStreamError as error:
             raise DataError(f"{path}:{lines.number + 1}: {error}") from None
+
+
+def _refuse_json(head: bytes, path: Path) -> None:
+    if _JSON.match(head):
+        raise DataError(f'{path}: JSON, not a table; name it .jsonl, or set [data] reader = "jsonl"')
 
 
 def _rows(lines: _Lines, separator: bytes, path: str) -> Iterator[Row | Finding]:

@@ -37,6 +37,8 @@ def rows_of_array(file: IO[bytes], path: str) -> Iterator[Row | Finding]:
     else:
         separator = ","
         while separator == ",":
+            if not window.next_character():
+                raise window.error(_NO_END)
             number += 1
             yield window.element(parser, Source(path=path, line=number))
             separator = window.next_character()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 
-INCOMPLETE = "the row doesn't end on its line: it was cut off, or a quote inside a text isn't written \\\""
+INCOMPLETE = "the row doesn't end on its line: it was cut off, or a line break or quote in a text isn't escaped"
 _PYTHON = "as Python prints a dict; write rows with json.dumps"
 _TYPOGRAPHIC = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
+_STRAY = {
+    "\ufeff": "a byte order mark within the file, as where files were joined; remove it",
+    "\0": "zero bytes, as where the end of a file was never written; copy the file again",
+}
 _WORD = re.compile(r"\w+")
 _ESCAPED = re.compile(r"\\\w*")
 _NAMES = {"\t": ("tab", "\\t"), "\r": ("carriage return", "\\r"), "\n": ("line break", "\\n")}
@@ -17,8 +21,7 @@ def cause_of(text: str, error: json.JSONDecodeError) -> str:
     """Name the cause of a parser's error and the fix; empty where none is known."""
     at, here, before = error.pos, text[error.pos : error.pos + 40], text[max(0, error.pos - 40) : error.pos].rstrip()
     if error.msg.startswith("Extra data"):
-        several = here.lstrip(", \t")[:1] == "{"
-        return "several objects on one line; write each on a line of its own" if several else ""
+        return _extra_data(text, at)
     if error.msg.startswith("Invalid control character"):
         if here[:1] not in _NAMES:
             return f"the control character U+{ord(here[0]):04X} inside a text; remove it"
@@ -29,6 +32,15 @@ def cause_of(text: str, error: json.JSONDecodeError) -> str:
     if error.msg.startswith("Invalid \\"):
         return _bad_escape(text, at)
     return _bad_token(error.msg, here, before)
+
+
+def _extra_data(text: str, at: int) -> str:
+    rest = text[at:].lstrip(", \t")[:1]
+    if rest == "{" and "\r" in text[max(0, at - 2) : at]:
+        return "lines end in carriage returns only; convert them to newlines"
+    if rest == "{":
+        return "several objects on one line; write each on a line of its own"
+    return "a closing bracket that nothing opens; remove it" if rest in ("}", "]") else ""
 
 
 def _is_incomplete(here: str, error: json.JSONDecodeError) -> bool:
@@ -53,6 +65,10 @@ def _bad_token(message: str, here: str, before: str) -> str:
         return f'typographic quotes ({here[0]}); JSON has straight ones (")'
     if here[:1] == "'":
         return f"single quotes, {_PYTHON}"
+    if here[:1] in _STRAY:
+        return _STRAY[here[0]]
+    if here.startswith("```"):
+        return "a fence of Markdown; remove the line"
     if here.startswith(("//", "/*", "#")):
         return "a comment, which JSON doesn't have"
     if (before.endswith(",") and here[:1] in "}]") or message.startswith("Illegal trailing comma"):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from qpref.errors import DataError
+from qpref_plugins.read_jsonl.lines import TWICE
 from qpref_plugins.read_jsonl.parse import BadJsonError, JsonParser
 
 Layout = Literal["lines", "array", "objects"]
@@ -16,6 +17,8 @@ Layout = Literal["lines", "array", "objects"]
 
 _NUM_LINES = 8
 _ROWS_KEYS = ("data", "rows", "train", "examples", "items", "records", "results", "instances", "samples", "dataset")
+_SPEAKER = frozenset({"role", "from", "content", "value"})
+_PROMPTS = frozenset({"prompt", "instruction", "question", "chosen", "conversations"})
 _ROWS_INSIDE = re.compile(
     rf'\{{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,\s*)*"(?P<key>{"|".join(_ROWS_KEYS)})"\s*:\s*\[\s*\{{'
 )
@@ -56,7 +59,7 @@ def refuse_foreign(head: str, path: str) -> None:
         return
     (cause,) = causes
     if cause:
-        raise DataError(f"{path}: its lines are not JSON: {cause}")
+        raise DataError(f"{path}: its lines are no JSON objects: {cause}")
     table = next((name for name, separator in (("tsv", "\t"), ("csv", ",")) if separator in lines[0]), None)
     hint = f'; for a table with a header set [data] reader = "{table}"' if table else ""
     raise DataError(f"{path}: not JSON Lines: none of its first {len(lines)} lines is an object{hint}")
@@ -65,10 +68,10 @@ def refuse_foreign(head: str, path: str) -> None:
 def _cause(line: str) -> str | None:
     """Return why a line is not JSON; empty for one that doesn't even start as JSON, None for any other line."""
     try:
-        JsonParser().parse(line.strip().removesuffix(","))
+        value = JsonParser().parse(line.strip().removesuffix(","))
     except BadJsonError as error:
         return error.cause or ("" if error.at == 0 else None)
-    return None
+    return TWICE if isinstance(value, str) and value.lstrip()[:1] == "{" else None
 
 
 def refuse_wrapped(head: str, path: str) -> None:
@@ -86,8 +89,9 @@ def refuse_wrapped(head: str, path: str) -> None:
     if head[end:].strip():
         return
     if isinstance(value, dict):
-        key = next((key for key in _ROWS_KEYS if _is_list_of(value.get(key), dict)), None)
-        by_columns = _are_columns(list(value.values()))
+        key, by_columns = _rows_key(value), _are_columns(list(value.values()))
+        if _are_rows(value):
+            raise DataError(f"{path}: one object, whose values are the rows; write each on a line: jq -c '.[]' FILE")
     else:
         found = _ROWS_INSIDE.match(head)
         key, by_columns = found and found["key"], bool(_COLUMNS_INSIDE.match(head))
@@ -97,8 +101,22 @@ def refuse_wrapped(head: str, path: str) -> None:
         raise DataError(f"{path}: one object that holds the columns of a table, not its rows; {_AS_LINES}")
 
 
-def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+def _rows_key(value: dict[str, object]) -> str | None:
+    """Return the key of the list that holds the rows: a usual name, or the only key unless it holds messages."""
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and _all_objects(inner)]
+    if len(value) == len(lists) == 1 and not _SPEAKER.intersection(*value[lists[0]]):  # type: ignore[misc]
+        return lists[0]
+    return next((key for key in _ROWS_KEYS if key in lists), None)
+
+
+def _all_objects(values: Sequence[object]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _are_rows(value: dict[str, object]) -> bool:
+    """Return whether an object's values are rows, as under their ids: objects that each have a prompt."""
+    prompts = [_PROMPTS.intersection(inner) for inner in value.values() if isinstance(inner, dict)]
+    return len(prompts) == len(value) > 1 and all(prompts) and not {"chosen", "rejected"} & value.keys()
 
 
 def _are_columns(values: Sequence[object]) -> bool:

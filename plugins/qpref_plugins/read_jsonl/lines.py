@@ -12,6 +12,7 @@ from qpref_plugins.read_jsonl.causes import INCOMPLETE
 from qpref_plugins.read_jsonl.parse import MAX_ROW_BYTES, BadJsonError, JsonParser
 
 COMMAS = "a comma follows each object, as in an array without its brackets; read as JSON Lines"
+TWICE = "the object was encoded twice; write it with one json.dumps"
 CUT_OFF = "the file ends within this row: it is cut off; write or download it again, or remove the line"
 
 
@@ -61,6 +62,8 @@ def _skip_line(file: IO[bytes], line: bytes) -> None:
 
 
 def row_of(value: object, source: Source) -> Row | Finding:
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        return unreadable(f"expected a JSON object, found a text: {TWICE}", source)
     if not isinstance(value, dict):
         return unreadable(f"expected a JSON object, found {kind_of(value)}", source)
     return Row(values=value, source=source)
