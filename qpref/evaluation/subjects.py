@@ -187,7 +187,7 @@ def _checkpoint(name: str, folder: RunFolder, path: Path) -> Subject:
 
 
 def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
-    document, facts = folder.document(), folder.description()
+    facts, document = folder.description(), folder.document()
     recipe = _checked(document, str(folder.recipe))
     path = Path(facts["base_path"])
     model = recipe.model

@@ -108,6 +108,8 @@ class RunFolder:
         """
         if kind := opening.kind_of(self.recipe):
             raise RecipeError(f"{self.recipe}: it is {kind}, not a regular file")
+        if not self.recipe.exists():
+            raise RecipeError(f"{self.recipe}: cannot be read: no such file")
         document = read_document(self.recipe)
         for table in ("model", "adapter", "data", "train"):
             if not isinstance(document.get(table), dict):
