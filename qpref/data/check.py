@@ -211,7 +211,8 @@ def _check_rows(
 def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
     for example in row:
         for check in checks:
-            report.add(check.look(example, split))
+            if found := check.look(example, split):
+                report.add(found)
 
 
 class RepeatCounter:
@@ -253,8 +254,15 @@ class _RunningCheck:
     def skips_refused(self) -> bool:
         return bool(self.validator.plugin.record.skips_refused)
 
-    def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
-        return self._findings(self.check.look, example, split)
+    def look(self, example: ExampleRow, split: Split) -> list[Finding]:
+        """Return the findings of an example; most have none, and a generator would cost more than a simple check."""
+        try:
+            found = list(self.check.look(example, split))
+        except PluginError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _failure(self.validator, error) from error
+        return list(self._findings(lambda: found)) if found else found
 
     def finish(self) -> Iterator[Finding]:
         return self._findings(self.check.finish)
