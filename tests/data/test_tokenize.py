@@ -388,6 +388,15 @@ def test_tools_without_a_template_are_refused():
     assert refusal(replace(make_pair(), tools=({"name": "add"},)), template="none").code == "no_template"
 
 
+@pytest.mark.parametrize(
+    "extra", [{"tool_calls": [{"function": {"name": "add"}}]}, {"reasoning_content": "hm"}], ids=str
+)
+def test_without_a_template_calls_and_reasoning_are_refused_and_not_dropped(extra):
+    turn = (Message(role="assistant", content="4", extra=extra),)
+    for row in (replace(make_pair(), chosen=turn), replace(make_pair(), rejected=turn)):
+        assert refusal(row, template="none").message == "tool calls and reasoning need a chat template"
+
+
 def test_rows_are_the_same_in_whatever_company():
     rows = [make_pair(f"What is {number}?", str(number), "no", line=number) for number in range(200)]
     tokenizer = PairTokenizer.of(make_tokenizer(), "chat", [])
