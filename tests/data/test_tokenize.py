@@ -224,7 +224,7 @@ def test_a_long_prompt_is_not_tokenized_once_for_each_response():
     assert sum(map(len, short.texts)) < len(words) + 700
 
 
-texts = st.text(min_size=1, max_size=20)
+texts = st.text(min_size=1, max_size=20).filter(lambda text: "<|" not in text)  # hypothesis tries qpref's own constants
 
 
 @given(prompt=texts, chosen=texts, rejected=texts)
