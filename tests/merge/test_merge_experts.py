@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from merge_cases import logits_of, merge, merged_logits, moved, trained_policy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel
 
 from qpref.errors import MergeError
@@ -100,6 +100,20 @@ def test_settings_without_the_runs_experts_are_refused(base, trained_run, tmp_pa
         read_run(run)
     path.write_text(json.dumps(settings | {"target_parameters": ["experts.gate_up_proj"]}))
     with pytest.raises(MergeError, match=r"has no weight for model\.layers\.0\.mlp\.experts\.base_layer"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [(7, r"A of .*experts.down_proj has 7 rows, which aren't a rank for each of 4"), (0, "have no rank in common")],
+)
+def test_matrices_that_fit_no_number_of_experts_are_refused(rows, problem, base, trained_run, tmp_path):
+    run, _ = moved(trained_run(base("mixtral"), **ADAPTED), base("mixtral"), tmp_path / "moved")
+    path = run / "adapter/adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.mlp.experts"
+    cut = {f"{name}.lora_A.weight": torch.ones(rows, 128), f"{name}.lora_B.weight": torch.ones(64, rows)}
+    save_file(load_file(path) | cut, path)
+    with pytest.raises(MergeError, match=problem):
         read_run(run)
 
 
