@@ -16,6 +16,7 @@ from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
 from qpref.data.unread_keys import UnreadKeys
 from qpref.errors import PluginError
+from qpref.hooks import border
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
@@ -172,16 +173,18 @@ def check_data(
         repeats.note(row)
         unread.note(row)
 
-    for rows in (heldout, train):
-        # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
+    with border.unchanged(_change_of_any(sources, validators)):
+        for rows in (heldout, train):
+            # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
+            _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
     for _, source in opened:
         report.add(source.notes)
     report.repeated = repeats.count()
     report.add(unread.findings())
     labels.report_to(report)
     for check in checks:
-        report.add(check.finish())
+        with border.unchanged(_change(check.validator)):
+            report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
 
@@ -244,10 +247,8 @@ class _RunningCheck:
 
     @classmethod
     def of(cls, validator: Choice) -> _RunningCheck:
-        try:
+        with border.guarded(str(validator.plugin.offer), _failure(validator), _change(validator)):
             return cls(validator, validator.plugin.record.start(validator.options))
-        except (Exception, SystemExit) as error:
-            raise _failure(validator, error) from error
 
     @property
     def skips_refused(self) -> bool:
@@ -261,16 +262,26 @@ class _RunningCheck:
 
     def _findings(self, find: Callable[..., Iterable[Finding]], *arguments: Any) -> Iterator[Finding]:
         """Yield findings one at a time: there may be one for each row."""
-        try:
-            for finding in find(*arguments):
-                if not isinstance(finding, Finding):
-                    raise PluginError(f"{self.validator.plugin.offer} yields {type(finding).__name__}, not Finding")
-                yield finding
-        except PluginError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise _failure(self.validator, error) from error
+        offer = self.validator.plugin.offer
+        for finding in border.guarded_items(
+            f"{offer}", lambda: find(*arguments), _failure(self.validator), lambda error: isinstance(error, PluginError)
+        ):
+            if not isinstance(finding, Finding):
+                raise PluginError(f"{offer} yields {type(finding).__name__}, not Finding")
+            yield finding
 
 
-def _failure(validator: Choice, error: BaseException) -> PluginError:
-    return PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}")
+def _failure(validator: Choice) -> border.Failure:
+    return lambda error: PluginError(f"{validator.plugin.offer} failed: {error}")
+
+
+def _change(validator: Choice) -> border.Failure:
+    return lambda change: PluginError(f"{validator.plugin.offer} {change}")
+
+
+def _change_of_any(sources: Sequence[SourceChoice], validators: Sequence[Choice]) -> border.Failure:
+    """Name the readers and checks of which one has changed something: those of other distributions, if any."""
+    offers = {*(source.reader.offer for source in sources), *(validator.plugin.offer for validator in validators)}
+    suspects = sorted(offer for offer in offers if offer.distribution != "qpref") or sorted(offers)
+    who = "" if len(suspects) == 1 else "one of "
+    return lambda change: PluginError(f"{who}{', '.join(map(str, suspects))} {change}")
