@@ -21,6 +21,7 @@ from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
 from qpref.policy import adapter_folder
 from qpref.policy.adapter_names import plain_targets
+from qpref.policy.architecture import shared_layers
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
@@ -83,7 +84,7 @@ def read_run(path: Path) -> TrainedRun:
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
     _refuse_other_settings(folder.adapter, document["adapter"], base)
     delta = LoraDelta.read(folder.adapter, base.layers)
-    learned = LearnedTensors(delta, _adapted_tensors(base, delta, folder.adapter), base.experts)
+    _refuse_other_layers(base, delta, folder.adapter)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
     _refuse_other_tokenizer(tokenizer, folder.adapter)
     return TrainedRun(
@@ -92,7 +93,7 @@ def read_run(path: Path) -> TrainedRun:
         recorded=recorded,
         plan=plan,
         base=base,
-        learned=learned,
+        learned=LearnedTensors.find(delta, base),
         tokenizer=tokenizer,
         tokenizer_files=tokenizer_folder(plan.recipe.model, base_path),
     )
@@ -132,6 +133,23 @@ def refuse_original(request: MergeRequest, base: TrainedBase) -> None:
     """
     if request.onto == "original" and base.is_prequantized:
         raise RecipeError(f"--onto original: {base.path} has only 4-bit weights, no original ones", "leave it out")
+
+
+def refuse_quantized(request: MergeRequest, base: TrainedBase) -> None:
+    """Refuse `--quantize` where the files have linear layers in other tensors than the model: transformers converts
+    tensors of plain weights alone.
+
+    Raises:
+        RecipeError: with the first such layer.
+    """
+    if request.quantize is None:
+        return
+    converted = (name for key in base.tensors if base.conversions.is_converted(key) for name in base.weights_of(key))
+    if name := next((name for name in converted if name in base.packable), None):
+        raise RecipeError(
+            f"--quantize {request.quantize}: the base's files have {name} in other tensors than the model",
+            "leave it out; transformers can quantize the merged model while it loads it",
+        )
 
 
 def refuse_full_disk(out: Path, weights: Weights) -> None:
@@ -204,29 +222,32 @@ def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: Train
                 )
 
 
-def _adapted_tensors(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str]:
-    """Map tensor names in the files to adapted modules, after checking that exactly the targets have a delta."""
+def _refuse_other_layers(base: TrainedBase, delta: LoraDelta, adapter: Path) -> None:
+    """Refuse an adapter whose deltas aren't exactly its targets', each of the shape of its weight."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     settings = adapter_folder.read_settings(adapter)
     plain = {"target_modules": plain_targets(settings["target_modules"], base.layers.names)}
     config = adapter_folder.lora_config(settings | plain)
     found = set(delta.modules)
-    modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
-    if foreign := sorted(found - set(modules)):
+    if shared := shared_layers(base.conversions.model, delta.modules):
+        raise MergeError(
+            f"{adapter}: adapts {shared[0]}, which shares its weight with other layers ({len(shared)} such)",
+            "PEFT can use the adapter on the base",
+        )
+    weights = {name for key in base.tensors for name in base.weights_of(key)}
+    if foreign := sorted(delta.matrices.keys() - weights):
         raise MergeError(f"{base.path}: has no weight for {foreign[0]} ({len(foreign)} missing)")
     targets = {name for name in base.linear | (found & {base.head}) if check_target_module_exists(config, name)}
     if missing := sorted(targets - found):
         raise MergeError(f"{adapter}: has no matrices for its target {missing[0]}")
     if extra := sorted(found - targets):
         raise MergeError(f"{adapter}: adapts {extra[0]}, which is not one of its targets")
-    adapted = {modules[module]: module for module in delta.modules}
-    shapes = {module: base.tensors[key].shape for key, module in adapted.items()}
-    shapes |= {name: tuple(base.experts.model.get_parameter(name).shape) for name in delta.experts}
-    for name, shape in shapes.items():
+    parameters = {name: f"{name}.weight" for name in delta.modules} | {name: name for name in delta.experts}
+    for name, parameter in parameters.items():
+        shape = tuple(base.conversions.model.get_parameter(parameter).shape)
         if delta.shape(name) != shape:
             raise MergeError(f"{adapter}: its delta of {name} is {delta.shape(name)}, the base's weight {shape}")
-    return adapted | {key: source.name for key, source in base.experts.sources.items() if source.name in shapes}
 
 
 def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:

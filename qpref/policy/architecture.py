@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qpref.errors import PolicyError
@@ -104,6 +105,13 @@ def text_modules(model: Any) -> set[str]:
     decoder, head = text_decoder(model), model.get_output_embeddings()
     inside = {id(module) for module in decoder.modules()} | {id(head)}
     return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in inside}
+
+
+def shared_layers(model: Any, layers: Iterable[str]) -> list[str]:
+    """Name those of the layers whose weights are other layers' too, as Zamba's attention blocks are."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    shared = tied.keys() | set(tied.values())
+    return [layer for layer in layers if f"{layer}.weight" in shared]
 
 
 def other_modules(model: Any) -> set[str]:

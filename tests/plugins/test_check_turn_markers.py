@@ -45,6 +45,12 @@ FORMATTED = {
     "EXAONE ([|system|])": (f"[|user|]{ASK}\n[|assistant|]", f"{GOOD}[|endofturn|]"),
     "Hunyuan (<|hy_User|>)": (f"<|hy_User|>{ASK}<|hy_Assistant|>", GOOD),
     "OpenAssistant (<|prompter|>)": (f"<|prompter|>{ASK}<|endoftext|>", GOOD),
+    "OpenChat (<|end_of_turn|>)": (f"GPT4 Correct User: {ASK}<|end_of_turn|>GPT4 Correct Assistant:", GOOD),
+    "OpenChatKit (<human>:)": (f"<human>: {ASK}\n<bot>:", GOOD),
+    "StableLM (<|USER|>)": (f"<|USER|>{ASK}<|ASSISTANT|>", GOOD),
+    "InternLM (<eoh>)": (f"{ASK}<eoh>", f"{GOOD}<eoa>"),
+    "Apertus (<|user_start|>)": (f"<|user_start|>{ASK}<|user_end|><|assistant_start|>", f"{GOOD}<|assistant_end|>"),
+    "MiniMax (]~b])": (f"]~b]user\n{ASK}[e~[\n]~b]ai\n", f"{GOOD}[e~["),
     "an end-of-sequence token (</s>)": (ASK, f"{GOOD}</s>"),
     "Alpaca (### Instruction:)": (f"### Instruction:\n{ASK}\n\n### Response:\n", GOOD),
     "### Human:": (f"### Human: {ASK}\n### Assistant: In cloth.\n### Human: Why?", GOOD),
@@ -89,6 +95,16 @@ def test_a_token_inside_a_response_counts_unless_the_texts_are_about_it():
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    [f"System: Be brief.\nUser: {ASK}\nAssistant:", f"user: {ASK}\nassistant:", f"**User:** {ASK}\n**Assistant:**",
+     f"USER: {ASK}\nASSISTANT: Cloth.\nUSER: Why?"],
+    ids=repr,
+)  # fmt: skip
+def test_labels_may_follow_a_system_turn_in_any_case(prompt):
+    assert len(told(pair(prompt, GOOD, BAD))) == 1
+
+
+@pytest.mark.parametrize(
     "preamble", ["Below is an instruction that describes a task.\n\n### Instruction:\n", "### Instruction:\n"]
 )
 @pytest.mark.parametrize("end", ["\n\n### Response:", "\n\n### Context:\nA bakery.\n\n### Response:\n", ""])
@@ -124,7 +140,8 @@ def test_a_warning_counts_the_rows_of_a_source_and_names_the_first():
         (f"{GOOD}\n\nUser: And why?\n\nAssistant: It dries.", "User:"),
         (f"{GOOD}\nUSER: And why?\nASSISTANT: It dries.", "USER:"),
         (f"Assistant: {GOOD}\nUser: And why?\nAssistant: It dries.", "User:"),
-        (f"Note: {GOOD}"[6:] + "\n\nНапример.\n\nПользователь: Ещё?\nАссистент: Да.", "Пользователь:"),
+        (f"{GOOD}\n\nuser: And why?\nassistant: It dries.", "user:"),
+        ("Заверните.\n\nНапример.\n\nПользователь: Ещё?\nАссистент: Да.", "Пользователь:"),
         ("先把面包包好。\n\n用户：还有呢？\n\n助手：没有了。", "用户:"),
     ],
 )
@@ -157,6 +174,9 @@ HONEST = {
     "chromosomes": "The numbers differ.\n\nHuman: 46\n\nDog: 78\n\nFern: 1260",
     "alone": "The numbers differ.\nHuman: 46",
     "parts": "Three parts matter.\n\nUser: clicks\nModel: stores\nView: shows",
+    "settings": "Write this:\nuser: root\nmodel: small",
+    "keys": "It is short.\n\nuser: root\nai: off",
+    "interval": "It lies in ]0, 1] or [e, b[.",
     "login": "Use these.\n\nUser: admin\nPassword: bread",
     "code": "Run it:\n```\n<|im_start|>user\nHi<|im_end|>\nUser: a\nAssistant: b\n### Instruction:\n```",
     "inline code": "A turn starts with `<|im_start|>` and ends with `<|im_end|>`",

@@ -32,7 +32,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "EXAONE": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
     "Hunyuan": ("<|hy_User|>", "<|hy_Assistant|>", "<｜hy_User｜>", "<｜hy_Assistant｜>"),
     "OpenAssistant": ("<|prompter|>",),
-    END_OF_TEXT: ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
+    "OpenChat": ("<|end_of_turn|>",),
+    "OpenChatKit": ("<human>:", "<bot>:"),
+    "StableLM": ("<|USER|>", "<|ASSISTANT|>", "<|SYSTEM|>"),
+    "InternLM": ("<eoh>", "<eoa>"),
+    "Apertus": ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+    "MiniMax": ("]~b]", "[e~["),
+    END_OF_TEXT: ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|startoftext|>", "<eos>", "<bos>"),
 }  # fmt: skip
 FAMILY_OF = {token: family for family, tokens in FAMILIES.items() for token in tokens}
 
@@ -45,7 +51,7 @@ _SENTENCE_ENDS = "\n.!?\u3002\uff01\uff1f\u0964\u061f;:)\"'*\u201d\u300d"
 
 
 class Found(NamedTuple):
-    """A control token of a text, and where it is: "start" or "end" of the text, start of a "line", or "inside" one."""
+    """A control token and its place: start or end of the text, start of a line or between turns, or inside a line."""
 
     token: str
     place: Literal["start", "end", "line", "inside"]
@@ -72,14 +78,17 @@ def find_token(text: str) -> Found | None:
                 line = line or Found(match[0], "line" if text[:start].strip() else "start")
                 if line.place == "start":
                     return line
-        elif inside is None and text[start - 1] not in _QUOTES and not _is_defined(text, end) and end < len(text):
-            inside = Found(match[0], "inside")
+        elif text[start - 1] not in _QUOTES and not _is_defined(text, end) and end < len(text):
+            if text[start - 1].isspace() or text[end].isspace():
+                inside = inside or Found(match[0], "inside")
+            else:
+                line = line or Found(match[0], "line")  # between two turns, where a sentence would have spaces
     return line or inside
 
 
 def mentions_token(text: str) -> bool:
     """Return whether a text has a control token anywhere."""
-    return ("<" in text or "[" in text) and _TOKEN.search(text) is not None
+    return ("<" in text or "[" in text or "]" in text) and _TOKEN.search(text) is not None
 
 
 def _at_line_start(text: str, start: int) -> bool:
