@@ -229,14 +229,15 @@ def _restarted(checks: Sequence[RunningCheck], splits: Iterable[CheckedRows], re
                 continue
             for example in row:
                 for check in of_kept:
-                    list(check.look(example, rows.split))
+                    check.look(example, rows.split)
     return checks
 
 
 def _look(row: Sequence[ExampleRow], checks: Sequence[RunningCheck], split: Split, report: DataReport) -> None:
     for example in row:
         for check in checks:
-            report.add(check.look(example, split))
+            if found := check.look(example, split):
+                report.add(found)
 
 
 class RepeatCounter:

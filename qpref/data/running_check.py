@@ -35,8 +35,15 @@ class RunningCheck:
         """True where an option of the check is the severity "error"."""
         return "error" in getattr(self.validator.options, "__dict__", {}).values()
 
-    def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
-        return self._findings(self.check.look, example, split)
+    def look(self, example: ExampleRow, split: Split) -> list[Finding]:
+        """Return the findings of an example; most have none, and a generator would cost more than a simple check."""
+        try:
+            found = list(self.check.look(example, split))
+        except PluginError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _failure(self.validator, error) from error
+        return list(self._findings(lambda: found)) if found else found
 
     def finish(self) -> Iterator[Finding]:
         return self._findings(self.check.finish)
