@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from qpref.errors import PluginError
+from qpref.errors import DeviceMemoryError, PluginError
 from qpref.hooks.hang_watch import watch
 from qpref.hooks.torch_state import TorchState
 
@@ -29,13 +29,13 @@ _real_exit = os._exit
 
 @contextmanager
 def guarded(
-    who: str, raised: Failure, changed: Failure, *, passes: Callable[[BaseException], bool] = lambda _: False,
+    who: object, raised: Failure, changed: Failure, *, passes: Callable[[BaseException], bool] = lambda _: False,
     random: bool = False,
 ) -> Iterator[None]:  # fmt: skip
     """Run a plugin's code; the settings of torch are as before afterwards, also where it raises.
 
     Args:
-        who: the plugin, for the message about a call that doesn't return.
+        who: the plugin, for messages about a call that doesn't return or has no memory.
         raised: makes the error of an exception.
         changed: makes the error of changed settings.
         passes: True for exceptions that the caller handles.
@@ -43,17 +43,16 @@ def guarded(
 
     Raises:
         PluginError: of `raised` or `changed`.
+        DeviceMemoryError: the code ran out of memory.
         KeyboardInterrupt: the user's.
     """
     before = TorchState.now(random=random)
     watch.enter(who)
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the plugin border
         before.restore()
-        if passes(error) or is_interrupt(error):
-            raise
-        raise raised(described(error)) from error
+        raise_named(error, who, raised, passes)
     finally:
         watch.leave()
     if settings := before.restore():
@@ -61,7 +60,7 @@ def guarded(
 
 
 def guarded_items(
-    who: str, make: Callable[[], Iterable[T]], raised: Failure, passes: Callable[[BaseException], bool]
+    who: object, make: Callable[[], Iterable[T]], raised: Failure, passes: Callable[[BaseException], bool]
 ) -> Iterator[T]:
     """Yield what a plugin yields; the plugin's own code is guarded, and not its consumer's between two items.
 
@@ -79,13 +78,22 @@ def guarded_items(
             item = next(items)
         except StopIteration:
             return
-        except BaseException as error:
-            if passes(error) or is_interrupt(error):
-                raise
-            raise raised(described(error)) from error
+        except BaseException as error:  # noqa: BLE001 - the plugin border
+            raise_named(error, who, raised, passes)
         finally:
             watch.leave()
         yield item
+
+
+def raise_named(
+    error: BaseException, who: object, raised: Failure, passes: Callable[[BaseException], bool]
+) -> NoReturn:
+    """Raise the error that names a plugin for an exception of its code; arguments as for `guarded`."""
+    if passes(error) or is_interrupt(error):
+        raise error
+    if isinstance(error, MemoryError):
+        raise DeviceMemoryError(f"{who} ran out of memory", "free the memory of other programs") from error
+    raise raised(described(error)) from error
 
 
 @contextmanager

@@ -22,12 +22,12 @@ class HangWatch:
     """Watches the current call of one thread. Entering a call costs two assignments: there is one for each row."""
 
     def __init__(self) -> None:
-        self._who: str | None = None
+        self._who: object = None
         self._number = 0
         self._thread: threading.Thread | None = None
 
-    def enter(self, who: str) -> None:
-        """Note that a call begins, or the next one of an iterator."""
+    def enter(self, who: object) -> None:
+        """Note that a call of `who` begins, or the next one of an iterator."""
         self._number += 1
         self._who = who
         if self._thread is None:

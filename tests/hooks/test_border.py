@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from qpref.errors import PluginError
+from qpref.errors import DeviceMemoryError, PluginError
 from qpref.hooks import border, hang_watch
 from qpref.hooks.border import guarded, guarded_items, is_interrupt
 from qpref.hooks.hang_watch import HangWatch
@@ -114,6 +114,12 @@ def test_the_users_interrupt_in_a_plugin_is_the_users(interrupt):
 def test_exceptions_that_the_caller_handles_pass():
     with pytest.raises(MemoryError), guarded("acme", failure, failure, passes=lambda e: isinstance(e, MemoryError)):
         raise MemoryError
+
+
+def test_a_plugin_without_memory_is_named_and_no_broken_one():
+    with pytest.raises(DeviceMemoryError) as caught:
+        call(lambda: raises(MemoryError()))
+    assert (caught.value.what, caught.value.exit_code) == ("acme ran out of memory", 5)
 
 
 CHANGES = {
