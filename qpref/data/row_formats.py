@@ -51,6 +51,7 @@ COLUMNS = frozenset(
 )
 """Every column that some format reads."""
 NUMBERS = ("weight", "margin")
+"""Columns in which an empty list is a wrong type."""
 NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 """Columns on which an answer may depend, and which no text stands for."""
 
