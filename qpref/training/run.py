@@ -45,14 +45,12 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         if resume and _is_complete(plan, folder):
             log.info("%s: this run is complete", folder.path)
             return folder.path
-        checked = load_rows(plan)
-        device = choose_device(plan.recipe.model.device)
-        with (
-            out_of_memory_as("the device ran out of memory", HINT),
-            deterministic(plan.recipe.train.deterministic, device),
-        ):
-            prepared = prepare(plan, checked)
-            _train(prepared, folder, resume)
+        with out_of_memory_as("the device ran out of memory", HINT):
+            checked = load_rows(plan)
+            device = choose_device(plan.recipe.model.device)
+            with deterministic(plan.recipe.train.deterministic, device):
+                prepared = prepare(plan, checked)
+                _train(prepared, folder, resume)
     return plan.output
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qpref.data.row_formats import records_of_row
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import records_of_row
 from qpref_plugins import check_text
 from qpref_plugins.check_text.escapes import lost_backslash
 from tests.plugins.check_cases import reported
