@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
 from qpref.data.label_watch import LabelWatch
-from qpref.data.row_formats import COLUMNS
-from qpref.data.running_check import RunningCheck
+from qpref.data.running_check import RunningCheck, change_of_any
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
-from qpref.data.unread_keys import UnreadKeys
+from qpref.hooks import border
 from qpref.hooks.types import Split
 from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import COLUMNS
+from qpref.rows.unread_keys import UnreadKeys
 
 Watch = Callable[[DataSource, Row, Sequence[ExampleRow] | Finding], None]
 
@@ -171,23 +172,24 @@ def check_data(
         repeats.note(row)
         unread.note(row)
 
-    for rows in (heldout, train):
-        # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
-    num_refused = report.refused
-    for _, source in opened:
-        report.add(source.notes)
-    report.repeated = repeats.count()
-    report.add(unread.findings())
-    labels.report_to(report)
-    for check in checks:
-        if check.may_refuse:
+    with border.unchanged(change_of_any(sources, validators)):
+        for rows in (heldout, train):
+            # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
+            _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
+        num_refused = report.refused
+        for _, source in opened:
+            report.add(source.notes)
+        report.repeated = repeats.count()
+        report.add(unread.findings())
+        labels.report_to(report)
+        for check in checks:
+            if check.may_refuse:
+                report.add(check.finish())
+        others = [check for check in checks if not check.may_refuse]
+        if report.refused > num_refused:
+            others = _restarted(others, (heldout, train), report)
+        for check in others:
             report.add(check.finish())
-    others = [check for check in checks if not check.may_refuse]
-    if report.refused > num_refused:
-        others = _restarted(others, (heldout, train), report)
-    for check in others:
-        report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
 
@@ -227,14 +229,15 @@ def _restarted(checks: Sequence[RunningCheck], splits: Iterable[CheckedRows], re
                 continue
             for example in row:
                 for check in of_kept:
-                    list(check.look(example, rows.split))
+                    check.look(example, rows.split)
     return checks
 
 
 def _look(row: Sequence[ExampleRow], checks: Sequence[RunningCheck], split: Split, report: DataReport) -> None:
     for example in row:
         for check in checks:
-            report.add(check.look(example, split))
+            if found := check.look(example, split):
+                report.add(found)
 
 
 class RepeatCounter:

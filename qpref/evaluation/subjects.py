@@ -4,7 +4,6 @@ model, and load it accordingly."""
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,11 +187,7 @@ def _checkpoint(name: str, folder: RunFolder, path: Path) -> Subject:
 
 
 def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
-    try:
-        document = tomllib.loads(folder.recipe.read_text())
-        facts = folder.description()
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: the run cannot be read: {error}") from None
+    facts, document = folder.description(), folder.document()
     recipe = _checked(document, str(folder.recipe))
     path = Path(facts["base_path"])
     model = recipe.model

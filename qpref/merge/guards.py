@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
 from qpref.recipe.document import fingerprint_of
+from qpref.recipe.plan import Plan
 from qpref.recipe.reopen import RecordedRun, reopen_plan
-from qpref.recipe.resolve import Plan
 from qpref.training.folder import RunFolder
 
 
@@ -169,10 +168,10 @@ def _device(plan: Plan) -> torch.device:
 
 def _recipe_of_run(folder: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        document = tomllib.loads(folder.recipe.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise MergeError(f"{folder.recipe}: cannot be read: {error}") from error
-    same_base = document.get("model", {}).get("base") == facts["base"]
+        document = folder.document()
+    except RecipeError as error:
+        raise MergeError(error.what) from error
+    same_base = document["model"].get("base") == facts["base"]
     if not same_base or fingerprint_of(document) != facts["fingerprints"]["recipe"]:
         raise MergeError(
             f"{folder.recipe}: not the recipe of this run; revision, quantization or another setting was changed",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.policy.foreign_files import read_by_library
 
 
 def model_class(config: Any, origin: object) -> Any:
@@ -45,11 +46,8 @@ def empty_model(config: Any, origin: object) -> Any:
     import torch
 
     kind = model_class(config, origin)
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise PolicyError(f"{origin}: transformers can't build this model: {error}") from error
+    with read_by_library(origin, "transformers can't build this model"), torch.device("meta"):
+        return kind(config)
 
 
 def text_decoder(model: Any) -> Any:

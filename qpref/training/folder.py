@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpref import fsio, locks, opening, publish
 from qpref.errors import RecipeError
+from qpref.recipe.document import read_document
 from qpref.training import checkpoint
 
 if TYPE_CHECKING:
@@ -98,6 +99,24 @@ class RunFolder:
         if missing := _missing_key(facts):
             raise RecipeError(f"{self.run_json}: lacks '{missing}': not a run of this qpref")
         return facts
+
+    def document(self) -> dict[str, Any]:
+        """Read recipe.lock.toml; every table that a run needs is in it.
+
+        Raises:
+            RecipeError: it cannot be read, or isn't the recipe of a run.
+        """
+        if kind := opening.kind_of(self.recipe):
+            raise RecipeError(f"{self.recipe}: it is {kind}, not a regular file")
+        if not self.recipe.exists():
+            raise RecipeError(f"{self.recipe}: cannot be read: no such file")
+        document = read_document(self.recipe)
+        for table in ("model", "adapter", "data", "train"):
+            if not isinstance(document.get(table), dict):
+                raise RecipeError(f"{self.recipe}: lacks [{table}]: not the recipe of a run")
+        if not isinstance(document.get("loss"), dict | list):
+            raise RecipeError(f"{self.recipe}: lacks [loss]: not the recipe of a run")
+        return document
 
     def recorded(self, document: Mapping[str, Any], facts: Mapping[str, Any]) -> RecordedRun:
         """Collect the records by which the run's data can be read again.
@@ -198,8 +217,15 @@ def _missing_key(facts: Mapping[str, Any]) -> str | None:
             return name
     if facts["dtype"] not in DTYPE_NAMES:
         return "dtype"
-    if not all(isinstance(name, str) for name in facts["quantized_modules"]):
-        return "quantized_modules"
+    for name in ("quantized_modules", "quantized_experts"):
+        values = facts.get(name, [])
+        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            return name
+    for name in ("base_weights", "fingerprints"):
+        if not all(isinstance(value, str | None) for value in facts[name].values()):
+            return name
+    if "\0" in facts["base_path"]:
+        return "base_path"
     within = ((name, key) for name, keys in REQUIRED_WITHIN.items() for key in keys if key not in facts[name])
     return next((f"{name}.{key}" for name, key in within), None)
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from qpref import fsio
 from qpref.errors import DiskError
+from qpref.hooks.border import described
 from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
+from qpref.training.sink_budget import SinkBudget, SinkWatch
 
 log = logging.getLogger("qpref")
 
@@ -79,6 +81,7 @@ class Recorder:
         self._size = self._lines.size
         self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
+        self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
 
     @property
     def size(self) -> int:
@@ -123,16 +126,18 @@ class Recorder:
             sink.finish()
         for sink in self._sinks:
             sink.join(deadline)
+        self._watch.close()
         self._lines.close()
 
 
 class GuardedSink:
-    """A sink on its own thread; one that raises or hangs is reported once and dropped."""
+    """A sink on its own thread; one that raises, hangs, or computes too much is reported once and dropped."""
 
     def __init__(self, choice: Choice, context: SinkContext) -> None:
         self._name = f"metric sink '{choice.plugin.record.name}' ({choice.plugin.offer})"
         self._rows: queue.Queue[MetricRow | None] = queue.Queue(QUEUE_ROWS)
         self._dropped = False
+        self._budget: SinkBudget | None = None
         self._thread = threading.Thread(target=self._run, args=(choice, context), daemon=True, name=self._name)
         self._thread.start()
 
@@ -159,14 +164,26 @@ class GuardedSink:
             if self._thread.is_alive():
                 self._drop(f"didn't finish within {CLOSE_SECONDS:.0f} s")
 
+    def check_budget(self) -> None:
+        """Drop the sink where it has taken more than its share of the processor, and end what it computes."""
+        budget = self._budget
+        if budget is None or not self._thread.is_alive():
+            return
+        if not self._dropped and (excess := budget.excess()):
+            self._drop(excess)
+        if self._dropped:
+            budget.stop()
+
     def _run(self, choice: Choice, context: SinkContext) -> None:
         try:
+            self._budget = SinkBudget()
             writer: SinkWriter = choice.plugin.record.open(choice.options, context)
+            self._budget.start_writing()
             while (row := self._rows.get()) is not None:
                 writer.write(row)
             writer.close()
         except BaseException as error:  # noqa: BLE001 - the plugin border: not even SystemExit ends the run
-            self._drop(f"raised {type(error).__name__}: {error}")
+            self._drop(f"raised {described(error)}")
 
     def _drop(self, why: str) -> None:
         if not self._dropped:

@@ -15,7 +15,7 @@ from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
 from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.best import restore_best
 from qpref.training.checkpoint import Checkpoint
@@ -45,14 +45,12 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         if resume and _is_complete(plan, folder):
             log.info("%s: this run is complete", folder.path)
             return folder.path
-        checked = load_rows(plan)
-        device = choose_device(plan.recipe.model.device)
-        with (
-            out_of_memory_as("the device ran out of memory", HINT),
-            deterministic(plan.recipe.train.deterministic, device),
-        ):
-            prepared = prepare(plan, checked)
-            _train(prepared, folder, resume)
+        with out_of_memory_as("the device ran out of memory", HINT):
+            checked = load_rows(plan)
+            device = choose_device(plan.recipe.model.device)
+            with deterministic(plan.recipe.train.deterministic, device):
+                prepared = prepare(plan, checked)
+                _train(prepared, folder, resume)
     return plan.output
 
 

@@ -23,7 +23,9 @@ def told(*rows, **options):
 def families(prompt, chosen=GOOD, rejected=BAD):
     """The families and labels that one row is formatted with."""
     found = told(pair(prompt, chosen, rejected))
-    return sorted(message.split(", for ")[-1].split(", at")[0] if ", for " in message else message for message in found)
+    return sorted(
+        message.split(", with ")[-1].split(", at")[0] if ", with " in message else message for message in found
+    )
 
 
 FORMATTED = {
@@ -125,9 +127,9 @@ def test_a_marker_in_any_turn_of_the_prompt_counts(role, content):
 def test_a_warning_counts_the_rows_of_a_source_and_names_the_first():
     rows = [pair(*FORMATTED["ChatML (<|im_start|>)"], BAD, line) for line in range(1, 8)] + [pair(ASK, GOOD, BAD, 8)]
     assert told(*rows) == [
-        "7 of 8 training rows (87.5%) have a text that is formatted already, for ChatML (<|im_start|>), first at lines "
-        "1, 2, 3, 4, 5. The model's own chat template comes around it: remove the markers, and write several turns as "
-        "messages"
+        "7 of 8 training rows (87.5%) have a text that is formatted already, with ChatML (<|im_start|>), first at "
+        "lines 1, 2, 3, 4, 5. The model's own chat template comes around it: remove the markers, and write several "
+        "turns as messages"
     ]
     assert {one.source.line for one in findings(check_text, rows)} == {0}
 

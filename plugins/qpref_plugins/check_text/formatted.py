@@ -39,7 +39,7 @@ class FormattedTexts:
             self.formatted.add(example.source, split, families)
             self.continued.add(example.source, split, labels)
             return ()
-        parts = [f"a text is formatted already, for {family}" for family in families]
+        parts = [f"a text is formatted already, with {family}" for family in families]
         parts += [f"a response goes on into the next turn ({label})" for label in labels]
         return report("error", CODE, "; ".join(parts), example.source) if parts else ()
 
@@ -47,7 +47,7 @@ class FormattedTexts:
         for counts in self.formatted:
             for family, rows in counts.items():
                 message = (
-                    f"{rows.share} have a text that is formatted already, for {family}, {rows.lines}. The model's own "
+                    f"{rows.share} have a text that is formatted already, with {family}, {rows.lines}. The model's own "
                     "chat template comes around it: remove the markers, and write several turns as messages"
                 )
                 yield from report("warn", CODE, message, rows.source)
