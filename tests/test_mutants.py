@@ -25,8 +25,8 @@ def functions_of(file: str) -> set[str]:
 def test_an_edit_applies_and_leaves_a_program(each):
     assert list(each.problems()) == []
     for edit in each.edits:
-        before = (ROOT / edit.file).read_text()
-        assert ast.dump(ast.parse(before.replace(edit.old, edit.new))) != ast.dump(ast.parse(before))
+        assert edit.old != edit.new
+        ast.parse((ROOT / edit.file).read_text().replace(edit.old, edit.new))
 
 
 @NAMED
@@ -68,7 +68,7 @@ def test_a_survivor_and_a_test_that_fails_anyway_fail_the_command(capsys):
 
     mutants = [Mutant("C1", "a mistake", (), ("test",))] * 2
     passed, failed = Outcome(100, 0.0, "fine"), Outcome(101, 0.0, "bad")
-    assert report(mutants, passed, [failed, failed]) == 0
-    assert report(mutants, passed, [failed, passed]) == 1
+    assert report(mutants, [failed, failed, passed]) == 0
+    assert report(mutants, [failed, passed, passed]) == 1
     assert "1 of 2 mutants killed (50%)" in capsys.readouterr().out
-    assert report(mutants, failed, [failed, failed]) == 1
+    assert report(mutants, [failed, failed, failed]) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .catalogue import MUTANTS
 from .mutant import Mutant
@@ -31,22 +31,25 @@ def main() -> int:
         return 2
     preload()
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-    sound, *outcomes = run_all([((), tests), *(((mutant,), mutant.tests) for mutant in mutants)], chosen.parallel)
-    return report(mutants, sound, outcomes)
+    jobs = [*(((mutant,), mutant.tests) for mutant in mutants), ((), tests)]
+    return report(mutants, run_all(jobs, chosen.parallel))
 
 
-def report(mutants: Sequence[Mutant], sound: Outcome, outcomes: Sequence[Outcome]) -> int:
-    """Print a line for each mutant and the share that was caught.
+def report(mutants: Sequence[Mutant], outcomes: Iterable[Outcome]) -> int:
+    """Print a line for each mutant as soon as it is known, and the share that was caught; returns the exit code.
 
     Args:
-        sound: outcome of all tests without an edit.
+        outcomes: of the mutants, and of all their tests without an edit.
     """
-    for mutant, outcome in zip(mutants, outcomes, strict=True):
+    killed = 0
+    remaining = iter(outcomes)
+    for mutant, outcome in zip(mutants, remaining, strict=False):
         result = "killed" if outcome.is_killed else "SURVIVED" if outcome.has_passed else "ERROR"
-        print(f"{mutant.bug:4} {result:8} {outcome.seconds:6.1f} s  {mutant.mistake}")
+        print(f"{mutant.bug:4} {result:8} {outcome.seconds:6.1f} s  {mutant.mistake}", flush=True)
+        killed += outcome.is_killed
         if not outcome.is_killed:
             print(_tail(outcome))
-    killed = sum(outcome.is_killed for outcome in outcomes)
+    sound = next(remaining)
     print(f"{killed} of {len(mutants)} mutants killed ({killed / len(mutants):.0%})")
     if not sound.has_passed:
         print("the tests fail without any mutant:", _tail(sound), sep="\n")

@@ -6,6 +6,7 @@ most of the tests.
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from .mutant import ROOT, Mutant
 
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "safetensors.torch", "pytest")
 COPIED = ("qpref", "plugins", "tests", "pyproject.toml")
-"""Of the tree; bytecode comes along, so that unchanged modules aren't compiled again."""
+"""Of the tree."""
 LIMIT_SECONDS = 600
 PASSED, FAILED = 100, 101
 """Exit codes of a process whose tests pytest has run: 100 and pytest's own. Any other one is an error."""
@@ -57,17 +58,23 @@ def preload() -> None:
     assert "qpref" not in sys.modules, "the tests would run on this tree, not on the copy"
 
 
-def run_all(jobs: Sequence[tuple[Sequence[Mutant], Sequence[str]]], parallel: int) -> list[Outcome]:
-    """Run each job's tests with its mutants' edits applied, `parallel` at a time."""
-    with ThreadPoolExecutor(parallel) as threads:
-        return list(threads.map(lambda job: _run(*job), jobs))
+def run_all(jobs: Sequence[tuple[Sequence[Mutant], Sequence[str]]], parallel: int) -> Iterator[Outcome]:
+    """Run each job's tests with its mutants' edits applied, `parallel` at a time; yields in the jobs' order."""
+    with tempfile.TemporaryDirectory(prefix="qpref-mutants-") as folder, ThreadPoolExecutor(parallel) as threads:
+        original = Path(folder) / "original"  # the tree may change meanwhile
+        original.mkdir()
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, original / name)
+        compileall.compile_dir(original, quiet=2)  # once, and not for each mutant
+        yield from threads.map(lambda job: _run(original, *job), jobs)
 
 
-def _run(mutants: Sequence[Mutant], tests: Sequence[str]) -> Outcome:
+def _run(original: Path, mutants: Sequence[Mutant], tests: Sequence[str]) -> Outcome:
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="qpref-mutant-") as folder:
+    with tempfile.TemporaryDirectory(dir=original.parent) as folder:
         tree, output = Path(folder) / "tree", Path(folder) / "output"
-        _copy_tree(tree)
+        shutil.copytree(original, tree)
         for edit in (edit for mutant in mutants for edit in mutant.edits):
             edit.apply(tree)
         process = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, tests, output))
@@ -79,13 +86,6 @@ def _run(mutants: Sequence[Mutant], tests: Sequence[str]) -> Outcome:
             process.join()
         said = output.read_text(errors="replace") if output.exists() else ""
     return Outcome(code, time.monotonic() - started, said)
-
-
-def _copy_tree(tree: Path) -> None:
-    tree.mkdir()
-    for name in COPIED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, tree / name)
 
 
 def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:

@@ -168,6 +168,17 @@ def adapt_as_peft_does(policy: Policy) -> None:
             module.__class__ = PeftLinear4bit
 
 
+def test_no_layer_is_allowed_to_repack(load):
+    layers = [module for module in load({}).model.modules() if isinstance(module, Linear4bit)]
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * NUM_LINEAR
+
+
+def test_nothing_but_the_adapter_is_float32_on_a_bf16_base(load):
+    # Norms that are prepared in float32 would be trained with, and merged in 16 bits.
+    parameters = load({"model.dtype": "bf16"}).model.named_parameters()
+    assert {value.dtype for name, value in parameters if "lora_" not in name} == {torch.bfloat16, torch.uint8}
+
+
 def test_our_layers_dont_step_into_the_open_trap(load, batch, monkeypatch):
     policy = load({})
     wanted = gradients(policy, batch)
