@@ -4,7 +4,6 @@ model, and load it accordingly."""
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
-from qpref.training.folder import RunFolder
+from qpref.training.folder import EXPORT_AGAIN, RunFolder
 from qpref.training.snapshot import restore_adapter
 
 log = logging.getLogger("qpref")
@@ -188,11 +187,10 @@ def _checkpoint(name: str, folder: RunFolder, path: Path) -> Subject:
 
 
 def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
-    try:
-        document = tomllib.loads(folder.recipe.read_text())
-        facts = folder.description()
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: the run cannot be read: {error}") from None
+    facts = folder.description()
+    document = folder.document(facts)
+    if kind == "run" and (damage := folder.adapter_damage()):
+        raise PolicyError(damage, EXPORT_AGAIN)
     recipe = _checked(document, str(folder.recipe))
     path = Path(facts["base_path"])
     model = recipe.model

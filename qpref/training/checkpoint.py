@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qpref")
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"step-(\d{6,})")
 STEMS = frozenset({"adapter", "optimizer", "reference"})
 STATE, MANIFEST = "state.json", "MANIFEST.json"
@@ -33,7 +33,8 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps done.
-        state: JSON values: counters, running averages, fingerprints, the metrics file's length.
+        state: JSON values: counters, running averages, fingerprints, run.json's values, length and SHA-256 of the
+            metrics file.
         tensors: file stem -> tensors: adapter, optimizer, reference.
     """
 

@@ -6,15 +6,18 @@ following links, and only what a run has written is ever deleted.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpref import fsio, locks, opening, publish
+from qpref import fsio, locks, opening, publish, sealed
 from qpref.errors import RecipeError
 from qpref.training import checkpoint
 
@@ -27,6 +30,10 @@ ENTRIES = frozenset({*FILES, *FOLDERS})
 CARD = "README.md"
 """The adapter's model card, which people edit."""
 SHOWN_FILES = 5
+RECORDS = ("recipe.lock.toml", "data.json")
+"""Files that run.json has the SHA-256 of."""
+WRITE_AGAIN = "qpref train --resume with the run's recipe writes it again"
+EXPORT_AGAIN = "qpref train --resume with the run's recipe exports the adapter again from the last checkpoint"
 REQUIRED: Mapping[str, type] = {
     "base": str,
     "base_path": str,
@@ -35,6 +42,7 @@ REQUIRED: Mapping[str, type] = {
     "double_quantization": bool,
     "dtype": str,
     "examples": dict,
+    "files": dict,
     "fingerprints": dict,
     "quantized_modules": list,
     "versions": dict,
@@ -43,6 +51,7 @@ REQUIRED: Mapping[str, type] = {
 DTYPE_NAMES = ("bf16", "fp16", "float32")
 REQUIRED_WITHIN: Mapping[str, tuple[str, ...]] = {
     "examples": ("train", "heldout"),
+    "files": RECORDS,
     "fingerprints": ("recipe", "training data", "held-out data", "start adapter"),
 }
 
@@ -89,15 +98,26 @@ class RunFolder:
         """Read run.json; every key of `REQUIRED` is in it.
 
         Raises:
-            RecipeError: it cannot be read, or is no run of this qpref.
+            RecipeError: it cannot be read, isn't as training wrote it, or is no run of this qpref.
         """
         try:
-            facts = opening.read_object(self.run_json)
+            facts = sealed.read_sealed(self.run_json)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"{self.run_json}: cannot be read: {error}", "restore it, or train again") from None
+            raise RecipeError(f"{self.run_json}: cannot be read: {error}", WRITE_AGAIN) from None
         if missing := _missing_key(facts):
             raise RecipeError(f"{self.run_json}: lacks '{missing}': not a run of this qpref")
         return facts
+
+    def document(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Read recipe.lock.toml.
+
+        Args:
+            facts: run.json.
+
+        Raises:
+            RecipeError: it cannot be read, or isn't as training wrote it.
+        """
+        return self._parsed(self.recipe, facts, tomllib.loads)
 
     def recorded(self, document: Mapping[str, Any], facts: Mapping[str, Any]) -> RecordedRun:
         """Collect the records by which the run's data can be read again.
@@ -105,29 +125,62 @@ class RunFolder:
         Args:
             document: recipe.lock.toml.
             facts: run.json.
+
+        Raises:
+            RecipeError: data.json isn't as training wrote it; without one, all checks are repeated.
         """
-        try:
-            report = opening.read_object(self.data_json)
-        except (OSError, ValueError):
-            report = {}
+        report = self._parsed(self.data_json, facts, json.loads) if self.data_json.exists() else {}
         from qpref.recipe.reopen import RecordedRun  # imports pydantic, which reports do without
 
         return RecordedRun(path=self.path, document=document, facts=facts, report=report)
 
-    def adapter_manifest(self) -> dict[str, Any] | None:
-        """Read the manifest of the adapter from result.json; None where that has none."""
+    def changed_record(self, facts: Mapping[str, Any]) -> str | None:
+        """Explain which of the records beside run.json is missing or isn't as training wrote it; None if none is."""
+        for path, parse in ((self.recipe, tomllib.loads), (self.data_json, json.loads)):
+            try:
+                self._parsed(path, facts, parse)
+            except RecipeError as error:
+                return error.what
+        return None
+
+    def _parsed(self, path: Path, facts: Mapping[str, Any], parse: Callable[[str], Any]) -> dict[str, Any]:
+        """Read a file of `RECORDS`, compared with its hash in run.json."""
         try:
-            written = opening.read_object(self.result).get("adapter_files")
+            content = opening.read_bytes(path)
+            if hashlib.sha256(content).hexdigest() != facts["files"][path.name]:
+                what = f"{path}: is not as training wrote it; its SHA-256 differs from run.json's"
+                raise RecipeError(what, WRITE_AGAIN)
+            values = parse(content.decode())
+        except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}: cannot be read: {error}", WRITE_AGAIN) from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: cannot be read: not a table of values", WRITE_AGAIN)
+        return values
+
+    def adapter_manifest(self) -> dict[str, Any] | None:
+        """Read the manifest of the adapter from result.json; None where that has none, or is damaged."""
+        try:
+            written = sealed.read_sealed(self.result).get("adapter_files")
         except (OSError, ValueError):
             return None
         return written if isinstance(written, dict) else None
 
-    def damaged_adapter_file(self) -> str | None:
-        """Return a file of the finished run's adapter that isn't as training wrote it, or None."""
+    def adapter_damage(self) -> str | None:
+        """Explain which file of the adapter, or result.json, isn't as training wrote it; None if all are."""
         written = self.adapter_manifest()
         if written is None:
-            return self.result.name
-        return publish.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
+            return f"{self.result}: has no manifest of the adapter that is as training wrote it"
+        changed = publish.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
+        return None if changed is None else f"{self.adapter / changed}: is not as training wrote it"
+
+    def changed_metrics(self) -> str | None:
+        """Explain that a finished run's metrics.jsonl isn't as training wrote it; None where it is, or isn't known."""
+        try:
+            written = sealed.read_sealed(self.result).get("metrics_sha256")
+            is_same = written is None or fsio.sha256_file(self.metrics) == written
+        except (OSError, ValueError):
+            return None
+        return None if is_same else f"{self.metrics}: is not as training wrote it"
 
     def clear(self) -> None:
         """Remove the run but keep the lock. run.json goes first: without it there is no run."""

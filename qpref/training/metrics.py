@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qpref import fsio
+from qpref import fsio, opening
 from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
@@ -72,6 +73,7 @@ class Recorder:
 
     def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
         self._lines = fsio.AppendLog(path, keep)
+        self._hash = hashlib.sha256(opening.read_bytes(path, keep))
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
 
     @property
@@ -79,10 +81,17 @@ class Recorder:
         """Bytes of metrics.jsonl."""
         return self._lines.size
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of metrics.jsonl as it was written, whatever the disk has made of it."""
+        return self._hash.hexdigest()
+
     def write(self, row: MetricRow) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in row.values.items()}
         flat = {"step": row.step, "split": row.split} | values | {"tokens": row.tokens, "seconds": row.seconds}
-        self._lines.append_line(json.dumps(flat, allow_nan=False))
+        line = json.dumps(flat, allow_nan=False)
+        self._lines.append_line(line)
+        self._hash.update(line.encode() + b"\n")
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
 

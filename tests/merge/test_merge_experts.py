@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from edited_runs import reseal
 from merge_cases import logits_of, merge, merged_logits, moved, trained_policy
 from safetensors.torch import load_file
 from tiny_models import TinyModel
@@ -86,9 +87,11 @@ def test_settings_without_the_runs_experts_are_refused(trained_run, tmp_path):
     path = run / "adapter/adapter_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"target_parameters": None}))
+    reseal(run)
     with pytest.raises(MergeError, match=r"target_parameters don't fit the run's \[adapter\] experts"):
         merge(run, tmp_path / "out")
     path.write_text(json.dumps(settings | {"target_parameters": ["experts.gate_up_proj"]}))
+    reseal(run)
     with pytest.raises(MergeError, match=r"has no weight for model\.layers\.0\.mlp\.experts\.base_layer"):
         merge(run, tmp_path / "out")
 
