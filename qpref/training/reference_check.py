@@ -223,7 +223,8 @@ def _compare_sample(
     cache, policy, rounding = references.cache, rescoring.policy, 0.0
     assert cache is not None
     failed: dict[str, float] = {}
-    budget = sum(num_fed_tokens(example, policy.shares_prompts) for example in rescoring.batch.examples)
+    own = sum(num_fed_tokens(example, policy.shares_prompts) for example in rescoring.batch.examples)
+    budget = max(own, LARGE_BATCH_TOKENS)
     for members in sample(cache, examples, policy, budget):
         found = _attempt(partial(row_differences, cache, members, policy))
         if found is None:

@@ -97,7 +97,9 @@ def test_the_sample_takes_no_more_than_its_tokens(policy, tmp_path, monkeypatch)
 def test_rows_that_are_unknown_or_the_runs_own_are_not_drawn(policy, tmp_path):
     write(policy, tmp_path, EXAMPLES[:6], name="first")
     write(policy, tmp_path, EXAMPLES[6:10], name="second")
-    assert sorted(drawn(ReferenceCache.open(tmp_path, "second"), policy)) == [0, 1, 2, 3, 4, 5]
+    cache = ReferenceCache.open(tmp_path, "second")
+    assert sorted(drawn(cache, policy)) == [0, 1, 2, 3, 4, 5]
+    cache.close()
 
 
 def test_rounding_is_that_of_the_worst_row():

@@ -111,7 +111,7 @@ def test_the_adapters_card_may_be_edited(run):
 
 def test_a_start_adapter_that_its_run_has_not_written_is_refused(run, make_recipe, tmp_path):
     flip(run / ADAPTER[0])
-    recipe = make_recipe({"adapter": {"start": str(run / "adapter")}})
+    recipe = make_recipe() | {"adapter": {"start": str(run / "adapter")}}
     with pytest.raises(
         PolicyError, match=r"\[adapter\] start: .*adapter_model.safetensors: is not as training"
     ) as refused:
@@ -133,11 +133,13 @@ def test_a_resumption_of_a_finished_run_writes_a_damaged_file_again(run, own_rec
     identified(run)
 
 
-def test_an_unfinished_run_resumes_over_a_damaged_run_json(run, own_recipe, said):
+def test_an_unfinished_run_resumes_over_a_damaged_run_json(trained_run, tmp_path, said):
+    run = Path(shutil.copytree(trained_run(**{"train.save_every": 1}), tmp_path / "run"))
+    shutil.copy(run / "recipe.lock.toml", tmp_path / "recipe.toml")
     before = (run / "run.json").read_bytes()
     shutil.rmtree(run / "adapter")
     (run / "result.json").unlink()
-    shutil.rmtree(max((run / "checkpoints").iterdir()))
+    shutil.rmtree(run / "checkpoints/step-000003")
     flip(run / "run.json")
     resume(run)
     assert (run / "run.json").read_bytes() == before
