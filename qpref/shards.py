@@ -76,7 +76,7 @@ class ShardStore:
             cache._read(folder / name, size)
         if own.is_file():
             kept = cache._read(own, own.stat().st_size)
-            cache._own = fsio.AppendLog(own, kept)  # cuts off a half-written record of a killed process
+            cache._open_own(kept)  # cuts off a half-written record of a killed process
         return cache
 
     def __len__(self) -> int:
@@ -127,8 +127,17 @@ class ShardStore:
         try:
             fsio.remove_tree(self.folder / f"{self.run}.shard")
         except DiskError as error:
-            log.warning("the cache is no longer written: %s", error.what)
-            self._appends = -1
+            self._stop_writing(error)
+
+    def _open_own(self, keep: int | None = None) -> None:
+        try:
+            self._own = fsio.AppendLog(self.folder / f"{self.run}.shard", keep)
+        except DiskError as error:
+            self._stop_writing(error)
+
+    def _stop_writing(self, error: DiskError) -> None:
+        fsio.warn_unwritable("the cache is no longer written", error)
+        self._appends = -1
 
     def add(self, records_by_key: Mapping[bytes, bytes]) -> None:
         """Append records to the run's own shard; each content is whole 4-byte words.
@@ -138,14 +147,15 @@ class ShardStore:
         records = b"".join(record(key, content) for key, content in records_by_key.items())
         if not records or self._appends < 0:
             return
+        if self._own is None:
+            self._open_own()
+        if self._own is None:
+            return
         try:
-            if self._own is None:
-                self._own = fsio.AppendLog(self.folder / f"{self.run}.shard")
             self._own.append(records, durable=self._appends % SYNC_EVERY == 0)
             self._appends += 1
         except DiskError as error:
-            log.warning("the cache is no longer written: %s", error.what)
-            self._appends = -1
+            self._stop_writing(error)
 
     def close(self) -> None:
         """Flush the added records to the disk and close the shard; a refusal is logged."""
@@ -155,7 +165,7 @@ class ShardStore:
             if self._appends > 0:
                 self._own.append(b"")
         except DiskError as error:
-            log.warning("the cache may have lost its last records: %s", error.what)
+            fsio.warn_unwritable("the cache may have lost its last records", error)
         self._own.close()
         self._own = None
 
@@ -165,9 +175,10 @@ class ShardStore:
             with os.fdopen(open_plain(path), "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 data = mmap.mmap(file.fileno(), min(size, found), access=mmap.ACCESS_READ) if min(size, found) else None
-            fsio.touch(path)
-        except (OSError, DiskError):
+        except OSError:
             found, data = 0, None
+        with suppress(DiskError):  # a cache that can be read alone is still read
+            fsio.touch(path)
         end = 0
         for key, start, count in _records(data) if data else ():
             assert data is not None
@@ -235,6 +246,10 @@ def shrink(root: Path, limit: int, keep: Path | None = None) -> int:
         if freed >= excess:
             break
         if path.parent != keep:
-            fsio.remove_tree(path)
+            try:
+                fsio.remove_tree(path)
+            except DiskError as error:
+                fsio.warn_unwritable("the cache stays larger than its limit", error)
+                break
             freed += size
     return freed

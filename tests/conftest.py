@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from qpref import fsio
 from qpref.records import Source, TokenizedExample
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def _own_logger() -> Iterator[None]:
     """Give the logger that a command sets up back as it was."""
     logger = logging.getLogger("qpref")
     handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    fsio._read_only.clear()  # each test is a process of its own
     yield
     logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -95,25 +96,29 @@ def failing(number):
     return fail
 
 
-@pytest.mark.parametrize(
-    ("number", "hint"),
-    [
-        (errno.ENOSPC, "\nhint: free some space and continue with --resume"),
-        (errno.EDQUOT, "\nhint: free some space and continue with --resume"),
-        (errno.EIO, ""),
-        (errno.EROFS, ""),
-    ],
-    ids=errno.errorcode.get,
-)
+HINT = "\nhint: free some space; a run continues with --resume"
+REFUSALS = {
+    errno.ENOSPC: (" (3 bytes needed, 5.0 KiB free)", HINT),
+    errno.EDQUOT: (" (3 bytes needed)", HINT),
+    errno.EFBIG: ("", "\nhint: raise the limit on the size of files (ulimit -f); a run continues with --resume"),
+    errno.EIO: ("", ""),
+    errno.EROFS: ("", ""),
+}
+"""Error number -> what the message says of the space, and its hint."""
+
+
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("call", ["fsync", "open"])
-def test_a_refusal_of_the_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch, call, number, hint):
+def test_a_refusal_of_the_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch, call, number):
     path = tmp_path / "file"
     path.write_text("old")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9999, 4879, 5120))
     monkeypatch.setattr(os, call, failing(number))
     with pytest.raises(DiskError) as caught:
         fsio.write_text(path, "new")
     monkeypatch.undo()
-    assert str(caught.value) == f"{path}: cannot be written: {os.strerror(number)}{hint}"
+    space, hint = REFUSALS[number]
+    assert str(caught.value) == f"{path}: cannot be written: {os.strerror(number)}{space}{hint}"
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
 
 
@@ -139,7 +144,10 @@ def test_a_file_that_does_not_fit_is_a_disk_error_in_a_real_process(tmp_path):
         except DiskError as error:
             print(error)
     """)
-    assert printed == f"{tmp_path}/file: cannot be written: File too large\n"
+    assert printed == (
+        f"{tmp_path}/file: cannot be written: File too large\n"
+        "hint: raise the limit on the size of files (ulimit -f); a run continues with --resume\n"
+    )
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
 
 
@@ -290,6 +298,15 @@ def test_a_line_that_does_not_fit_is_a_disk_error(tmp_path, monkeypatch):
     with pytest.raises(DiskError) as caught:
         log.append_line("one")
     log.close()
-    assert str(caught.value) == (
-        f"{tmp_path}/log: cannot be written: No space left on device\nhint: free some space and continue with --resume"
-    )
+    needed = "cannot be written: No space left on device (4 bytes needed, "
+    assert str(caught.value).startswith(f"{tmp_path}/log: {needed}")
+
+
+def test_a_log_is_cut_and_goes_on(tmp_path):
+    log = fsio.AppendLog(tmp_path / "log")
+    log.append_line("one")
+    log.append(b"tw", durable=False)
+    log.cut(4)
+    log.append_line("two")
+    log.close()
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"

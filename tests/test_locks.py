@@ -138,3 +138,13 @@ def test_a_file_system_on_which_locks_do_not_hold_is_named(tmp_path, monkeypatch
 def test_a_lock_that_holds_is_not_talked_about(tmp_path, caplog):
     with locks.locked(tmp_path):
         assert caplog.messages == []
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_lock_that_a_full_disk_refuses_is_a_disk_error(tmp_path, monkeypatch, call):
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(DiskError, match="LOCK: cannot be written: No space left on device"), locks.locked(tmp_path):
+        pass

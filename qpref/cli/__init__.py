@@ -15,7 +15,7 @@ import click
 
 from qpref import __version__
 from qpref.cli.output import StderrHandler, echo, guard_streams
-from qpref.errors import QprefError, StoppedBySignal
+from qpref.errors import DeviceMemoryError, QprefError, StoppedBySignal
 from qpref.installed import as_install_error
 
 COMMANDS = {
@@ -59,10 +59,16 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             echo("error: interrupted", err=True)
             ctx.exit(128 + signal.SIGINT)
-        except (QprefError, ImportError) as caught:
-            error = as_install_error(caught) if isinstance(caught, ImportError) else caught
+        except (QprefError, ImportError, MemoryError) as caught:
+            error = _as_error(caught)
             echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _as_error(caught: QprefError | ImportError | MemoryError) -> QprefError:
+    if isinstance(caught, MemoryError):
+        return DeviceMemoryError("this machine ran out of memory", "free the memory of other programs")
+    return as_install_error(caught) if isinstance(caught, ImportError) else caught
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

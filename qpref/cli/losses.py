@@ -56,15 +56,17 @@ def command(ctx: click.Context, as_json: bool) -> None:
 def show(name: str) -> None:
     """Print a loss's formula, paper, options and needs."""
     from qpref.errors import PluginError
+    from qpref.hooks.border import guarded
     from qpref.hooks.manager import LOSS, PluginHost
 
     loaded = PluginHost().load(LOSS, name)
     record = loaded.record
-    try:
+
+    def failure(what: str) -> PluginError:
+        return PluginError(f"{loaded.offer}: {what}", f"see qpref losses check {name}")
+
+    with guarded(str(loaded.offer), lambda error: failure(f"its record raised {error}"), failure):
         facts = {"from": str(loaded.offer)} | _facts(record)
-    except (Exception, SystemExit) as error:
-        what = f"{loaded.offer}: its record raised {type(error).__name__}: {error}"
-        raise PluginError(what, f"see qpref losses check {name}") from error
     echo(f"{record.name}: {record.summary}\n")
     for title, fact in facts.items():
         if fact:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
 from qpref.data.label_watch import LabelWatch
 from qpref.data.row_formats import COLUMNS
+from qpref.data.running_check import RunningCheck, change_of_any
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
 from qpref.data.unread_keys import UnreadKeys
-from qpref.errors import PluginError
-from qpref.hooks.types import RowCheck, Split
+from qpref.hooks import border
+from qpref.hooks.types import Split
 from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
 
@@ -163,7 +163,7 @@ def check_data(
         return CheckedRows(split=split, sources=own, share=share, pairs_only=pairs_only, report=report)
 
     train, heldout = rows_of("train"), rows_of("heldout")
-    checks = [_RunningCheck.of(validator) for validator in validators]
+    checks = [RunningCheck.of(validator) for validator in validators]
     repeats = RepeatCounter()
     unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
     labels = LabelWatch(source for _, source in opened)
@@ -172,22 +172,30 @@ def check_data(
         repeats.note(row)
         unread.note(row)
 
-    for rows in (heldout, train):
-        # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-        _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
-    for _, source in opened:
-        report.add(source.notes)
-    report.repeated = repeats.count()
-    report.add(unread.findings())
-    labels.report_to(report)
-    for check in checks:
-        report.add(check.finish())
+    with border.unchanged(change_of_any(sources, validators)):
+        for rows in (heldout, train):
+            # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
+            _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
+        num_refused = report.refused
+        for _, source in opened:
+            report.add(source.notes)
+        report.repeated = repeats.count()
+        report.add(unread.findings())
+        labels.report_to(report)
+        for check in checks:
+            if check.may_refuse:
+                report.add(check.finish())
+        others = [check for check in checks if not check.may_refuse]
+        if report.refused > num_refused:
+            others = _restarted(others, (heldout, train), report)
+        for check in others:
+            report.add(check.finish())
     return CheckedData(train, heldout if heldout.sources else None, report)
 
 
 def _check_rows(
     rows: CheckedRows,
-    checks: Sequence[_RunningCheck],
+    checks: Sequence[RunningCheck],
     report: DataReport,
     note: Callable[[Row], None] | None,
     watch: Watch,
@@ -208,10 +216,28 @@ def _check_rows(
             report.measure_row(row)
 
 
-def _look(row: Sequence[ExampleRow], checks: Sequence[_RunningCheck], split: Split, report: DataReport) -> None:
+def _restarted(checks: Sequence[RunningCheck], splits: Iterable[CheckedRows], report: DataReport) -> list[RunningCheck]:
+    """Restart the checks that skip refused rows, and show them those rows that are left at the end.
+
+    What they find while they look was reported the first time.
+    """
+    checks = [RunningCheck.of(check.validator) if check.skips_refused else check for check in checks]
+    of_kept = [check for check in checks if check.skips_refused]
+    for rows in splits if of_kept else ():
+        for row in rows.all_rows():
+            if isinstance(row, Finding) or report.leaves_out(row[0].source):
+                continue
+            for example in row:
+                for check in of_kept:
+                    check.look(example, rows.split)
+    return checks
+
+
+def _look(row: Sequence[ExampleRow], checks: Sequence[RunningCheck], split: Split, report: DataReport) -> None:
     for example in row:
         for check in checks:
-            report.add(check.look(example, split))
+            if found := check.look(example, split):
+                report.add(found)
 
 
 class RepeatCounter:
@@ -233,44 +259,3 @@ class RepeatCounter:
         import numpy
 
         return len(self._hashes) - len(numpy.unique(numpy.frombuffer(self._hashes, "q"))) if self._hashes else 0
-
-
-@dataclass(frozen=True, slots=True)
-class _RunningCheck:
-    """A started validator; its exceptions become PluginErrors that name it."""
-
-    validator: Choice
-    check: RowCheck
-
-    @classmethod
-    def of(cls, validator: Choice) -> _RunningCheck:
-        try:
-            return cls(validator, validator.plugin.record.start(validator.options))
-        except (Exception, SystemExit) as error:
-            raise _failure(validator, error) from error
-
-    @property
-    def skips_refused(self) -> bool:
-        return bool(self.validator.plugin.record.skips_refused)
-
-    def look(self, example: ExampleRow, split: Split) -> Iterator[Finding]:
-        return self._findings(self.check.look, example, split)
-
-    def finish(self) -> Iterator[Finding]:
-        return self._findings(self.check.finish)
-
-    def _findings(self, find: Callable[..., Iterable[Finding]], *arguments: Any) -> Iterator[Finding]:
-        """Yield findings one at a time: there may be one for each row."""
-        try:
-            for finding in find(*arguments):
-                if not isinstance(finding, Finding):
-                    raise PluginError(f"{self.validator.plugin.offer} yields {type(finding).__name__}, not Finding")
-                yield finding
-        except PluginError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise _failure(self.validator, error) from error
-
-
-def _failure(validator: Choice, error: BaseException) -> PluginError:
-    return PluginError(f"{validator.plugin.offer} failed: {type(error).__name__}: {error}")

@@ -60,7 +60,8 @@ class Contest:
         values |= {"chosen": value_at(row.values, better), "rejected": value_at(row.values, worse)}
         if not has_prompt(values):
             prompts = (value_at(row.values, path) for path in self.prompts)
-            values |= {"prompt": next((prompt for prompt in prompts if not is_missing(prompt)), None)}
+            prompt = next((prompt for prompt in prompts if not is_missing(prompt)), None)
+            values |= {} if prompt is None else {"prompt": prompt}
         return Row(values=self.finish(values), source=row.source)
 
     def sides(self, values: Values) -> tuple[str, str]:

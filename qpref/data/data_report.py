@@ -149,13 +149,16 @@ class DataReport:
 
     def note_lengths(self, sizes: dict[str, int], unit: Literal["characters", "tokens"]) -> None:
         """Add lengths by side, and for a pair the difference of its responses."""
-        if "chosen" in sizes:
-            sizes = sizes | {"chosen - rejected": sizes["chosen"] - sizes["rejected"]}
         for side, size in sizes.items():
-            name = f"{side} {unit}"
-            if name not in self.lengths:
-                self.lengths[name] = Histogram()
-            self.lengths[name].note(size)
+            self._note_length(f"{side} {unit}", size)
+        if "chosen" in sizes:
+            self._note_length(f"chosen - rejected {unit}", sizes["chosen"] - sizes["rejected"])
+
+    def _note_length(self, name: str, size: int) -> None:
+        histogram = self.lengths.get(name)
+        if histogram is None:
+            histogram = self.lengths[name] = Histogram()
+        histogram.note(size)
 
     def log_warnings(self, logged: Container[tuple[str, str]] = ()) -> None:
         """Log one line for each warning of a whole source, and one for each code of the others, with the first row.

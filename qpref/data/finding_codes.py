@@ -121,7 +121,7 @@ CODES: Mapping[str, Explanation] = {
         "Compare the row with what the model's template renders; change the row, or use another template.",
     ),
     "no_template": Explanation(
-        "The row is a conversation or has tools, and the model has no chat template.",
+        "The row is a conversation or has tools, calls or reasoning, and there is no chat template.",
         "Use a base with a chat template, or rows with one text as the prompt.",
     ),
     "no_stop": Explanation(

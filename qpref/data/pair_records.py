@@ -77,8 +77,11 @@ def with_shared_tools(row: Row, *names: str) -> Row:
     Raises:
         BadRowError: the tools of two objects, or of an object and the row, differ.
     """
-    found = ((name, conversation_in(row.values.get(name))) for name in names)
-    inner = {name: conversation for name, conversation in found if conversation is not None}
+    inner = {}
+    for name in names:
+        value = row.values.get(name)
+        if not isinstance(value, list) and (conversation := conversation_in(value)) is not None:
+            inner[name] = conversation
     if not inner:
         return row
     values, tools = dict(row.values), tools_in(row.values)

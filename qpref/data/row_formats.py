@@ -50,6 +50,8 @@ COLUMNS = frozenset(
     }
 )
 """Every column that some format reads."""
+NUMBERS = ("weight", "margin")
+"""Columns in which an empty list is a wrong type."""
 NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 """Columns on which an answer may depend, and which no text stands for."""
 
@@ -57,9 +59,20 @@ NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 def records_of_row(row: Row, row_format: str = "auto") -> Records | Finding:
     """Convert a row to its records, or to the finding that refuses it.
 
+    A refused row is read again without its empty texts and lists, with which tables fill columns that a row lacks.
+
     Args:
         row_format: a name of ROW_FORMATS; "auto" recognizes the format by the row's columns.
     """
+    found = _records(row, row_format)
+    if not isinstance(found, Finding):
+        return found
+    filled = {name: value for name, value in row.values.items() if name in NUMBERS or value not in ("", [])}
+    again = _records(Row(values=filled, source=row.source), row_format) if len(filled) < len(row.values) else found
+    return found if isinstance(again, Finding) else again
+
+
+def _records(row: Row, row_format: str) -> Records | Finding:
     if media := [name for name in NOT_TEXT if row.values.get(name)]:
         message = f"the row has {media[0]}; qpref trains on text alone, so drop the row"
         return Finding(code="not_text", severity="error", message=message, source=row.source)

@@ -8,10 +8,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-MAX_DEPTH = 64
-_CONTROL_BYTES = bytes(sorted({*range(0x20), 0x7F} - set(b"\t\n\r")))
-_CONTROL = re.compile(f"[{re.escape(_CONTROL_BYTES.decode())}]")
+from qpref.hooks.characters import odd_characters
 
+MAX_DEPTH = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_REFUSED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _ESCAPES = {"\a": "a", "\b": "b", "\v": "v", "\f": "f"}
 _LETTERS = re.compile(r"[a-z]{2,}")
 
@@ -26,17 +27,17 @@ class BadRowError(ValueError):
 
 def check_text(text: str, where: str) -> None:
     """Refuse control characters, except tab, newline and carriage return, and half surrogate pairs."""
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{where}: half of a surrogate pair at character {error.start + 1}, which isn't valid Unicode"
-        raise BadRowError("control_character", message) from None
-    if len(raw.translate(None, _CONTROL_BYTES)) != len(raw):
-        found = _CONTROL.search(text)
-        assert found is not None
-        character = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
-        fix = _lost_backslash(text, found.start()) or "remove it"
-        raise BadRowError("control_character", f"{where}: the control character {character}; {fix}")
+    if not (odd := odd_characters(text)) or _REFUSED.search(odd) is None:
+        return
+    found = _SURROGATE.search(text) or _REFUSED.search(text)
+    assert found is not None
+    at = found.start()
+    if _SURROGATE.match(found[0]):
+        message = f"{where}: half of a surrogate pair at character {at + 1}, which isn't valid Unicode"
+        raise BadRowError("control_character", message)
+    fix = _lost_backslash(text, at) or "remove it"
+    message = f"{where}: the control character U+{ord(found[0]):04X} at character {at + 1}; {fix}"
+    raise BadRowError("control_character", message)
 
 
 def _lost_backslash(text: str, at: int) -> str:

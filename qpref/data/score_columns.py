@@ -25,7 +25,7 @@ NEUTRAL_WORDS = frozenset(
 DIFFERENCE_WORDS = frozenset({"margin", "difference", "diff", "gap", "delta"})
 MAX_KEYS = 32
 """Most keys of an object in which scores are looked for."""
-KEYS = ("overall_score", "overall", "score", "rating", "reward", "rank")
+SCORE_KEYS = ("overall_score", "overall", "score", "rating", "reward")
 """Keys of an object that hold its score."""
 
 Values = Mapping[str, object]
@@ -47,9 +47,16 @@ def side_scores(values: Values, better: str, worse: str, exclude: Collection[str
             yield from _scored(names, words(one), flat[one], flat[other])
     sides = _last(values.get(better)), _last(values.get(worse))
     if isinstance(sides[0], dict) and isinstance(sides[1], dict):
-        for key in [key for key in KEYS if key in sides[0] and key in sides[1]][:1]:
+        for key in [key for key in (*SCORE_KEYS, "rank") if key in sides[0] and key in sides[1]][:1]:
             yield from _scored(f"{key} within the two responses", (key,), sides[0][key], sides[1][key])
     yield from _scores_of_generations(values, sides)
+
+
+@lru_cache(maxsize=512)
+def has_scores(columns: tuple[str, ...], better: str, worse: str) -> bool:
+    """Return whether columns with these names hold scores of a row's responses, or their difference."""
+    is_ranked = not set(RANKED_COLUMNS).isdisjoint(columns)
+    return is_ranked or bool(_pairs_of_columns(columns, better, worse) or _difference_columns(columns))
 
 
 def _flat(values: Values, sides: Collection[str]) -> Values:
@@ -154,7 +161,7 @@ def _difference_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
 def _number(value: object) -> float | None:
     """Return a score: a number, its text, or an object that holds one."""
     if isinstance(value, dict):
-        value = next((value[key] for key in KEYS if key in value), None)
+        value = next((value[key] for key in SCORE_KEYS if key in value), None)
     return number_of(value)
 
 

@@ -11,7 +11,7 @@ from qpref.data.contest import value_at
 from qpref.data.contest_formats import CONTESTS, contest_format, may_compare
 from qpref.data.example_rows import ExampleRow
 from qpref.data.row_values import BadRowError
-from qpref.data.score_columns import differences, orders_of, side_scores
+from qpref.data.score_columns import differences, has_scores, orders_of, side_scores
 from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, PreferencePair, Row, Source
 
@@ -63,6 +63,8 @@ class ScoreWatch:
     def _evidence(self, row: Row, judged: Judged | None) -> Iterator[tuple[str, bool]]:
         """Yield the columns that a row's label is compared with, as a text, and whether they contradict it."""
         values, better, worse, exclude = self.source.sides_of(row, judged)
+        if not self._may_contradict(values, better, worse):
+            return
         if better not in values and worse not in values:
             yield from _contradicting_orders(self.source.named_values(row))
         for names, high, low in side_scores(values, better, worse, exclude):
@@ -72,6 +74,14 @@ class ScoreWatch:
         for name, difference in differences(values):
             yield f"{name} is below 0", difference < 0
         yield from _contradicting_verdict(values, better, worse)
+
+    @staticmethod
+    def _may_contradict(values: Mapping[str, object], better: str, worse: str) -> bool:
+        """Return whether a row has more than texts to compare; most have not, and this is the quick way to know."""
+        columns = tuple(values)
+        is_nested = any(isinstance(value, dict | list) for value in values.values())
+        is_judged = may_compare(columns) or not SIDE_VERDICTS.isdisjoint(columns)
+        return is_nested or is_judged or has_scores(columns, better, worse)
 
 
 def _contradicting_orders(values: Mapping[str, object]) -> Iterator[tuple[str, bool]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qpref import pypi
+from qpref import disk_space, pypi
 from qpref.data.contest import Contest
 from qpref.data.contest_formats import CONTESTS, may_compare
 from qpref.data.example_rows import ExampleRow
@@ -14,6 +14,7 @@ from qpref.data.label_studio import flattened
 from qpref.data.row_formats import COLUMNS, format_of, records_of_row, with_columns
 from qpref.data.row_values import BadRowError
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
+from qpref.hooks import border
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
 from qpref.records import Finding, Row
@@ -152,17 +153,27 @@ class DataSource:
 
     def _read(self, path: Path) -> Iterator[Row | Finding]:
         reader = self.choice.reader
+
+        def failure(error: str) -> PluginError:
+            return PluginError(f"{reader.offer} failed on {path}: {error}")
+
+        rows = border.guarded_items(
+            f"{reader.offer}, reading {path},", lambda: reader.record.read(path), failure, _is_known
+        )
         try:
-            for row in reader.record.read(path):
+            for row in rows:
                 if not isinstance(row, Row | Finding):
                     raise PluginError(f"{reader.offer} yields {type(row).__name__}, neither Row nor Finding")
                 yield row
         except OSError as error:
+            if error.errno in disk_space.FULL:  # of a reader that downloads or unpacks
+                raise disk_space.refused_write(Path(error.filename or path), error) from error
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except QprefError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise PluginError(f"{reader.offer} failed on {path}: {type(error).__name__}: {error}") from error
+
+
+def _is_known(error: BaseException) -> bool:
+    """Return whether a reader's exception is one that a reader may raise."""
+    return isinstance(error, OSError | QprefError)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -65,7 +65,7 @@ class TokenCache:
             shards.shrink(root(), shards.size_limit("QPREF_TOKEN_CACHE_BYTES", LIMIT_BYTES))
             return cls(tokenizer, ShardStore.open(folder, uuid.uuid4().hex, loss_level=logging.DEBUG))
         except DiskError as error:
-            log.warning("token ids are not cached: %s", error.what)
+            fsio.warn_unwritable("token ids are not cached", error)
             return None
 
     def tokenize(

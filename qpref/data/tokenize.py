@@ -263,6 +263,10 @@ def _prefix(tokenizer: Any) -> tuple[int, ...]:
 def _unrendered(row: ExampleRow) -> Rendered:
     if len(row.prompt) > 1 or row.tools:
         raise RefusedRowError("no_template", "a conversation and tools need a chat template")
+    if any(
+        message.extra.keys() & {"tool_calls", "reasoning_content"} for side in responses_of(row) for message in side
+    ):
+        raise RefusedRowError("no_template", "tool calls and reasoning need a chat template")
     return Rendered(row.prompt[0].content, tuple(side[0].content for side in responses_of(row)))
 
 

@@ -17,25 +17,12 @@ from qpref.records import Finding, Row, Source
 READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id", *CALLERS, "candidates"})
 """Keys whose values are a part of the message, beside its content and its reasoning."""
 READ_OF_PARTS = frozenset({"text", "thinking", "reasoning", "refusal"})
-LAST_WORDS = frozenset(
-    {
-        "id",
-        "ids",
-        "uuid",
-        "hash",
-        "ip",
-        "at",
-        "time",
-        "timestamp",
-        "date",
-        "model",
-        "language",
-        "lang",
-        "index",
-        "signature",
-    }
-)
-"""Last words of keys that say which message it is, when it was written, by which model and in which language."""
+LAST_WORDS = frozenset({
+    *("id", "ids", "uuid", "hash", "ip", "signature", "index"),
+    *("at", "time", "timestamp", "date"),
+    *("model", "language", "lang"),
+})  # fmt: skip
+"""Last words of keys that identify a message, or say when, by which model and in which language it was written."""
 RECORDS = frozenset({"type", "status", "finish_reason", "stop_reason"})
 MAX_DEPTH = 4
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

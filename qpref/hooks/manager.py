@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -18,7 +19,7 @@ from typing import Any
 import pluggy
 
 from qpref.errors import InstallError, PluginError, RecipeError
-from qpref.hooks import spec
+from qpref.hooks import border, spec
 from qpref.hooks.types import Loss, MetricSink, Reader, Validator
 from qpref.installed import as_install_error, is_required, version_of
 
@@ -158,19 +159,17 @@ class PluginHost:
         module = self._manager.get_plugin(offer.module)
         others = [plugin for plugin in self._manager.get_plugins() if plugin is not module]
         caller = self._manager.subset_hook_caller(kind.hook, others)
-        try:
+        with _guarded(offer, kind.hook):
             records = [record for yielded in caller() for record in yielded]
-        except (Exception, SystemExit) as error:
-            raise _broken(offer, f"{kind.hook} raised {type(error).__name__}: {error}") from error
         return Loaded(_only_record(kind, offer, records), offer)
 
     def _register(self, offer: Offer) -> None:
+        border.note_plugin(offer.module)
         try:
-            module = importlib.import_module(offer.module)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and is_required(error):
-                raise as_install_error(error) from error
-            raise _broken(offer, f"importing {offer.module} raised {type(error).__name__}: {error}") from error
+            with _guarded(offer, f"importing {offer.module}", passes=_lacks_requirement):
+                module = importlib.import_module(offer.module)
+        except ModuleNotFoundError as error:
+            raise as_install_error(error) from error
         try:
             self._manager.register(module, name=offer.module)
             self._manager.check_pending()
@@ -198,6 +197,22 @@ def _only_record(kind: Kind, offer: Offer, records: Iterable[Any]) -> Any:
         yields = ", ".join(f"'{record.name}'" for record in records) or "nothing"
         raise _broken(offer, f"{kind.hook} has to yield one {kind.noun} '{offer.name}', and yields {yields}")
     return named[0]
+
+
+def _guarded(
+    offer: Offer, what: str, passes: Callable[[BaseException], bool] = lambda _: False
+) -> AbstractContextManager[None]:
+    return border.guarded(
+        f"{offer}: {what}",
+        lambda error: _broken(offer, f"{what} raised {error}"),
+        lambda change: _broken(offer, f"{what} {change}"),
+        passes=passes,
+    )
+
+
+def _lacks_requirement(error: BaseException) -> bool:
+    """Return whether a plugin's import has failed for a package that qpref itself requires."""
+    return isinstance(error, ModuleNotFoundError) and is_required(error)
 
 
 def _broken(offer: Offer, what: str) -> PluginError:

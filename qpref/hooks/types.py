@@ -144,8 +144,8 @@ class Validator:
     """A check of the preference data; `start` makes the `RowCheck` for one recipe's data.
 
     Attributes:
-        skips_refused: sees only rows that no other check has refused while looking at them, for statistics of the rows
-            that training uses. Errors that other checks find at the end come too late for it.
+        skips_refused: sees only rows that no other check refuses, for statistics of the rows that training uses. It is
+            started a second time where checks with a severity "error" refuse rows at the end.
     """
 
     name: str

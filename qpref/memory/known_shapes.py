@@ -14,6 +14,8 @@ from typing import Any
 from qpref import fsio, pypi
 from qpref.errors import PolicyError
 from qpref.hooks.hub import hub_failure
+from qpref.policy.foreign_files import read_by_library
+from qpref.policy.model_config import read_model_config
 from qpref.policy.quantized import is_prequantized, refuse_quantized_name
 from qpref.recipe.sections import ModelSection
 
@@ -198,9 +200,12 @@ def _read_config(folder: Path, **options: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise PolicyError(f"{folder}: no config that transformers can read: {error}", _hint()) from error
+        if not options:
+            read_model_config(folder)
+        with read_by_library(folder, "no config that transformers can read"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except PolicyError as error:
+        raise PolicyError(error.what, error.hint or _hint()) from error
 
 
 def _known_config(name: str) -> tuple[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.merge.experts import FusedExperts, sources_in_model
+from qpref.merge.conversions import Conversions
 from qpref.policy.architecture import empty_model, other_modules, text_modules
 from qpref.policy.delta import AdaptableLayers
 from qpref.policy.experts import through_nf4
@@ -57,7 +57,8 @@ class TrainedBase:
     """The base's weights as the run's forward pass used them.
 
     Attributes:
-        names: tensor name in the files -> its name in the loaded model; transformers renames some.
+        names: tensor name in the files -> its name in the loaded model; transformers renames some. Of several weights
+            the first one's.
         layers: names and layouts in the loaded model, for adapters.
         tensors: tensor name in the files -> its description, in file order, without quantization state.
         kept: names of the tensors in the files that the language model doesn't compute with.
@@ -69,7 +70,8 @@ class TrainedBase:
         quantized: modules that were 4-bit in training, by their name in the model.
         dtype: the compute dtype of training.
         device: where weights are quantized and dequantized.
-        experts: its fused experts.
+        experts: names of the parameters with experts that were 4-bit in training.
+        conversions: of tensors that are other ones in the model.
     """
 
     path: Path
@@ -86,7 +88,8 @@ class TrainedBase:
     dtype: torch.dtype
     double_quantization: bool
     device: torch.device
-    experts: FusedExperts
+    experts: frozenset[str]
+    conversions: Conversions
 
     @classmethod
     def of(cls, path: Path, shards: list[Path], facts: Mapping[str, Any], device: torch.device) -> TrainedBase:
@@ -99,9 +102,10 @@ class TrainedBase:
         layers, text = AdaptableLayers.of(model), text_modules(model)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         headers = {key: header for shard in shards for key, header in _headers(shard).items()}
-        sources = sources_in_model(model, [key for key in headers if not key.endswith(QUANTIZED_STATE)])
-        names = {key: source.name for key, source in sources.items()}
-        packed = {key for key in names if f"{key}.absmax" in headers}
+        keys = [key for key in headers if not key.endswith(QUANTIZED_STATE)]
+        packed = {key for key in keys if f"{key}.absmax" in headers}
+        conversions = Conversions.of(model, keys, {key: header.shape for key, header in headers.items()}, packed)
+        names = {key: conversions.names(key)[0] for key in keys}
         unread = {key for key, name in names.items() if name not in shapes}
         outside = {key for key, name in names.items() if name.rpartition(".")[0] not in text}
         linear = {name for name in text if is_linear(model.get_submodule(name))}
@@ -128,21 +132,30 @@ class TrainedBase:
             dtype=DTYPES[facts["dtype"]],
             double_quantization=facts["double_quantization"],
             device=device,
-            experts=FusedExperts.of(
-                model,
-                sources,
-                {key: header.shape for key, header in headers.items()},
-                facts.get("quantized_experts", ()),
-            ),
+            experts=frozenset(facts.get("quantized_experts", ())),
+            conversions=conversions,
         )
 
     @property
     def is_prequantized(self) -> bool:
         return bool(self.quantization_state)
 
+    @property
+    def packable(self) -> frozenset[str]:
+        """Names of the modules that requantizing packs: those of training, or all linear layers."""
+        return self.quantized or self.linear
+
     def module_of(self, key: str) -> str:
         """Name the module whose weight a tensor is."""
-        return self.names[key].removesuffix(".weight")
+        return self.weight_name(self.names[key])
+
+    def weights_of(self, key: str) -> list[str]:
+        """Name what an adapter's delta of a tensor is of: modules, and parameters with experts."""
+        return [self.weight_name(name) for name in self.conversions.names(key)]
+
+    def weight_name(self, name: str) -> str:
+        """Turn the name of a weight of the model into an adapter's: its module's, or a parameter's with experts."""
+        return name.removesuffix(".weight")
 
     def as_trained(self, key: str) -> Tensor:
         """Read a tensor as training computed with it, on the CPU: in the run's dtype, 4-bit weights dequantized."""
@@ -154,11 +167,16 @@ class TrainedBase:
             return dequantized.to(self.dtype).cpu()
         if not tensor.is_floating_point():
             return tensor
-        if self.names[key] in self.experts.quantized:
-            return self.experts.rounded(key, self.original, self.experts_through_nf4)
-        if self.module_of(key) in self.quantized:
-            return self.through_nf4(tensor, self.module_of(key)).cpu()
-        return tensor.to(self.dtype)
+        if key in self.conversions.groups and self.quantized.union(self.experts).intersection(self.weights_of(key)):
+            return self.conversions.rounded(key, self.original, self._rounded)
+        return self._rounded(self.names[key], tensor).cpu()
+
+    def _rounded(self, name: str, weight: Tensor) -> Tensor:
+        """Round a weight of the model as in training."""
+        if name in self.experts:
+            return self.experts_through_nf4(weight)
+        module = self.weight_name(name)
+        return self.through_nf4(weight, module) if module in self.quantized else weight.to(self.dtype)
 
     def through_nf4(self, weight: Tensor, module: str) -> Tensor:
         """Quantize a module's 16- or 32-bit weight to NF4 and back on `device`, as bitsandbytes does in training."""

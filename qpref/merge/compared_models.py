@@ -39,9 +39,8 @@ def load_base(base: TrainedBase) -> Any:
             sizes[entry.dtype] += math.prod(entry.shape) * entry.dtype.itemsize
     main = max(sizes, key=sizes.__getitem__, default=base.dtype)
     others = [key for key, entry in base.tensors.items() if entry.dtype not in (None, main)]
-    sources = Counter(base.names.values())
-    if any(sources[base.names[key]] > 1 for key in others):
-        # transformers builds one parameter from several tensors: only the widest dtype holds all of them exactly.
+    if any(base.conversions.is_converted(key) for key in others):
+        # transformers makes other tensors of these, or of several one: only the widest dtype holds all of them exactly.
         return load_causal_lm(base.path, functools.reduce(torch.promote_types, sizes, base.dtype), base.unread)
     model = load_causal_lm(base.path, main, base.unread)
     _restore_stored(model, {base.names[key]: base.original(key) for key in others})
@@ -169,7 +168,7 @@ class AsTrained:
 
     def _base_weight(self, module: str, stored: Tensor, rows: slice) -> Tensor:
         base = self.base
-        is_experts = module in base.experts.quantized
+        is_experts = module in base.experts
         if not is_experts and module not in base.quantized:
             return _select(stored, rows).to(base.device, base.dtype)
         if module not in self.dequantized:

@@ -10,14 +10,13 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio, publish
-from qpref.errors import DiskError, MergeError, RecipeError
+from qpref import disk_space, fsio, publish
+from qpref.errors import MergeError, RecipeError
 
 log = logging.getLogger("qpref")
 
@@ -53,7 +52,8 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
     kind = kind or stored or "auto"
     if kind not in ("auto", "f32", stored):
         log.warning("%s rounds the weights, which are stored as %s; part of what was learned may be lost", kind, stored)
-    _refuse_full_disk(merged, out, BYTES.get(kind, 2.0) / BYTES.get(stored or "", 2.0))
+    needed = _needed_bytes(merged, BYTES.get(kind, 2.0) / BYTES.get(stored or "", 2.0))
+    disk_space.refuse_full(out, needed)
     log.info("converting with %s", script)
     with publish.staged_file(out) as staged:
         # Run in the staging folder: the converter reads braces in the file's path as template fields.
@@ -70,6 +70,8 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
             check=False,
         )
         if done.returncode:
+            if (number := disk_space.full_by(done.stdout)) is not None:
+                raise disk_space.refused_write(out, OSError(number, os.strerror(number)), needed)
             raise MergeError(f"{script} {_ending(done.returncode)}:\n{_tail(done.stdout)}", _hint(done.stdout))
         if not _is_gguf(staged):
             raise MergeError(f"{script} left no GGUF file:\n{_tail(done.stdout)}")
@@ -122,12 +124,8 @@ def _config(merged: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_full_disk(merged: Path, out: Path, factor: float) -> None:
-    needed = factor * sum(shard.stat().st_size for shard in merged.glob("*.safetensors"))
-    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskError(f"{out}: needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+def _needed_bytes(merged: Path, factor: float) -> int:
+    return int(factor * sum(shard.stat().st_size for shard in merged.glob("*.safetensors")))
 
 
 def _ending(code: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 
-from qpref import fsio, publish
-from qpref.errors import DiskError, MergeError, PolicyError, RecipeError
+from qpref import disk_space, fsio, publish
+from qpref.errors import MergeError, PolicyError, RecipeError
 from qpref.merge.base import TrainedBase
 from qpref.merge.learned import LearnedTensors
 from qpref.merge.request import MergeRequest
@@ -21,6 +20,7 @@ from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
 from qpref.policy import adapter_folder
 from qpref.policy.adapter_names import plain_targets
+from qpref.policy.architecture import shared_layers
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, shard_files
 from qpref.policy.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def read_run(path: Path) -> TrainedRun:
         raise MergeError(f"{folder.run_json}: {unknown[0]} is no layer of the base, so it wasn't quantized")
     _refuse_other_settings(folder.adapter, document["adapter"], base)
     delta = LoraDelta.read(folder.adapter, base.layers)
-    learned = LearnedTensors(delta, _adapted_tensors(base, delta, folder.adapter), base.experts)
+    _refuse_other_layers(base, delta, folder.adapter)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
     _refuse_other_tokenizer(tokenizer, folder.adapter)
     return TrainedRun(
@@ -96,7 +96,7 @@ def read_run(path: Path) -> TrainedRun:
         recorded=recorded,
         plan=plan,
         base=base,
-        learned=learned,
+        learned=LearnedTensors.find(delta, base),
         tokenizer=tokenizer,
         tokenizer_files=tokenizer_folder(plan.recipe.model, base_path),
     )
@@ -138,16 +138,30 @@ def refuse_original(request: MergeRequest, base: TrainedBase) -> None:
         raise RecipeError(f"--onto original: {base.path} has only 4-bit weights, no original ones", "leave it out")
 
 
+def refuse_quantized(request: MergeRequest, base: TrainedBase) -> None:
+    """Refuse `--quantize` where the files have linear layers in other tensors than the model: transformers converts
+    tensors of plain weights alone.
+
+    Raises:
+        RecipeError: with the first such layer.
+    """
+    if request.quantize is None:
+        return
+    converted = (name for key in base.tensors if base.conversions.is_converted(key) for name in base.weights_of(key))
+    if name := next((name for name in converted if name in base.packable), None):
+        raise RecipeError(
+            f"--quantize {request.quantize}: the base's files have {name} in other tensors than the model",
+            "leave it out; transformers can quantize the merged model while it loads it",
+        )
+
+
 def refuse_full_disk(out: Path, weights: Weights) -> None:
     """Refuse to write weights that don't fit on the disk.
 
     Raises:
         DiskError: with the bytes needed and free.
     """
-    folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if weights.num_bytes > free:
-        raise DiskError(f"{out}: needs {weights.num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    disk_space.refuse_full(out, weights.num_bytes)
 
 
 def _device(plan: Plan) -> torch.device:
@@ -165,8 +179,8 @@ def _recipe_of_run(folder: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any
     try:
         document = folder.document(facts)
     except RecipeError as error:
-        raise MergeError(error.what, error.hint) from None
-    same_base = document.get("model", {}).get("base") == facts["base"]
+        raise MergeError(error.what, error.hint) from error
+    same_base = document["model"].get("base") == facts["base"]
     if not same_base or fingerprint_of(document) != facts["fingerprints"]["recipe"]:
         raise MergeError(
             f"{folder.recipe}: not the recipe of this run; revision, quantization or another setting was changed",
@@ -225,29 +239,32 @@ def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: Train
                 )
 
 
-def _adapted_tensors(base: TrainedBase, delta: LoraDelta, adapter: Path) -> dict[str, str]:
-    """Map tensor names in the files to adapted modules, after checking that exactly the targets have a delta."""
+def _refuse_other_layers(base: TrainedBase, delta: LoraDelta, adapter: Path) -> None:
+    """Refuse an adapter whose deltas aren't exactly its targets', each of the shape of its weight."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     settings = adapter_folder.read_settings(adapter)
     plain = {"target_modules": plain_targets(settings["target_modules"], base.layers.names)}
     config = adapter_folder.lora_config(settings | plain)
     found = set(delta.modules)
-    modules = {base.module_of(key): key for key in base.tensors if key.endswith(".weight")}
-    if foreign := sorted(found - set(modules)):
+    if shared := shared_layers(base.conversions.model, delta.modules):
+        raise MergeError(
+            f"{adapter}: adapts {shared[0]}, which shares its weight with other layers ({len(shared)} such)",
+            "PEFT can use the adapter on the base",
+        )
+    weights = {name for key in base.tensors for name in base.weights_of(key)}
+    if foreign := sorted(delta.matrices.keys() - weights):
         raise MergeError(f"{base.path}: has no weight for {foreign[0]} ({len(foreign)} missing)")
     targets = {name for name in base.linear | (found & {base.head}) if check_target_module_exists(config, name)}
     if missing := sorted(targets - found):
         raise MergeError(f"{adapter}: has no matrices for its target {missing[0]}")
     if extra := sorted(found - targets):
         raise MergeError(f"{adapter}: adapts {extra[0]}, which is not one of its targets")
-    adapted = {modules[module]: module for module in delta.modules}
-    shapes = {module: base.tensors[key].shape for key, module in adapted.items()}
-    shapes |= {name: tuple(base.experts.model.get_parameter(name).shape) for name in delta.experts}
-    for name, shape in shapes.items():
+    parameters = {name: f"{name}.weight" for name in delta.modules} | {name: name for name in delta.experts}
+    for name, parameter in parameters.items():
+        shape = tuple(base.conversions.model.get_parameter(parameter).shape)
         if delta.shape(name) != shape:
             raise MergeError(f"{adapter}: its delta of {name} is {delta.shape(name)}, the base's weight {shape}")
-    return adapted | {key: source.name for key, source in base.experts.sources.items() if source.name in shapes}
 
 
 def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:

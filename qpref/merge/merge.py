@@ -66,6 +66,7 @@ def _merge(request: MergeRequest) -> MergeResult:
     guards.refuse_output(request)
     run = guards.read_run(request.run)
     guards.refuse_original(request, run.base)
+    guards.refuse_quantized(request, run.base)
     smallest = STORED["bf16"] if request.dtype == "auto" else STORED[request.dtype]
     guards.refuse_full_disk(request.out, weights_of(run, request, smallest))
     announce(run.base.device, run.plan.recipe.model.device)
@@ -82,13 +83,12 @@ def _merge(request: MergeRequest) -> MergeResult:
 
 def weights_of(run: TrainedRun, request: MergeRequest, dtype: torch.dtype) -> Weights:
     """Describe the requested merged weights, in a stored dtype."""
-    packed = (run.base.quantized or run.base.linear) if request.quantize else frozenset()
     return Weights(
         base=run.base,
         learned=run.learned,
         dtype=dtype,
         original=request.onto == "original",
-        packed=packed,
+        packed=run.base.packable if request.quantize else frozenset(),
     )
 
 
@@ -101,7 +101,7 @@ def _survey(run: TrainedRun, request: MergeRequest) -> Survey:
     for key, entry in base.tensors.items():
         if not entry.is_float or key in base.kept:
             continue
-        weight, delta = base.original(key) if original else base.as_trained(key), run.learned.of(key)
+        weight, delta = base.original(key) if original else base.as_trained(key), run.learned.of_tensor(key)
         survey.add(key, weight, delta)
         if request.quantize and delta:
             stored = rounded(weight, delta, base.dtype)

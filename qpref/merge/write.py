@@ -45,7 +45,7 @@ class Weights:
         source = self.base.original(key) if self.original else self.base.as_trained(key)
         if not source.is_floating_point():
             return {key: source}
-        stored = rounded(source, self.learned.of(key), self.dtype)
+        stored = rounded(source, self.learned.of_tensor(key), self.dtype)
         return self._packed(key, stored) if self.is_packed(key) else {key: stored}
 
     def size(self, key: str) -> int:

@@ -65,7 +65,8 @@ def load_adapter_tensors(model: Any, tensors: dict[str, Tensor], name: str, orig
             raise PolicyError(f"{origin}: {key} is {tuple(tensor.shape)}, the base needs {tuple(expected[key].shape)}")
         if not bool(tensor.isfinite().all()):
             raise PolicyError(f"{origin}: {key} has values that are not finite")
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    if lost := set_peft_model_state_dict(model, tensors, adapter_name=name).unexpected_keys:
+        raise PolicyError(f"{origin}: PEFT loads a tensor of it under the name {lost[0]}, which this model lacks")
 
 
 def _add_fresh(model: Any, adapter: AdapterSection, seed: int) -> Any:

@@ -51,7 +51,7 @@ class LayerNames:
 
     def translated_keys(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Rename tensors of an adapter in PEFT's format, or of its parameters, as `translated` does their layers."""
-        layers = {key: _layer_of(key) for key in tensors}
+        layers = {key: layer_of(key) for key in tensors}
         names = self.translated(dict.fromkeys(layers.values()))
         return {key.replace(layers[key], names[layers[key]], 1): tensor for key, tensor in tensors.items()}
 
@@ -66,7 +66,7 @@ class LayerNames:
         return self.head if parts[-1] == self.head.rpartition(".")[2] else layer
 
 
-def _layer_of(key: str) -> str:
+def layer_of(key: str) -> str:
     """Name the layer that a tensor of an adapter is for; of two on the same experts, PEFT calls one the other's base
     layer."""
     return key.removeprefix(WRAPPED).partition(".lora_")[0].removesuffix(".base_layer")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.policy.foreign_files import read_by_library
 
 
 def model_class(config: Any, origin: object) -> Any:
@@ -44,11 +46,8 @@ def empty_model(config: Any, origin: object) -> Any:
     import torch
 
     kind = model_class(config, origin)
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except (ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise PolicyError(f"{origin}: transformers can't build this model: {error}") from error
+    with read_by_library(origin, "transformers can't build this model"), torch.device("meta"):
+        return kind(config)
 
 
 def text_decoder(model: Any) -> Any:
@@ -104,6 +103,13 @@ def text_modules(model: Any) -> set[str]:
     decoder, head = text_decoder(model), model.get_output_embeddings()
     inside = {id(module) for module in decoder.modules()} | {id(head)}
     return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in inside}
+
+
+def shared_layers(model: Any, layers: Iterable[str]) -> list[str]:
+    """Name those of the layers whose weights are other layers' too, as Zamba's attention blocks are."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    shared = tied.keys() | set(tied.values())
+    return [layer for layer in layers if f"{layer}.weight" in shared]
 
 
 def other_modules(model: Any) -> set[str]:

@@ -63,7 +63,8 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
     except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
         raise PolicyError(f"{path}: transformers can't read this GGUF file's tokenizer: {error}") from error
     model.config._name_or_path = ""
-    with publish.shared_folder(folder) as staging:
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    with fsio.needing_cache(), publish.shared_folder(folder) as staging, fsio.disk_errors(folder, num_bytes):
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

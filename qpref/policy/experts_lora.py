@@ -18,6 +18,7 @@ from qpref.policy.architecture import text_modules
 from qpref.policy.experts import PackedExperts, fused_experts, projections_of, unpacked_weights
 from qpref.policy.experts_forward import Adapters, compute_here
 from qpref.policy.grouped_product import ExpertAdapter
+from qpref.policy.peft_limits import cannot_read, misread_by_peft
 from qpref.policy.targets import matches
 
 
@@ -55,12 +56,15 @@ def adaptable_experts(model: Any) -> list[str]:
     """Name the parameters that [adapter] `experts` means, as `expert_parameters` does.
 
     Raises:
-        PolicyError: the model has no fused experts.
+        PolicyError: the model has no fused experts, or PEFT wouldn't find their adapters again.
     """
-    if found := expert_parameters(model):
+    found, kind, text = expert_parameters(model), model.config.model_type, text_modules(model)
+    layers = {name.rpartition(".")[0] for name in found}
+    if found and not misread_by_peft(model, [*layers, *(f"{layer}.base_layer" for layer in layers)]):
         return found
-    kind, text = model.config.model_type, text_modules(model)
-    if unpacked_weights(model, text):
+    if found:
+        what = cannot_read(model.config, layers)
+    elif unpacked_weights(model, text):
         what = f"the experts of this {kind} model aren't computed by transformers' common expert functions"
     elif any("experts." in name for name in text):
         what = f"the experts of this {kind} model are linear layers, which [adapter] targets adapts"

@@ -12,7 +12,8 @@ from qpref.attention import register as attention
 from qpref.attention.states import fork_layers
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
-from qpref.policy.architecture import text_decoder, text_modules
+from qpref.policy.adapter_names import layer_of
+from qpref.policy.architecture import shared_layers, text_decoder, text_modules
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.experts import PackedExperts, unpacked_weights
 from qpref.policy.fused import fuse_layers
@@ -43,6 +44,7 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     model = _load_ready(recipe.model, base, device)
     policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
     _announce_experts(model, policy.dtype, policy.adapts_experts())
+    _announce_shared_layers(model, policy)
     policy.starts_from_adapter = recipe.adapter.start is not None
     fuse_layers(policy.decoder, policy.dtype, policy.autocast)
     policy.recompute_layers(recomputed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
@@ -87,6 +89,19 @@ def _announce_experts(model: Any, dtype: torch.dtype, adapted: bool) -> None:
     if others := unpacked_weights(model, text):
         level = logging.INFO if adapted else logging.WARNING
         log.log(level, "experts: %s weights are frozen in %d bits %s", f"{others:,}", 8 * dtype.itemsize, ending)
+
+
+def _announce_shared_layers(model: Any, policy: Policy) -> None:
+    """Say before the work is done that an adapter on layers with shared weights can't be merged: each layer learns its
+    own change of the weight."""
+    adapted = dict.fromkeys(layer_of(name) for name in policy.trained_parameters())
+    if shared := shared_layers(model, adapted):
+        log.warning(
+            "%d adapted layers share their weights with other layers, the first is %s: qpref merge can't merge this "
+            "adapter, PEFT can use it on the base",
+            len(shared),
+            shared[0],
+        )
 
 
 def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.device) -> Policy:

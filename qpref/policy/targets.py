@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from qpref.errors import PolicyError
 from qpref.policy.architecture import text_decoder
 from qpref.policy.forward_errors import KINDS
+from qpref.policy.peft_limits import cannot_adapt, cannot_read, foreign_to_peft, last_part, misread_by_peft
 
 log = logging.getLogger("qpref")
 
@@ -31,26 +30,35 @@ def target_layers(model: Any, targets: str | list[str]) -> set[str]:
     inside = {id(module) for module in decoder.modules() if module is not head}
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     candidates = [name for name in linear if id(model.get_submodule(name)) in inside]
-    foreign = _foreign_to_peft(model.config, candidates)
-    adaptable = [name for name in candidates if _last(name) not in foreign]
+    foreign = foreign_to_peft(model.config, candidates)
+    misread = misread_by_peft(model, candidates)
+    adaptable = [name for name in candidates if last_part(name) not in foreign and name not in misread]
     if not candidates:
         raise PolicyError(f"this {model.config.model_type} model has no linear layers", "train another model")
     if not adaptable:
-        raise PolicyError(_cannot_adapt(model.config, foreign), "train another model")
+        what = cannot_adapt(model.config, foreign) if foreign else cannot_read(model.config, misread)
+        raise PolicyError(what, "train another model")
     if isinstance(targets, str):
         if foreign:
-            log.warning("%s; they stay as they are", _cannot_adapt(model.config, foreign))
+            log.warning("%s; they stay as they are", cannot_adapt(model.config, foreign))
+        if misread:
+            log.warning("%s; they stay as they are", cannot_read(model.config, misread))
         return set(adaptable)
     with_head = adaptable + [name for name in linear if model.get_submodule(name) is head]
-    known = ", ".join(sorted(set(map(_last, with_head))))
+    known = ", ".join(sorted(set(map(last_part, with_head))))
     candidates += with_head[len(adaptable) :]
     layers: set[str] = set()
     for target in targets:
         matching = [name for name in candidates if matches(name, target)]
         if not matching:
             raise PolicyError(f"[adapter] targets: '{target}' names no linear layer; it has {known}")
-        if impossible := foreign & set(map(_last, matching)):
-            raise PolicyError(f"[adapter] targets: {_cannot_adapt(model.config, impossible)}; it can adapt {known}")
+        if impossible := foreign & set(map(last_part, matching)):
+            raise PolicyError(f"[adapter] targets: {cannot_adapt(model.config, impossible)}; it can adapt {known}")
+        if wrong := misread.intersection(matching):
+            raise PolicyError(
+                f"[adapter] targets: {cannot_read(model.config, wrong)}",
+                'targets = "all-linear" leaves them out, and so do full names of other layers',
+            )
         layers.update(matching)
     return layers
 
@@ -73,7 +81,7 @@ def matches(name: str, target: str) -> bool:
 
 def peft_target_modules(model: Any, layers: set[str]) -> list[str]:
     """Name the layers for PEFT: by their last parts where those match no other module, else by full names."""
-    endings = set(map(_last, layers))
+    endings = set(map(last_part, layers))
     matching = {name for name, _ in model.named_modules() if any(matches(name, ending) for ending in endings)}
     return sorted(endings if matching == layers else layers)
 
@@ -92,50 +100,3 @@ def _computes_linear(module: nn.Linear) -> bool:
         return False
     expected = nn.functional.linear(x, weight, tried.bias)
     return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
-
-
-def _last(name: str) -> str:
-    """The last part of a layer's name, with those before it that it needs to be more than a number."""
-    before, _, last = name.rpartition(".")
-    return f"{_last(before)}.{last}" if last.isdigit() and before else last
-
-
-def _foreign_to_peft(config: Any, layers: Iterable[str]) -> set[str]:
-    """Names, by their last parts, of the layers that PEFT doesn't adapt in such a model.
-
-    PEFT (0.21) takes some names in models with experts to mean the experts, and refuses some in state space models. A
-    lone layer of the name tells.
-    """
-    return {name for name in set(map(_last, layers)) if not _is_adapted(config, name)}
-
-
-def _is_adapted(config: Any, name: str) -> bool:
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners import lora
-
-    lone = _Lone(config, name)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that no layer was found
-            inject_adapter_in_model(LoraConfig(target_modules=[name]), lone)
-    except ValueError:
-        return False
-    return isinstance(lone.get_submodule(name), lora.Linear)
-
-
-class _Lone(nn.Module):
-    """A model with a config and one small linear layer."""
-
-    def __init__(self, config: Any, name: str) -> None:
-        super().__init__()
-        self.config = config
-        parent: nn.Module = self
-        *outer, last = name.split(".")
-        for part in outer:
-            inner = nn.Module()
-            parent.add_module(part, inner)
-            parent = inner
-        parent.add_module(last, nn.Linear(1, 1, device="meta"))
-
-
-def _cannot_adapt(config: Any, names: Iterable[str]) -> str:
-    return f"PEFT can't adapt layers of the names {', '.join(sorted(names))} in a {config.model_type} model"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.patterns import why_slow
+from qpref.policy.foreign_files import check_types, read_by_library, read_object, refuse_other_kinds
+from qpref.policy.model_config import MAX_VOCABULARY
 from qpref.policy.source import BaseFolder
 from qpref.recipe.sections import ModelSection
+
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BIG_TABLES = frozenset({"vocab", "merges", "added_tokens"})
 
 
 def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
@@ -19,10 +26,11 @@ def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
     from transformers import AutoTokenizer
 
     source = model.tokenizer or str(base.path)
-    try:
+    if Path(source).is_dir():
+        _check_files(Path(source))
+    with read_by_library(source, "no tokenizer that transformers can load"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise PolicyError(f"{source}: no tokenizer that transformers can load: {error}") from error
+        tokenizer("a text", add_special_tokens=True)
     if not tokenizer.get_vocab():
         raise PolicyError(
             f"{source}: its tokenizer has no tokens, as without tokenizer.json",
@@ -40,9 +48,43 @@ def stop_tokens(base: BaseFolder) -> list[int]:
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = base.path / name
-        try:
-            value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        except (ValueError, AttributeError) as error:
-            raise PolicyError(f"{path}: not a JSON object: {error}") from None
-        found += value if isinstance(value, list) else [] if value is None else [value]
+        if path.exists():
+            values = read_object(path)
+            check_types(path, values, {"eos_token_id": ("a token id, or a list of them", _are_token_ids)})
+            value = values.get("eos_token_id")
+            found += value if isinstance(value, list) else [] if value is None else [value]
     return found
+
+
+def _are_token_ids(value: object) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < MAX_VOCABULARY for each in ids)
+
+
+def _check_files(folder: Path) -> None:
+    """Check a tokenizer's files before transformers reads them.
+
+    Raises:
+        PolicyError: one is no regular file or no JSON object, or splits text by a pattern that can take for ever.
+    """
+    refuse_other_kinds(folder)
+    for name in JSON_FILES:
+        path = folder / name
+        if path.exists():
+            values = read_object(path)
+            for pattern in _patterns(values):
+                if reason := why_slow(pattern):
+                    raise PolicyError(f"{path}: the pattern {pattern[:60]!r} is refused: {reason}")
+
+
+def _patterns(value: object) -> Iterator[str]:
+    """Yield the regular expressions of a tokenizer.json: each is the text under a key \"Regex\"."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "Regex" and isinstance(inner, str):
+                yield inner
+            elif key not in BIG_TABLES:
+                yield from _patterns(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _patterns(inner)

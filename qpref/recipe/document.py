@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qpref import opening
 from qpref.credentials import keys_with_credentials
 from qpref.errors import RecipeError
 
+MAX_BYTES, MAX_DEPTH = 2**20, 16
+LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}""", re.ASCII)
+ODD_CHARACTERS = re.compile("[\\x00\\ud800-\\udfff]")
+SHOWN = 200
+"""Most characters of an argument that a message repeats."""
 FREE_TO_CHANGE = {
     # Locations; their contents have fingerprints of their own.
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
@@ -35,15 +42,32 @@ def read_document(path: Path) -> dict[str, Any]:
         RecipeError: there is no such file, or it is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return _parsed(opening.read_bytes(path, MAX_BYTES, follow=True).decode("utf-8-sig"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Parse TOML whose keys and values are nested no deeper than a recipe's can be.
+
+    Raises:
+        ValueError: it is no TOML, or it is nested too deeply.
+    """
+    if LONG_KEY.search(text):  # tomllib's time grows with the square of the parts
+        raise ValueError(f"a key of more than {MAX_DEPTH} parts")
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if opening.is_nested(document, MAX_DEPTH):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return document
 
 
 def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -59,8 +83,8 @@ def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dic
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise RecipeError(f"--set {override}: expected table.key=value")
+        if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+            raise RecipeError(f"--set {override[:SHOWN]}: expected table.key=value")
         table: Any = changed
         try:
             for key in keys[:-1]:
@@ -68,15 +92,29 @@ def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dic
             last: Any = int(keys[-1]) if isinstance(table, list) else keys[-1]
             table[last] = _toml_value(text.strip())
         except (TypeError, AttributeError, ValueError, IndexError):
-            raise RecipeError(f"--set {override}: '{path.strip()}' is not a key of this recipe") from None
+            raise RecipeError(
+                f"--set {override[:SHOWN]}: '{path.strip()[:SHOWN]}' is not a key of this recipe"
+            ) from None
     return changed
 
 
-def refuse_credentials(document: Mapping[str, Any], origin: str) -> None:
-    """Refuse a recipe that holds a password or token, which would be stored with the run.
+def refuse_unstorable(document: Mapping[str, Any], origin: str) -> None:
+    """Refuse a recipe that cannot be stored with its run, or shouldn't be.
 
     Raises:
-        RecipeError: it does; the message names the keys.
+        RecipeError: a value is one that TOML can't hold, or a password or token; the message names the keys.
+    """
+    if keys := list(_keys_of_odd_values(document)):
+        found = "a number of more than 64 bits, or a text with a NUL or bytes that aren't UTF-8"
+        raise RecipeError(f"{origin}: {', '.join(keys)}: {found}")
+    refuse_credentials(document, origin)
+
+
+def refuse_credentials(document: Mapping[str, Any], origin: str) -> None:
+    """Refuse values that hold a password or token, which a run would store and messages would repeat.
+
+    Raises:
+        RecipeError: one does; the message names the keys.
     """
     if keys := list(keys_with_credentials(document)):
         raise RecipeError(
@@ -85,10 +123,26 @@ def refuse_credentials(document: Mapping[str, Any], origin: str) -> None:
         )
 
 
+def _keys_of_odd_values(value: object, key: str = "") -> Iterator[str]:
+    if isinstance(value, int):
+        if abs(value) >= 2**63:
+            yield key
+    elif isinstance(value, str):
+        if ODD_CHARACTERS.search(value):
+            yield key
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            path = f"{key}.{name}" if key else str(name)
+            if ODD_CHARACTERS.search(path):
+                yield key or "a key"
+            else:
+                yield from _keys_of_odd_values(inner, path)
+
+
 def _toml_value(text: str) -> object:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parsed(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

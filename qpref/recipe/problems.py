@@ -9,6 +9,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+MAX_SHOWN = 100
+"""Most characters of a value that a message repeats."""
 TABLE_ARM = "{...}"
 """Tag of the arm of a union that is a table, where other arms are single values."""
 
@@ -97,13 +99,18 @@ def _message(detail: Any, keys: Sequence[str], owner: type[BaseModel]) -> str:
     if kind == "missing":
         return "missing" if len(keys) > 1 else "missing; every recipe has it"
     if keys == ["loss"] and kind in ("list_type", "too_short"):
-        return f"expected a table, got {detail['input']!r}"
+        return f"expected a table, got {_shown(detail['input'])}"
     if kind in ("model_type", "dict_type"):
-        return f"expected a table, got {detail['input']!r}"
+        return f"expected a table, got {_shown(detail['input'])}"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
     message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     if kind == "value_error":
         return message
     message = message.replace("a valid integer", "a whole number").replace("a valid ", "a ")
-    return f"expected {message}, got {detail['input']!r}"
+    return f"expected {message}, got {_shown(detail['input'])}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -15,7 +15,7 @@ from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection
-from qpref.recipe.document import fingerprint_of, read_document, refuse_credentials, with_overrides
+from qpref.recipe.document import fingerprint_of, read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
@@ -94,7 +94,7 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
     else:
         origin, folder, document = "recipe", Path.cwd(), dict(recipe)
     document = with_overrides(document, overrides)
-    refuse_credentials(document, origin)
+    refuse_unstorable(document, origin)
     return Resolution(origin, folder, output or Path("runs/run")).resolve(document)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qpref.hooks import PairedLoss
+from qpref.hooks.border import described, is_interrupt
+from qpref.hooks.torch_state import TorchState
 from qpref.hooks.types import Loss
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
 from qpref.testing.examples import Example
@@ -128,10 +130,18 @@ class Built:
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call a plugin's function; any exception breaks the rule."""
+    before = TorchState.now()
     try:
-        return function(*arguments, **named)
-    except (Exception, SystemExit) as error:
-        raise BrokenRule(f"{what} raised {type(error).__name__}: {error}") from error
+        result = function(*arguments, **named)
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+        raise BrokenRule(f"{what} raised {described(error)}") from error
+    finally:
+        changed = before.restore()
+    if changed:
+        raise BrokenRule(f"{what} changed torch's {', '.join(changed)}")
+    return result
 
 
 def declared_needs(record: Loss, options: Any) -> frozenset[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qpref.hooks import PairedLoss, UnpairedLoss
+from qpref.hooks.metric_names import name_problem
 from qpref.hooks.types import Loss, Scope
 from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, declared_needs
 from qpref.testing.examples import Draws, Example, Scores, extreme_completions, extreme_pairs
@@ -273,6 +274,8 @@ def _tensors(metrics: Any) -> dict[str, Tensor]:
     if not isinstance(metrics, Mapping):
         raise BrokenRule(f"returns metrics as {type(metrics).__name__}, not by name")
     for name, value in metrics.items():
+        if problem := name_problem(name):
+            raise BrokenRule(f"returns a metric that {problem}")
         if not isinstance(value, Tensor):
             raise BrokenRule(f"returns the metric {name} as {type(value).__name__}, not a tensor")
     return dict(metrics)

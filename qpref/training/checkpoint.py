@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpref import fsio, opening, publish
-from qpref.errors import CheckpointError
+from qpref import disk_space, fsio, opening, publish
+from qpref.errors import CheckpointError, DiskError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("qpref")
 
 FORMAT = 3
+SPACE_FACTOR = 1.5
+"""Free space to ask for before a save, as a multiple of its size."""
 NAME = re.compile(r"step-(\d{6,})")
 STEMS = frozenset({"adapter", "optimizer", "reference"})
 STATE, MANIFEST = "state.json", "MANIFEST.json"
@@ -44,8 +46,14 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint under `folder`, then drop the oldest beyond `keep`, never the last two nor the best."""
+    """Write a checkpoint under `folder`, then drop the oldest beyond `keep`, never the last two nor the best.
+
+    Raises:
+        DiskError: it couldn't be written, or the disk has no space for it and half as much again, which metrics and
+            the adapter will need; all older checkpoints are still there.
+    """
     final = path_of(folder, checkpoint.step)
+    disk_space.refuse_full(final, int(SPACE_FACTOR * num_bytes(checkpoint)))
     if final.exists():
         fsio.remove_tree(final)
     with publish.staged_folder(final) as staging:
@@ -55,11 +63,23 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         fsio.write_json(staging / STATE, {"format": FORMAT, "step": checkpoint.step} | checkpoint.state)
         files = publish.manifest(staging)
         fsio.write_json(staging / MANIFEST, {"format": FORMAT, "step": checkpoint.step, "files": files})
-    best = checkpoint.state.get("best")
+    _rotate(folder, checkpoint, keep)
+    return final
+
+
+def num_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    return sum(tensor.nbytes for named in checkpoint.tensors.values() for tensor in named.values())
+
+
+def _rotate(folder: Path, newest: Checkpoint, keep: int) -> None:
+    best = newest.state.get("best")
     for old in _folders(folder)[max(2, keep) :]:
         if best is None or old != path_of(folder, best["step"]):
-            fsio.remove_tree(old)
-    return final
+            try:
+                fsio.remove_tree(old)
+            except DiskError as error:  # the newest is saved all the same
+                log.warning("an old checkpoint stays: %s", error.what)
 
 
 def path_of(folder: Path, step: int) -> Path:

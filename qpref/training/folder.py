@@ -7,11 +7,9 @@ following links, and only what a run has written is ever deleted.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpref import fsio, locks, opening, publish, sealed
 from qpref.errors import RecipeError
+from qpref.recipe.document import read_document
 from qpref.training import checkpoint
 
 if TYPE_CHECKING:
@@ -109,15 +108,23 @@ class RunFolder:
         return facts
 
     def document(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Read recipe.lock.toml.
+        """Read recipe.lock.toml; every table that a run needs is in it.
 
         Args:
             facts: run.json.
 
         Raises:
-            RecipeError: it cannot be read, or isn't as training wrote it.
+            RecipeError: it cannot be read, isn't as training wrote it, or isn't the recipe of a run.
         """
-        return self._parsed(self.recipe, facts, tomllib.loads)
+        if changed := self._change(self.recipe, facts):
+            raise RecipeError(changed, WRITE_AGAIN)
+        document = read_document(self.recipe)
+        for table in ("model", "adapter", "data", "train"):
+            if not isinstance(document.get(table), dict):
+                raise RecipeError(f"{self.recipe}: lacks [{table}]: not the recipe of a run")
+        if not isinstance(document.get("loss"), dict | list):
+            raise RecipeError(f"{self.recipe}: lacks [loss]: not the recipe of a run")
+        return document
 
     def recorded(self, document: Mapping[str, Any], facts: Mapping[str, Any]) -> RecordedRun:
         """Collect the records by which the run's data can be read again.
@@ -129,33 +136,32 @@ class RunFolder:
         Raises:
             RecipeError: data.json isn't as training wrote it; without one, all checks are repeated.
         """
-        report = self._parsed(self.data_json, facts, json.loads) if self.data_json.exists() else {}
+        report = {}
+        if self.data_json.exists():
+            if changed := self._change(self.data_json, facts):
+                raise RecipeError(changed, WRITE_AGAIN)
+            try:
+                report = opening.read_object(self.data_json)
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"{self.data_json}: cannot be read: {error}", WRITE_AGAIN) from None
         from qpref.recipe.reopen import RecordedRun  # imports pydantic, which reports do without
 
         return RecordedRun(path=self.path, document=document, facts=facts, report=report)
 
     def changed_record(self, facts: Mapping[str, Any]) -> str | None:
         """Explain which of the records beside run.json is missing or isn't as training wrote it; None if none is."""
-        for path, parse in ((self.recipe, tomllib.loads), (self.data_json, json.loads)):
-            try:
-                self._parsed(path, facts, parse)
-            except RecipeError as error:
-                return error.what
-        return None
+        changes = (self._change(path, facts) for path in (self.recipe, self.data_json))
+        return next((change for change in changes if change), None)
 
-    def _parsed(self, path: Path, facts: Mapping[str, Any], parse: Callable[[str], Any]) -> dict[str, Any]:
-        """Read a file of `RECORDS`, compared with its hash in run.json."""
+    def _change(self, path: Path, facts: Mapping[str, Any]) -> str | None:
+        """Explain how a file of `RECORDS` differs from its hash in run.json; None where it doesn't."""
         try:
             content = opening.read_bytes(path)
-            if hashlib.sha256(content).hexdigest() != facts["files"][path.name]:
-                what = f"{path}: is not as training wrote it; its SHA-256 differs from run.json's"
-                raise RecipeError(what, WRITE_AGAIN)
-            values = parse(content.decode())
-        except (OSError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{path}: cannot be read: {error}", WRITE_AGAIN) from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path}: cannot be read: not a table of values", WRITE_AGAIN)
-        return values
+        except OSError as error:
+            return f"{path}: cannot be read: {error}"
+        if hashlib.sha256(content).hexdigest() == facts["files"][path.name]:
+            return None
+        return f"{path}: is not as training wrote it; its SHA-256 differs from run.json's"
 
     def adapter_manifest(self) -> dict[str, Any] | None:
         """Read the manifest of the adapter from result.json; None where that has none, or is damaged."""

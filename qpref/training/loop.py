@@ -44,7 +44,7 @@ class Trainer:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
         state: counters and averages, changed by every step.
         recorder: writes the metric rows.
-        save: writes a checkpoint of the current state.
+        save: writes a checkpoint of the current state, or puts it off, see `qpref.training.saving`.
         should_stop: True once a signal asked the run to stop; asked between steps.
         heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
     """
@@ -86,6 +86,7 @@ class Trainer:
         Raises:
             NonFiniteError: three steps in a row had no finite gradient.
             RecipeError: held-out rows lack the metric that the best step is chosen by.
+            DiskError: the disk refused two saves in a row, or that of a run that is to stop.
         """
         state, before = self.state, self.state.seconds
         started = time.monotonic()

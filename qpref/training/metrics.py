@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from qpref import fsio, opening
+from qpref.errors import DiskError
+from qpref.hooks.border import described
 from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
+from qpref.training.sink_budget import SinkBudget, SinkWatch
 
 log = logging.getLogger("qpref")
 
@@ -65,6 +69,8 @@ class Averages:
 class Recorder:
     """Writes rows to metrics.jsonl, then hands them to the sinks.
 
+    Rows that the disk refuses stay in memory, and are written with the next one that it takes.
+
     Args:
         path: metrics.jsonl.
         keep: bytes of it to keep; rows that a killed run wrote after its last checkpoint are cut off.
@@ -73,13 +79,16 @@ class Recorder:
 
     def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
         self._lines = fsio.AppendLog(path, keep)
+        self._size = self._lines.size
         self._hash = hashlib.sha256(opening.read_bytes(path, keep))
+        self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
+        self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
 
     @property
     def size(self) -> int:
-        """Bytes of metrics.jsonl."""
-        return self._lines.size
+        """Bytes of the rows in metrics.jsonl."""
+        return self._size
 
     @property
     def sha256(self) -> str:
@@ -89,28 +98,54 @@ class Recorder:
     def write(self, row: MetricRow) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in row.values.items()}
         flat = {"step": row.step, "split": row.split} | values | {"tokens": row.tokens, "seconds": row.seconds}
-        line = json.dumps(flat, allow_nan=False)
-        self._lines.append_line(line)
-        self._hash.update(line.encode() + b"\n")
+        self._unwritten.append(json.dumps(flat, allow_nan=False).encode() + b"\n")
+        try:
+            self.flush()
+        except DiskError as error:
+            if len(self._unwritten) == 1:
+                log.warning("%s; rows stay in memory until they can be written", error.what)
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
 
+    def flush(self) -> None:
+        """Write the rows that the disk has refused so far.
+
+        Raises:
+            DiskError: it refuses them still.
+        """
+        if not self._unwritten:
+            return
+        lines = b"".join(self._unwritten)
+        try:
+            self._lines.cut(self._size)  # of a part of a row that the disk took before it was full
+            self._lines.append(lines)
+        except DiskError:
+            with suppress(DiskError):
+                self._lines.cut(self._size)
+            raise
+        self._size += len(lines)
+        self._hash.update(lines)
+        self._unwritten.clear()
+
     def close(self) -> None:
+        """Close the file, and the sinks; what they say then is logged."""
         deadline = time.monotonic() + CLOSE_SECONDS
         for sink in self._sinks:
             sink.finish()
         for sink in self._sinks:
             sink.join(deadline)
+        self._watch.close()
         self._lines.close()
 
 
 class GuardedSink:
-    """A sink on its own thread; one that raises or hangs is reported once and dropped."""
+    """A sink on its own thread; one that raises, hangs, or computes too much is reported once and dropped."""
 
     def __init__(self, choice: Choice, context: SinkContext) -> None:
         self._name = f"metric sink '{choice.plugin.record.name}' ({choice.plugin.offer})"
         self._rows: queue.Queue[MetricRow | None] = queue.Queue(QUEUE_ROWS)
         self._dropped = False
+        self._budget: SinkBudget | None = None
         self._thread = threading.Thread(target=self._run, args=(choice, context), daemon=True, name=self._name)
         self._thread.start()
 
@@ -137,14 +172,26 @@ class GuardedSink:
             if self._thread.is_alive():
                 self._drop(f"didn't finish within {CLOSE_SECONDS:.0f} s")
 
+    def check_budget(self) -> None:
+        """Drop the sink where it has taken more than its share of the processor, and end what it computes."""
+        budget = self._budget
+        if budget is None or not self._thread.is_alive():
+            return
+        if not self._dropped and (excess := budget.excess()):
+            self._drop(excess)
+        if self._dropped:
+            budget.stop()
+
     def _run(self, choice: Choice, context: SinkContext) -> None:
         try:
+            self._budget = SinkBudget()
             writer: SinkWriter = choice.plugin.record.open(choice.options, context)
+            self._budget.start_writing()
             while (row := self._rows.get()) is not None:
                 writer.write(row)
             writer.close()
         except BaseException as error:  # noqa: BLE001 - the plugin border: not even SystemExit ends the run
-            self._drop(f"raised {type(error).__name__}: {error}")
+            self._drop(f"raised {described(error)}")
 
     def _drop(self, why: str) -> None:
         if not self._dropped:

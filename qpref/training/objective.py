@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from qpref.attention.determinism import needs_nondeterminism
 from qpref.errors import PluginError, RecipeError
-from qpref.hooks.types import PairedLoss
+from qpref.hooks import border
+from qpref.hooks.metric_names import name_problem
+from qpref.hooks.types import PairedLoss, Scope
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
@@ -35,11 +38,12 @@ class LossCaller:
     @classmethod
     def of(cls, choice: Choice) -> LossCaller:
         record = choice.plugin.record
-        try:
+        with _guarded(choice, "build"):
             unknown = record.needs_of(choice.options) - record.may_need
-            function = choice.plugin.record.build(choice.options)
-        except (Exception, SystemExit) as error:
-            raise _broken(choice, f"build raised {type(error).__name__}: {error}") from error
+            scope = record.scope_of(choice.options)
+            function = record.build(choice.options)
+        if scope not in get_args(Scope):
+            raise _broken(choice, f"has the scope {scope!r}, not one of {', '.join(map(repr, get_args(Scope)))}")
         if unknown:
             kind = "pairs" if isinstance(record, PairedLoss) else "single completions"
             raise PluginError(
@@ -54,11 +58,9 @@ class LossCaller:
             PluginError: the plugin raised.
         """
         starts_at = self.choice.plugin.record.starts_at
-        try:
+        with _guarded(self.choice, "starts_at"):
             value = None if starts_at is None else starts_at(self.choice.options)
             return None if value is None else float(value)
-        except (Exception, SystemExit) as error:
-            raise _broken(self.choice, f"starts_at raised {type(error).__name__}: {error}") from error
 
     def __call__(self, inputs: Inputs) -> LossOutput:
         """Compute the loss of each example.
@@ -68,12 +70,8 @@ class LossCaller:
         """
         lengths = inputs.policy.chosen.lengths if isinstance(inputs, PairedInputs) else inputs.policy.lengths
         num_examples = len(lengths)
-        try:
+        with _guarded(self.choice, "", random=True):
             output: LossOutput = self.function(inputs)
-        except (Exception, SystemExit) as error:
-            if is_out_of_memory(error) or needs_nondeterminism(error):
-                raise
-            raise _broken(self.choice, f"raised {type(error).__name__}: {error}") from error
         self._check_output(output, num_examples)
         return output
 
@@ -91,8 +89,22 @@ class LossCaller:
         if not isinstance(output.metrics, Mapping):
             raise _broken(self.choice, f"returned metrics as {type(output.metrics).__name__}, not by name")
         for name, value in output.metrics.items():
+            if problem := name_problem(name):
+                raise _broken(self.choice, f"returned a metric that {problem}")
             if not isinstance(value, Tensor) or value.shape != (num_examples,) or value.requires_grad:
                 raise _broken(self.choice, f"returned the metric {name} not as one detached value an example")
+
+
+def _guarded(choice: Choice, call: str, *, random: bool = False) -> AbstractContextManager[None]:
+    """Guard a call of a loss, or of another function of its record; memory that runs out is the caller's to handle."""
+    what = f"{call} " if call else ""
+    return border.guarded(
+        f"{what and f'{call} of '}loss '{choice.plugin.record.name}' ({choice.plugin.offer})",
+        lambda error: _broken(choice, f"{what}raised {error}"),
+        lambda change: _broken(choice, f"{what}{change}"),
+        passes=lambda error: is_out_of_memory(error) or needs_nondeterminism(error),
+        random=random,
+    )
 
 
 def _broken(choice: Choice, what: str) -> PluginError:

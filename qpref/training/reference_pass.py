@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from qpref import shards
+from qpref import fsio, shards
 from qpref.data.pack import num_fed_tokens, pack
 from qpref.errors import DiskError
 from qpref.memory.tune import shrink_microbatch
@@ -76,7 +76,7 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
             return ReferenceCache.open(folder, uuid.uuid4().hex)
         return ReferenceCache.open(folder, before["run"], before["seen"])
     except DiskError as error:
-        log.warning("the reference is not cached: %s", error.what)
+        fsio.warn_unwritable("the reference is not cached", error)
         return None
 
 

@@ -26,6 +26,7 @@ from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.result import reset_peak, write_result
+from qpref.training.saving import Saver
 from qpref.training.snapshot import Session
 from qpref.training.state import TrainingState
 from qpref.training.stop import stop_request
@@ -45,14 +46,12 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         if resume and _is_complete(plan, folder):
             log.info("%s: this run is complete", folder.path)
             return folder.path
-        checked = load_rows(plan)
-        device = choose_device(plan.recipe.model.device)
-        with (
-            out_of_memory_as("the device ran out of memory", HINT),
-            deterministic(plan.recipe.train.deterministic, device),
-        ):
-            prepared = prepare(plan, checked)
-            _train(prepared, folder, resume)
+        with out_of_memory_as("the device ran out of memory", HINT):
+            checked = load_rows(plan)
+            device = choose_device(plan.recipe.model.device)
+            with deterministic(plan.recipe.train.deterministic, device):
+                prepared = prepare(plan, checked)
+                _train(prepared, folder, resume)
     return plan.output
 
 
@@ -173,11 +172,6 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
     context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
     reset_peak(prepared.policy.device)
-
-    def save() -> None:
-        saved = snapshot.capture(session, recorder)
-        checkpoint.save_checkpoint(folder.checkpoints, saved, plan.recipe.train.keep)
-
     trainer = Trainer(
         train=plan.recipe.train,
         policy=prepared.policy,
@@ -189,11 +183,12 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
         heldout=prepared.heldout,
         state=session.state,
         recorder=recorder,
-        save=save,
+        save=Saver(session, folder, recorder, requested, total).save,
         should_stop=lambda: bool(requested),
     )
     try:
         finished = trainer.run()
+        recorder.flush()
         session.metrics_sha256 = recorder.sha256
         return finished
     finally:
@@ -233,7 +228,8 @@ def _write_adapter(session: Session, folder: RunFolder, first_step: int) -> None
     if bad:
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
     model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
-    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter):
+    num_bytes = sum(value.nbytes for value in prepared.policy.trained_parameters().values())
+    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter, num_bytes):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
         write_result(folder.result, session, first_step, publish.manifest(staging))

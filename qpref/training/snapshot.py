@@ -19,7 +19,7 @@ from qpref.policy.reference import ReferenceStore
 from qpref.training import optim
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder
-from qpref.training.metrics import Averages, Recorder
+from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
 from qpref.training.state import TrainingState
 
@@ -55,8 +55,12 @@ class Session:
         return cls(prepared, optimizer, scaler)
 
 
-def capture(session: Session, recorder: Recorder) -> Checkpoint:
-    """Copy the state of a run after `session.state.step` steps."""
+def capture(session: Session, metrics_bytes: int, metrics_sha256: str) -> Checkpoint:
+    """Copy the state of a run after `session.state.step` steps.
+
+    Args:
+        metrics_bytes, metrics_sha256: length and hash of metrics.jsonl.
+    """
     prepared, state = session.prepared, session.state
     tensors, numbers = optim.optimizer_tensors(session.optimizer)
     state.averages.settle()
@@ -72,8 +76,8 @@ def capture(session: Session, recorder: Recorder) -> Checkpoint:
         "optimizer": numbers,
         "scaler": session.scaler.state_dict(),
         "best": None if state.best is None else state.best.as_state(),
-        "metrics_bytes": recorder.size,
-        "metrics_sha256": recorder.sha256,
+        "metrics_bytes": metrics_bytes,
+        "metrics_sha256": metrics_sha256,
         "run": session.description,
         "fingerprints": prepared.fingerprints,
     }

@@ -15,11 +15,17 @@ from torch import Tensor
 from qpref.data.pack import split_by_tokens
 from qpref.errors import DeviceMemoryError
 from qpref.memory.tune import shrink_microbatch
-from qpref.policy.out_of_memory import attempt, fits
+from qpref.policy.out_of_memory import attempt, fits, out_of_memory_as
 from qpref.records import TokenizedExample
 from qpref.training import optim
 from qpref.training.inputs import Inputs, example_metrics, joined_inputs, joined_mismatched
 from qpref.training.scoring import Scorer
+
+NO_MEMORY_FOR_STATE = (
+    "the device ran out of memory for the optimizer's state",
+    'set [train] optimizer = "adamw_8bit", or lower [adapter] rank; `qpref plan` shows what each saves; continue with '
+    "--resume where checkpoints exist",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +99,8 @@ def apply_gradient(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
         DeviceMemoryError: the state doesn't fit.
     """
     if optimizer.state:
-        scaler.step(optimizer)
+        with out_of_memory_as(*NO_MEMORY_FOR_STATE):
+            scaler.step(optimizer)
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
@@ -104,10 +111,7 @@ def apply_gradient(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
-    raise DeviceMemoryError(
-        "the device ran out of memory for the optimizer's state",
-        'set [train] optimizer = "adamw_8bit", or lower [adapter] rank; `qpref plan` shows what each saves',
-    )
+    raise DeviceMemoryError(*NO_MEMORY_FOR_STATE)
 
 
 def _try_gradient(step: Step, budget: int) -> list[MicroBatchResult] | None:

@@ -19,7 +19,7 @@ def test_the_rows_are_the_same_each_time_and_as_long_as_described(tmp_path):
 
 def test_each_part_reads_every_row(capsys):
     result = measure(30) | {"date": "2026-01-01", "command": "x", "machine": "y"}
-    assert [part["rows"] for part in result["parts"]] == [30] * (len(CHECKS) + 5)
+    assert [part["rows"] for part in result["parts"]] == [30] * (len(CHECKS) + 6)
     assert all(part["cpu_seconds"] > 0 for part in result["parts"])
     assert capsys.readouterr().out.count("rows/s") == len(result["parts"])
     assert table(result).count("\n| ") == len(result["parts"]) + 1

@@ -207,7 +207,7 @@ def test_a_full_disk_is_told_before_the_first_byte(merged, converter, tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1500))
     export(merged, tmp_path / "a.gguf", "--converter", converter())  # 1000 bytes
     done = export(merged, tmp_path / "b.gguf", "--converter", converter(), "--type", "f32", code=8)
-    assert "and 0.0 GiB are free" in done.stderr
+    assert "b.gguf: needs 2.0 KiB, and 1.5 KiB are free\n" in done.stderr
 
 
 # The real converter.

@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qpref.data.check import check_data
 from qpref.data.data_report import NUM_SHOWN, DataReport
@@ -170,6 +171,15 @@ def boom(*arguments):
     raise KeyError("x")
 
 
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def end_of_generator(*arguments):
+    yield from ()
+    raise GeneratorExit
+
+
 def half_read(path):
     yield Row(values=GOOD, source=source(1))
     raise ValueError("no luck")
@@ -177,8 +187,13 @@ def half_read(path):
 
 @pytest.mark.parametrize(
     ("read", "reason"),
-    [(boom, "KeyError: 'x'"), (half_read, "ValueError: no luck")],
-    ids=["at once", "after a row"],
+    [
+        (boom, "KeyError: 'x'"),
+        (half_read, "ValueError: no luck"),
+        (interrupt, "KeyboardInterrupt"),
+        (end_of_generator, "GeneratorExit"),
+    ],
+    ids=["at once", "after a row", "an interrupt", "a generator's exit"],
 )
 def test_a_reader_that_raises_is_named(path, read, reason):
     with pytest.raises(PluginError) as caught:
@@ -207,13 +222,31 @@ def half_check(example, split):
 
 @pytest.mark.parametrize(
     ("check", "reason"),
-    [(boom, "KeyError: 'x'"), (half_check, "ValueError: no luck")],
-    ids=["at once", "after a finding"],
+    [
+        (boom, "KeyError: 'x'"),
+        (half_check, "ValueError: no luck"),
+        (interrupt, "KeyboardInterrupt"),
+        (end_of_generator, "GeneratorExit"),
+    ],
+    ids=["at once", "after a finding", "an interrupt", "a generator's exit"],
 )
 def test_a_validator_that_raises_is_named(path, check, reason):
     with pytest.raises(PluginError) as caught:
         read_rows(path, rows(GOOD), [validator(check)])
     assert str(caught.value) == f"acme 2.0 [check-v] failed: {reason}"
+
+
+def switch_off(*arguments):
+    torch.set_grad_enabled(False)
+    return ()
+
+
+@pytest.mark.parametrize("culprit", ["read-x", "check-v"])
+def test_a_reader_or_validator_that_changes_torchs_settings_is_named(path, culprit):
+    read = reader(switch_off) if culprit == "read-x" else rows(GOOD)
+    with pytest.raises(PluginError, match=r"acme 2\.0 \[" + culprit + r"\].* changed torch's grad mode, which would"):
+        read_rows(path, read, [validator(switch_off)] if culprit == "check-v" else [])
+    assert torch.is_grad_enabled()
 
 
 # What a report stops at.

@@ -1,9 +1,12 @@
 """Who won is said, never guessed: verdicts of every notation, and sources whose verdicts don't fit."""
 
+import csv
 import json
 import math
 
+import pyarrow.parquet
 import pytest
+from checked_rows import check
 from pydantic import ValidationError
 
 from qpref.data.check import check_data
@@ -11,8 +14,7 @@ from qpref.data.contest_formats import BY_NAME, CONTESTS
 from qpref.data.row_formats import records_of_row
 from qpref.data.split import HeldOutShare
 from qpref.errors import DataError
-from qpref.hooks import Reader
-from qpref.hooks.manager import Loaded, Offer
+from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.contest_section import ContestSection
 from qpref.records import Row, Source
@@ -26,16 +28,6 @@ def contest(**keys):
 
 def row(**values):
     return {"prompt": "Why?", "a": "Answer A.", "b": "Answer B."} | values
-
-
-def check(rows, contest=None, **choice):
-    """The report on rows that a recipe with this contest reads."""
-    rows = [Row(values=values, source=Source(path="pairs.x", line=line)) for line, values in enumerate(rows, start=1)]
-    reader = Loaded(Reader(name="x", summary="", read=lambda path: iter(rows), takes="name"),
-                    Offer("read", "x", "acme", "2.0", "acme_x"))  # fmt: skip
-    share, pairs_only = choice.pop("share", None), choice.pop("pairs_only", True)
-    source = SourceChoice(location="pairs.x", split="train", reader=reader, contest=contest, **choice)
-    return check_data([source], [], share=share, pairs_only=pairs_only)
 
 
 def chosen(rows, contest=None, **choice):
@@ -516,3 +508,41 @@ def test_the_first_three_rows_with_a_winner_are_shown_by_their_winner():
 
 def test_rows_with_a_label_of_their_own_show_no_winner():
     assert check([{"prompt": "Why?", "chosen": A, "rejected": B}]).report.facts()["verdicts"] == []
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("labels", "lists"),
+    [
+        ([1, 2, None, 0], LISTS),
+        ([1.0, 2.0, None, 0.0], LISTS),
+        ([True, False, None], {"winner": "label", "first_wins": [True], "second_wins": [False]}),
+        (
+            ["Left", "right", None, "tie"],
+            {"winner": "label", "first_wins": ["left"], "second_wins": ["right"], "tie": ["tie"]},
+        ),
+        (
+            [-3, 2, None, 0],
+            {"winner": "label", "first_wins": [{"below": 0}], "second_wins": [{"above": 0}], "tie": [0]},
+        ),
+    ],
+    ids=str,
+)
+def test_verdicts_are_the_same_from_every_reader(tmp_path, labels, lists):
+    rows = [row(label=label) for label in labels]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for suffix in ("jsonl", "parquet", "csv"):
+        reader = PluginHost().load(READER, suffix)
+        path = str(tmp_path / f"x.{suffix}")
+        choice = SourceChoice(location=path, split="train", reader=reader, contest=contest(**lists))
+        checked = check_data([choice], [])
+        codes = [finding.code for finding in checked.report.findings]
+        assert [pair.chosen[0].content for pair in checked.train.rows()] == [A, B], suffix
+        assert codes == ["not_a_pair", "tied"][: len(labels) - 2], suffix

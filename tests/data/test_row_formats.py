@@ -891,3 +891,35 @@ def test_tied_best_responses_are_each_given_once():
 def test_the_one_pair_of_a_row_is_two_single_completions_even_if_they_are_the_same():
     (pair,) = ranked_pairs("same", "same")
     assert [(one.completion, one.label) for one in singles_of([pair])] == [(pair.chosen, True), (pair.rejected, False)]
+
+
+WHOLE_TURNS = [turn("user", "Why?"), turn("assistant", "Because.")]
+BLANKS = {
+    "a prompt, beside whole conversations": (
+        {"chosen": WHOLE_TURNS, "rejected": [WHOLE_TURNS[0], turn("assistant", "No idea.")]}, ("prompt",)
+    ),
+    "a prompt, beside a question": ({"question": "Why?", "chosen": "a", "rejected": "b"}, ("prompt", "messages")),
+    "the sides, beside a completion": (
+        {"prompt": "Why?", "completion": "a", "label": True}, ("chosen", "rejected", "kto_tag")
+    ),
+    "a label of two": ({"messages": WHOLE_TURNS, "kto_tag": False}, ("label", "completion")),
+    "conversations, beside whole ones": (
+        {"chosen": WHOLE_TURNS, "rejected": [WHOLE_TURNS[0], turn("assistant", "No.")]}, ("conversations", "input")
+    ),
+    "the sides, beside ranked ones": ({"prompt": "Why?", "ranked": ["a", "b"]}, ("chosen", "rejected", "responses")),
+    "an instruction": ({"input": "Why?", "chosen": "a", "rejected": "b"}, ("instruction",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("blank", [None, "", []], ids=repr)
+@pytest.mark.parametrize(("values", "names"), BLANKS.values(), ids=BLANKS)
+def test_a_blank_column_is_one_that_the_row_lacks(values, names, blank):
+    expected = records_of_row(Row(values=values, source=SOURCE))
+    assert not isinstance(expected, Finding), expected
+    for lacking in (names, *((name,) for name in names)):
+        assert records_of_row(Row(values=dict.fromkeys(lacking, blank) | values, source=SOURCE)) == expected
+
+
+def test_a_row_that_lacks_something_says_what_is_empty():
+    for name in ("prompt", "chosen", "rejected"):
+        assert refusal(TEXTS | {name: ""})[0] == "empty"

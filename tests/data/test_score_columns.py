@@ -1,7 +1,7 @@
 """Columns that testify about the label: scores, ranks, differences and verdicts that say otherwise are warned of."""
 
 import pytest
-from test_contest import check
+from checked_rows import check
 
 from qpref.recipe.contest_section import ContestSection
 

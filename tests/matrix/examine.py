@@ -40,9 +40,10 @@ class Row:
     Attributes:
         trains: "yes" where training starts at ln 2 and the held-out log-probabilities are the oracle's.
         shared: "yes" where each prompt is computed once, else "no".
-        experts: "none", "4-bit" or "16-bit".
+        experts: "none", "4-bit" or "16-bit"; "4-bit, LoRA" with adapters on them.
         adapter: "yes" where plain PEFT loads it onto the class in config.json, with the trained log-probabilities.
-        merge: "yes" where the merged folder gives them in plain transformers and holds every tensor of the base.
+        merge: "yes" where the merged folder gives them in plain transformers and holds every tensor of the base; "no"
+            where training says at its start that the adapter can't be merged.
         bf16: mean error of a token's log-probability in bf16, in nats, by qpref and by plain transformers.
         refusal: the words of a refusal before training.
     """
@@ -62,7 +63,8 @@ class Row:
         if self.refusal:
             return ""
         columns = {name: getattr(self, name) for name in ("trains", "adapter", "merge")}
-        return "; ".join(f"{name}: {value}" for name, value in columns.items() if value != "yes")
+        right = {("trains", "yes"), ("adapter", "yes"), ("merge", "yes"), ("merge", "no")}
+        return "; ".join(f"{name}: {value}" for name, value in columns.items() if (name, value) not in right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ def examine(name: str, model: TinyModel, folder: Path) -> Row:
     row = Row(name)
     place = Place(folder, preference_rows(3, start=100), make_tokenizer())
     write_base(model, place.base)
-    write_recipe(place)
+    adapts_experts = has_fused_experts(place.base)
+    write_recipe(place, adapts_experts)
     code, output = qpref("train", place.recipe, "--output", place.run)
     output = output.replace(f"{place.base}: ", "").replace(f"{place.folder}/", "")
     if code:
@@ -110,8 +113,11 @@ def examine(name: str, model: TinyModel, folder: Path) -> Row:
     rounded = _compare_before(row, place, auto, steps[0]["loss"], heldout[0])
     if row.trains == "yes" and row.experts == "16-bit" and not re.search(r"expert[^.]{0,90}(16|32)[- ]?bit", output):
         row.trains = "the log doesn't say that its experts aren't in 4 bits"
+    row.experts += ", LoRA" if adapts_experts else ""
     _compare_adapter(row, place, named, rounded, heldout[-1])
     _compare_merge(row, place, dict.fromkeys((named, auto)), heldout[-1])
+    if "qpref merge can't merge this adapter" in output and row.merge.startswith("(11) error: "):
+        row.merge = "no"
     row.bf16 = _bf16_errors(row, place, auto, rounded)
     return row
 
@@ -128,14 +134,27 @@ def write_base(model: TinyModel, folder: Path) -> None:
     save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_recipe(place: Place) -> None:
+def has_fused_experts(base: Path) -> bool:
+    """Tell whether adapters go on experts too: where qpref says that they can."""
+    from qpref.errors import PolicyError
+    from qpref.policy.architecture import empty_model
+    from qpref.policy.experts_lora import adaptable_experts
+    from qpref.policy.pretrained import read_config
+
+    try:
+        return bool(adaptable_experts(empty_model(read_config(base), base)))
+    except (PolicyError, AttributeError):  # it has none, or isn't a decoder of text, which training says
+        return False
+
+
+def write_recipe(place: Place, adapts_experts: bool) -> None:
     """Write the data and the recipe of two steps."""
     train = write_jsonl(place.folder / "train.jsonl", preference_rows(8))
     heldout = write_jsonl(place.folder / "heldout.jsonl", list(place.heldout))
     place.recipe.write_text(f"""
 sinks = []
 model = {{ base = "{place.base}", quantization = "nf4", dtype = "float32" }}
-adapter = {{ rank = 4, alpha = 8 }}
+adapter = {{ rank = 4, alpha = 8, experts = {str(adapts_experts).lower()} }}
 data = {{ train = "{train}", heldout = "{heldout}", max_length = 256, max_prompt_length = 128 }}
 checks = {{ too_short = "off" }}
 loss = {{ name = "dpo", beta = 0.1 }}

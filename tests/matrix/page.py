@@ -22,10 +22,12 @@ computed without qpref: bitsandbytes' 4-bit layers in transformers' own model, o
 - **trains**: the first loss is ln 2, and the held-out log-probabilities before training are transformers' own, to
   {nats} nats a response.
 - **prompt once**: each prompt is computed once a pair, not once for each response.
-- **experts**: their frozen weights in memory, `4-bit` or `16-bit` (in the base's dtype); `none`: it has no experts.
+- **experts**: their frozen weights in memory, `4-bit` or `16-bit` (in the base's dtype), and `LoRA` where they were
+  adapted too (`[adapter] experts = true`); `none`: it has no experts.
 - **adapter elsewhere**: plain PEFT loads `adapter/` onto the class that the base's config.json names, and gives the
   trained log-probabilities.
-- **merge exact**: the merged folder gives them too, by plain `from_pretrained`, and no tensor of the base is missing.
+- **merge exact**: the merged folder gives them too, by plain `from_pretrained`, and no tensor of the base is missing;
+  `no`: training says at its start that this adapter can't be merged.
 - **bf16**: mean error of a token's log-probability in bf16 against float32, in nats: qpref's, and
   (plain transformers').
 

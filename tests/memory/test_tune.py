@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -297,6 +298,23 @@ def test_a_loss_that_runs_out_of_memory_is_no_broken_plugin(error, make_trainer)
     assert short.state.budget == BUDGET // 2
 
 
+def test_a_loss_that_ran_out_of_memory_leaves_no_graph_behind(make_trainer):
+    trainer = make_trainer()
+    caller, held = trainer.objective.callers[0], []
+
+    def function(inputs: Any) -> Any:
+        if not held:
+            losses = caller.function(inputs).losses
+            held.append(weakref.ref(losses))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None, "the failed try's graph is still in memory"
+        return caller.function(inputs)
+
+    trainer.objective = replace(trainer.objective, callers=(replace(caller, function=function),))
+    gradients(trainer)
+    assert trainer.state.budget == BUDGET // 2
+
+
 # The optimizer's first step.
 
 
@@ -339,6 +357,14 @@ def test_an_optimizer_whose_state_does_not_fit_is_an_error_that_says_so(make_tra
         trainer.step()
     assert calls == ["step", "step"]
     assert "adamw_8bit" in caught.value.hint
+
+
+def test_a_later_optimizer_step_that_runs_out_of_memory_is_an_error_that_says_so(make_trainer):
+    trainer = make_trainer()
+    trainer.step()
+    out_of_memory_halfway(trainer, 9)
+    with pytest.raises(DeviceMemoryError, match="for the optimizer's state"):
+        trainer.step()
 
 
 # Held-out rows.
@@ -459,6 +485,26 @@ def dying_after_step_2() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", save)
         yield patch
+
+
+AT_ANY_STEP = [
+    *((phase, step) for phase in ("scoring", "forward", "backward") for step in range(24)),
+    *(("reference", step) for step in range(3)),  # scored in the first epoch alone
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("phase", "step"), AT_ANY_STEP)
+def test_a_run_that_ran_out_of_memory_at_any_step_is_the_run_that_did_not(phase, step, train):
+    settings = {"epochs": 8, "log_every": 8, "eval_every": 1, "save_every": 24}
+    plain, fits = rows_of(train("plain", always, **settings)), ShortOnce(step, phase)
+    short = rows_of(train("short", fits, **settings))
+    assert fits.refused == 1
+    exact = ("step", "split", "tokens", "learning_rate")
+    assert [[row.get(name) for name in exact] for row in short] == [[row.get(name) for name in exact] for row in plain]
+    for found, wanted in zip(short, plain, strict=True):
+        assert found.pop("split") == wanted.pop("split")
+        assert found == pytest.approx(wanted, rel=1e-2, abs=1e-3)
 
 
 def test_a_smaller_budget_is_remembered_over_a_resume(train, dying_after_step_2, monkeypatch):

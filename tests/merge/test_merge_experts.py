@@ -32,7 +32,7 @@ ADAPTED = {"adapter.experts": True, "train.learning_rate": 5e-3}
 
 @pytest.mark.parametrize(
     ("kind", "quantization"),
-    [("mixtral", "nf4"), ("mixtral", "none"), ("qwen3_moe", "nf4"), ("gpt_oss", "nf4"), ("nemotron_h", "none")],
+    [("mixtral", "nf4"), ("qwen3_moe", "none"), ("gpt_oss", "nf4")],
 )
 def test_what_experts_have_learned_is_merged_into_the_files_own_layout(kind, quantization, trained_run, tmp_path):
     base = TinyModel(model_type=kind).write(tmp_path / "base")

@@ -140,9 +140,9 @@ def test_identical_texts_are_reported_once():
     ("num_chosen", "num_rejected", "sides"),
     [
         (50, 20, []),
-        (49, 20, ["chosen under 50 in 1"]),
-        (50, 19, ["rejected under 20 in 1"]),
-        (1, 2, ["chosen under 50 in 1, rejected under 20 in 1"]),
+        (49, 20, ["chosen under 50 characters in 1"]),
+        (50, 19, ["rejected under 20 characters in 1"]),
+        (1, 2, ["chosen under 50 characters in 1, rejected under 20 characters in 1"]),
     ],
 )
 def test_a_response_under_its_length_is_warned_of(num_chosen, num_rejected, sides):
@@ -150,7 +150,7 @@ def test_a_response_under_its_length_is_warned_of(num_chosen, num_rejected, side
         (
             "too_short",
             "warning",
-            f"1 of 1 training row (100.0%) have a short response (characters of {side}), at line 1",
+            f"1 of 1 training row (100.0%) have a short response ({side}), at line 1",
         )
         for side in sides
     ]
@@ -160,12 +160,13 @@ def test_short_responses_are_one_warning_for_each_source_and_split():
     pairs = [pair("Gas." if line % 4 else LONG, OTHER if line % 3 else "No.", line) for line in range(1, 25)]
     elsewhere = [check_cases.pair("Why?", "Gas.", OTHER, 8, "other.jsonl")] * 3  # a ranking: one row
     told = [(str(one.source), one.message) for one in findings(check_pairs, pairs + elsewhere, pairs[:1])]
-    short = "have a short response (characters of chosen under 50 in"
+    short = "have a short response (chosen under 50 characters in"
     assert told == [
         ("pairs.jsonl", f"1 of 1 held-out row (100.0%) {short} 1), at line 1"),
         (
             "pairs.jsonl",
-            f"20 of 24 training rows (83.3%) {short} 18, rejected under 20 in 8), first at lines 1, 2, 3, 5, 6",
+            f"20 of 24 training rows (83.3%) {short} 18, rejected under 20 characters in 8), first at "
+            "lines 1, 2, 3, 5, 6",
         ),
         ("other.jsonl", f"1 of 1 training row (100.0%) {short} 1), at line 8"),
     ]
@@ -186,7 +187,7 @@ def test_space_around_a_response_does_not_lengthen_it():
 
 def test_the_lengths_are_the_recipes():
     ((_, _, message),) = found("c", "rr", min_chosen_characters=1, min_rejected_characters=3)
-    assert "rejected under 3 in 1" in message
+    assert "rejected under 3 characters in 1" in message
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Statistics of a data set are those of the rows that training uses: refused rows are in none of them."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from qpref.data.check import check_data
@@ -21,20 +24,22 @@ def ours():
     return [Choice(one, one.record.options()) for one in loaded]
 
 
+def write(tmp_path, rows, split="train"):
+    """A source of a split, whose reader yields the rows."""
+    path = tmp_path / f"{split}.x"
+    path.touch()
+    made = [Row(values=row, source=Source(path=str(path), line=line)) for line, row in enumerate(rows, 1)]
+    plugin = Loaded(Reader(name="x", summary="", read=lambda _: iter(made)), Offer("read", "x", "a", "1", "a"))
+    return SourceChoice(location=str(path), split=split, reader=plugin)
+
+
 @pytest.fixture
 def findings(tmp_path, ours):
     """The report of all built-in checks, in the worst order: those of whole sources first."""
 
     def of(train, heldout=(), more=()):
-        def choice(split, rows):
-            path = tmp_path / f"{split}.x"
-            path.touch()
-            made = [Row(values=row, source=Source(path=str(path), line=line)) for line, row in enumerate(rows, 1)]
-            plugin = Loaded(Reader(name="x", summary="", read=lambda _: iter(made)), Offer("read", "x", "a", "1", "a"))
-            return SourceChoice(location=str(path), split=split, reader=plugin)
-
-        sources = [choice("heldout", heldout)] if heldout else []
-        return check_data([*sources, choice("train", train)], [*more, *ours]).report
+        sources = [write(tmp_path, heldout, "heldout")] if heldout else []
+        return check_data([*sources, write(tmp_path, train)], [*more, *ours]).report
 
     return of
 
@@ -84,6 +89,33 @@ def test_a_ranking_is_refused_as_a_whole(findings):
     report = findings([ranked] * 30)
     assert report.refused == 30
     assert {one.code for one in report.findings} == {"identical"}
+
+
+def as_errors(checks, **severities):
+    return [
+        replace(check, options=check.plugin.record.options(**severities.get(check.plugin.record.name, {})))
+        for check in checks
+    ]
+
+
+def test_rows_that_are_refused_at_the_end_are_no_ties_either(ours, tmp_path):
+    # 30 rows repeat the first, whose responses are of one length; duplicates are found after all rows.
+    tie = {"prompt": "Why?", "chosen": LONG.format("one"), "rejected": LONG.format("two")}
+    path = write(tmp_path, [tie] * 31 + [different(line) for line in range(25)])
+    checks = as_errors(ours, duplicates={"duplicate": "error"})
+    report = check_data([path], checks).report
+    assert report.refused == 30
+    (message,) = messages(report, "length_bias")
+    assert message.startswith("chosen is the longer one in 25 of 25 pairs, without 1 ties")
+    assert messages(report, "few_prompts") == messages(report, "leaked_prompt") == []
+
+
+def test_what_refuses_rows_at_the_end_is_reported_once(ours, tmp_path):
+    checks = as_errors(ours, duplicates={"duplicate": "error"}, leakage={"leaked_prompt": "error"})
+    sources = [write(tmp_path, [different(1)] * 3, "heldout"), write(tmp_path, [different(1) | {"chosen": SAME}] * 2)]
+    report = check_data(sources, checks).report
+    codes = Counter(one.code for one in report.findings if one.severity == "error")
+    assert codes == {"duplicate": 3, "leaked_prompt": 2}
 
 
 class Watch:

@@ -7,7 +7,7 @@ import pytest
 
 from qpref.records import Message
 from qpref_plugins import check_text
-from qpref_plugins.check_text.template_tokens import FAMILIES, FAMILY_OF, marking_token
+from qpref_plugins.check_text.template_tokens import FAMILIES, FAMILY_OF, find_token
 from tests.plugins.check_cases import findings, lines, pair, reported, severities, single
 
 ASK = "How do I keep a cut loaf from going stale?"
@@ -23,7 +23,9 @@ def told(*rows, **options):
 def families(prompt, chosen=GOOD, rejected=BAD):
     """The families and labels that one row is formatted with."""
     found = told(pair(prompt, chosen, rejected))
-    return sorted(message.split(", for ")[-1].split(", at")[0] if ", for " in message else message for message in found)
+    return sorted(
+        message.split(", with ")[-1].split(", at")[0] if ", with " in message else message for message in found
+    )
 
 
 FORMATTED = {
@@ -45,6 +47,12 @@ FORMATTED = {
     "EXAONE ([|system|])": (f"[|user|]{ASK}\n[|assistant|]", f"{GOOD}[|endofturn|]"),
     "Hunyuan (<|hy_User|>)": (f"<|hy_User|>{ASK}<|hy_Assistant|>", GOOD),
     "OpenAssistant (<|prompter|>)": (f"<|prompter|>{ASK}<|endoftext|>", GOOD),
+    "OpenChat (<|end_of_turn|>)": (f"GPT4 Correct User: {ASK}<|end_of_turn|>GPT4 Correct Assistant:", GOOD),
+    "OpenChatKit (<human>:)": (f"<human>: {ASK}\n<bot>:", GOOD),
+    "StableLM (<|USER|>)": (f"<|USER|>{ASK}<|ASSISTANT|>", GOOD),
+    "InternLM (<eoh>)": (f"{ASK}<eoh>", f"{GOOD}<eoa>"),
+    "Apertus (<|user_start|>)": (f"<|user_start|>{ASK}<|user_end|><|assistant_start|>", f"{GOOD}<|assistant_end|>"),
+    "MiniMax (]~b])": (f"]~b]user\n{ASK}[e~[\n]~b]ai\n", f"{GOOD}[e~["),
     "an end-of-sequence token (</s>)": (ASK, f"{GOOD}</s>"),
     "Alpaca (### Instruction:)": (f"### Instruction:\n{ASK}\n\n### Response:\n", GOOD),
     "### Human:": (f"### Human: {ASK}\n### Assistant: In cloth.\n### Human: Why?", GOOD),
@@ -73,10 +81,29 @@ def test_every_family_of_tokens_has_a_case():
 
 
 @pytest.mark.parametrize("token", FAMILY_OF)
-def test_every_token_marks_a_turn_at_either_end_of_a_text(token):
-    assert marking_token(f"{GOOD}{token}\n") == token
-    assert marking_token(f"{token}{GOOD}") == token
-    assert marking_token(f"{GOOD}\n{token}{GOOD}") == token
+def test_every_token_is_found_by_its_place(token):
+    assert find_token(f"{GOOD}{token}\n") == (token, "end")
+    assert find_token(f" {token}{GOOD}") == (token, "start")
+    assert find_token(f"{GOOD}\n{token}{GOOD}") == (token, "line")
+    assert find_token(f"{GOOD} {token} {GOOD}") == (token, "inside")
+    assert find_token(f"{GOOD} '{token}' and `{token}` {GOOD}") is None
+
+
+def test_a_token_inside_a_response_counts_unless_the_texts_are_about_it():
+    inside = "Wrap the loaf <|eot_id|> in a cotton cloth."
+    assert families(ASK, inside) == ["Llama 3 (<|begin_of_text|>)"]
+    assert told(pair(inside, GOOD, BAD), pair("What does <|eot_id|> mean?", inside, BAD)) == []
+    assert told(pair(ASK, f"{inside} It is a special token.", BAD)) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [f"System: Be brief.\nUser: {ASK}\nAssistant:", f"user: {ASK}\nassistant:", f"**User:** {ASK}\n**Assistant:**",
+     f"USER: {ASK}\nASSISTANT: Cloth.\nUSER: Why?"],
+    ids=repr,
+)  # fmt: skip
+def test_labels_may_follow_a_system_turn_in_any_case(prompt):
+    assert len(told(pair(prompt, GOOD, BAD))) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,9 +127,9 @@ def test_a_marker_in_any_turn_of_the_prompt_counts(role, content):
 def test_a_warning_counts_the_rows_of_a_source_and_names_the_first():
     rows = [pair(*FORMATTED["ChatML (<|im_start|>)"], BAD, line) for line in range(1, 8)] + [pair(ASK, GOOD, BAD, 8)]
     assert told(*rows) == [
-        "7 of 8 training rows (87.5%) have a text that is formatted already, for ChatML (<|im_start|>), first at lines "
-        "1, 2, 3, 4, 5. The model's own chat template comes around it: remove the markers, and write several turns as "
-        "messages"
+        "7 of 8 training rows (87.5%) have a text that is formatted already, with ChatML (<|im_start|>), first at "
+        "lines 1, 2, 3, 4, 5. The model's own chat template comes around it: remove the markers, and write several "
+        "turns as messages"
     ]
     assert {one.source.line for one in findings(check_text, rows)} == {0}
 
@@ -115,7 +142,8 @@ def test_a_warning_counts_the_rows_of_a_source_and_names_the_first():
         (f"{GOOD}\n\nUser: And why?\n\nAssistant: It dries.", "User:"),
         (f"{GOOD}\nUSER: And why?\nASSISTANT: It dries.", "USER:"),
         (f"Assistant: {GOOD}\nUser: And why?\nAssistant: It dries.", "User:"),
-        (f"Note: {GOOD}"[6:] + "\n\nНапример.\n\nПользователь: Ещё?\nАссистент: Да.", "Пользователь:"),
+        (f"{GOOD}\n\nuser: And why?\nassistant: It dries.", "user:"),
+        ("Заверните.\n\nНапример.\n\nПользователь: Ещё?\nАссистент: Да.", "Пользователь:"),
         ("先把面包包好。\n\n用户：还有呢？\n\n助手：没有了。", "用户:"),
     ],
 )
@@ -148,10 +176,13 @@ HONEST = {
     "chromosomes": "The numbers differ.\n\nHuman: 46\n\nDog: 78\n\nFern: 1260",
     "alone": "The numbers differ.\nHuman: 46",
     "parts": "Three parts matter.\n\nUser: clicks\nModel: stores\nView: shows",
+    "settings": "Write this:\nuser: root\nmodel: small",
+    "keys": "It is short.\n\nuser: root\nai: off",
+    "interval": "It lies in ]0, 1] or [e, b[.",
     "login": "Use these.\n\nUser: admin\nPassword: bread",
     "code": "Run it:\n```\n<|im_start|>user\nHi<|im_end|>\nUser: a\nAssistant: b\n### Instruction:\n```",
     "inline code": "A turn starts with `<|im_start|>` and ends with `<|im_end|>`",
-    "sentence": "A turn starts with <|im_start|>, a role and a line break, and <|im_end|> closes it.",
+    "sentence": "In its template, a turn starts with <|im_start|>, and then <|im_end|> closes it.",
     "definitions": "The tokens:\n<|im_start|>: starts a turn\n<|im_end|> - ends one.\n[INST] = instruction",
     "string": 'prompt = "<|im_start|>user"\nstop = ["</s>", "<|im_end|>"]',
     "closed interval": "It is in [INSTANT, END] and <start_of_day>.",

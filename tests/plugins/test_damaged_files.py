@@ -377,6 +377,13 @@ def test_a_bad_line_is_told_its_cause(tmp_path, case):
     assert message in str(rows[2])
 
 
+@pytest.mark.parametrize("bad", [r'{"a": "\alpha"}', '{"a": "x', '{"a": "\t"}', '{"a": 1}{"a": 2}', '{"a": 1}]'])
+def test_a_fault_that_each_line_has_for_itself_refuses_no_file(tmp_path, bad):
+    rows, _ = read(written(tmp_path, f"{bad}\n" * 9 + LINES), "jsonl")
+    assert rows[9:] == ROWS
+    assert all("not JSON" in str(row) for row in rows[:9])
+
+
 def test_a_file_cut_anywhere_in_its_last_row_says_so(tmp_path):
     row = '{"a": [true, null, -1.5, "x\\u00e9\\n"]}'
     for length in range(1, len(row)):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrix.cases import tiny_model
 from tiny_models import TinyModel
 from torch import nn
 
 from qpref.errors import PolicyError
 from qpref.policy.architecture import layers_after_decoder
+from qpref.policy.experts_lora import adaptable_experts
 from qpref.policy.targets import is_linear, peft_target_modules, target_layers
 
 
@@ -35,6 +37,28 @@ def test_layers_that_peft_cannot_adapt_are_refused_with_those_that_it_can():
     model = TinyModel(model_type="dots1").make()
     with pytest.raises(PolicyError, match=r"names down_proj in a dots1 model; it can adapt k_proj, lm_head, o_proj, q"):
         target_layers(model, ["q_proj", "down_proj"])
+
+
+def test_layers_that_peft_would_load_under_other_names_are_left_out(said):
+    model = TinyModel(model_type="laguna").make()
+    found = target_layers(model, "all-linear")
+    assert "model.layers.0.mlp.gate_proj" in found
+    assert not any("shared_experts" in name for name in found)
+    names = "shared_experts.down_proj, shared_experts.gate_proj, shared_experts.up_proj"
+    assert f"PEFT would load adapters on {names} under other names in a laguna model; they stay as they are" in said
+
+
+def test_layers_that_peft_would_load_under_other_names_are_refused_where_they_are_named():
+    model = TinyModel(model_type="laguna").make()
+    with pytest.raises(PolicyError, match=r"targets: PEFT would load adapters on shared_experts.up_proj under other n"):
+        target_layers(model, ["q_proj", "up_proj"])
+    assert target_layers(model, ["layers.0.mlp.up_proj"]) == {"model.layers.0.mlp.up_proj"}
+
+
+def test_experts_that_peft_would_load_under_other_names_are_refused():
+    assert len(adaptable_experts(TinyModel(model_type="laguna").make())) == 2
+    with pytest.raises(PolicyError, match=r"experts: PEFT would load adapters on mlp.experts under other names in a m"):
+        adaptable_experts(tiny_model("mistral_large4").make())
 
 
 def test_the_output_of_a_state_space_layer_is_left_out_where_peft_refuses_it():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import tomli_w
 
@@ -52,6 +56,13 @@ def test_a_contest_survives_the_lock_file(tmp_path, keys):
     again = make_plan(lock)
     assert again.document == plan.document
     assert again.sources[0].contest == plan.sources[0].contest
+
+
+def test_the_contest_of_the_documentation_is_one():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    (block,) = [block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "[data.contest]" in block]
+    (source,) = make_plan(recipe() | tomllib.loads(block)).sources
+    assert (source.contest.first_wins, source.contest.second_wins, source.contest.tie) == ([1], [2], [0])
 
 
 def test_a_contest_is_free_to_change_as_other_mappings_are():

@@ -276,7 +276,7 @@ def test_a_missing_recipe_is_named(tmp_path):
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError) as caught:
         make_plan(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: cannot be read: Is a directory"
+    assert str(caught.value) == f"{tmp_path}: cannot be read: it is a folder, not a regular file"
 
 
 @pytest.mark.parametrize(

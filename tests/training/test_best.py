@@ -152,7 +152,7 @@ def test_a_run_that_was_killed_once_its_patience_was_out_trains_no_further(make_
     recipe = make_toy(patience=2, **SMALLEST)
     unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken"))
 
-    def die(prepared, folder):
+    def die(*parts):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:

@@ -43,6 +43,25 @@ def qpref_losses():
 BROKEN = {
     "raises": ("raise RuntimeError('no luck')", "raised RuntimeError: no luck"),
     "exits": ("sys.exit(0)", "raised SystemExit: 0"),
+    "ends the process": ("import os; os._exit(0)", "raised SystemExit: os._exit(0)"),
+    "raises an interrupt": ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
+    "raises a generator's exit": ("raise GeneratorExit", "raised GeneratorExit"),
+    "recurses": (
+        "return inputs and odd(inputs)",
+        "raised RecursionError: maximum recursion depth exceeded",
+    ),
+    "switches gradients off": (
+        "torch.set_grad_enabled(False); return LossOutput(losses=losses, metrics={})",
+        "changed torch's grad mode, which would change the whole run",
+    ),
+    "draws random numbers": (
+        "return LossOutput(losses=losses + torch.rand(2), metrics={})",
+        "changed torch's random number state, which would change the whole run",
+    ),
+    "takes a name of the core's": (
+        "return LossOutput(losses=losses, metrics={'loss': losses.detach()})",
+        "returned a metric that is called 'loss', a name of the core's own",
+    ),
     "returns a tensor": ("return losses", "returned Tensor, not LossOutput"),
     "returns nothing": ("return None", "returned NoneType, not LossOutput"),
     "returns a mean": (
@@ -111,15 +130,22 @@ def test_broken_loss_ends_the_run_by_name_distribution_and_version(odd_recipe, i
     install_loss(body)
     with pytest.raises(PluginError) as stopped:
         qpref.train(odd_recipe, output=tmp_path / "run")
-    assert stopped.value.what == f"loss 'odd' (acme-odd 2.0 [loss-odd]) {complaint}"
+    assert stopped.value.what.startswith(f"loss 'odd' (acme-odd 2.0 [loss-odd]) {complaint}")
+    assert stopped.value.exit_code == 6
 
 
-@pytest.mark.parametrize("fault", ["raise KeyError('beta')", "sys.exit(3)"])
+@pytest.mark.parametrize("fault", ["raise KeyError('beta')", "sys.exit(3)", "raise KeyboardInterrupt"])
 def test_loss_whose_build_fails_ends_the_run_before_it_begins(odd_recipe, install_loss, tmp_path, fault):
     install_loss("return LossOutput(losses=losses, metrics={})", build=fault)
     with pytest.raises(PluginError, match=r"loss 'odd' \(acme-odd 2\.0 \[loss-odd\]\) build raised"):
         qpref.train(odd_recipe, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_loss_of_an_unknown_scope_is_refused_by_name(odd_recipe, install_loss, tmp_path):
+    install_loss("return LossOutput(losses=losses, metrics={})", needs="), scope=('batch'")
+    with pytest.raises(PluginError, match=r"has the scope 'batch', not one of 'example', 'mismatched', 'step'"):
+        qpref.train(odd_recipe, output=tmp_path / "run")
 
 
 def test_loss_that_needs_the_unknown_is_refused_by_name(odd_recipe, install_loss, tmp_path):

@@ -100,9 +100,9 @@ class CheckPairs:
             either = counts.pop("either")
             minima = {"chosen": options.min_chosen_characters, "rejected": options.min_rejected_characters}
             sides = ", ".join(
-                f"{side} under {minima[side]} in {counts[side].count}" for side in minima if side in counts
+                f"{side} under {minima[side]} characters in {counts[side].count}" for side in minima if side in counts
             )
-            message = f"{either.share} have a short response (characters of {sides}), {either.lines}"
+            message = f"{either.share} have a short response ({sides}), {either.lines}"
             yield from report("warn", "too_short", message, either.source)
 
     def _of_lengths(self, chosen: str, rejected: str, source: Source, split: Split) -> tuple[Finding, ...]:

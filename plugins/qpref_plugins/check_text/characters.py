@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
-_PLAIN = bytes(code for code in range(127) if code >= 32 or code in b"\t\n\r\f\v")
-"""ASCII characters that no test of characters looks for."""
+from qpref.hooks.characters import odd_characters
+
 # The bytes 0x80 to 0xbf, which follow the first of each character in UTF-8, as Latin-1 and Windows-1252 show them.
 _NEXT = (
     "[\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039\u0152\u017d\u2018\u2019\u201c\u201d"
@@ -65,12 +64,6 @@ def has_unseen(answer: str) -> bool:
     if "\u200b" in answer and _UNSPACED.search(answer) is None:
         return True
     return _UNSEEN.search(answer) is not None or _stray_directions(answer)
-
-
-@lru_cache(maxsize=2)
-def odd_characters(answer: str) -> str:
-    """Return the characters of a text that aren't plain ASCII, in order: few, so that patterns are fast on them."""
-    return answer.encode("utf-8", "replace").translate(None, _PLAIN).decode()
 
 
 def _stray_directions(answer: str) -> bool:

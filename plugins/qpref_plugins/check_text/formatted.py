@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from qpref.hooks import RowCounts, Severity, Split, report
 from qpref.records import Finding, Message, PreferencePair, UnpairedExample
-from qpref_plugins.check_text.template_tokens import END_OF_TEXT, FAMILIES, FAMILY_OF, marking_token, mentions_token
+from qpref_plugins.check_text.template_tokens import END_OF_TEXT, FAMILIES, FAMILY_OF, find_token, mentions_token
 from qpref_plugins.check_text.turn_labels import next_turn, prompt_labels, response_labels
 
 CODE = "turn_markers"
@@ -39,7 +39,7 @@ class FormattedTexts:
             self.formatted.add(example.source, split, families)
             self.continued.add(example.source, split, labels)
             return ()
-        parts = [f"a text is formatted already, for {family}" for family in families]
+        parts = [f"a text is formatted already, with {family}" for family in families]
         parts += [f"a response goes on into the next turn ({label})" for label in labels]
         return report("error", CODE, "; ".join(parts), example.source) if parts else ()
 
@@ -47,7 +47,7 @@ class FormattedTexts:
         for counts in self.formatted:
             for family, rows in counts.items():
                 message = (
-                    f"{rows.share} have a text that is formatted already, for {family}, {rows.lines}. The model's own "
+                    f"{rows.share} have a text that is formatted already, with {family}, {rows.lines}. The model's own "
                     "chat template comes around it: remove the markers, and write several turns as messages"
                 )
                 yield from report("warn", CODE, message, rows.source)
@@ -64,7 +64,7 @@ def find_markers(example: PreferencePair | UnpairedExample) -> tuple[set[str], s
     labels = set()
     for turns in (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example.completion,):
         text = turns[-1].content
-        family = _family(text) or response_labels(text, asked)
+        family = _response_family(text) or response_labels(text, asked)
         if family and (in_prompt or not _asks_about_templates(asked)):
             families.add(family)
         if label := next_turn(text, asked):
@@ -82,15 +82,17 @@ def _prompt_family(message: Message) -> str | None:
     text = message.content
     if message.role == "user" and (labels := prompt_labels(text)):
         return labels
-    token = marking_token(text)
-    if token is None or (_ABOUT_TEMPLATES.search(text) and token not in text.lstrip()[: len(token) + 8]):
+    found = find_token(text)
+    if found is None or found.place == "inside":
+        return None  # a question about the token, in most cases
+    return None if found.place != "start" and _ABOUT_TEMPLATES.search(text) else _named(found.token)
+
+
+def _response_family(text: str) -> str | None:
+    found = find_token(text)
+    if found is None or (found.place in ("line", "inside") and _ABOUT_TEMPLATES.search(text)):
         return None
-    return _named(token)
-
-
-def _family(text: str) -> str | None:
-    token = marking_token(text)
-    return None if token is None else _named(token)
+    return _named(found.token)
 
 
 def _named(token: str) -> str:

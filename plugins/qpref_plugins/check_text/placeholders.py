@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 LONGEST_PLACEHOLDER = 60
@@ -58,7 +57,7 @@ def is_placeholder(answer: str, prompt: str) -> bool:
     if answer in ("...", "\u2026"):
         return True
     bracketed = _BRACKETED.fullmatch(answer)
-    return bracketed is not None and _is_slot(bracketed) and not _is_json(answer) and not _names(prompt, answer)
+    return bracketed is not None and _is_slot(bracketed) and not _names(prompt, answer)
 
 
 def _is_slot(bracketed: re.Match[str]) -> bool:
@@ -68,14 +67,6 @@ def _is_slot(bracketed: re.Match[str]) -> bool:
     if bracketed["angle"] or _STRUCTURE.search(inner) or (bracketed["curly"] and ":" in inner):
         return False
     return not _SLOTS.isdisjoint(re.findall(r"[a-z]+", inner))
-
-
-def _is_json(answer: str) -> bool:
-    try:
-        json.loads(answer)
-    except ValueError:
-        return False
-    return True
 
 
 def _names(prompt: str, text: str) -> bool:

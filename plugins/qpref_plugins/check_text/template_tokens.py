@@ -1,13 +1,14 @@
 # ruff: noqa: RUF001
 """Control tokens of the known families' chat templates, where they mark turns and aren't merely mentioned.
 
-A token marks a turn where the text or a line starts with it, or the text ends with it. Inside code, in the middle of a
-sentence and before its definition (`<|im_end|>: ends a turn`) it is a subject of the text.
+A token marks a turn where the text or a line starts with it, or the text ends with it. In code, in quotes and before
+its definition (`<|im_end|>: ends a turn`) it is a subject of the text; inside a line it may be.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Literal, NamedTuple
 
 END_OF_TEXT = "an end-of-sequence token"
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -31,7 +32,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "EXAONE": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
     "Hunyuan": ("<|hy_User|>", "<|hy_Assistant|>", "<｜hy_User｜>", "<｜hy_Assistant｜>"),
     "OpenAssistant": ("<|prompter|>",),
-    END_OF_TEXT: ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
+    "OpenChat": ("<|end_of_turn|>",),
+    "OpenChatKit": ("<human>:", "<bot>:"),
+    "StableLM": ("<|USER|>", "<|ASSISTANT|>", "<|SYSTEM|>"),
+    "InternLM": ("<eoh>", "<eoa>"),
+    "Apertus": ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"),
+    "MiniMax": ("]~b]", "[e~["),
+    END_OF_TEXT: ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|startoftext|>", "<eos>", "<bos>"),
 }  # fmt: skip
 FAMILY_OF = {token: family for family, tokens in FAMILIES.items() for token in tokens}
 
@@ -39,29 +46,49 @@ _TOKEN = re.compile("|".join(map(re.escape, sorted(FAMILY_OF, key=len, reverse=T
 _CODE = re.compile(r"```.*?```|~~~.*?~~~|`[^`\n]*`", re.DOTALL)
 _STARTS = re.compile(r"[ ]{0,3}(?:<s>|<bos>)?[ ]*")
 _DEFINES = ":=,.;)'\"-\u2013\u2014\u2192\u201d"
+_QUOTES = "'\"\u201c\u2018\u00ab("
 _SENTENCE_ENDS = "\n.!?\u3002\uff01\uff1f\u0964\u061f;:)\"'*\u201d\u300d"
 
 
-def marking_token(text: str) -> str | None:
-    """Return the first control token that marks a turn in the text; None where there is none."""
+class Found(NamedTuple):
+    """A control token and its place: start or end of the text, start of a line or between turns, or inside a line."""
+
+    token: str
+    place: Literal["start", "end", "line", "inside"]
+
+
+def find_token(text: str) -> Found | None:
+    """Return the first control token at the start or end of a text, else of a line, else inside; None without any.
+
+    Code, quotes and definitions don't count.
+    """
     if not mentions_token(text):
         return None
     text = _CODE.sub(" code ", text).strip() if "`" in text or "~~~" in text else text.strip()
     last_end = _STARTS.match(text).end()  # type: ignore[union-attr]  # matches the empty text
+    line = inside = None
     for match in _TOKEN.finditer(text):
         start, end = match.span()
-        if last_end == start or _at_line_start(text, start):
+        if end == len(text) and start and _ends_turn(text, start, match[0]):
+            return line or Found(match[0], "end")
+        follows = last_end == start
+        if follows or _at_line_start(text, start):
             last_end = end
             if not _is_defined(text, end) and len(match[0]) < len(text):
-                return match[0]
-        elif end == len(text) and _ends_turn(text, start, match[0]):
-            return match[0]
-    return None
+                line = line or Found(match[0], "line" if text[:start].strip() else "start")
+                if line.place == "start":
+                    return line
+        elif text[start - 1] not in _QUOTES and not _is_defined(text, end) and end < len(text):
+            if text[start - 1].isspace() or text[end].isspace():
+                inside = inside or Found(match[0], "inside")
+            else:
+                line = line or Found(match[0], "line")  # between two turns, where a sentence would have spaces
+    return line or inside
 
 
 def mentions_token(text: str) -> bool:
     """Return whether a text has a control token anywhere."""
-    return ("<" in text or "[" in text) and _TOKEN.search(text) is not None
+    return ("<" in text or "[" in text or "]" in text) and _TOKEN.search(text) is not None
 
 
 def _at_line_start(text: str, start: int) -> bool:

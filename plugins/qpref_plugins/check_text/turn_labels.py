@@ -16,8 +16,8 @@ QUESTION = "### Question:"
 VICUNA = "Vicuna (USER: ... ASSISTANT:)"
 
 _ROLES = (
-    ("Human: ... Assistant:", "Human", "(?:Assistant|AI|Bot)"),
-    ("User: ... Assistant:", "(?:User|USER)", "(?:Assistant|ASSISTANT|AI|Bot|Model)"),
+    ("Human: ... Assistant:", "(?:[Hh]uman|HUMAN)", "(?:[Aa]ssistant|ASSISTANT|AI|Bot)"),
+    ("User: ... Assistant:", "(?:[Uu]ser|USER)", "(?:[Aa]ssistant|ASSISTANT|AI|Bot|Model)"),
     ("Question: ... Answer:", "Question", "Answer"),
     ("Q: ... A:", "Q", "A"),
     ("Instruction: ... Response:", "Instruction", "(?:Response|Output)"),
@@ -42,9 +42,10 @@ _TEMPLATE_HEADINGS = _USER_HEADINGS | _ASSISTANT_HEADINGS | {"instruction", "inp
 _ANY_TEMPLATE_HEADING = re.compile(rf"##[^\S\n]*(?:{'|'.join(sorted(_TEMPLATE_HEADINGS))})[^\S\n]*:", re.IGNORECASE)
 _LABEL = re.compile(r"^[ ]{0,3}(?:\*\*)?([^\W\d_][\w .'-]{0,24}?)[ ]?[:：](?:\*\*)?", re.MULTILINE)
 _NEXT_TURN = re.compile(
-    r"\n[ ]{0,3}(Human|User|USER|Question|Q|Instruction|用户|用戶|人类|ユーザー|사용자|Пользователь|Человек|"
-    r"Usuario|Usuário|Utilisateur|Benutzer|Nutzer)[ ]?[:：]"
+    r"\n[ ]{0,3}([Hh]uman|HUMAN|[Uu]ser|USER|Question|Q|Instruction|用户|用戶|人类|ユーザー|사용자|"
+    r"Пользователь|Человек|Usuario|Usuário|Utilisateur|Benutzer|Nutzer)[ ]?[:：]"
 )
+_SYSTEM_FIRST = re.compile(r"\s*(?:System|SYSTEM)[ ]?:")
 _QUESTIONS = frozenset({"Question", "Q", "Instruction"})
 _USERS = frozenset({"human", "user", "question", "q", "instruction", "用户", "用戶", "人类", "ユーザー", "사용자",
                     "пользователь", "человек", "usuario", "usuário", "utilisateur", "benutzer", "nutzer"})  # fmt: skip
@@ -70,6 +71,8 @@ def prompt_labels(prompt: str) -> str | None:
             return name
     if -1 < prompt.find("USER: ") < prompt.rfind("ASSISTANT:") and _VICUNA.search(prompt.strip()):
         return VICUNA
+    if _SYSTEM_FIRST.match(prompt) and (first := _NEXT_TURN.search(prompt)):
+        prompt = prompt[first.start() :]
     start = prompt.lstrip()[:24]
     if ":" not in start and "：" not in start:
         return None
@@ -106,7 +109,7 @@ def next_turn(response: str, prompt: str) -> str | None:
         return None
     if before.rstrip().endswith((":", "：")):
         return None  # an announced example
-    answered = not labels.isdisjoint(_REPLIES)
+    answered = not labels.isdisjoint(_REPLIES if label[0].isupper() or label > "z" else {"assistant"})
     if label in _QUESTIONS:
         likely = answered and prompt_labels(prompt) is not None
     else:

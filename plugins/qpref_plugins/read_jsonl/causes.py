@@ -6,6 +6,8 @@ import json
 import re
 
 INCOMPLETE = "the row doesn't end on its line: it was cut off, or a line break or quote in a text isn't escaped"
+FAULTS_OF_A_LINE = (INCOMPLETE, "a lone backslash", "a raw ", "the control character", "several objects", "a closing")
+"""Starts of the causes that each line has for itself; the others are a notation, which a whole file is written in."""
 _PYTHON = "as Python prints a dict; write rows with json.dumps"
 _TYPOGRAPHIC = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
 _STRAY = {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from qpref.errors import DataError
+from qpref_plugins.read_jsonl.causes import FAULTS_OF_A_LINE
 from qpref_plugins.read_jsonl.lines import TWICE
 from qpref_plugins.read_jsonl.parse import BadJsonError, JsonParser
 
@@ -66,11 +67,12 @@ def refuse_foreign(head: str, path: str) -> None:
 
 
 def _cause(line: str) -> str | None:
-    """Return why a line is not JSON; empty for one that doesn't even start as JSON, None for any other line."""
+    """Return the notation of a line that is not JSON; empty if it doesn't even start as JSON, None for other lines."""
     try:
         value = JsonParser().parse(line.strip().removesuffix(","))
     except BadJsonError as error:
-        return error.cause or ("" if error.at == 0 else None)
+        is_own = error.cause.startswith(FAULTS_OF_A_LINE) or (not error.cause and error.at != 0)
+        return None if is_own else error.cause
     return TWICE if isinstance(value, str) and value.lstrip()[:1] == "{" else None
 
 

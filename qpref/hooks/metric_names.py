@@ -1,0 +1,21 @@
+"""Names that a loss may give its metrics: in metrics.jsonl the core's own would otherwise be replaced in silence."""
+
+from __future__ import annotations
+
+REWARDS = frozenset({"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"})
+"""What `reward_metrics` returns, under which reports and sinks look for a loss's rewards."""
+CORE = frozenset({"step", "split", "tokens", "seconds", "loss", "grad_norm", "learning_rate"})
+CORE_PREFIXES = ("eval_", "loss/", "logps/", "rewards/")
+
+
+def name_problem(name: object) -> str | None:
+    """Say why a loss's metric can't be called so; None where it can."""
+    if not isinstance(name, str):
+        return f"is called {name!r}, which is no text"
+    if not name or not name.isprintable():
+        return f"is called {name!r}, which can't be shown"
+    if name in REWARDS:
+        return None
+    if name in CORE or name.startswith(CORE_PREFIXES):
+        return f"is called '{name}', a name of the core's own"
+    return None
