@@ -32,7 +32,7 @@ SPREAD = 0.2  # of weights; with narrow ones attention is nearly uniform, and a 
 WIDE = TINY | {"initializer_range": SPREAD}
 TOLERANCE = 1e-5
 RECURRENT_TOLERANCE = 1e-4
-"""A delta rule sums in chunks, which begin elsewhere after a fork: on one CPU the log-probabilities are 1.8e-5 apart."""
+"""A delta rule sums in chunks, which begin elsewhere after a fork: on one CPU log-probabilities are 1.8e-5 apart."""
 PACKINGS = {  # tokens of a micro-batch, and the seed that shuffles the pairs
     "one stream": (10_000, None),
     "a pair each": (1, None),
