@@ -21,7 +21,7 @@ from qpref.data.order import total_steps
 from qpref.errors import RecipeError
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder
 from qpref.training.prepare import Prepared
