@@ -59,6 +59,7 @@ def test_python_keeps_the_backslash_of_a_bracket_and_loses_that_of_the_command()
         "the sum $a +\nb$ is",
         "$x = 1;\n\topen($y);\n\treturn $z;",
         "\ttan line\n\ttoo",
+        "let $x=1;\n\to=2;($y)",
         "Usage:\n\n\trm -r $HOME\n\tan example $x",
         "old line ends\rhold\rright\rreference",
         "CRLF\r\nho\r\nright\r\n",
