@@ -232,7 +232,7 @@ def test_no_byte_of_a_run_has_a_secret_of_the_environment(tmp_path, make_recipe,
     for name in (*names, "MLFLOW_TRACKING_PASSWORD", "SERVICE_CREDENTIALS"):
         monkeypatch.setenv(name, f"c4nary-{name.lower()}-0123456789")
     path = tmp_path / "tiny.toml"
-    path.write_text(tomli_w.dumps(make_recipe({"train.max_steps": 1, "sinks": [{"name": "console"}]})))
+    path.write_text(tomli_w.dumps(make_recipe({"train.max_steps": 1}) | {"sinks": [{"name": "console"}]}))
     outputs = [invoke("train", path, "--output", tmp_path / "run"), invoke("report", tmp_path / "run")]
     assert [done.exit_code for done in outputs] == [0, 0]
     files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
