@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from qpref import __version__, fsio
+from qpref import __version__, fsio, opening
 from qpref.merge.guards import TrainedRun
 from qpref.merge.request import MergeRequest, MergeResult, Verdict
 from qpref.training.folder import RunFolder
@@ -112,10 +112,9 @@ def _row(line: str) -> dict[str, Any] | None:
 def _adapter_step(result: Path) -> Any:
     """Read the adapter's step from result.json (under `best_by`, not the last step); None if unknown."""
     try:
-        values = json.loads(result.read_text())
+        return opening.read_object(result).get("adapter_step")
     except (OSError, ValueError):
         return None
-    return values.get("adapter_step") if isinstance(values, dict) else None
 
 
 def _number(value: Any) -> str:
