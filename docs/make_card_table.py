@@ -15,7 +15,8 @@ from qpref.memory.parts import GIB
 from qpref.memory.planned_data import planned_data
 from qpref.memory.setup import Setup
 from qpref.memory.shape import ModelShape, model_shape
-from qpref.recipe.resolve import Plan, make_plan
+from qpref.recipe.plan import Plan
+from qpref.recipe.resolve import make_plan
 
 RECIPE = Path(__file__).parents[1] / "recipes/7b-24gb.toml"
 NO_DATA = ('data.train="nowhere.jsonl"',)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qpref.data.contest_formats import BY_NAME, CONTESTS
-from qpref.data.row_formats import COLUMNS, ROW_FORMATS, format_of, records_of_row
 from qpref.hooks.manager import READER, PluginHost, installed_offers
 from qpref.records import Message, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.contest_formats import BY_NAME, CONTESTS
+from qpref.rows.formats import COLUMNS, ROW_FORMATS, format_of, records_of_row
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/data.md").read_text()

@@ -42,6 +42,12 @@ def test_each_example_of_the_plugin_guide_yields_its_record(kind):
     assert isinstance(record, kind.record)
 
 
+def test_the_reliability_page_has_every_mutant():
+    assert (ROOT / "docs/reliability.md").read_text() == loaded("make_reliability").page(), (
+        "run python docs/make_reliability.py"
+    )
+
+
 def test_the_architecture_page_has_every_module():
     assert (ROOT / "docs/architecture.md").read_text() == loaded("make_architecture").page(), (
         "run python docs/make_architecture.py"

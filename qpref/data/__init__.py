@@ -1,1 +1,1 @@
-"""From files to packed batches: rows, records, token ids, one stream without padding."""
+"""From files to packed batches: checked rows, token ids, one stream without padding."""

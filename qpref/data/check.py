@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from qpref.data.data_report import DataReport
 from qpref.data.example_rows import ExampleRow
 from qpref.data.label_watch import LabelWatch
-from qpref.data.row_formats import COLUMNS
 from qpref.data.running_check import RunningCheck, change_of_any
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
 from qpref.data.split import HeldOutShare
-from qpref.data.unread_keys import UnreadKeys
 from qpref.hooks import border
 from qpref.hooks.types import Split
 from qpref.recipe.choices import Choice, SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import COLUMNS
+from qpref.rows.unread_keys import UnreadKeys
 
 Watch = Callable[[DataSource, Row, Sequence[ExampleRow] | Finding], None]
 

@@ -14,7 +14,7 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
 from qpref.recipe.data_section import DataSection
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.records import Finding, TokenizedExample
 
 log = logging.getLogger("qpref")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from qpref.data.messages import REASONING
 from qpref.records import Message
+from qpref.rows.messages import REASONING
 
 KEY, VALUE = "qpref_key", "qpref value"
 ID = "qprefcall"

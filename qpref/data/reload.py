@@ -10,7 +10,7 @@ from qpref.data.load import check_rows, fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
 from qpref.data.tokenize import PairTokenizer
 from qpref.hooks.types import Split
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.records import TokenizedExample
 
 

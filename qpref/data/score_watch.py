@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qpref.data.contest import value_at
-from qpref.data.contest_formats import CONTESTS, contest_format, may_compare
 from qpref.data.example_rows import ExampleRow
-from qpref.data.row_values import BadRowError
-from qpref.data.score_columns import differences, has_scores, orders_of, side_scores
 from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, PreferencePair, Row, Source
+from qpref.rows.contest import value_at
+from qpref.rows.contest_formats import CONTESTS, contest_format, may_compare
+from qpref.rows.score_columns import differences, has_scores, orders_of, side_scores
+from qpref.rows.values import BadRowError
 
 NUM_LINES = 10
 SIDE_VERDICTS = frozenset({"winner", "verdict", "preference", "preferred", "better", "choice", "label"})

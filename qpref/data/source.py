@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpref import disk_space, pypi
-from qpref.data.contest import Contest
-from qpref.data.contest_formats import CONTESTS, may_compare
 from qpref.data.example_rows import ExampleRow
-from qpref.data.label_studio import flattened
-from qpref.data.row_formats import COLUMNS, format_of, records_of_row, with_columns
-from qpref.data.row_values import BadRowError
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.hooks import border
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
 from qpref.records import Finding, Row
+from qpref.rows.contest import Contest
+from qpref.rows.contest_formats import CONTESTS, may_compare
+from qpref.rows.formats import COLUMNS, format_of, records_of_row, with_columns
+from qpref.rows.label_studio import flattened
+from qpref.rows.values import BadRowError
 
 Judged = tuple[str, Contest, Mapping[str, object]]
 """A format's name, empty for the recipe's contest; the contest that judged a row; and the values that it read."""

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qpref.data.contest import UNLISTED, Contest, value_at
 from qpref.data.example_rows import ExampleRow
 from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, Row, Source
+from qpref.rows.contest import UNLISTED, Contest, value_at
 
 FEWEST_VERDICTS = 20
 """Verdicts of which one-sidedness isn't chance: the probability of 20 equal ones is 2 in a million."""

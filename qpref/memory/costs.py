@@ -37,11 +37,12 @@ def peak_memory(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int
 def weight_bytes(shape: ModelShape, setup: Setup) -> int:
     """Count the base as bitsandbytes stores it; embeddings, head, norms and biases stay in the recipe's dtype."""
     unquantized = shape.embeddings + shape.other_parameters
-    linears = sum(_matrix_bytes(linear.numel, setup) for linear in shape.linears)
+    linears = sum(_matrix_bytes(linear.numel, setup) for linear in shape.linears if linear.packed)
     packed = [each for each in shape.experts if each.packed]
     experts = sum(each.count * _matrix_bytes(numel, setup) for each in packed for numel in each.numels)
-    plain = sum(each.num_weights for each in shape.experts if not each.packed)
-    return linears + experts + setup.dtype_bytes * (unquantized + plain)
+    unquantized += sum(linear.numel for linear in shape.linears if not linear.packed)
+    unquantized += sum(each.num_weights for each in shape.experts if not each.packed)
+    return linears + experts + setup.dtype_bytes * unquantized
 
 
 def _matrix_bytes(numel: int, setup: Setup) -> int:

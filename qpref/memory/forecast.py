@@ -27,7 +27,7 @@ from qpref.memory.shape import model_shape
 from qpref.memory.tune import demand_of
 from qpref.policy.load import choose_device
 from qpref.policy.policy import Policy
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 

@@ -18,7 +18,7 @@ from qpref.policy.source import BaseFolder
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.data_section import DataSection
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.records import Finding, PreferencePair, TokenizedExample
 
 CHARACTERS_PER_TOKEN = 4

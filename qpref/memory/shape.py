@@ -31,12 +31,14 @@ class Linear:
     Attributes:
         name: within its decoder layer, such as `self_attn.q_proj`.
         rank: of its adapter; 0 for none.
+        packed: NF4 packs it; bitsandbytes passes over classes of a family's own and over weights that layers share.
     """
 
     name: str
     inputs: int
     outputs: int
     rank: int
+    packed: bool = True
 
     @property
     def numel(self) -> int:
@@ -228,12 +230,12 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
 
     layers, text, config = [], text_modules(model), model.config.get_text_config()
     stored = _double_quantization(model.config) is not None  # whose 4-bit layers are bitsandbytes' linear ones alone
-    blocks = {id(layer) for layer in decoder_layers(model)}
+    blocks, packed = {id(layer) for layer in decoder_layers(model)}, _packed_layers(model)
     for prefix, layer in model.named_modules():
         if prefix not in text or id(layer) not in blocks:
             continue
         linears = [
-            Linear(name, *_widths(module), ranks.get(f"{prefix}.{name}", 0))
+            Linear(name, *_widths(module), ranks.get(f"{prefix}.{name}", 0), f"{prefix}.{name}" in packed)
             for name, module in layer.named_modules()
             if is_linear(module)
         ]
@@ -254,6 +256,17 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
             )
         )
     return tuple(layers)
+
+
+def _packed_layers(model: Any) -> set[str]:
+    """Names of the linear layers that bitsandbytes packs: by their class itself, and none with a shared weight."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from qpref.policy.architecture import shared_layers
+
+    plain = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    return set(plain).difference(shared_layers(model, plain))
 
 
 def _inside(prefix: str, ranks: Mapping[str, int]) -> dict[str, int]:

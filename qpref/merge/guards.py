@@ -25,8 +25,8 @@ from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import load_tokenizer
 from qpref.recipe.document import fingerprint_of
+from qpref.recipe.plan import Plan
 from qpref.recipe.reopen import RecordedRun, reopen_plan
-from qpref.recipe.resolve import Plan
 from qpref.training.folder import RunFolder
 
 

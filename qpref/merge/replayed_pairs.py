@@ -13,7 +13,7 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
 from qpref.policy.source import BaseFolder
 from qpref.policy.tokenizer import stop_tokens
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.records import TokenizedExample
 
 log = logging.getLogger("qpref")

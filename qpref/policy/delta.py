@@ -150,6 +150,9 @@ def _pairs(folder: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, 
         down, up = tensors.pop(key), tensors.pop(key.replace("lora_A", "lora_B"), None)
         if up is None:
             raise MergeError(f"{folder}: the adapter of {layer} lacks its B matrix")
+        if down.dim() != 2 or up.dim() != 2 or not 0 < down.shape[0] == up.shape[1]:
+            sizes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+            raise MergeError(f"{folder}: A and B of {layer} are {sizes}, which have no rank in common")
         if not bool(down.isfinite().all() & up.isfinite().all()):
             raise MergeError(f"{folder}: the adapter of {layer} is not finite")
         pairs[layer] = down, up
@@ -171,6 +174,10 @@ def _expert_layers(config: Any, base: AdaptableLayers) -> Iterator[tuple[str, tu
 def _expert_delta(config: Any, pair: tuple[Tensor, Tensor], name: str, experts: Any, projection: str) -> LowRank:
     down, up = pair
     num_experts = len(getattr(experts, projection))
+    if down.shape[0] % num_experts:
+        raise MergeError(
+            f"the adapter's A of {name} has {down.shape[0]} rows, which aren't a rank for each of {num_experts} experts"
+        )
     scale = _scale(config, name, down.shape[0] // num_experts)
     return LowRank(down, up, scale, num_experts, experts.is_transposed)
 

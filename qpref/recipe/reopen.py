@@ -10,7 +10,8 @@ from typing import Any
 from qpref.hooks.manager import Offer
 from qpref.hooks.types import NEEDS
 from qpref.recipe.choices import LossFacts
-from qpref.recipe.resolve import Plan, Resolution
+from qpref.recipe.plan import Plan
+from qpref.recipe.resolve import Resolution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.types import PairedLoss, Split
-from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs, refuse_odd_loss
+from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection
-from qpref.recipe.document import fingerprint_of, read_document, refuse_credentials, refuse_unstorable, with_overrides
+from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.paths import Locations, advice_on_reader
+from qpref.recipe.plan import DataPlan, Plan
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
-from qpref.recipe.sections import ModelSection, Recipe, check_document
+from qpref.recipe.sections import ModelSection, check_document
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options are in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
@@ -29,51 +30,6 @@ FOLDER_READER = "datasets"
 """Reader of a folder, unless the recipe names one."""
 DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 """Validators that run on all data too, where they are installed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A resolved recipe: every name and option that a run needs before it starts.
-
-    Attributes:
-        document: the recipe as TOML data, with overrides, defaults and absolute paths.
-        output: the run folder.
-        losses: one, or several that are added; all of pairs or all of single completions.
-        sources: of the held-out data, then of the training data.
-        recorded: the losses' facts, for a run that was reopened without its loss plugins.
-    """
-
-    recipe: Recipe
-    document: dict[str, Any]
-    losses: tuple[LossChoice, ...]
-    validators: tuple[Choice, ...]
-    sinks: tuple[Choice, ...]
-    sources: tuple[SourceChoice, ...]
-    output: Path
-    recorded: LossFacts | None = None
-
-    @property
-    def plugins(self) -> list[Loaded]:
-        readers = [source.reader for source in self.sources]
-        chosen = [choice.plugin for choice in (*self.validators, *self.sinks)]
-        return [loss.plugin for loss in self.losses] + chosen + readers
-
-    @property
-    def is_paired(self) -> bool:
-        """True where the losses take pairs."""
-        return self.recorded.is_paired if self.recorded else isinstance(self.losses[0].plugin.record, PairedLoss)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Inputs that some loss needs, as `joint_needs`; a schedule doesn't change them."""
-        if self.recorded:
-            return self.recorded.needs
-        return joint_needs(loss.at(0.0) for loss in self.losses)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the settings that change results beyond rounding; a resumed run must keep them."""
-        return fingerprint_of(self.document)
 
 
 def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
@@ -108,16 +64,6 @@ def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
         return DataSection.model_validate({key: table[key] for key in keys if isinstance(table.get(key), str | list)})
     except ValidationError:
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class DataPlan:
-    """A plan for checking data without a recipe: sources, validators, and the model that tokenizes them."""
-
-    sources: tuple[SourceChoice, ...]
-    validators: tuple[Choice, ...]
-    data: DataSection
-    model: ModelSection | None
 
 
 def make_data_plan(location: str, base: str | None = None, options: Mapping[str, Any] | None = None) -> DataPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,42 @@ SPACE_FACTOR = 1.5
 NAME = re.compile(r"step-(\d{6,})")
 STEMS = frozenset({"adapter", "optimizer", "reference"})
 STATE, MANIFEST = "state.json", "MANIFEST.json"
+MAX_COUNT = 2**53
+"""Largest count in a state; JSON's numbers are exact up to here."""
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_hex(value: object) -> bool:
+    try:
+        return isinstance(value, str) and float.fromhex(value) is not None
+    except (ValueError, OverflowError):
+        return False
+
+
+def _table_of(accepts: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(accepts, value.values()))
+
+
+BEST = _table_of(_is_number)
+STATE_VALUES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "tokens", "nonfinite", "budget", "recomputed_layers", "metrics_bytes"), _is_count),
+    "seconds": lambda value: _is_number(value) and 0 <= value < MAX_COUNT,
+    "asked_sizes": lambda value: isinstance(value, list),
+    "sums": _table_of(_is_hex),
+    "counts": _table_of(_is_number),
+    "optimizer": _table_of(_is_number),
+    "scaler": _table_of(_is_number),
+    "best": lambda value: value is None or (BEST(value) and value.keys() == {"step", "value", "waited"}),
+    "fingerprints": _table_of(lambda value: isinstance(value, str)),
+}
+"""Keys of a state, and what each accepts."""
 FILES = frozenset({STATE, MANIFEST, *(f"{stem}.safetensors" for stem in STEMS)})
 
 
@@ -166,12 +203,19 @@ def _load(path: Path) -> Checkpoint:
     if (changed := publish.changed_file(path, manifest["files"])) is not None:
         raise ValueError(f"{changed} is not as it was written")
     state = opening.read_object(path / STATE)
+    if (key := _odd_key(state)) is not None:
+        raise ValueError(f"{STATE}: {key} isn't what a run writes")
     if not path.name == f"step-{manifest['step']:06}" == f"step-{state['step']:06}":
         raise ValueError("its step is not the one in its name")
     stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
     return Checkpoint(
         step=state["step"], state=state, tensors={stem: load_file(path / f"{stem}.safetensors") for stem in stems}
     )
+
+
+def _odd_key(state: dict[str, Any]) -> str | None:
+    """Return the first key of a state that has a value that no run writes, or None."""
+    return next((key for key, accepts in STATE_VALUES.items() if key in state and not accepts(state[key])), None)
 
 
 def _refuse_foreign(path: Path, state: dict[str, Any], fingerprints: dict[str, str]) -> None:

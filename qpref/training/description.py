@@ -14,7 +14,7 @@ from qpref import fsio
 from qpref.data.order import total_steps
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.training.folder import RunFolder
 from qpref.training.prepare import Prepared
 from qpref.training.reference_pass import cache_description

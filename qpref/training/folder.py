@@ -217,8 +217,15 @@ def _missing_key(facts: Mapping[str, Any]) -> str | None:
             return name
     if facts["dtype"] not in DTYPE_NAMES:
         return "dtype"
-    if not all(isinstance(name, str) for name in facts["quantized_modules"]):
-        return "quantized_modules"
+    for name in ("quantized_modules", "quantized_experts"):
+        values = facts.get(name, [])
+        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            return name
+    for name in ("base_weights", "fingerprints"):
+        if not all(isinstance(value, str | None) for value in facts[name].values()):
+            return name
+    if "\0" in facts["base_path"]:
+        return "base_path"
     within = ((name, key) for name, keys in REQUIRED_WITHIN.items() for key in keys if key not in facts[name])
     return next((f"{name}.{key}" for name, key in within), None)
 

@@ -21,7 +21,7 @@ from qpref.policy.load import choose_device, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 from qpref.training import invariants

@@ -15,7 +15,7 @@ from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
 from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
-from qpref.recipe.resolve import Plan
+from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.best import restore_best
 from qpref.training.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from qpref.policy.adapter_names import LayerNames
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.training import optim
-from qpref.training.checkpoint import Checkpoint
+from qpref.training.checkpoint import STATE_VALUES, Checkpoint
 from qpref.training.folder import RunFolder
 from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
@@ -85,6 +85,8 @@ def restore(saved: Checkpoint, session: Session) -> None:
         CheckpointError: its adapter is for another model.
     """
     prepared, state, values = session.prepared, session.state, saved.state
+    if missing := sorted(STATE_VALUES.keys() - values.keys()):
+        raise CheckpointError(f"step {saved.step}: its state lacks {missing[0]}")
     restore_adapter(saved, prepared.policy)
     optim.restore_optimizer(session.optimizer, saved.tensors["optimizer"], values["optimizer"])
     session.scaler.load_state_dict(values["scaler"])
@@ -107,7 +109,8 @@ def restore_adapter(saved: Checkpoint, policy: Policy) -> None:
     """
     parameters = policy.trained_parameters()
     tensors = LayerNames.of(policy.plain_model).translated_keys(saved.tensors["adapter"])
-    if set(parameters) != set(tensors):
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
         raise CheckpointError(f"step {saved.step}: its adapter has other layers than this run's")
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from qpref.data.check import check_data
 from qpref.data.data_report import DataReport
-from qpref.data.row_formats import COLUMNS, ROW_FORMATS, records_of_row
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
 from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import COLUMNS, ROW_FORMATS, records_of_row
 
 HOST = PluginHost()
 MAX_SECONDS = 2

@@ -10,14 +10,14 @@ from checked_rows import check
 from pydantic import ValidationError
 
 from qpref.data.check import check_data
-from qpref.data.contest_formats import BY_NAME, CONTESTS
-from qpref.data.row_formats import records_of_row
 from qpref.data.split import HeldOutShare
 from qpref.errors import DataError
 from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.contest_section import ContestSection
 from qpref.records import Row, Source
+from qpref.rows.contest_formats import BY_NAME, CONTESTS
+from qpref.rows.formats import records_of_row
 
 LISTS = {"winner": "label", "first_wins": [1], "second_wins": [2], "tie": [0]}
 

@@ -20,9 +20,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from qpref.data.row_formats import records_of_row
 from qpref.hooks.manager import READER, PluginHost
 from qpref.records import Finding, Row, Source
+from qpref.rows.formats import records_of_row
 
 ROWS, FILES = 50, 40
 HOST = PluginHost()

@@ -8,9 +8,9 @@ import pytest
 from conftest import make_tokenizer
 from families import FAMILIES
 
-from qpref.data.row_formats import records_of_row
 from qpref.data.tokenize import PairTokenizer
 from qpref.records import Finding, Row, Source, TokenizedExample
+from qpref.rows.formats import records_of_row
 
 ARGUMENTS = {"city": 'Köln "Süd"', "days": [1, 2.5], "exact": True}
 TEXT = json.dumps(ARGUMENTS, ensure_ascii=False)

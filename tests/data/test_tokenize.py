@@ -152,6 +152,12 @@ def test_another_stop_token_of_the_model_ends_a_response_too():
     assert tokenizer.decode(example.branches[0]) == "4<|im_end|>"
 
 
+def test_the_first_of_several_stop_tokens_ends_a_response():
+    template = "{% for message in messages %}{{ message['content'] }}<|im_end|><|endoftext|>{% endfor %}"
+    example = tokenize(make_pair(), make_tokenizer(template), stop_tokens=[END_OF_TEXT])
+    assert make_tokenizer().decode(example.branches[0]) == "4<|im_end|>"
+
+
 def test_without_a_template_the_first_stop_token_is_eos():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"

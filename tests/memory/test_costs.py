@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import peak_bytes
+from matrix.cases import tiny_model
 from tiny_models import TinyModel
 
 from qpref.attention.register import BLOCKS
@@ -15,7 +16,7 @@ from qpref.data.pack import pack
 from qpref.memory.activations import activation_bytes, head_bytes, live_bytes
 from qpref.memory.costs import adapter_bytes, optimizer_bytes, peak_memory, weight_bytes
 from qpref.memory.flops import forward_flops, step_flops
-from qpref.memory.known_shapes import named_config
+from qpref.memory.known_shapes import FoundConfig, named_config
 from qpref.memory.parts import GIB
 from qpref.memory.probe import measure_bytes
 from qpref.memory.setup import Setup
@@ -341,6 +342,23 @@ def test_nf4_by_hand():
     assert weight_bytes(one, Setup(device="cuda", double_quantization=True)) == 165_888 + 64 + 5184 + 21 * 4 + 1028
     assert weight_bytes(one, Setup(device="cuda", double_quantization=False)) == 165_888 + 64 + 5184 * 4
     assert weight_bytes(one, Setup(device="cuda", double_quantization=None)) == 331_776 * 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_layers_of_a_familys_own_class_are_planned_as_bitsandbytes_leaves_them(kind, tmp_path):
+    policy, shape, setup = load(a_recipe(tiny_model(kind).write(tmp_path), "float32", quantization="nf4"))
+    tensors = {id(value): value for name, value in policy.model.named_parameters() if "lora_" not in name}
+    tensors |= {id(value): value for value in policy.decoder.buffers()}
+    states = [value.quant_state for value in tensors.values() if hasattr(value, "quant_state")]
+    stored = sum(value.nbytes for value in tensors.values()) + sum(each.absmax.nbytes + 64 for each in states)
+    assert weight_bytes(shape, setup) == pytest.approx(stored, rel=0.01)
+
+
+def test_layers_with_shared_weights_are_planned_unpacked():
+    """Zamba's attention blocks; bitsandbytes leaves tied weights as they are."""
+    shape = read_shape(FoundConfig(tiny_model("zamba").configuration(), "made"), AdapterSection())
+    shared = {linear.name for linear in shape.linears if linear.name.startswith("shared_transf.")}
+    assert {linear.name for linear in shape.linears if not linear.packed} == shared != set()
 
 
 def test_a_cpu_holds_scales_unpacked():

@@ -101,6 +101,13 @@ def test_an_object_over_several_lines_is_located_by_its_first_line(tmp_path):
     assert [item.source.line for item in HOST.load(READER, "jsonl").record.read(path)] == [1, 6]
 
 
+@pytest.mark.parametrize("bad", ['{"prompt": "a",', '{"prompt": "a"', '{"prompt":', '{"prompt": ["a",'])
+def test_a_first_line_that_the_second_doesnt_continue_is_a_bad_line(tmp_path, bad):
+    rows, _ = read(written(tmp_path, f"{bad}\n{LINES}"), "jsonl")
+    assert "doesn't end on its line" in str(rows[0])
+    assert rows[1:] == ROWS
+
+
 def test_an_object_larger_than_the_files_start_is_read(tmp_path):
     rows = [{"prompt": "p", "chosen": ["x" * 80] * 5000, "rejected": "r"}] * 2
     path = written(tmp_path, "\n".join(json.dumps(row, indent=1) for row in rows))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qpref.data.row_formats import records_of_row
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import records_of_row
 from qpref_plugins import check_text
 from qpref_plugins.check_text.escapes import lost_backslash
 from tests.plugins.check_cases import reported
@@ -59,6 +59,7 @@ def test_python_keeps_the_backslash_of_a_bracket_and_loses_that_of_the_command()
         "the sum $a +\nb$ is",
         "$x = 1;\n\topen($y);\n\treturn $z;",
         "\ttan line\n\ttoo",
+        "let $x=1;\n\to=2;($y)",
         "Usage:\n\n\trm -r $HOME\n\tan example $x",
         "old line ends\rhold\rright\rreference",
         "CRLF\r\nho\r\nright\r\n",

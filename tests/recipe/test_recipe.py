@@ -8,12 +8,12 @@ import pytest
 import tomli_w
 
 from qpref import __version__
-from qpref.data.row_formats import ROW_FORMATS
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
 from qpref.recipe.data_section import RowFormat
 from qpref.recipe.document import with_overrides
 from qpref.recipe.resolve import DEFAULT_VALIDATORS, make_plan
+from qpref.rows.formats import ROW_FORMATS
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
 

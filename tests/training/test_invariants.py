@@ -174,6 +174,23 @@ def test_check_start_refuses_a_pair_whose_loss_is_not_a_number(prepare, place):
         check_start_of(prepared, changed(prepared.objective, holed))
 
 
+def test_the_start_check_recomputes_what_training_recomputes(prepare):
+    # Else it would keep more activations than any step of the run, and fail where training fits.
+    prepared = prepare()
+    batch = invariants.first_batch(prepared.examples, prepared.policy)
+
+    def kept(num_layers: int) -> int:
+        sizes = []
+        prepared.policy.recompute_layers(num_layers)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each: sizes.append(each.numel()) or each, lambda each: each
+        ):
+            invariants.check_start(prepared.policy, prepared.objective, batch)
+        return sum(sizes)
+
+    assert 0 < kept(2) < 0.5 * kept(0)
+
+
 def test_start_is_checked_without_the_rows_margin(make_recipe, tmp_path):
     # With a margin m a pair starts at log(1 + exp(m)), which is no constant; the check leaves it out.
     recipe = make_recipe({"train.max_steps": 1})

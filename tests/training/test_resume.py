@@ -150,6 +150,14 @@ def writing(name: str) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(fsio, "write_json", write)
 
 
+def write_start_adapter(base: Path, folder: Path, seed: int = 1) -> Path:
+    """Write a random adapter, in PEFT's format."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
 # Killed at an exact place, resumed in the same process.
 
 
@@ -206,6 +214,14 @@ def test_run_with_adapters_on_experts_resumes_to_the_bit(make_toy, tmp_path):
     straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
     assert any(".experts.base_layer.lora_B" in name for name in load_file(tmp_path / "straight" / ADAPTER))
     train_until(recipe, tmp_path / "run", after_save(3))
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+
+
+def test_run_from_an_adapter_resumes_to_the_bit(make_toy, make_base, tmp_path):
+    recipe = make_toy(max_steps=4)
+    recipe["adapter"]["start"] = str(write_start_adapter(make_base(), tmp_path / "start"))
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    train_until(recipe, tmp_path / "run", after_save(2))
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
 
 
@@ -401,10 +417,7 @@ def test_refused_resume_leaves_the_run_as_it_was(make_toy, make_base, stopped, t
 def test_resume_with_another_start_adapter_is_refused(make_toy, make_base, tmp_path):
     # It is the reference: rows that have not been seen yet would get their scores from another one.
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(make_base()), config)
-        model.save_pretrained(tmp_path / f"start-{seed}")
+        write_start_adapter(make_base(), tmp_path / f"start-{seed}", seed)
     recipe = make_toy()
     recipe["adapter"]["start"] = str(tmp_path / "start-1")
     train_until(recipe, tmp_path / "run", after_save(2))

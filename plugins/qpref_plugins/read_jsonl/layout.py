@@ -40,12 +40,19 @@ def layout_of(head: str) -> Layout | None:
     try:
         _, end = JsonParser().parse_at(head, 0)
     except json.JSONDecodeError as error:
-        end = error.pos if rest.strip() and error.pos > continued else 0
+        end = error.pos if error.pos > continued and not _is_object(rest.lstrip().partition("\n")[0]) else 0
     except RecursionError:
         end = 0
     if head[0] == "[":
         return "lines" if 0 < end <= len(first) and rest.lstrip()[:1] == "[" else "array"
     return "objects" if end > len(first) or first.strip() == "{" else "lines"
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(JsonParser().parse(line), dict)
+    except BadJsonError:
+        return False
 
 
 def refuse_foreign(head: str, path: str) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from qpref.data.column_hints import words
-from qpref.data.ranked import RANKED_COLUMNS, responses_in, text_of_ranked
-from qpref.data.row_values import BadRowError, json_value
 from qpref.recipe.contest_section import number_of
+from qpref.rows.column_hints import words
+from qpref.rows.ranked import RANKED_COLUMNS, responses_in, text_of_ranked
+from qpref.rows.values import BadRowError, json_value
 
 SCORE_WORDS = frozenset({"score", "scores", "rating", "ratings", "reward", "rewards", "grade", "rank", "ranking"})
 LOWER_IS_BETTER = frozenset({"rank", "ranking"})

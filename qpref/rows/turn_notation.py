@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qpref.data.row_values import BadRowError, kind_of, named, shown
+from qpref.rows.values import BadRowError, kind_of, named, shown
 
 _NAMES = {
     "system": ("system", "developer"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from qpref.data.row_values import BadRowError, check_text, check_texts_within, json_value, kind_of
-from qpref.data.tool_calls import tool_calls_of
-from qpref.data.turn_notation import (
+from qpref.records import Message
+from qpref.rows.tool_calls import tool_calls_of
+from qpref.rows.turn_notation import (
     CALLERS,
     CONTENT_KEYS,
     SPEAKER_KEYS,
@@ -17,7 +17,7 @@ from qpref.data.turn_notation import (
     join_parts,
     speaker_of,
 )
-from qpref.records import Message
+from qpref.rows.values import BadRowError, check_text, check_texts_within, json_value, kind_of
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of a message's reasoning: DeepSeek's and Qwen's, then those of other servers and templates."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qpref.data.columns import has_prompt
-from qpref.data.row_values import BadRowError, json_value, named, shown
 from qpref.recipe.contest_section import ContestSection, ValueRange, WinnerFlags, number_of, verdict_key
 from qpref.records import Row
+from qpref.rows.columns import has_prompt
+from qpref.rows.values import BadRowError, json_value, named, shown
 
 Outcome = Literal["first_wins", "second_wins", "tie"]
 Values = Mapping[str, object]

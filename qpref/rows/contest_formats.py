@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
 
-from qpref.data.contest import Contest, Values
-from qpref.data.row_values import BadRowError, json_value
 from qpref.recipe.contest_section import ContestSection
+from qpref.rows.contest import Contest, Values
+from qpref.rows.values import BadRowError, json_value
 
 
 def _exchanges(values: Values) -> Values:

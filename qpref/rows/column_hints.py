@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 
-from qpref.data.row_values import named
+from qpref.rows.values import named
 
 CHOSEN = {"chosen", "accepted", "preferred", "prefer", "good", "better", "best", "win", "winning", "positive", "pos",
           "selected", "w"}  # fmt: skip

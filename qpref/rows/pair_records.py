@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from qpref.data.columns import Turns, number_in, tools_in, with_system
-from qpref.data.messages import check_prompt, check_response, has_speaker, turns_of
-from qpref.data.ranked import MAX_RESPONSES
-from qpref.data.row_values import BadRowError
 from qpref.records import PreferencePair, Row
+from qpref.rows.columns import Turns, number_in, tools_in, with_system
+from qpref.rows.messages import check_prompt, check_response, has_speaker, turns_of
+from qpref.rows.ranked import MAX_RESPONSES
+from qpref.rows.values import BadRowError
 
 CONVERSATION_KEYS = ("messages", "conversations")
 """Keys of an object that may hold messages, beside `tools`."""

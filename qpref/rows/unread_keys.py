@@ -9,10 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from qpref.data.messages import reasoning_of
-from qpref.data.row_values import json_value, named
-from qpref.data.turn_notation import CALLERS, SPEAKER_KEYS, by_message, content_in
 from qpref.records import Finding, Row, Source
+from qpref.rows.messages import reasoning_of
+from qpref.rows.turn_notation import CALLERS, SPEAKER_KEYS, by_message, content_in
+from qpref.rows.values import json_value, named
 
 READ = frozenset({*SPEAKER_KEYS, "content", "name", "tool_calls", "tool_call_id", *CALLERS, "candidates"})
 """Keys whose values are a part of the message, beside its content and its reasoning."""

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from qpref.data.row_formats import format_of, records_of_row
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import format_of, records_of_row
 
 SOURCE = Source(path="pairs.jsonl", line=3)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qpref.data.columns import finite
-from qpref.data.row_values import BadRowError, json_value, kind_of
+from qpref.rows.columns import finite
+from qpref.rows.values import BadRowError, json_value, kind_of
 
 MAX_RESPONSES = 64
 """Most ranked responses of one row: 64 make up to 2,016 pairs."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from qpref.data.row_values import BadRowError, shown
 from qpref.records import Row
+from qpref.rows.values import BadRowError, shown
 
 
 def flattened(row: Row) -> Row:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qpref.data.column_hints import advice
-from qpref.data.columns import (
+from qpref.records import PreferencePair, Row
+from qpref.rows.column_hints import advice
+from qpref.rows.columns import (
     Turns,
     any_prompt,
     has_prompt,
@@ -17,8 +18,8 @@ from qpref.data.columns import (
     text_in,
     with_system,
 )
-from qpref.data.messages import dialogue_of, turns_of
-from qpref.data.pair_records import (
+from qpref.rows.messages import dialogue_of, turns_of
+from qpref.rows.pair_records import (
     build_pair,
     conversation_in,
     is_whole,
@@ -29,9 +30,8 @@ from qpref.data.pair_records import (
     split_conversations,
     with_shared_tools,
 )
-from qpref.data.row_values import BadRowError, kind_of, shown
-from qpref.data.turn_notation import is_assistant
-from qpref.records import PreferencePair, Row
+from qpref.rows.turn_notation import is_assistant
+from qpref.rows.values import BadRowError, kind_of, shown
 
 Pairs = list[PreferencePair]
 

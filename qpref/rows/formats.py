@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import wraps
 from itertools import combinations
 
-from qpref.data.column_hints import advice, response_columns
-from qpref.data.columns import (
+from qpref.records import Finding, PreferencePair, Row, UnpairedExample
+from qpref.rows.column_hints import advice, response_columns
+from qpref.rows.columns import (
     LABEL_COLUMNS,
     PROMPT_COLUMNS,
     QUESTION_COLUMNS,
@@ -22,15 +23,14 @@ from qpref.data.columns import (
     number_in,
     tools_in,
 )
-from qpref.data.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
-from qpref.data.json_columns import with_decoded_messages
-from qpref.data.known_names import NAMES, with_known_names
-from qpref.data.messages import check_prompt, check_response, turns_of
-from qpref.data.pair_formats import PAIR_FORMATS, has_candidates, pair_format
-from qpref.data.pair_records import build_pair
-from qpref.data.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
-from qpref.data.row_values import BadRowError, named
-from qpref.records import Finding, PreferencePair, Row, UnpairedExample
+from qpref.rows.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
+from qpref.rows.json_columns import with_decoded_messages
+from qpref.rows.known_names import NAMES, with_known_names
+from qpref.rows.messages import check_prompt, check_response, turns_of
+from qpref.rows.pair_formats import PAIR_FORMATS, has_candidates, pair_format
+from qpref.rows.pair_records import build_pair
+from qpref.rows.ranked import RANKED_COLUMNS, responses_in, scores_in, text_of_ranked
+from qpref.rows.values import BadRowError, named
 
 Records = Sequence[PreferencePair | UnpairedExample]
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from qpref.data.row_formats import records_of_row
 from qpref.records import Finding, Row, Source
+from qpref.rows.formats import records_of_row
 
 ASKED = {"role": "user", "content": "Weather in Oslo?"}
 ARGUMENTS = {"city": "Oslo", "days": 3}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from qpref.data.messages import has_speaker
-from qpref.data.pair_records import conversation_in
-from qpref.data.row_values import json_value
-from qpref.data.turn_notation import is_message
 from qpref.records import Row
+from qpref.rows.messages import has_speaker
+from qpref.rows.pair_records import conversation_in
+from qpref.rows.turn_notation import is_message
+from qpref.rows.values import json_value
 
 
 def with_decoded_messages(row: Row, columns: Collection[str]) -> Row:

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from qpref.data.label_studio import flattened
 from qpref.data.source import DataSource
 from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.contest_section import ContestSection
 from qpref.records import Finding, PreferencePair, Row, Source
+from qpref.rows.label_studio import flattened
 
 SOURCE = Source(path="export.json", line=1)
 DATA = {"prompt": "1 + 1?", "answer1": "21", "answer2": "2"}

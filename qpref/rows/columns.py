@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qpref.data.column_hints import advice
-from qpref.data.messages import dialogue_of, has_speaker, turns_of
-from qpref.data.row_values import BadRowError, json_value, kind_of, shown
-from qpref.data.tool_calls import tools_of
 from qpref.records import Message
+from qpref.rows.column_hints import advice
+from qpref.rows.messages import dialogue_of, has_speaker, turns_of
+from qpref.rows.tool_calls import tools_of
+from qpref.rows.values import BadRowError, json_value, kind_of, shown
 
 Turns = tuple[Message, ...]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from qpref.data.row_values import BadRowError, check_texts_within, kind_of
+from qpref.rows.values import BadRowError, check_texts_within, kind_of
 
 MAX_INTEGER = 2**53
 """Integral floats below this are exact; larger ones stay floats."""

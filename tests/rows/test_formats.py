@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from qpref.data.ranked import MAX_RESPONSES
-from qpref.data.row_formats import ROW_FORMATS, format_of, records_of_row, with_columns
 from qpref.data.singles import singles_of, unpair
 from qpref.records import Finding, Message, PreferencePair, Row, Source, UnpairedExample
+from qpref.rows.formats import ROW_FORMATS, format_of, records_of_row, with_columns
+from qpref.rows.ranked import MAX_RESPONSES
 
 SOURCE = Source(path="pairs.jsonl", line=7)
 

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from qpref.data.check import check_data
-from qpref.data.row_formats import COLUMNS
-from qpref.data.unread_keys import UnreadKeys, unread_keys
 from qpref.hooks.manager import READER, PluginHost
 from qpref.recipe.choices import SourceChoice
 from qpref.records import Row, Source
+from qpref.rows.formats import COLUMNS
+from qpref.rows.unread_keys import UnreadKeys, unread_keys
 
 USER = {"role": "user", "content": "Why?"}
 TURN = {"role": "assistant", "content": "Because."}

@@ -1,0 +1,69 @@
+"""Plans: what a run, or a check of data, needs to know before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpref.hooks.manager import Loaded
+from qpref.hooks.types import PairedLoss
+from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs
+from qpref.recipe.data_section import DataSection
+from qpref.recipe.document import fingerprint_of
+from qpref.recipe.sections import ModelSection, Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A resolved recipe: every name and option that a run needs before it starts.
+
+    Attributes:
+        document: the recipe as TOML data, with overrides, defaults and absolute paths.
+        output: the run folder.
+        losses: one, or several that are added; all of pairs or all of single completions.
+        sources: of the held-out data, then of the training data.
+        recorded: the losses' facts, for a run that was reopened without its loss plugins.
+    """
+
+    recipe: Recipe
+    document: dict[str, Any]
+    losses: tuple[LossChoice, ...]
+    validators: tuple[Choice, ...]
+    sinks: tuple[Choice, ...]
+    sources: tuple[SourceChoice, ...]
+    output: Path
+    recorded: LossFacts | None = None
+
+    @property
+    def plugins(self) -> list[Loaded]:
+        readers = [source.reader for source in self.sources]
+        chosen = [choice.plugin for choice in (*self.validators, *self.sinks)]
+        return [loss.plugin for loss in self.losses] + chosen + readers
+
+    @property
+    def is_paired(self) -> bool:
+        """True where the losses take pairs."""
+        return self.recorded.is_paired if self.recorded else isinstance(self.losses[0].plugin.record, PairedLoss)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Inputs that some loss needs, as `joint_needs`; a schedule doesn't change them."""
+        if self.recorded:
+            return self.recorded.needs
+        return joint_needs(loss.at(0.0) for loss in self.losses)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the settings that change results beyond rounding; a resumed run must keep them."""
+        return fingerprint_of(self.document)
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlan:
+    """A plan for checking data without a recipe: sources, validators, and the model that tokenizes them."""
+
+    sources: tuple[SourceChoice, ...]
+    validators: tuple[Choice, ...]
+    data: DataSection
+    model: ModelSection | None

@@ -1,0 +1,69 @@
+"""Mistakes in run folders, checkpoints, caches and resuming."""
+
+from __future__ import annotations
+
+from .mutant import Edit, Mutant, mutant
+
+OPENING = "qpref/opening.py"
+FOLDERS = "tests/training/test_run_folder.py::"
+PUBLISH = "tests/test_publish.py::"
+INTO_BOTH = """            parameter.copy_(tensors[name])
+            for other, frozen in policy.model.named_parameters():
+                if other == name.replace(".default.", ".reference.") != name:
+                    frozen.copy_(tensors[name])
+"""
+
+MUTANTS: tuple[Mutant, ...] = (
+    mutant(
+        "C37",
+        "a resumed run from an adapter has what it has learned as its reference",
+        "qpref/training/snapshot.py",
+        "            parameter.copy_(tensors[name])\n",
+        INTO_BOTH,
+        "tests/training/test_resume.py::test_run_from_an_adapter_resumes_to_the_bit",
+    ),
+    Mutant(
+        "C58",
+        "links in a run folder are followed",
+        (
+            Edit(OPENING, "_refuse_other_kinds(path, follow)\n    safely", "safely"),
+            Edit(OPENING, "(0 if follow else os.O_NOFOLLOW)", "0"),
+        ),
+        (FOLDERS + "test_a_new_run_in_a_prepared_folder_changes_nothing_outside",),
+    ),
+    mutant(
+        "C59",
+        "whoever loses the race for a shared folder fails",
+        "qpref/publish.py",
+        "        if not (isinstance(cause, OSError) and cause.errno in (errno.ENOTEMPTY, errno.EEXIST)"
+        " and final.is_dir()):\n            raise\n",
+        "        raise cause or error\n",
+        PUBLISH + "test_the_loser_of_a_race_for_a_shared_folder_keeps_the_winners",
+    ),
+    mutant(
+        "C59",
+        "staging folders are named by process id, which two containers have in common",
+        "qpref/fsio.py",
+        "{secrets.token_hex(8)}",
+        "{os.getpid():016x}",
+        "tests/test_fsio.py",
+        PUBLISH + "test_a_killed_process_leaves_nothing_beside_what_is_made_next",
+        PUBLISH + "test_a_folder_that_another_process_is_filling_stays",
+    ),
+    mutant(
+        "C60",
+        "a damaged final adapter goes unseen",
+        "qpref/training/folder.py",
+        "        written = self.adapter_manifest()\n        if written is None:\n            return self.result.name\n",
+        "        written = self.adapter_manifest()\n        if written is not None:\n            return None\n",
+        FOLDERS + "test_a_damaged_adapter_is_exported_again_from_the_last_checkpoint",
+    ),
+    mutant(
+        "C60",
+        "a damaged conversion of a base is trained on",
+        "qpref/policy/convert.py",
+        "if (damaged := _damaged_file(folder)) is None:",
+        "if (damaged := None) is None:",
+        "tests/policy/test_source.py::test_a_damaged_conversion_is_named_and_made_again",
+    ),
+)
