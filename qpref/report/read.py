@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio, sealed
+from qpref import fsio, opening, sealed
 from qpref.errors import DataError, RecipeError
 from qpref.training.folder import RunFolder
 
@@ -198,7 +198,7 @@ def read_json(path: Path) -> Any:
         DataError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(opening.read_bytes(path, follow=True).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

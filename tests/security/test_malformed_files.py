@@ -254,3 +254,19 @@ def test_usual_patterns_are_quick(pattern):
     from qpref.patterns import why_slow
 
     assert why_slow(pattern) is None
+
+
+@pytest.mark.parametrize("make", [make_fifo, link_device])
+def test_a_file_that_is_read_on_the_side_is_no_place_to_wait(tmp_path, make):
+    from qpref.errors import DataError
+    from qpref.evaluation.generate import read_prompts
+    from qpref.merge.card import _adapter_step
+    from qpref.report.read import read_json
+
+    for name in ("result.json", "prompts.txt"):
+        make(tmp_path / name)
+    assert _adapter_step(tmp_path / "result.json") is None
+    with pytest.raises(DataError, match="not a regular file"):
+        read_json(tmp_path / "result.json")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_prompts(str(tmp_path / "prompts.txt"))
