@@ -1,5 +1,6 @@
 """A malformed file of a base, a tokenizer, an adapter, a run or a recipe is one sentence that names it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from malformed import malformed_json, replaced, whole_files
 
 from qpref.cli import main
 from qpref.errors import PolicyError, QprefError, RecipeError
+from qpref.opening import read_object
 from qpref.policy import adapter_folder
 from qpref.policy.model_config import EXPECTED, read_model_config
 from qpref.policy.pretrained import read_config
@@ -22,6 +24,7 @@ from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.document import read_document
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import ModelSection
+from qpref.sealed import SEAL, write_sealed
 from qpref.training.folder import RunFolder
 
 LONG = 0.9
@@ -126,7 +129,16 @@ def test_any_index_is_read_or_refused(base):
 def test_any_run_json_is_read_or_refused(trained_run, tmp_path):
     run = Path(shutil.copytree(trained_run(), tmp_path / "run"))
     path = run / "run.json"
-    assert refuse_or_read(RunFolder(run).description, path, malformed_json(path), RecipeError) > 100
+
+    def read():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            values = read_object(path)
+            write_sealed(
+                path, {name: value for name, value in values.items() if name != SEAL}
+            )  # or its hash would tell
+        RunFolder(run).description()
+
+    assert refuse_or_read(read, path, malformed_json(path), RecipeError) > 100
 
 
 def test_any_recipe_is_read_or_refused(tmp_path, make_recipe):
@@ -242,3 +254,19 @@ def test_usual_patterns_are_quick(pattern):
     from qpref.patterns import why_slow
 
     assert why_slow(pattern) is None
+
+
+@pytest.mark.parametrize("make", [make_fifo, link_device])
+def test_a_file_that_is_read_on_the_side_is_no_place_to_wait(tmp_path, make):
+    from qpref.errors import DataError
+    from qpref.evaluation.generate import read_prompts
+    from qpref.merge.card import _adapter_step
+    from qpref.report.read import read_json
+
+    for name in ("result.json", "prompts.txt"):
+        make(tmp_path / name)
+    assert _adapter_step(tmp_path / "result.json") is None
+    with pytest.raises(DataError, match="not a regular file"):
+        read_json(tmp_path / "result.json")
+    with pytest.raises(DataError, match="not a regular file"):
+        read_prompts(str(tmp_path / "prompts.txt"))
