@@ -11,7 +11,7 @@ from malformed import forked, malformed_json, replaced, whole_files
 
 from qpref.cli import main
 
-NUM_CASES = 60
+NUM_CASES = 25
 SECONDS = 60
 """Longest that a command may take, on a busy machine."""
 
