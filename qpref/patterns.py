@@ -16,23 +16,40 @@ FEW = 16
 MAX_REPEATS = 4
 """Most unbounded repeats one after the other: k of them take up to n^k / k! steps on n characters."""
 _PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}|\\[pP]\w|\\h|\\H|\[:\^?\w+:\]")
+_PART = re.compile(r"\\.|\[\^?\]?|.", re.DOTALL)
 _REPEATS = frozenset({_constants.MAX_REPEAT, _constants.MIN_REPEAT})
 
 
-def why_slow(pattern: str) -> str | None:
+def why_slow(pattern: str, of_tokenizer: bool = False) -> str | None:
     """Explain why a pattern can take too long, or cannot be parsed; None for a quick one.
 
-    Unicode properties (`\\p{L}`), which a tokenizer's patterns have and Python's lack, stand for one character.
+    Args:
+        of_tokenizer: it has Oniguruma's syntax, whose Unicode properties (`\\p{L}`) and classes inside classes Python
+            lacks; each stands for one character.
     """
     if len(pattern) > MAX_LENGTH:
         return f"it is longer than {MAX_LENGTH} characters"
     try:
-        tree = _parser.parse(_PROPERTY.sub(r"\\w", pattern))
+        tree = _parser.parse(_PROPERTY.sub(r"\\w", _without_classes(pattern)) if of_tokenizer else pattern)
     except (re.error, OverflowError) as error:
         return f"it is no regular expression: {error}"
     except RecursionError:
         return "it is nested too deeply"
     return _why_slow(tree)
+
+
+def _without_classes(pattern: str) -> str:
+    """Replace each character class, which may hold other classes, by one that Python parses."""
+    kept: list[str] = []
+    depth = 0
+    for part in _PART.findall(pattern):
+        is_open = part.startswith("[")
+        if is_open and depth == 0:
+            kept.append(r"\w")
+        elif depth == 0:
+            kept.append(part)
+        depth = depth + 1 if is_open else depth - 1 if part == "]" and depth else depth
+    return "".join(kept)
 
 
 def _why_slow(tree: Any) -> str | None:

@@ -266,6 +266,10 @@ def said() -> Iterator[list[str]]:
     log.handlers = before
 
 
+OF_ONE_RUN = ("seconds", "metrics_bytes", "metrics_sha256", "run")
+"""Values of a checkpoint's state that have times in them."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """All that a run leaves behind, but for the time that it took."""
@@ -288,7 +292,7 @@ def outcome(folder: Path) -> Outcome:
     return Outcome(
         adapter=(folder / "adapter" / "adapter_model.safetensors").read_bytes(),
         tensors={path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))},
-        state={name: value for name, value in state.items() if name not in ("seconds", "metrics_bytes")},
+        state={name: value for name, value in state.items() if name not in OF_ONE_RUN},
         rows=rows_of(folder),
     )
 

@@ -34,7 +34,7 @@ def test_every_command_says_on_windows_where_it_runs(command):
 
 @pytest.mark.parametrize(
     "code",
-    ["import qpref.fsio", "import qpref.data.template_limits", "import qpref; qpref.train('my.toml')"],
+    ["import qpref.publish", "import qpref.data.template_limits", "import qpref; qpref.train('my.toml')"],
 )
 def test_the_python_api_says_so_too(code):
     done = on_windows(f"""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qpref import opening
 from qpref.data.source import DataSource
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError, RecipeError
@@ -115,7 +116,7 @@ def _without_response(
 
 def _lines(path: Path) -> list[UnpairedExample]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = opening.read_bytes(path, follow=True).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -25,7 +25,7 @@ from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
-from qpref.training.folder import RunFolder
+from qpref.training.folder import EXPORT_AGAIN, RunFolder
 from qpref.training.snapshot import restore_adapter
 
 log = logging.getLogger("qpref")
@@ -187,7 +187,10 @@ def _checkpoint(name: str, folder: RunFolder, path: Path) -> Subject:
 
 
 def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
-    facts, document = folder.description(), folder.document()
+    facts = folder.description()
+    document = folder.document(facts)
+    if kind == "run" and (damage := folder.adapter_damage()):
+        raise PolicyError(damage, EXPORT_AGAIN)
     recipe = _checked(document, str(folder.recipe))
     path = Path(facts["base_path"])
     model = recipe.model

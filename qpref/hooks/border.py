@@ -167,5 +167,7 @@ def _innermost_owner(frame: FrameType | None) -> str | None:
 
 
 def _package(frame: FrameType) -> str:
-    name: Any = frame.f_globals.get("__name__", "")
+    # Under `python -m qpref` the core's first module is called __main__; its spec has the real name.
+    spec: Any = frame.f_globals.get("__spec__")
+    name = getattr(spec, "name", None) or frame.f_globals.get("__name__", "")
     return str(name).partition(".")[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from qpref import __version__, fsio
+from qpref import __version__, fsio, sealed
 from qpref.merge.guards import TrainedRun
 from qpref.merge.request import MergeRequest, MergeResult, Verdict
 from qpref.training.folder import RunFolder
@@ -84,7 +84,11 @@ def _metrics(folder: RunFolder) -> str:
     step = _adapter_step(folder.result)
     first, merged = rows[0], next((row for row in rows if row["step"] == step), rows[-1])
     names = [name for name in merged if name.startswith("eval_")]
-    lines = [f"| | step {first['step']} | step {merged['step']} |", "|---|---|---|"]
+    changed = folder.changed_metrics()
+    if changed:
+        log.warning("%s; the card says so", changed)
+    lines = [] if changed is None else ["metrics.jsonl is not as training wrote it, so these values may be wrong.", ""]
+    lines += [f"| | step {first['step']} | step {merged['step']} |", "|---|---|---|"]
     lines += [
         f"| {name.removeprefix('eval_')} | {_number(first.get(name))} | {_number(merged[name])} |" for name in names
     ]
@@ -112,10 +116,9 @@ def _row(line: str) -> dict[str, Any] | None:
 def _adapter_step(result: Path) -> Any:
     """Read the adapter's step from result.json (under `best_by`, not the last step); None if unknown."""
     try:
-        values = json.loads(result.read_text())
+        return sealed.read_sealed(result).get("adapter_step")
     except (OSError, ValueError):
         return None
-    return values.get("adapter_step") if isinstance(values, dict) else None
 
 
 def _number(value: Any) -> str:

@@ -6,7 +6,6 @@ be outdated within weeks.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qpref import disk_space, fsio, publish
+from qpref import disk_space, fsio, opening, publish
 from qpref.errors import MergeError, RecipeError
 
 log = logging.getLogger("qpref")
@@ -115,10 +114,10 @@ def _config(merged: Path) -> dict[str, Any]:
     if not (merged / "config.json").is_file() or not any(merged.glob("*.safetensors")):
         raise RecipeError(f"{merged}: no model folder (config.json and safetensors)", "qpref merge RUN OUT writes one")
     try:
-        config = json.loads((merged / "config.json").read_text())
+        config = opening.read_object(merged / "config.json", follow=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{merged / 'config.json'}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("quantization_config"):
+    if config.get("quantization_config"):
         raise RecipeError(f"{merged}: its weights are quantized, which llama.cpp's converter doesn't read",
                           "merge without quantizing; --type q8_0 quantizes here")  # fmt: skip
     return config

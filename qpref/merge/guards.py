@@ -22,12 +22,12 @@ from qpref.policy import adapter_folder
 from qpref.policy.adapter_names import plain_targets
 from qpref.policy.architecture import shared_layers
 from qpref.policy.delta import LoraDelta
-from qpref.policy.source import BaseFolder, cached_sha256, shard_files
+from qpref.policy.source import BaseFolder, shard_files
 from qpref.policy.tokenizer import load_tokenizer
 from qpref.recipe.document import fingerprint_of
 from qpref.recipe.plan import Plan
 from qpref.recipe.reopen import RecordedRun, reopen_plan
-from qpref.training.folder import RunFolder
+from qpref.training.folder import EXPORT_AGAIN, RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +76,15 @@ def read_run(path: Path) -> TrainedRun:
         raise RecipeError(f"{path}: this run is not finished", "finish it with qpref train --resume")
     facts = folder.description()
     document = _recipe_of_run(folder, facts)
+    if damage := folder.adapter_damage():
+        raise MergeError(damage, EXPORT_AGAIN)
     shards = _base_files(facts)
     recorded = folder.recorded(document, facts)
     plan = reopen_plan(recorded, heldout_alone=True)
     base_path = Path(facts["base_path"])
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
+    if unknown := sorted(base.quantized - {base.module_of(key) for key in base.tensors}):
+        raise MergeError(f"{folder.run_json}: {unknown[0]} is no layer of the base, so it wasn't quantized")
     _refuse_other_settings(folder.adapter, document["adapter"], base)
     delta = LoraDelta.read(folder.adapter, base.layers)
     _refuse_other_layers(base, delta, folder.adapter)
@@ -167,21 +171,35 @@ def _device(plan: Plan) -> torch.device:
 
 
 def _recipe_of_run(folder: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the run's recipe, and check it against run.json.
+
+    A setting that both have is compared although both are hashed: the verdict replays the base by run.json's, so it
+    would not see a wrong one.
+    """
     try:
-        document = folder.document()
+        document = folder.document(facts)
     except RecipeError as error:
-        raise MergeError(error.what) from error
+        raise MergeError(error.what, error.hint) from error
     same_base = document["model"].get("base") == facts["base"]
     if not same_base or fingerprint_of(document) != facts["fingerprints"]["recipe"]:
         raise MergeError(
             f"{folder.recipe}: not the recipe of this run; revision, quantization or another setting was changed",
             "restore it; to train with other settings, start another run",
         )
+    for name in ("dtype", "double_quantization"):
+        if facts[name] != document["model"][name]:
+            raise MergeError(
+                f"{folder.run_json}: {name} is {facts[name]}, but the recipe's is {document['model'][name]}"
+            )
     return document
 
 
 def _base_files(facts: Mapping[str, Any]) -> list[Path]:
-    """List the base's safetensors files, after checking their hashes against the run's."""
+    """List the base's safetensors files, after checking their hashes against the run's.
+
+    Cached hashes don't do: a file that a disk has damaged keeps its size and time of change, and the verdict compares
+    models that both have its weights.
+    """
     path = Path(facts["base_path"])
     if not path.is_dir():
         raise MergeError(f"{path}: the run's base is gone", "qpref train --resume fetches it again")
@@ -192,7 +210,7 @@ def _base_files(facts: Mapping[str, Any]) -> list[Path]:
         raise MergeError(f"{config}: not the config used in training; its SHA-256 differs")
     shards = shard_files(path)
     for shard in shards:
-        if facts["base_weights"].get(shard.name) != cached_sha256(shard):
+        if facts["base_weights"].get(shard.name) != fsio.sha256_file(shard):
             raise MergeError(f"{shard}: not the file used in training; its SHA-256 differs")
     if missing := sorted(set(facts["base_weights"]) - {shard.name for shard in shards}):
         raise MergeError(f"{path}: {missing[0]} was used in training, but the index doesn't name it")

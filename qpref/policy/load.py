@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained, read_config
 from qpref.policy.rope import separate_lengths
 from qpref.policy.source import BaseFolder
+from qpref.policy.start_base import warn_of_other_base
 from qpref.policy.text_part import keep_text_alone
 from qpref.recipe.sections import ModelSection, Recipe
 
@@ -41,6 +43,8 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     """
     device = choose_device(recipe.model.device)
     _refuse_wrong_dtype(recipe.model, device)
+    if recipe.adapter.start is not None:
+        warn_of_other_base(Path(recipe.adapter.start), base, recipe.model.base)
     model = _load_ready(recipe.model, base, device)
     policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
     _announce_experts(model, policy.dtype, policy.adapts_experts())

@@ -73,7 +73,7 @@ def _check_files(folder: Path) -> None:
         if path.exists():
             values = read_object(path)
             for pattern in _patterns(values):
-                if reason := why_slow(pattern):
+                if reason := why_slow(pattern, of_tokenizer=True):
                     raise PolicyError(f"{path}: the pattern {pattern[:60]!r} is refused: {reason}")
 
 

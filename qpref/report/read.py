@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qpref import fsio, opening, sealed
 from qpref.errors import DataError, RecipeError
 from qpref.training.folder import RunFolder
 
@@ -95,6 +96,7 @@ class RunRecord:
         data: data.json, the data report; None if missing.
         is_finished: the adapter is written.
         unreadable: name of an optional file -> why it can't be read.
+        changed: names of the files that aren't as training wrote them, by the hashes that other files have of them.
     """
 
     path: Path
@@ -107,6 +109,7 @@ class RunRecord:
     data: dict[str, Any] | None
     is_finished: bool
     unreadable: dict[str, str] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -140,18 +143,31 @@ def read_run(path: Path, name: str) -> RunRecord:
             unreadable[file.name] = error.what.removeprefix(f"{file}: ")
             return None
 
+    facts, result = read_object(folder.run_json), optional(folder.result)
     return RunRecord(
         path=path,
         name=name,
-        facts=read_object(folder.run_json),
+        facts=facts,
         recipe=_toml(text),
         recipe_text=text,
         metrics=read_metrics(folder.metrics),
-        result=optional(folder.result),
+        result=result,
         data=optional(folder.data_json),
         is_finished=folder.adapter.is_dir(),
         unreadable=unreadable,
+        changed=tuple(_changed(folder, facts, result or {})),
     )
+
+
+def _changed(folder: RunFolder, facts: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the files that differ from their hashes; a file that no hash is known of isn't among them."""
+    hashes = {path: nested(facts, "files", path.name) for path in (folder.recipe, folder.data_json)}
+    for path, values in ((folder.run_json, facts), (folder.result, result)):
+        if sealed.SEAL in values and not sealed.is_sealed(values):
+            yield path.name
+    for path, digest in (hashes | {folder.metrics: result.get("metrics_sha256")}).items():
+        if digest is not None and path.is_file() and fsio.sha256_file(path) != digest:
+            yield path.name
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -182,7 +198,7 @@ def read_json(path: Path) -> Any:
         DataError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(opening.read_bytes(path, follow=True).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

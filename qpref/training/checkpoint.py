@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qpref")
 
-FORMAT = 2
+FORMAT = 3
 SPACE_FACTOR = 1.5
 """Free space to ask for before a save, as a multiple of its size."""
 NAME = re.compile(r"step-(\d{6,})")
@@ -72,7 +72,8 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps done.
-        state: JSON values: counters, running averages, fingerprints, the metrics file's length.
+        state: JSON values: counters, running averages, fingerprints, run.json's values, length and SHA-256 of the
+            metrics file.
         tensors: file stem -> tensors: adapter, optimizer, reference.
     """
 

@@ -1,8 +1,14 @@
-"""run.json: what a run was made of, written before its first step for resume, merge, evaluation and report."""
+"""run.json: what a run was made of, written before its first step for resume, merge, evaluation and report.
+
+It is the root of trust of a run's folder: sealed with a hash of itself, it has those of recipe.lock.toml and data.json.
+Values made of damaged ones would pass every later check, since these compare with run.json.
+"""
 
 from __future__ import annotations
 
+import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -10,26 +16,69 @@ from typing import Any
 import tomli_w
 import torch
 
-from qpref import fsio
+from qpref import fsio, sealed
 from qpref.data.order import total_steps
+from qpref.errors import RecipeError
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
 from qpref.recipe.plan import Plan
+from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder
 from qpref.training.prepare import Prepared
 from qpref.training.reference_pass import cache_description
 from qpref.training.snapshot import Session
 
+log = logging.getLogger("qpref")
+
 VERSIONED = ("qpref", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "trl")
 
 
-def write_description(session: Session, folder: RunFolder) -> None:
-    """Write the resolved recipe, the data report and run.json, and make the folder of the checkpoints."""
-    prepared = session.prepared
-    fsio.write_text(folder.recipe, tomli_w.dumps(prepared.plan.document))
-    fsio.write_json(folder.data_json, prepared.report.facts())
-    fsio.write_json(folder.run_json, _description(session))
+def begin_records(session: Session, folder: RunFolder) -> None:
+    """Write the records of a new run, and make the folder of its checkpoints."""
+    session.description = _description(session)
+    _write_records(session, folder)
     fsio.make_folder(folder.checkpoints)
+
+
+def restore_records(session: Session, folder: RunFolder, saved: Checkpoint) -> None:
+    """Read run.json of a resumed run; write the records again where they are damaged, or say other than this start.
+
+    Checkpoints hold run.json's values too, so that it comes back as it was. The settings that may differ between a run
+    and its resumption are then those of the resumption.
+    """
+    prepared = session.prepared
+    try:
+        written = folder.description()
+        damage = folder.changed_record(written)
+    except RecipeError as error:
+        written, damage = saved.state["run"], error.what
+    session.description = written | _location(prepared)
+    if damage:
+        log.warning("%s; it is written again", damage)
+    if damage or session.description != written or folder.document(written) != prepared.plan.document:
+        _write_records(session, folder)
+
+
+def restate_recipe(plan: Plan, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Write a complete run's recipe again where the settings that may differ between a run and its resumption do, such
+    as the location of its data."""
+    if folder.document(facts) != plan.document:
+        log.info("%s: is written again, with the settings of this start", folder.recipe)
+        fsio.write_text(folder.recipe, tomli_w.dumps(plan.document))
+        _write_description(folder, facts)
+
+
+def _write_records(session: Session, folder: RunFolder) -> None:
+    """Write the resolved recipe, the data report, and run.json with the hashes of both."""
+    fsio.write_text(folder.recipe, tomli_w.dumps(session.prepared.plan.document))
+    fsio.write_json(folder.data_json, session.prepared.report.facts())
+    session.description = _write_description(folder, session.description)
+
+
+def _write_description(folder: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    written = {**facts, "files": {path.name: fsio.sha256_file(path) for path in (folder.recipe, folder.data_json)}}
+    sealed.write_sealed(folder.run_json, written)
+    return written
 
 
 def _description(session: Session) -> dict[str, Any]:
@@ -41,6 +90,7 @@ def _description(session: Session) -> dict[str, Any]:
         "device": _device_name(prepared.policy.device),
         "plugins": _offers(prepared.plan),
         "losses": {"is_paired": prepared.plan.is_paired, "needs": sorted(prepared.plan.needs)},
+        **_location(prepared),
         **_base(prepared),
         **_sizes(session),
         "reference_cache": cache_description(session.references),
@@ -51,11 +101,13 @@ def _description(session: Session) -> dict[str, Any]:
     }
 
 
+def _location(prepared: Prepared) -> dict[str, Any]:
+    return {"base": prepared.plan.recipe.model.base, "base_path": str(prepared.base.path)}
+
+
 def _base(prepared: Prepared) -> dict[str, Any]:
     base, model = prepared.base, prepared.plan.recipe.model
     return {
-        "base": model.base,
-        "base_path": str(base.path),
         "base_weights": base.weights,
         "base_config": fsio.sha256_file(base.path / "config.json"),
         "dtype": model.dtype,

@@ -6,6 +6,7 @@ following links, and only what a run has written is ever deleted.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpref import fsio, locks, opening, publish
+from qpref import fsio, locks, opening, publish, sealed
 from qpref.errors import RecipeError
 from qpref.recipe.document import read_document
 from qpref.training import checkpoint
@@ -28,6 +29,10 @@ ENTRIES = frozenset({*FILES, *FOLDERS})
 CARD = "README.md"
 """The adapter's model card, which people edit."""
 SHOWN_FILES = 5
+RECORDS = ("recipe.lock.toml", "data.json")
+"""Files that run.json has the SHA-256 of."""
+WRITE_AGAIN = "qpref train --resume with the run's recipe writes it again"
+EXPORT_AGAIN = "qpref train --resume with the run's recipe exports the adapter again from the last checkpoint"
 REQUIRED: Mapping[str, type] = {
     "base": str,
     "base_path": str,
@@ -36,6 +41,7 @@ REQUIRED: Mapping[str, type] = {
     "double_quantization": bool,
     "dtype": str,
     "examples": dict,
+    "files": dict,
     "fingerprints": dict,
     "quantized_modules": list,
     "versions": dict,
@@ -44,6 +50,7 @@ REQUIRED: Mapping[str, type] = {
 DTYPE_NAMES = ("bf16", "fp16", "float32")
 REQUIRED_WITHIN: Mapping[str, tuple[str, ...]] = {
     "examples": ("train", "heldout"),
+    "files": RECORDS,
     "fingerprints": ("recipe", "training data", "held-out data", "start adapter"),
 }
 
@@ -90,26 +97,27 @@ class RunFolder:
         """Read run.json; every key of `REQUIRED` is in it.
 
         Raises:
-            RecipeError: it cannot be read, or is no run of this qpref.
+            RecipeError: it cannot be read, isn't as training wrote it, or is no run of this qpref.
         """
         try:
-            facts = opening.read_object(self.run_json)
+            facts = sealed.read_sealed(self.run_json)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"{self.run_json}: cannot be read: {error}", "restore it, or train again") from None
+            raise RecipeError(f"{self.run_json}: cannot be read: {error}", WRITE_AGAIN) from None
         if missing := _missing_key(facts):
             raise RecipeError(f"{self.run_json}: lacks '{missing}': not a run of this qpref")
         return facts
 
-    def document(self) -> dict[str, Any]:
+    def document(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Read recipe.lock.toml; every table that a run needs is in it.
 
+        Args:
+            facts: run.json.
+
         Raises:
-            RecipeError: it cannot be read, or isn't the recipe of a run.
+            RecipeError: it cannot be read, isn't as training wrote it, or isn't the recipe of a run.
         """
-        if kind := opening.kind_of(self.recipe):
-            raise RecipeError(f"{self.recipe}: it is {kind}, not a regular file")
-        if not self.recipe.exists():
-            raise RecipeError(f"{self.recipe}: cannot be read: no such file")
+        if changed := self._change(self.recipe, facts):
+            raise RecipeError(changed, WRITE_AGAIN)
         document = read_document(self.recipe)
         for table in ("model", "adapter", "data", "train"):
             if not isinstance(document.get(table), dict):
@@ -124,29 +132,61 @@ class RunFolder:
         Args:
             document: recipe.lock.toml.
             facts: run.json.
+
+        Raises:
+            RecipeError: data.json isn't as training wrote it; without one, all checks are repeated.
         """
-        try:
-            report = opening.read_object(self.data_json)
-        except (OSError, ValueError):
-            report = {}
+        report = {}
+        if self.data_json.exists():
+            if changed := self._change(self.data_json, facts):
+                raise RecipeError(changed, WRITE_AGAIN)
+            try:
+                report = opening.read_object(self.data_json)
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"{self.data_json}: cannot be read: {error}", WRITE_AGAIN) from None
         from qpref.recipe.reopen import RecordedRun  # imports pydantic, which reports do without
 
         return RecordedRun(path=self.path, document=document, facts=facts, report=report)
 
-    def adapter_manifest(self) -> dict[str, Any] | None:
-        """Read the manifest of the adapter from result.json; None where that has none."""
+    def changed_record(self, facts: Mapping[str, Any]) -> str | None:
+        """Explain which of the records beside run.json is missing or isn't as training wrote it; None if none is."""
+        changes = (self._change(path, facts) for path in (self.recipe, self.data_json))
+        return next((change for change in changes if change), None)
+
+    def _change(self, path: Path, facts: Mapping[str, Any]) -> str | None:
+        """Explain how a file of `RECORDS` differs from its hash in run.json; None where it doesn't."""
         try:
-            written = opening.read_object(self.result).get("adapter_files")
+            content = opening.read_bytes(path)
+        except OSError as error:
+            return f"{path}: cannot be read: {error}"
+        if hashlib.sha256(content).hexdigest() == facts["files"][path.name]:
+            return None
+        return f"{path}: is not as training wrote it; its SHA-256 differs from run.json's"
+
+    def adapter_manifest(self) -> dict[str, Any] | None:
+        """Read the manifest of the adapter from result.json; None where that has none, or is damaged."""
+        try:
+            written = sealed.read_sealed(self.result).get("adapter_files")
         except (OSError, ValueError):
             return None
         return written if isinstance(written, dict) else None
 
-    def damaged_adapter_file(self) -> str | None:
-        """Return a file of the finished run's adapter that isn't as training wrote it, or None."""
+    def adapter_damage(self) -> str | None:
+        """Explain which file of the adapter, or result.json, isn't as training wrote it; None if all are."""
         written = self.adapter_manifest()
         if written is None:
-            return self.result.name
-        return publish.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
+            return f"{self.result}: has no manifest of the adapter that is as training wrote it"
+        changed = publish.changed_file(self.adapter, {name: entry for name, entry in written.items() if name != CARD})
+        return None if changed is None else f"{self.adapter / changed}: is not as training wrote it"
+
+    def changed_metrics(self) -> str | None:
+        """Explain that a finished run's metrics.jsonl isn't as training wrote it; None where it is, or isn't known."""
+        try:
+            written = sealed.read_sealed(self.result).get("metrics_sha256")
+            is_same = written is None or fsio.sha256_file(self.metrics) == written
+        except (OSError, ValueError):
+            return None
+        return None if is_same else f"{self.metrics}: is not as training wrote it"
 
     def clear(self) -> None:
         """Remove the run but keep the lock. run.json goes first: without it there is no run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qpref import fsio
+from qpref import fsio, opening
 from qpref.errors import DiskError
 from qpref.hooks.border import described
 from qpref.hooks.types import SinkContext, SinkWriter
@@ -79,6 +80,7 @@ class Recorder:
     def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
         self._lines = fsio.AppendLog(path, keep)
         self._size = self._lines.size
+        self._hash = hashlib.sha256(opening.read_bytes(path, keep))
         self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
         self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
@@ -87,6 +89,11 @@ class Recorder:
     def size(self) -> int:
         """Bytes of the rows in metrics.jsonl."""
         return self._size
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of metrics.jsonl as it was written, whatever the disk has made of it."""
+        return self._hash.hexdigest()
 
     def write(self, row: MetricRow) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in row.values.items()}
@@ -117,6 +124,7 @@ class Recorder:
                 self._lines.cut(self._size)
             raise
         self._size += len(lines)
+        self._hash.update(lines)
         self._unwritten.clear()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
 from qpref.data.order import refuse_empty_steps, step_order, total_steps
 from qpref.data.tokenize import PairTokenizer
+from qpref.errors import PolicyError
 from qpref.memory.limit import enforced_limit
 from qpref.policy.device import announce
 from qpref.policy.load import choose_device, load_policy
@@ -25,6 +26,7 @@ from qpref.recipe.plan import Plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 from qpref.training import invariants
+from qpref.training.folder import EXPORT_AGAIN, RunFolder
 from qpref.training.model_limits import refuse_beyond_limits
 from qpref.training.objective import Objective
 
@@ -83,6 +85,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     device = choose_device(recipe.model.device)
     announce(device, recipe.model.device)
     limit = enforced_limit(recipe, device)
+    _refuse_damaged_start(recipe.adapter.start)
     policy = load_policy(recipe, base)
     refuse_beyond_limits(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
@@ -123,6 +126,15 @@ def _class_counts(examples: Sequence[TokenizedExample]) -> tuple[int, int]:
     """Count desirable and undesirable examples."""
     labels = [example.label for example in examples]
     return labels.count(True), labels.count(False)
+
+
+def _refuse_damaged_start(start: str | None) -> None:
+    """Refuse to start from a run's adapter that isn't as that run wrote it."""
+    if start is None or Path(start).name != "adapter":
+        return
+    folder = RunFolder(Path(start).parent)
+    if folder.run_json.is_file() and (damage := folder.adapter_damage()):
+        raise PolicyError(f"[adapter] start: {damage}", EXPORT_AGAIN)
 
 
 def start_digest(start: str | None) -> str:

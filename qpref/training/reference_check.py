@@ -1,13 +1,14 @@
 """Check cached reference log-probabilities on this machine before a run reads them.
 
 Machines round differently, and some round the same row differently in another batch: in bf16 by 0.045 nats a token on a
-CPU with AMX, not at all on other CPUs. No fixed tolerance separates that from a wrong reference, so two checks measure
-it:
+CPU with AMX, not at all on other CPUs. No fixed tolerance separates that from a wrong reference, so three checks
+measure it:
 
 1. Each shard of the cache holds check rows, scored as one batch by one thread. That batch is scored again: the same
    reference on the same machine gives the same numbers; another base, or a weight that is 2 % off, does not.
 2. Rows of the run's first batch are compared with the cache's, which were scored in other batches. They may differ by
    three times the rounding between batches, measured on this machine.
+3. So is each row of a random sample over all of the run's data (`reference_sample`).
 
 A shard that fails is put aside and its rows are recomputed. Others may have written the shards, so whatever their check
 rows hold must neither end the run nor take long.
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -33,6 +35,7 @@ from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, as_reference, row_keys
 from qpref.policy.reference_cache import CheckRows, ReferenceCache
 from qpref.records import PackedBatch, TokenizedExample
+from qpref.training.reference_sample import largest_rounding, row_differences, sample
 
 log = logging.getLogger("qpref")
 
@@ -77,6 +80,8 @@ def check_cache(
         rescoring = Rescoring(policy, batch)
         failed = _check_shards(cache, rescoring, keys)
         failed |= _compare_rows(references, rescoring, batch)
+        if examples is not None:
+            failed |= _compare_sample(references, rescoring, examples)
         values = rescoring.scores(CheckRows(batch.examples, torch.empty(0)))
         cache.check_rows = None if values is None else CheckRows(batch.examples, values)
     if failed:
@@ -207,6 +212,44 @@ def _compare_rows(references: ReferenceStore, rescoring: Rescoring, batch: Packe
     return {}
 
 
+def _compare_sample(
+    references: ReferenceStore, rescoring: Rescoring, examples: Sequence[TokenizedExample]
+) -> dict[str, float]:
+    """Compare a sample of the cached rows over all data, and put aside the shards of rows that fail.
+
+    Returns:
+        Shard -> mean difference of its worst row, nats a token, of those that failed.
+    """
+    cache, policy, rounding = references.cache, rescoring.policy, 0.0
+    assert cache is not None
+    failed: dict[str, float] = {}
+    own = sum(num_fed_tokens(example, policy.shares_prompts) for example in rescoring.batch.examples)
+    budget = max(own, LARGE_BATCH_TOKENS)
+    for members in sample(cache, examples, policy, budget):
+        found = _attempt(partial(row_differences, cache, members, policy))
+        if found is None:
+            continue  # too large for the memory left now; training shrinks its batches
+        worst = max(found.values(), default=0.0)
+        if worst > max(OTHER_BATCH_TOLERANCE, OTHER_BATCH_FACTOR * rounding):
+            measured = _attempt(partial(_rounding_of_rows, members, policy)) if worst < INFINITE else None
+            rounding = max(rounding, measured or 0.0)
+        allowed = max(OTHER_BATCH_TOLERANCE, OTHER_BATCH_FACTOR * rounding)
+        for key, difference in found.items():
+            shard = cache.store.shard_of(key)
+            if shard is not None and not difference <= allowed:
+                failed[shard] = max(failed.get(shard, 0.0), difference)
+    if failed:
+        references.rows.clear()
+        cache.put_aside(failed)
+    return failed
+
+
+def _rounding_of_rows(examples: Sequence[TokenizedExample], policy: Policy) -> float:
+    """Measure the largest rounding of one of these rows between batches, nats a token."""
+    lengths = [len(branch) for example in examples for branch in example.branches]
+    return largest_rounding(_arrangements(examples, policy), lengths)
+
+
 def _difference_of_rows(
     references: ReferenceStore, policy: Policy, batch: PackedBatch, known: dict[bytes, int]
 ) -> float:
@@ -226,10 +269,13 @@ def _difference_of_rows(
 
 
 def measured_rounding(examples: Sequence[TokenizedExample], policy: Policy) -> float:
-    """Measure the rounding between batches: the mean difference of these rows' scores, nats a token, on this machine.
+    """Measure the rounding between batches on this machine: the mean difference of these rows' scores, nats a token."""
+    together, *others = _arrangements(examples, policy)
+    return max((together - other).abs().mean().item() for other in others)
 
-    The rows are scored together, each alone, and repeated in one larger batch.
-    """
+
+def _arrangements(examples: Sequence[TokenizedExample], policy: Policy) -> list[Tensor]:
+    """Score rows together, each alone, and repeated in one larger batch: three times [tokens] nats."""
     together = completion_logprobs(policy, pack(examples, policy.device)).values
     alone = torch.cat([completion_logprobs(policy, pack([example], policy.device)).values for example in examples])
     if policy.shares_prompts:  # a repeated example adds its responses alone
@@ -238,7 +284,7 @@ def measured_rounding(examples: Sequence[TokenizedExample], policy: Policy) -> f
         tokens = sum(num_fed_tokens(example, shared=False) for example in examples)
     repeats = 1 + LARGE_BATCH_TOKENS // tokens
     many = completion_logprobs(policy, pack([*examples] * repeats, policy.device)).values[: len(together)]
-    return max((together - other).abs().mean().item() for other in (alone, many))
+    return [together, alone, many]
 
 
 def _scores(examples: Sequence[TokenizedExample], policy: Policy) -> Tensor:

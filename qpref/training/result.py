@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from qpref import fsio, opening
+from qpref import sealed
 from qpref.linux import resource
-from qpref.training.state import TrainingState
+from qpref.training.snapshot import Session
 
 
 def reset_peak(device: torch.device) -> None:
@@ -22,22 +22,22 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def write_result(
-    path: Path, state: TrainingState, device: torch.device, first_step: int, adapter_files: Mapping[str, Any]
-) -> None:
-    """Write the result of a finished run.
+def write_result(path: Path, session: Session, first_step: int, adapter_files: Mapping[str, Any]) -> None:
+    """Write the result of a finished run, sealed: its adapter is believed by the manifest in it.
 
     Args:
         first_step: step that this process began after; its peak memory is measured from there.
         adapter_files: manifest of the adapter's folder.
     """
+    state, device = session.state, session.prepared.policy.device
+    hashes = {"adapter_files": dict(adapter_files), "metrics_sha256": session.metrics_sha256}
     if first_step == state.step and (before := _read(path)):
-        fsio.write_json(path, before | {"adapter_files": dict(adapter_files)})  # exported again, and nothing trained
+        sealed.write_sealed(path, before | hashes)  # exported again, and nothing trained
         return
-    fsio.write_json(
+    sealed.write_sealed(
         path,
-        {
-            "adapter_files": dict(adapter_files),
+        hashes
+        | {
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "first_step": first_step,
             "steps": state.step,
@@ -52,7 +52,7 @@ def write_result(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return opening.read_object(path)
+        return sealed.read_sealed(path)
     except (OSError, ValueError):
         return {}
 

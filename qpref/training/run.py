@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qpref import fsio, publish
 from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
-from qpref.errors import CheckpointError, PolicyError, StoppedBySignal
+from qpref.errors import CheckpointError, PolicyError, RecipeError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
 from qpref.policy.load import choose_device
@@ -19,7 +20,7 @@ from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.best import restore_best
 from qpref.training.checkpoint import Checkpoint
-from qpref.training.description import write_description
+from qpref.training.description import begin_records, restate_recipe, restore_records
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Trainer
 from qpref.training.metrics import Recorder
@@ -71,33 +72,48 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     if not finished:
         raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", requested[0])
     _take_best(prepared, folder, session.state)
-    _write_adapter(prepared, folder, session.state, first_step)
+    _write_adapter(session, folder, first_step)
     log.info("adapter: %s", folder.adapter)
 
 
 def _is_complete(plan: Plan, folder: RunFolder) -> bool:
-    """Return whether the folder has this plan's finished run; with a damaged adapter it isn't complete.
+    """Return whether the folder has this plan's finished run; with damaged files, or another base's path, it isn't
+    complete.
 
     Raises:
-        CheckpointError: it is the finished run of another recipe, or no checkpoint is left to export the adapter from.
+        CheckpointError: it is the finished run of another recipe, or no checkpoint is left to write it again from.
     """
     if not (folder.result.exists() or folder.adapter.exists()):
         return False
-    if folder.description()["fingerprints"]["recipe"] != plan.fingerprint:
-        raise CheckpointError(
-            f"{folder.path}: is the run of another recipe",
-            "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
-        )
-    damaged = folder.damaged_adapter_file()
-    if damaged is None:
-        return True
-    problem = f"{folder.adapter}: {damaged} is not as training wrote it"
+    try:
+        facts = folder.description()
+    except RecipeError as error:
+        damage: str | None = error.what
+    else:
+        if facts["fingerprints"]["recipe"] != plan.fingerprint:
+            raise CheckpointError(
+                f"{folder.path}: is the run of another recipe",
+                "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
+            )
+        damage = folder.adapter_damage() or folder.changed_record(facts) or _moved_base(plan, facts)
+        if damage is None:
+            restate_recipe(plan, folder, facts)
+            return True
     if not any(folder.checkpoints.glob("step-*")):
         raise CheckpointError(
-            f"{problem}, and no checkpoint is left to export it from", "restore a copy, or start over with --overwrite"
+            f"{damage}, and no checkpoint is left to write it again from",
+            "restore a copy, or start over with --overwrite",
         )
-    log.warning("%s; the adapter is exported again from the last checkpoint", problem)
+    log.warning("%s; the run's records and its adapter are written again from the last checkpoint", damage)
     return False
+
+
+def _moved_base(plan: Plan, facts: Mapping[str, Any]) -> str | None:
+    """Explain that the base isn't where it was in training, and so has to be compared with it; None where it is."""
+    path, base = Path(facts["base_path"]), plan.recipe.model.base
+    if not path.is_dir():
+        return f"{path}: the run's base is gone"
+    return None if base == facts["base"] else f"[model] base: is {base}, and was {facts['base']}"
 
 
 def _begin(session: Session, folder: RunFolder) -> int:
@@ -114,7 +130,7 @@ def _begin(session: Session, folder: RunFolder) -> int:
     session.references = reference_pass.open_references(prepared)
     session.state.budget = snapshot.settle_sizes(prepared)
     folder.clear()
-    write_description(session, folder)
+    begin_records(session, folder)
     return 0
 
 
@@ -125,7 +141,8 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
         Bytes of metrics.jsonl to keep.
     """
     prepared, state = session.prepared, session.state
-    cache_before = folder.description().get("reference_cache")
+    restore_records(session, folder, saved)
+    cache_before = session.description.get("reference_cache")
     session.references = reference_pass.open_references(prepared, cache_before, saved)
     snapshot.restore(saved, session)
     metrics_bytes = snapshot.metrics_bytes(saved, folder)
@@ -172,6 +189,7 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
     try:
         finished = trainer.run()
         recorder.flush()
+        session.metrics_sha256 = recorder.sha256
         return finished
     finally:
         recorder.close()
@@ -201,9 +219,10 @@ def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> N
              best.step, early, train.best_by, best.value)  # fmt: skip
 
 
-def _write_adapter(prepared: Prepared, folder: RunFolder, state: TrainingState, first_step: int) -> None:
+def _write_adapter(session: Session, folder: RunFolder, first_step: int) -> None:
     """Write the adapter in PEFT's format, with the tokenizer that it was trained with, and result.json, which has the
     manifest of both: a run is finished as soon as the adapter has its name."""
+    prepared = session.prepared
     model = prepared.policy.model
     bad = [name for name, value in prepared.policy.trained_parameters().items() if not bool(value.isfinite().all())]
     if bad:
@@ -213,5 +232,5 @@ def _write_adapter(prepared: Prepared, folder: RunFolder, state: TrainingState, 
     with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter, num_bytes):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
-        write_result(folder.result, state, prepared.policy.device, first_step, publish.manifest(staging))
+        write_result(folder.result, session, first_step, publish.manifest(staging))
         fsio.remove_tree(folder.adapter)  # a damaged one

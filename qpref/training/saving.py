@@ -68,16 +68,19 @@ class Saver:
         if self.unsaved_best is not None and state.best is not None and state.best.step == self.unsaved_best.step:
             checkpoint.save_checkpoint(self.folder.checkpoints, self.unsaved_best, keep)
         self.unsaved_best = None
-        checkpoint.save_checkpoint(self.folder.checkpoints, snapshot.capture(self.session, self.recorder.size), keep)
+        checkpoint.save_checkpoint(self.folder.checkpoints, self._captured(), keep)
 
     def _keep_best(self) -> None:
         if self.session.state.is_best:
-            current = snapshot.capture(self.session, self.recorder.size)
+            current = self._captured()
             tensors = {
                 stem: {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
                 for stem, named in current.tensors.items()
             }
             self.unsaved_best = replace(current, tensors=tensors)
+
+    def _captured(self) -> checkpoint.Checkpoint:
+        return snapshot.capture(self.session, self.recorder.size, self.recorder.sha256)
 
     def _failure(self, error: DiskError) -> DiskError:
         before = "" if self.refused is None else f", and neither was step {self.refused}"

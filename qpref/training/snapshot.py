@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from qpref import opening
 from qpref.errors import CheckpointError
 from qpref.memory.tune import choose_sizes
 from qpref.policy.adapter_names import LayerNames
@@ -19,6 +23,8 @@ from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
 from qpref.training.state import TrainingState
 
+log = logging.getLogger("qpref")
+
 
 @dataclass(slots=True)
 class Session:
@@ -27,6 +33,8 @@ class Session:
     Attributes:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
         references: reference scores; None for losses without a reference.
+        description: the values of run.json.
+        metrics_sha256: hash of metrics.jsonl at the end of training.
     """
 
     prepared: Prepared
@@ -34,6 +42,8 @@ class Session:
     scaler: torch.amp.GradScaler
     references: ReferenceStore | None = None
     state: TrainingState = field(default_factory=TrainingState)
+    description: dict[str, Any] = field(default_factory=dict)
+    metrics_sha256: str = ""
 
     @classmethod
     def of(cls, prepared: Prepared) -> Session:
@@ -45,11 +55,11 @@ class Session:
         return cls(prepared, optimizer, scaler)
 
 
-def capture(session: Session, metrics_bytes: int) -> Checkpoint:
+def capture(session: Session, metrics_bytes: int, metrics_sha256: str) -> Checkpoint:
     """Copy the state of a run after `session.state.step` steps.
 
     Args:
-        metrics_bytes: length of metrics.jsonl.
+        metrics_bytes, metrics_sha256: length and hash of metrics.jsonl.
     """
     prepared, state = session.prepared, session.state
     tensors, numbers = optim.optimizer_tensors(session.optimizer)
@@ -67,6 +77,8 @@ def capture(session: Session, metrics_bytes: int) -> Checkpoint:
         "scaler": session.scaler.state_dict(),
         "best": None if state.best is None else state.best.as_state(),
         "metrics_bytes": metrics_bytes,
+        "metrics_sha256": metrics_sha256,
+        "run": session.description,
         "fingerprints": prepared.fingerprints,
     }
     adapter = {name: parameter.detach() for name, parameter in prepared.policy.trained_parameters().items()}
@@ -118,7 +130,9 @@ def restore_adapter(saved: Checkpoint, policy: Policy) -> None:
 
 
 def metrics_bytes(saved: Checkpoint, folder: RunFolder) -> int:
-    """Return the length that metrics.jsonl had at the checkpoint.
+    """Return the length that metrics.jsonl had at the checkpoint; a change of its rows since is logged.
+
+    The checkpoint has all that training needs, so a damaged log doesn't stop it.
 
     Raises:
         CheckpointError: it is shorter now.
@@ -129,6 +143,10 @@ def metrics_bytes(saved: Checkpoint, folder: RunFolder) -> int:
             f"{folder.metrics}: is shorter than it was at step {saved.step}",
             "restore it, or start over with --overwrite",
         )
+    with os.fdopen(opening.open_plain(folder.metrics), "rb") as file:
+        if hashlib.sha256(file.read(expected)).hexdigest() != saved.state["metrics_sha256"]:
+            log.warning("%s: its rows up to step %d are not as training wrote them; training is unaffected, "
+                        "the report of this run isn't", folder.metrics, saved.step)  # fmt: skip
     return expected
 
 

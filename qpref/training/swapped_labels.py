@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 
+from qpref import opening
 from qpref.policy import reference_cache
 from qpref.policy.reference import row_keys
 from qpref.policy.reference_cache import ReferenceCache
@@ -64,8 +64,8 @@ def _caches_of(base: BaseFolder) -> Iterator[ReferenceCache]:
     """Open the caches of all references on this base, whatever its quantization."""
     for path in sorted(reference_cache.root().glob(f"*/{reference_cache.DESCRIPTION}")):
         try:
-            description = json.loads(path.read_text())
+            description = opening.read_object(path)
         except (OSError, ValueError):
             continue
-        if base.weights and isinstance(description, dict) and description.get("weights") == base.weights:
+        if base.weights and description.get("weights") == base.weights:
             yield ReferenceCache.open(path.parent, "reader")

@@ -31,6 +31,8 @@ RANK, ALPHA, BETA = 4, 8, 0.5
 SPREAD = 0.2  # of weights; with narrow ones attention is nearly uniform, and a token too many or too few hardly shows
 WIDE = TINY | {"initializer_range": SPREAD}
 TOLERANCE = 1e-5
+RECURRENT_TOLERANCE = 1e-4
+"""A delta rule sums in chunks, which begin elsewhere after a fork: on one CPU log-probabilities are 1.8e-5 apart."""
 PACKINGS = {  # tokens of a micro-batch, and the seed that shuffles the pairs
     "one stream": (10_000, None),
     "a pair each": (1, None),
@@ -348,9 +350,9 @@ def test_recurrent_layers_have_the_right_gradients(kind, checkpointing, recurren
     check_layout(policy, EXAMPLES[3])
     assert policy.shares_prompts == (kind in FORKED)
     wanted = ask_whole_rows(recurrent[kind], policy)
-    assert worst_logprob(policy, wanted.logprobs) <= TOLERANCE
+    assert worst_logprob(policy, wanted.logprobs) <= RECURRENT_TOLERANCE
     _, gradients = train_on(policy, 40, 1)
-    assert worst_gradient(gradients, wanted.gradients) <= TOLERANCE
+    assert worst_gradient(gradients, wanted.gradients) <= RECURRENT_TOLERANCE
 
 
 def test_the_first_batch_finds_a_recurrent_layer_that_the_config_hides(recurrent, caplog):

@@ -84,8 +84,10 @@ def test_a_row_that_is_no_pair_is_one_message_and_leaves_nothing(tmp_path, write
     assert (done.returncode, done.stdout, done.stderr) == (
         3,
         "",
-        f"error: {tmp_path}/train.jsonl:13: not a preference pair: no rejected\n"
-        f"{tmp_path}/train.jsonl:14: not JSON: Unterminated string starting at column 37; 2 of 18 rows are refused\n"
+        f"error: {tmp_path}/train.jsonl:13: not a preference pair: no rejected; it has prompt, chosen; if a column has "
+        'another name, map it: [data] columns = { rejected = "..." }\n'
+        f"{tmp_path}/train.jsonl:14: not JSON: the row doesn't end on its line: it was cut off, or a line break or "
+        "quote in a text isn't escaped (column 37); 2 of 18 rows are refused\n"
         "hint: fix or drop the rows (`qpref check` lists all of them), or allow a share of them with "
         "[data] skip_bad\n",
     )

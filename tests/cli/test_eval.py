@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import merge_to, preference_rows, write_jsonl
+from edited_runs import reseal
 
 from qpref.cli import main
 from qpref.recipe.resolve import make_plan
@@ -133,6 +134,7 @@ def test_training_data_that_are_gone_are_said(folder, tmp_path):
     copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     lock = (copy / "recipe.lock.toml").read_text()
     (copy / "recipe.lock.toml").write_text(lock.replace("train.jsonl", "gone.jsonl"))
+    reseal(copy)
     done = evaluate(copy, "--samples", 10, "--data", folder / "heldout.jsonl")
     assert "can't check the overlap with its training data: " in done.stderr
     assert "gone.jsonl: no such file" in done.stderr
@@ -142,6 +144,7 @@ def test_what_is_held_out_is_evaluated_without_the_training_data(folder, tmp_pat
     copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     lock = (copy / "recipe.lock.toml").read_text()
     (copy / "recipe.lock.toml").write_text(lock.replace("train.jsonl", "gone.jsonl"))
+    reseal(copy)
     done = evaluate(copy, "--samples", 10)
     assert "can't check the overlap with its training data: " in done.stderr
 
@@ -153,6 +156,7 @@ def test_held_out_data_that_have_changed_since_training_are_said(folder, tmp_pat
     lock = (copy / "recipe.lock.toml").read_text()
     other = write_jsonl(tmp_path / "other.jsonl", preference_rows(4, start=200))
     (copy / "recipe.lock.toml").write_text(lock.replace(str(folder / "heldout.jsonl"), str(other)))
+    reseal(copy)
     found = facts(copy)
     assert found["data_changed"] is True
     assert f"{other}: changed since training; these aren't the pairs that the run held out" in found["warnings"]

@@ -10,6 +10,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import preference_rows, write_jsonl
+from edited_runs import edit_facts
 
 from qpref.cli import main
 from qpref.recipe.resolve import make_plan
@@ -153,9 +154,7 @@ def test_a_run_does_without_what_qpref_disable_leaves_out(train, tmp_path, left_
 
 def test_a_run_from_before_its_losses_were_recorded_asks_them(acme, train, tmp_path):
     run = train(loss={"name": "plain"})
-    facts = json.loads((run / "run.json").read_text())
-    del facts["losses"]
-    (run / "run.json").write_text(json.dumps(facts))
+    edit_facts(run, losses=None)
     assert merged(run, tmp_path / "before")["data_changed"] is False
     acme()
     what = "loss 'plain' is not installed; the run had it from acme 2.0 [loss-plain]: pip install acme==2.0"
@@ -180,8 +179,7 @@ ODD_FACTS = {
 @pytest.mark.parametrize("odd", ODD_FACTS)
 def test_a_run_with_odd_facts_is_read_by_its_recipe(odd, train, tmp_path):
     run = train()
-    facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(facts | ODD_FACTS[odd]))
+    edit_facts(run, **ODD_FACTS[odd])
     verdict, found = use_all(run, tmp_path / "out")
     assert verdict["data_changed"] is found["data_changed"] is False
 

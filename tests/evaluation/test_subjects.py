@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import merge_to, preference_rows, write_jsonl
+from edited_runs import reseal
 from safetensors.torch import load_file
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
@@ -139,6 +140,7 @@ def test_a_runs_adapter_that_doesnt_fit_its_base_is_refused(run, tmp_path):
     tensors = load_file(copy / "adapter/adapter_model.safetensors")
     tensors.pop(min(tensors))
     save_file(tensors, copy / "adapter/adapter_model.safetensors")
+    reseal(copy)
     with pytest.raises(PolicyError, match="not an adapter for this base"):
         identify(str(copy)).load("bf16")
 
@@ -149,6 +151,7 @@ def test_a_run_with_another_bases_adapter_is_refused(run, make_base, tmp_path):
     config = copy / "adapter/adapter_config.json"
     base = json.loads(config.read_text())["base_model_name_or_path"]
     config.write_text(config.read_text().replace(base, str(make_base())))
+    reseal(copy)
     with pytest.raises(PolicyError) as caught:
         identify(str(copy))
     assert caught.value.what == f"{config}: an adapter of {make_base()}, not of {base}"
@@ -160,6 +163,7 @@ def test_a_run_whose_base_has_changed_is_refused(run, tmp_path):
     for name in ("run.json", "adapter/adapter_config.json"):
         file = copy / "run" / name
         file.write_text(file.read_text().replace(str(run.parent / "base"), str(copy / "base")))
+    reseal(copy / "run")
     identify(str(copy / "run"))
     weights = copy / "base/model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -226,6 +230,7 @@ def test_a_run_of_a_newer_recipe_is_refused_with_its_keys(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     with (copy / "recipe.lock.toml").open("a") as file:
         file.write('\n[newer]\nkey = "value"\n')
+    reseal(copy)
     with pytest.raises(RecipeError, match=r"cannot be read by this qpref\n.*newer"):
         identify(str(copy))
 
@@ -240,4 +245,5 @@ def test_beta_is_the_end_of_a_schedule_and_may_be_missing(run, tmp_path, loss, b
     head, _, rest = lock.read_text().partition("[loss]\n")
     tail = rest[rest.index("\n[") :] if "\n[" in rest else ""
     lock.write_text(f"{head}[loss]\n{loss}\n{tail}")
+    reseal(copy)
     assert identify(str(copy)).beta == beta

@@ -71,12 +71,15 @@ def merged(run: Run) -> str:
     device, dtype, rank = run.policy.device, run.policy.head.weight.dtype, run.job.rank
     linears, matrix = run.linears, partial(torch.empty, dtype=torch.float32)
     base = names.TrainedBase(
-        path=run.folder, names={}, layer_names=names.LayerNames(frozenset(), "model", "lm_head"), tensors={},
+        path=run.folder, names={}, tensors={},
+        layers=names.AdaptableLayers(names.LayerNames(frozenset(), "model", "lm_head"), frozenset(), {}),
         kept=frozenset(), unread=frozenset(), quantization_state={}, linear=frozenset(), head="lm_head",
-        transposed=frozenset(), others=frozenset(),
+        others=frozenset(), experts=frozenset(), conversions=names.Conversions(None, {}, {}),
         quantized=frozenset(name for name, _, _ in linears), dtype=dtype, double_quantization=True, device=device,
     )  # fmt: skip
-    delta = names.LoraDelta({name: (matrix(rank, inputs), matrix(out, rank), 2.0) for name, out, inputs in linears})
+    delta = names.LoraDelta(
+        {name: names.LowRank(matrix(rank, inputs), matrix(out, rank), 2.0) for name, out, inputs in linears}
+    )
     pairs = [
         [names.ScoredRow(tuple(example.prompt), tuple(branch)) for branch in example.branches]
         for example in run.examples

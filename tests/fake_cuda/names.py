@@ -20,6 +20,7 @@ from qpref.memory.forecast import run_forecast
 from qpref.memory.stream import Stream
 from qpref.merge.base import TrainedBase
 from qpref.merge.compared_models import AsStored, AsTrained
+from qpref.merge.conversions import Conversions
 from qpref.merge.replay import ScoredRow, replay
 from qpref.merge.replayed_pairs import Contrast, Replayed
 from qpref.merge.request import Tolerance
@@ -27,7 +28,7 @@ from qpref.merge.verdict import Judge
 from qpref.policy import adapter_folder, fused, head
 from qpref.policy import load as loading
 from qpref.policy.adapter_names import LayerNames
-from qpref.policy.delta import LoraDelta
+from qpref.policy.delta import AdaptableLayers, LoraDelta, LowRank
 from qpref.policy.divergence import NextTokens, token_kl
 from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import DTYPES, load_plain, load_policy
@@ -49,7 +50,8 @@ from qpref.training.state import TrainingState
 from tests.fake_cuda import efficient
 
 __all__ = [
-    "DTYPES", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Judge", "LayerNames", "LoraDelta",
+    "DTYPES", "AdaptableLayers", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Conversions", "Judge",
+    "LayerNames", "LoraDelta", "LowRank",
     "NextTokens", "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
     "Stream", "TokenizedExample", "Tolerance", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
     "as_reference", "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch",

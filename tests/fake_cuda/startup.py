@@ -50,7 +50,7 @@ def stages(run: Run, meters: fake_cuda.Meters) -> list[Stage]:
     def resumed() -> str:
         """A snapshot as from a file, on the CPU, restored into a fresh optimizer, and a step with that."""
         session = _session(run, trainer)
-        saved = names.snapshot.capture(session, 0)
+        saved = names.snapshot.capture(session, 0, "")
         files = {name: {key: value.cpu() for key, value in file.items()} for name, file in saved.tensors.items()}
         assert files["optimizer"], "the steps left the optimizer without a state"
         again = run.trainer()

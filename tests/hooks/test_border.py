@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import _thread
-import importlib
+import importlib.util
 import os
 import re
 import signal
@@ -104,7 +104,18 @@ def by_default_handler() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("interrupt", [by_python_handler, by_default_handler])
+def by_handler_of_the_command() -> None:
+    """As under `python -m qpref`, whose first module is called __main__."""
+    space = {"__name__": "__main__", "__spec__": importlib.util.find_spec("qpref.__main__")}
+    exec("def interrupt(number, frame):\n    raise KeyboardInterrupt", space)
+    before = signal.signal(signal.SIGINT, space["interrupt"])
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("interrupt", [by_python_handler, by_default_handler, by_handler_of_the_command])
 def test_the_users_interrupt_in_a_plugin_is_the_users(interrupt):
     with pytest.raises(KeyboardInterrupt) as caught:
         call(interrupt)

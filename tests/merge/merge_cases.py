@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import torch
+from edited_runs import reseal
 from safetensors.torch import load_file
 
 from qpref.merge.merge import merge_run
@@ -61,4 +62,5 @@ def moved(run: Path, base: Path, folder: Path) -> tuple[Path, Path]:
     for name in ("run.json", "recipe.lock.toml", "adapter/adapter_config.json"):
         file = new_run / name
         file.write_text(file.read_text().replace(f'"{base}"', f'"{new_base}"'))
+    reseal(new_run)
     return new_run, new_base

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from edited_runs import reseal
 from merge_cases import logits_of, merge, merged_logits, moved, trained_policy
 from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel
@@ -96,9 +97,11 @@ def test_settings_without_the_runs_experts_are_refused(base, trained_run, tmp_pa
     path = run / "adapter/adapter_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"target_parameters": None}))
+    reseal(run)
     with pytest.raises(MergeError, match=r"target_parameters don't fit the run's \[adapter\] experts"):
         read_run(run)
     path.write_text(json.dumps(settings | {"target_parameters": ["experts.gate_up_proj"]}))
+    reseal(run)
     with pytest.raises(MergeError, match=r"has no weight for model\.layers\.0\.mlp\.experts\.base_layer"):
         read_run(run)
 

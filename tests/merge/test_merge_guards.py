@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from edited_runs import edit_facts, reseal
 from merge_cases import merge, moved
 from safetensors.torch import load_file, save_file
 
 from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeError
+from qpref.evaluation.subjects import identify
 from qpref.merge.guards import read_run
 from qpref.merge.merge import merge_run, weights_of
 from qpref.merge.replayed_pairs import choose_pairs
@@ -129,6 +132,13 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "another quantization in the base's config": (
         _edit_json("config.json", quantization_config={"load_in_4bit": True}), MergeError, "not the config"),
     "config never noted": (_forget_the_config, MergeError, "no hash of the base's config"),
+    "a 4-bit layer that the base doesn't have": (
+        lambda run, base: edit_facts(run, quantized_modules=["model.layers.0.self_attn.k_prok"]),
+        MergeError, "k_prok is no layer of the base"),
+    "another compute type than the recipe's": (
+        lambda run, base: edit_facts(run, dtype="bf16"), MergeError, "dtype is bf16, but the recipe's is float32"),
+    "another double quantization than the recipe's": (
+        lambda run, base: edit_facts(run, double_quantization=False), MergeError, "double_quantization is False, but"),
     "no run": (lambda run, base: (run / "run.json").unlink(), RecipeError, "no run of qpref"),
     "not finished": (lambda run, base: shutil.rmtree(run / "adapter"), RecipeError, "not finished"),
     "no recipe": (lambda run, base: (run / "recipe.lock.toml").unlink(), MergeError, "recipe.lock.toml: cannot be"),
@@ -184,9 +194,28 @@ def test_a_merge_that_cannot_be_right_is_refused_before_the_first_byte(trained_r
     harm, error, words = DAMAGES[damage]
     run, base = moved(trained_run(make_base(), **{"model.quantization": "nf4"}), make_base(), tmp_path)
     harm(run, base)
+    if (run / "run.json").is_file():
+        reseal(run)
     with pytest.raises(error, match=words):
         merge(run, tmp_path / "merged/out", "float32")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_damaged_under_its_cached_hash_is_refused(trained_run, make_base, tmp_path):
+    """A disk changes neither the size nor the time of a file that it damages; the verdict would compare two models of
+    the same damaged weights."""
+    run, base = moved(trained_run(make_base(), **{"model.quantization": "nf4"}), make_base(), tmp_path)
+    read_run(run)
+    identify(str(run))  # caches the hashes
+    times = (base / "model.safetensors").stat()
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    os.utime(base / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(MergeError, match=r"model\.safetensors: not the file used in training; its SHA-256 differs"):
+        read_run(run)
 
 
 def test_an_unharmed_copy_of_that_run_is_merged(trained_run, make_base, tmp_path):
@@ -198,6 +227,7 @@ def test_pairs_that_are_gone_are_told_before_the_first_byte(trained_run, make_ba
     run, _ = moved(trained_run(), make_base(), tmp_path)
     held = json.dumps(str(trained_run().parent / "heldout.jsonl"))
     _replace("recipe.lock.toml", held, '"/nowhere/heldout.jsonl"')(run, run)
+    reseal(run)
     with pytest.raises(DataError, match=r"heldout\.jsonl: no such file"):
         merge(run, tmp_path / "merged/out")
     assert not (tmp_path / "merged").exists()
@@ -208,6 +238,7 @@ def test_held_out_pairs_alone_are_read_where_they_have_a_file_of_their_own(train
     run, _ = moved(trained_run(), make_base(), tmp_path)
     train = json.dumps(str(trained_run().parent / "train.jsonl"))
     _replace("recipe.lock.toml", train, '"/nowhere/train.jsonl"')(run, run)
+    reseal(run)
     opened = read_run(run)
     replayed = choose_pairs(opened.plan, opened.base_folder, opened.tokenizer, 64)
     assert (len(replayed.contrasts), replayed.origin) == (4, "held-out pairs")

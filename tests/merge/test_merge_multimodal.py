@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from edited_runs import reseal
 from merge_cases import logits_of, merge, moved, trained_policy
 from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel
@@ -121,6 +122,7 @@ def test_the_text_part_alone_is_planned(base):
 def test_an_adapter_of_the_text_class_is_still_an_adapter_of_the_checkpoint(run, base, tmp_path):
     old_run, _ = moved(run, base, tmp_path)
     rename(old_run / "adapter")
+    reseal(old_run)
     merge(run, tmp_path / "new", "float32")
     merge(old_run, tmp_path / "old", "float32")
     new, old = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))

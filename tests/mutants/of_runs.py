@@ -6,6 +6,7 @@ from .mutant import Edit, Mutant, mutant
 
 OPENING = "qpref/opening.py"
 FOLDERS = "tests/training/test_run_folder.py::"
+RECORDS = "tests/training/test_run_records.py::"
 PUBLISH = "tests/test_publish.py::"
 INTO_BOTH = """            parameter.copy_(tensors[name])
             for other, frozen in policy.model.named_parameters():
@@ -54,9 +55,54 @@ MUTANTS: tuple[Mutant, ...] = (
         "C60",
         "a damaged final adapter goes unseen",
         "qpref/training/folder.py",
-        "        written = self.adapter_manifest()\n        if written is None:\n            return self.result.name\n",
-        "        written = self.adapter_manifest()\n        if written is not None:\n            return None\n",
+        "if written is None:\n            return f",
+        "if written is not None:\n            return None\n        else:\n            return f",
         FOLDERS + "test_a_damaged_adapter_is_exported_again_from_the_last_checkpoint",
+    ),
+    mutant(
+        "C60",
+        "a damaged run.json is believed",
+        "qpref/sealed.py",
+        "    if not is_sealed(values):\n",
+        "    if not values:\n",
+        RECORDS + "test_an_edited_fact_is_refused_by_the_hash_of_run_json",
+    ),
+    mutant(
+        "C60",
+        "a damaged recipe or data report of a run is believed",
+        "qpref/training/folder.py",
+        'if hashlib.sha256(content).hexdigest() == facts["files"][path.name]:',
+        'if content and facts["files"][path.name]:',
+        RECORDS + "test_a_flipped_bit_is_refused_by_name_with_the_way_out",
+    ),
+    mutant(
+        "C60",
+        "changed rows of metrics.jsonl go unseen",
+        "qpref/training/snapshot.py",
+        'if hashlib.sha256(file.read(expected)).hexdigest() != saved.state["metrics_sha256"]:',
+        "if len(file.read(expected)) != expected:",
+        RECORDS + "test_changed_rows_are_named_by_the_resumption_which_goes_on",
+    ),
+    Mutant(
+        "C60",
+        "a merge believes the cached hash of a base that the disk has damaged since",
+        (
+            Edit(
+                "qpref/merge/guards.py",
+                "import BaseFolder, shard_files",
+                "import BaseFolder, cached_sha256, shard_files",
+            ),
+            Edit("qpref/merge/guards.py", "!= fsio.sha256_file(shard)", "!= cached_sha256(shard)"),
+        ),
+        ("tests/merge/test_merge_guards.py::test_a_base_damaged_under_its_cached_hash_is_refused",),
+    ),
+    mutant(
+        "C60",
+        "a wrong row of the reference cache is trained on, if it isn't in the first batch",
+        "qpref/training/reference_check.py",
+        "if examples is not None:\n            failed |=",
+        "if not examples:\n            failed |=",
+        "tests/training/test_reference_sample.py::test_a_single_wrong_row_is_found_where_all_rows_are_sampled",
     ),
     mutant(
         "C60",

@@ -227,6 +227,19 @@ def test_a_credential_on_the_command_line_is_not_echoed(arguments):
     assert "c4nar" not in done.output
 
 
+def test_no_byte_of_a_run_has_a_secret_of_the_environment(tmp_path, make_recipe, monkeypatch):
+    names = ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "CI_JOB_TOKEN")
+    for name in (*names, "MLFLOW_TRACKING_PASSWORD", "SERVICE_CREDENTIALS"):
+        monkeypatch.setenv(name, f"c4nary-{name.lower()}-0123456789")
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(make_recipe({"train.max_steps": 1}) | {"sinks": [{"name": "console"}]}))
+    outputs = [invoke("train", path, "--output", tmp_path / "run"), invoke("report", tmp_path / "run")]
+    assert [done.exit_code for done in outputs] == [0, 0]
+    files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 10
+    assert not [content for content in (*files, *(done.output.encode() for done in outputs)) if b"c4nary" in content]
+
+
 def test_a_byte_outside_utf8_in_a_name_is_printed_escaped(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "qpref", "check", os.fsencode(tmp_path) + b"/\xff\x1b[31m.jsonl"],

@@ -75,6 +75,7 @@ def test_a_run_that_goes_on_holds_the_same_prompts_out(make_recipe, tmp_path):
     (tmp_path / "run" / "adapter").rename(tmp_path / "gone")
     qpref.train(recipe, output=tmp_path / "run", resume=True)  # would be refused if the data's fingerprints differed
     assert (tmp_path / "run" / "adapter").is_dir()
+    (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "adapter").rename(tmp_path / "gone too")
     other = recipe | {"train": recipe["train"] | {"seed": 5}}
     with pytest.raises(CheckpointError, match="data"):

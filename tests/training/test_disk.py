@@ -292,6 +292,7 @@ def test_rows_that_the_disk_refuses_are_written_when_there_is_space(tmp_path, sa
     recorder._lines._file = Full(file, 5, is_cut)
     for step in range(1, 1 + num_refused):
         recorder.write(row_of(step))
+        assert not is_cut or (tmp_path / "metrics.jsonl").stat().st_size == before
     with pytest.raises(DiskError):
         recorder.flush()
     assert recorder.size == before

@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from edited_runs import reseal
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.evaluation.subjects import identify
 from qpref.merge.guards import read_run
+from qpref.sealed import write_sealed
 from qpref.training import checkpoint
 from qpref.training.folder import REQUIRED, REQUIRED_WITHIN, RunFolder
 from qpref.training.snapshot import restore_adapter
@@ -31,7 +33,7 @@ DAMAGED = {
 
 
 def test_what_a_run_of_this_qpref_says_is_returned(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(WHOLE | {"more": 1}))
+    write_sealed(tmp_path / "run.json", WHOLE | {"more": 1})
     assert RunFolder(tmp_path).description() == WHOLE | {"more": 1}
 
 
@@ -43,6 +45,8 @@ def test_a_damaged_run_json_is_refused_by_name(tmp_path, case, read):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "recipe.lock.toml").touch()
     (tmp_path / "run.json").write_bytes(text.encode(errors="surrogatepass"))
+    if text.startswith("{"):
+        reseal(tmp_path)
     with pytest.raises(RecipeError) as caught:
         read(str(tmp_path) if read is identify else tmp_path)
     assert f"{tmp_path / 'run.json'}: {words}" in caught.value.what

@@ -230,7 +230,7 @@ def test_completions_under_a_loss_of_pairs_are_refused_by_place(make_recipe, tmp
     ("change", "message"),
     [
         ({"label": "good"}, "label: expected true or false, found 'good'"),
-        ({"label": 1.0}, "label: expected true or false, found 1.0"),
+        ({"label": 0.5}, "label: expected true or false, found 0.5"),
         ({"label": None}, "not a labelled completion: no label"),
         ({"completion": " "}, "completion is empty"),
         ({"weight": -1}, "weight: -1 is below 0"),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome, outcome, preference_rows, write_jsonl
+from edited_runs import edit_facts
 
 import qpref
 from qpref import fsio, shards
@@ -562,8 +563,7 @@ def test_a_cache_description_that_no_run_writes_is_ignored(make_recipe, tmp_path
             qpref.train(recipe, output=tmp_path / "run")
     for number, odd in enumerate(ODD_DESCRIPTIONS):
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"run-{number}")
-        facts = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps(facts | {"reference_cache": odd}))
+        edit_facts(folder, reference_cache=odd)
         assert outcome(qpref.train(recipe, output=folder, resume=True)) == unbroken, odd
     assert not [path for path in tmp_path.rglob("*.shard") if path.parents[1].name not in ("reference", "tokens")]
 

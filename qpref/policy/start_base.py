@@ -1,0 +1,61 @@
+"""The base that a start adapter was trained on, compared with the one that it is put on.
+
+A LoRA delta loads on any base of the same shapes, such as the chat model instead of the plain one, and training then
+starts from a policy that nobody meant.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from qpref.errors import PolicyError
+from qpref.policy import adapter_folder
+from qpref.policy.source import BaseFolder, cached_sha256, shard_files
+
+log = logging.getLogger("qpref")
+
+HUB_FOLDER = re.compile(r"models--(.+)")
+"""Name of a model's folder in the hub's cache."""
+
+
+def warn_of_other_base(start: Path, base: BaseFolder, named: str) -> None:
+    """Warn where an adapter's settings name another base: by the weights where both are here, else by the names.
+
+    Args:
+        start: the adapter's folder.
+        named: the base as the recipe names it.
+
+    Raises:
+        PolicyError: the adapter's settings cannot be read.
+    """
+    trained_on = adapter_folder.read_settings(start).get("base_model_name_or_path")
+    if not trained_on or trained_on in (named, str(base.path)) or _has_weights(Path(trained_on), base) is True:
+        return
+    if _has_weights(Path(trained_on), base) is None and _name(trained_on) in (_name(named), _name(str(base.path))):
+        return
+    log.warning(
+        "%s was trained on %s, by its %s, and is put on %s: check that these are the same model",
+        start,
+        trained_on,
+        adapter_folder.SETTINGS,
+        named,
+    )
+
+
+def _has_weights(folder: Path, base: BaseFolder) -> bool | None:
+    """Return whether a folder holds the base's weights; None where it isn't one with weights on this machine."""
+    try:
+        if not folder.is_absolute() or not folder.is_dir():
+            return None
+        return sorted(map(cached_sha256, shard_files(folder))) == sorted(base.weights.values())
+    except (PolicyError, OSError, ValueError):
+        return None
+
+
+def _name(named: str) -> str:
+    """The model's own name, without owner and folders, in lower case."""
+    parts = named.rstrip("/").split("/")
+    hub = next((found[1] for part in parts if (found := HUB_FOLDER.fullmatch(part))), None)
+    return (hub.split("--")[-1] if hub else parts[-1]).lower()
