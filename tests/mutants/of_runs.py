@@ -30,7 +30,7 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit(OPENING, "_refuse_other_kinds(path, follow)\n    safely", "safely"),
             Edit(OPENING, "(0 if follow else os.O_NOFOLLOW)", "0"),
         ),
-        (FOLDERS + "test_a_new_run_in_a_prepared_folder_changes_nothing_outside",),
+        ("tests/test_opening.py::test_nothing_but_a_file_is_opened",),
     ),
     mutant(
         "C59",
@@ -47,9 +47,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "qpref/fsio.py",
         "{secrets.token_hex(8)}",
         "{os.getpid():016x}",
-        "tests/test_fsio.py",
-        PUBLISH + "test_a_killed_process_leaves_nothing_beside_what_is_made_next",
-        PUBLISH + "test_a_folder_that_another_process_is_filling_stays",
+        "tests/test_fsio.py::test_a_staging_name_is_never_the_same",
     ),
     mutant(
         "C60",
