@@ -215,6 +215,11 @@ def test_removing_a_link_to_a_folder_leaves_the_folder(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/mine"]
 
 
+def test_a_staging_name_is_never_the_same(tmp_path):
+    # Not even in one process: another container has processes of the same ids.
+    assert len({fsio.staging_name(tmp_path / "final") for _ in range(50)}) == 50
+
+
 @pytest.mark.parametrize(
     ("name", "final"),
     [
@@ -228,11 +233,6 @@ def test_removing_a_link_to_a_folder_leaves_the_folder(tmp_path):
         (".tmp-adapter-0123456789abcdef.txt", None),
     ],
 )
-def test_a_staging_name_is_never_the_same(tmp_path):
-    # Not even in one process: another container has processes of the same ids.
-    assert len({fsio.staging_name(tmp_path / "final") for _ in range(50)}) == 50
-
-
 def test_a_staged_name_is_known_by_its_form(name, final):
     assert fsio.staged_name(name) == final
 
