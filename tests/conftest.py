@@ -46,6 +46,20 @@ TINY = {
 }
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """A worker's report reaches the main process as UTF-8, whatever text made its test fail."""
+    return _as_utf8((yield))
+
+
+def _as_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_as_utf8(key): _as_utf8(one) for key, one in value.items()}
+    return type(value)(_as_utf8(one) for one in value) if isinstance(value, list | tuple) else value
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Matrices this small lose more to a second thread than it computes; tests' child processes set the same."""
