@@ -168,14 +168,15 @@ def check_data(
     unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
     labels = LabelWatch(source for _, source in opened)
 
-    def note(row: Row) -> None:
-        repeats.note(row)
-        unread.note(row)
+    def watch(source: DataSource, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
+        labels.note(source, row, result)
+        if not isinstance(result, Finding):  # a refused row has its own reason
+            unread.note(row)
 
     with border.unchanged(change_of_any(sources, validators)):
         for rows in (heldout, train):
             # A held-out share is part of the training sources, whose raw rows are counted in the training pass.
-            _check_rows(rows, checks, report, None if rows is heldout and share else note, labels.note)
+            _check_rows(rows, checks, report, None if rows is heldout and share else repeats.note, watch)
         num_refused = report.refused
         for _, source in opened:
             report.add(source.notes)

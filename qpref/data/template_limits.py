@@ -18,6 +18,8 @@ from qpref.linux import resource
 
 SECONDS = 2.0
 """Maximum CPU time inside `limited`; 64 rows take about 10 ms."""
+AGAIN = 0.2
+"""CPU time after which it is stopped again: an exception within a callback of the garbage collector is ignored."""
 BYTES = 1 << 30
 """Maximum memory that the code inside `limited` may add."""
 CHARACTERS_PER_CHARACTER = 20
@@ -45,7 +47,7 @@ def limited() -> Iterator[None]:
     try:
         _limit_memory(memory)
         if is_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, AGAIN)
         yield
     except _OutOfTimeError:
         raise PolicyError(f"the chat template takes over {SECONDS:g} s", HINT) from None

@@ -7,14 +7,15 @@ against the whole source: the others may fit by accident, as does the 1 of a fil
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from qpref.data.example_rows import ExampleRow
 from qpref.data.source import DataSource, Judged
+from qpref.recipe.contest_section import number_of
 from qpref.records import Finding, Row, Source
-from qpref.rows.contest import UNLISTED, Contest, value_at
+from qpref.rows.contest import TIED, UNLISTED, Contest, value_at
 
 FEWEST_VERDICTS = 20
 """Verdicts of which one-sidedness isn't chance: the probability of 20 equal ones is 2 in a million."""
@@ -53,20 +54,27 @@ class VerdictWatch:
     _winners: Counter[str] = field(default_factory=Counter)
     _unlisted: Counter[str] = field(default_factory=Counter)
     _first_lines: dict[str, int] = field(default_factory=dict)
+    _num_ties: int = 0
+    _numbers: set[float | None] = field(default_factory=set)
     _contest: Contest | None = None
     _format: str = ""
 
     def note(self, row: Row, judged: Judged | None, result: Sequence[ExampleRow] | Finding) -> None:
         """Count the verdict of a row, and keep the first rows that have a winner."""
-        if judged is None or (isinstance(result, Finding) and result.code != UNLISTED):
+        if judged is None or (isinstance(result, Finding) and result.code not in (UNLISTED, TIED)):
             return
         self._format, self._contest, values = judged
         self._path = row.source.path
-        if isinstance(result, Finding):
+        if isinstance(result, Finding) and result.code == TIED:
+            self._num_ties += 1
+            self._numbers.add(self._number(values))
+        elif isinstance(result, Finding):
             self._note_unlisted(self._contest.described(values), row.source.line)
         else:
             better, worse = self._contest.sides(values)
             self._winners[better] += 1
+            if len(self._numbers) < _MOST_KINDS:
+                self._numbers.add(self._number(values))
             if len(self.shown) < NUM_SHOWN:
                 chosen, rejected = (_short(value_at(values, side)) for side in (better, worse))
                 self.shown.append(
@@ -92,6 +100,13 @@ class VerdictWatch:
         total = self._winners.total()
         if self._unlisted:
             yield self._finding("refused_source", "error", self._unlisted_message(self._contest))
+        elif self._counts_from_zero(self._contest):
+            message = (
+                f"{self._num_ties} verdicts are 0 (a tie) and the other {total} are all for "
+                f"{self._contest.section.first}: they may count from 0, where 1 is the second response. Every row of "
+                f"the source is refused; if the format {self._format} is right, say so in [data.contest]"
+            )
+            yield self._finding("refused_source", "error", message)
         elif total >= FEWEST_VERDICTS and len(self._winners) == 1:
             (side,) = self._winners
             message = (
@@ -108,6 +123,18 @@ class VerdictWatch:
                 "say who won in [data.contest], with the file's own columns"
             )
             yield self._finding("assumed_verdict", "warning", message)
+
+    def _counts_from_zero(self, contest: Contest) -> bool:
+        """Return whether a format with 0 for a tie and 1 for the first is read from verdicts that are 0 and 1 alone."""
+        if self.source.choice.contest is not None or set(self._winners) != {contest.section.first}:
+            return False
+        return self._num_ties > 0 and self._numbers == {0, 1}
+
+    def _number(self, values: Mapping[str, object]) -> float | None:
+        """Return the verdict of a row as a number; None where it is none, or spread over columns."""
+        assert self._contest is not None
+        columns = self._contest.section.verdict_columns
+        return number_of(value_at(values, columns[0])) if len(columns) == 1 else None
 
     def _unlisted_message(self, contest: Contest) -> str:
         count = self._unlisted.total()

@@ -158,8 +158,8 @@ def _label(label: object, name: str) -> bool:
 
 
 def tools_in(values: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
-    """Return the JSON schemas of the column `tools`, a list or its JSON text."""
-    tools = values.get("tools")
+    """Return the JSON schemas of the column `tools`, or of OpenAI's older `functions`: a list or its JSON text."""
+    tools = values.get("tools") or values.get("functions")
     return tuple(tools_of(tools)) if tools else ()
 
 

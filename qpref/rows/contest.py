@@ -16,6 +16,8 @@ Outcome = Literal["first_wins", "second_wins", "tie"]
 Values = Mapping[str, object]
 UNLISTED = "unlisted_verdict"
 """Code of a verdict that no list has; the whole source is refused then."""
+TIED = "tied"
+"""Code of a row in which no response is preferred."""
 _SET, _UNSET = {"1.0", "true"}, {"0.0", "false", ""}
 
 
@@ -72,7 +74,7 @@ class Contest:
                 raise BadRowError("not_a_pair", f"not a preference pair: no {name}")
         outcome = self.outcome(values)
         if outcome == "tie":
-            raise BadRowError("tied", f"{' and '.join(section.verdict_columns)}: a tie, so none is preferred")
+            raise BadRowError(TIED, f"{' and '.join(section.verdict_columns)}: a tie, so none is preferred")
         sides = section.first, section.second
         return sides if outcome == "first_wins" else (sides[1], sides[0])
 

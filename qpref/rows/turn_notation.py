@@ -34,9 +34,13 @@ def speaker_of(turn: Mapping[str, object], where: str) -> str:
     name = speaker.strip().lower() if isinstance(speaker, str) else ""
     if name in CALLERS:
         return name
+    if name == "function" and isinstance(turn.get("name"), str):
+        return "tool"  # OpenAI's result of a function, by the function's name
     if name == "function":
         message = f"{where}: {key} {shown(speaker)} can be a call or its result; write function_call or tool"
         raise BadRowError("not_a_message", message)
+    if speaker is None:
+        raise BadRowError("not_a_message", f"{where}: a message without a role; it has {named(turn) or 'no key'}")
     if name not in ROLE_OF:
         known = ", ".join((*ROLE_OF, *CALLERS))
         raise BadRowError("not_a_message", f"{where}: {key} {shown(speaker)}; known: {known}")

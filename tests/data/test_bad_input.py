@@ -160,8 +160,10 @@ PARTS = {
     "an empty rejected": row("empty", "rejected is empty", rejected="\u2003"),
     "no messages": row("not_a_message", "prompt: expected a text or a list of messages", prompt=[]),
     "a message without content": row("not_a_message", "a message's content is a text", prompt=[{"role": "user"}]),
-    "a message without a role": row("not_a_message", "role None", prompt=[{"content": "x"}]),
-    "an empty message": row("not_a_message", "role None; known: system", prompt=[{}]),
+    "a message without a role": row(
+        "not_a_message", "a message without a role; it has content", prompt=[{"content": "x"}]
+    ),
+    "an empty message": row("not_a_message", "a message without a role; it has no key", prompt=[{}]),
     "a message that is a text": row("not_a_message", "turn 1: a message has a role", prompt=["Why?"]),
     "a message that is null": row("not_a_message", "found null", prompt=[None]),
     "a list of lists": row("not_a_message", "found a list", prompt=[turns("user")]),
@@ -468,7 +470,7 @@ PARQUET = {
     "NaN as a weight": ([GOOD | {"weight": float("nan")}], "bad_number", "weight: expected a number, found nan"),
     "NUL in a text": ([GOOD | {"prompt": "\0"}], "control_character", "U+0000"),
     "an empty list": ([GOOD | {"prompt": []}], "not_a_message", "an empty list"),
-    "a struct without its fields": ([GOOD | {"prompt": [{"role": None}]}], "not_a_message", "role None"),
+    "a struct without its fields": ([GOOD | {"prompt": [{"role": None}]}], "not_a_message", "a message without a role"),
     "a long row": ([GOOD | {"prompt": "x" * 20 * 2**20}], "unreadable", "the row is longer than 4 MiB"),
 }
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checked_rows import check
 
 from qpref.data.check import check_data
 from qpref.data.data_report import NUM_SHOWN, DataReport
@@ -458,3 +459,10 @@ def test_a_readers_note_on_the_whole_source_is_no_row_and_is_reported_once(tmp_p
     kept = [row for split in (checked.train, checked.heldout) if split is not None for row in split.rows()]
     assert (checked.report.read, checked.report.kept, checked.report.refused, len(kept)) == (2, 2, 0, 2)
     assert checked.report.findings == [note]
+
+
+def test_a_refused_row_is_told_its_reason_alone():
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x", "detail": "high"}}]}
+    refused = {"prompt": [image], "chosen": "a", "rejected": "b"}
+    report = check([refused, {"prompt": "Why?", "chosen": "a", "rejected": "b"}]).report
+    assert [finding.code for finding in report.findings] == ["not_a_message"]

@@ -546,3 +546,27 @@ def test_verdicts_are_the_same_from_every_reader(tmp_path, labels, lists):
         codes = [finding.code for finding in checked.report.findings]
         assert [pair.chosen[0].content for pair in checked.train.rows()] == [A, B], suffix
         assert codes == ["not_a_pair", "tied"][: len(labels) - 2], suffix
+
+
+def preferences(*values):
+    return [{"instruction": "Why?", "output_1": A, "output_2": B, "preference": value} for value in values]
+
+
+@pytest.mark.parametrize("verdicts", [(0, 1, 1), (1, 0), ("0", "1", "0"), (1.0, 0.0)])
+def test_a_format_that_counts_from_1_condemns_a_source_that_counts_from_0(verdicts):
+    """A 0 is a tie in AlpacaEval, so a file of 0 and 1 would be read with each second response on the wrong side."""
+    kept, codes = chosen(preferences(*verdicts))
+    assert kept == []
+    assert "refused_source" in codes
+
+
+@pytest.mark.parametrize(("verdicts", "kept"), [((0, 1, 2), [A, B]), ((1, 1), [A, A]), ((0, 2), [B]), ((1.5, 1), [A])])
+def test_ties_among_verdicts_from_1_are_ties(verdicts, kept):
+    found, codes = chosen(preferences(*verdicts))
+    assert found == kept
+    assert "refused_source" not in codes
+
+
+def test_verdicts_of_0_and_1_are_read_where_the_recipe_says_so():
+    rows = [row(label=value) for value in (1, 0, 1)]
+    assert chosen(rows, contest(**LISTS)) == ([A, A], ["tied"])

@@ -20,7 +20,7 @@ SEVERITIES = {get_args(Severity), get_args(SourceSeverity)}
 
 
 def sources():
-    folders = ("qpref/data", "qpref/training", "plugins/qpref_plugins")
+    folders = ("qpref/data", "qpref/rows", "qpref/training", "plugins/qpref_plugins")
     return [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path != TABLE]
 
 

@@ -16,8 +16,12 @@ BAD = "A loaf cannot go stale as long as nobody looks at it."
 
 
 def told(*rows, **options):
-    """Messages of the turn markers in some rows."""
-    return [message for code, _, message in reported(check_text, rows, **options) if code == "turn_markers"]
+    """Messages of the turn markers in some rows, with a family's first token alone in brackets."""
+    return [
+        message.replace("(such as ", "(")
+        for code, _, message in reported(check_text, rows, **options)
+        if code == "turn_markers"
+    ]
 
 
 def families(prompt, chosen=GOOD, rejected=BAD):
@@ -248,3 +252,11 @@ def test_long_texts_cost_no_more_than_their_length(text):
     start = time.process_time()
     told(pair(text + "x", text + "x", text + "y"))
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [("<bos><start_of_turn>user\nHi", "<start_of_turn>"), ("<s>[INST] Hi", "[INST]"), ("<bos>Hi", "<bos>")],
+)
+def test_the_token_after_the_one_that_begins_a_text_names_the_family(text, token):
+    assert find_token(text) == (token, "start")

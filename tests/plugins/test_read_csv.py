@@ -116,6 +116,10 @@ def test_a_quote_that_a_later_field_seems_to_close_costs_its_row_alone(read):
     assert rest == [row(3, "5", "6"), row(4, "7", "8")]
 
 
+def test_the_rows_numbers_that_pandas_writes_are_a_column_of_its_name(read):
+    assert read(b",a\n0,x\n1,y\n") == [(2, {"Unnamed: 0": "0", "a": "x"}), (3, {"Unnamed: 0": "1", "a": "y"})]
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

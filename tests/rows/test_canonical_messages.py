@@ -235,3 +235,16 @@ def test_an_object_of_lists_is_a_list_of_messages():
     )
     assert record(prompt={"from": ["human"], "value": ["Rain?"]}).prompt[0].content == "Rain?"
     assert record(prompt={"role": ["user", "assistant"], "content": ["Rain?"]}).code == "not_a_message"
+
+
+def test_a_function_and_its_result_are_read_in_openais_older_layout():
+    schema = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    prompt = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+        {"role": "function", "name": "weather", "content": "yes"},
+    ]
+    values = {"prompt": prompt, "functions": [schema], "chosen": "Yes.", "rejected": "No."}
+    (pair,) = records_of_row(Row(values=values, source=Source(path="made.jsonl", line=1)))
+    assert [message.role for message in pair.prompt] == ["user", "assistant", "tool"]
+    assert pair.tools == ({"type": "function", "function": schema},)

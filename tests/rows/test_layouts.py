@@ -166,7 +166,7 @@ def test_two_columns_that_may_be_the_prompt_refuse_the_row():
         (SWIFT | {"rejected_response": [USER, BAD]}, "different_prompts", "share no first turn"),
         ({"query": "Why?", "response": None, "rejected_response": "x"}, "not_a_pair", "no chosen"),
         ({"prompt": "Why?", "history": [["Hi"]], **TEXT_SIDES}, "not_a_message", "history: expected [question"),
-        ({"prompt": "Why?", "history": [{"a": 1}], **TEXT_SIDES}, "not_a_message", "history, turn 1: role None"),
+        ({"prompt": "Why?", "history": [{"a": 1}], **TEXT_SIDES}, "not_a_message", "turn 1: a message without a role"),
         ({"query": "", "response": "a", "rejected_response": "x"}, "not_a_pair", "no prompt; it has query"),
         ({"chosen_response": "a", "prompt": "Why?"}, "not_a_pair", "no rejected"),
         ({"chosen_conversations": [], "rejected_conversations": []}, "not_a_message", "found an empty list"),

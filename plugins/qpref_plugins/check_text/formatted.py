@@ -96,6 +96,6 @@ def _response_family(text: str) -> str | None:
 
 
 def _named(token: str) -> str:
-    """Name a token's family by its first token, which is the one that people know it by."""
+    """Name a token's family, and its first token, which is the one that people know it by."""
     family = FAMILY_OF[token]
-    return f"{family} ({FAMILIES[family][0]})"
+    return f"{family} (such as {FAMILIES[family][0]})"

@@ -65,17 +65,20 @@ def find_token(text: str) -> Found | None:
     if not mentions_token(text):
         return None
     text = _CODE.sub(" code ", text).strip() if "`" in text or "~~~" in text else text.strip()
-    last_end = _STARTS.match(text).end()  # type: ignore[union-attr]  # matches the empty text
-    line = inside = None
+    first = last_end = _STARTS.match(text).end()  # type: ignore[union-attr]  # matches the empty text
+    line = inside = opening = None
     for match in _TOKEN.finditer(text):
         start, end = match.span()
+        if end <= first:
+            opening = Found(match[0], "start")  # many families begin with it, so what follows says which
+            continue
         if end == len(text) and start and _ends_turn(text, start, match[0]):
             return line or Found(match[0], "end")
         follows = last_end == start
         if follows or _at_line_start(text, start):
             last_end = end
             if not _is_defined(text, end) and len(match[0]) < len(text):
-                line = line or Found(match[0], "line" if text[:start].strip() else "start")
+                line = line or Found(match[0], "line" if text[first:start].strip() else "start")
                 if line.place == "start":
                     return line
         elif text[start - 1] not in _QUOTES and not _is_defined(text, end) and end < len(text):
@@ -83,7 +86,7 @@ def find_token(text: str) -> Found | None:
                 inside = inside or Found(match[0], "inside")
             else:
                 line = line or Found(match[0], "line")  # between two turns, where a sentence would have spaces
-    return line or inside
+    return line or opening or inside
 
 
 def mentions_token(text: str) -> bool:

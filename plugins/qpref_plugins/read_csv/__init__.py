@@ -25,6 +25,8 @@ from qpref_plugins.read_csv.separator import NAMES, separator_of
 
 MAX_ROW_BYTES = 4 * 2**20
 MAX_LINES_AGAIN = 100
+INDEX = "Unnamed: 0"
+"""pandas' name of a first column without a name: its `to_csv` writes the rows' numbers there."""
 """Maximum lines of a record within lines that are read a second time."""
 _JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*"[^"]*"\s*:')
 _INSIDE = re.compile(rb'[^"]*(?:""[^"]*)*')
@@ -82,7 +84,9 @@ def _header(fields: list[str] | str) -> tuple[list[str], str | None]:
     name, count = Counter(fields).most_common(1)[0]
     if count > 1:
         return fields, f"duplicate column {name[:40]!r}"
-    return fields, "a column has no name" if "" in fields else None
+    if "" in fields[1:]:
+        return fields, "a column has no name"
+    return [INDEX, *fields[1:]] if fields[0] == "" else fields, None
 
 
 def _records(lines: _Lines, separator: bytes) -> Iterator[tuple[int, list[str] | str]]:
