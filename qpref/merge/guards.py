@@ -83,7 +83,9 @@ def read_run(path: Path) -> TrainedRun:
     plan = reopen_plan(recorded, heldout_alone=True)
     base_path = Path(facts["base_path"])
     base = TrainedBase.of(base_path, shards, facts, _device(plan))
-    if unknown := sorted(base.quantized - {base.module_of(key) for key in base.tensors}):
+    # The model may have layers that are parts of one tensor in the files.
+    layers = base.linear | {base.module_of(key) for key in base.tensors}
+    if unknown := sorted(base.quantized - layers):
         raise MergeError(f"{folder.run_json}: {unknown[0]} is no layer of the base, so it wasn't quantized")
     _refuse_other_settings(folder.adapter, document["adapter"], base)
     delta = LoraDelta.read(folder.adapter, base.layers)

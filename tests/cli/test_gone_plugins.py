@@ -10,7 +10,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import preference_rows, write_jsonl
-from edited_runs import edit_facts
+from edited_runs import edit_facts, reseal
 
 from qpref.cli import main
 from qpref.recipe.resolve import make_plan
@@ -222,10 +222,11 @@ def test_a_check_that_could_have_refused_rows_and_has_not_may_be_gone(acme, trai
     assert merged(run, tmp_path / "out")["data_changed"] is False
 
 
-@pytest.mark.parametrize("report", ["", "[]", "{}", '{"refused": null}'])
+@pytest.mark.parametrize("report", ["{}", '{"refused": null}'])
 def test_a_check_is_asked_for_where_nobody_knows_what_it_refused(acme, train, tmp_path, report):
     run = train(SKIPPING, checks=CHECKED)
     (run / "data.json").write_text(report)
+    reseal(run)
     acme()
     done = qpref("merge", run, tmp_path / "out", code=2)
     assert "validator 'no-bad' is not installed; the run had it from acme 2.0" in done.stderr

@@ -116,6 +116,7 @@ def test_matrices_that_fit_no_number_of_experts_are_refused(rows, problem, base,
     name = "base_model.model.model.layers.0.mlp.experts"
     cut = {f"{name}.lora_A.weight": torch.ones(rows, 128), f"{name}.lora_B.weight": torch.ones(64, rows)}
     save_file(load_file(path) | cut, path)
+    reseal(run)
     with pytest.raises(MergeError, match=problem):
         read_run(run)
 

@@ -12,6 +12,8 @@ from qpref.cli import LazyGroup
 PROCESS = """
 import atexit, os, signal, sys, types
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 

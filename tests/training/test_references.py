@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Outcome, outcome, preference_rows, write_jsonl
-from edited_runs import edit_facts
+from edited_runs import edit_facts, reseal
 
 import qpref
 from qpref import fsio, shards
@@ -258,6 +258,7 @@ def test_a_start_adapter_that_is_scaled_otherwise_is_another_reference(make_reci
     qpref.train(recipe, output=tmp_path / "one")
     settings = start / "adapter" / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 8.5}))
+    reseal(start)
     notes.clear()
     qpref.train(recipe, output=tmp_path / "two")
     assert "reference: 0 of 32 responses are in the cache (0 %)" in notes.said
