@@ -291,6 +291,7 @@ def _become_cuda(device: Device, capability: tuple[int, int], total: int) -> Non
     real = torch.Generator
     torch.Generator = lambda device="cpu": real()  # type: ignore[misc,assignment]
     torch.cuda.is_bf16_supported = lambda including_emulation=True: major >= 8
+    torch.get_rng_state = lambda: torch.empty(16, dtype=torch.uint8)
     torch.cuda.get_rng_state = lambda device=None: torch.empty(16, dtype=torch.uint8)
     torch.cuda.reset_peak_memory_stats = lambda d=None: device.reset_peak()
     torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda d=None: device.live
