@@ -14,6 +14,7 @@ from qpref.data.mismatch import with_mismatched
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.evaluation.generate import Sampling, _answers
 from qpref.evaluation.scores import Reference, kl_positions, score_pairs, score_reference
+from qpref.hooks.torch_state import TorchState
 from qpref.memory import tune
 from qpref.memory.costs import peak_memory
 from qpref.memory.forecast import run_forecast
@@ -53,7 +54,7 @@ __all__ = [
     "DTYPES", "AdaptableLayers", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Conversions", "Judge",
     "LayerNames", "LoraDelta", "LowRank",
     "NextTokens", "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
-    "Stream", "TokenizedExample", "Tolerance", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
+    "Stream", "TokenizedExample", "Tolerance", "TorchState", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
     "as_reference", "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch",
     "float32_mm", "head", "heldout_means", "kl_positions", "load_plain", "load_policy", "make_plan",
     "measured_rounding", "num_fed_tokens", "optim", "pack", "peak_memory", "reference_pass", "replay",
