@@ -55,7 +55,7 @@ def stages(run: Run, meters: fake_cuda.Meters) -> list[Stage]:
         assert files["optimizer"], "the steps left the optimizer without a state"
         again = run.trainer()
         session = _session(run, again)
-        names.snapshot.restore(names.Checkpoint(step=saved.step, state=saved.state, tensors=files), session)
+        names.snapshot.restore(_read_again(saved, files), session)
         assert again.state.step == trainer.state.step > 0
         again.step()
         return f"{len(files['optimizer'])} tensors of the optimizer"
@@ -80,6 +80,11 @@ def stages(run: Run, meters: fake_cuda.Meters) -> list[Stage]:
     if whole := _whole_step_loss(run):
         found.append(("a whole-step loss in parts", lambda: step(pair, whole)))
     return [*found, ("token KL", token_kl), ("snapshot, restored, and a step", resumed)]
+
+
+def _read_again(saved: names.Checkpoint, tensors: dict[str, Any]) -> names.Checkpoint:
+    """A checkpoint as its file gives it back, with the step in its state."""
+    return names.Checkpoint(step=saved.step, state={"step": saved.step} | saved.state, tensors=tensors)
 
 
 def check_reference(run: Run, examples: Sequence[names.TokenizedExample]) -> str:

@@ -130,7 +130,7 @@ KINDS = (flip, flip, flip, cut, zero_a_page)
 @pytest.fixture
 def root(trained_run, tmp_path, monkeypatch) -> Path:
     """A run, and a cache with a converted base, the scores of a reference, and the hash of a large file."""
-    shutil.copytree(trained_run(), tmp_path / "run")
+    shutil.copytree(trained_run(), tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
     monkeypatch.setenv("QPREF_CACHE", str(tmp_path / "cache"))
     with publish.shared_folder(tmp_path / "cache/models/converted") as staging:
         for name, content in CONVERTED.items():
@@ -158,7 +158,7 @@ def test_no_damage_is_silent(root, said, count):
     draw = random.Random(17)
     files = sorted(path for top in ("run", "cache") for path in (root / top).rglob("*") if path.is_file())
     assert {
-        next(pattern for pattern in READERS if fnmatch(str(path.relative_to(root)), pattern)) for path in files
+        next((pattern for pattern in READERS if fnmatch(str(path.relative_to(root)), pattern)), path) for path in files
     } == (READERS.keys())
     readers = {path: read for path in files if (read := reader_of(str(path.relative_to(root)))) and path.stat().st_size}
     expected = {read: outcome(read, root, said) for read in set(readers.values())}
