@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a code means, as a sentence about the row or the source, and what to do."""
+    """Meaning of a code, as a sentence about the row or the source, and the remedy."""
 
     meaning: str
     remedy: str

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.errors import PolicyError
+from qpref.memory.config_sizes import attention_sizes, double_quantization, rotary, window
 from qpref.memory.experts import Experts, read_experts
 from qpref.memory.known_shapes import FoundConfig, base_config, named_config
 from qpref.recipe.sections import AdapterSection, ModelSection
@@ -189,7 +190,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     model = empty_model(found.config, found.origin)
     decoder = text_decoder(model)
     config = model.config.get_text_config()
-    heads, head_dim, query, key = _attention_sizes(config)
+    heads, head_dim, query, key = attention_sizes(config)
     ranks = _ranks(model, adapter)
     layers = _layers(model, ranks, query)
     output = model.get_output_embeddings()
@@ -210,11 +211,11 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         embeddings=embeddings,
         other_parameters=sum(text.values()) - embeddings - linear - experts,
         unpacked_experts=unpacked_weights(model, text_modules(model)) - experts,
-        rotary=_rotary(config, head_dim),
-        window=_window(config),
+        rotary=rotary(config, head_dim),
+        window=window(config),
         shares_prompts=not reasons_against_sharing(decoder),
         plain_attention=any(layer_settings(config, "attn_logit_softcapping")) or _has_sinks(decoder),
-        double_quantization=_double_quantization(found.config),
+        double_quantization=double_quantization(found.config),
     )
 
 
@@ -229,7 +230,7 @@ def _layers(model: Any, ranks: Mapping[str, int], query: int) -> tuple[Layer, ..
     from qpref.policy.targets import is_linear
 
     layers, text, config = [], text_modules(model), model.config.get_text_config()
-    stored = _double_quantization(model.config) is not None  # whose 4-bit layers are bitsandbytes' linear ones alone
+    stored = double_quantization(model.config) is not None  # whose 4-bit layers are bitsandbytes' linear ones alone
     blocks, packed = {id(layer) for layer in decoder_layers(model)}, _packed_layers(model)
     for prefix, layer in model.named_modules():
         if prefix not in text or id(layer) not in blocks:
@@ -316,40 +317,3 @@ def _ranks(model: Any, adapter: AdapterSection) -> dict[str, int]:
     elif isinstance(targets, list):
         layers = {name for name in layers if any(matches(name, target) for target in targets)}
     return dict.fromkeys([*layers, *experts], rank)
-
-
-def _attention_sizes(config: Any) -> tuple[int, int, int, int]:
-    """Heads, width of a head, width of all queries and of all keys; of layers that differ, the largest of each."""
-    from qpref.policy.layer_configs import layer_configs
-
-    sizes = []
-    for layer in layer_configs(config):
-        heads = int(getattr(layer, "num_attention_heads", None) or getattr(layer, "num_heads", None) or 1)
-        head_dim = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
-        keys = int(getattr(layer, "num_key_value_heads", None) or heads)
-        sizes.append((heads, head_dim, heads * head_dim, keys * head_dim))
-    heads, head_dim, query, key = map(max, zip(*sizes, strict=True))
-    return heads, head_dim, query, key
-
-
-def _rotary(config: Any, head_dim: int) -> int:
-    """Numbers in one token's cosines and sines, summed over the kinds of layers that have tables of their own."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return sum(2 * int(head_dim * float(kind.get("partial_rotary_factor") or 1)) for kind in kinds)
-
-
-def _window(config: Any) -> int | None:
-    from qpref.policy.layer_configs import layer_settings
-
-    kinds = getattr(config, "layer_types", None)
-    if (kinds and "sliding_attention" not in kinds) or not getattr(config, "use_sliding_window", True):
-        return None
-    return max(map(int, layer_settings(config, "sliding_window")), default=None)
-
-
-def _double_quantization(config: Any) -> bool | None:
-    settings = getattr(config, "quantization_config", None)
-    if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
-        return None
-    return bool(settings.get("bnb_4bit_use_double_quant"))

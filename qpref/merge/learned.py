@@ -1,4 +1,4 @@
-"""What a run has learned, for each tensor of its base's files."""
+"""Learned change of each tensor of a base's files."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the delta, as the base has the weight."""
+        """Shape of the delta, as the base has the weight."""
         outer, inner = self.up.shape[0], self.down.shape[1]
         matrix = (inner, outer) if self.is_transposed else (outer, inner)
         return matrix if self.num_experts is None else (self.num_experts, *matrix)

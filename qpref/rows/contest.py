@@ -23,7 +23,7 @@ _SET, _UNSET = {"1.0", "true"}, {"0.0", "false", ""}
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """How the rows of a source tell which of two responses won.
+    """Rule by which the rows of a source tell which of two responses won.
 
     Attributes:
         section: the columns and the verdicts.

@@ -1,4 +1,4 @@
-"""Which separator a file has between its fields, by its header or by the line that Excel writes before it."""
+"""Recognize the separator between a file's fields, by its header or by the line that Excel writes before it."""
 
 from __future__ import annotations
 

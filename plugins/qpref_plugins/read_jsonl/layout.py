@@ -1,4 +1,4 @@
-"""How a file of JSON holds its rows, decided by its first bytes, and files whose rows are inside of something."""
+"""Recognize the layout of a JSON file by its first bytes, and refuse files whose rows are inside of something."""
 
 from __future__ import annotations
 
