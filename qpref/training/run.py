@@ -44,6 +44,7 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
     """
     with claimed(plan.output, resume, overwrite) as folder:
         if resume and _is_complete(plan, folder):
+            folder.remove_leftovers()  # of a process that was killed once all was written
             log.info("%s: this run is complete", folder.path)
             return folder.path
         with out_of_memory_as("the device ran out of memory", HINT):
