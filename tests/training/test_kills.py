@@ -50,7 +50,7 @@ class Forks:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            run.prepare = lambda plan, checked: self._prepared
+            run.prepare = lambda plan, checked, world: self._prepared
             run.train_plan(replace(self._plan, output=folder), resume=resume)
             code = 0
         except QprefError as error:
