@@ -6,14 +6,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qpref.data.deal import deal
 from qpref.data.order import step_order, steps_per_epoch, total_steps
 from qpref.data.pack import num_fed_tokens
+from qpref.distributed.world import World
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
@@ -47,6 +49,7 @@ class Trainer:
         save: writes a checkpoint of the current state, or puts it off, see `qpref.training.saving`.
         should_stop: True once a signal asked the run to stop; asked between steps.
         heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
+        world: the run's processes. All of them have the same examples and weights and take the same steps.
     """
 
     train: TrainSection
@@ -62,6 +65,7 @@ class Trainer:
     save: Callable[[], None]
     should_stop: Callable[[], bool]
     heldout_budget: int = 0
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         requested = self.train.tokens_per_microbatch
@@ -105,6 +109,7 @@ class Trainer:
             self._stop_if_nonfinite()
             stopping = self.should_stop() and not self._is_finished()
             if stopping or is_best or self._is_due(self.train.save_every):
+                state.averages.settle(self.world)
                 self.save()
             if stopping:
                 return False
@@ -158,7 +163,15 @@ class Trainer:
         """
         state = self.state
         self.objective = self.objective.at(progress(state.step, self.total_steps))
-        step = Step(scorer=self.scorer, scaler=self.scaler, index=state.step, seed=self.train.seed, examples=examples)
+        step = Step(
+            scorer=self.scorer,
+            scaler=self.scaler,
+            index=state.step,
+            seed=self.train.seed,
+            examples=examples,
+            share=deal(examples, self.world.size, self.policy.shares_prompts)[self.world.rank],
+            world=self.world,
+        )
         result = compute_gradient(step, state.budget)
         state.budget = result.budget
         state.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
@@ -187,6 +200,7 @@ class Trainer:
 
     def _record_training(self, values: dict[str, float]) -> None:
         """Write a training row: means since the last one, and the last step's own values."""
+        self.state.averages.settle(self.world)
         means = heldout.with_margin(self.state.averages.means())
         self.state.averages.clear()
         self.recorder.write(self.state.row("train", means | values))
@@ -206,7 +220,8 @@ class Trainer:
 
         Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
-        means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget)
+        means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget, self.world)
+        means = self.world.share(means)  # to the bit, since the best step and patience depend on them
         return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 
 
