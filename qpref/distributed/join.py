@@ -13,6 +13,21 @@ import torch.distributed as dist
 from qpref.distributed.world import World
 
 
+def take_gpu(setting: str) -> None:
+    """Make the GPU of this process's number on its host the current one; nothing for a CPU, or a process alone.
+
+    Args:
+        setting: [model] device.
+    """
+    if setting != "cpu" and num_processes() > 1 and torch.cuda.device_count() > 1:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def num_processes() -> int:
+    """Return the number of processes that a launcher has told of."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: torch.device, timeout: int) -> Iterator[World]:
     """Join the processes that a launcher started, and leave them at the end; alone where none did.
@@ -21,7 +36,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
         device: of this process.
         timeout: seconds to wait for the other processes, here and in each collective.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = num_processes()
     if size == 1:
         yield World()
         return

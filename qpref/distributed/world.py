@@ -8,7 +8,7 @@ its collectives return what they were given.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,29 @@ class World:
         """Return rank 0's fact (of what JSON can hold); the others' are ignored."""
         return self.exchange(fact if self.is_first else None)[0]
 
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return rank 0's tensors by name, on the CPU; the others' are ignored."""
+        if self.hosts is None:
+            return dict(tensors or {})
+        names = sorted(tensors or {})
+        mine = [(tensors or {})[name].detach().cpu().contiguous() for name in names]
+        facts = [[name, str(each.dtype), list(each.shape)] for name, each in zip(names, mine, strict=True)]
+        found = {}
+        for index, (name, dtype, shape) in enumerate(self.share(facts)):
+            if not self.is_first:
+                mine.append(torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch."))))
+            content = mine[index].reshape(-1).view(torch.uint8)
+            dist.broadcast(content, group_src=0, group=self.hosts)
+            found[name] = mine[index]
+        return found
+
     def wait(self) -> None:
         """Wait until every process has come here."""
         self.exchange(None)
+
+
+ALONE = World()
+"""The world of a run of one process."""
 
 
 def _gather(values: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qpref.data.deal import deal
-from qpref.distributed.world import World
+from qpref.distributed.world import ALONE, World
 from qpref.memory.tune import Parts, in_microbatches, shrink_microbatch
 from qpref.policy.out_of_memory import attempt
 from qpref.policy.reference import frozen
@@ -24,7 +24,7 @@ WINDOW = 256
 
 
 def heldout_means(
-    scorer: Scorer, examples: Sequence[TokenizedExample], budget: int, world: World | None = None
+    scorer: Scorer, examples: Sequence[TokenizedExample], budget: int, world: World = ALONE
 ) -> tuple[dict[str, float], int]:
     """Score held-out examples without dropout and gradient, each window as one batch of the losses.
 
@@ -39,7 +39,7 @@ def heldout_means(
     Raises:
         DeviceMemoryError: one example is too large for the memory.
     """
-    averages, world, cuts = Averages(), world or World(), windows(examples)
+    averages, cuts = Averages(), windows(examples)
     with frozen(scorer.policy):
         for first in range(0, len(cuts), world.size):
             chosen = cuts[first : first + world.size]

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from qpref.data.deal import deal
 from qpref.data.order import step_order, steps_per_epoch, total_steps
 from qpref.data.pack import num_fed_tokens
-from qpref.distributed.world import World
+from qpref.distributed.world import ALONE, World
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
@@ -40,6 +40,7 @@ class Trainer:
     """The loop over optimizer steps: when to step, log, evaluate, save and stop.
 
     Attributes:
+        world: the processes of the run, which have the same examples and weights and take each step together.
         train: the recipe's [train].
         objective: the losses, with the options of the step computed last.
         references: reference scores; None for a loss without a reference.
@@ -49,9 +50,9 @@ class Trainer:
         save: writes a checkpoint of the current state, or puts it off, see `qpref.training.saving`.
         should_stop: True once a signal asked the run to stop; asked between steps.
         heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
-        world: the run's processes. All of them have the same examples and weights and take the same steps.
     """
 
+    world: World = ALONE
     train: TrainSection
     policy: Policy
     objective: Objective
@@ -65,7 +66,6 @@ class Trainer:
     save: Callable[[], None]
     should_stop: Callable[[], bool]
     heldout_budget: int = 0
-    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         requested = self.train.tokens_per_microbatch
@@ -136,6 +136,7 @@ class Trainer:
         """Take one optimizer step on `batch_size` examples; returns its gradient norm and learning rate by name."""
         train, index = self.train, self.state.step
         optim.seed_step(train.seed, index)
+        self.policy.seed_dropout(train.seed, index)
         positions = step_order(len(self.examples), train.batch_size, train.seed, index)
         self.policy.model.train()
         examples = [self.examples[position] for position in positions]
@@ -166,8 +167,6 @@ class Trainer:
         step = Step(
             scorer=self.scorer,
             scaler=self.scaler,
-            index=state.step,
-            seed=self.train.seed,
             examples=examples,
             share=deal(examples, self.world.size, self.policy.shares_prompts)[self.world.rank],
             world=self.world,

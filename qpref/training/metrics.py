@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qpref import fsio, opening
-from qpref.distributed.world import World
+from qpref.distributed.world import ALONE, World
 from qpref.errors import DiskError
 from qpref.hooks.border import described
 from qpref.hooks.types import SinkContext, SinkWriter
@@ -49,13 +49,13 @@ class Averages:
         totals = torch.stack([torch.where(known, stacked, 0).sum(1), known.sum(1)])
         self._pending.append((list(values), totals))
 
-    def settle(self, world: World | None = None) -> None:
+    def settle(self, world: World = ALONE) -> None:
         """Copy the added totals to the host at once, and add those of all processes, in the order of ranks.
 
         Args:
             world: the run's processes, each of which settles its own totals; this process alone by default.
         """
-        for totals in (world or World()).exchange(self._take_pending()):
+        for totals in world.exchange(self._take_pending()):
             for name, total, count in totals:
                 self.sums[name] = self.sums.get(name, 0.0) + total
                 self.counts[name] = self.counts.get(name, 0.0) + count
@@ -147,6 +147,30 @@ class Recorder:
             sink.join(deadline)
         self._watch.close()
         self._lines.close()
+
+
+class NoRecorder(Recorder):
+    """The recorder of a process that writes nothing, since another one does."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    @property
+    def sha256(self) -> str:
+        return ""
+
+    def write(self, row: MetricRow) -> None:
+        """Take a row and drop it."""
+
+    def flush(self) -> None:
+        """Have nothing to write."""
+
+    def close(self) -> None:
+        """Have nothing to close."""
 
 
 class GuardedSink:

@@ -19,7 +19,6 @@ from qpref.errors import DeviceMemoryError
 from qpref.memory.tune import Parts, in_microbatches
 from qpref.policy.out_of_memory import fits, out_of_memory_as
 from qpref.records import PackedBatch, TokenizedExample
-from qpref.training import optim
 from qpref.training.gradient_sum import sum_gradients
 from qpref.training.inputs import Inputs, example_metrics
 from qpref.training.scoring import Scorer, Scores
@@ -40,8 +39,6 @@ class Step:
 
     Attributes:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
-        index: optimizer steps before this one.
-        seed: the run's seed, from which the step's dropout follows.
         examples: of the whole step, the same in every process.
         share: indices of those that this process computes.
         world: the run's processes.
@@ -49,8 +46,6 @@ class Step:
 
     scorer: Scorer
     scaler: torch.amp.GradScaler
-    index: int
-    seed: int
     examples: Sequence[TokenizedExample]
     share: Sequence[int]
     world: World
@@ -197,8 +192,7 @@ def _backward_whole_step(step: Step, budget: int) -> tuple[list[MicroBatchResult
         only.clear()
         batches = [scorer.pack(step.members(part)) for part in parts]
         scored = []
-        for index, (part, batch) in enumerate(zip(parts, batches, strict=True)):
-            _seed_microbatch(step, index)
+        for part, batch in zip(parts, batches, strict=True):
             with torch.set_grad_enabled(len(parts) == 1):
                 scored.append(scorer.scores(step.members(part), batch))
         if len(parts) == 1:
@@ -216,18 +210,12 @@ def _backward_whole_step(step: Step, budget: int) -> tuple[list[MicroBatchResult
         gradient = leaf.grad
         assert gradient is not None  # the loss has been checked to have one
         packed = batches if repeated == parts else [scorer.pack(step.members(part)) for part in repeated]
-        for index, (part, batch) in enumerate(zip(repeated, packed, strict=True)):
-            _seed_microbatch(step, index)
+        for part, batch in zip(repeated, packed, strict=True):
             own = known.pop() if known else scorer.policy_scores(batch).values
             own.backward(whole.select("policy", gradient, part))
         return [result if step.world.is_first else replace(result, metrics={})]
 
     return _in_microbatches(step, budget, backward)
-
-
-def _seed_microbatch(step: Step, index: int) -> None:
-    """Seed the dropout of a micro-batch, which is the same at every call."""
-    optim.seed_step(step.seed, step.index, index)
 
 
 def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:

@@ -13,7 +13,7 @@ from conftest import load_worn, make_example
 from torch import Tensor
 
 from qpref.data.mismatch import with_mismatched
-from qpref.distributed.world import World
+from qpref.distributed.world import ALONE, World
 from qpref.hooks.manager import LOSS, PluginHost
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
@@ -79,7 +79,13 @@ def all_cases() -> Iterator[Case]:
 
 def pairs() -> list[TokenizedExample]:
     """Pairs of very different lengths and weights; the first three share a prompt, the fourth is the longest."""
-    lengths = [(20, 6, 9), (20, 14, 3), (20, 1, 7), (90, 30, 40), *((5 + 3 * n, 6 + n % 4, 9 - n % 3) for n in range(5))]
+    lengths = [
+        (20, 6, 9),
+        (20, 14, 3),
+        (20, 1, 7),
+        (90, 30, 40),
+        *((5 + 3 * n, 6 + n % 4, 9 - n % 3) for n in range(5)),
+    ]
     examples = [make_example(line, *each) for line, each in enumerate(lengths)]
     return [
         replace(each, prompt=examples[0].prompt if line < 3 else each.prompt, weight=0.25 + 0.25 * line)
@@ -158,7 +164,7 @@ class Bench:
         self.policy.share_prompts(case.shared)
         self.policy.recompute_layers(case.recomputed)
         self.policy.model.train()
-        optim.seed_step(0, 0)
+        self.policy.seed_dropout(0, 0)
         nonfinite = trainer.compute_gradient(trainer.examples[: case.size])
         trainer.state.averages.settle(world)
         gradient = torch.cat([value.grad.reshape(-1) for value in self.policy.trained_parameters().values()])
@@ -186,7 +192,7 @@ def compare_steps(world: World, base: str) -> list[dict[str, Any]]:
         facts = repr([digest([ours["gradient"]]), digest(rows), ours["means"], ours["counts"], ours["tokens"]])
         each = world.exchange(facts)
         if number % world.size == world.rank:
-            alone = bench.step(case, World())
+            alone = bench.step(case, ALONE)
             largest = alone["gradient"].abs().max().item()
             found.append(
                 {
