@@ -259,8 +259,10 @@ class Peers:
                     self.store.set(f"knows/{self.rank}", "")
             except RuntimeError:
                 self.failure = self.failure or Failure(0, "its process, or the launcher's beside it, is gone", 13)
-            since = since or (time.monotonic() if self.failure else 0.0)
-            if self.failure is not None and time.monotonic() - since > min(GRACE_SECONDS, self.timeout):
+            if self.failure is None or self.failure.rank == self.rank:
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > min(GRACE_SECONDS, self.timeout):
                 self._leave_at_once(self.failure)
 
     def _leave_at_once(self, failure: Failure) -> None:
