@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from qpref import __version__
-from qpref.cli.output import StderrHandler, echo, guard_streams
+from qpref.cli.output import StderrHandler, echo, end_process, guard_streams
 from qpref.distributed.environment import is_first, num_processes
-from qpref.errors import DeviceMemoryError, FailedElsewhere, QprefError, RecipeError, StoppedBySignal
+from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefError, RecipeError, StoppedBySignal
 from qpref.installed import as_install_error
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "merge": "Merge base and adapter into a plain safetensors model.",
     "report": "Write an HTML report of one or several runs.",
     "export": "Export a merged model as GGUF with llama.cpp's converter.",
+    "convert": "Convert a file of TRL, Axolotl or LLaMA-Factory to a recipe.",
     "plugins": "List the installed plugins.",
     "cache": "List or clear the cache on this machine.",
     "losses": "List, show and check the installed losses.",
@@ -69,6 +70,8 @@ class LazyGroup(click.Group):
             error = _as_error(caught)
             if not isinstance(error, FailedElsewhere):
                 echo(f"error: {error}", err=True)
+            if isinstance(error, PeerError):
+                end_process(error.exit_code)
             ctx.exit(error.exit_code)
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qpref import locks
 from qpref.cli.options import set_option
 from qpref.cli.output import echo
+from qpref.distributed.environment import is_first, num_processes
 from qpref.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,8 +39,10 @@ def command(
     dry_run: bool,
 ) -> None:
     """Train a LoRA adapter from RECIPE, a TOML file."""
-    from qpref.recipe.resolve import make_plan
+    from qpref.recipe.resolve import make_plan, run_folder_of
 
+    if not dry_run and is_first():  # a launcher's other processes write nothing
+        locks.refuse_held(run_folder_of(recipe, output))  # in a moment: plugins and the trainer import torch
     if processes is not None:
         overrides = (*overrides, "model.device=cpu")
     plan = make_plan(recipe, overrides, output)
@@ -55,7 +59,6 @@ def command(
         arguments += ["--overwrite"] if overwrite else []
         context.exit(launch("qpref", arguments, count, plan.recipe.distributed.timeout))
     from qpref.cli import quiet_transformers
-    from qpref.distributed.environment import is_first
     from qpref.training.run import train_plan
 
     quiet_transformers()
@@ -74,8 +77,6 @@ def _num_processes(gpus: int | None, processes: int | None) -> int:
         return 1
     if gpus is not None and processes is not None:
         raise RecipeError("--gpus and --processes exclude each other: processes are for a CPU")
-    from qpref.distributed.environment import num_processes
-
     option = "--gpus" if gpus is not None else "--processes"
     if num_processes() > 1:
         raise RecipeError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qpref.cli.output import StderrHandler
+from qpref.cli.output import StderrHandler, end_process
 from qpref.distributed.join import joined
 from qpref.errors import FailedElsewhere, QprefError
 
@@ -139,7 +139,7 @@ def _main(module: str, name: str, args: str, output: str, timeout: str) -> None:
     except QprefError as error:
         if not isinstance(error, FailedElsewhere):
             print(f"error: {error}", flush=True)
-        sys.exit(error.exit_code)
+        end_process(error.exit_code)
     Path(output).write_text(json.dumps(result))
 
 
