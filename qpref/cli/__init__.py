@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from qpref import __version__
-from qpref.cli.output import StderrHandler, echo, guard_streams
-from qpref.errors import DeviceMemoryError, QprefError, StoppedBySignal
+from qpref.cli.output import StderrHandler, echo, end_process, guard_streams
+from qpref.distributed.environment import is_first, num_processes
+from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefError, RecipeError, StoppedBySignal
 from qpref.installed import as_install_error
 
 COMMANDS = {
@@ -36,6 +37,10 @@ COMMANDS = {
 }
 
 
+IN_SEVERAL_PROCESSES = ("train",)
+"""Commands that the processes of one run work on together."""
+
+
 class LazyGroup(click.Group):
     """Imports `qpref.cli.<command>` only when that command runs, and prints a user's error as one message."""
 
@@ -45,6 +50,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        _refuse_several_processes(ctx, cmd_name)
         command: click.Command = importlib.import_module(f"qpref.cli.{cmd_name}").command
         return command
 
@@ -64,8 +70,24 @@ class LazyGroup(click.Group):
             ctx.exit(128 + signal.SIGINT)
         except (QprefError, ImportError, MemoryError) as caught:
             error = _as_error(caught)
-            echo(f"error: {error}", err=True)
+            if not isinstance(error, FailedElsewhere):
+                echo(f"error: {error}", err=True)
+            if isinstance(error, PeerError):
+                end_process(error.exit_code)
             ctx.exit(error.exit_code)
+
+
+def _refuse_several_processes(ctx: click.Context, name: str) -> None:
+    """Refuse a command in several processes, which would each do all of its work.
+
+    Raises:
+        RecipeError: a launcher started this process, and others.
+    """
+    if name in IN_SEVERAL_PROCESSES or (count := num_processes()) == 1:
+        return
+    if not is_first():
+        ctx.exit(RecipeError.exit_code)
+    raise RecipeError(f"qpref {name} runs in one process, and this is one of {count}", "start it without torchrun")
 
 
 def _as_error(caught: QprefError | ImportError | MemoryError) -> QprefError:
