@@ -50,7 +50,7 @@ def cgroup_memory(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> tuple[int, in
     """Return the bytes that this process's control group may have and has, at the level with the least left.
 
     Both versions of control groups; the group's parents limit it too. Files that the kernel only caches don't count,
-    since it drops them first. None where there is no limit. /proc/meminfo is the whole machine's, in containers as well.
+    since it drops them first. None where there is no limit. /proc/meminfo is the machine's, in containers as well.
     """
     limits = []
     for folder, most, used, cached in _cgroup_levels(root, own):
