@@ -107,6 +107,17 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
+def make_entry(folder: Path) -> None:
+    """Create a folder of a shared cache, whose entries are folders: a link would lead another user's files elsewhere.
+
+    Raises:
+        DiskError: it cannot be made, or is a link.
+    """
+    if folder.is_symlink():
+        raise DiskError(f"{folder}: is a symbolic link, and no entry of the cache is one", "remove it")
+    make_folder(folder)
+
+
 def staging_name(final: Path) -> Path:
     """Return a name beside `final` that nobody has and nobody can guess: process ids are the same in two containers."""
     return final.with_name(f"{STAGING_PREFIX}{final.name}-{secrets.token_hex(8)}")
@@ -205,9 +216,9 @@ def staged_name(name: str) -> str | None:
     return match and match["final"]
 
 
-def sha256_file(path: Path) -> str:
-    """Hash a regular file, which may be reached by a link; SHA-256 in hex."""
-    with os.fdopen(open_plain(path, follow=True), "rb") as file:
+def sha256_file(path: Path, *, follow: bool = True) -> str:
+    """Hash a regular file, which may be reached by a link unless `follow` is False; SHA-256 in hex."""
+    with os.fdopen(open_plain(path, follow=follow), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

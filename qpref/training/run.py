@@ -58,7 +58,11 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
 def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     session = Session.of(prepared)
     folder.remove_leftovers()
-    saved = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if resume else None
+    saved = None
+    if resume:
+        saved = checkpoint.load_newest(
+            folder.checkpoints, prepared.fingerprints, lambda found: snapshot.lost_metrics(found, folder)
+        )
     if saved is not None:
         metrics_bytes = _resume(session, folder, saved)
     else:
