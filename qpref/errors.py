@@ -92,6 +92,12 @@ class InstallError(QprefError):
     exit_code = 12
 
 
+class PeerError(QprefError):
+    """Another process of a run on several GPUs died, hangs, or works on something else."""
+
+    exit_code = 13
+
+
 class StoppedBySignal(QprefError):
     """A signal (Ctrl+C, SIGTERM): a run has saved a checkpoint, other commands leave nothing half-written.
 

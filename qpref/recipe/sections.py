@@ -264,6 +264,21 @@ class TrainSection(Section):
         return self
 
 
+class DistributedSection(Section):
+    """Several processes, one for each GPU. They change how long a run takes, and its results by rounding alone."""
+
+    timeout: int = Field(
+        default=600,
+        ge=1,
+        description="Seconds that a process waits for the others before it leaves, naming those that are missing.",
+    )
+    shard_base: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Whether the GPUs share one copy of the frozen base, a part on each, gathered layer by layer "
+        "(FSDP2). false: each has its own copy, which is faster. auto: its own copy where that fits.",
+    )
+
+
 class SinkSection(BaseModel):
     """A metric sink; the other keys are its own options."""
 
@@ -295,6 +310,7 @@ class Recipe(Section):
     loss: Annotated[list[LossSection], Field(min_length=1), BeforeValidator(_as_list)]
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
+    distributed: DistributedSection = DistributedSection()
     sinks: list[SinkSection] = Field(default_factory=lambda: [SinkSection(name="console")])
 
     @field_validator("train")

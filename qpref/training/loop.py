@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qpref.data.order import step_order, steps_per_epoch, total_steps
 from qpref.data.pack import num_fed_tokens
+from qpref.distributed.world import ALONE, World
 from qpref.errors import NonFiniteError, RecipeError
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
@@ -38,6 +39,7 @@ class Trainer:
     """The loop over optimizer steps: when to step, log, evaluate, save and stop.
 
     Attributes:
+        world: the processes of the run, which take each step together.
         train: the recipe's [train].
         objective: the losses, with the options of the step computed last.
         references: reference scores; None for a loss without a reference.
@@ -49,6 +51,7 @@ class Trainer:
         heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
     """
 
+    world: World = ALONE
     train: TrainSection
     policy: Policy
     objective: Objective

@@ -138,6 +138,30 @@ class Recorder:
         self._lines.close()
 
 
+class NoRecorder(Recorder):
+    """The recorder of a process that writes nothing, since another one does."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    @property
+    def sha256(self) -> str:
+        return ""
+
+    def write(self, row: MetricRow) -> None:
+        """Take a row and drop it."""
+
+    def flush(self) -> None:
+        """Have nothing to write."""
+
+    def close(self) -> None:
+        """Have nothing to close."""
+
+
 class GuardedSink:
     """A sink on its own thread; one that raises, hangs, or computes too much is reported once and dropped."""
 

@@ -15,6 +15,7 @@ from qpref.data.load import fingerprint, tokenize_rows
 from qpref.data.mismatch import with_mismatched
 from qpref.data.order import refuse_empty_steps, step_order, total_steps
 from qpref.data.tokenize import PairTokenizer
+from qpref.distributed.world import ALONE, World
 from qpref.errors import PolicyError
 from qpref.memory.limit import enforced_limit
 from qpref.policy.device import announce
@@ -36,12 +37,14 @@ class Prepared:
     """The parts of a run that has passed its checks.
 
     Attributes:
+        world: the processes of the run.
         base: the base model's folder.
         memory_limit: bytes that the run may fill, measured before the model was loaded.
         fingerprints: digests of what a resumed run must share with its checkpoint, by name.
     """
 
     plan: Plan
+    world: World
     base: BaseFolder
     tokenizer: Any
     policy: Policy
@@ -64,7 +67,7 @@ class Prepared:
         return [self.examples[position] for position in positions]
 
 
-def prepare(plan: Plan, checked: CheckedData) -> Prepared:
+def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
     """Tokenize the checked rows and load the policy.
 
     Raises:
@@ -92,6 +95,7 @@ def prepare(plan: Plan, checked: CheckedData) -> Prepared:
     invariants.check_company(policy, [*examples, *heldout])
     return Prepared(
         plan=plan,
+        world=world,
         base=base,
         tokenizer=tokenizer,
         policy=policy,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from qpref import fsio, publish
 from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
+from qpref.distributed.join import joined, take_gpu
+from qpref.distributed.world import World
 from qpref.errors import CheckpointError, PolicyError, RecipeError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
@@ -18,12 +21,12 @@ from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
-from qpref.training.best import restore_best
+from qpref.training.best import Best, restore_best
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.description import begin_records, restate_recipe, restore_records
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Trainer
-from qpref.training.metrics import Recorder
+from qpref.training.metrics import NoRecorder, Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.result import reset_peak, write_result
 from qpref.training.saving import Saver
@@ -42,27 +45,38 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
     Raises:
         QprefError: of the kind that fits; until training starts, nothing is left behind.
     """
-    with claimed(plan.output, resume, overwrite) as folder:
-        if resume and _is_complete(plan, folder):
+    take_gpu(plan.recipe.model.device)
+    device = choose_device(plan.recipe.model.device)
+    with (
+        joined(device, plan.recipe.distributed.timeout) as world,
+        _claimed_by_first(world, plan.output, resume, overwrite) as folder,
+    ):
+        if resume and world.share(world.is_first and _is_complete(plan, folder)):
             log.info("%s: this run is complete", folder.path)
             return folder.path
         with out_of_memory_as("the device ran out of memory", HINT):
             checked = load_rows(plan)
-            device = choose_device(plan.recipe.model.device)
             with deterministic(plan.recipe.train.deterministic, device):
-                prepared = prepare(plan, checked)
+                prepared = prepare(plan, checked, world)
                 _train(prepared, folder, resume)
     return plan.output
 
 
+@contextmanager
+def _claimed_by_first(world: World, path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Lock the run folder where this process writes it; the others neither read nor write it, and may not see it."""
+    if not world.is_first:
+        yield RunFolder(path)
+        return
+    with claimed(path, resume, overwrite) as folder:
+        yield folder
+
+
 def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
-    session = Session.of(prepared)
-    folder.remove_leftovers()
-    saved = None
-    if resume:
-        saved = checkpoint.load_newest(
-            folder.checkpoints, prepared.fingerprints, lambda found: snapshot.lost_metrics(found, folder)
-        )
+    session, world = Session.of(prepared), prepared.world
+    if world.is_first:
+        folder.remove_leftovers()
+    saved = _newest(prepared, folder) if resume else None
     if saved is not None:
         metrics_bytes = _resume(session, folder, saved)
     else:
@@ -75,9 +89,33 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
         finished = _run_loop(session, folder, metrics_bytes, requested)
     if not finished:
         raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", requested[0])
-    _take_best(prepared, folder, session.state)
-    _write_adapter(session, folder, first_step)
-    log.info("adapter: %s", folder.adapter)
+    if world.is_first:
+        _take_best(prepared, folder, session.state)
+        _write_adapter(session, folder, first_step)
+        log.info("adapter: %s", folder.adapter)
+    world.wait()
+
+
+def _newest(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
+    """Load the newest checkpoint, which rank 0 alone reads and shares with the others; None where there is none.
+
+    Raises:
+        CheckpointError: checkpoints exist and none verifies, or the newest good one belongs to another run.
+    """
+    world = prepared.world
+    saved = None
+    if world.is_first:
+        saved = checkpoint.load_newest(
+            folder.checkpoints, prepared.fingerprints, lambda found: snapshot.lost_metrics(found, folder)
+        )
+    if world.size == 1:
+        return saved
+    facts = world.share(None if saved is None else [saved.step, saved.state, sorted(saved.tensors)])
+    if facts is None:
+        return None
+    step, state, stems = facts
+    tensors = {stem: world.share_tensors(saved.tensors[stem] if saved else None) for stem in stems}
+    return Checkpoint(step=step, state=state, tensors=tensors)
 
 
 def _is_complete(plan: Plan, folder: RunFolder) -> bool:
@@ -101,6 +139,7 @@ def _is_complete(plan: Plan, folder: RunFolder) -> bool:
             )
         damage = folder.adapter_damage() or folder.changed_record(facts) or _moved_base(plan, facts)
         if damage is None:
+            folder.remove_leftovers()  # of a process that was killed once all was written
             restate_recipe(plan, folder, facts)
             return True
     if not any(folder.checkpoints.glob("step-*")):
@@ -133,8 +172,9 @@ def _begin(session: Session, folder: RunFolder) -> int:
     invariants.check_start(prepared.policy, prepared.objective, batch)
     session.references = reference_pass.open_references(prepared)
     session.state.budget = snapshot.settle_sizes(prepared)
-    folder.clear()
-    begin_records(session, folder)
+    if prepared.world.is_first:
+        folder.clear()
+        begin_records(session, folder)
     return 0
 
 
@@ -144,14 +184,18 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
     Returns:
         Bytes of metrics.jsonl to keep.
     """
-    prepared, state = session.prepared, session.state
-    restore_records(session, folder, saved)
+    prepared, state, world = session.prepared, session.state, session.prepared.world
+    if world.is_first:
+        restore_records(session, folder, saved)
     cache_before = session.description.get("reference_cache")
     session.references = reference_pass.open_references(prepared, cache_before, saved)
     snapshot.restore(saved, session)
-    metrics_bytes = snapshot.metrics_bytes(saved, folder)
-    state.best = restore_best(saved.state, folder, prepared.plan.recipe.train)
-    checkpoint.remove_newer(folder.checkpoints, state.step)
+    metrics_bytes = snapshot.metrics_bytes(saved, folder) if world.is_first else 0
+    best = restore_best(saved.state, folder, prepared.plan.recipe.train) if world.is_first else None
+    best_state = world.share(None if best is None else best.as_state())
+    state.best = None if best_state is None else Best(**best_state)
+    if world.is_first:
+        checkpoint.remove_newer(folder.checkpoints, state.step)
     log.info("resuming after step %d", state.step)
     return metrics_bytes
 
@@ -174,10 +218,12 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
     prepared, references = session.prepared, session.references
     plan, total = prepared.plan, total_steps(prepared.plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
-    recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context)
+    is_writer = prepared.world.is_first
+    recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context) if is_writer else NoRecorder()
     reset_peak(prepared.policy.device)
     trainer = Trainer(
         train=plan.recipe.train,
+        world=prepared.world,
         policy=prepared.policy,
         objective=prepared.objective,
         references=references,
@@ -187,7 +233,7 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
         heldout=prepared.heldout,
         state=session.state,
         recorder=recorder,
-        save=Saver(session, folder, recorder, requested, total).save,
+        save=Saver(session, folder, recorder, requested, total).save if is_writer else lambda: None,
         should_stop=lambda: bool(requested),
     )
     try:

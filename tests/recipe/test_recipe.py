@@ -151,7 +151,7 @@ def test_a_misspelt_name_gets_the_nearest(tables, problem):
 
 def test_a_word_like_no_key_gets_all_of_them():
     assert problems(recipe_with(zzzzz={})) == [
-        "[zzzzz] unknown key; known: model, adapter, data, checks, loss, reference, train, sinks"
+        "[zzzzz] unknown key; known: model, adapter, data, checks, loss, reference, train, distributed, sinks"
     ]
 
 

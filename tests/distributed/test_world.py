@@ -1,0 +1,48 @@
+"""What processes tell each other arrives whole, in the order of ranks, and the same in all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from processes import run_ranks
+
+from qpref.distributed.world import World
+
+
+def collectives(world: World) -> dict:
+    generator = torch.Generator().manual_seed(world.rank)
+    sums = [torch.full((2, 3), float(world.rank + 1)), torch.rand(1000, generator=generator)]
+    world.add(sums)
+    pieces = world.gather(torch.arange(world.rank, dtype=torch.float32))
+    world.wait()
+    return {
+        "sums": [each.tolist() for each in sums],
+        "pieces": [piece.tolist() for piece in pieces],
+        "facts": world.exchange({"rank": world.rank, "text": "é" * world.rank}),
+        "shared": world.share([world.rank, None]),
+        "is_first": world.is_first,
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_collectives_of_several_processes(size):
+    results = run_ranks(size, collectives)
+    assert [result.pop("is_first") for result in results] == [True] + [False] * (size - 1)
+    assert all(result == results[0] for result in results)
+    draws = [torch.rand(1000, generator=torch.Generator().manual_seed(rank)) for rank in range(size)]
+    assert results[0]["sums"][0] == [[size * (size + 1) / 2] * 3] * 2
+    torch.testing.assert_close(torch.tensor(results[0]["sums"][1]), torch.stack(draws).sum(0))
+    assert results[0]["pieces"] == [[float(n) for n in range(rank)] for rank in range(size)]
+    assert results[0]["facts"] == [{"rank": rank, "text": "é" * rank} for rank in range(size)]
+    assert results[0]["shared"] == [0, None]
+
+
+def test_a_process_alone_keeps_what_it_has():
+    values = torch.tensor([1.0, 2.0])
+    world = World()
+    world.add([values])
+    assert values.tolist() == [1.0, 2.0]
+    assert [piece.tolist() for piece in world.gather(values)] == [[1.0, 2.0]]
+    assert world.exchange("here") == ["here"]
+    assert world.share("here") == "here"
+    assert world.is_first
