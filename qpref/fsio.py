@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +190,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def copy_file(source: Path, target: Path) -> None:
-    with source.open("rb") as file:
+    with os.fdopen(open_plain(source, follow=True), "rb") as file:
         write_stream(target, file, os.fstat(file.fileno()).st_size)
 
 
@@ -198,7 +199,14 @@ def make_readable(top: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in (top, *top.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        with disk_errors(path):
+            # Not by its name, under which another user may have put a link to somebody's file since.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                os.fchmod(descriptor, (0o777 if is_folder else 0o666) & ~umask)
+            finally:
+                os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:
