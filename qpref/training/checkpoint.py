@@ -50,10 +50,15 @@ def _table_of(accepts: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(accepts, value.values()))
 
 
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
 BEST = _table_of(_is_number)
 STATE_VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("step", "tokens", "nonfinite", "budget", "recomputed_layers", "metrics_bytes"), _is_count),
     "seconds": lambda value: _is_number(value) and 0 <= value < MAX_COUNT,
+    "sizes": lambda value: isinstance(value, list) and all(map(_are_sizes, value)),
     "asked_sizes": lambda value: isinstance(value, list),
     "sums": _table_of(_is_hex),
     "counts": _table_of(_is_number),
@@ -124,14 +129,20 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06}"
 
 
-def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None:
+def load_newest(
+    folder: Path, fingerprints: dict[str, str], why_not: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint | None:
     """Load the newest checkpoint that verifies; None where there is none at all.
 
+    Args:
+        why_not: explains why a checkpoint that verifies can't be resumed; None for one that can.
+
     Raises:
-        CheckpointError: checkpoints exist and none verifies, or the newest good one belongs to another recipe, base or
-            data.
+        CheckpointError: checkpoints exist and none can be resumed, or the newest good one belongs to another recipe,
+            base or data.
     """
     folders = _folders(folder)
+    reason = None
     for path in folders:
         try:
             checkpoint = _load(path)
@@ -139,11 +150,13 @@ def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None
             log.warning("%s is skipped: %s", path, error)
             continue
         _refuse_foreign(path, checkpoint.state, fingerprints)
-        return checkpoint
+        if (found := why_not(checkpoint)) is None:
+            return checkpoint
+        log.warning("%s is skipped: %s", path, found)
+        reason = found
     if folders:
-        raise CheckpointError(
-            f"{folder}: none of {len(folders)} checkpoints verifies", "start over with --overwrite, or restore a copy"
-        )
+        what = reason or f"{folder}: none of {len(folders)} checkpoints verifies"
+        raise CheckpointError(what, "restore a copy, or start over with --overwrite")
     return None
 
 
