@@ -54,10 +54,11 @@ def open_references(
     if saved is not None:
         references.restore(saved.tensors["reference"])
     if is_cached:
-        prepared.world.wait()  # until all have listed the shards, to which each will add one
+        prepared.world.wait("the opening of the reference cache")  # until all have listed the shards of earlier runs
         restored = set(references.rows)
         batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
         check_cache(references, prepared.policy, batch, prepared.all_examples)
+        prepared.policy.finish_passes()
         _agree_on_rows(prepared.world, references, restored)
         known, total = count_known(references, prepared.all_examples)
         log.info("reference: %d of %d responses are in the cache (%.0f %%)", known, total, 100 * known / total)
@@ -79,7 +80,9 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
     }
     folder = reference_cache.folder_of(reference)
     is_resumed = before is not None and _is_description(before)
-    run, seen = world.share([before["run"], before["seen"]] if before and is_resumed else [uuid.uuid4().hex, None])
+    run, seen = world.share(
+        [before["run"], before["seen"]] if before and is_resumed else [uuid.uuid4().hex, None], "the reference cache"
+    )
     if seen is not None and not world.is_first:  # another host has other shards
         seen = {name: size for name, size in seen.items() if (folder / name).is_file()}
     try:
@@ -101,7 +104,7 @@ def _agree_on_rows(world: World, references: ReferenceStore, restored: set[bytes
     or none where one process doesn't confirm them."""
     if world.size == 1:
         return
-    if any(world.exchange(not restored <= references.rows.keys())):
+    if any(world.exchange(not restored <= references.rows.keys(), "the check of the reference cache")):
         references.rows.clear()
     else:
         references.rows = {key: references.rows[key] for key in restored}
@@ -165,6 +168,7 @@ def fill(
         missing = references.missing(example for example, _ in window) if world.size > 1 else []
         for members in _dealt(window, world):
             tokens = _fill_own(references, policy, members, tokens)
+        policy.finish_passes()
         references.share(world, missing)
 
 
@@ -173,7 +177,7 @@ def _unknown(
 ) -> list[tuple[TokenizedExample, int | None]]:
     """List the examples that a process doesn't know, each with the first one that does, or None."""
     own = [all(references.has(key) for key in row_keys(example)) for example in examples]
-    everywhere = [bytes.fromhex(each) for each in world.exchange(bytes(own).hex())]
+    everywhere = [bytes.fromhex(each) for each in world.exchange(bytes(own).hex(), "the known reference scores")]
     found = []
     for example, *known in zip(examples, *everywhere, strict=True):
         if not all(known):
