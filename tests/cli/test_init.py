@@ -84,6 +84,7 @@ def test_a_goal_decides_the_loss(folder, goal, loss):
     assert tomllib.loads((folder / "recipe.toml").read_text())["loss"] == loss
 
 
+@pytest.mark.soak
 def test_lengths_follow_the_data_and_are_cut_where_the_card_is_too_small(folder):
     data = write_rows(folder / "pairs.jsonl", pairs(40, words=1400))
     lengths = []
@@ -107,6 +108,7 @@ def test_refused_rows_are_allowed_for_and_named(folder):
     assert "# Share of rows that may be refused, as line 31 is.\nskip_bad = 0.05\n" in text
 
 
+@pytest.mark.soak
 def test_a_model_that_does_not_fit_exits_5_and_leaves_nothing(folder):
     data = write_rows(folder / "pairs.jsonl", pairs(40))
     done = run("--model", "Qwen/Qwen2.5-72B-Instruct", "--data", data, "--card", "RTX 3060 12GB")
