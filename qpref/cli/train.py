@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
+from qpref import locks
 from qpref.cli.options import set_option
 from qpref.cli.output import echo
 
@@ -21,8 +23,10 @@ def command(
     recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
     """Train a LoRA adapter from RECIPE, a TOML file."""
-    from qpref.recipe.resolve import make_plan
+    from qpref.recipe.resolve import make_plan, run_folder_of
 
+    if not dry_run and os.environ.get("RANK", "0") == "0":  # a launcher's other processes write nothing
+        locks.refuse_held(run_folder_of(recipe, output))  # in a moment: plugins and the trainer import torch
     plan = make_plan(recipe, overrides, output)
     if dry_run:
         import tomli_w
