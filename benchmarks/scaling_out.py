@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the table")
     options = parser.parse_args()
     lines = [f"# One run on several processes, {datetime.now(UTC):%Y-%m-%d}", ""]
-    lines += [f"`python -m benchmarks.scaling_out {' '.join(sys.argv[1:])}`".replace(" `", "`"), ""]
+    flags = " --computed" if options.computed else f" --steps {options.steps} --rounds {options.rounds}"
+    lines += [f"`python -m benchmarks.scaling_out{flags}`", ""]
     if not options.computed:
         lines += [*measured(options.steps, options.rounds), ""]
     lines += computed()
