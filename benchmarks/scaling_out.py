@@ -5,9 +5,9 @@
     python -m benchmarks.scaling_out --steps 4 --output out/
 
 Measured: `qpref train` of a random model of the 135M shape with 6 of its 30 layers, once as one process with as many
-threads as there are cores, once as that many processes with one thread each, over gloo; alternating. Wall and CPU seconds
-are those of all processes from the first step's row in metrics.jsonl to the last one's; the loss of each step is
-compared. On a busy machine wall seconds are others' too: compare pairs per CPU second.
+threads as there are cores, once as that many processes with one thread each, over gloo; alternating. Wall and CPU
+seconds are those of all processes from the first step's row in metrics.jsonl to the last one's; the loss of each step
+is compared. On a busy machine wall seconds are others' too: compare pairs per CPU second.
 
 Computed: `qpref.memory.scaling`, what `qpref plan --gpus` prints, for pairs of chat-like lengths that are drawn from a
 seed. Each figure rests on the assumed bandwidths and speeds that the plan names.
@@ -181,8 +181,8 @@ def measured(steps: int, rounds: int) -> Iterator[str]:
     apart = max(abs(a - b) for a, b in zip(first, second, strict=True))
     yield ""
     wall, cpu = (many[key] / one[key] for key in ("speed", "work"))
-    yield f"{wall:.2f} times the pairs per second, {cpu:.2f} times those per CPU second; the losses of the steps differ by "
-    yield f"{apart:.1e} at most."
+    yield f"{wall:.2f} times the pairs per second, {cpu:.2f} times those per CPU second."
+    yield f"The losses of the steps differ by {apart:.1e} at most."
 
 
 def _recipe(scratch: Path, steps: int) -> Path:
@@ -213,8 +213,8 @@ def _train(recipe: Path, output: Path, processes: int, threads: int) -> tuple[di
                   "qpref"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     with (output.with_suffix(".log")).open("w+") as log:
-        process = subprocess.Popen([*launch, "train", str(recipe), "--output", str(output)], env=environment, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        command = [*launch, "train", str(recipe), "--output", str(output)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         seen = _watch(process, output / "metrics.jsonl")
         if process.wait():
             log.seek(0)
