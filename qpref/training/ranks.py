@@ -112,7 +112,7 @@ def _copy_adapter(world: World, adapter: Sequence[Tensor], where: str) -> None:
     """Overwrite the adapter by rank 0's."""
     before = [each.detach().clone() for each in adapter]
     world.copy_first(adapter, f"the adapter at {where}")
-    pairs = list(zip(before, adapter, strict=True))
+    pairs = zip(before, (each.detach() for each in adapter), strict=True)
     offsets = [float((old - new).abs().max() / new.abs().max().clamp_min(TINIEST)) for old, new in pairs]
     found = world.exchange(max(offsets), f"the adapters' offsets at {where}")
     off = [f"rank {rank} (by {each:.1e})" for rank, each in enumerate(found) if not each <= MOST_ROUNDING]
