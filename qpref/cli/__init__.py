@@ -28,6 +28,7 @@ COMMANDS = {
     "merge": "Merge base and adapter into a plain safetensors model.",
     "report": "Write an HTML report of one or several runs.",
     "export": "Export a merged model as GGUF with llama.cpp's converter.",
+    "doctor": "Examine this machine: packages, GPU, memory, disk, plugins.",
     "convert": "Convert a file of TRL, Axolotl or LLaMA-Factory to a recipe.",
     "schema": "Print the JSON Schema of a recipe, for editors.",
     "plugins": "List the installed plugins.",

@@ -97,6 +97,10 @@ class Policy:
             hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
         return hidden
 
+    def finish_passes(self) -> None:
+        """Finish the passes that processes compute together, before they exchange anything else; nothing to do where
+        each process has the whole base."""
+
     def train_without_dropout(self) -> None:
         """Switch to training mode as in a step, layers recomputed, but with LoRA's dropout off as well."""
         self.model.train()

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from qpref import fsio, opening
+from qpref.distributed.world import ALONE, World
 from qpref.errors import DiskError
 from qpref.hooks.border import described
+from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
@@ -48,15 +50,25 @@ class Averages:
         totals = torch.stack([torch.where(known, stacked, 0).sum(1), known.sum(1)])
         self._pending.append((list(values), totals))
 
-    def settle(self) -> None:
-        """Copy the added totals to the host at once."""
-        if self._pending:
-            joined = torch.cat([totals for _, totals in self._pending], dim=1).tolist()
-            names = [name for part, _ in self._pending for name in part]
-            for name, total, count in zip(names, *joined, strict=True):
+    def settle(self, world: World = ALONE) -> None:
+        """Copy the added totals to the host at once, and add those of all processes, in the order of ranks.
+
+        Args:
+            world: the run's processes, each of which settles its own totals; this process alone by default.
+        """
+        for totals in world.exchange(self._take_pending()):
+            for name, total, count in totals:
                 self.sums[name] = self.sums.get(name, 0.0) + total
                 self.counts[name] = self.counts.get(name, 0.0) + count
-            self._pending.clear()
+
+    def _take_pending(self) -> list[tuple[str, float, float]]:
+        """Return name, sum and count of what has been added since the last call."""
+        if not self._pending:
+            return []
+        joined = torch.cat([totals for _, totals in self._pending], dim=1).tolist()
+        names = [name for part, _ in self._pending for name in part]
+        self._pending.clear()
+        return list(zip(names, *joined, strict=True))
 
     def means(self) -> dict[str, float]:
         self.settle()
@@ -84,6 +96,7 @@ class Recorder:
         self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
         self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
+        self._process = ProcessState.now().shared()
 
     @property
     def size(self) -> int:
@@ -104,8 +117,14 @@ class Recorder:
         except DiskError as error:
             if len(self._unwritten) == 1:
                 log.warning("%s; rows stay in memory until they can be written", error.what)
+        self._undo_changes()
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
+
+    def _undo_changes(self) -> None:
+        """Set back settings of the process that the sinks have changed; their threads share them with training."""
+        if self._sinks and (changed := self._process.restore()):
+            log.warning("%s changed %s, which is set back", " or ".join(map(str, self._sinks)), ", ".join(changed))
 
     def flush(self) -> None:
         """Write the rows that the disk has refused so far.
@@ -134,6 +153,7 @@ class Recorder:
             sink.finish()
         for sink in self._sinks:
             sink.join(deadline)
+        self._undo_changes()
         self._watch.close()
         self._lines.close()
 
@@ -172,6 +192,9 @@ class GuardedSink:
         self._budget: SinkBudget | None = None
         self._thread = threading.Thread(target=self._run, args=(choice, context), daemon=True, name=self._name)
         self._thread.start()
+
+    def __str__(self) -> str:
+        return self._name
 
     def write(self, row: MetricRow) -> None:
         if self._dropped:
