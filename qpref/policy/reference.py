@@ -141,7 +141,7 @@ class ReferenceStore:
             for number, key in enumerate(missing)
             if key in self.rows
         }
-        for others in world.exchange(own):
+        for others in world.exchange(own, "the reference"):
             for number, encoded in others.items():
                 values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.float32)
                 self.rows.setdefault(missing[int(number)], values)
