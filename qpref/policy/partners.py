@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qpref.attention.layout import Layout
 from qpref.attention.prompts import ContinuedPrompts, KeptPrompts, spans
-from qpref.policy.head import score_tokens
 from qpref.policy.logprobs import completion_logprobs, decode
 from qpref.policy.policy import Policy
 from qpref.policy.rope import group_length, split_groups
+from qpref.policy.token_scores import score_tokens
 from qpref.records import PackedBatch, TokenLogProbs
 from qpref.staging import to_device
 

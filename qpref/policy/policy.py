@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,11 @@ from qpref.policy.adapter import is_trained
 from qpref.policy.experts import packed_names
 from qpref.policy.experts_lora import ExpertsLora
 from qpref.policy.head import Head
+from qpref.policy.passes import Pass, Passes
 from qpref.policy.rope import RopeLengths, for_lengths
 from qpref.policy.rope import current as current_lengths
+from qpref.policy.sharded_base import ShardedBase
+from qpref.policy.token_scores import join_scores
 
 PADDED_POSITIONS = 8
 """Rows by which a table of learned positions may exceed them: OPT's has 2 for padding."""
@@ -43,6 +46,8 @@ class Policy:
         has_adapters: false for a plain model, which has no reference of its own.
         rope_lengths: lengths at which rotary frequencies change; None for most models.
         isolates_rows: each row is a pass of its own, since its company changes its scores.
+        shards: the base's, where processes share it; None for a copy of one's own.
+        passes: keeps those processes in step; None likewise.
     """
 
     model: Any
@@ -57,6 +62,8 @@ class Policy:
     has_adapters: bool = True
     rope_lengths: RopeLengths | None = None
     isolates_rows: bool = False
+    shards: ShardedBase | None = None
+    passes: Passes | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass: LoRA's float32 weights take part in 16-bit products."""
@@ -75,13 +82,53 @@ class Policy:
         Returns:
             [batch, length, hidden] last hidden states.
         """
+        if self.passes is not None:
+            self.passes.begin(Pass.DECODER)
         self._keep_base_in_eval()
         chosen = None
         if self.rope_lengths is not None and lengths is not None:
             chosen = self.rope_lengths.choose(lengths, self.device)
         with self._recomputing(), for_lengths(chosen):
             hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
+        if self.passes is not None and hidden.requires_grad:
+            hidden.register_hook(self._begin_backward)
         return hidden
+
+    def _begin_backward(self, _: Tensor) -> None:
+        assert self.passes is not None
+        self.passes.begin(Pass.BACKWARD)
+
+    def share_base(self, shards: ShardedBase) -> None:
+        """Compute with a base that processes share, after the adapters are on it."""
+        shards.order_gathering()
+        self.passes = Passes(world=shards.world, join=self._join)
+        self.shards, self.head = shards, replace(self.head, passes=self.passes)
+
+    def _join(self, kind: Pass, wishes: tuple[bool, bool]) -> None:
+        """Take part in other processes' pass of a kind."""
+        assert self.shards is not None
+        if kind is Pass.HEAD:
+            join_scores(self.head, *wishes)
+        else:
+            self.shards.join(backward=kind is Pass.BACKWARD)
+
+    def finish_passes(self) -> None:
+        """Join the passes of processes that have more of them; to be called before any other collective.
+
+        Nothing happens where each process has a base of its own.
+        """
+        if self.passes is not None:
+            self.passes.finish()
+
+    def verify_base(self) -> None:
+        """Compare a shared base with what it was when it was loaded; all processes have to call it at once.
+
+        Raises:
+            PolicyError: a weight has changed.
+        """
+        if self.shards is not None:
+            self.finish_passes()
+            self.shards.verify()
 
     def train_without_dropout(self) -> None:
         """Switch to training mode as in a step, layers recomputed, but with LoRA's dropout off as well."""
