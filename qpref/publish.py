@@ -74,6 +74,12 @@ def damaged_file(folder: Path) -> str | None:
     return changed_file(folder, written)
 
 
+def discard(final: Path) -> None:
+    """Remove a shared folder, in one step: other processes, which may do the same, see all of it or nothing."""
+    with _staging(final) as staging, disk_errors(final), suppress(FileNotFoundError):
+        final.rename(staging / final.name)
+
+
 def try_folder(final: Path) -> None:
     """Check that `staged_folder(final)` could start; leaves nothing behind.
 

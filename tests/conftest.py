@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tally import pytest_runtest_logreport, pytest_terminal_summary, tally  # noqa: F401 - a fixture and two hooks
 
 from qpref import fsio
 from qpref.records import Source, TokenizedExample

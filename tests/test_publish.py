@@ -83,6 +83,24 @@ def test_a_staged_folder_never_replaces_a_full_one(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["adapter", "adapter/old"]
 
 
+def test_a_discarded_folder_is_gone_at_once_even_if_another_process_has_discarded_it(tmp_path, monkeypatch):
+    final = tmp_path / "base"
+    final.mkdir()
+    (final / "config.json").touch()
+    real, seen = Path.rename, []
+
+    def rename(path, target):
+        seen.append(sorted(file.name for file in final.iterdir()))
+        real(path, target)
+        real(path, target)  # another process's, which finds nothing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        publish.discard(final)
+    assert seen == [["config.json"]]  # never half of it
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_fails_at_the_end_leaves_no_folder(tmp_path, monkeypatch):
     def fill():
         with publish.staged_folder(tmp_path / "adapter") as staging:

@@ -212,11 +212,15 @@ def largest_matrix(shape: ModelShape) -> int:
 
 
 def head_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
-    """Count a tile's logits, softmax and gradient, the head's float32 slice, and the hidden states' gradients."""
-    rows = max(1, min(MAX_ROWS, math.ceil(stream.scored_tokens)))
-    columns = max(1, min(shape.vocabulary, TILE_ELEMENTS[setup.device] // rows))
+    """Count a tile's logits, softmax and gradient, the head's float32 slice, and the hidden states' gradients.
+
+    Where ranks share the base, each scores the hidden states of all ranks against its own rows of the head.
+    """
+    scored = stream.scored_tokens * setup.num_shards
+    rows = max(1, min(MAX_ROWS, math.ceil(scored)))
+    columns = max(1, min(math.ceil(shape.vocabulary / setup.num_shards), TILE_ELEMENTS[setup.device] // rows))
     tile = rows * columns * (4 + 4 + setup.dtype_bytes)
     slice_copy = 4 * columns * shape.hidden if setup.device == "cpu" and setup.dtype_bytes < 4 else 0
     sums = 4 * 4 * rows * shape.hidden
-    gradients = stream.scored_tokens * shape.hidden * (4 + 4 + setup.dtype_bytes)
+    gradients = scored * shape.hidden * (4 + 4 + setup.dtype_bytes)
     return int(tile + slice_copy + sums + gradients)

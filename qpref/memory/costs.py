@@ -10,7 +10,7 @@ import math
 from qpref.memory.activations import activation_bytes, cached_mask_bytes, head_bytes, live_bytes
 from qpref.memory.parts import LIBRARY_BYTES, MemoryParts
 from qpref.memory.setup import Setup
-from qpref.memory.shape import ModelShape
+from qpref.memory.shape import Layer, ModelShape
 from qpref.memory.stream import Stream
 
 NF4_BLOCK, SCALE_BLOCK = 64, 256
@@ -19,12 +19,16 @@ CODE_BYTES, SCALE_CODE_BYTES = 16 * 4, 256 * 4 + 4
 """Per quantized matrix: its table of 16 numbers; for quantized scales a table of 256 and an offset."""
 PAGED_FROM, EIGHT_BIT_FROM, STATE_BLOCK = 100_000, 4096, 256
 """bitsandbytes: smallest matrix whose state is paged, or kept in 8 bit; numbers of 8-bit state per scale."""
+GATHERED_LAYERS = 3
+"""Decoder layers of a shared base whose gathered bytes exist at a time: in the backward pass the weights of one layer,
+the message that brings the next one's, and the weights that are copied out of it (torch's FSDP2,
+torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, `unshard` and `wait_for_unshard`)."""
 
 
 def peak_memory(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int) -> MemoryParts:
     """Predict a step's peak: `stream` is its largest micro-batch, the first `recomputed` layers are recomputed."""
     return MemoryParts(
-        weights=weight_bytes(shape, setup),
+        weights=shard_bytes(shape, setup) + gathered_bytes(shape, setup),
         adapters=adapter_bytes(shape, setup),
         optimizer=optimizer_bytes(shape, setup.optimizer),
         activations=activation_bytes(shape, setup, stream, recomputed),
@@ -36,13 +40,39 @@ def peak_memory(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int
 
 def weight_bytes(shape: ModelShape, setup: Setup) -> int:
     """Count the base as bitsandbytes stores it; embeddings, head, norms and biases stay in the recipe's dtype."""
-    unquantized = shape.embeddings + shape.other_parameters
-    linears = sum(_matrix_bytes(linear.numel, setup) for linear in shape.linears if linear.packed)
-    packed = [each for each in shape.experts if each.packed]
-    experts = sum(each.count * _matrix_bytes(numel, setup) for each in packed for numel in each.numels)
-    unquantized += sum(linear.numel for linear in shape.linears if not linear.packed)
-    unquantized += sum(each.num_weights for each in shape.experts if not each.packed)
-    return linears + experts + setup.dtype_bytes * unquantized
+    layers = sum(layer_weight_bytes(layer, setup) for layer in shape.layers)
+    return layers + setup.dtype_bytes * (shape.embeddings + shape.other_parameters)
+
+
+def layer_weight_bytes(layer: Layer, setup: Setup) -> int:
+    """Count the matrices of a decoder layer, and of its experts where they are counted apart."""
+    packed = [linear.numel for linear in layer.linears if linear.packed]
+    unpacked = sum(linear.numel for linear in layer.linears if not linear.packed)
+    if layer.experts and layer.experts.packed:
+        packed += layer.experts.count * list(layer.experts.numels)
+    elif layer.experts:
+        unpacked += layer.experts.num_weights
+    return sum(_matrix_bytes(numel, setup) for numel in packed) + setup.dtype_bytes * unpacked
+
+
+def shard_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Count the part of the base that each rank keeps on its device: all of it, unless ranks share the base.
+
+    Shared are the matrices of the decoder layers and the rows of the head, in equal parts. Norms, biases and routers
+    are on every rank; a table of embeddings that isn't the head's stays in the host's memory.
+    """
+    if setup.num_shards == 1:
+        return weight_bytes(shape, setup)
+    layers = sum(math.ceil(layer_weight_bytes(layer, setup) / setup.num_shards) for layer in shape.layers)
+    head = math.ceil(shape.vocabulary / setup.num_shards) * shape.hidden
+    return layers + setup.dtype_bytes * (head + shape.other_parameters)
+
+
+def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Count the gathered layers of a shared base at their most."""
+    if setup.num_shards == 1:
+        return 0
+    return GATHERED_LAYERS * max(layer_weight_bytes(layer, setup) for layer in shape.layers)
 
 
 def _matrix_bytes(numel: int, setup: Setup) -> int:

@@ -108,11 +108,14 @@ class Forecast:
     fit: Fit
 
     @classmethod
-    def of(cls, plan: Plan, target: Target, named_shape: str | None = None) -> Forecast:
+    def of(
+        cls, plan: Plan, target: Target, named_shape: str | None = None, data: PlannedData | None = None
+    ) -> Forecast:
         """Predict a plan on a device.
 
         Args:
             named_shape: value of `--shape`.
+            data: lengths to plan for, instead of those of the recipe's data.
 
         Raises:
             RecipeError: the recipe's device isn't the target's.
@@ -121,7 +124,7 @@ class Forecast:
         if target.card is not None and recipe.model.device == "cpu":
             raise RecipeError('--card: the recipe has [model] device = "cpu"', "plan with --set model.device=auto")
         shape = model_shape(recipe.model, recipe.adapter, named_shape)
-        data = planned_data(plan)
+        data = data or planned_data(plan)
         if "mismatched" in plan.needs:
             data = data.with_mismatched()
         workload = data.workload(recipe.train.batch_size, shape.shares_prompts)

@@ -41,6 +41,7 @@ def _config(family: str, layers: int, widths: tuple[int, int], heads: tuple[int,
 
 KNOWN_SHAPES: dict[str, Config] = {
     "Llama-3.1-8B": _config("llama", 32, (4096, 14336), (32, 8, 128), (128256, False)),
+    "Llama-3.1-70B": _config("llama", 80, (8192, 28672), (64, 8, 128), (128256, False)),
     "Llama-3.2-1B": _config("llama", 16, (2048, 8192), (32, 8, 64), (128256, True)),
     "Llama-3.2-3B": _config("llama", 28, (3072, 8192), (24, 8, 128), (128256, True)),
     "Qwen2.5-0.5B": _config("qwen2", 24, (896, 4864), (14, 2, 64), (151936, True)),
@@ -48,6 +49,8 @@ KNOWN_SHAPES: dict[str, Config] = {
     "Qwen2.5-3B": _config("qwen2", 36, (2048, 11008), (16, 2, 128), (151936, True)),
     "Qwen2.5-7B": _config("qwen2", 28, (3584, 18944), (28, 4, 128), (152064, False)),
     "Qwen2.5-14B": _config("qwen2", 48, (5120, 13824), (40, 8, 128), (152064, False)),
+    "Qwen2.5-32B": _config("qwen2", 64, (5120, 27648), (40, 8, 128), (152064, False)),
+    "Qwen2.5-72B": _config("qwen2", 80, (8192, 29568), (64, 8, 128), (152064, False)),
     "Qwen3-0.6B": _config("qwen3", 28, (1024, 3072), (16, 8, 128), (151936, True)),
     "Qwen3-1.7B": _config("qwen3", 28, (2048, 6144), (16, 8, 128), (151936, True)),
     "Qwen3-4B": _config("qwen3", 36, (2560, 9728), (32, 8, 128), (151936, True)),
@@ -87,6 +90,8 @@ KNOWN_SHAPES: dict[str, Config] = {
 }
 
 ALSO_CALLED = {
+    "Llama-3-70B": "Llama-3.1-70B",
+    "Llama-3.3-70B": "Llama-3.1-70B",
     "Mistral-7B": "Mistral-7B-v0.3",
     "Mistral-7B-Instruct-v0.1": "Mistral-7B-v0.1",
     "Phi-3.5-mini": "Phi-3-mini",

@@ -65,11 +65,11 @@ def planned_data(plan: Plan) -> PlannedData:
     sources = [source for source in plan.sources if source.split == "train"]
     location = ", ".join(source.location for source in sources)
     if missing := [source.location for source in sources if _is_missing(source)]:
-        return _assumed(plan, f"{missing[0]}: no such file")
+        return longest_allowed(plan, f"{missing[0]}: no such file")
     try:
         train = load_rows(replace(plan, sources=tuple(sources))).train
     except UnreachableDataError as error:
-        return _assumed(plan, error.what)
+        return longest_allowed(plan, error.what)
     rows = list(train.rows())
     planned = _tokenized(plan, rows, location) or _estimated(plan.recipe.data, rows, location)
     weights = [train.weights.get(row.source.path, 1.0) for row in rows]
@@ -83,7 +83,7 @@ def _is_missing(source: SourceChoice) -> bool:
     return is_path and not Path(source.location.removeprefix(f"{source.reader.record.name}:")).exists()
 
 
-def _assumed(plan: Plan, reason: str) -> PlannedData:
+def longest_allowed(plan: Plan, reason: str) -> PlannedData:
     """Assume that every example has the greatest lengths that the recipe allows."""
     data = plan.recipe.data
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length

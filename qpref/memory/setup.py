@@ -34,6 +34,7 @@ class Setup:
     has_start: bool = False
     in_blocks: bool = False
     has_flash: bool = True
+    num_shards: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe, device: Device, shape: ModelShape, capability: tuple[int, int] | None = None) -> Setup:

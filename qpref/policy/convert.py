@@ -45,7 +45,7 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
         if (damaged := _damaged_file(folder)) is None:
             return folder
         log.warning("%s: %s is not as it was written; converting %s again", folder, damaged, path.name)
-        fsio.remove_tree(folder)
+        publish.discard(folder)
         _damaged_file.cache_clear()
     if fsio.sha256_file(path) != digest:
         raise PolicyError(

@@ -135,6 +135,7 @@ def _is_complete(plan: Plan, folder: RunFolder) -> bool:
             )
         damage = folder.adapter_damage() or folder.changed_record(facts) or _moved_base(plan, facts)
         if damage is None:
+            folder.remove_leftovers()  # of a process that was killed once all was written
             restate_recipe(plan, folder, facts)
             return True
     if not any(folder.checkpoints.glob("step-*")):

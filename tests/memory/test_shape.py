@@ -22,6 +22,7 @@ from qpref.recipe.sections import AdapterSection, ModelSection, Recipe
 
 PUBLISHED = {
     "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B": 3_212_749_824,
     "Qwen2.5-0.5B": 494_032_768,
@@ -29,6 +30,8 @@ PUBLISHED = {
     "Qwen2.5-3B": 3_085_938_688,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,
@@ -68,7 +71,9 @@ def test_a_known_shape_has_as_many_parameters_as_its_model(name):
     ("base", "name"),
     [
         ("Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B"),
-        ("Qwen/Qwen2.5-72B-Instruct", None),
+        ("Qwen/Qwen2.5-72B-Instruct", "Qwen2.5-72B"),
+        ("Qwen/Qwen2.5-2B-Instruct", None),
+        ("meta-llama/Llama-3.3-70B-Instruct", "Llama-3.1-70B"),
         ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
         ("meta-llama/Llama-3.2-11B-Vision", None),
         ("unsloth/Meta-Llama-3.1-8B-bnb-4bit", "Llama-3.1-8B"),

@@ -9,6 +9,7 @@ import builtins
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +36,8 @@ class FaultyDisk:
         root: the folder.
         at: number of the operation that fails, from 1; 0 for none.
         kind: "crash", after which every operation dies; "ENOSPC", which lasts for `lasts` operations that take space;
-            "EIO"; "short", a write of which half is on the disk when it is refused, or else as EIO.
+            "EIO"; "short", a write of which half is on the disk when it is refused, or else as EIO; "SIGKILL", which
+            this process, a fork, dies of after half a write.
     """
 
     def __init__(self, root: Path, at: int = 0, kind: str = "crash", lasts: int = 1) -> None:
@@ -54,6 +56,9 @@ class FaultyDisk:
                 self.lasts -= 1
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif self.count == self.at:
+            if self.kind == "SIGKILL":
+                write_half()
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "crash":
                 write_half()
                 self._dead = True

@@ -24,6 +24,7 @@ from qpref import fsio, publish
 from qpref.errors import CheckpointError
 from qpref.training.checkpoint import Checkpoint, load_newest, save_checkpoint
 
+NUM_IMAGES = 2000
 ROOT = 0
 """Number of the folder itself."""
 
@@ -174,11 +175,11 @@ def faults_of(states: list[Disk], folder: Path, num_images: int) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("num_images", [300, pytest.param(2000, marks=pytest.mark.soak)])
-def test_a_power_loss_leaves_every_save_that_has_returned(tmp_path, num_images):
+def test_a_power_loss_leaves_every_save_that_has_returned(tmp_path, tally):
     states = recorded_saves(tmp_path / "checkpoints")
     assert len(states) > 60
-    assert faults_of(states, tmp_path, num_images) == []
+    tally["images of a disk after a power loss"] += NUM_IMAGES
+    assert faults_of(states, tmp_path, NUM_IMAGES) == []
 
 
 @pytest.mark.parametrize("name", ["fsync_tree", "fsync_folder"])

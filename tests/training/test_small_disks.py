@@ -5,7 +5,6 @@ Where the machine allows no mounts, a limit on the size of files stands for them
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks import CLONE_NEWNS, LIBC, enter_namespaces
 
 from qpref import fsio
 from qpref.errors import DiskError
@@ -25,11 +25,9 @@ from qpref.policy.source import cached_sha256
 from qpref.training import checkpoint
 from qpref.training.checkpoint import Checkpoint, save_checkpoint
 
-CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_RDONLY, MS_REMOUNT = 1, 32
 CHECKPOINT_KIB = 64
 SIZES_KIB = (16, 64, 96, 128, 160, 192, 256, 320, 448, 1024)
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def in_namespace(work: Callable[[], Any]) -> Any:
@@ -40,7 +38,7 @@ def in_namespace(work: Callable[[], Any]) -> Any:
         child = os.fork()
     if child == 0:
         try:
-            enter_namespace()
+            enter_namespaces(CLONE_NEWNS)  # where it isn't allowed, mounts aren't either
             result = {"result": work()}
         except BaseException:  # noqa: BLE001 - everything goes to the parent
             result = {"error": traceback.format_exc()}
@@ -52,15 +50,6 @@ def in_namespace(work: Callable[[], Any]) -> Any:
     os.waitpid(child, 0)
     assert "error" not in found, found["error"]
     return found["result"]
-
-
-def enter_namespace() -> None:
-    user, group = os.getuid(), os.getgid()
-    if LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS):
-        return
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
 
 
 def mount(folder: Path, kib: int) -> bool:
