@@ -15,12 +15,16 @@ from qpref.distributed.world import World
 
 
 class Pass(IntEnum):
-    """What a process begins; where processes differ, the greatest comes first."""
+    """What a process begins; where processes differ, the greatest comes first.
+
+    SCORES are log-probabilities of tokens under the head, LOGITS the model's own pass through it.
+    """
 
     NONE = 0
     BACKWARD = 1
-    HEAD = 2
-    DECODER = 3
+    SCORES = 2
+    LOGITS = 3
+    DECODER = 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,7 +32,7 @@ class Passes:
     """Passes of this process and of those that it shares a base with.
 
     Attributes:
-        join: takes part in the others' pass of a kind, with nothing of its own; for HEAD, with their wishes.
+        join: takes part in the others' pass of a kind, with nothing of its own; for SCORES, with their wishes.
     """
 
     world: World
@@ -38,7 +42,7 @@ class Passes:
         """Begin a pass together with all processes, after any that others have to finish before.
 
         Args:
-            wishes: for HEAD, whether gradients are needed, and sums of squares.
+            wishes: for SCORES, whether gradients are needed, and sums of squares.
 
         Returns:
             Wishes of all processes together.
@@ -50,10 +54,6 @@ class Passes:
             if first == kind:
                 return needs_grad, needs_squares
             self.join(first, (needs_grad, needs_squares))
-
-    def begin_head(self, needs_grad: bool, needs_squares: bool) -> tuple[bool, bool]:
-        """Begin to score hidden states; returns whether any process needs gradients, and sums of squares."""
-        return self.begin(Pass.HEAD, (needs_grad, needs_squares))
 
     def finish(self) -> None:
         """Join the passes of all processes that have more of them, until every process is here."""

@@ -82,8 +82,6 @@ class Policy:
         Returns:
             [batch, length, hidden] last hidden states.
         """
-        if self.passes is not None:
-            self.passes.begin(Pass.DECODER)
         self._keep_base_in_eval()
         chosen = None
         if self.rope_lengths is not None and lengths is not None:
@@ -101,14 +99,22 @@ class Policy:
     def share_base(self, shards: ShardedBase) -> None:
         """Compute with a base that processes share, after the adapters are on it."""
         shards.order_gathering()
-        self.passes = Passes(world=shards.world, join=self._join)
-        self.shards, self.head = shards, replace(self.head, passes=self.passes)
+        passes = Passes(world=shards.world, join=self._join)
+
+        def begin(*_: Any) -> None:
+            passes.begin(Pass.DECODER)
+
+        self.decoder.register_forward_pre_hook(begin, prepend=True)
+        self.plain_model.get_output_embeddings().passes = passes
+        self.shards, self.passes, self.head = shards, passes, replace(self.head, passes=passes)
 
     def _join(self, kind: Pass, wishes: tuple[bool, bool]) -> None:
-        """Take part in other processes' pass of a kind."""
+        """Take part in other processes' pass of a kind, with no tokens."""
         assert self.shards is not None
-        if kind is Pass.HEAD:
+        if kind is Pass.SCORES:
             join_scores(self.head, *wishes)
+        elif kind is Pass.LOGITS:
+            self.plain_model.get_output_embeddings().logits(self.head.weight.new_empty(0, self.head.weight.shape[1]))
         else:
             self.shards.join(backward=kind is Pass.BACKWARD)
 

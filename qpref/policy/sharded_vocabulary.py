@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qpref.distributed.world import World
+from qpref.policy.passes import Pass, Passes
 from qpref.policy.shard_loading import own_range
 
 
@@ -106,12 +107,19 @@ class ShardedHead(nn.Module):
     def __init__(self, rows: VocabularyRows, bias: Tensor | None) -> None:
         super().__init__()
         self.rows, self.bias = rows, bias
+        self.passes: Passes | None = None
 
     @property
     def weight(self) -> Tensor:
         return self.rows.stand_in
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.passes is not None:
+            self.passes.begin(Pass.LOGITS)
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute [..., vocabulary] logits of [..., width] hidden states, together with all processes."""
         everyones, mine = self.rows.everyones(hidden.reshape(-1, hidden.shape[-1]))
         parts = self.rows.world.gather((everyones @ self.rows.weight.t()).t().reshape(-1))
         logits = torch.cat([part.reshape(-1, len(everyones)) for part in parts]).t()[mine]

@@ -20,6 +20,7 @@ from qpref.errors import PolicyError
 from qpref.policy import vocabulary
 from qpref.policy.head import Head
 from qpref.policy.matmul import float32_matmul
+from qpref.policy.passes import Pass
 from qpref.policy.vocabulary import RunningLogSumExp, vocabulary_slices
 
 
@@ -116,7 +117,7 @@ class _ScoreTokens(torch.autograd.Function):
             parts = [_sum_rows(rows, head, needs_grad, needs_squares).scores() for rows in groups]
         else:
             assert head.passes is not None
-            wishes = head.passes.begin_head(needs_grad, needs_squares)
+            wishes = head.passes.begin(Pass.SCORES, (needs_grad, needs_squares))
             parts = [_score_shared(hidden, tokens, head, *wishes)]
         if needs_grad:
             hidden_grad = torch.cat([part.hidden_grad for part in parts]).to(hidden.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import load_worn, make_example
+from conftest import make_example
 
 from qpref.data.pack import pack
 from qpref.distributed.world import World
