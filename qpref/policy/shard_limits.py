@@ -30,11 +30,11 @@ def refuse_unshardable(section: ModelSection, base: BaseFolder) -> None:
             "[distributed] shard_base: processes share 4-bit bases alone", 'set [model] quantization = "nf4"'
         )
     config = read_config(base.path)
-    if (reason := _reason(empty_model(config, base.path))) is not None:
+    if (reason := reason_against_sharding(empty_model(config, base.path))) is not None:
         raise PolicyError(f"[distributed] shard_base: this {config.model_type} model {reason}", HINT)
 
 
-def _reason(model: Any) -> str | None:
+def reason_against_sharding(model: Any) -> str | None:
     """Say why a model on the meta device can't be sharded; None where it can."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,27 +1,36 @@
-"""What single processes of a sharded base compute, for the tests."""
+"""What the processes of a shared base do in the tests; each function returns JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import make_example
+from torch import Tensor
 
 from qpref.data.pack import pack
 from qpref.distributed.world import World
+from qpref.errors import QprefError
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
+from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.policy import Policy
+from qpref.policy.projections import dense_weight
 from qpref.policy.reference import as_reference
 from qpref.policy.source import resolve_base
 from qpref.recipe.sections import Recipe
+from qpref.records import TokenizedExample
 
-LENGTHS = ((5, 3, 4), (9, 6, 2), (3, 7, 7), (12, 4, 5))
+EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate([(5, 3, 4), (9, 6, 2), (3, 7, 7), (12, 4, 5)])]
 
 
 def loaded(world: World, tables: dict[str, Any]) -> Policy:
-    """The policy that `load_worn` gives, its base shared by the processes."""
-    values = {"data": {"train": "none"}, "loss": {"name": "none"}, "train": {"gradient_checkpointing": False}}
+    """A policy whose adapter is as after many steps; several processes share its base."""
+    values = {"data": {"train": "none"}, "loss": {"name": "none"}, "train": {"gradient_checkpointing": True}}
     recipe = Recipe.model_validate(values | tables)
     policy = load_policy(recipe, resolve_base(recipe.model), world if world.size > 1 else None)
     generator = torch.Generator().manual_seed(1)
@@ -32,23 +41,111 @@ def loaded(world: World, tables: dict[str, Any]) -> Policy:
     return policy
 
 
-def scores_and_gradients(world: World, tables: dict[str, Any], counts: list[int]) -> dict[str, Any]:
-    """Scores of this process's examples, and the gradient of all processes' sum."""
+def computed(world: World, tables: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+    """Scores of the first `counts[rank]` examples after those of the lower ranks, and the gradient of all processes'
+    sum of squares. Each example is a micro-batch."""
     policy = loaded(world, tables)
-    examples = [make_example(line, *lengths) for line, lengths in enumerate(LENGTHS)]
     start = sum(counts[: world.rank])
-    own = examples[start : start + counts[world.rank]] if world.size > 1 else examples
-    values, references = [], []
-    for example in own:
+    own = EXAMPLES[start : start + counts[world.rank]]
+    found: dict[str, Any] = {"scores": [], "references": [], "partners": [], "squares": []}
+    for index, example in enumerate(own):
         batch = pack([example], policy.device)
-        with as_reference(policy):
-            references += completion_logprobs(policy, batch).values.tolist()
-        found = completion_logprobs(policy, batch).values
-        values += found.tolist()
-        found.square().sum().backward()
+        if index % 2 == 0:  # processes differ in their passes without a gradient too
+            with as_reference(policy):
+                found["references"] += completion_logprobs(policy, batch).values.tolist()
+        partners = pack([_partner(example)], policy.device)
+        scores, others = logprobs_with_partners(policy, batch, partners, squares=index == 0)
+        found["scores"] += scores.values.tolist()
+        found["partners"] += others.values.tolist()
+        if scores.log_sum_squares is not None:
+            found["squares"] += scores.log_sum_squares.tolist()
+        scores.values.square().sum().backward()
     policy.finish_passes()
-    grads = [
-        torch.zeros_like(each) if each.grad is None else each.grad for each in policy.trained_parameters().values()
-    ]
-    world.add(grads)
-    return {"values": values, "references": references, "grads": [each.tolist() for each in grads]}
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trained_parameters().values()]
+    world.add(gradients)
+    return found | {"gradients": torch.cat([each.flatten() for each in gradients]).tolist()}
+
+
+def _partner(example: TokenizedExample) -> TokenizedExample:
+    return replace(example, branches=(make_example(example.source.line + 50, 3, 4).branches[0],))
+
+
+def verified(world: World, tables: dict[str, Any]) -> dict[str, str]:
+    """What `verify_base` says of each fault, which rank 1 alone has."""
+    policy = loaded(world, tables)
+    assert policy.shards is not None
+    found = {"sound": _refusal(policy.verify_base)}
+    for name, damage in FAULTS.items():
+        layer = policy.shards.layers[1].mlp.gate_proj.base_layer
+        before = [each.clone() for each in _held(layer)]
+        if world.rank == 1:
+            damage(layer)
+        found[name] = _refusal(policy.verify_base)
+        for held, sound in zip(_held(layer), before, strict=True):
+            held.copy_(sound)
+    found["restored"] = _refusal(policy.verify_base)
+    found["ungathered"] = _refusal(lambda: dense_weight(policy.shards.layers[0].mlp.up_proj.base_layer, torch.float32))
+    return found
+
+
+def _held(layer: Any) -> list[Tensor]:
+    """Own rows of a 4-bit weight and of its scales, and its code."""
+    return [layer.weight.to_local().detach(), layer.scales.to_local().detach(), layer.quant_state.code]
+
+
+def _flip_a_bit(layer: Linear4bit) -> None:
+    _held(layer)[0][7] ^= 1
+
+
+def _canonicalize_nans(layer: Linear4bit) -> None:
+    """What a copy of packed weights as 16-bit floats may do."""
+    words = _held(layer)[0].view(-1).view(torch.bfloat16)
+    assert bool(words.isnan().any())
+    words[words.isnan()] = torch.nan
+
+
+def _shift_the_scales(layer: Linear4bit) -> None:
+    """Scales of other rows, as of another process's part."""
+    scales = _held(layer)[1]
+    scales.copy_(scales.roll(1))
+
+
+def _change_the_code(layer: Linear4bit) -> None:
+    _held(layer)[2][3] += 1e-3
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {
+    "bit": _flip_a_bit,
+    "nan": _canonicalize_nans,
+    "scales": _shift_the_scales,
+    "code": _change_the_code,
+}
+
+
+def read_bases(world: World, bases: Sequence[str]) -> str:
+    """What loading says where each process has a base of its own."""
+    model = {"base": bases[world.rank], "quantization": "nf4", "dtype": "float32"}
+    return _refusal(lambda: loaded(world, {"model": model}))
+
+
+def _refusal(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except (QprefError, AttributeError) as error:
+        return f"{type(error).__name__} {getattr(error, 'exit_code', '')}: {error}"
+    return ""
+
+
+def all_cases(world: World, cases: dict[str, Any], for_faults: dict[str, Any], bases: Sequence[str]) -> dict[str, Any]:
+    """All of these in one set of processes, which take seconds to start."""
+    found: dict[str, Any] = {name: computed(world, tables, counts) for name, (tables, counts) in cases.items()}
+    if for_faults:
+        found["faults"] = verified(world, for_faults)
+    if bases:
+        found["bases"] = read_bases(world, bases)
+    return found
+
+
+def written(folder: Path) -> int:
+    """Bytes of a base's weights on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
