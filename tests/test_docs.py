@@ -48,6 +48,12 @@ def test_the_reliability_page_has_every_mutant():
     )
 
 
+def test_the_page_about_other_tools_is_up_to_date():
+    assert (ROOT / "docs/from-other-tools.md").read_text() == loaded("make_from_other_tools").page(), (
+        "run python docs/make_from_other_tools.py"
+    )
+
+
 def test_the_architecture_page_has_every_module():
     assert (ROOT / "docs/architecture.md").read_text() == loaded("make_architecture").page(), (
         "run python docs/make_architecture.py"

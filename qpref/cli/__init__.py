@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": "Merge base and adapter into a plain safetensors model.",
     "report": "Write an HTML report of one or several runs.",
     "export": "Export a merged model as GGUF with llama.cpp's converter.",
+    "convert": "Convert a file of TRL, Axolotl or LLaMA-Factory to a recipe.",
     "plugins": "List the installed plugins.",
     "cache": "List or clear the cache on this machine.",
     "losses": "List, show and check the installed losses.",

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from qpref.aliases.loss_names import LOSS_NAMES
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
@@ -18,9 +19,10 @@ from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.plan import DataPlan, Plan
-from qpref.recipe.problems import Problem, problems_of
+from qpref.recipe.problems import Problem, problem_lines, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
 from qpref.recipe.sections import ModelSection, check_document
+from qpref.recipe.trl_losses import find_loss
 
 DEFAULT_VALIDATOR = "pairs"
 """Its options are in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
@@ -288,17 +290,19 @@ class Resolution:
                 message = problem.message.replace(
                     "unknown key", f"unknown option of {kind.noun} '{plugin.record.name}' ({plugin.offer})"
                 )
-                self._problems.append(Problem(problem.table, problem.key, message))
+                self._problems.append(replace(problem, message=message))
             return None
 
     def _load(self, kind: Kind, name: str, table: str, key: str) -> Loaded | None:
         try:
             return self._host.load(kind, name)
         except RecipeError as error:
-            self._problems.append(Problem(table, key, error.what))
+            same = find_loss(self._host, LOSS_NAMES[name]) if kind is manager.LOSS and name in LOSS_NAMES else None
+            message = f"no loss '{name}' is installed; here it is '{same.offer.name}'" if same else error.what
+            self._problems.append(Problem(table, key, message))
             return None
 
     def _error(self) -> RecipeError:
-        problems = sorted(set(self._problems))
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        return RecipeError("\n".join([f"{self._origin}: {count}", *(f"  {problem}" for problem in problems)]))
+        number = len(set(self._problems))
+        count = "1 problem" if number == 1 else f"{number} problems"
+        return RecipeError("\n".join([f"{self._origin}: {count}", *problem_lines(self._problems)]))

@@ -13,6 +13,7 @@ from qpref.hooks.manager import installed_offers
 from qpref.recipe.data_section import RowFormat
 from qpref.recipe.document import with_overrides
 from qpref.recipe.resolve import DEFAULT_VALIDATORS, make_plan
+from qpref.recipe.sections import TrainSection
 from qpref.rows.formats import ROW_FORMATS
 
 MINIMAL = {"model": {"base": "someone/model"}, "data": {"train": "pairs.jsonl"}, "loss": {"name": "dpo"}}
@@ -151,8 +152,22 @@ def test_a_misspelt_name_gets_the_nearest(tables, problem):
 
 def test_a_word_like_no_key_gets_all_of_them():
     assert problems(recipe_with(zzzzz={})) == [
-        "[zzzzz] unknown key; known: model, adapter, data, checks, loss, reference, train, distributed, sinks"
+        "[zzzzz] unknown key",
+        "tables: model, adapter, data, checks, loss, reference, train, distributed,",
+        "sinks",
     ]
+
+
+def test_the_keys_of_a_table_are_listed_once_and_wrapped():
+    with pytest.raises(RecipeError) as caught:
+        make_plan(recipe_with(train={"zzzzz": 1, "qqqqq": 2}))
+    first, second, *listed = caught.value.what.splitlines()[1:]
+    assert [first, second] == ["  [train] qqqqq: unknown key", "  [train] zzzzz: unknown key"]
+    assert listed[0].startswith("  keys of [train]: learning_rate, epochs, ")
+    words = " ".join(line.strip() for line in listed).removeprefix("keys of [train]: ").split(", ")
+    assert words == list(TrainSection.model_fields)
+    assert max(map(len, listed)) <= 80
+    assert len(listed) > 2
 
 
 @pytest.mark.parametrize("table", MINIMAL)
@@ -481,7 +496,8 @@ def test_a_table_of_checks_adds_a_validator_with_its_options(no_urls):
 
 def test_a_validators_key_like_no_other_gets_the_known_ones(no_urls):
     assert problems(recipe_with(checks={"no-urls": {"zzz": 3}})) == [
-        "[checks.no-urls] zzz: unknown option of validator 'no-urls' (acme 2.0 [check-no-urls]); known: allowed"
+        "[checks.no-urls] zzz: unknown option of validator 'no-urls' (acme 2.0 [check-no-urls])",
+        "keys of [checks.no-urls]: allowed",
     ]
 
 
