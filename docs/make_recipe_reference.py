@@ -24,6 +24,12 @@ Made by `python docs/make_recipe_reference.py`; do not edit.
 
 A recipe is a TOML file. Unknown keys are errors. `--set table.key=value` overrides one value. Relative paths start at
 the recipe's folder. Tables of plugins hold `name` and the plugin's own options.
+
+Editors complete and check a recipe by its JSON Schema, `#:schema recipe.schema.json` in its first line (VS Code with
+Even Better TOML, Neovim or Helix with taplo). `qpref schema --output recipe.schema.json` writes it, with the options
+of the plugins that are installed; [recipes/recipe.schema.json](../recipes/recipe.schema.json) has those of the
+built-in ones.
+Keys of TRL, Axolotl and LLaMA-Factory: [from other tools](from-other-tools.md).
 """
 
 LOSS = """## [loss]

@@ -98,6 +98,14 @@ class PeerError(QprefError):
     exit_code = 13
 
 
+class FailedElsewhere(PeerError):
+    """Another process of the run has failed, and prints the message; this one leaves with the same exit code."""
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
+
+
 class StoppedBySignal(QprefError):
     """A signal (Ctrl+C, SIGTERM): a run has saved a checkpoint, other commands leave nothing half-written.
 

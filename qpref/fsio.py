@@ -229,7 +229,7 @@ class AppendLog:
                 if keep is not None:
                     self._file.truncate(keep)
                 os.fsync(descriptor)
-            except OSError:
+            except BaseException:
                 self._file.close()
                 raise
 

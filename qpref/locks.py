@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ log = logging.getLogger("qpref")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of a file system that has no locks."""
 NAME = "LOCK"
+PATIENCE_SECONDS, PAUSE_SECONDS = 0.2, 0.02
+"""Time to try to lock a run, and between two tries: another start may look at the lock, or its holder be about to write
+its name."""
 
 
 @contextmanager
@@ -53,6 +57,40 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_held(folder: Path) -> None:
+    """Refuse a run's folder that another process writes, without taking its lock.
+
+    Raises:
+        RunLockedError: another process holds it.
+    """
+    path, patience_ends = folder / NAME, time.monotonic() + PATIENCE_SECONDS
+    while (held := _held_by_another(path)) is not None:
+        if time.monotonic() > patience_ends:
+            raise held
+        time.sleep(PAUSE_SECONDS)
+
+
+def _held_by_another(path: Path) -> RunLockedError | None:
+    try:
+        descriptor = open_plain(path)
+    except OSError:
+        return None  # there is none, or `locked` tells what is wrong with it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _refusal(path, descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _refusal(path: Path, descriptor: int) -> RunLockedError:
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    return RunLockedError(f"{path.parent}: another process is writing this run ({holder})")
+
+
 def take(descriptor: int) -> bool:
     """Take the lock of an open file, without waiting; False where another process holds it.
 
@@ -78,19 +116,23 @@ def is_named(path: Path, descriptor: int) -> bool:
 
 def _newest_locked(path: Path) -> int:
     """Open and lock the file that has this name at the moment when the lock is taken."""
+    patience_ends = time.monotonic() + PATIENCE_SECONDS
     while True:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue  # its holder has removed the folder in between
-        if not take(descriptor):
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        if take(descriptor):
+            if is_named(path, descriptor):
+                return descriptor
             os.close(descriptor)
-            raise RunLockedError(f"{path.parent}: another process is writing this run ({holder})")
-        if is_named(path, descriptor):
-            return descriptor
+            continue
+        held = _refusal(path, descriptor)
         os.close(descriptor)
+        if time.monotonic() > patience_ends:
+            raise held
+        time.sleep(PAUSE_SECONDS)
 
 
 def excludes(path: Path) -> bool:

@@ -147,6 +147,7 @@ class PackedBatch:
     Attributes:
         input_ids: [T] int64.
         position_ids: [T] int64, from 0 at each prompt's start.
+        token_keys: [T] int64, a hash of each token's text and position, on which dropout depends.
         groups: position of each distinct prompt, in the order of its first example; its branches are those of all
             examples with that prompt, in their order.
         group_of: [N] index of each example's group.
@@ -159,6 +160,7 @@ class PackedBatch:
 
     input_ids: Tensor
     position_ids: Tensor
+    token_keys: Tensor
     groups: tuple[Group, ...]
     group_of: tuple[int, ...]
     score_at: Tensor

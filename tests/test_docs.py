@@ -48,6 +48,12 @@ def test_the_reliability_page_has_every_mutant():
     )
 
 
+def test_the_schema_of_recipes_is_up_to_date():
+    assert (ROOT / "recipes/recipe.schema.json").read_text() == loaded("make_schema").text(), (
+        "run python docs/make_schema.py"
+    )
+
+
 def test_the_page_about_other_tools_is_up_to_date():
     assert (ROOT / "docs/from-other-tools.md").read_text() == loaded("make_from_other_tools").page(), (
         "run python docs/make_from_other_tools.py"

@@ -292,6 +292,21 @@ def test_a_log_goes_on_after_the_bytes_it_is_to_keep(tmp_path, keep, content):
     assert (tmp_path / "log").read_text() == content + "\n"
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_log_that_cannot_be_opened_is_closed_again(tmp_path, monkeypatch, error):
+    opened = []
+
+    def fsync(descriptor):
+        opened.append(descriptor)
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises((DiskError, KeyboardInterrupt)):
+        fsio.AppendLog(tmp_path / "log")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
 def test_a_log_in_a_folder_that_is_not_there_is_a_disk_error(tmp_path):
     with pytest.raises(DiskError, match=re.escape(f"{tmp_path}/none/log: cannot be written: No such file")):
         fsio.AppendLog(tmp_path / "none" / "log")

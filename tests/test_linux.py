@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qpref.linux import is_wsl, set_torch_variables
+from qpref.linux import cgroup_memory, is_wsl, set_torch_variables
 
 AS_ON_WINDOWS = """
 import os, signal, sys
@@ -71,3 +71,43 @@ def test_the_users_allocator_settings_stay(given, wsl, expected):
     environment = dict(given)
     set_torch_variables(environment, wsl=wsl)
     assert environment == expected | {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """`groups({"memory.max": "1"}, own)`: a tree of control groups, as keywords of `cgroup_memory`."""
+
+    def make(files, own):
+        root = tmp_path / "cgroup"
+        root.mkdir()
+        for name, text in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        (tmp_path / "own").write_text(f"{own}\n")
+        return {"root": root, "own": tmp_path / "own"}
+
+    return make
+
+
+def test_the_tightest_limit_of_a_control_group_and_its_parents_counts(groups):
+    files = {"a/memory.max": "1000", "a/memory.current": "100", "a/b/memory.max": "max", "a/b/memory.current": "90",
+             "a/b/c/memory.max": "5000", "a/b/c/memory.current": "80"}  # fmt: skip
+    assert cgroup_memory(**groups(files, "0::/a/b/c")) == (1000, 100)
+
+
+def test_cached_files_are_memory_that_is_left(groups):
+    files = {"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 300\ninactive_file 600"}
+    assert cgroup_memory(**groups(files, "0::/")) == (1000, 300)
+
+
+def test_a_limit_of_version_1_is_read_and_its_absence_is_no_limit(groups):
+    files = {"memory/x/memory.limit_in_bytes": "2000", "memory/x/memory.usage_in_bytes": "500",
+             "memory/x/memory.stat": "total_inactive_file 100", "memory/memory.limit_in_bytes": str(2**63 - 4096),
+             "memory/memory.usage_in_bytes": "1"}  # fmt: skip
+    assert cgroup_memory(**groups(files, "5:cpu:/y\n4:memory:/x")) == (2000, 400)
+
+
+def test_a_machine_without_limits_has_none(groups, tmp_path):
+    assert cgroup_memory(**groups({"memory.max": "max", "memory.current": "5"}, "0::/")) is None
+    assert cgroup_memory(tmp_path / "none", tmp_path / "gone") is None

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -18,6 +19,7 @@ from qpref.linux import fcntl
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from qpref import locks
 with locks.locked(Path(sys.argv[1])):
@@ -54,6 +56,43 @@ def test_a_refused_process_leaves_the_lock_held(tmp_path, holder):
     for _ in range(2):
         with pytest.raises(RunLockedError), locks.locked(tmp_path):
             pass
+
+
+def test_a_look_at_a_lock_refuses_as_the_lock_does_and_takes_nothing(tmp_path, holder):
+    name = re.escape(f"(pid {holder.pid} on {os.uname().nodename})")
+    with pytest.raises(RunLockedError, match=name):
+        locks.refuse_held(tmp_path)
+    holder.kill()
+    holder.communicate()
+    locks.refuse_held(tmp_path)
+    assert (tmp_path / "LOCK").read_text().startswith(f"pid {holder.pid} ")
+
+
+def test_a_look_at_a_folder_without_a_lock_makes_none(tmp_path):
+    locks.refuse_held(tmp_path / "none")
+    locks.refuse_held(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX], ids=["a look", "a start that fails at once"])
+def test_a_lock_that_is_held_for_a_moment_refuses_nobody(tmp_path, monkeypatch, kind):
+    (tmp_path / "LOCK").touch()
+    with (tmp_path / "LOCK").open("r+") as other:
+        fcntl.flock(other, kind)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(other, fcntl.LOCK_UN))
+        with locks.locked(tmp_path):
+            pass
+
+
+def test_a_refused_start_imports_no_torch(tmp_path, holder):
+    code = (
+        "import sys; from qpref.cli import main\n"
+        f"sys.argv[1:] = ['train', 'recipe.toml', '--output', {str(tmp_path)!r}]\n"
+        "try: main()\n"
+        "except SystemExit as ended: print(ended.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "7 False\n", done.stderr
 
 
 @pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM, None], ids=["kill -9", "kill", "done"])

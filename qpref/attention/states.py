@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qpref.attention.layout import current
 from qpref.attention.prompts import States
+from qpref.dropout import drawing_selected
 
 CACHE = "cache"
 """The parameter through which a layer gets its state, since transformers 5.21."""
@@ -84,7 +85,8 @@ class ForkedLayer(nn.Module):
         outputs, finals = [], []
         for indices in fork.prompts:
             cache = StateCache()
-            outputs.append(own(stream[indices], cache=cache).flatten(0, 1))
+            with drawing_selected(indices):
+                outputs.append(own(stream[indices], cache=cache).flatten(0, 1))
             finals.append(cache.states)
         names = finals[0] if finals else {}
         ends: States = {name: torch.cat([final[name] for final in finals]) for name in names}
@@ -92,7 +94,8 @@ class ForkedLayer(nn.Module):
             ends = layout.prompts.ends(own, ends)
         for indices, origins in zip(fork.branches, fork.origins, strict=True):
             start = {name: state.index_select(0, origins) for name, state in ends.items()}
-            outputs.append(own(stream[indices], cache=StateCache(start)).flatten(0, 1))
+            with drawing_selected(indices):
+                outputs.append(own(stream[indices], cache=StateCache(start)).flatten(0, 1))
         return torch.cat(outputs).index_select(0, fork.order)[None]
 
 

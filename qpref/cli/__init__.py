@@ -14,8 +14,9 @@ from typing import Any
 import click
 
 from qpref import __version__
-from qpref.cli.output import StderrHandler, echo, guard_streams
-from qpref.errors import DeviceMemoryError, QprefError, StoppedBySignal
+from qpref.cli.output import StderrHandler, echo, end_process, guard_streams
+from qpref.distributed.environment import is_first, num_processes
+from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefError, RecipeError, StoppedBySignal
 from qpref.installed import as_install_error
 
 COMMANDS = {
@@ -27,11 +28,17 @@ COMMANDS = {
     "merge": "Merge base and adapter into a plain safetensors model.",
     "report": "Write an HTML report of one or several runs.",
     "export": "Export a merged model as GGUF with llama.cpp's converter.",
+    "doctor": "Examine this machine: packages, GPU, memory, disk, plugins.",
     "convert": "Convert a file of TRL, Axolotl or LLaMA-Factory to a recipe.",
+    "schema": "Print the JSON Schema of a recipe, for editors.",
     "plugins": "List the installed plugins.",
     "cache": "List or clear the cache on this machine.",
     "losses": "List, show and check the installed losses.",
 }
+
+
+IN_SEVERAL_PROCESSES = ("train",)
+"""Commands that the processes of one run work on together."""
 
 
 class LazyGroup(click.Group):
@@ -43,6 +50,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        _refuse_several_processes(ctx, cmd_name)
         command: click.Command = importlib.import_module(f"qpref.cli.{cmd_name}").command
         return command
 
@@ -62,8 +70,24 @@ class LazyGroup(click.Group):
             ctx.exit(128 + signal.SIGINT)
         except (QprefError, ImportError, MemoryError) as caught:
             error = _as_error(caught)
-            echo(f"error: {error}", err=True)
+            if not isinstance(error, FailedElsewhere):
+                echo(f"error: {error}", err=True)
+            if isinstance(error, PeerError):
+                end_process(error.exit_code)
             ctx.exit(error.exit_code)
+
+
+def _refuse_several_processes(ctx: click.Context, name: str) -> None:
+    """Refuse a command in several processes, which would each do all of its work.
+
+    Raises:
+        RecipeError: a launcher started this process, and others.
+    """
+    if name in IN_SEVERAL_PROCESSES or (count := num_processes()) == 1:
+        return
+    if not is_first():
+        ctx.exit(RecipeError.exit_code)
+    raise RecipeError(f"qpref {name} runs in one process, and this is one of {count}", "start it without torchrun")
 
 
 def _as_error(caught: QprefError | ImportError | MemoryError) -> QprefError:

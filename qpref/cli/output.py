@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -29,6 +31,17 @@ def guard_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # data may hold text that the terminal can't encode
         setattr(sys, name, PrintableStream(stream))
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, after what it has printed.
+
+    Python would wait for torch's threads, and these for a process that hangs.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 class StderrHandler(logging.Handler):

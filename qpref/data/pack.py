@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from qpref.dropout import text_key, token_keys
 from qpref.records import Group, PackedBatch, TokenizedExample
 from qpref.staging import to_device
 
@@ -34,6 +35,8 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
     """
     ids: list[int] = []
     positions: list[int] = []
+    texts: list[int] = []
+    lengths: list[int] = []
     groups: list[Group] = []
     group_of = [0] * len(examples)
     score_at: list[list[int]] = [[] for _ in examples]
@@ -41,6 +44,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
         prompt = examples[members[0]].prompt
         start, fed = len(ids), []
         ids.extend(prompt)
+        texts.append(text_key(prompt))
         positions.extend(range(len(prompt)))
         for member in members:
             group_of[member] = number
@@ -48,11 +52,15 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
                 fed.append(len(branch) - 1)
                 score_at[member] += [start + len(prompt) - 1, *range(len(ids), len(ids) + fed[-1])]
                 ids.extend(branch[:-1])
+                texts.append(text_key(prompt, branch))
                 positions.extend(range(len(prompt), len(prompt) + fed[-1]))
+        lengths += [len(prompt), *fed]
         groups.append(Group(start=start, prompt=len(prompt), branches=tuple(fed)))
+    position_ids = torch.tensor(positions)
     host = {
         "input_ids": torch.tensor(ids),
-        "position_ids": torch.tensor(positions),
+        "position_ids": position_ids,
+        "token_keys": token_keys(texts, lengths, position_ids),
         "score_at": torch.tensor([index for each in score_at for index in each]),
         "score_token": torch.tensor([token for each in examples for branch in each.branches for token in branch]),
         "weight": torch.tensor([example.weight for example in examples]),

@@ -1,25 +1,31 @@
 """The processes of one run, one for each GPU, and what they tell each other.
 
-Every process has a rank, and all of them call the same collectives in the same order. Facts travel as JSON between the
-hosts, tensors between the devices (by NCCL between GPUs, by gloo between CPUs). A run of one process has no groups, and
-its collectives return what they were given.
+Every process has a rank, and all of them call the same collectives in the same order, each under a name that is
+compared before. Facts travel as JSON between the hosts, tensors between the devices (by NCCL between GPUs, by gloo
+between CPUs). A run of one process has no groups, and its collectives return what they were given.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qpref.distributed.peers import Peers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """This process's view of all processes of a run.
+
+    Every collective raises PeerError where another process has failed, died, hangs, or came to another collective. Its
+    `what` says what it is for, such as "step 12's gradients", and is the same in all processes.
 
     Attributes:
         rank: of this process, from 0; rank 0 writes the run's files.
@@ -27,6 +33,8 @@ class World:
         local_rank: of this process among those of its host, which is the index of its GPU.
         hosts: group over which facts travel, by gloo; None for one process.
         devices: group over which tensors on the run's device travel; None for one process.
+        peers: the other processes' signs of life; None for one process.
+        moved_bytes: payload that this process brought to the collectives so far, by kind.
     """
 
     rank: int = 0
@@ -34,13 +42,34 @@ class World:
     local_rank: int = 0
     hosts: dist.ProcessGroup | None = None
     devices: dist.ProcessGroup | None = None
+    peers: Peers | None = None
+    moved_bytes: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_first(self) -> bool:
         """True for the process that writes the run's files, and for a process alone."""
         return self.rank == 0
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def note(self, where: str) -> None:
+        """Note where this process is, such as "step 12": a new note counts as progress for those that wait for it."""
+        if self.peers is not None:
+            self.peers.note(where)
+
+    def stops(self, requested: Sequence[int]) -> Sequence[int]:
+        """Share the signals that ask this process to stop.
+
+        Args:
+            requested: filled by signal handlers.
+
+        Returns:
+            Signals of any process, filled at a collective, and so equal in all processes between two of them.
+        """
+        if self.peers is None:
+            return requested
+        self.peers.requested = requested
+        return self.peers.stops
+
+    def add(self, tensors: Sequence[Tensor], what: str = "a sum") -> None:
         """Add tensors of one dtype and device to those of the other processes, in place, all in one message.
 
         The sums are the same to the bit in every process.
@@ -48,63 +77,93 @@ class World:
         if self.devices is None or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat, group=self.devices)
+        self._enter("add", what, flat, same_length=True)
+        self._run(lambda: dist.all_reduce(flat, group=self.devices, async_op=True), what, flat.is_cuda)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def copy_first(self, tensors: Sequence[Tensor], what: str = "rank 0's tensors") -> None:
+        """Overwrite tensors of one dtype and device by those of rank 0, in place, all in one message."""
+        if self.devices is None or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        self._enter("copy", what, flat, same_length=True)
+        self._run(lambda: dist.broadcast(flat, group_src=0, group=self.devices, async_op=True), what, flat.is_cuda)
+        with torch.no_grad():
+            for tensor, first in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(first.view_as(tensor))
+
+    def gather(self, values: Tensor, what: str = "tensors") -> list[Tensor]:
         """Collect one tensor [n] of each process, in the order of ranks; n may differ and be 0, the dtype may not.
 
         No gradient flows through it.
         """
         if self.devices is None:
             return [values]
-        return _gather(values.detach(), self.devices, self.size)
+        return self._gather(values.detach(), self.devices, "gather", what)
 
-    def exchange(self, fact: Any) -> list[Any]:
+    def exchange(self, fact: Any, what: str = "facts") -> list[Any]:
         """Collect a fact (of what JSON can hold) of each process, in the order of ranks."""
         if self.hosts is None:
             return [fact]
         encoded = torch.frombuffer(bytearray(json.dumps(fact).encode()), dtype=torch.uint8)
-        return [json.loads(each.numpy().tobytes()) for each in _gather(encoded, self.hosts, self.size)]
+        return [json.loads(each.numpy().tobytes()) for each in self._gather(encoded, self.hosts, "exchange", what)]
 
-    def share(self, fact: Any) -> Any:
+    def share(self, fact: Any, what: str = "rank 0's facts") -> Any:
         """Return rank 0's fact (of what JSON can hold); the others' are ignored."""
-        return self.exchange(fact if self.is_first else None)[0]
+        return self.exchange(fact if self.is_first else None, what)[0]
 
-    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None, what: str = "rank 0's tensors") -> dict[str, Tensor]:
         """Return rank 0's tensors by name, on the CPU; the others' are ignored."""
         if self.hosts is None:
             return dict(tensors or {})
-        names = sorted(tensors or {})
-        mine = [(tensors or {})[name].detach().cpu().contiguous() for name in names]
-        facts = [[name, str(each.dtype), list(each.shape)] for name, each in zip(names, mine, strict=True)]
+        mine = {name: each.detach().cpu().contiguous() for name, each in (tensors or {}).items()}
+        facts = self.share([[name, str(each.dtype), list(each.shape)] for name, each in mine.items()], what)
         found = {}
-        for index, (name, dtype, shape) in enumerate(self.share(facts)):
-            if not self.is_first:
-                mine.append(torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch."))))
-            content = mine[index].reshape(-1).view(torch.uint8)
-            dist.broadcast(content, group_src=0, group=self.hosts)
-            found[name] = mine[index]
+        for name, dtype, shape in facts:
+            own = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+            found[name] = mine[name] if self.is_first else own
+            self._send_bytes(found[name].view(-1).view(torch.uint8), f"{what}: {name}")
         return found
 
-    def wait(self) -> None:
+    def wait(self, what: str = "the other processes") -> None:
         """Wait until every process has come here."""
-        self.exchange(None)
+        if self.peers is not None:
+            self.peers.enter(f"wait for {what}", 0)
+
+    def _send_bytes(self, content: Tensor, what: str) -> None:
+        self._enter("share", what, content, same_length=True)
+        self._run(lambda: dist.broadcast(content, group_src=0, group=self.hosts, async_op=True), what)
+
+    def _gather(self, values: Tensor, group: dist.ProcessGroup, kind: str, what: str) -> list[Tensor]:
+        """Gather tensors [n] of different lengths, padded to the longest."""
+        counts = self._enter(kind, what, values)
+        padded = values.new_zeros(max(counts))
+        padded[: len(values)] = values
+        gathered = [torch.empty_like(padded) for _ in counts]
+        if len(padded):
+            self._run(lambda: dist.all_gather(gathered, padded, group=group, async_op=True), what, padded.is_cuda)
+        return [each[:count] for each, count in zip(gathered, counts, strict=True)]
+
+    def _enter(self, kind: str, what: str, values: Tensor, same_length: bool = False) -> list[int]:
+        """Come to a collective with all other processes; returns the number of elements that each of them brings.
+
+        Raises:
+            PeerError: with `same_length`, these differ.
+        """
+        assert self.peers is not None
+        lengths = self.peers.enter(f"{kind} {what} ({values.dtype})", values.numel())
+        if same_length and len(set(lengths)) > 1:
+            brought = ", ".join(f"rank {rank} {length:,}" for rank, length in enumerate(lengths))
+            raise self.peers.report(f"the processes bring different numbers of elements to {what}: {brought}")
+        self.moved_bytes[kind] += values.nbytes
+        return lengths
+
+    def _run(self, begin: Callable[[], Any], what: str, on_gpu: bool = False) -> None:
+        """Run a collective that all processes have come to, and wait for it on the host."""
+        assert self.peers is not None
+        self.peers.finish(begin, what, on_gpu)
 
 
 ALONE = World()
 """The world of a run of one process."""
-
-
-def _gather(values: Tensor, group: dist.ProcessGroup, size: int) -> list[Tensor]:
-    """Gather tensors [n] of different lengths: their lengths first, then all of them padded to the longest."""
-    length = torch.tensor([len(values)], device=values.device)
-    lengths = [torch.empty_like(length) for _ in range(size)]
-    dist.all_gather(lengths, length, group=group)
-    counts = torch.cat(lengths).tolist()
-    padded = values.new_zeros(max(counts))
-    padded[: len(values)] = values
-    gathered = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(gathered, padded, group=group)
-    return [each[:count] for each, count in zip(gathered, counts, strict=True)]

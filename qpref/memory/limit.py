@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qpref.errors import RecipeError
-from qpref.linux import is_wsl
+from qpref.linux import cgroup_memory, is_wsl
 from qpref.memory.parts import GIB, LIBRARY_BYTES
 from qpref.recipe.sections import Recipe
 
@@ -65,10 +65,14 @@ def allocator_share(limit: int, total: int) -> float:
 
 
 def _available_bytes() -> int:
+    """Return what the machine has left, or a container's limit where that leaves less."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = int(found[1]) * 1024
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    group = cgroup_memory()
+    return available if group is None else min(available, max(0, group[0] - group[1]))
 
 
 def parse_bytes(text: str, origin: str = "[model] memory") -> int:

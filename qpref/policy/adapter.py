@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.dropout import TokenDropout
 from qpref.errors import PolicyError
 from qpref.policy import adapter_folder
 from qpref.policy.adapter_names import LayerNames, plain_parameters, plain_targets
@@ -20,6 +21,8 @@ TRAINED = "default"
 """PEFT's name for the adapter that is trained."""
 REFERENCE = "reference"
 """PEFT's name for the frozen copy of a start adapter."""
+SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Layers that read the input of another one beside them: dropout is the same for both, computed together or not."""
 
 
 def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
@@ -33,6 +36,7 @@ def add_adapters(model: Any, adapter: AdapterSection, seed: int) -> Any:
         wrapped = _add_fresh(model, adapter, seed)
     else:
         wrapped = _add_started(model, Path(adapter.start), adapter, seed)
+    _drop_by_content(wrapped)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(is_trained(name))
         if "lora_" in name:
@@ -128,6 +132,18 @@ def _refuse_unfit_start(start: Path, adapter: AdapterSection, experts: Collectio
         raise PolicyError(
             f"[adapter] dropout: {start} is on experts, where PEFT has no dropout", "set [adapter] dropout = 0"
         )
+
+
+def _drop_by_content(wrapped: Any) -> None:
+    """Replace PEFT's dropout, which draws from torch's generator."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in wrapped.named_modules():
+        for adapter, own in (layer.lora_dropout if isinstance(layer, LoraLayer) else {}).items():
+            if isinstance(own, torch.nn.Dropout):
+                parent, _, last = name.rpartition(".")
+                reads = f"{parent}.{SAME_INPUT.get(last, last)}"
+                layer.lora_dropout[adapter] = TokenDropout(own.p, reads, layer.in_features, layer.weight.device)
 
 
 def _adapt_experts(wrapped: Any, parameters: Collection[str]) -> None:

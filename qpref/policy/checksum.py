@@ -39,4 +39,5 @@ def _hashed(words: Tensor, start: int) -> Tensor:
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
     """Shift right without the sign, which torch fills in."""
-    return (words >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (words >> bits) & (2 ** (64 - bits) - 1)
+    return shifted

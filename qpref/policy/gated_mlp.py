@@ -40,17 +40,17 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: _Layers, source: Source | None, *adapters: Tensor) -> Tensor:
         inner, outer, flat = layers.inner, layers.outer, x.reshape(-1, x.shape[-1])
-        seeds = inner.draw_seed(), outer.draw_seed()
+        bits = inner.draw(x), outer.draw(x)
         with torch.autocast(x.device.type, enabled=False):
             inner_cast = inner.cast(adapters[: inner.num_tensors], x.dtype)
             outer_cast = outer.cast(adapters[inner.num_tensors :], x.dtype)
-            (gate, up), inner_low = inner.values(flat, inner_cast, seeds[0])
+            (gate, up), inner_low = inner.values(flat, inner_cast, bits[0])
             product = layers.activation(gate) * up
-            (result,), outer_low = outer.values(product, outer_cast, seeds[1])
+            (result,), outer_low = outer.values(product, outer_cast, bits[1])
         if any(ctx.needs_input_grad):
             kept, ctx.recompute = kept_input(flat, source)
             ctx.save_for_backward(*kept, gate, up, inner_low, outer_low, *inner_cast, *outer_cast)
-            ctx.layers, ctx.seeds, ctx.shape, ctx.num_inner = layers, seeds, x.shape, len(inner_cast)
+            ctx.layers, ctx.bits, ctx.shape, ctx.num_inner = layers, bits, x.shape, len(inner_cast)
         return shaped_as(result, x)
 
     @staticmethod
@@ -63,14 +63,14 @@ class _GatedMLP(torch.autograd.Function):
                 leaf = gate.detach().requires_grad_()
                 activated = activation(leaf)
             product_grad, of_outer = outer.gradients(
-                activated.detach() * up, outer_low, cast[ctx.num_inner :], ctx.seeds[1], [incoming], True
+                activated.detach() * up, outer_low, cast[ctx.num_inner :], ctx.bits[1], [incoming], True
             )
             up_grad, edge = product_grad * activated.detach(), get_gradient_edge(activated)
             del activated
             (gate_grad,) = torch.autograd.grad(edge, leaf, product_grad.mul_(up))
             del product_grad
             x_grad, of_inner = inner.gradients(
-                x, inner_low, cast[: ctx.num_inner], ctx.seeds[0], [gate_grad, up_grad], ctx.needs_input_grad[0]
+                x, inner_low, cast[: ctx.num_inner], ctx.bits[0], [gate_grad, up_grad], ctx.needs_input_grad[0]
             )
         return None if x_grad is None else x_grad.view(ctx.shape), None, None, *of_inner, *of_outer
 

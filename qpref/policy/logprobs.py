@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qpref.attention.layout import Layout, laid_out
+from qpref.dropout import Draws, drawing, text_key, token_keys
 from qpref.policy.policy import Policy
 from qpref.policy.rope import split_groups, stream_lengths
 from qpref.policy.token_scores import score_tokens
@@ -26,14 +29,24 @@ def completion_logprobs(
         prompts: score the prompts as well, each but its first token; they follow all branches.
         squares: compute `log_sum_squares` too.
     """
-    tokens, lengths = batch.score_token, batch.lengths
+    lengths = batch.lengths
+    if prompts:
+        lengths += tuple(len(example.prompt) - 1 for example in batch.examples)
+    hidden = completion_hidden(policy, batch, prompts=prompts)
+    values, log_sums = score_hidden(policy, batch, hidden, prompts=prompts, squares=squares)
+    return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
+
+
+def score_hidden(
+    policy: Policy, batch: PackedBatch, hidden: Tensor, *, prompts: bool = False, squares: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Score a batch's tokens by the hidden states [S, width] that predict them, as `score_tokens` does."""
+    tokens = batch.score_token
     if prompts:
         rest = torch.tensor([token for example in batch.examples for token in example.prompt[1:]], dtype=tokens.dtype)
         tokens = torch.cat([tokens, *to_device([rest], tokens.device)])
-        lengths += tuple(len(example.prompt) - 1 for example in batch.examples)
-    hidden = completion_hidden(policy, batch, prompts=prompts)
-    values, log_sums = score_tokens(policy.head, hidden, tokens, squares=squares)
-    return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
+    with drawing(policy.draws(lambda: batch.token_keys[_predicting(batch, prompts)][None])):
+        return score_tokens(policy.head, hidden, tokens, squares=squares)
 
 
 def completion_hidden(policy: Policy, batch: PackedBatch, *, prompts: bool = False) -> Tensor:
@@ -47,16 +60,21 @@ def _shared_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one stream with each prompt once, or once for each class of lengths of its responses."""
     if policy.rope_lengths is not None:
         batch = split_groups(batch, policy.rope_lengths)
-    hidden = decode(policy, batch.input_ids, batch.position_ids, Layout(batch.groups))
+    draws = policy.draws(lambda: batch.token_keys[None])
+    return decode(policy, batch.input_ids, batch.position_ids, draws, Layout(batch.groups))[_predicting(batch, prompts)]
+
+
+def _predicting(batch: PackedBatch, prompts: bool) -> Tensor:
+    """[S] stream indices of the tokens that predict the responses' tokens and, on request, the prompts'."""
     if not prompts:
-        return hidden[batch.score_at]
+        return batch.score_at
     groups = [batch.groups[number] for number in batch.group_of]
     in_prompts = [index for group in groups for index in range(group.start, group.start + group.prompt - 1)]
-    indices = to_device([torch.tensor(in_prompts, dtype=torch.int64)], policy.device)
-    return hidden[torch.cat([batch.score_at, *indices])]
+    indices = to_device([torch.tensor(in_prompts, dtype=torch.int64)], batch.score_at.device)
+    return torch.cat([batch.score_at, *indices])
 
 
-def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, draws: Draws, layout: Layout) -> Tensor:
     """Run the decoder over one stream of T tokens.
 
     Returns:
@@ -67,29 +85,61 @@ def decode(policy: Policy, input_ids: Tensor, position_ids: Tensor, layout: Layo
         are_computed = layout.prompts is not None and layout.prompts.are_computed
         lengths = stream_lengths(layout.groups, prompts=not are_computed)
     with laid_out(layout):
-        return policy.hidden_states(input_ids=input_ids[None], position_ids=position_ids[None], lengths=lengths)[0]
+        return policy.hidden_states(
+            input_ids=input_ids[None], position_ids=position_ids[None], lengths=lengths, draws=draws
+        )[0]
 
 
 def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     """[S, width] from one row for each branch, padded on the right, under the model's own attention."""
-    rows = [torch.tensor([*example.prompt, *branch[:-1]]) for example in batch.examples for branch in example.branches]
+    rows = [_Row(example.prompt, branch) for example in batch.examples for branch in example.branches]
     if policy.isolates_rows:
-        hidden = [_padded_hidden(policy, [row], policy.device)[0] for row in rows]
+        hidden = [_padded_hidden(policy, [row])[0] for row in rows]
     else:
-        hidden = list(_padded_hidden(policy, rows, policy.device))
-    pieces = [hidden[row][len(rows[row]) - length : len(rows[row])] for row, length in enumerate(batch.lengths)]
+        hidden = list(_padded_hidden(policy, rows))
+    ends = [len(row.prompt) + len(row.branch) - 1 for row in rows]
+    pieces = [
+        hidden[row][end - length : end] for row, (end, length) in enumerate(zip(ends, batch.lengths, strict=True))
+    ]
     if prompts:
         branches = len(batch.lengths) // len(batch.examples)
         pieces += [hidden[index * branches][: len(example.prompt) - 1] for index, example in enumerate(batch.examples)]
     return torch.cat(pieces)
 
 
-def _padded_hidden(policy: Policy, rows: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[B, longest, width] from rows that lack the last token of their sequences."""
-    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    return policy.hidden_states(input_ids=ids, attention_mask=mask.long(), lengths=[[len(row) + 1] for row in rows])
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A prompt and a response, whose last token predicts nothing, so that it isn't an input."""
+
+    prompt: array[int]
+    branch: array[int]
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.tensor([*self.prompt, *self.branch[:-1]])
+
+    @property
+    def keys(self) -> Tensor:
+        texts = text_key(self.prompt), text_key(self.prompt, self.branch)
+        lengths = len(self.prompt), len(self.branch) - 1
+        return token_keys(texts, lengths, torch.arange(sum(lengths)))
+
+
+def _padded_hidden(policy: Policy, rows: Sequence[_Row]) -> Tensor:
+    """[B, longest, width] of rows, padded on the right."""
+
+    def padded(tensors: list[Tensor]) -> Tensor:
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(policy.device)
+
+    ids = [row.ids for row in rows]
+    lengths = torch.tensor([len(each) for each in ids], device=policy.device)
+    mask = torch.arange(max(map(len, ids)), device=policy.device) < lengths[:, None]
+    return policy.hidden_states(
+        input_ids=padded(ids),
+        attention_mask=mask.long(),
+        lengths=[[len(each) + 1] for each in ids],
+        draws=policy.draws(lambda: padded([row.keys for row in rows])),
+    )
 
 
 def pair_logprobs(scores: TokenLogProbs, prompts: bool = False) -> PairLogProbs:

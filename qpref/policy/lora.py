@@ -5,8 +5,8 @@ the scaled low-rank result to the base's product, which is rounded by then. An a
 at the learning rates of preference training, then vanishes wherever it is below half a step of the 16-bit dtype. Here
 the base's product is accumulated onto the low-rank one, so their sum is rounded once (a bias is added after it). Only
 the input and one [T, rank] matrix are kept for the backward pass, and the 4-bit weight is dequantized once in each
-pass; dropout's mask is drawn again from its seed. The layers are PEFT's own with another forward pass, which falls back
-to PEFT for anything that it doesn't cover (several adapters at once, a merged one).
+pass; dropout's mask is computed again (see `qpref.dropout`). The layers are PEFT's own with another forward pass, which
+falls back to PEFT for anything that it doesn't cover (several adapters at once, a merged one).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from qpref.dropout import TokenDropout
 from qpref.policy.norms import Recompute, Source, source_of
 from qpref.policy.projections import Projections, compute_dtype
 
@@ -36,14 +37,14 @@ class Projected(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: Projections, source: Source | None, *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        flat, seed = x.reshape(-1, x.shape[-1]), projections.draw_seed()
+        flat, bits = x.reshape(-1, x.shape[-1]), projections.draw(x)
         with torch.autocast(x.device.type, enabled=False):
             cast = projections.cast(adapters, x.dtype)
-            outputs, low = projections.values(flat, cast, seed)
+            outputs, low = projections.values(flat, cast, bits)
         if any(ctx.needs_input_grad):
             kept, ctx.recompute = kept_input(flat, source)
             ctx.save_for_backward(*kept, low, *cast)
-            ctx.projections, ctx.seed, ctx.shape = projections, seed, x.shape
+            ctx.projections, ctx.bits, ctx.shape = projections, bits, x.shape
         return tuple(shaped_as(output, x) for output in outputs)
 
     @staticmethod
@@ -51,7 +52,7 @@ class Projected(torch.autograd.Function):
         x, (low, *cast) = restored_input(ctx.saved_tensors, ctx.recompute, ctx.shape[-1])
         incoming = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         with torch.autocast(x.device.type, enabled=False):
-            grad_x, of_adapters = ctx.projections.gradients(x, low, cast, ctx.seed, incoming, ctx.needs_input_grad[0])
+            grad_x, of_adapters = ctx.projections.gradients(x, low, cast, ctx.bits, incoming, ctx.needs_input_grad[0])
         return None if grad_x is None else grad_x.view(ctx.shape), None, None, *of_adapters
 
 
@@ -133,7 +134,7 @@ def projections_of(layers: Sequence[Any], x: Tensor, called: bool = False) -> Co
     Returns:
         None where a layer's pass is PEFT's or the layer's own.
     """
-    bases, ranks, scalings, adapters, rates = [], [], [], [], set()
+    bases, ranks, scalings, adapters, dropouts = [], [], [], [], {}
     for layer in layers:
         name, base = None, layer
         if not called and is_hooked(layer):
@@ -150,11 +151,14 @@ def projections_of(layers: Sequence[Any], x: Tensor, called: bool = False) -> Co
         if name:
             adapters += [layer.lora_A[name].weight, layer.lora_B[name].weight]
             dropout = layer.lora_dropout[name]
-            rates.add(dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0)
+            if dropout.training and isinstance(dropout, nn.Dropout):
+                return None
+            active = dropout if dropout.training and isinstance(dropout, TokenDropout) else None
+            dropouts[active and (active.name, active.p)] = active
     dtypes = {compute_dtype(base, x) for base in bases}
-    if len(rates) > 1 or len(dtypes) > 1:
+    if len(dropouts) > 1 or len(dtypes) > 1:
         return None
-    return Projections(tuple(bases), tuple(ranks), tuple(scalings), *rates), adapters, dtypes.pop()
+    return Projections(tuple(bases), tuple(ranks), tuple(scalings), *dropouts.values()), adapters, dtypes.pop()
 
 
 def _only_adapter(layer: Any) -> str | None:

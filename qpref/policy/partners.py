@@ -11,10 +11,9 @@ from torch import Tensor
 
 from qpref.attention.layout import Layout
 from qpref.attention.prompts import ContinuedPrompts, KeptPrompts, spans
-from qpref.policy.logprobs import completion_logprobs, decode
+from qpref.policy.logprobs import completion_logprobs, decode, score_hidden
 from qpref.policy.policy import Policy
 from qpref.policy.rope import group_length, split_groups
-from qpref.policy.token_scores import score_tokens
 from qpref.records import PackedBatch, TokenLogProbs
 from qpref.staging import to_device
 
@@ -24,7 +23,7 @@ def logprobs_with_partners(
 ) -> tuple[TokenLogProbs, TokenLogProbs]:
     """Score the responses of two batches with the same prompts, the second without a graph.
 
-    Under dropout a prompt's mask is the same for both. Where prompts aren't shared, or an example and
+    Where prompts aren't shared, or an example and
     its partner have other rotary positions, each batch is scored on its own.
 
     Args:
@@ -40,12 +39,13 @@ def logprobs_with_partners(
     kept_at, _ = spans(batch.groups)
     kept = KeptPrompts(*to_device([torch.tensor(kept_at)], policy.device))
     with policy.autocast():
-        hidden = decode(policy, batch.input_ids, batch.position_ids, Layout(batch.groups, kept))
+        draws = policy.draws(lambda: batch.token_keys[None])
+        hidden = decode(policy, batch.input_ids, batch.position_ids, draws, Layout(batch.groups, kept))
     with torch.no_grad():
         continued = _continued_hidden(policy, hidden.detach(), batch, partners, kept)
-        others, _ = score_tokens(policy.head, continued, partners.score_token, squares=False)
+        others, _ = score_hidden(policy, partners, continued, squares=False)
         del continued
-    values, log_sums = score_tokens(policy.head, hidden[batch.score_at], batch.score_token, squares=squares)
+    values, log_sums = score_hidden(policy, batch, hidden[batch.score_at], squares=squares)
     return (
         TokenLogProbs(values=values, lengths=batch.lengths, log_sum_squares=log_sums if squares else None),
         TokenLogProbs(values=others, lengths=partners.lengths),
@@ -83,7 +83,8 @@ def _continued_hidden(
     if in_branches:  # else every partner is one token, which its prompt predicts
         layout = Layout(partners.groups, continued)
         with policy.autocast():
-            pieces.append(decode(policy, partners.input_ids[own], partners.position_ids[own], layout))
+            draws = policy.draws(lambda: partners.token_keys[own][None])
+            pieces.append(decode(policy, partners.input_ids[own], partners.position_ids[own], draws, layout))
     return torch.cat(pieces)[row_of[partners.score_at]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qpref import dropout
 from qpref.attention.layout import current, laid_out
 from qpref.policy.adapter import is_trained
 from qpref.policy.experts import packed_names
@@ -48,6 +49,7 @@ class Policy:
         isolates_rows: each row is a pass of its own, since its company changes its scores.
         shards: the base's, where processes share it; None for a copy of one's own.
         passes: keeps those processes in step; None likewise.
+        step_key: of the optimizer step whose dropout applies, see `seed_dropout`.
     """
 
     model: Any
@@ -64,6 +66,7 @@ class Policy:
     isolates_rows: bool = False
     shards: ShardedBase | None = None
     passes: Passes | None = None
+    step_key: int = 0
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass: LoRA's float32 weights take part in 16-bit products."""
@@ -71,12 +74,23 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def hidden_states(self, *, lengths: Sequence[Sequence[int]] | None = None, **inputs: Any) -> Tensor:
+    def seed_dropout(self, seed: int, step: int) -> None:
+        """Have the passes from now on drop what they drop in this optimizer step of a run with this seed."""
+        self.step_key = dropout.step_key(seed, step)
+
+    def draws(self, token_keys: Callable[[], Tensor]) -> dropout.Draws:
+        """Draw for the tokens of a pass, given what makes their keys: [1, T] int64 of a stream, [B, L] of rows."""
+        return dropout.Draws.of(token_keys, self.step_key)
+
+    def hidden_states(
+        self, *, lengths: Sequence[Sequence[int]] | None = None, draws: dropout.Draws | None = None, **inputs: Any
+    ) -> Tensor:
         """Run the decoder, the base in eval mode: whichever mode the model is in, LoRA's dropout alone is random.
 
         Args:
             lengths: length of the sequence that a token belongs to, [1, T] of a stream or [B, 1] of rows; None for the
                 largest position's.
+            draws: of its tokens, for dropout.
             inputs: of the decoder, but for a cache.
 
         Returns:
@@ -86,7 +100,7 @@ class Policy:
         chosen = None
         if self.rope_lengths is not None and lengths is not None:
             chosen = self.rope_lengths.choose(lengths, self.device)
-        with self._recomputing(), for_lengths(chosen):
+        with self._recomputing(), for_lengths(chosen), dropout.drawing(draws):
             hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
         if self.passes is not None and hidden.requires_grad:
             hidden.register_hook(self._begin_backward)
@@ -140,6 +154,8 @@ class Policy:
         """Switch to training mode as in a step, layers recomputed, but with LoRA's dropout off as well."""
         self.model.train()
         self.decoder.eval()
+        if self.head.adapted is not None:
+            self.head.adapted.eval()
 
     def _keep_base_in_eval(self) -> None:
         """Put the base back in eval mode after a call of the model's `train`, but leave LoRA's dropout on.
@@ -241,15 +257,16 @@ class Policy:
 def _contexts(layer: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Make the contexts of a checkpointed layer's forward pass and of its recomputation, when it is in eval mode.
 
-    The recomputation sees the layout and the lengths of the pass that it repeats: another stream may be the current one
-    by then, and on a GPU it runs in another thread.
+    The recomputation sees the layout, the lengths and the draws of the pass that it repeats: another stream may be the
+    current one by then, and on a GPU it runs in another thread.
     """
-    return _in_eval_mode(layer), _repeated(laid_out(current()), for_lengths(current_lengths()))
+    repeated = _repeated(laid_out(current()), for_lengths(current_lengths()), dropout.drawing(dropout.current()))
+    return _in_eval_mode(layer), repeated
 
 
 @contextmanager
-def _repeated(layout: laid_out, lengths: for_lengths) -> Iterator[None]:
-    with layout, lengths:
+def _repeated(layout: laid_out, lengths: for_lengths, draws: dropout.drawing) -> Iterator[None]:
+    with layout, lengths, draws:
         yield
 
 

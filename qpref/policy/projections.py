@@ -16,6 +16,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qpref.dropout import TokenDropout
 from qpref.policy.matmul import float32_mm
 
 
@@ -27,13 +28,13 @@ class Projections:
         bases: linear layers [in] -> [out_i].
         ranks: of their adapters; 0 for none.
         scalings: factor of each adapter's output.
-        dropout: probability on the adapters' input; all of these adapters see the same dropped input.
+        dropout: on the adapters' input, the same for all of them; None for none.
     """
 
     bases: tuple[Any, ...]
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
-    dropout: float = 0.0
+    dropout: TokenDropout | None = None
 
     def cast(self, adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Cast float32 adapters for a pass: [A_1, B_1, A_2, ...] -> the A stacked [sum of ranks, in], and each scaled
@@ -43,14 +44,14 @@ class Projections:
         scaled = [(b * scaling).to(dtype) for b, scaling in zip(adapters[1::2], self._adapted_scalings, strict=True)]
         return _joined(adapters[::2], 0).to(dtype), *scaled
 
-    def values(self, x: Tensor, cast: Sequence[Tensor], seed: int) -> tuple[list[Tensor], Tensor]:
+    def values(self, x: Tensor, cast: Sequence[Tensor], bits: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Compute the layers' outputs [T, out_i] of x [T, in], and the adapters' low-rank products [T, sum of ranks].
 
         Args:
             cast: adapters as `cast` returns them.
-            seed: of the dropout mask.
+            bits: of the tokens, as `draw` returns them.
         """
-        low = self._dropped(x, seed) @ cast[0].t() if cast else x.new_empty(0)
+        low = self._dropped(x, bits) @ cast[0].t() if cast else x.new_empty(0)
         parts, scaled = iter(low.split(self._adapted_ranks, 1) if cast else ()), iter(cast[1:])
         outputs = []
         for base, rank in zip(self.bases, self.ranks, strict=True):
@@ -59,25 +60,31 @@ class Projections:
         return outputs, low
 
     def gradients(
-        self, x: Tensor, low: Tensor, cast: Sequence[Tensor], seed: int, incoming: Sequence[Tensor], needs_x: bool
+        self,
+        x: Tensor,
+        low: Tensor,
+        cast: Sequence[Tensor],
+        bits: Tensor | None,
+        incoming: Sequence[Tensor],
+        needs_x: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Compute the gradients of x [T, in] and of A and B of each adapter, given those of the outputs [T, out_i]."""
         low_grad, of_adapters = low, []
         if cast:
             adapted = [gradient for gradient, rank in zip(incoming, self.ranks, strict=True) if rank]
             low_grad = _joined([gradient @ b for gradient, b in zip(adapted, cast[1:], strict=True)], 1)
-            of_adapters = self._adapter_gradients(x, low, low_grad, adapted, seed)
+            of_adapters = self._adapter_gradients(x, low, low_grad, adapted, bits)
         if not needs_x:
             return None, of_adapters
-        x_grad = self._dropped(low_grad @ cast[0], seed) if cast else torch.zeros_like(x)
+        x_grad = self._dropped(low_grad @ cast[0], bits, in_place=True) if cast else torch.zeros_like(x)
         for gradient, base in zip(incoming, self.bases, strict=True):
             x_grad.addmm_(gradient, dense_weight(base, x.dtype))
         return x_grad, of_adapters
 
     def _adapter_gradients(
-        self, x: Tensor, low: Tensor, low_grad: Tensor, incoming: Sequence[Tensor], seed: int
+        self, x: Tensor, low: Tensor, low_grad: Tensor, incoming: Sequence[Tensor], bits: Tensor | None
     ) -> list[Tensor]:
-        of_a = float32_product(low_grad.t(), self._dropped(x, seed)).split(self._adapted_ranks)
+        of_a = float32_product(low_grad.t(), self._dropped(x, bits)).split(self._adapted_ranks)
         of_b = [
             float32_product(gradient.t(), part).mul_(scaling)
             for gradient, part, scaling in zip(
@@ -99,18 +106,13 @@ class Projections:
     def _adapted_scalings(self) -> list[float]:
         return [scaling for scaling, rank in zip(self.scalings, self.ranks, strict=True) if rank]
 
-    def _dropped(self, x: Tensor, seed: int) -> Tensor:
-        """Apply dropout by the mask of a seed, which is drawn again instead of kept."""
-        if not self.dropout:
-            return x
-        kept = 1 - self.dropout
-        mask = torch.empty_like(x).bernoulli_(kept, generator=torch.Generator(x.device).manual_seed(seed))
-        return mask.mul_(x).div_(kept)
+    def draw(self, x: Tensor) -> Tensor | None:
+        """[T, 2] random bits of the tokens of x [..., in], of which dropout's mask is made wherever it is needed; None
+        without dropout."""
+        return None if self.dropout is None else self.dropout.bits_of(x)
 
-    def draw_seed(self) -> int:
-        """Draw a seed from torch's generator on the host, which activation checkpointing restores; 0 without
-        dropout."""
-        return int(torch.randint(2**31, ()).item()) if self.dropout else 0
+    def _dropped(self, x: Tensor, bits: Tensor | None, *, in_place: bool = False) -> Tensor:
+        return x if self.dropout is None or bits is None else self.dropout.drop(x, bits, in_place=in_place)
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

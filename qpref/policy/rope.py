@@ -199,6 +199,7 @@ def split_groups(batch: PackedBatch, lengths: RopeLengths) -> PackedBatch:
         batch,
         input_ids=batch.input_ids[order],
         position_ids=batch.position_ids[order],
+        token_keys=batch.token_keys[order],
         score_at=at,
         groups=tuple(groups),
         group_of=tuple(group_of),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PlainValidator, Tag, model_validator
+from pydantic import Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
 
 from qpref.recipe.problems import TABLE_ARM
 from qpref.recipe.section import Section
@@ -73,7 +73,11 @@ def _is_table(value: Any) -> str:
     return TABLE_ARM if isinstance(value, Mapping | Section) else "value"
 
 
-Scalar = Annotated[bool | int | float | str, PlainValidator(_scalar)]
+Scalar = Annotated[
+    bool | int | float | str,
+    PlainValidator(_scalar),
+    WithJsonSchema({"type": ["boolean", "number", "string"]}),
+]
 # Without the discriminator, pydantic reports what each arm of the union expects, bool first.
 Verdict = Annotated[Annotated[ValueRange, Tag(TABLE_ARM)] | Annotated[Scalar, Tag("value")], Discriminator(_is_table)]
 

@@ -48,12 +48,17 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
     """
     if isinstance(recipe, Path):
         origin, folder = str(recipe), recipe.absolute().parent
-        document, output = read_document(recipe), output or Path("runs") / recipe.stem
+        document = read_document(recipe)
     else:
         origin, folder, document = "recipe", Path.cwd(), dict(recipe)
     document = with_overrides(document, overrides)
     refuse_unstorable(document, origin)
-    return Resolution(origin, folder, output or Path("runs/run")).resolve(document)
+    return Resolution(origin, folder, run_folder_of(recipe, output)).resolve(document)
+
+
+def run_folder_of(recipe: Path | Mapping[str, Any], output: Path | None) -> Path:
+    """Return the folder of a recipe's run, which `output` names, or else the recipe's file."""
+    return output or Path("runs") / (recipe.stem if isinstance(recipe, Path) else "run")
 
 
 def _data_alone(document: Mapping[str, Any]) -> DataSection | None:

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -146,7 +147,11 @@ def _steps_or_epoch(value: object) -> object:
     return value
 
 
-Every = Annotated[int | str, BeforeValidator(_steps_or_epoch)]
+Every = Annotated[
+    int | str,
+    BeforeValidator(_steps_or_epoch),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "epoch"}]}),
+]
 
 
 class ReferenceSection(Section):

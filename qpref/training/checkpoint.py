@@ -50,10 +50,15 @@ def _table_of(accepts: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(accepts, value.values()))
 
 
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
 BEST = _table_of(_is_number)
 STATE_VALUES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("step", "tokens", "nonfinite", "budget", "recomputed_layers", "metrics_bytes"), _is_count),
     "seconds": lambda value: _is_number(value) and 0 <= value < MAX_COUNT,
+    "sizes": lambda value: isinstance(value, list) and all(map(_are_sizes, value)),
     "asked_sizes": lambda value: isinstance(value, list),
     "sums": _table_of(_is_hex),
     "counts": _table_of(_is_number),

@@ -18,6 +18,7 @@ import torch
 
 from qpref import fsio, sealed
 from qpref.data.order import total_steps
+from qpref.distributed.environment import job_name
 from qpref.errors import RecipeError
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
@@ -38,6 +39,14 @@ def begin_records(session: Session, folder: RunFolder) -> None:
     session.description = _description(session)
     _write_records(session, folder)
     fsio.make_folder(folder.checkpoints)
+
+
+def was_begun_by_this_job(folder: RunFolder) -> bool:
+    """Return whether the launcher that started this process has begun the folder's run, too."""
+    try:
+        return bool(folder.run_json.is_file() and folder.description().get("job") == job_name())
+    except RecipeError:
+        return False
 
 
 def restore_records(session: Session, folder: RunFolder, saved: Checkpoint) -> None:
@@ -85,6 +94,7 @@ def _description(session: Session) -> dict[str, Any]:
     prepared = session.prepared
     recipe = prepared.plan.recipe
     return {
+        "job": job_name(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version_of(name) for name in VERSIONED} | {"python": platform.python_version()},
         "device": _device_name(prepared.policy.device),

@@ -135,6 +135,7 @@ class Trainer:
         """Take one optimizer step on `batch_size` examples; returns its gradient norm and learning rate by name."""
         train, index = self.train, self.state.step
         optim.seed_step(train.seed, index)
+        self.policy.seed_dropout(train.seed, index)
         positions = step_order(len(self.examples), train.batch_size, train.seed, index)
         self.policy.model.train()
         examples = [self.examples[position] for position in positions]
@@ -162,7 +163,7 @@ class Trainer:
         """
         state = self.state
         self.objective = self.objective.at(progress(state.step, self.total_steps))
-        step = Step(scorer=self.scorer, scaler=self.scaler, index=state.step, seed=self.train.seed, examples=examples)
+        step = Step(scorer=self.scorer, scaler=self.scaler, examples=examples)
         result = compute_gradient(step, state.budget)
         state.budget = result.budget
         state.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)

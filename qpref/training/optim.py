@@ -125,16 +125,15 @@ def _wait_for_device(optimizer: Any) -> None:
             torch.cuda.synchronize(device)
 
 
-def seed_step(seed: int, step: int, microbatch: int = 0) -> None:
-    """Seed every generator for one optimizer step, or for one of its micro-batches.
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator for one optimizer step.
 
-    The step's dropout then depends on nothing before it, so no generator's state has to be saved, and an evaluation or
-    a cached reference in between changes nothing.
+    qpref draws nothing from them there. What libraries or kernels draw depends on nothing before the step, so no
+    generator's state has to be saved.
     """
     import numpy
 
-    name = f"{seed}/{step}/{microbatch}" if microbatch else f"{seed}/{step}"
-    number = random.Random(name).getrandbits(32)
+    number = random.Random(f"{seed}/{step}").getrandbits(32)
     random.seed(number)
     numpy.random.seed(number)
     torch.manual_seed(number)

@@ -12,6 +12,7 @@ from qpref import fsio, publish
 from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
+from qpref.distributed.environment import is_restart
 from qpref.distributed.join import joined, take_gpu
 from qpref.distributed.world import World
 from qpref.errors import CheckpointError, PolicyError, RecipeError, StoppedBySignal
@@ -23,11 +24,12 @@ from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.best import Best, restore_best
 from qpref.training.checkpoint import Checkpoint
-from qpref.training.description import begin_records, restate_recipe, restore_records
+from qpref.training.description import begin_records, restate_recipe, restore_records, was_begun_by_this_job
 from qpref.training.folder import RunFolder, claimed
 from qpref.training.loop import Trainer
 from qpref.training.metrics import NoRecorder, Recorder
 from qpref.training.prepare import Prepared, prepare
+from qpref.training.ranks import agree_on_layout, agree_on_plan, agree_on_start
 from qpref.training.result import reset_peak, write_result
 from qpref.training.saving import Saver
 from qpref.training.snapshot import Session
@@ -49,13 +51,16 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
     device = choose_device(plan.recipe.model.device)
     with (
         joined(device, plan.recipe.distributed.timeout) as world,
-        _claimed_by_first(world, plan.output, resume, overwrite) as folder,
+        _claimed_by_first(world, plan.output, resume, overwrite) as (folder, resume),
     ):
+        agree_on_plan(world, plan)
         if resume and world.share(world.is_first and _is_complete(plan, folder)):
             log.info("%s: this run is complete", folder.path)
             return folder.path
         with out_of_memory_as("the device ran out of memory", HINT):
+            world.note("reading the data")
             checked = load_rows(plan)
+            world.note("loading the model")
             with deterministic(plan.recipe.train.deterministic, device):
                 prepared = prepare(plan, checked, world)
                 _train(prepared, folder, resume)
@@ -63,17 +68,27 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
 
 
 @contextmanager
-def _claimed_by_first(world: World, path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """Lock the run folder where this process writes it; the others neither read nor write it, and may not see it."""
+def _claimed_by_first(world: World, path: Path, resume: bool, overwrite: bool) -> Iterator[tuple[RunFolder, bool]]:
+    """Lock the run folder where this process writes it; the others neither read nor write it, and may not see it.
+
+    Processes that torchrun has started again resume the run that they began.
+
+    Yields:
+        The folder, and whether to resume its run.
+    """
     if not world.is_first:
-        yield RunFolder(path)
+        yield RunFolder(path), bool(world.share(None, "the run folder"))
         return
+    if is_restart() and was_begun_by_this_job(RunFolder(path)):
+        log.info("%s: started again, and resumed", path)
+        resume, overwrite = True, False
     with claimed(path, resume, overwrite) as folder:
-        yield folder
+        yield folder, bool(world.share(resume, "the run folder"))
 
 
 def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     session, world = Session.of(prepared), prepared.world
+    agree_on_start(prepared)
     if world.is_first:
         folder.remove_leftovers()
     saved = _newest(prepared, folder) if resume else None
@@ -83,17 +98,20 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
         if resume:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
         metrics_bytes = _begin(session, folder)
+    agree_on_layout(world, prepared.policy)
     _fill_references(session)
     first_step = session.state.step
-    with stop_request() as requested:
-        finished = _run_loop(session, folder, metrics_bytes, requested)
+    with stop_request(announce=world.is_first) as requested:
+        stops = world.stops(requested)
+        finished = _run_loop(session, folder, metrics_bytes, stops)
+        world.wait("the last checkpoint")
     if not finished:
-        raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", requested[0])
+        raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", stops[0])
     if world.is_first:
         _take_best(prepared, folder, session.state)
         _write_adapter(session, folder, first_step)
         log.info("adapter: %s", folder.adapter)
-    world.wait()
+    world.wait("the adapter's files")
 
 
 def _newest(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
@@ -106,11 +124,11 @@ def _newest(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
     saved = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if world.is_first else None
     if world.size == 1:
         return saved
-    facts = world.share(None if saved is None else [saved.step, saved.state, sorted(saved.tensors)])
+    facts = world.share(None if saved is None else [saved.step, saved.state, sorted(saved.tensors)], "the checkpoint")
     if facts is None:
         return None
     step, state, stems = facts
-    tensors = {stem: world.share_tensors(saved.tensors[stem] if saved else None) for stem in stems}
+    tensors = {stem: world.share_tensors(saved.tensors[stem] if saved else None, f"the {stem}") for stem in stems}
     return Checkpoint(step=step, state=state, tensors=tensors)
 
 
@@ -189,7 +207,7 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
     snapshot.restore(saved, session)
     metrics_bytes = snapshot.metrics_bytes(saved, folder) if world.is_first else 0
     best = restore_best(saved.state, folder, prepared.plan.recipe.train) if world.is_first else None
-    best_state = world.share(None if best is None else best.as_state())
+    best_state = world.share(None if best is None else best.as_state(), "the best step")
     state.best = None if best_state is None else Best(**best_state)
     if world.is_first:
         checkpoint.remove_newer(folder.checkpoints, state.step)
@@ -205,18 +223,19 @@ def _fill_references(session: Session) -> None:
         reference_pass.fill(references, prepared.policy, prepared.all_examples, tokens)
 
 
-def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested: Sequence[int]) -> bool:
+def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Sequence[int]) -> bool:
     """Train to the end; False where a signal stopped the run.
 
     Args:
         metrics_bytes: bytes of metrics.jsonl to keep.
-        requested: holds the signals that asked to stop.
+        stops: holds the signals that asked to stop.
     """
     prepared, references = session.prepared, session.references
     plan, total = prepared.plan, total_steps(prepared.plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
     is_writer = prepared.world.is_first
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context) if is_writer else NoRecorder()
+    saver = Saver(session, folder, recorder, stops, total)
     reset_peak(prepared.policy.device)
     trainer = Trainer(
         train=plan.recipe.train,
@@ -230,8 +249,8 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, requested
         heldout=prepared.heldout,
         state=session.state,
         recorder=recorder,
-        save=Saver(session, folder, recorder, requested, total).save if is_writer else lambda: None,
-        should_stop=lambda: bool(requested),
+        save=saver.save,
+        should_stop=lambda: bool(stops),
     )
     try:
         finished = trainer.run()

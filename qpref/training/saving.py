@@ -15,6 +15,7 @@ from qpref.training import checkpoint, snapshot
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder
 from qpref.training.metrics import Recorder
+from qpref.training.ranks import agree_on_checkpoint
 from qpref.training.snapshot import Session
 
 log = logging.getLogger("qpref")
@@ -40,13 +41,18 @@ class Saver:
     unsaved_best: Checkpoint | None = None
 
     def save(self) -> None:
-        """Save the current state, or put it off to the next save.
+        """Save the current state, or put it off to the next save; all processes call it, and rank 0 writes.
 
         Raises:
+            PeerError: the processes' adapters differ.
             DiskError: the disk has refused this save and the one before it, or a signal has asked the run to stop, so
                 that there is no next one.
         """
-        step = self.session.state.step
+        step, world = self.session.state.step, self.session.prepared.world
+        agree_on_checkpoint(self.session)
+        if not world.is_first:
+            return
+        world.note(f"saving step {step}")
         try:
             self._write()
         except DiskError as error:

@@ -33,6 +33,7 @@ class Session:
     Attributes:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
         references: reference scores; None for losses without a reference.
+        sizes: tokens per micro-batch and number of recomputed layers of each process, by rank; empty for one process.
         description: the values of run.json.
         metrics_sha256: hash of metrics.jsonl at the end of training.
     """
@@ -42,6 +43,7 @@ class Session:
     scaler: torch.amp.GradScaler
     references: ReferenceStore | None = None
     state: TrainingState = field(default_factory=TrainingState)
+    sizes: list[list[int]] = field(default_factory=list)
     description: dict[str, Any] = field(default_factory=dict)
     metrics_sha256: str = ""
 
@@ -71,6 +73,7 @@ def capture(session: Session, metrics_bytes: int, metrics_sha256: str) -> Checkp
         "asked_sizes": requested_sizes(prepared),
         "budget": state.budget,
         "recomputed_layers": prepared.policy.recomputed_layers,
+        "sizes": session.sizes,
         "sums": {name: total.hex() for name, total in state.averages.sums.items()},  # JSON has no infinity
         "counts": state.averages.counts,
         "optimizer": numbers,
@@ -104,9 +107,10 @@ def restore(saved: Checkpoint, session: Session) -> None:
     session.scaler.load_state_dict(values["scaler"])
     state.step, state.tokens = saved.step, values["tokens"]
     state.seconds, state.nonfinite = values["seconds"], values["nonfinite"]
-    if values["asked_sizes"] == requested_sizes(prepared):
-        state.budget = values["budget"]
-        prepared.policy.recompute_layers(values["recomputed_layers"])
+    sizes = values.get("sizes") or [[values["budget"], values["recomputed_layers"]]]
+    if values["asked_sizes"] == requested_sizes(prepared) and len(sizes) == prepared.world.size:
+        state.budget, recomputed = sizes[prepared.world.rank]
+        prepared.policy.recompute_layers(recomputed)
     else:
         state.budget = settle_sizes(prepared)
     sums = {name: float.fromhex(total) for name, total in values["sums"].items()}

@@ -17,7 +17,6 @@ from qpref.errors import DeviceMemoryError
 from qpref.memory.tune import shrink_microbatch
 from qpref.policy.out_of_memory import attempt, fits, out_of_memory_as
 from qpref.records import TokenizedExample
-from qpref.training import optim
 from qpref.training.inputs import Inputs, example_metrics, joined_inputs, joined_mismatched
 from qpref.training.scoring import Scorer
 
@@ -34,14 +33,10 @@ class Step:
 
     Attributes:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
-        index: optimizer steps before this one.
-        seed: the run's seed, from which the step's dropout follows.
     """
 
     scorer: Scorer
     scaler: torch.amp.GradScaler
-    index: int
-    seed: int
     examples: Sequence[TokenizedExample]
 
 
@@ -165,23 +160,16 @@ def _backward_whole_step(step: Step, parts: Sequence[Sequence[TokenizedExample]]
     scorer = step.scorer
     batches = [scorer.pack(members) for members in parts]
     scored = []
-    for index, (members, batch) in enumerate(zip(parts, batches, strict=True)):
-        _seed_microbatch(step, index)
+    for members, batch in zip(parts, batches, strict=True):
         with torch.no_grad():
             scored.append(scorer.scores(members, batch))
     for each in scored:
         each.policy.values.requires_grad_()
     inputs = joined_inputs([scorer.lay_out(*each) for each in zip(batches, scored, strict=True)])
     result = _backward(step, inputs, torch.cat([batch.weight for batch in batches]))
-    for index, (batch, each) in enumerate(zip(batches, scored, strict=True)):
-        _seed_microbatch(step, index)
+    for batch, each in zip(batches, scored, strict=True):
         scorer.policy_scores(batch).values.backward(each.policy.values.grad)
     return result
-
-
-def _seed_microbatch(step: Step, index: int) -> None:
-    """Seed the dropout of a micro-batch, which is the same at every call."""
-    optim.seed_step(step.seed, step.index, index)
 
 
 def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:

@@ -13,8 +13,11 @@ log = logging.getLogger("qpref")
 
 
 @contextmanager
-def stop_request() -> Iterator[Sequence[int]]:
+def stop_request(announce: bool = True) -> Iterator[Sequence[int]]:
     """Collect the numbers of the signals that asked to stop; a second interrupt stops at once.
+
+    Args:
+        announce: log the first signal; one of several processes does.
 
     Outside the main thread Python installs no handlers, and the list stays empty.
     """
@@ -27,7 +30,8 @@ def stop_request() -> Iterator[Sequence[int]]:
         if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         requested.append(number)
-        log.warning("stopping after this step; interrupt again to stop at once")
+        if announce:
+            log.warning("stopping after this step; interrupt again to stop at once")
 
     before: dict[int, Callable[..., Any] | int | None] = {}
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +13,25 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import make_example
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from qpref.data.pack import pack
 from qpref.distributed.world import World
 from qpref.errors import QprefError
-from qpref.policy.load import load_policy
+from qpref.policy.load import load_base, load_policy
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.policy import Policy
 from qpref.policy.projections import dense_weight
 from qpref.policy.reference import as_reference
+from qpref.policy.shard_loading import ShardLoader
+from qpref.policy.sharded_base import ShardedBase
 from qpref.policy.source import resolve_base
-from qpref.recipe.sections import Recipe
+from qpref.recipe.sections import ModelSection, Recipe
 from qpref.records import TokenizedExample
 
+M_MMAP_THRESHOLD = -3
+"""glibc's option of `mallopt`: larger pieces of memory are mapped, each by itself."""
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate([(5, 3, 4), (9, 6, 2), (3, 7, 7), (12, 4, 5)])]
 
 
@@ -136,16 +143,33 @@ def _refusal(work: Callable[[], object]) -> str:
     return ""
 
 
-def all_cases(world: World, cases: dict[str, Any], for_faults: dict[str, Any], bases: Sequence[str]) -> dict[str, Any]:
-    """All of these in one set of processes, which take seconds to start."""
-    found: dict[str, Any] = {name: computed(world, tables, counts) for name, (tables, counts) in cases.items()}
-    if for_faults:
-        found["faults"] = verified(world, for_faults)
-    if bases:
-        found["bases"] = read_bases(world, bases)
-    return found
+def loading(world: World, base: str) -> dict[str, int]:
+    """Bytes that a process has after it has loaded a base or its part, and the most that it had on the way.
+
+    Pages of mapped files don't count: they go where memory is short.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
+    section = ModelSection(base=base, quantization="nf4", dtype="bf16", double_quantization=False)
+    folder, loader = resolve_base(section), ShardLoader(world) if world.size > 1 else None
+    peak, done = [_anonymous_bytes()], threading.Event()
+    before = peak[0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], _anonymous_bytes())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    model = load_base(section, folder, torch.device("cpu"), loader)
+    shards = None if loader is None else ShardedBase.of(model, loader)
+    done.set()
+    watching.join()
+    tensors = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
+    tensors += [] if shards is None else [rows for rows, _ in shards.rows.values()]
+    tensors += [] if shards else [m.weight.quant_state.absmax for m in model.modules() if isinstance(m, Linear4bit)]
+    return {"held": sum(each.nbytes for each in tensors), "peak": peak[0] - before}
 
 
-def written(folder: Path) -> int:
-    """Bytes of a base's weights on disk."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

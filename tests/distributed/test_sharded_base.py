@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from expert_cases import KINDS
-from processes import run_ranks
-from sharded import FAULTS, all_cases, computed
+from processes import fork_ranks
+from sharded import FAULTS, computed, loading, read_bases, verified
+from tiny_models import TinyModel
 
 from qpref.distributed.world import World
 
@@ -23,7 +23,7 @@ FLOAT32 = {"quantization": "nf4", "dtype": "float32"}
 def cases(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Name -> number of processes and recipe: an untied head; a tied one, biases and layers that keep their
     activations; capped and scaled logits, fewer tokens than four equal parts have; experts."""
-    experts = KINDS["qwen3_moe"].write(tmp_path_factory.mktemp("base") / "experts")
+    experts = TinyModel(model_type="qwen3_moe").write(tmp_path_factory.mktemp("base") / "experts")
     adapter = {"rank": 4, "alpha": 8}
     return {
         "untied": (2, {"model": FLOAT32 | {"base": str(make_base())}, "adapter": adapter}),
@@ -40,63 +40,66 @@ def cases(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     }
 
 
-@pytest.fixture(scope="module")
-def of_ranks(cases: dict[str, Any], make_base: Callable[..., Path]) -> dict[int, list[dict[str, Any]]]:
-    """Number of processes -> what each of them returned, of all cases."""
-    other = make_base(rms_norm_eps=1e-5, initializer_range=0.03)
-    found = {}
-    for size in (2, 4):
-        tables = {name: (tables, COUNTS[size]) for name, (ranks, tables) in cases.items() if ranks == size}
-        faults = cases["untied"][1] if size == 2 else {}
-        bases = [str(make_base()), str(other)] if size == 2 else []
-        found[size] = run_ranks(size, all_cases, tables, faults, bases, timeout=400)
-    return found
-
-
 @pytest.mark.parametrize("name", ["untied", "tied", "gemma", "experts"])
-def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, cases, of_ranks):
+def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, cases):
     size, tables = cases[name]
-    ranks = [each[name] for each in of_ranks[size]]
+    ranks = fork_ranks(size, computed, tables, COUNTS[size])
     alone = computed(World(), tables, [sum(COUNTS[size])])
     for kind in ("scores", "partners"):
-        together = torch.tensor([value for rank in ranks for value in rank[kind]])
-        torch.testing.assert_close(together, torch.tensor(alone[kind]), rtol=1e-6, atol=1e-6)
-    first = ranks[0]
-    for kind in ("references", "squares"):  # of the first example, which the first process has
-        length = min(len(first[kind]), len(alone[kind]), 7)
+        _assert_close([value for rank in ranks for value in rank[kind]], alone[kind])
+    for kind in ("references", "squares"):  # the first process begins with the first example, as one process does
+        length = min(len(ranks[0][kind]), len(alone[kind]))
         assert length
-        torch.testing.assert_close(
-            torch.tensor(first[kind][:length]), torch.tensor(alone[kind][:length]), rtol=1e-6, atol=1e-6
-        )
+        _assert_close(ranks[0][kind][:length], alone[kind][:length])
     expected = torch.tensor(alone["gradients"])
     for rank in ranks:
-        difference = (torch.tensor(rank["gradients"]) - expected).norm() / expected.norm()
-        assert difference < 1e-6
-    assert ranks[0]["gradients"] == ranks[-1]["gradients"]
+        assert (torch.tensor(rank["gradients"]) - expected).norm() / expected.norm() < 1e-6
+        assert rank["gradients"] == ranks[0]["gradients"]
 
 
-def test_a_sound_base_verifies_and_goes_on_to_after_a_fault(of_ranks):
-    for rank in of_ranks[2]:
-        assert rank["faults"]["sound"] == ""
-        assert rank["faults"]["restored"] == ""
+def _assert_close(together: list[float], alone: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def faults(cases) -> list[dict[str, str]]:
+    return fork_ranks(2, verified, cases["untied"][1])
+
+
+def test_a_sound_base_verifies_and_goes_on_to_after_a_fault(faults):
+    for rank in faults:
+        assert rank["sound"] == ""
+        assert rank["restored"] == ""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_process_refuses_a_base_that_has_changed_in_one_and_names_the_weight(fault, of_ranks):
-    for rank in of_ranks[2]:
-        said = rank["faults"][fault]
+def test_every_process_refuses_a_base_that_has_changed_in_one_and_names_the_weight(fault, faults):
+    for rank in faults:
+        said = rank[fault]
         assert said.startswith("PolicyError 10: the base has changed since it was loaded: rank")
         part = {"scales": "scales", "code": "weight (quantization)"}.get(fault, "weight")
         assert f"the first is model.layers.1.mlp.gate_proj.{part}\n" in said
 
 
-def test_a_weight_that_is_not_gathered_cannot_be_computed_with(of_ranks):
+def test_a_weight_that_is_not_gathered_cannot_be_computed_with(faults):
     """So a gathering that is missing in a recomputation is an error and no wrong gradient."""
-    for rank in of_ranks[2]:
-        assert "quant_state" in rank["faults"]["ungathered"]
+    for rank in faults:
+        assert "quant_state" in rank["ungathered"]
 
 
-def test_processes_that_read_different_weights_refuse_to_share_them(of_ranks):
-    for index, rank in enumerate(of_ranks[2]):
-        assert rank["bases"].startswith(f"PolicyError 10: ranks {index} and {1 - index} read ")
-        assert "the first is" in rank["bases"]
+def test_processes_that_read_different_weights_refuse_to_share_them(make_base):
+    bases = [str(make_base()), str(make_base(initializer_range=0.03))]
+    for index, said in enumerate(fork_ranks(2, read_bases, bases)):
+        assert said.startswith(f"PolicyError 10: ranks {index} and {1 - index} read ")
+        assert "the first is lm_head.weight\n" in said
+
+
+def test_loading_takes_a_process_its_part_and_two_layers(make_base):
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16}
+    base = make_base(dtype=torch.bfloat16, num_attention_heads=8, num_key_value_heads=8, **sizes)
+    layer = 2 * (4 * 512 * 512 + 3 * 512 * 1408)
+    (alone,), parts = fork_ranks(1, loading, str(base)), fork_ranks(2, loading, str(base))
+    assert 16 * layer > 100e6
+    for part in parts:
+        assert part["held"] < alone["held"] / 2 + 500_000  # norms, and the table of embeddings
+        assert part["peak"] < part["held"] + 2 * layer + 5e6

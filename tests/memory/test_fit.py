@@ -10,6 +10,7 @@ import torch
 
 from qpref.data.pack import pack
 from qpref.errors import RecipeError
+from qpref.memory import limit
 from qpref.memory.costs import peak_memory
 from qpref.memory.demand import Demand, Workload
 from qpref.memory.fit import MOST_TOKENS, USEFUL_TOKENS, fit_memory
@@ -312,7 +313,15 @@ def test_the_recipes_memory_is_the_limit(make_recipe):
     assert memory_limit(recipe, CPU) == 3 * 2**30
 
 
-def test_a_cpu_gives_half_of_what_is_free(make_recipe):
+def test_a_cpu_gives_half_of_what_a_container_has_left(make_recipe, monkeypatch):
+    monkeypatch.setattr(limit, "cgroup_memory", lambda: (300 * 2**20, 100 * 2**20))
+    assert memory_limit(Recipe.model_validate(make_recipe()), CPU) == 100 * 2**20
+    monkeypatch.setattr(limit, "cgroup_memory", lambda: (100 * 2**20, 300 * 2**20))
+    assert memory_limit(Recipe.model_validate(make_recipe()), CPU) == 0
+
+
+def test_a_cpu_gives_half_of_what_is_free(make_recipe, monkeypatch):
+    monkeypatch.setattr(limit, "cgroup_memory", lambda: None)
     lines = Path("/proc/meminfo").read_text().splitlines()
     (free,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     assert memory_limit(Recipe.model_validate(make_recipe()), CPU) == pytest.approx(free / 2, rel=0.2)

@@ -629,7 +629,6 @@ def step(policy: Policy) -> tuple[list[int], dict[str, Tensor]]:
         layer.self_attn.register_forward_hook(lambda *call, index=index: count(index))
         for index, layer in enumerate(policy.decoder.layers)
     ]
-    torch.manual_seed(9)
     policy.model.zero_grad(set_to_none=True)
     completion_logprobs(policy, pack(EXAMPLES, CPU)).values.square().sum().backward()
     for hook in hooks:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
 
+from qpref.dropout import TokenDropout
 from qpref.errors import PolicyError
 from qpref.policy.load import load_policy
 from qpref.policy.policy import Policy
@@ -171,7 +172,8 @@ def test_another_seed_gives_another_start(load):
 
 def test_dropout_is_on_the_adapters_input_alone(load):
     policy = load({"adapter.dropout": 0.25})
-    rates = {name: module.p for name, module in policy.model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    rates = {name: module.p for name, module in policy.model.named_modules() if isinstance(module, TokenDropout)}
     assert len(rates) == len(in_every_layer(*ATTENTION, *MLP))
     assert set(rates.values()) == {0.25}
     assert all("lora_dropout" in name for name in rates)
+    assert not [name for name, module in policy.model.named_modules() if isinstance(module, torch.nn.Dropout)]

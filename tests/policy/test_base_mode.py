@@ -57,6 +57,7 @@ def load(tmp_path: Path) -> Callable[..., Policy]:
 
 def values_and_gradients(policy: Policy, seed: int = 0) -> list[Tensor]:
     torch.manual_seed(seed)
+    policy.seed_dropout(seed, 0)
     policy.model.zero_grad(set_to_none=True)
     values = completion_logprobs(policy, pack(EXAMPLES, policy.device)).values
     values.sum().backward()
@@ -100,7 +101,7 @@ def test_loras_dropout_is_random_in_training_mode_alone(load):
 
 
 def values_without_graph(policy: Policy, seed: int) -> Tensor:
-    torch.manual_seed(seed)
+    policy.seed_dropout(seed, 0)
     return completion_logprobs(policy, pack(EXAMPLES, policy.device)).values
 
 

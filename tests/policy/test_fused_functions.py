@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from qpref.dropout import Draws, TokenDropout, drawing
 from qpref.policy.gated_mlp import _GatedMLP, _Layers
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.lora import project, projections_of
@@ -65,36 +66,29 @@ def test_a_norms_values_are_the_formulas(formula):
 @pytest.mark.parametrize(("dropout", "biased"), [(0.0, True), (0.4, False)])
 def test_an_mlps_gradients_are_those_of_finite_differences(activation, dropout, biased):
     bases = linear(WIDTH, INNER, 1, biased), linear(WIDTH, INNER, 2, biased), linear(INNER, WIDTH, 3, biased)
+    of_inner, of_outer = (
+        TokenDropout(dropout, name, width) if dropout else None for name, width in (("inner", WIDTH), ("outer", INNER))
+    )
     layers = _Layers(
-        Projections(bases[:2], (2, 3), (0.7, 1.1), dropout),
-        Projections(bases[2:], (2,), (0.9,), dropout),
+        Projections(bases[:2], (2, 3), (0.7, 1.1), of_inner),
+        Projections(bases[2:], (2,), (0.9,), of_outer),
         ACT2FN[activation],
     )
     shapes = (2, WIDTH), (INNER, 2), (3, WIDTH), (INNER, 3), (2, INNER), (WIDTH, 2)
     adapters = [random(*shape, seed=10 + index).requires_grad_() for index, shape in enumerate(shapes)]
 
     def under_one_mask(x: Tensor, *adapters: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return _GatedMLP.apply(x, layers, None, *adapters)
+        with drawing(draws_for(x)):
+            return _GatedMLP.apply(x, layers, None, *adapters)
 
     assert torch.autograd.gradcheck(
         under_one_mask, (random(2, ROWS, WIDTH).requires_grad_(), *adapters), fast_mode=True
     )
 
 
-def test_masks_of_an_mlp_are_drawn_for_each_input():
-    """gate and up see one mask, down another one; together they drop their share."""
-    torch.manual_seed(0)
-    projections = Projections((), (), (), 0.3)
-    seeds = [projections.draw_seed() for _ in range(2)]
-    x = torch.ones(2000, 50)
-    masks = [projections._dropped(x, seed) for seed in seeds]
-    assert torch.equal(projections._dropped(x, seeds[0]), masks[0])
-    for mask in masks:
-        assert {round(value, 5) for value in mask.unique().tolist()} == {0.0, round(1 / 0.7, 5)}
-        assert abs(float((mask == 0).double().mean()) - 0.3) <= 5 * (0.21 / x.numel()) ** 0.5
-    both = float(((masks[0] == 0) & (masks[1] == 0)).double().mean())
-    assert both == pytest.approx(0.09, abs=0.005)  # independent
+def draws_for(x: Tensor) -> Draws:
+    """Of rows that are all different tokens."""
+    return Draws.of(lambda: torch.arange(x.shape[:-1].numel()).view(x.shape[:-1]), 0)
 
 
 def test_rotated_gradients_are_those_of_finite_differences():
@@ -193,7 +187,7 @@ def test_a_layer_keeps_what_is_counted(dropout, make_family):
     states = torch.randn(1, num_tokens, hidden).bfloat16().requires_grad_()
 
     def mlp() -> Tensor:
-        with policy.autocast():
+        with policy.autocast(), drawing(draws_for(states)):
             return layer.mlp(layer.post_attention_layernorm(states))
 
     numbers = num_tokens * (2 * inner + 3 * rank)
@@ -229,7 +223,7 @@ def alive_tensors() -> list[Tensor]:
 
 def test_a_recomputed_layer_with_dropout_draws_its_masks_again():
     layer = linear(WIDTH, INNER, 1)
-    projections = Projections((layer,), (2,), (1.0,), 0.5)
+    projections = Projections((layer,), (2,), (1.0,), TokenDropout(0.5, "layer", WIDTH))
     adapters = [random(2, WIDTH, seed=3).requires_grad_(), random(INNER, 2, seed=4).requires_grad_()]
     module, found = norm(), []
 
@@ -238,8 +232,8 @@ def test_a_recomputed_layer_with_dropout_draws_its_masks_again():
 
     for run in (work, lambda states: checkpoint(work, states, use_reentrant=False)):
         states = random(ROWS, WIDTH).requires_grad_()
-        torch.manual_seed(0)
-        found.append(torch.autograd.grad(run(states).square().sum(), [states, *adapters]))
+        with drawing(draws_for(states)):
+            found.append(torch.autograd.grad(run(states).square().sum(), [states, *adapters]))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qpref.dropout import Draws, TokenDropout, drawing, step_key
 from qpref.policy.load import load_policy
 from qpref.policy.lora import CUSTOM_MODULES, FusedLinear, FusedLinear4bit, Projected, decoding, projections_of
 from qpref.policy.policy import Policy
@@ -185,14 +186,28 @@ def test_gradients_are_those_of_finite_differences(shape, dropout):
     x = INPUTS[shape]()[..., :3, :].double().requires_grad_()
     a, b = (torch.randn(*size, generator=generator).double().requires_grad_() for size in ((2, IN), (OUT, 2)))
 
+    projections = Projections((layer,), (2,), (0.7,), TokenDropout(dropout, "layer", IN) if dropout else None)
+
     def under_one_mask(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return Projected.apply(x, Projections((layer,), (2,), (0.7,), dropout), None, a, b)[0]
+        with drawing(draws_for(x)):
+            return Projected.apply(x, projections, None, a, b)[0]
 
     assert torch.autograd.gradcheck(under_one_mask, (x, a, b), fast_mode=True)
 
 
 # Dropout.
+
+
+def draws_for(x: Tensor, seed: int = 0) -> Draws:
+    """Of rows that are all different tokens."""
+    return Draws.of(lambda: torch.arange(x.shape[:-1].numel()).view(x.shape[:-1]), step_key(seed, 0))
+
+
+def dropping(model: Any) -> Any:
+    """The model in training mode, with the dropout that qpref gives an adapter."""
+    layer = model.base_model.model.layer
+    layer.lora_dropout["default"] = TokenDropout(layer.lora_dropout["default"].p, "layer", layer.in_features)
+    return model.train()
 
 
 def transparent(dropout: float) -> Any:
@@ -204,14 +219,14 @@ def transparent(dropout: float) -> Any:
     model = get_peft_model(Net(dense), config)
     for parameter in weights(model):
         parameter.data = torch.eye(IN)
-    return model.train()
+    return dropping(model)
 
 
 def test_dropout_drops_its_share_and_scales_what_it_keeps():
-    torch.manual_seed(0)
     rows, share = 2000, 0.3
     x = torch.ones(rows, IN, requires_grad=True)
-    y = transparent(share)(x)
+    with drawing(draws_for(x)):
+        y = transparent(share)(x)
     assert {round(value, 5) for value in y.unique().tolist()} == {0.0, round(2 / (1 - share), 5)}
     dropped = (y == 0).double()
     deviation = (share * (1 - share) / rows) ** 0.5
@@ -224,37 +239,48 @@ def test_dropout_drops_its_share_and_scales_what_it_keeps():
 
 def test_the_base_is_not_dropped():
     layer, x = base_layer("dense", torch.float32), INPUTS["batch"]()
-    model = adapted(layer, True, lora_dropout=0.9).train()
+    model = dropping(adapted(layer, True, lora_dropout=0.9))
     weights(model)[1].data.zero_()
-    assert torch.equal(model(x), layer(x))
+    with drawing(draws_for(x)):
+        assert torch.equal(model(x), layer(x))
 
 
-def test_each_pass_draws_its_own_mask_from_torchs_generator():
-    model, x = transparent(0.5), torch.ones(8, IN)
-    torch.manual_seed(7)
-    first, second = model(x), model(x)
-    torch.manual_seed(7)
-    assert torch.equal(model(x), first)
-    assert not torch.equal(first, second)
+def test_a_pass_has_the_mask_of_its_tokens_and_step_and_leaves_torchs_generator_alone():
+    model, x, found = transparent(0.5), torch.ones(8, IN), []
+    state = torch.get_rng_state()
+    for seed in (0, 1, 0):
+        with drawing(draws_for(x, seed)):
+            found.append(model(x))
+    first, other, repeated = found
+    assert torch.equal(repeated, first)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_layer_in_eval_mode_drops_nothing():
     layer, x = base_layer("dense", torch.float32), INPUTS["batch"]()
-    with_dropout, without = adapted(layer, True, lora_dropout=0.5).eval(), adapted(layer, True)
-    state = torch.get_rng_state()
+    with_dropout, without = dropping(adapted(layer, True, lora_dropout=0.5)).eval(), adapted(layer, True)
     assert torch.equal(with_dropout(x), without(x))
-    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pefts_own_dropout_is_pefts_pass(monkeypatch):
+    """A fused one would compute the layer without it."""
+    calls = fused_calls(monkeypatch)
+    layer, x = base_layer("dense", torch.float32), INPUTS["batch"]()
+    model, without = adapted(layer, True, lora_dropout=0.5).train(), adapted(layer, True)
+    assert not torch.allclose(model(x), without(x), atol=1e-3)
+    assert len(calls) == 1  # of the layer without dropout
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_a_recomputed_layer_has_the_same_gradients(kind):
-    model, x = adapted(base_layer(kind, torch.float32), True, lora_dropout=0.5).train(), INPUTS["batch"]()
+    model, x = dropping(adapted(base_layer(kind, torch.float32), True, lora_dropout=0.5)), INPUTS["batch"]()
     found = []
     for run in (model, partial(checkpoint, model, use_reentrant=False)):
         model.zero_grad(set_to_none=True)
-        torch.manual_seed(8)
         leaf = x.clone().requires_grad_()
-        run(leaf).square().sum().backward()
+        with drawing(draws_for(x)):
+            run(leaf).square().sum().backward()
         found.append([leaf.grad, *(value.grad for value in weights(model))])
     assert [torch.equal(*pair) for pair in zip(*found, strict=True)] == [True] * 3
 
@@ -290,9 +316,12 @@ ROWS = 512
 def test_the_input_one_low_rank_matrix_and_the_16_bit_adapter_are_all_that_is_kept(kind, dropout):
     layer = base_layer(kind, torch.bfloat16)
     x = torch.randn(ROWS, IN).requires_grad_()
-    ours, theirs = (
-        kept_bytes(adapted(layer, fused, lora_dropout=dropout).train(), x, autocast=True) for fused in (True, False)
-    )
+    models = [adapted(layer, fused, lora_dropout=dropout).train() for fused in (True, False)]
+    with drawing(draws_for(x)):
+        ours, theirs = (
+            kept_bytes(dropping(model) if fused and dropout else model, x, autocast=True)
+            for fused, model in zip((True, False), models, strict=True)
+        )
     assert ours == 2 * (ROWS * (IN + RANK) + RANK * (IN + OUT))
     assert (ours < theirs) if dropout else (ours <= theirs)
 

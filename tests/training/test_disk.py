@@ -229,10 +229,10 @@ def test_a_refused_last_save_leaves_the_adapter(make_toy, unbroken, tmp_path, sa
 def test_a_stopped_run_that_cannot_be_saved_says_so_at_once(make_toy, unbroken, tmp_path, monkeypatch):
     real = optim.seed_step
 
-    def seed_step(seed: int, step: int, *parts: int) -> None:
+    def seed_step(seed: int, step: int) -> None:
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        real(seed, step, *parts)
+        real(seed, step)
 
     monkeypatch.setattr(optim, "seed_step", seed_step)
     with refusing(2), pytest.raises(DiskError, match=r"^step 2 is not saved: .* needs .* free"):

@@ -28,7 +28,7 @@ from qpref.training.prepare import prepare
 SAVE_EVERY = 2
 NUM_ROWS = 12 + 4 + 2
 """Of the data files: training rows, held-out rows, and one that is refused and one that is dropped."""
-SIGNALS_PER_RUN, KILLS_PER_RUN = 4, 8
+NUM_SIGNALS, SIGNALS_PER_RUN, KILLS_PER_RUN = 60, 4, 8
 STARTS = 20
 PATIENCE = 120
 """Seconds to wait for processes, on a busy machine."""
@@ -143,12 +143,9 @@ def test_a_run_killed_at_any_moments_ends_as_if_it_never_stopped(forks, unbroken
         check_finished(folder, unbroken, tally)
 
 
-@pytest.mark.parametrize("num_signals", [60, pytest.param(600, marks=pytest.mark.soak)])
-def test_a_run_stopped_by_signals_at_any_moments_ends_as_if_it_never_stopped(
-    forks, unbroken, tmp_path, tally, num_signals
-):
-    moments = random.Random(num_signals)
-    while tally["signals"] < num_signals:
+def test_a_run_stopped_by_signals_at_any_moments_ends_as_if_it_never_stopped(forks, unbroken, tmp_path, tally):
+    moments = random.Random(NUM_SIGNALS)
+    while tally["signals"] < NUM_SIGNALS:
         folder = tmp_path / f"run-{tally['runs']}"
         for _ in range(SIGNALS_PER_RUN):
             number = SIGNALS[tally["signals"] % 3]
@@ -167,7 +164,7 @@ def test_a_run_stopped_by_signals_at_any_moments_ends_as_if_it_never_stopped(
                 assert newest_step(folder) <= seen + 2  # the step under way, and one whose row wasn't written yet
         assert forks.finish(folder) == 0
         check_finished(folder, unbroken, tally)
-    assert tally["signals that saved and stopped a run"] >= num_signals // 4
+    assert tally["signals that saved and stopped a run"] >= NUM_SIGNALS // 4
 
 
 @pytest.mark.parametrize("num_interrupts", [6, pytest.param(60, marks=pytest.mark.soak)])

@@ -179,15 +179,6 @@ def test_both_passes_over_a_micro_batch_are_the_same(make_trainer, monkeypatch, 
         assert torch.equal(first.values.detach(), second.values.detach())
 
 
-def test_dropout_differs_between_the_micro_batches_of_a_step():
-    def draw(microbatch: int) -> list[float]:
-        optim.seed_step(0, 3, microbatch)
-        return torch.rand(4).tolist()
-
-    assert draw(0) == draw(0)
-    assert len({tuple(draw(place)) for place in range(4)}) == 4
-
-
 # Single completions.
 
 

@@ -483,10 +483,10 @@ def die_after_save(step: int, patch: pytest.MonkeyPatch) -> None:
 def die_before_step(step: int, patch: pytest.MonkeyPatch) -> None:
     real = optim.seed_step
 
-    def seed_step(seed: int, current: int, microbatch: int = 0) -> None:
+    def seed_step(seed: int, current: int) -> None:
         if current == step - 1:
             raise Killed
-        real(seed, current, microbatch)
+        real(seed, current)
 
     patch.setattr(optim, "seed_step", seed_step)
 

@@ -247,9 +247,9 @@ def test_third_non_finite_step_in_a_row_stops_the_run_across_a_resume(make_toy, 
     # Every step from the third on is spoilt; the run dies after the fourth and has one more before it gives up.
     begun, real_seed, real_loss = [], optim.seed_step, objective.LossCaller.__call__
 
-    def seed_step(seed: int, step: int, microbatch: int = 0) -> None:
+    def seed_step(seed: int, step: int) -> None:
         begun.append(step)
-        real_seed(seed, step, microbatch)
+        real_seed(seed, step)
 
     def spoilt(loss: Any, inputs: Any) -> LossOutput:
         output = real_loss(loss, inputs)
