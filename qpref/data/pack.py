@@ -40,7 +40,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
     groups: list[Group] = []
     group_of = [0] * len(examples)
     score_at: list[list[int]] = [[] for _ in examples]
-    for number, members in enumerate(_by_prompt(examples)):
+    for number, members in enumerate(by_prompt(examples)):
         prompt = examples[members[0]].prompt
         start, fed = len(ids), []
         ids.extend(prompt)
@@ -75,7 +75,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
     )
 
 
-def _by_prompt(examples: Sequence[TokenizedExample]) -> Iterable[list[int]]:
+def by_prompt(examples: Sequence[TokenizedExample]) -> Iterable[list[int]]:
     """Collect the indices of the examples of each distinct prompt, in the order of their first."""
     members: dict[bytes, list[int]] = {}
     for index, example in enumerate(examples):
@@ -86,7 +86,7 @@ def _by_prompt(examples: Sequence[TokenizedExample]) -> Iterable[list[int]]:
 def longest_first(examples: Sequence[TokenizedExample], shared: bool = True) -> list[int]:
     """Order examples from the longest to the shortest, but keep those with the same prompt together: they share it."""
     costs = [num_fed_tokens(example, shared) for example in examples]
-    together = _by_prompt(examples) if shared else [[index] for index in range(len(examples))]
+    together = by_prompt(examples) if shared else [[index] for index in range(len(examples))]
     ordered = [sorted(members, key=lambda index: -costs[index]) for members in together]
     ordered.sort(key=lambda members: -costs[members[0]])
     return [index for members in ordered for index in members]
@@ -100,14 +100,19 @@ def split_by_tokens(
     An example over the budget gets a micro-batch of its own. The result depends only on the examples, their order and
     the budget.
     """
-    bins: list[tuple[int, list[TokenizedExample]]] = []
+    return [[examples[index] for index in members] for members in split_indices(examples, budget, shared)]
+
+
+def split_indices(examples: Sequence[TokenizedExample], budget: int, shared: bool = True) -> list[list[int]]:
+    """Return the same micro-batches as `split_by_tokens`, by index."""
+    bins: list[tuple[int, list[int]]] = []
     for index in longest_first(examples, shared):
         cost = num_fed_tokens(examples[index], shared)
         for number, (used, members) in enumerate(bins):
             if used + cost <= budget:
-                members.append(examples[index])
+                members.append(index)
                 bins[number] = (used + cost, members)
                 break
         else:
-            bins.append((cost, [examples[index]]))
+            bins.append((cost, [index]))
     return [members for _, members in bins]

@@ -7,12 +7,15 @@ When memory runs out: halve the micro-batch; once it is a single example, recomp
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from qpref.attention.register import BLOCKS, KERNELS
-from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
+from qpref.data.pack import num_fed_tokens, pack, split_by_tokens, split_indices
 from qpref.errors import DeviceMemoryError
 from qpref.memory.demand import Demand, Workload
 from qpref.memory.fit import Fit, fit_memory
@@ -28,6 +31,10 @@ from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 
 log = logging.getLogger("qpref")
+
+T = TypeVar("T")
+Parts = Sequence[Sequence[int]]
+"""Micro-batches, by the indices of their examples."""
 
 
 def choose_sizes(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[TokenizedExample], limit: int) -> int:
@@ -124,6 +131,43 @@ def _within(longest: Sequence[TokenizedExample], budget: int, shared: bool) -> l
             break
         members.append(example)
     return members
+
+
+def in_microbatches(
+    policy: Policy, examples: Sequence[TokenizedExample], share: Sequence[int], budget: int, work: Callable[[Parts], T]
+) -> tuple[T, int]:
+    """Do work on some of the examples in micro-batches of `budget` tokens, or of fewer once memory runs out.
+
+    A try that failed leaves no gradient behind, neither for the next one nor beside an error.
+
+    Args:
+        share: indices of these examples.
+        work: takes the micro-batches.
+
+    Returns:
+        The work's result, and the tokens per micro-batch that the memory sufficed for.
+
+    Raises:
+        DeviceMemoryError: one example is too large for the memory.
+    """
+    own = [examples[index] for index in share]
+
+    def tried() -> T:
+        _clear_gradients(policy)
+        return work(parts)
+
+    while True:
+        parts = [[share[index] for index in part] for part in split_indices(own, budget, policy.shares_prompts)]
+        result = attempt(tried)
+        if result is not None:
+            return result, budget
+        _clear_gradients(policy)
+        budget = shrink_microbatch(policy, own, budget)
+
+
+def _clear_gradients(policy: Policy) -> None:
+    if torch.is_grad_enabled():
+        policy.model.zero_grad(set_to_none=True)
 
 
 def shrink_microbatch(policy: Policy, examples: Sequence[TokenizedExample], budget: int) -> int:

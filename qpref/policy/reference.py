@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qpref.distributed.world import World
 from qpref.policy.adapter import REFERENCE, TRAINED
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.partners import logprobs_with_partners
@@ -118,6 +120,31 @@ class ReferenceStore:
         self.rows |= new
         if self.cache is not None:
             self.cache.add(new)
+
+    def missing(self, examples: Iterable[TokenizedExample]) -> list[bytes]:
+        """List the keys of the examples' rows that the store lacks, each once.
+
+        All processes of a run have the same rows between two calls of `share`, and so the same list.
+        """
+        keys = dict.fromkeys(key for example in examples for key in row_keys(example))
+        return [key for key in keys if key not in self.rows]
+
+    def share(self, world: World, missing: Sequence[bytes]) -> None:
+        """Give all processes the rows that only some of them have got since `missing` listed their keys.
+
+        Bytes in base64 between the hosts, which have the rows.
+        """
+        if not missing:
+            return
+        own = {
+            number: base64.b64encode(self.rows[key].numpy().tobytes()).decode()
+            for number, key in enumerate(missing)
+            if key in self.rows
+        }
+        for others in world.exchange(own):
+            for number, encoded in others.items():
+                values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.float32)
+                self.rows.setdefault(missing[int(number)], values)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flatten the rows into three tensors for a checkpoint, sorted by key."""

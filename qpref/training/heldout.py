@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qpref.data.pack import split_by_tokens
-from qpref.memory.tune import shrink_microbatch
+from qpref.data.deal import deal
+from qpref.distributed.world import ALONE, World
+from qpref.memory.tune import Parts, in_microbatches, shrink_microbatch
 from qpref.policy.out_of_memory import attempt
 from qpref.policy.reference import frozen
 from qpref.records import Source, TokenizedExample
-from qpref.training.inputs import example_metrics, joined_inputs
+from qpref.training.inputs import example_metrics
 from qpref.training.metrics import Averages
-from qpref.training.scoring import Scorer
+from qpref.training.scoring import Scorer, Scores
+from qpref.training.whole_batch import Rows, Values, WholeBatch, values_of
 
 WINDOW = 256
 """Held-out examples that are packed together; bounds the packing's quadratic search."""
 
 
-def heldout_means(scorer: Scorer, examples: Sequence[TokenizedExample], budget: int) -> tuple[dict[str, float], int]:
+def heldout_means(
+    scorer: Scorer, examples: Sequence[TokenizedExample], budget: int, world: World = ALONE
+) -> tuple[dict[str, float], int]:
     """Score held-out examples without dropout and gradient, each window as one batch of the losses.
 
     Args:
         budget: tokens per micro-batch to begin with.
+        world: the run's processes, which score as many windows at once as there are processes; each of them computes
+            the metrics of all.
 
     Returns:
         Means by metric, and the tokens per micro-batch that the memory sufficed for.
@@ -32,38 +39,60 @@ def heldout_means(scorer: Scorer, examples: Sequence[TokenizedExample], budget: 
     Raises:
         DeviceMemoryError: one example is too large for the memory.
     """
-    averages = Averages()
+    averages, cuts = Averages(), windows(examples)
     with frozen(scorer.policy):
-        for window in windows(examples):
-            while (metrics := _try_metrics(scorer, window, budget)) is None:
-                budget = shrink_microbatch(scorer.policy, window, budget)
-            averages.add(metrics)
+        for first in range(0, len(cuts), world.size):
+            chosen = cuts[first : first + world.size]
+            budget = _add_windows(averages, scorer, world, examples, chosen, budget)
     return with_margin(averages.means()), budget
 
 
-def _try_metrics(scorer: Scorer, window: Sequence[TokenizedExample], budget: int) -> dict[str, Tensor] | None:
-    """Compute [N] metrics of a window; None if memory runs out."""
-    parts = split_by_tokens(window, budget, scorer.policy.shares_prompts)
-    return attempt(lambda: _metrics(scorer, parts))
+def _add_windows(
+    averages: Averages, scorer: Scorer, world: World, examples: Sequence[TokenizedExample], cuts: Sequence[range],
+    budget: int,
+) -> int:  # fmt: skip
+    """Score adjacent windows and add their metrics; returns the tokens per micro-batch that the memory sufficed for."""
+    start, policy = cuts[0].start, scorer.policy
+    members = examples[start : cuts[-1].stop]
+    inside = [range(cut.start - start, cut.stop - start) for cut in cuts]
+    whole = WholeBatch.of(scorer, members, inside)
+
+    def score(parts: Parts) -> tuple[Parts, list[Values]]:
+        return parts, [_values(scorer, [members[index] for index in part]) for part in parts]
+
+    with scorer.sharing_references(world, members):
+        share = deal(members, world.size, policy.shares_prompts)[world.rank]
+        (parts, values), budget = in_microbatches(policy, members, share, budget, score)
+        collected = whole.collect(world, policy, parts, values)
+    for window in inside:
+        rows, scores = whole.window(collected, window)
+        while (metrics := attempt(partial(_metrics, scorer, rows, scores))) is None:
+            budget = shrink_microbatch(policy, members, budget)
+        averages.add(metrics)
+    return budget
 
 
-def _metrics(scorer: Scorer, parts: Sequence[Sequence[TokenizedExample]]) -> dict[str, Tensor]:
-    objective = scorer.objective
-    inputs = joined_inputs([scorer.inputs(members)[1] for members in parts])
+def _values(scorer: Scorer, examples: Sequence[TokenizedExample]) -> Values:
+    return values_of(scorer.scores(examples, scorer.pack(examples)))
+
+
+def _metrics(scorer: Scorer, rows: Rows, scores: Scores) -> dict[str, Tensor]:
+    """Compute [N] metrics of a window."""
+    objective, inputs = scorer.objective, scorer.lay_out(rows, scores)
     metrics = example_metrics(inputs, objective(inputs))
-    singles = None if objective.is_paired else [example for members in parts for example in members]
-    return with_accuracies(metrics, singles)
+    return with_accuracies(metrics, None if objective.is_paired else rows.examples)
 
 
-def windows(examples: Sequence[TokenizedExample]) -> Iterator[Sequence[TokenizedExample]]:
+def windows(examples: Sequence[TokenizedExample]) -> list[range]:
     """Cut held-out examples into windows that are packed together; completions of one row stay in one window."""
-    start = 0
+    cuts, start = [], 0
     while start < len(examples):
         stop = min(start + WINDOW, len(examples))
         while stop < len(examples) and examples[stop].source == examples[stop - 1].source:
             stop += 1
-        yield examples[start:stop]
+        cuts.append(range(start, stop))
         start = stop
+    return cuts
 
 
 def with_accuracies(metrics: Mapping[str, Tensor], singles: Sequence[TokenizedExample] | None) -> dict[str, Tensor]:

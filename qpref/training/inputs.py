@@ -1,22 +1,33 @@
-"""A loss's inputs from the scores of one or several micro-batches, and the metrics that the core adds to its own."""
+"""A loss's inputs from scores, and the metrics that the core adds to its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qpref.policy.logprobs import pair_logprobs
-from qpref.records import LossOutput, PackedBatch, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+from qpref.records import LossOutput, PairedInputs, TokenizedExample, TokenLogProbs, UnpairedInputs
 from qpref.staging import to_device
 
 Inputs = PairedInputs | UnpairedInputs
 
 
+class Labelled(Protocol):
+    """Examples and what a loss has to know of them beside their scores: a micro-batch, or rows of a whole step."""
+
+    @property
+    def examples(self) -> tuple[TokenizedExample, ...]: ...
+
+    @property
+    def margin(self) -> Tensor: ...
+
+
 def paired_inputs(
-    batch: PackedBatch, scores: TokenLogProbs, reference: TokenLogProbs | None, prompts: bool
+    batch: Labelled, scores: TokenLogProbs, reference: TokenLogProbs | None, prompts: bool
 ) -> PairedInputs:
     """Lay out the inputs of a paired loss.
 
@@ -40,7 +51,7 @@ class Mismatched:
 
 
 def unpaired_inputs(
-    batch: PackedBatch,
+    batch: Labelled,
     scores: TokenLogProbs,
     reference: TokenLogProbs | None,
     class_counts: tuple[int, int],
@@ -67,58 +78,6 @@ def unpaired_inputs(
 
 def _detached(scores: TokenLogProbs) -> TokenLogProbs:
     return TokenLogProbs(values=scores.values.detach(), lengths=scores.lengths, log_sum_squares=scores.log_sum_squares)
-
-
-def joined_mismatched(parts: Sequence[Mismatched]) -> Mismatched:
-    """Join the mismatched completions of several micro-batches."""
-    return Mismatched(
-        policy=_joined([part.policy for part in parts]),
-        reference=_joined_or_none([part.reference for part in parts]),
-    )
-
-
-def joined_inputs(parts: Sequence[Inputs]) -> Inputs:
-    """Join the inputs of several micro-batches into those of one batch."""
-    first = parts[0]
-    if isinstance(first, PairedInputs):
-        pairs = [part for part in parts if isinstance(part, PairedInputs)]
-        references = [part.reference for part in pairs if part.reference is not None]
-        return PairedInputs(
-            policy=_joined_pairs([part.policy for part in pairs]),
-            reference=_joined_pairs(references) if references else None,
-            margin=torch.cat([part.margin for part in pairs]),
-        )
-    singles = [part for part in parts if isinstance(part, UnpairedInputs)]
-    return UnpairedInputs(
-        policy=_joined([part.policy for part in singles]),
-        reference=_joined_or_none([part.reference for part in singles]),
-        mismatched_policy=_joined_or_none([part.mismatched_policy for part in singles]),
-        mismatched_reference=_joined_or_none([part.mismatched_reference for part in singles]),
-        desirable=torch.cat([part.desirable for part in singles]),
-        class_counts=first.class_counts,
-    )
-
-
-def _joined_pairs(parts: Sequence[PairLogProbs]) -> PairLogProbs:
-    return PairLogProbs(
-        chosen=_joined([part.chosen for part in parts]),
-        rejected=_joined([part.rejected for part in parts]),
-        prompt=_joined_or_none([part.prompt for part in parts]),
-    )
-
-
-def _joined_or_none(parts: Sequence[TokenLogProbs | None]) -> TokenLogProbs | None:
-    present = [part for part in parts if part is not None]
-    return _joined(present) if present else None
-
-
-def _joined(parts: Sequence[TokenLogProbs]) -> TokenLogProbs:
-    squares = [part.log_sum_squares for part in parts if part.log_sum_squares is not None]
-    return TokenLogProbs(
-        values=torch.cat([part.values for part in parts]),
-        lengths=tuple(length for part in parts for length in part.lengths),
-        log_sum_squares=torch.cat(squares) if squares else None,
-    )
 
 
 def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:

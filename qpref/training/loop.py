@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.data.deal import deal
 from qpref.data.order import step_order, steps_per_epoch, total_steps
 from qpref.data.pack import num_fed_tokens
 from qpref.distributed.world import ALONE, World
@@ -39,7 +40,7 @@ class Trainer:
     """The loop over optimizer steps: when to step, log, evaluate, save and stop.
 
     Attributes:
-        world: the processes of the run, which take each step together.
+        world: the processes of the run, which have the same examples and weights and take each step together.
         train: the recipe's [train].
         objective: the losses, with the options of the step computed last.
         references: reference scores; None for a loss without a reference.
@@ -109,6 +110,7 @@ class Trainer:
             stopping = self.should_stop() and not self._is_finished()
             if stopping or is_best or self._is_due(self.train.save_every):
                 self.policy.verify_base()
+                state.averages.settle(self.world)
                 self.save()
             if stopping:
                 return False
@@ -163,7 +165,13 @@ class Trainer:
         """
         state = self.state
         self.objective = self.objective.at(progress(state.step, self.total_steps))
-        step = Step(scorer=self.scorer, scaler=self.scaler, examples=examples)
+        step = Step(
+            scorer=self.scorer,
+            scaler=self.scaler,
+            examples=examples,
+            share=deal(examples, self.world.size, self.policy.shares_prompts)[self.world.rank],
+            world=self.world,
+        )
         result = compute_gradient(step, state.budget)
         state.budget = result.budget
         state.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
@@ -192,6 +200,7 @@ class Trainer:
 
     def _record_training(self, values: dict[str, float]) -> None:
         """Write a training row: means since the last one, and the last step's own values."""
+        self.state.averages.settle(self.world)
         means = heldout.with_margin(self.state.averages.means())
         self.state.averages.clear()
         self.recorder.write(self.state.row("train", means | values))
@@ -211,7 +220,8 @@ class Trainer:
 
         Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
-        means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget)
+        means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget, self.world)
+        means = self.world.share(means)  # to the bit, since the best step and patience depend on them
         return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 
 

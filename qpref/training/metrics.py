@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qpref import fsio, opening
+from qpref.distributed.world import ALONE, World
 from qpref.errors import DiskError
 from qpref.hooks.border import described
 from qpref.hooks.types import SinkContext, SinkWriter
@@ -48,15 +49,25 @@ class Averages:
         totals = torch.stack([torch.where(known, stacked, 0).sum(1), known.sum(1)])
         self._pending.append((list(values), totals))
 
-    def settle(self) -> None:
-        """Copy the added totals to the host at once."""
-        if self._pending:
-            joined = torch.cat([totals for _, totals in self._pending], dim=1).tolist()
-            names = [name for part, _ in self._pending for name in part]
-            for name, total, count in zip(names, *joined, strict=True):
+    def settle(self, world: World = ALONE) -> None:
+        """Copy the added totals to the host at once, and add those of all processes, in the order of ranks.
+
+        Args:
+            world: the run's processes, each of which settles its own totals; this process alone by default.
+        """
+        for totals in world.exchange(self._take_pending()):
+            for name, total, count in totals:
                 self.sums[name] = self.sums.get(name, 0.0) + total
                 self.counts[name] = self.counts.get(name, 0.0) + count
-            self._pending.clear()
+
+    def _take_pending(self) -> list[tuple[str, float, float]]:
+        """Return name, sum and count of what has been added since the last call."""
+        if not self._pending:
+            return []
+        joined = torch.cat([totals for _, totals in self._pending], dim=1).tolist()
+        names = [name for part, _ in self._pending for name in part]
+        self._pending.clear()
+        return list(zip(names, *joined, strict=True))
 
     def means(self) -> dict[str, float]:
         self.settle()

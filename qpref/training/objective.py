@@ -20,7 +20,7 @@ from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
 from qpref.recipe.choices import Choice, LossChoice, joint_needs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
-from qpref.training.inputs import Inputs, Mismatched, paired_inputs, tensors_of, unpaired_inputs
+from qpref.training.inputs import Inputs, Labelled, Mismatched, paired_inputs, tensors_of, unpaired_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ class Objective:
 
     def inputs(
         self,
-        batch: PackedBatch,
+        batch: Labelled,
         scores: TokenLogProbs,
         reference: TokenLogProbs | None,
         mismatched: Mismatched | None = None,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from qpref.data.mismatch import only_partner, without_partner
 from qpref.data.pack import pack
+from qpref.distributed.world import World
+from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.records import PackedBatch, TokenizedExample, TokenLogProbs
-from qpref.training.inputs import Inputs, Mismatched
+from qpref.training.inputs import Inputs, Labelled, Mismatched
 from qpref.training.objective import Objective
 
 
@@ -57,7 +60,7 @@ class Scorer:
         own, others = logprobs_with_partners(self.policy, batch, partners, squares=squares)
         return Scores(own, reference, Mismatched(others, other_reference))
 
-    def lay_out(self, batch: PackedBatch, scores: Scores) -> Inputs:
+    def lay_out(self, batch: Labelled, scores: Scores) -> Inputs:
         """Lay out a batch's scores as the losses' inputs."""
         return self.objective.inputs(batch, scores.policy, scores.reference, scores.mismatched)
 
@@ -78,7 +81,23 @@ class Scorer:
         """Score the examples' mismatched partners alone, without a graph."""
         batch = pack([only_partner(example) for example in examples], self.policy.device)
         with torch.no_grad():
-            return Mismatched(self.policy_scores(batch), self.reference(batch))
+            return Mismatched(completion_logprobs(self.policy, batch), self.reference(batch))
+
+    def without_partners(self, examples: Sequence[TokenizedExample]) -> tuple[PackedBatch, Scores]:
+        """Pack and score a micro-batch without its mismatched partners, whose scores are known."""
+        batch = self.pack(examples)
+        reference = self.reference(batch)
+        return batch, Scores(self.policy_scores(batch), reference, None)
+
+    @contextmanager
+    def sharing_references(self, world: World, examples: Sequence[TokenizedExample]) -> Iterator[None]:
+        """Give all processes the reference scores of the examples that only some of them compute inside."""
+        if self.references is None or world.size == 1:
+            yield
+            return
+        missing = self.references.missing(examples)
+        yield
+        self.references.share(world, missing)
 
     def _references_with_partners(
         self, batch: PackedBatch, partners: PackedBatch

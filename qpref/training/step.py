@@ -1,24 +1,30 @@
-"""The gradient of one optimizer step, accumulated over micro-batches.
+"""The gradient of one optimizer step, accumulated over micro-batches and over the processes of a run.
 
-A step that runs out of memory is repeated in smaller micro-batches: the same examples, the same divisor.
+Every process knows all examples of the step, and computes those that it is dealt. What runs out of memory is repeated
+there in smaller micro-batches: the same examples, the same divisor. Between processes there is one message for the
+gradients, and before it one for the scores where a loss sees the whole step; no process waits for another within.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from qpref.data.pack import split_by_tokens
+from qpref.distributed.world import World
 from qpref.errors import DeviceMemoryError
-from qpref.memory.tune import shrink_microbatch
-from qpref.policy.out_of_memory import attempt, fits, out_of_memory_as
-from qpref.records import TokenizedExample
-from qpref.training.inputs import Inputs, example_metrics, joined_inputs, joined_mismatched
-from qpref.training.scoring import Scorer
+from qpref.memory.tune import Parts, in_microbatches
+from qpref.policy.out_of_memory import fits, out_of_memory_as
+from qpref.records import PackedBatch, TokenizedExample
+from qpref.training.gradient_sum import sum_gradients
+from qpref.training.inputs import Inputs, example_metrics
+from qpref.training.scoring import Scorer, Scores
+from qpref.training.whole_batch import Values, WholeBatch, mismatched_values, values_of
+
+T = TypeVar("T")
 
 NO_MEMORY_FOR_STATE = (
     "the device ran out of memory for the optimizer's state",
@@ -33,11 +39,19 @@ class Step:
 
     Attributes:
         scaler: fp16's loss scaling; passes everything through in other dtypes.
+        examples: of the whole step, the same in every process.
+        share: indices of those that this process computes.
+        world: the run's processes.
     """
 
     scorer: Scorer
     scaler: torch.amp.GradScaler
     examples: Sequence[TokenizedExample]
+    share: Sequence[int]
+    world: World
+
+    def members(self, indices: Sequence[int]) -> list[TokenizedExample]:
+        return [self.examples[index] for index in indices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,31 +72,41 @@ class StepResult:
     """Outcome of a step's backward passes; the gradient itself is in the parameters.
 
     Attributes:
-        parts: of each micro-batch; one for a loss that sees the whole step.
-        budget: tokens per micro-batch that the memory sufficed for.
+        parts: of each micro-batch of this process. A loss that sees the whole step has one, and its metrics only in the
+            first process.
+        budget: tokens per micro-batch that this process's memory sufficed for.
+        nonfinite: [losses] bool: which of them made a value that isn't finite of log-probabilities that are, in any
+            process.
     """
 
     parts: list[MicroBatchResult]
     budget: int
-
-    @property
-    def nonfinite(self) -> Tensor:
-        """[losses] bool: which of them made a value that isn't finite of log-probabilities that are."""
-        return torch.stack([part.nonfinite for part in self.parts]).any(0)
+    nonfinite: Tensor
 
 
 def compute_gradient(step: Step, budget: int) -> StepResult:
     """Accumulate the gradient of the step's weighted losses, summed and divided once by the number of examples.
 
+    All processes end up with the same gradient, to the bit.
+
     Args:
-        budget: tokens per micro-batch to begin with.
+        budget: tokens per micro-batch of this process to begin with.
 
     Raises:
         DeviceMemoryError: one example is too large for the memory, with every layer recomputed.
     """
-    while (parts := _try_gradient(step, budget)) is None:
-        budget = shrink_microbatch(step.scorer.policy, step.examples, budget)
-    return StepResult(parts, budget)
+    scorer = step.scorer
+    with scorer.sharing_references(step.world, step.examples):
+        if scorer.objective.sees_whole_steps:
+            results, budget = _backward_whole_step(step, budget)
+        elif scorer.objective.sees_steps_mismatched:
+            results, budget = _backward_after_partners(step, budget)
+        else:
+            results, budget = _in_microbatches(
+                step, budget, lambda parts: [_backward_part(step, part) for part in parts]
+            )
+        nonfinite = _sum_over_processes(step, results)
+    return StepResult(results, budget, nonfinite)
 
 
 def apply_gradient(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
@@ -109,67 +133,89 @@ def apply_gradient(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
     raise DeviceMemoryError(*NO_MEMORY_FOR_STATE)
 
 
-def _try_gradient(step: Step, budget: int) -> list[MicroBatchResult] | None:
-    """Compute the gradient in micro-batches of `budget` tokens; None, and no gradient, if memory runs out."""
-    policy = step.scorer.policy
-    parts = split_by_tokens(step.examples, budget, policy.shares_prompts)
-
-    def accumulate() -> list[MicroBatchResult]:
-        policy.model.zero_grad(set_to_none=True)  # of a try that failed
-        if len(parts) > 1 and step.scorer.objective.sees_whole_steps:
-            return [_backward_whole_step(step, parts)]
-        if len(parts) > 1 and step.scorer.objective.sees_steps_mismatched:
-            return _backward_after_partners(step, parts)
-        return [_backward_part(step, members) for members in parts]
-
-    results = attempt(accumulate)
-    if results is None:
-        policy.model.zero_grad(set_to_none=True)
-    return results
+def _in_microbatches(step: Step, budget: int, work: Callable[[Parts], T]) -> tuple[T, int]:
+    """Do this process's part of the work, as `qpref.memory.tune.in_microbatches`."""
+    return in_microbatches(step.scorer.policy, step.examples, step.share, budget, work)
 
 
-def _backward_part(step: Step, members: Sequence[TokenizedExample]) -> MicroBatchResult:
-    batch, inputs = step.scorer.inputs(members)
+def _backward_part(step: Step, part: Sequence[int]) -> MicroBatchResult:
+    batch, inputs = step.scorer.inputs(step.members(part))
     return _backward(step, inputs, batch.weight)
 
 
-def _backward_after_partners(step: Step, parts: Sequence[Sequence[TokenizedExample]]) -> list[MicroBatchResult]:
+def _backward_after_partners(step: Step, budget: int) -> tuple[list[MicroBatchResult], int]:
     """Backpropagate a loss of which an example depends on the whole step through the mismatched partners alone.
 
-    These have no gradient, so all of them are scored first; then each micro-batch is, once.
+    These have no gradient, so all of them are scored first; then each micro-batch is, once. A process's only
+    micro-batch is scored together with its partners, and keeps its graph until the others' are known.
     """
-    scorer = step.scorer
-    mismatched = joined_mismatched([scorer.mismatched(members) for members in parts])
-    results = []
-    for members in parts:
-        batch = scorer.pack(members)
-        reference = scorer.reference(batch)
-        inputs = scorer.objective.inputs(batch, scorer.policy_scores(batch), reference, mismatched)
-        results.append(_backward(step, inputs, batch.weight))
-    return results
+    scorer, whole = step.scorer, WholeBatch.of(step.scorer, step.examples)
+    only: list[tuple[PackedBatch, Scores]] = []
+
+    def score(parts: Parts) -> tuple[Parts, list[Values]]:
+        only.clear()
+        if len(parts) != 1:
+            return parts, [mismatched_values(scorer.mismatched(step.members(part))) for part in parts]
+        batch = scorer.pack(step.members(parts[0]))
+        scores = scorer.scores(step.members(parts[0]), batch)
+        only.append((batch, scores))
+        return parts, [values_of(scores)]
+
+    (parts, values), budget = _in_microbatches(step, budget, score)
+    mismatched = whole.collect_mismatched(step.world, scorer.policy, parts, values)
+
+    def backward(parts: Parts) -> list[MicroBatchResult]:
+        known = [only.pop()] if only else []
+        results = []
+        for part in parts:
+            batch, scores = known.pop() if known else scorer.without_partners(step.members(part))
+            inputs = scorer.lay_out(batch, replace(scores, mismatched=mismatched))
+            results.append(_backward(step, inputs, batch.weight))
+        return results
+
+    return _in_microbatches(step, budget, backward)
 
 
-def _backward_whole_step(step: Step, parts: Sequence[Sequence[TokenizedExample]]) -> MicroBatchResult:
+def _backward_whole_step(step: Step, budget: int) -> tuple[list[MicroBatchResult], int]:
     """Backpropagate a loss that sees all examples at once, one micro-batch in memory at a time.
 
     Every micro-batch is scored without a graph, with its mismatched partners if the loss needs them; the loss of the
     whole step gives the gradient of each token's log-probability; each micro-batch is then scored a second time, under
     the same dropout, and those gradients are passed back through it (Gao et al. 2021, "Scaling Deep Contrastive
-    Learning Batch Size under Memory Limited Setup", section 3).
+    Learning Batch Size under Memory Limited Setup", section 3). A process's only micro-batch keeps its graph instead.
+    Every process computes the loss of the whole step, and passes back what belongs to its own examples.
     """
-    scorer = step.scorer
-    batches = [scorer.pack(members) for members in parts]
-    scored = []
-    for members, batch in zip(parts, batches, strict=True):
-        with torch.no_grad():
-            scored.append(scorer.scores(members, batch))
-    for each in scored:
-        each.policy.values.requires_grad_()
-    inputs = joined_inputs([scorer.lay_out(*each) for each in zip(batches, scored, strict=True)])
-    result = _backward(step, inputs, torch.cat([batch.weight for batch in batches]))
-    for batch, each in zip(batches, scored, strict=True):
-        scorer.policy_scores(batch).values.backward(each.policy.values.grad)
-    return result
+    scorer, whole = step.scorer, WholeBatch.of(step.scorer, step.examples)
+    only: list[Tensor] = []
+
+    def score(parts: Parts) -> tuple[Parts, list[PackedBatch], list[Values]]:
+        only.clear()
+        batches = [scorer.pack(step.members(part)) for part in parts]
+        scored = []
+        for part, batch in zip(parts, batches, strict=True):
+            with torch.set_grad_enabled(len(parts) == 1):
+                scored.append(scorer.scores(step.members(part), batch))
+        if len(parts) == 1:
+            only.append(scored[0].policy.values)
+        return parts, batches, [values_of(each) for each in scored]
+
+    (parts, batches, values), budget = _in_microbatches(step, budget, score)
+    collected = whole.collect(step.world, scorer.policy, parts, values)
+
+    def backward(repeated: Parts) -> list[MicroBatchResult]:
+        known = [only.pop()] if only else []
+        leaf = collected["policy"].detach().requires_grad_()
+        inputs = scorer.lay_out(whole.rows, whole.scores(collected | {"policy": leaf}))
+        result = _backward(step, inputs, whole.rows.weight)
+        gradient = leaf.grad
+        assert gradient is not None  # the loss has been checked to have one
+        packed = batches if repeated == parts else [scorer.pack(step.members(part)) for part in repeated]
+        for part, batch in zip(repeated, packed, strict=True):
+            own = known.pop() if known else scorer.policy_scores(batch).values
+            own.backward(whole.select("policy", gradient, part))
+        return [result if step.world.is_first else replace(result, metrics={})]
+
+    return _in_microbatches(step, budget, backward)
 
 
 def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:
@@ -178,3 +224,13 @@ def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:
     total = (output.losses * weight).sum() / len(step.examples)
     step.scaler.scale(total).backward()
     return MicroBatchResult(example_metrics(inputs, output), objective.not_finite(inputs, output))
+
+
+def _sum_over_processes(step: Step, results: Sequence[MicroBatchResult]) -> Tensor:
+    """Sum the gradients of all processes; returns [losses] bool, the union of what was not finite in their parts."""
+    policy, num_losses = step.scorer.policy, len(step.scorer.objective.callers)
+    if not results:  # more processes than examples
+        step.scaler.scale(torch.zeros((), device=policy.device))  # `unscale_` refuses a scaler that has scaled nothing
+    faults = [torch.zeros(num_losses, dtype=torch.bool, device=policy.device), *(part.nonfinite for part in results)]
+    policy.finish_passes()
+    return sum_gradients(step.world, list(policy.trained_parameters().values()), torch.stack(faults).any(0))

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import qpref
-from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
+from qpref.data.pack import num_fed_tokens, pack, split_by_tokens, split_indices
 from qpref.errors import DeviceMemoryError
 from qpref.memory import tune
 from qpref.memory.tune import smaller_budget
@@ -220,9 +220,9 @@ def test_an_example_that_is_too_large_by_itself_has_all_layers_recomputed(make_t
 
     def split(examples: Sequence[TokenizedExample], budget: int, shared: bool = True) -> list[Any]:
         budgets.append(budget)
-        return split_by_tokens(examples, budget, shared)
+        return split_indices(examples, budget, shared)
 
-    monkeypatch.setattr("qpref.training.step.split_by_tokens", split)
+    monkeypatch.setattr("qpref.memory.tune.split_indices", split)
 
     def fits(phase: str, count: int) -> bool:
         if phase == "forward":
@@ -513,12 +513,12 @@ def test_a_smaller_budget_is_remembered_over_a_resume(train, dying_after_step_2,
     def split(examples: Sequence[TokenizedExample], budget: int, shared: bool = True) -> list[Any]:
         if torch.is_grad_enabled():  # not those of held-out rows
             budgets.append(budget)
-        return split_by_tokens(examples, budget, shared)
+        return split_indices(examples, budget, shared)
 
     with pytest.raises(Killed):
         train("run", ShortOnce(1, "backward"))
     dying_after_step_2.undo()
-    monkeypatch.setattr("qpref.training.step.split_by_tokens", split)
+    monkeypatch.setattr("qpref.memory.tune.split_indices", split)
     folder = train("run", always, resume=True)
     assert budgets == [200]
     assert [state_of(folder, step)["budget"] for step in (2, 3)] == [200, 200]

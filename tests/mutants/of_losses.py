@@ -72,8 +72,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "C16",
         "KTO estimates the divergence from each micro-batch, not from the step",
         STEP,
-        "if len(parts) > 1 and step.scorer.objective.sees_steps_mismatched:",
-        "if len(parts) > 10**6 and step.scorer.objective.sees_steps_mismatched:",
+        "elif scorer.objective.sees_steps_mismatched:",
+        "elif not scorer.callers:",
         OBJECTIVE + "test_micro_batches_give_the_gradient_of_the_whole_step",
     ),
     mutant(

@@ -1,0 +1,211 @@
+"""Steps of one process and of several on one tiny NF4 model, computed in each process of a world."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import load_worn, make_example
+from torch import Tensor
+
+from qpref.data.mismatch import with_mismatched
+from qpref.distributed.world import ALONE, World
+from qpref.hooks.manager import LOSS, PluginHost
+from qpref.policy.policy import Policy
+from qpref.policy.reference import ReferenceStore
+from qpref.recipe.resolve import make_plan
+from qpref.records import TokenizedExample
+from qpref.training import optim
+from qpref.training.loop import Trainer
+from qpref.training.objective import Objective
+from qpref.training.state import TrainingState
+
+CPU = torch.device("cpu")
+ALL = 100_000
+"""Tokens per micro-batch that hold any step."""
+
+Losses = tuple[dict[str, Any], ...]
+MIXTURES: tuple[Losses, ...] = (
+    ({"name": "dpo"}, {"name": "sft", "weight": 0.3}),
+    ({"name": "aot"}, {"name": "sft", "weight": 0.3}),
+    ({"name": "kto"}, {"name": "apo_zero_unpaired", "weight": 2.0}),
+    ({"name": "bco_pair", "baseline": "step"}, {"name": "cpo", "weight": 0.5}),
+)
+BASELINE: Losses = ({"name": "bco_pair", "baseline": "step"},)
+ONE_OF_EACH_PATH: tuple[Losses, ...] = (({"name": "dpo"},), ({"name": "kto"},), ({"name": "aot"},), BASELINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step to compute.
+
+    Attributes:
+        tokens: per micro-batch.
+        size: examples of the step.
+        shared: each prompt is computed once.
+        recomputed: layers whose activations are.
+    """
+
+    losses: Losses
+    tokens: int = ALL
+    size: int = 9
+    shared: bool = True
+    recomputed: int = 0
+    dropout: float = 0.0
+
+    @property
+    def name(self) -> str:
+        losses = "+".join(":".join(str(value) for value in loss.values()) for loss in self.losses)
+        return f"{losses}/{self.tokens}/{self.size}/{self.shared}/{self.recomputed}/{self.dropout}"
+
+
+def all_cases() -> Iterator[Case]:
+    every = [({"name": name},) for name in sorted(PluginHost().names(LOSS))]
+    for losses in (*every, BASELINE, *MIXTURES):
+        yield Case(losses=losses, tokens=90)
+    for losses in (*ONE_OF_EACH_PATH, *MIXTURES):
+        yield Case(losses=losses)
+    for losses in ONE_OF_EACH_PATH:
+        yield Case(losses=losses, tokens=1)
+        yield Case(losses=losses, tokens=90, shared=False)
+        yield Case(losses=losses, tokens=90, recomputed=2)
+        yield Case(losses=losses, size=1)
+        yield Case(losses=losses, size=3, tokens=1)
+
+
+def pairs() -> list[TokenizedExample]:
+    """Pairs of very different lengths and weights; the first three share a prompt, the fourth is the longest."""
+    lengths = [
+        (20, 6, 9),
+        (20, 14, 3),
+        (20, 1, 7),
+        (90, 30, 40),
+        *((5 + 3 * n, 6 + n % 4, 9 - n % 3) for n in range(5)),
+    ]
+    examples = [make_example(line, *each) for line, each in enumerate(lengths)]
+    return [
+        replace(each, prompt=examples[0].prompt if line < 3 else each.prompt, weight=0.25 + 0.25 * line)
+        for line, each in enumerate(examples)
+    ]
+
+
+def examples_for(objective: Objective) -> list[TokenizedExample]:
+    if objective.is_paired:
+        return pairs()
+    singles = [
+        replace(each, branches=each.branches[:1], truncated=(False,), label=line % 3 != 0)
+        for line, each in enumerate(pairs())
+    ]
+    return with_mismatched(singles, 0, 256) if objective.needs_mismatched else singles
+
+
+@dataclass
+class Bench:
+    """A policy away from its start, and trainers on it.
+
+    Attributes:
+        start: the adapter's values.
+    """
+
+    base: Path
+    policy: Policy
+    start: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, base: str, dropout: float = 0.0) -> Bench:
+        torch.set_num_threads(1)
+        policy = load_worn(
+            {
+                "model": {"base": base, "quantization": "nf4", "dtype": "float32"},
+                "adapter": {"rank": 4, "alpha": 8, "dropout": dropout},
+            }
+        )
+        start = {name: value.detach().clone() for name, value in policy.trained_parameters().items()}
+        return cls(Path(base), policy, start)
+
+    def trainer(self, losses: Losses, world: World, **train: Any) -> Trainer:
+        settings = {"batch_size": 9, "gradient_checkpointing": False} | train
+        recipe = {
+            "model": {"base": str(self.base), "quantization": "nf4", "dtype": "float32"},
+            "data": {"train": "none.jsonl"},
+            "loss": list(losses) if len(losses) > 1 else losses[0],
+            "train": settings,
+            "sinks": [],
+        }
+        plan = make_plan(recipe, (), self.base / "run")
+        objective = Objective.of(plan.losses, (5, 3))
+        examples = examples_for(objective)
+        with torch.no_grad():
+            for name, value in self.policy.trained_parameters().items():
+                value.copy_(self.start[name])
+        return Trainer(
+            train=plan.recipe.train,
+            policy=self.policy,
+            objective=objective,
+            references=ReferenceStore() if objective.needs_reference else None,
+            optimizer=optim.make_optimizer(plan.recipe.train, self.policy.trained_parameters().values(), CPU),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            examples=examples,
+            heldout=examples,
+            state=TrainingState(),
+            recorder=None,  # type: ignore[arg-type] - nothing is recorded
+            save=lambda: None,
+            should_stop=lambda: False,
+            world=world,
+        )
+
+    def step(self, case: Case, world: World) -> dict[str, Any]:
+        """The gradient of a case's step, as one vector, its metrics, and the reference's rows afterwards."""
+        trainer = self.trainer(case.losses, world, tokens_per_microbatch=case.tokens)
+        self.policy.share_prompts(case.shared)
+        self.policy.recompute_layers(case.recomputed)
+        self.policy.model.train()
+        self.policy.seed_dropout(0, 0)
+        nonfinite = trainer.compute_gradient(trainer.examples[: case.size])
+        trainer.state.averages.settle(world)
+        gradient = torch.cat([value.grad.reshape(-1) for value in self.policy.trained_parameters().values()])
+        trainer.optimizer.zero_grad(set_to_none=True)
+        return {
+            "gradient": gradient,
+            "means": trainer.state.averages.means(),
+            "counts": trainer.state.averages.counts,
+            "tokens": trainer.state.tokens,
+            "nonfinite": nonfinite.tolist(),
+            "rows": {} if trainer.references is None else trainer.references.rows,
+        }
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    return hashlib.sha256(b"".join(each.contiguous().numpy().tobytes() for each in tensors)).hexdigest()
+
+
+def compare_steps(world: World, base: str) -> list[dict[str, Any]]:
+    """Compute every case in all processes together; one of them, in turn, computes it alone too and compares."""
+    bench, found = Bench.of(base), []
+    for number, case in enumerate(all_cases()):
+        ours = bench.step(case, world)
+        rows = [ours["rows"][key] for key in sorted(ours["rows"])]
+        facts = repr([digest([ours["gradient"]]), digest(rows), ours["means"], ours["counts"], ours["tokens"]])
+        each = world.exchange(facts)
+        if number % world.size == world.rank:
+            alone = bench.step(case, ALONE)
+            largest = alone["gradient"].abs().max().item()
+            found.append(
+                {
+                    "case": case.name,
+                    "largest": largest,
+                    "difference": (ours["gradient"] - alone["gradient"]).abs().max().item() / largest,
+                    "means": [ours["means"], alone["means"]],
+                    "counts": [ours["counts"], alone["counts"]],
+                    "tokens": [ours["tokens"], alone["tokens"]],
+                    "nonfinite": ours["nonfinite"] + alone["nonfinite"],
+                    "same everywhere": all(others == facts for others in each),
+                    "same rows": ours["rows"].keys() == alone["rows"].keys()
+                    and all(torch.allclose(ours["rows"][key], row, atol=1e-5) for key, row in alone["rows"].items()),
+                }
+            )
+    return found
