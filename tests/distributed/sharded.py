@@ -148,7 +148,9 @@ def loading(world: World, base: str) -> dict[str, int]:
 
     Pages of mapped files don't count: they go where memory is short.
     """
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
     section = ModelSection(base=base, quantization="nf4", dtype="bf16", double_quantization=False)
     folder, loader = resolve_base(section), ShardLoader(world) if world.size > 1 else None
     peak, done = [_anonymous_bytes()], threading.Event()

@@ -21,8 +21,8 @@ FLOAT32 = {"quantization": "nf4", "dtype": "float32"}
 
 @pytest.fixture(scope="module")
 def cases(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Name -> number of processes and recipe: an untied head; a tied one, biases and layers that keep their
-    activations; capped and scaled logits, fewer tokens than four equal parts have; experts."""
+    """Name -> number of processes and recipe: an untied head; a tied one, biases, dropout and layers that keep
+    their activations; capped and scaled logits, fewer tokens than four equal parts have; experts."""
     experts = TinyModel(model_type="qwen3_moe").write(tmp_path_factory.mktemp("base") / "experts")
     adapter = {"rank": 4, "alpha": 8}
     return {
@@ -31,7 +31,7 @@ def cases(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             2,
             {
                 "model": FLOAT32 | {"base": str(make_base("qwen")), "double_quantization": False},
-                "adapter": adapter,
+                "adapter": adapter | {"dropout": 0.2},
                 "train": {"gradient_checkpointing": False},
             },
         ),
@@ -103,4 +103,4 @@ def test_loading_takes_a_process_its_part_and_two_layers(make_base):
     print(alone, parts)
     for part in parts:
         assert part["held"] < alone["held"] / 2 + 500_000  # norms, and the table of embeddings
-        assert part["peak"] < part["held"] + 2 * layer + 5e6
+        assert part["peak"] < part["held"] + 2 * layer + 12e6
