@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from qpref.cli.groups import SuggestingGroup
 from qpref.cli.options import json_option
 from qpref.cli.output import echo
 
@@ -32,7 +34,7 @@ class Entry:
     last_used: str
 
 
-@click.group("cache", invoke_without_command=True)
+@click.group("cache", cls=SuggestingGroup, invoke_without_command=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
@@ -77,13 +79,15 @@ def clear(kinds: tuple[str, ...]) -> None:
 def _entries(cache: Path) -> Iterator[Entry]:
     for kind in KINDS:
         for path in sorted((cache / kind).glob("*")):
-            times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
+            times = [file.lstat().st_mtime for file in (path, *path.rglob("*"))]
             used = datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
             yield Entry(kind, path.name, _bytes(path), used)
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    """Sum the sizes of what removing an entry frees: of links themselves, not of what they lead to."""
+    statuses = (file.lstat() for file in (path, *path.rglob("*")))
+    return sum(status.st_size for status in statuses if stat.S_ISREG(status.st_mode))
 
 
 def _size(num_bytes: int) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +28,6 @@ from qpref.policy.source import resolve_base
 from qpref.recipe.sections import ModelSection, Recipe
 from qpref.records import TokenizedExample
 
-M_MMAP_THRESHOLD = -3
-"""glibc's option of `mallopt`: larger pieces of memory are mapped, each by itself."""
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate([(5, 3, 4), (9, 6, 2), (3, 7, 7), (12, 4, 5)])]
 
 
@@ -144,34 +140,30 @@ def _refusal(work: Callable[[], object]) -> str:
 
 
 def loading(world: World, base: str) -> dict[str, int]:
-    """Bytes that a process has after it has loaded a base or its part, and the most that it had on the way.
-
-    Pages of mapped files don't count: they go where memory is short.
-    """
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system at once
+    """Bytes of tensors that a process has after it has loaded a base or its part, and the most that it had while a
+    weight was whole."""
     section = ModelSection(base=base, quantization="nf4", dtype="bf16", double_quantization=False)
-    folder, loader = resolve_base(section), ShardLoader(world) if world.size > 1 else None
-    peak, done = [_anonymous_bytes()], threading.Event()
-    before = peak[0]
+    folder, peak = resolve_base(section), [0]
+    gc.collect()
+    gc.freeze()  # tensors of this moment don't count
 
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], _anonymous_bytes())
+    class Watched(ShardLoader):
+        def keep_linear(self, name: str, weight: Any) -> torch.nn.Parameter:
+            kept = super().keep_linear(name, weight)
+            peak[0] = max(peak[0], _tensor_bytes())
+            return kept
 
-    watching = threading.Thread(target=watch)
-    watching.start()
+    loader = Watched(world) if world.size > 1 else None
     model = load_base(section, folder, torch.device("cpu"), loader)
     shards = None if loader is None else ShardedBase.of(model, loader)
-    done.set()
-    watching.join()
-    tensors = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
-    tensors += [] if shards is None else [rows for rows, _ in shards.rows.values()]
-    tensors += [] if shards else [m.weight.quant_state.absmax for m in model.modules() if isinstance(m, Linear4bit)]
-    return {"held": sum(each.nbytes for each in tensors), "peak": peak[0] - before}
+    held = _tensor_bytes()
+    assert model is not shards
+    return {"held": held, "peak": peak[0]}
 
 
-def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+def _tensor_bytes() -> int:
+    """Bytes of all storages that Python has tensors of, one of FSDP2's parameters by its local part."""
+    found = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in found]
+    storages = [each.untyped_storage() for each in local if each.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
