@@ -94,13 +94,12 @@ def test_processes_that_read_different_weights_refuse_to_share_them(make_base):
         assert "the first is lm_head.weight\n" in said
 
 
-def test_loading_takes_a_process_its_part_and_two_layers(make_base):
+def test_loading_takes_a_process_its_part_and_one_layer(make_base):
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16}
     base = make_base(dtype=torch.bfloat16, num_attention_heads=8, num_key_value_heads=8, **sizes)
     layer = 2 * (4 * 512 * 512 + 3 * 512 * 1408)
     (alone,), parts = fork_ranks(1, loading, str(base)), fork_ranks(2, loading, str(base))
     assert 16 * layer > 100e6
-    print(alone, parts)
     for part in parts:
         assert part["held"] < alone["held"] / 2 + 1e6  # norms, and the table of embeddings
-        assert part["peak"] < part["held"] + 2 * layer
+        assert part["peak"] < part["held"] + layer
