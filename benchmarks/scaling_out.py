@@ -5,9 +5,9 @@
     python -m benchmarks.scaling_out --steps 4 --output out/
 
 Measured: `qpref train` of a random model of the 135M shape with 6 of its 30 layers, once as one process with as many
-threads as there are cores, once as that many processes with one thread each, over gloo; alternating. Pairs per second
-are those of the steps after the first, by metrics.jsonl; the loss of each step is compared. CPU seconds are of the
-whole processes, start included.
+threads as there are cores, once as that many processes with one thread each, over gloo; alternating. Wall and CPU
+seconds are those of all processes from the first step's row in metrics.jsonl to the last one's; the loss of each step
+is compared. On a busy machine wall seconds are others' too: compare pairs per CPU second.
 
 Computed: `qpref.memory.scaling`, what `qpref plan --gpus` prints, for pairs of chat-like lengths that are drawn from a
 seed. Each figure rests on the assumed bandwidths and speeds that the plan names.
@@ -20,12 +20,13 @@ import json
 import math
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,8 +54,8 @@ GPUS = (1, 2, 8, 16, 64, 256, 1000)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--computed", action="store_true", help="only compute")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a measured run")
-    parser.add_argument("--rounds", type=int, default=3, help="measured runs of each kind")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a measured run")
+    parser.add_argument("--rounds", type=int, default=2, help="measured runs of each kind")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the table")
     options = parser.parse_args()
     lines = [f"# One run on several processes, {datetime.now(UTC):%Y-%m-%d}", ""]
@@ -175,11 +176,13 @@ def measured(steps: int, rounds: int) -> Iterator[str]:
     for kind, found in runs.items():
         speed, work = max(run["speed"] for run in found), max(run["work"] for run in found)
         yield f"| {kind} | {speed:.2f} | {work:.2f} | {statistics.median(run['mib'] for run in found):.0f} |"
-    one, many = (max(run["speed"] for run in found) for found in runs.values())
+    one, many = ({key: max(run[key] for run in found) for key in ("speed", "work")} for found in runs.values())
     first, second = losses.values()
     apart = max(abs(a - b) for a, b in zip(first, second, strict=True))
     yield ""
-    yield f"{many / one:.2f} times the pairs per second; the losses of the steps differ by {apart:.1e} at most."
+    wall, cpu = (many[key] / one[key] for key in ("speed", "work"))
+    yield f"{wall:.2f} times the pairs per second, {cpu:.2f} times those per CPU second."
+    yield f"The losses of the steps differ by {apart:.1e} at most."
 
 
 def _recipe(scratch: Path, steps: int) -> Path:
@@ -208,21 +211,49 @@ def _train(recipe: Path, output: Path, processes: int, threads: int) -> tuple[di
     if processes > 1:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m",
                   "qpref"]  # fmt: skip
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([*launch, "train", str(recipe), "--output", str(output)], env=environment, check=False,
-                          capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(launch)}: {done.returncode}\n{done.stderr[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    train = [row for row in rows if row["split"] == "train"]
-    seconds = train[-1]["seconds"] - train[0]["seconds"]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    with (output.with_suffix(".log")).open("w+") as log:
+        command = [*launch, "train", str(recipe), "--output", str(output)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        seen = _watch(process, output / "metrics.jsonl")
+        if process.wait():
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(launch)}: {process.returncode}\n{log.read()[-3000:]}")
+    losses = [row["loss"] for row in _rows(output / "metrics.jsonl")]
+    first, last = seen[min(seen)], seen[max(seen)]
+    pairs = 16 * (max(seen) - min(seen))
     result = json.loads((output / "result.json").read_text())
-    run = {"speed": 16 * (len(train) - 1) / seconds, "work": 16 * len(train) / cpu,
+    run = {"speed": pairs / (last[0] - first[0]), "work": pairs / (last[1] - first[1]),
            "mib": result["peak_bytes"]["resident"] / 2**20}  # fmt: skip
-    return run, [row["loss"] for row in train]
+    return run, losses
+
+
+def _watch(process: subprocess.Popen[bytes], metrics: Path) -> dict[int, tuple[float, float]]:
+    """Note wall and CPU seconds of a session when each step's row appears."""
+    seen: dict[int, tuple[float, float]] = {}
+    while process.poll() is None:
+        steps = len(_rows(metrics))
+        if steps and steps not in seen:
+            seen[steps] = time.perf_counter(), _cpu_seconds(process.pid)
+        time.sleep(0.02)
+    return seen
+
+
+def _rows(metrics: Path) -> list[dict[str, float]]:
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["split"] == "train"]
+
+
+def _cpu_seconds(session: int) -> float:
+    """Sum the CPU seconds of a session's living processes, by /proc/PID/stat (proc(5): fields 6, 14 and 15)."""
+    total = 0.0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _machine() -> str:

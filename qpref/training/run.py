@@ -104,6 +104,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     with stop_request(announce=world.is_first) as requested:
         stops = world.stops(requested)
         finished = _run_loop(session, folder, metrics_bytes, stops)
+        world.begin("the end")
         world.wait("the last checkpoint")
     if not finished:
         raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", stops[0])

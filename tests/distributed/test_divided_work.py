@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_worn, make_example
+from gguf_files import write_gguf
 from processes import run_ranks
 
-from qpref import locks
+from qpref import fsio, locks, publish
 from qpref.data.load import load_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.distributed.world import ALONE, World
+from qpref.policy.convert import convert_gguf
 from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore, row_keys
 from qpref.policy.reference_cache import ReferenceCache
@@ -133,12 +135,23 @@ def tokenized(world: World, recipe: dict[str, Any], folder: str) -> dict[str, in
     return {"tokenized": counted[0], "examples": len(examples)}
 
 
+def converted(world: World, gguf: str) -> dict[str, list[str]]:
+    """Convert a GGUF file in rank 1, whose files rank 0 reads then."""
+    path = Path(gguf)
+    for rank in (1, 0):
+        if world.rank == rank:
+            folder = convert_gguf(path, fsio.sha256_file(path), has_own_tokenizer=False)
+        world.wait()
+    return {"damaged": [publish.damaged_file(folder) or ""], "files": sorted(each.name for each in folder.iterdir())}
+
+
 def everything(world: World, base: str, folder: str, recipe: dict[str, Any], uncached: dict[str, Any]) -> Any:
     in_turns(world, folder)
     return {
         "filled": [filled(world, base, f"{folder}/{size}", size) for size in (1024, 3)],
         "agreed": [agreed(world, each) for each in CONFIRMED],
         "shared": shared(world),
+        "converted": converted(world, f"{folder}/tiny.gguf"),
         "reopened": reopened(world),
         "tokenized": [tokenized(world, each, f"{folder}/run") for each in (recipe, uncached)],
     }
@@ -154,6 +167,7 @@ def results(make_base, make_recipe, tmp_path_factory) -> dict[str, Any]:
     """What two processes have found, and the folder and the base that they used; they are started once."""
     if not _found:
         folder, base = tmp_path_factory.mktemp("divided"), str(make_base(initializer_range=0.2))
+        write_gguf(folder / "tiny.gguf")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QPREF_CACHE", str(folder / "cache"))
             recipes = make_recipe(), make_recipe({"data.cache": False})
@@ -195,6 +209,13 @@ def test_each_process_writes_a_shard_of_its_own_and_finds_it_when_the_run_is_res
     monkeypatch.setenv("QPREF_CACHE", str(results["folder"] / "cache"))
     assert opened(ALONE)["found"] == ROWS
     assert opened(ALONE, first["description"])["found"] == ["a", "new"]  # of rank 0 alone, which has written twice
+
+
+def test_a_process_whose_rank_is_not_0_converts_a_base(results):
+    """transformers writes no file there."""
+    for each in results["converted"]:
+        assert each["damaged"] == [""]
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(each["files"])
 
 
 def test_one_process_after_the_other(results):
