@@ -30,7 +30,7 @@ def sum_gradients(world: World, parameters: Sequence[Parameter], nonfinite: Tens
     gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
     counts = torch.tensor([not missing for missing in are_missing], dtype=torch.float32).to(nonfinite.device)
     faults = nonfinite.float()
-    world.add([*gradients, counts, faults])
+    world.add([*gradients, counts, faults], "the gradients")
     if any(are_missing):
         are_missing = [count == 0 for count in counts.tolist()]
     for parameter, gradient, is_missing in zip(parameters, gradients, are_missing, strict=True):

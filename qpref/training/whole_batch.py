@@ -148,7 +148,7 @@ class WholeBatch:
             name: self.layout[name].merge(own, [piece[name] for piece in pieces], policy.device) for name in names
         }
         policy.finish_passes()
-        world.add(list(merged.values()))
+        world.add(list(merged.values()), "the scores")
         return merged
 
     def select(self, name: str, values: Tensor, members: Sequence[int]) -> Tensor:
