@@ -139,8 +139,16 @@ def test_processes_that_come_to_different_collectives_are_told_apart():
     outcomes = fork_ranks(3, skips_a_sum, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13, 13]
     message = only_message(outcomes)
-    assert "the gradients" in message
+    assert "the gradients of step 12" in message
     assert "the metrics of step 12" in message
+
+
+def test_a_process_that_is_a_step_ahead_is_found():
+    outcomes = fork_ranks(2, skips_a_step, timeout=TIMEOUT)
+    assert codes(outcomes) == [13, 13]
+    message = only_message(outcomes)
+    assert "the gradients of step 11" in message
+    assert "the gradients of step 12" in message
 
 
 def test_a_process_that_calls_one_collective_less_is_found():
