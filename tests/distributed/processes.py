@@ -51,7 +51,16 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     return [each.result for each in outcomes]
 
 
-def fork_ranks(
+def fork_ranks(size: int, function: Callable[..., Any], *args: Any, limit: float = 240) -> list[Any]:
+    """Do what `run_ranks` does in forks of this process, which has loaded torch: they cost their work alone."""
+    outcomes = start_forks(size, function, *args, limit=limit)
+    assert [each.code for each in outcomes] == [0] * size, "\n".join(
+        f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes
+    )
+    return [each.result for each in outcomes]
+
+
+def start_forks(
     size: int,
     function: Callable[..., Any],
     *args: Any,
@@ -127,27 +136,6 @@ def _start_ranks(size: int, function: Callable[..., Any], args: Any, limit: floa
         return [_outcome(rank, process.returncode, Path(folder)) for rank, process in enumerate(started)]
 
 
-def fork_ranks(size: int, function: Callable[..., Any], *args: Any, limit: float = 240) -> list[Any]:
-    """Do what `run_ranks` does in forks of this process, which has loaded torch: they cost their work alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        waiting = {_fork(rank, size, port, function, args, Path(folder)): rank for rank in range(size)}
-        codes, deadline = dict.fromkeys(range(size), -signal.SIGKILL), time.monotonic() + limit
-        while waiting and time.monotonic() < deadline:
-            for child, rank in list(waiting.items()):
-                found, status = os.waitpid(child, os.WNOHANG)
-                if found:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-                    del waiting[child]
-            time.sleep(0.01)
-        for child in waiting:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        outcomes = [_outcome(rank, code, Path(folder)) for rank, code in codes.items()]
-    assert not any(codes.values()), "\n".join(f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes)
-    return [each.result for each in outcomes]
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -164,26 +152,6 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-
-
-def _fork(rank: int, size: int, port: int, function: Callable[..., Any], args: Any, folder: Path) -> int:
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        with (folder / f"{rank}.log").open("w") as log:
-            for stream in (1, 2):
-                os.dup2(log.fileno(), stream)
-            try:
-                os.environ |= environment(rank, size, port)
-                with joined(torch.device("cpu"), timeout=60) as world:
-                    result = function(world, *args)
-                (folder / f"{rank}.json").write_text(json.dumps(result))
-                code = 0
-            except BaseException:  # noqa: BLE001 - the test shows it
-                traceback.print_exc(file=log)
-    finally:
-        os._exit(code)
 
 
 def _start(
