@@ -129,7 +129,7 @@ class ReferenceStore:
         keys = dict.fromkeys(key for example in examples for key in row_keys(example))
         return [key for key in keys if key not in self.rows]
 
-    def share(self, world: World, missing: Sequence[bytes]) -> None:
+    def share(self, world: World, missing: Sequence[bytes], what: str = "reference scores") -> None:
         """Give all processes the rows that only some of them have got since `missing` listed their keys.
 
         Bytes in base64 between the hosts, which have the rows.
@@ -141,7 +141,7 @@ class ReferenceStore:
             for number, key in enumerate(missing)
             if key in self.rows
         }
-        for others in world.exchange(own):
+        for others in world.exchange(own, what):
             for number, encoded in others.items():
                 values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.float32)
                 self.rows.setdefault(missing[int(number)], values)

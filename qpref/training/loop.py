@@ -135,6 +135,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """Take one optimizer step on `batch_size` examples; returns its gradient norm and learning rate by name."""
         train, index = self.train, self.state.step
+        self.world.note(f"step {index + 1}")
         optim.seed_step(train.seed, index)
         self.policy.seed_dropout(train.seed, index)
         positions = step_order(len(self.examples), train.batch_size, train.seed, index)
@@ -165,6 +166,7 @@ class Trainer:
         state = self.state
         self.objective = self.objective.at(progress(state.step, self.total_steps))
         step = Step(
+            name=f"step {state.step + 1}",
             scorer=self.scorer,
             scaler=self.scaler,
             examples=examples,
@@ -220,7 +222,7 @@ class Trainer:
         Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
         means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget, self.world)
-        means = self.world.share(means)  # to the bit, since the best step and patience depend on them
+        means = self.world.share(means, "the held-out row")  # to the bit: the best step and patience depend on it
         return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 
 

@@ -55,7 +55,7 @@ class Averages:
         Args:
             world: the run's processes, each of which settles its own totals; this process alone by default.
         """
-        for totals in world.exchange(self._take_pending()):
+        for totals in world.exchange(self._take_pending(), "the metrics"):
             for name, total, count in totals:
                 self.sums[name] = self.sums.get(name, 0.0) + total
                 self.counts[name] = self.counts.get(name, 0.0) + count
