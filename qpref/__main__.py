@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
+import threading
+import time
 from contextlib import suppress
 
 EXIT_CODE = 128 + signal.SIGINT
+THREAD_SECONDS = 2.0
+"""Time that threads have to end after the command, before they are named."""
 
 
 def run() -> None:
@@ -17,12 +22,17 @@ def run() -> None:
     KeyboardInterrupt. Native code and libraries turn that into errors of their own, so an error after an interrupt
     counts as the interrupt. A process that ignores interrupts from its start, as under nohup, keeps ignoring them.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _quit)
-        _run_interruptible()
-    from qpref.cli import main
+    with suppress(OSError, RuntimeError, ValueError, AttributeError):  # standard error is no file
+        faulthandler.enable()  # a crash in native code, or os.abort, names the line of Python that it came from
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _quit)
+            _run_interruptible()
+        from qpref.cli import main
 
-    main()
+        main()
+    finally:
+        _name_threads_left()
 
 
 def _run_interruptible() -> None:
@@ -48,6 +58,19 @@ def _run_interruptible() -> None:
         sys.exit(EXIT_CODE)
     finally:
         signal.signal(signal.SIGINT, _quit)
+
+
+def _name_threads_left() -> None:
+    """Name the threads that Python waits for at its end: a plugin's that never returns would look like a hang."""
+    left = [each for each in threading.enumerate() if each is not threading.main_thread() and not each.daemon]
+    deadline = time.monotonic() + THREAD_SECONDS
+    for each in left:
+        each.join(max(0.0, deadline - time.monotonic()))
+    if alive := [each.name for each in left if each.is_alive()]:
+        sys.stderr.write(
+            f"warning: the command is done, and waits for threads that a plugin or a library has started: "
+            f"{', '.join(alive)}; Ctrl+C ends it\n"
+        )
 
 
 def _quit(number: int, frame: object) -> None:

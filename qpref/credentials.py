@@ -32,8 +32,9 @@ PATTERNS = (
 
 def redact(text: str) -> str:
     """Replace every password and token in a text by asterisks."""
-    for value in _of_environment(os.environ):
-        text = text.replace(value, HIDDEN)
+    if len(text) >= MIN_LENGTH:
+        for value in _of_environment(os.environ):
+            text = text.replace(value, HIDDEN)
     for pattern, kept in PATTERNS:
         text = pattern.sub(kept, text)
     return text

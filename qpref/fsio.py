@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,17 @@ def make_folder(folder: Path, mode: int = 0o700) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
 
 
+def make_entry(folder: Path) -> None:
+    """Create a folder of a shared cache, whose entries are folders: a link would lead another user's files elsewhere.
+
+    Raises:
+        DiskError: it cannot be made, or is a link.
+    """
+    if folder.is_symlink():
+        raise DiskError(f"{folder}: is a symbolic link, and no entry of the cache is one", "remove it")
+    make_folder(folder)
+
+
 def staging_name(final: Path) -> Path:
     """Return a name beside `final` that nobody has and nobody can guess: process ids are the same in two containers."""
     return final.with_name(f"{STAGING_PREFIX}{final.name}-{secrets.token_hex(8)}")
@@ -178,7 +190,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def copy_file(source: Path, target: Path) -> None:
-    with source.open("rb") as file:
+    with os.fdopen(open_plain(source, follow=True), "rb") as file:
         write_stream(target, file, os.fstat(file.fileno()).st_size)
 
 
@@ -187,7 +199,14 @@ def make_readable(top: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in (top, *top.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        with disk_errors(path):
+            # Not by its name, under which another user may have put a link to somebody's file since.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                os.fchmod(descriptor, (0o777 if is_folder else 0o666) & ~umask)
+            finally:
+                os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:
@@ -205,9 +224,9 @@ def staged_name(name: str) -> str | None:
     return match and match["final"]
 
 
-def sha256_file(path: Path) -> str:
-    """Hash a regular file, which may be reached by a link; SHA-256 in hex."""
-    with os.fdopen(open_plain(path, follow=True), "rb") as file:
+def sha256_file(path: Path, *, follow: bool = True) -> str:
+    """Hash a regular file, which may be reached by a link unless `follow` is False; SHA-256 in hex."""
+    with os.fdopen(open_plain(path, follow=follow), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -106,6 +106,14 @@ def read_object(path: Path, limit: int = TEXT_BYTES, *, follow: bool = False) ->
     return value
 
 
+def real_path(path: Path) -> Path:
+    """Return the absolute path without links; one that leads in a circle stays, and cannot be opened.
+
+    `Path.resolve` raises RuntimeError there before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
+
+
 def is_nested(value: object, depth: int) -> bool:
     """Return whether lists and dicts are nested more than `depth` deep; found without recursion."""
     level = [value] if isinstance(value, dict | list) else []

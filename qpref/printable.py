@@ -52,5 +52,9 @@ class PrintableStream:
         for line in lines:
             self.write(line)
 
+    def close(self) -> None:
+        """Flush, and stay open: a plugin's `sys.stdout.close()` would end the command at its next line."""
+        self._stream.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -29,7 +29,7 @@ from qpref.fsio import (
     staging_name,
     write_json,
 )
-from qpref.opening import open_plain, read_object
+from qpref.opening import open_plain, read_object, real_path
 
 MANIFEST = "MANIFEST.json"
 
@@ -186,7 +186,8 @@ def changed_file(folder: Path, written: Mapping[str, Mapping[str, Any]]) -> str 
     for name, entry in written.items():
         path = folder / name
         try:
-            if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink() or _described(path) != entry:
+            is_inside = real_path(path).is_relative_to(real_path(folder))
+            if not is_inside or path.is_symlink() or _described(path) != entry:
                 return name
         except (OSError, ValueError):
             return name

@@ -63,19 +63,19 @@ class ShardStore:
         Args:
             seen: `seen` of the run that is resumed; None reads every shard in the folder.
         """
-        fsio.make_folder(folder)
+        fsio.make_entry(folder)
         own = folder / f"{run}.shard"
         if seen is None:
             paths = sorted(path for path in folder.glob("*.shard") if path != own)
             seen = {}
             for path in paths:
                 with suppress(FileNotFoundError):  # another run may be shrinking the cache
-                    seen[path.name] = path.stat().st_size
+                    seen[path.name] = path.lstat().st_size
         cache = cls(folder, run, dict(seen), loss_level)
         for name, size in seen.items():
             cache._read(folder / name, size)
         if own.is_file():
-            kept = cache._read(own, own.stat().st_size)
+            kept = cache._read(own, own.lstat().st_size)
             cache._open_own(kept)  # cuts off a half-written record of a killed process
         return cache
 
@@ -238,7 +238,7 @@ def shrink(root: Path, limit: int, keep: Path | None = None) -> int:
     shards = []
     for path in root.glob("*/*.shard"):
         with suppress(FileNotFoundError):  # another run may be shrinking too
-            status = path.stat()
+            status = path.lstat()
             shards.append((status.st_mtime, status.st_size, path))
     excess = sum(size for _, size, _ in shards) - limit
     freed = 0

@@ -39,7 +39,9 @@ def test_the_tests_that_catch_it_exist(each):
 
 
 def test_every_mistake_of_the_catalogue_has_a_mutant():
-    assert {each.bug for each in MUTANTS} == {f"C{number}" for number in range(1, NUM_BUGS + 1)}
+    assert {each.bug for each in MUTANTS if each.bug.startswith("C")} == {
+        f"C{number}" for number in range(1, NUM_BUGS + 1)
+    }
 
 
 def test_an_edit_that_no_longer_applies_is_named(tmp_path):

@@ -335,3 +335,11 @@ def test_processes_that_make_one_shared_folder_at_once_all_succeed(tmp_path, nam
     ended = [(racer.communicate(timeout=60)[1], racer.returncode) for racer in racers]
     assert ended == [("", 0)] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 20
+
+
+def test_a_file_that_is_a_link_in_a_circle_has_changed(tmp_path):
+    (tmp_path / "a").write_text("a")
+    written = publish.manifest(tmp_path)
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").symlink_to("a")
+    assert publish.changed_file(tmp_path, written) == "a"

@@ -20,6 +20,7 @@ from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefErr
 from qpref.installed import as_install_error
 
 COMMANDS = {
+    "init": "Write a first recipe for your data, model and card.",
     "plan": "Predict the memory, work and steps of a recipe.",
     "check": "Check preference data row by row.",
     "train": "Train a LoRA adapter from a recipe.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -77,13 +78,15 @@ def clear(kinds: tuple[str, ...]) -> None:
 def _entries(cache: Path) -> Iterator[Entry]:
     for kind in KINDS:
         for path in sorted((cache / kind).glob("*")):
-            times = [file.stat().st_mtime for file in (path, *path.rglob("*"))]
+            times = [file.lstat().st_mtime for file in (path, *path.rglob("*"))]
             used = datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds")
             yield Entry(kind, path.name, _bytes(path), used)
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    """Sum the sizes of what removing an entry frees: of links themselves, not of what they lead to."""
+    statuses = (file.lstat() for file in (path, *path.rglob("*")))
+    return sum(status.st_size for status in statuses if stat.S_ISREG(status.st_mode))
 
 
 def _size(num_bytes: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qpref.cli.output import echo
+from qpref.cli.output import echo, refuse_existing
 
 
 @click.command("convert")
@@ -49,8 +49,8 @@ def command(
     from qpref.fsio import write_text
     from qpref.recipe.resolve import make_plan
 
-    if output is not None and output.exists() and not overwrite:
-        raise RecipeError(f"{output} exists", "choose another name, or replace it with --overwrite")
+    if output is not None:
+        refuse_existing(output, overwrite)
     quiet_transformers()
     draft = convert(file, output.parent if output else Path(), tool, trainer, num_gpus)  # type: ignore[arg-type]
     text = recipe_text(draft, f"Converted from {file.name} by `qpref convert`.")

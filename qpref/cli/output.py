@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from qpref.errors import RecipeError
 from qpref.printable import PrintableStream, printable
 
 if TYPE_CHECKING:
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
 def echo(text: str = "", err: bool = False) -> None:
     """Print a line to standard output, or to standard error."""
     click.echo(printable(text), err=err)
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Refuse a file that is there, unless it may be replaced, and one in a folder that isn't.
+
+    Raises:
+        RecipeError: says which.
+    """
+    if output.exists() and not overwrite:
+        raise RecipeError(f"{output} exists", "choose another name with --output, or replace it with --overwrite")
+    if not output.parent.is_dir():
+        raise RecipeError(f"{output.parent}: no such folder")
 
 
 def guard_streams() -> None:

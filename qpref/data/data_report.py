@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qpref.credentials import redact
 from qpref.data.verdicts import ShownVerdict
 from qpref.errors import DataError
 from qpref.records import Finding, Message, PreferencePair, Source, UnpairedExample
@@ -234,8 +235,10 @@ def _characters(turns: Sequence[Message]) -> int:
 
 
 def _fact(found: Finding | ShownVerdict) -> dict[str, Any]:
-    """Return the record as JSON data, with the path and the line of its source before its texts."""
-    fact = asdict(found)
+    """Return the record as JSON data, with the path and the line of its source before its texts; a password or token
+    that a text quotes from a row is hidden, since data.json stays with the run."""
+    fact: dict[str, Any] = asdict(found)
+    fact |= {name: redact(value) for name, value in fact.items() if isinstance(value, str)}
     source, message = fact.pop("source"), fact.pop("message", None)
     start = {name: fact.pop(name) for name in ("code", "severity") if name in fact}
     return {**start, **source, **fact, **({} if message is None else {"message": message})}

@@ -18,6 +18,7 @@ from qpref.data.control_tokens import ControlTokens
 from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, texts_of
 from qpref.data.template import ChatTemplate, Rendered
 from qpref.data.template_limits import limited
+from qpref.data.tokenizer_failures import TokenizerError, on_rows, tokenizing
 from qpref.data.truncate import shorten_prompt
 from qpref.records import Finding, PreferencePair, TokenizedExample
 
@@ -101,15 +102,16 @@ class PairTokenizer:
             max_prompt_length: truncate longer prompts to this many tokens; None truncates none.
 
         Raises:
-            PolicyError: the chat template takes too long or too much memory.
+            PolicyError: the chat template takes too long or too much memory, or the tokenizer fails on a row.
         """
         for batch in _batched(rows):
             with limited():
                 pieces = [self._pieces(row) for row in batch]
-            texts = itertools.chain.from_iterable(each.texts for each in pieces if isinstance(each, Pieces))
-            ids = self._ids_of(dict.fromkeys(texts))
+            ids = self._ids_of_rows(batch, pieces)
             for row, each in zip(batch, pieces, strict=True):
-                yield from self._finish(row, each, ids, max_prompt_length)
+                with on_rows(self.tokenizer.name_or_path, [row]):
+                    finished = list(self._finish(row, each, ids, max_prompt_length))
+                yield from finished
 
     def render_first(self, example: TokenizedExample) -> str:
         """Decode the example as the model sees it: special tokens visible, scored spans in double brackets."""
@@ -227,6 +229,21 @@ class PairTokenizer:
             raise RefusedRowError("no_stop", "the tokenizer has no end-of-sequence token")
         return [*ids, self.stop_tokens[0]]
 
+    def _ids_of_rows(
+        self, rows: Sequence[ExampleRow], pieces: Sequence[Pieces | RefusedRowError]
+    ) -> dict[str, list[int]]:
+        """Tokenize the texts of a batch together; where that fails, row by row, so that the error names one."""
+        texts = [each.texts if isinstance(each, Pieces) else () for each in pieces]
+        name = self.tokenizer.name_or_path
+        with on_rows(name, rows):
+            try:
+                return self._ids_of(dict.fromkeys(itertools.chain.from_iterable(texts)))
+            except TokenizerError:
+                for row, own in zip(rows, texts, strict=True):
+                    with on_rows(name, [row]):
+                        self._ids_of(own)
+                raise
+
     def _ids(self, text: str) -> list[int]:
         return self._ids_of([text])[text]
 
@@ -234,15 +251,17 @@ class PairTokenizer:
         batch = list(texts)
         if not batch:
             return {}
-        found = self.tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
+        with tokenizing():
+            found = self.tokenizer(
+                batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            )
         return dict(zip(batch, found["input_ids"], strict=True))
 
     def _token_starts(self, text: str) -> list[int]:
         """Return the character offsets of a text's tokens; evenly spaced where the tokenizer has no offsets."""
         if self.tokenizer.is_fast:
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            with tokenizing():
+                offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             return [start for start, _ in offsets]
         count = len(self._ids(text))
         return [index * len(text) // count for index in range(count)]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.memory.limit import enforced_limit
+from qpref.opening import real_path
 from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.adapter_names import LayerNames
@@ -25,6 +26,7 @@ from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
+from qpref.training.base_settings import changed_settings
 from qpref.training.folder import EXPORT_AGAIN, RunFolder
 from qpref.training.snapshot import restore_adapter
 
@@ -146,7 +148,7 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
         )
     if not path.exists() and not name.startswith("pypi:") and (name.count("/") != 1 or name.startswith((".", "~"))):
         raise RecipeError(f"{name}: no such folder, and no hub id", "name a run, an adapter or a model folder")
-    return _plain(name, str(path.resolve()) if path.exists() else name, quantization)
+    return _plain(name, str(real_path(path)) if path.exists() else name, quantization)
 
 
 def run_folder(name: str) -> RunFolder | None:
@@ -163,7 +165,7 @@ def run_folder(name: str) -> RunFolder | None:
 def _path(name: str) -> Path:
     """Make an existing path absolute, so that `.` inside a run's adapter is recognized too."""
     path = Path(name).expanduser()
-    return path.resolve() if path.exists() else path
+    return real_path(path) if path.exists() else path
 
 
 def common_dtype(subjects: Sequence[Subject], all_float32: bool) -> str | None:
@@ -199,6 +201,8 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     base = resolve_base(model)
     if base.weights != facts["base_weights"]:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
+    if changed := changed_settings(base.path, facts):
+        raise PolicyError(changed, "restore the base as it was")
     if kind == "run" and (named := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
         raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {named}, not of {facts['base_path']}")
     return Subject(
@@ -218,13 +222,13 @@ def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4
         raise RecipeError(f"{name}: the adapter names no base", "name it with --base")
     if Path(named).is_absolute() and not Path(named).exists():
         raise PolicyError(f"{name}: its base {named} does not exist", "name the base with --base")
-    plain = _plain(name, str(Path(named).resolve()) if Path(named).exists() else named, quantization)
+    plain = _plain(name, str(real_path(Path(named))) if Path(named).exists() else named, quantization)
     model = plain.recipe.model
     if quantization == "none" and not plain.base.is_prequantized:
         log.warning("%s: its base is loaded unquantized; use --quantization nf4 if it was trained in 4 bits", name)
     if (path / "tokenizer.json").is_file():
-        model = model.model_copy(update={"tokenizer": str(path.resolve())})
-    recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(path.resolve()))})
+        model = model.model_copy(update={"tokenizer": str(real_path(path))})
+    recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(real_path(path)))})
     return replace(plain, kind="adapter", recipe=recipe, adapter=path)
 
 

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 RANDOM = "random number state"
-DEFAULTS: dict[str, Any] = {"grad mode": True, "inference mode": False, "deterministic algorithms": (False, False)}
+DEFAULTS: dict[str, Any] = {"grad mode": True, "inference mode": False, "deterministic algorithms": (False, False),
+                            "autocast": (False, False), "anomaly detection": False}  # fmt: skip
 """Settings of a torch that has just been imported; its default dtype is float32."""
+OF_THREAD = frozenset({"grad mode", "inference mode", "autocast", "default device", RANDOM})
+"""Settings of which each thread has its own, or that training changes."""
+AUTOCAST = ("cpu", "cuda")
+"""Kinds of devices that autocast is set for, one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ class TorchState:
         """
         torch: Any = sys.modules.get("torch")
         # A plugin that is the first to import torch may be in the middle of that.
-        if torch is None or not hasattr(torch, "are_deterministic_algorithms_enabled"):
+        if torch is None or not hasattr(torch, "get_default_device"):
             return cls({})
         settings = {
             "grad mode": torch.is_grad_enabled(),
@@ -39,6 +44,9 @@ class TorchState:
                 torch.is_deterministic_algorithms_warn_only_enabled(),
             ),
             "precision of float32 products": torch.get_float32_matmul_precision(),
+            "default device": torch.get_default_device(),
+            "autocast": tuple(torch.is_autocast_enabled(kind) for kind in AUTOCAST),
+            "anomaly detection": torch.is_anomaly_enabled(),
             "cuDNN flags": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         }
         if random:
@@ -47,6 +55,10 @@ class TorchState:
                 states.append(torch.cuda.get_rng_state())
             settings[RANDOM] = states
         return cls(settings)
+
+    def shared(self) -> TorchState:
+        """Return the settings that all threads share."""
+        return TorchState({name: value for name, value in self.settings.items() if name not in OF_THREAD})
 
     def restore(self) -> list[str]:
         """Set what has changed since back as it was, and return its names."""
@@ -80,5 +92,10 @@ def _set(torch: Any, name: str, value: Any) -> None:
             "default dtype": torch.set_default_dtype,
             "number of threads": torch.set_num_threads,
             "precision of float32 products": torch.set_float32_matmul_precision,
+            "default device": lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+            "autocast": lambda enabled: [
+                torch.set_autocast_enabled(kind, was) for kind, was in zip(AUTOCAST, enabled, strict=True)
+            ],
+            "anomaly detection": torch.autograd.set_detect_anomaly,
         }
         setters[name](value)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from qpref import __version__, fsio, sealed
+from qpref import __version__, fsio, opening, sealed
 from qpref.merge.guards import TrainedRun
 from qpref.merge.request import MergeRequest, MergeResult, Verdict
 from qpref.training.folder import RunFolder
@@ -97,9 +98,14 @@ def _metrics(folder: RunFolder) -> str:
 
 def _held_out_rows(path: Path) -> list[dict[str, Any]]:
     """Read the held-out rows; skip unreadable lines with a warning, so that they don't discard a finished merge."""
-    if not path.is_file():
+    try:
+        with os.fdopen(opening.open_plain(path), encoding="utf-8", errors="replace") as file:
+            found = [_row(line) for line in file]
+    except FileNotFoundError:
         return []
-    found = [_row(line) for line in path.read_text(errors="replace").splitlines()]
+    except OSError as error:
+        log.warning("%s: left out of the card: %s", path, error.strerror)
+        return []
     if bad := [number for number, row in enumerate(found, 1) if row is None]:
         log.warning("%s:%d: not a metrics row, left out of the card (%d in all)", path, bad[0], len(bad))
     return [row for row in found if row is not None and row["split"] == "eval"]

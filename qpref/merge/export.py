@@ -16,6 +16,7 @@ from typing import Any
 
 from qpref import disk_space, fsio, opening, publish
 from qpref.errors import MergeError, RecipeError
+from qpref.opening import real_path
 
 log = logging.getLogger("qpref")
 
@@ -56,7 +57,7 @@ def export_gguf(merged: Path, out: Path, kind: str | None = None, converter: Pat
     log.info("converting with %s", script)
     with publish.staged_file(out) as staged:
         # Run in the staging folder: the converter reads braces in the file's path as template fields.
-        command = [sys.executable, str(script), str(merged.resolve()), "--outfile", staged.name, "--outtype", kind]
+        command = [sys.executable, str(script), str(real_path(merged)), "--outfile", staged.name, "--outtype", kind]
         done = subprocess.run(  # noqa: S603 - the script that the user has or names, without a shell
             command,
             cwd=staged.parent,
@@ -91,10 +92,10 @@ def find_converter(named: Path | None = None) -> Path:
         script = location / CONVERTER if location.is_dir() else location
         if not script.is_file():
             raise RecipeError(f"{origin} {location}: no {CONVERTER} there")
-        return script.resolve()
+        return real_path(script)
     for folder in os.get_exec_path():
         if (Path(folder) / CONVERTER).is_file():
-            return (Path(folder) / CONVERTER).resolve()
+            return real_path(Path(folder) / CONVERTER)
     raise RecipeError(
         f"llama.cpp's {CONVERTER} is not on this machine's PATH",
         f"get llama.cpp's source, and name its folder with --converter or in ${FOLDER_VARIABLE}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from qpref.merge.learned import LearnedTensors
 from qpref.merge.request import MergeRequest
 from qpref.merge.settings import tokenizer_folder
 from qpref.merge.write import Weights
+from qpref.opening import real_path
 from qpref.policy import adapter_folder
 from qpref.policy.adapter_names import plain_targets
 from qpref.policy.architecture import shared_layers
@@ -27,6 +27,7 @@ from qpref.policy.tokenizer import load_tokenizer
 from qpref.recipe.document import fingerprint_of
 from qpref.recipe.plan import Plan
 from qpref.recipe.reopen import RecordedRun, reopen_plan
+from qpref.training.base_settings import changed_settings
 from qpref.training.folder import EXPORT_AGAIN, RunFolder
 
 
@@ -109,7 +110,7 @@ def real_output(request: MergeRequest) -> MergeRequest:
     with fsio.disk_errors(request.out):
         if not request.out.is_symlink() and request.out.name not in ("", ".."):
             return request
-    return replace(request, out=Path(os.path.realpath(request.out)))
+    return replace(request, out=real_path(request.out))
 
 
 def refuse_output(request: MergeRequest) -> None:
@@ -125,7 +126,7 @@ def refuse_output(request: MergeRequest) -> None:
             raise RecipeError(f"{out}: is a mount point, which no folder can be renamed onto", "name a folder in it")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RecipeError(f"{out}: is not empty", "name a new or empty folder")
-    if out.resolve().is_relative_to(request.run.resolve()):
+    if real_path(out).is_relative_to(real_path(request.run)):
         raise RecipeError(f"{out}: is inside the run", "name a folder elsewhere")
     publish.try_folder(out)
 
@@ -207,9 +208,8 @@ def _base_files(facts: Mapping[str, Any]) -> list[Path]:
         raise MergeError(f"{path}: the run's base is gone", "qpref train --resume fetches it again")
     if "base_config" not in facts:
         raise MergeError("run.json has no hash of the base's config: another version of qpref trained this run")
-    config = path / "config.json"
-    if not config.is_file() or fsio.sha256_file(config) != facts["base_config"]:
-        raise MergeError(f"{config}: not the config used in training; its SHA-256 differs")
+    if changed := changed_settings(path, facts):
+        raise MergeError(changed, "restore the base as it was")
     shards = shard_files(path)
     for shard in shards:
         if facts["base_weights"].get(shard.name) != fsio.sha256_file(shard):

@@ -53,7 +53,7 @@ def folder_of(reference: Mapping[str, Any]) -> Path:
 def describe(folder: Path, reference: Mapping[str, Any]) -> None:
     """Write the description of a folder's reference, for readers without a model."""
     if not (folder / DESCRIPTION).is_file():
-        fsio.make_folder(folder)
+        fsio.make_entry(folder)
         fsio.write_json(folder / DESCRIPTION, dict(reference))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qpref import pypi
 from qpref.hooks.signatures import signature_of_file
+from qpref.opening import real_path
 from qpref.recipe.data_section import SourceSection
 from qpref.recipe.sections import Recipe
 
@@ -30,14 +31,14 @@ class Locations:
     names_reader: Callable[[str], bool]
 
     def path(self, path: str) -> str:
-        return str((self.folder / Path(path).expanduser()).resolve())
+        return str(real_path(self.folder / Path(path).expanduser()))
 
     def hub_dataset(self, location: str) -> str | None:
         """Return the hub dataset `org/name` that a path to no file or folder may have meant, else None."""
         path = Path(location)
-        if path.exists() or not path.is_relative_to(self.folder.resolve()):
+        if path.exists() or not path.is_relative_to(real_path(self.folder)):
             return None
-        name = path.relative_to(self.folder.resolve()).as_posix()
+        name = path.relative_to(real_path(self.folder)).as_posix()
         return name if HUB_DATASET.fullmatch(name) and not FILE_SUFFIX.search(name) else None
 
     def base(self, base: str) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from qpref.credentials import redact
 from qpref.report.read import is_number, number
-from qpref.report.text import number_text
+from qpref.report.text import bounded, number_text
 
-MAX_ROWS, MAX_LEVELS = 100, 5
+MAX_ROWS, MAX_COLUMNS, MAX_LEVELS = 100, 40, 5
+MAX_LABEL = 200
+"""Characters of a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ def cell(value: Any, levels: int = MAX_LEVELS) -> str | Fields | Table:
     if levels == 0 and isinstance(value, dict | list):
         return "..."
     if isinstance(value, dict):
-        return Fields([(label_of(key), cell(part, levels - 1)) for key, part in value.items()])
+        first = [(label_of(key), cell(part, levels - 1)) for key, part in islice(value.items(), MAX_ROWS)]
+        return Fields(
+            first + ([("", f"{len(value) - MAX_ROWS:,} more are not shown")] if len(value) > MAX_ROWS else [])
+        )
     if isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
         return _table(value, levels - 1)
     if isinstance(value, list):
@@ -52,7 +59,7 @@ def _table(values: Sequence[Any], levels: int) -> Table:
     left_out = len(values) - len(first)
     if not all(isinstance(value, dict) for value in first):
         return Table([""], [[cell(value, levels)] for value in first], left_out)
-    names = list(dict.fromkeys(name for value in first for name in value))
+    names = list(dict.fromkeys(name for value in first for name in value))[:MAX_COLUMNS]
     rows = [[cell(value[name], levels) if name in value else "" for name in names] for value in first]
     return Table([label_of(name) for name in names], rows, left_out)
 
@@ -63,9 +70,9 @@ def cell_text(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number_text(number(value)) if is_number(value) else str(value)
+    return number_text(number(value)) if is_number(value) else bounded(str(value))
 
 
 def label_of(name: str) -> str:
-    """Turn a JSON key into a label."""
-    return name.replace("_", " ")
+    """Turn a JSON key into a label; a token in it is hidden first, which has underscores."""
+    return bounded(redact(name).replace("_", " ") if "_" in name else name, MAX_LABEL)

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from qpref.report.cells import MAX_LABEL
 from qpref.report.charts import Chart, Curve, draw
 from qpref.report.read import Column, RunRecord
+from qpref.report.text import bounded, visible
 
 TITLES = {
     "loss": "loss",
@@ -28,26 +30,34 @@ TOGETHER = {
 }
 """Metrics of a single run that share a chart; with several runs, each metric has its own."""
 COUNTERS = ("tokens", "seconds")
+MAX_CHARTS = 60
+"""Most charts of a page; a loss of ours has 16 metrics."""
 SPLIT_NAMES = {"train": "training", "eval": "held-out"}
 
 
 def all_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Draw every metric of the runs, the common ones first."""
-    found = dict.fromkeys(name for run in runs for name in run.metrics.names if name not in COUNTERS)
-    names = [name for name in TITLES if name in found] + sorted(name for name in found if name not in TITLES)
+    """Draw the first MAX_CHARTS metrics of the runs, the common ones first."""
+    found = metric_names(runs)
+    names = found[:MAX_CHARTS]
     last_step = max(run.metrics.last_step for run in runs)
     charts = []
     shown: set[str] = set()
     for name in names:
         if name in shown:
             continue
-        title, group = TITLES.get(name, name), [name]
+        title, group = TITLES.get(name) or bounded(name, MAX_LABEL), [name]
         for together, members in TOGETHER.items():
             if len(runs) == 1 and name in members:
                 title, group = together, [member for member in members if member in found]
         shown |= set(group)
         charts.append(draw(title, list(_curves(runs, group)), last_step))
     return charts
+
+
+def metric_names(runs: Sequence[RunRecord]) -> list[str]:
+    """List the metrics that have a chart each, the common ones first."""
+    found = dict.fromkeys(name for run in runs for name in run.metrics.names if name not in COUNTERS)
+    return [name for name in TITLES if name in found] + sorted(name for name in found if name not in TITLES)
 
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Curve]:
@@ -59,13 +69,14 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Curve]:
                 if column:
                     label = [run.name] if len(runs) > 1 else []
                     label += [name.rpartition("/")[2]] if len(names) > 1 else []
-                    yield Curve(", ".join([*label, split_name]), colour, split == "eval", column)
+                    # The page's script shows it too, past the template.
+                    yield Curve(visible(", ".join([*label, split_name])), colour, split == "eval", column)
 
 
 def speed_chart(runs: Sequence[RunRecord]) -> Chart | None:
     """Draw training speed in tokens per second; None where no run has two rows."""
     curves = [
-        Curve(run.name if len(runs) > 1 else "tokens per second", index, False, speed)
+        Curve(visible(run.name) if len(runs) > 1 else "tokens per second", index, False, speed)
         for index, run in enumerate(runs)
         if (speed := speeds(run))
     ]

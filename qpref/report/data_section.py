@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qpref.report.cells import Fields, Table, cell, cell_text, label_of
+from qpref.report.cells import MAX_ROWS, Fields, Table, cell, cell_text, label_of
 from qpref.report.read import number
 from qpref.report.tables import Bar
 from qpref.report.text import count_text, share_text
@@ -42,15 +42,17 @@ class DataTables:
 def data_tables(data: Mapping[str, Any]) -> DataTables:
     """Lay out the contents of data.json."""
     lengths = data.get(LENGTHS)
-    histograms = [(str(name), bars) for name, value in lengths.items() if (bars := _bars(value))] if isinstance(
-        lengths, dict) else []  # fmt: skip
+    named = list(lengths.items())[:MAX_ROWS] if isinstance(lengths, dict) else []
+    histograms = [(label_of(name), bars) for name, value in named if (bars := _bars(value))]
     known = {*COUNTS, COUNTED, FINDINGS, NOT_LISTED, *([LENGTHS] if histograms else [])}
     others = {name: value for name, value in data.items() if name not in known and value not in (None, [], {})}
     return DataTables(
         counts=_counts(data),
         findings=_findings(data.get(FINDINGS), data.get(COUNTED)),
         histograms=histograms,
-        others=Fields([(label_of(name), cell(value)) for name, value in others.items()]) if others else None,
+        others=Fields([(label_of(name), cell(value)) for name, value in list(others.items())[:MAX_ROWS]])
+        if others
+        else None,
     )
 
 
@@ -78,7 +80,7 @@ def _findings(findings: Any, counted: Any) -> Table | None:
         if isinstance(count, dict) and _kind(count) in totals:
             totals[_kind(count)] = max(totals[_kind(count)], number(count.get("count")))
     rows = []
-    for kind in sorted(groups, key=lambda kind: (_rank(kind[0]), -totals[kind], kind[1])):
+    for kind in sorted(groups, key=lambda kind: (_rank(kind[0]), -totals[kind], kind[1]))[:MAX_ROWS]:
         for index, finding in enumerate(groups[kind][:EXAMPLES]):
             first = [*kind, count_text(totals[kind])] if index == 0 else ["", "", ""]
             rows.append([*first, _location(finding), cell_text(finding.get("message"))])
@@ -116,5 +118,5 @@ def _bars(histogram: Any) -> list[Bar]:
             value=count_text(count),
             parts=[(count / most, 0, "")],
         )
-        for low, high, count in bins
+        for low, high, count in bins[:MAX_ROWS]
     ]

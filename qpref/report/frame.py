@@ -1,7 +1,7 @@
 """The frame of every page: one HTML file with its own style and script, which loads nothing.
 
-Its Content-Security-Policy allows only that style and that script, by their hashes. Every text is escaped by the
-template; no code of the pages produces markup.
+Its Content-Security-Policy allows only that style and that script, by their hashes. Every text is made visible, loses
+passwords and tokens, and is escaped by the template; no code of the pages produces markup.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qpref import __version__, fsio
+from qpref.credentials import redact
+from qpref.report.text import visible
 
 STYLE = "page.css"
 
@@ -67,9 +69,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_path_to_text,
+        finalize=_shown,
     )
 
 
-def _path_to_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _shown(value: Any) -> Any:
+    """Make a text safe to look at, before the template escapes it: no character that hides or reorders others, no
+    password or token. Markup is the package's own, and a macro's texts have been here already."""
+    if isinstance(value, Markup) or not isinstance(value, str | Path):
+        return value
+    return visible(redact(str(value)))

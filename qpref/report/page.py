@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qpref.opening import real_path
 from qpref.report import charts, curves, tables
-from qpref.report.cells import Fields, cell, label_of
+from qpref.report.cells import MAX_ROWS, Fields, cell, label_of
 from qpref.report.data_section import DataTables, data_tables
 from qpref.report.frame import render_page
 from qpref.report.read import RunRecord, nested
 from qpref.report.results import evaluation_blocks, merge_blocks
 from qpref.report.samples import Sample, samples_of
+from qpref.report.text import bounded
 
 AREA = {
     "width": charts.WIDTH,
@@ -42,10 +44,15 @@ class ExtraResults:
 
 @dataclass(frozen=True, slots=True)
 class SampleFile:
-    """A file's samples; `other` shows the file's content where no samples are recognized."""
+    """A file's samples; `other` shows the file's content where no samples are recognized.
+
+    Attributes:
+        left_out: number of samples that are not shown.
+    """
 
     path: str
     samples: list[Sample]
+    left_out: int
     other: Any
 
 
@@ -59,12 +66,14 @@ def render(runs: Sequence[RunRecord], extras: ExtraResults) -> str:
         command="report",
         origin="the run folders",
         runs=runs,
+        bounded=bounded,
         colours=charts.COLOURS,
         area=AREA,
         tables=tables,
         overview=tables.overview(runs),
         differences=tables.differences(runs),
         charts=curves.all_charts(runs),
+        charts_left_out=max(0, len(curves.metric_names(runs)) - curves.MAX_CHARTS),
         heldout=tables.heldout(runs),
         data=[_data(run) for run in runs],
         speed=curves.speed_chart(runs),
@@ -80,8 +89,8 @@ def _data(run: RunRecord) -> DataTables | None:
 
 
 def _sample_file(path: str, value: Any) -> SampleFile:
-    samples = samples_of(value)
-    return SampleFile(path, samples, None if samples else cell(value))
+    samples, left_out = samples_of(value)
+    return SampleFile(path, samples, left_out, None if samples else cell(value))
 
 
 def _about(run: RunRecord) -> Fields:
@@ -90,10 +99,10 @@ def _about(run: RunRecord) -> Fields:
     offers = facts.get("plugins")
     plugins = [
         f"{nested(offer, 'kind')} {nested(offer, 'name')} ({nested(offer, 'distribution')} {nested(offer, 'version')})"
-        for offer in (offers if isinstance(offers, list) else [])
+        for offer in (offers[:MAX_ROWS] if isinstance(offers, list) else [])
         if isinstance(offer, dict)
     ]
     keys = ("created", "base", "base_path", "device", "dtype", "attention", "versions", "fingerprints")
     known = {key: facts[key] for key in keys if key in facts} | ({"plugins": plugins} if plugins else {})
-    folder = [("folder", str(run.path.resolve()))]
+    folder = [("folder", str(real_path(run.path)))]
     return Fields(folder + [(label_of(key), cell(value)) for key, value in known.items()])

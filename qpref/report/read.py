@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tomllib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from qpref import fsio, opening, sealed
 from qpref.errors import DataError, RecipeError
+from qpref.opening import real_path
 from qpref.training.folder import RunFolder
 
+T = TypeVar("T")
 SPLITS = {"train": "", "eval": "eval_"}
 """Splits of metrics.jsonl, each with the prefix of its metric names."""
+MAX_LINE = 2**20
+"""Longest line of metrics.jsonl in bytes; a longer one is no row."""
+MAX_METRICS = 1000
+"""Most metrics of a split; later ones are left out."""
 LARGEST = 1e200
 """A larger number counts as missing: sums and differences of such numbers overflow."""
 
@@ -80,7 +88,9 @@ class Metrics:
         columns, prefix = self.columns[row["split"]], SPLITS[row["split"]]
         for name, value in row.items():
             if name not in ("step", "split") and (value is None or is_number(value)):
-                columns.setdefault(name.removeprefix(prefix), Column()).add(step, number(value))
+                own = name.removeprefix(prefix)
+                if own in columns or len(columns) < MAX_METRICS:
+                    columns.setdefault(own, Column()).add(step, number(value))
         return True
 
 
@@ -118,7 +128,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     Raises:
         RecipeError: a folder is no run, or is named twice.
     """
-    repeated = {path for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
+    repeated = {path for path in paths if [real_path(other) for other in paths].count(real_path(path)) > 1}
     if repeated:
         raise RecipeError(f"{min(repeated)}: is named twice")
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
@@ -133,26 +143,28 @@ def read_run(path: Path, name: str) -> RunRecord:
     folder = RunFolder(path)
     if not folder.run_json.is_file():
         raise RecipeError(f"{path}: no run of qpref (it has no run.json)", "name a folder that qpref train has made")
-    text = folder.recipe.read_text(errors="replace") if folder.recipe.is_file() else ""
     unreadable: dict[str, str] = {}
 
-    def optional(file: Path) -> dict[str, Any] | None:
+    def optional(file: Path, read: Callable[[Path], T]) -> T | None:
         try:
-            return read_object(file) if file.is_file() else None
+            return read(file) if os.path.lexists(file) else None
         except DataError as error:
             unreadable[file.name] = error.what.removeprefix(f"{file}: ")
-            return None
+        except OSError as error:
+            unreadable[file.name] = error.strerror or type(error).__name__
+        return None
 
-    facts, result = read_object(folder.run_json), optional(folder.result)
+    facts, result = read_object(folder.run_json), optional(folder.result, read_object)
+    text = optional(folder.recipe, _text) or ""
     return RunRecord(
         path=path,
         name=name,
         facts=facts,
         recipe=_toml(text),
         recipe_text=text,
-        metrics=read_metrics(folder.metrics),
+        metrics=optional(folder.metrics, read_metrics) or Metrics(),
         result=result,
-        data=optional(folder.data_json),
+        data=optional(folder.data_json, read_object),
         is_finished=folder.adapter.is_dir(),
         unreadable=unreadable,
         changed=tuple(_changed(folder, facts, result or {})),
@@ -166,22 +178,34 @@ def _changed(folder: RunFolder, facts: Mapping[str, Any], result: Mapping[str, A
         if sealed.SEAL in values and not sealed.is_sealed(values):
             yield path.name
     for path, digest in (hashes | {folder.metrics: result.get("metrics_sha256")}).items():
-        if digest is not None and path.is_file() and fsio.sha256_file(path) != digest:
-            yield path.name
+        with suppress(OSError):  # named as unreadable
+            if digest is not None and path.is_file() and fsio.sha256_file(path, follow=False) != digest:
+                yield path.name
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Read metrics.jsonl; empty if the file doesn't exist yet."""
+    """Read metrics.jsonl.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     metrics = Metrics()
-    if not path.is_file():
-        return metrics
-    with path.open("rb") as file:
-        for line_number, line in enumerate(file, 1):
+    with os.fdopen(opening.open_plain(path), "rb") as file:
+        for line_number, line in enumerate(_lines(file), 1):
             if not line.endswith(b"\n"):
                 metrics.is_torn = True
-            elif not metrics.add(_parsed(line)):
+            elif len(line) > MAX_LINE or not metrics.add(_parsed(line)):
                 metrics.bad_lines.append(line_number)
     return metrics
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file; of one over MAX_LINE bytes, a part that is too long as well."""
+    while line := file.readline(MAX_LINE + 1):
+        end = line
+        while len(end) > MAX_LINE and not end.endswith(b"\n"):
+            end = file.readline(MAX_LINE + 1)
+        yield line if end is line else line + end[-1:]
 
 
 def _parsed(line: bytes) -> object:
@@ -191,14 +215,21 @@ def _parsed(line: bytes) -> object:
         return None
 
 
-def read_json(path: Path) -> Any:
+def _text(path: Path) -> str:
+    return opening.read_bytes(path).decode(errors="replace")
+
+
+def read_json(path: Path, *, follow: bool = False) -> Any:
     """Read any JSON file.
+
+    Args:
+        follow: follow links, for a file that the user has named; one inside a folder may lead to somebody's secrets.
 
     Raises:
         DataError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(opening.read_bytes(path, follow=True).decode("utf-8-sig"))
+        return json.loads(opening.read_bytes(path, follow=follow).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -262,5 +293,5 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Choose the runs' names: folder names, or the paths where folder names repeat."""
-    names = [path.resolve().name for path in paths]
+    names = [real_path(path).name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]

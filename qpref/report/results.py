@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qpref.report.cells import Fields, Table, cell, cell_text, label_of
+from qpref.report.cells import MAX_COLUMNS, MAX_LABEL, MAX_ROWS, Fields, Table, cell, cell_text, label_of
 from qpref.report.curves import TITLES
 from qpref.report.read import is_number, nested, number
-from qpref.report.text import number_text, share_text
+from qpref.report.text import bounded, number_text, share_text
 
 Block = tuple[str, str | Fields | Table]
 VERDICT_ROWS = {
@@ -32,14 +32,15 @@ def evaluation_blocks(value: Any) -> list[Block]:
     models = value.get("models") if isinstance(value, dict) else None
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         return [("", cell(value))]
+    models = models[:MAX_COLUMNS]
     names = [cell_text(model.get("model")) for model in models]
     blocks: list[Block] = [
         ("warning", cell_text(text))
-        for text in (value.get("warnings") if isinstance(value.get("warnings"), list) else [])
+        for text in (value["warnings"][:MAX_ROWS] if isinstance(value.get("warnings"), list) else [])
     ]
     blocks += _estimates("metrics", names, [model.get("metrics") for model in models])
     kinds = dict.fromkeys(kind for model in models for kind in (model.get("by") or ()) if isinstance(model["by"], dict))
-    for kind in kinds:
+    for kind in list(kinds)[:MAX_ROWS]:
         blocks += _estimates(f"by {kind}", names, [_accuracies(nested(model, "by", kind)) for model in models])
     differences = [model.get("difference_from_first") for model in models]
     if names:
@@ -66,9 +67,10 @@ def _estimates(heading: str, names: Sequence[str], columns: Sequence[Any]) -> It
     keys = dict.fromkeys(key for column in known for key in column)
     if keys:
         rows: list[list[Any]] = [
-            [TITLES.get(key, label_of(key)), *(_estimate(column.get(key)) for column in known)] for key in keys
+            [TITLES.get(key) or label_of(key), *(_estimate(column.get(key)) for column in known)]
+            for key in list(keys)[:MAX_ROWS]
         ]
-        yield heading, Table(["", *names], rows)
+        yield heading, Table(["", *names], rows, max(0, len(keys) - MAX_ROWS))
 
 
 def _estimate(value: Any) -> str:
@@ -90,7 +92,7 @@ def merge_blocks(value: Any) -> list[Block]:
     asked = value.get("asked")
     quantized = asked.get("quantize") if isinstance(asked, dict) else None
     columns = {cell_text(quantized or value.get("dtype")): verdict} | {
-        name: part for name, part in tried.items() if isinstance(part, dict)
+        bounded(name, MAX_LABEL): part for name, part in list(tried.items())[:MAX_COLUMNS] if isinstance(part, dict)
     }
     blocks: list[Block] = [("verdict", _headline(verdict, value))]
     kept = value.get("kept_in_weights")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from qpref.report.cells import cell, cell_text, label_of
+from qpref.report.cells import MAX_LABEL, MAX_ROWS, cell, cell_text, label_of
+from qpref.report.text import bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +25,17 @@ class Sample:
     about: list[tuple[str, str]]
 
 
-def samples_of(value: Any) -> list[Sample]:
-    """Find the samples in `qpref generate --json` output: an array of objects with a prompt, or one such object."""
+def samples_of(value: Any) -> tuple[list[Sample], int]:
+    """Find the samples in `qpref generate --json` output: an array of objects with a prompt, or one such object.
+
+    Returns:
+        The first MAX_ROWS samples, and the number of the others.
+    """
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list)]
         value = next((part for part in lists if any(_is_sample(item) for item in part)), [value])
-    return [_sample(item) for item in value if _is_sample(item)] if isinstance(value, list) else []
+    found = [item for item in value if _is_sample(item)] if isinstance(value, list) else []
+    return [_sample(item) for item in found[:MAX_ROWS]], max(0, len(found) - MAX_ROWS)
 
 
 def _is_sample(item: Any) -> bool:
@@ -38,7 +45,7 @@ def _is_sample(item: Any) -> bool:
 def _sample(item: Mapping[str, Any]) -> Sample:
     answers: list[tuple[str, str]] = []
     about: list[tuple[str, str]] = []
-    for name, value in item.items():
+    for name, value in islice(item.items(), MAX_ROWS):
         if name == "prompt":
             continue
         if (text := _message_text(value)) is not None:
@@ -56,17 +63,19 @@ def _sample(item: Mapping[str, Any]) -> Sample:
         else:
             about.append((label_of(name), cell_text(value)))
     answers.sort(key=lambda answer: answer[0] != "base")
-    return Sample(_message_text(item["prompt"]) or cell_text(item["prompt"]), answers, about)
+    answers = [(bounded(author, MAX_LABEL), text) for author, text in answers[:MAX_ROWS]]
+    return Sample(_message_text(item["prompt"]) or cell_text(item["prompt"]), answers, about[:MAX_ROWS])
 
 
 def _message_text(value: Any) -> str | None:
     """Join messages into one text; a text stays; None for anything else."""
     if isinstance(value, str):
-        return value
+        return bounded(value)
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "content" in turn for turn in value):
         if len(value) == 1:
             return cell_text(value[0]["content"])
-        return "\n".join(f"{cell_text(turn.get('role'))}: {cell_text(turn['content'])}" for turn in value)
+        turns = [f"{cell_text(turn.get('role'))}: {cell_text(turn['content'])}" for turn in value[:MAX_ROWS]]
+        return bounded("\n".join(turns))
     return None
 
 

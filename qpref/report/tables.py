@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpref.memory.parts import CAPTIONS
-from qpref.report.cells import Table, cell_text
+from qpref.report.cells import MAX_LABEL, MAX_ROWS, Table, cell_text
 from qpref.report.curves import TITLES
 from qpref.report.read import RunRecord, flatten, nested, number
-from qpref.report.text import count_text, number_text, share_text, size_text, time_text
+from qpref.report.text import bounded, count_text, number_text, share_text, size_text, time_text
 
 HELDOUT_STEPS = 8
 """Maximum columns of a single run's held-out table."""
@@ -124,9 +124,11 @@ def _setting(value: Any) -> str:
 def heldout(runs: Sequence[RunRecord]) -> Table | None:
     """Tabulate held-out means: of a single run at several steps, of several runs before and after; None without any."""
     names = [name for run in runs for name in run.metrics.columns["eval"] if name not in ("tokens", "seconds")]
-    ordered = [name for name in TITLES if name in names] + sorted(set(names) - set(TITLES))
+    known = set(names)
+    ordered = [name for name in TITLES if name in known] + sorted(known - set(TITLES))
     if not ordered:
         return None
+    left_out = max(0, len(ordered) - MAX_ROWS)
     header, columns = [""], []
     for run in runs:
         steps = _heldout_steps(run, HELDOUT_STEPS if len(runs) == 1 else 2)
@@ -134,14 +136,14 @@ def heldout(runs: Sequence[RunRecord]) -> Table | None:
         header += [f"{prefix}step {count_text(step)}" for step in steps]
         columns += [(run, step) for step in steps]
     rows = []
-    for name in ordered:
+    for name in ordered[:MAX_ROWS]:
         cells = []
         for run, step in columns:
             column = run.metrics.column("eval", name)
             values = dict(zip(column.steps, column.values, strict=True)) if column else {}
             cells.append(number_text(values[step]) if step in values else "")
-        rows.append([TITLES.get(name, name), *cells])
-    return Table(header, rows)
+        rows.append([TITLES.get(name) or bounded(name, MAX_LABEL), *cells])
+    return Table(header, rows, left_out)
 
 
 def starts_at_no_reward(runs: Sequence[RunRecord]) -> bool:

@@ -12,6 +12,8 @@ _UNSEEN = re.compile(
 )
 DIGITS = 5
 NO_VALUE = "no value"
+MAX_CHARACTERS = 20_000
+"""Longest text that a page shows whole, such as an answer or a recipe."""
 
 
 def number_text(value: float) -> str:
@@ -51,6 +53,12 @@ def count_text(value: float) -> str:
 
 def share_text(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else NO_VALUE
+
+
+def bounded(text: str, characters: int = MAX_CHARACTERS) -> str:
+    """Keep the start of a text that would make a page too long to open."""
+    left_out = len(text) - characters
+    return text if left_out <= 0 else f"{text[:characters]} [... {left_out:,} characters left out]"
 
 
 def visible(text: str) -> str:

@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extra
     page = render(
         records,
         ExtraResults(
-            merged=_read([folder / VERDICT if folder.is_dir() else folder for folder in merged]),
+            merged=dict(map(_read_verdict, merged)),
             evaluations=_read(extras.evaluations),
             samples=_read(extras.samples),
         ),
@@ -60,4 +60,11 @@ def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extra
 
 
 def _read(paths: Sequence[Path]) -> dict[str, Any]:
-    return {str(path): read_json(path) for path in paths}
+    return {str(path): read_json(path, follow=True) for path in paths}
+
+
+def _read_verdict(path: Path) -> tuple[str, Any]:
+    """Read merge.json of a merged folder, or a file that the user has named."""
+    if not path.is_dir():
+        return str(path), read_json(path, follow=True)
+    return str(path / VERDICT), read_json(path / VERDICT)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qpref import opening
 from qpref.errors import CheckpointError, RecipeError
 from qpref.recipe.sections import TrainSection, is_better_higher
 from qpref.training import checkpoint
@@ -112,7 +114,7 @@ def restore_best(state: Mapping[str, Any], folder: RunFolder, train: TrainSectio
 def _best_remaining(folder: RunFolder, metrics_bytes: int, criterion: Criterion) -> Best | None:
     """Find the best held-out row whose step's checkpoint verifies; every later row counts towards the patience."""
     best: Best | None = None
-    with folder.metrics.open("rb") as file:
+    with os.fdopen(opening.open_plain(folder.metrics), "rb") as file:
         lines = file.read(metrics_bytes).splitlines()
     for line in lines:
         try:

@@ -129,14 +129,20 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06}"
 
 
-def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None:
+def load_newest(
+    folder: Path, fingerprints: dict[str, str], why_not: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint | None:
     """Load the newest checkpoint that verifies; None where there is none at all.
 
+    Args:
+        why_not: explains why a checkpoint that verifies can't be resumed; None for one that can.
+
     Raises:
-        CheckpointError: checkpoints exist and none verifies, or the newest good one belongs to another recipe, base or
-            data.
+        CheckpointError: checkpoints exist and none can be resumed, or the newest good one belongs to another recipe,
+            base or data.
     """
     folders = _folders(folder)
+    reason = None
     for path in folders:
         try:
             checkpoint = _load(path)
@@ -144,11 +150,13 @@ def load_newest(folder: Path, fingerprints: dict[str, str]) -> Checkpoint | None
             log.warning("%s is skipped: %s", path, error)
             continue
         _refuse_foreign(path, checkpoint.state, fingerprints)
-        return checkpoint
+        if (found := why_not(checkpoint)) is None:
+            return checkpoint
+        log.warning("%s is skipped: %s", path, found)
+        reason = found
     if folders:
-        raise CheckpointError(
-            f"{folder}: none of {len(folders)} checkpoints verifies", "start over with --overwrite, or restore a copy"
-        )
+        what = reason or f"{folder}: none of {len(folders)} checkpoints verifies"
+        raise CheckpointError(what, "restore a copy, or start over with --overwrite")
     return None
 
 

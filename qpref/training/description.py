@@ -19,10 +19,11 @@ import torch
 from qpref import fsio, sealed
 from qpref.data.order import total_steps
 from qpref.distributed.environment import job_name
-from qpref.errors import RecipeError
+from qpref.errors import CheckpointError, RecipeError
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
 from qpref.recipe.plan import Plan
+from qpref.training.base_settings import changed_settings, settings_hashes
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.folder import RunFolder
 from qpref.training.prepare import Prepared
@@ -54,6 +55,9 @@ def restore_records(session: Session, folder: RunFolder, saved: Checkpoint) -> N
 
     Checkpoints hold run.json's values too, so that it comes back as it was. The settings that may differ between a run
     and its resumption are then those of the resumption.
+
+    Raises:
+        CheckpointError: the base has other settings than at the run's start.
     """
     prepared = session.prepared
     try:
@@ -61,6 +65,8 @@ def restore_records(session: Session, folder: RunFolder, saved: Checkpoint) -> N
         damage = folder.changed_record(written)
     except RecipeError as error:
         written, damage = saved.state["run"], error.what
+    if changed := changed_settings(prepared.base.path, written):
+        raise CheckpointError(changed, "restore the base as it was, or start over with --overwrite")
     session.description = written | _location(prepared)
     if damage:
         log.warning("%s; it is written again", damage)
@@ -119,7 +125,7 @@ def _base(prepared: Prepared) -> dict[str, Any]:
     base, model = prepared.base, prepared.plan.recipe.model
     return {
         "base_weights": base.weights,
-        "base_config": fsio.sha256_file(base.path / "config.json"),
+        **settings_hashes(base.path),
         "dtype": model.dtype,
         "double_quantization": model.double_quantization,
         "quantized_modules": prepared.policy.quantized_modules(),

@@ -6,10 +6,12 @@ following links, and only what a run has written is ever deleted.
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,11 @@ FOLDERS = ("checkpoints", "adapter", "sinks")
 ENTRIES = frozenset({*FILES, *FOLDERS})
 CARD = "README.md"
 """The adapter's model card, which people edit."""
+ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", CARD, "tokenizer*", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+"""Names of what PEFT and transformers' tokenizers write, for a run whose own list of its adapter is damaged."""
 SHOWN_FILES = 5
 RECORDS = ("recipe.lock.toml", "data.json")
 """Files that run.json has the SHA-256 of."""
@@ -208,9 +215,10 @@ class RunFolder:
         found = [path for path in self.path.iterdir() if path.name not in ENTRIES and path.name != locks.NAME]
         found = [path for path in found if fsio.staged_name(path.name) not in ENTRIES]
         found += checkpoint.foreign_files(self.checkpoints) if self.checkpoints.is_dir() else []
-        written = self.adapter_manifest() or {}
         adapter = [path for path in self.adapter.rglob("*") if not path.is_dir() or path.is_symlink()]
-        found += [path for path in adapter if path.relative_to(self.adapter).as_posix() not in written]
+        written = self.adapter_manifest()
+        names = ADAPTER_FILES if written is None else [glob.escape(name) for name in written]
+        found += [path for path in adapter if not _is_named(path.relative_to(self.adapter).as_posix(), names)]
         return sorted(path.relative_to(self.path).as_posix() for path in found)
 
     def refuse_unsafe(self) -> None:
@@ -235,6 +243,10 @@ class RunFolder:
                 )
             if path.is_dir():
                 _refuse_writable_by_others(path)
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _refuse_writable_by_others(folder: Path) -> None:

@@ -21,6 +21,7 @@ from qpref import fsio, opening
 from qpref.distributed.world import ALONE, World
 from qpref.errors import DiskError
 from qpref.hooks.border import described
+from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
@@ -95,6 +96,7 @@ class Recorder:
         self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
         self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
+        self._process = ProcessState.now().shared()
 
     @property
     def size(self) -> int:
@@ -115,8 +117,14 @@ class Recorder:
         except DiskError as error:
             if len(self._unwritten) == 1:
                 log.warning("%s; rows stay in memory until they can be written", error.what)
+        self._undo_changes()
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
+
+    def _undo_changes(self) -> None:
+        """Set back settings of the process that the sinks have changed; their threads share them with training."""
+        if self._sinks and (changed := self._process.restore()):
+            log.warning("%s changed %s, which is set back", " or ".join(map(str, self._sinks)), ", ".join(changed))
 
     def flush(self) -> None:
         """Write the rows that the disk has refused so far.
@@ -145,6 +153,7 @@ class Recorder:
             sink.finish()
         for sink in self._sinks:
             sink.join(deadline)
+        self._undo_changes()
         self._watch.close()
         self._lines.close()
 
@@ -183,6 +192,9 @@ class GuardedSink:
         self._budget: SinkBudget | None = None
         self._thread = threading.Thread(target=self._run, args=(choice, context), daemon=True, name=self._name)
         self._thread.start()
+
+    def __str__(self) -> str:
+        return self._name
 
     def write(self, row: MetricRow) -> None:
         if self._dropped:

@@ -13,7 +13,7 @@ from torch import Tensor
 from qpref.attention.determinism import needs_nondeterminism
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import border
-from qpref.hooks.metric_names import name_problem
+from qpref.hooks.metric_names import MAX_METRICS, name_problem
 from qpref.hooks.types import PairedLoss, Scope
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
@@ -88,6 +88,8 @@ class LossCaller:
             raise _broken(self.choice, "returned losses without a gradient")
         if not isinstance(output.metrics, Mapping):
             raise _broken(self.choice, f"returned metrics as {type(output.metrics).__name__}, not by name")
+        if len(output.metrics) > MAX_METRICS:
+            raise _broken(self.choice, f"returned {len(output.metrics):,} metrics; at most {MAX_METRICS} are allowed")
         for name, value in output.metrics.items():
             if problem := name_problem(name):
                 raise _broken(self.choice, f"returned a metric that {problem}")

@@ -121,7 +121,11 @@ def _newest(prepared: Prepared, folder: RunFolder) -> Checkpoint | None:
         CheckpointError: checkpoints exist and none verifies, or the newest good one belongs to another run.
     """
     world = prepared.world
-    saved = checkpoint.load_newest(folder.checkpoints, prepared.fingerprints) if world.is_first else None
+    saved = None
+    if world.is_first:
+        saved = checkpoint.load_newest(
+            folder.checkpoints, prepared.fingerprints, lambda found: snapshot.lost_metrics(found, folder)
+        )
     if world.size == 1:
         return saved
     facts = world.share(None if saved is None else [saved.step, saved.state, sorted(saved.tensors)], "the checkpoint")

@@ -133,6 +133,17 @@ def restore_adapter(saved: Checkpoint, policy: Policy) -> None:
             parameter.copy_(tensors[name])
 
 
+def lost_metrics(saved: Checkpoint, folder: RunFolder) -> str | None:
+    """Explain that metrics.jsonl lacks rows that it had at the checkpoint; None where it has them.
+
+    A run that resumes from an older checkpoint writes the rows after it again, so none is lost.
+    """
+    size = folder.metrics.stat().st_size if folder.metrics.is_file() else 0
+    if size >= saved.state["metrics_bytes"]:
+        return None
+    return f"{folder.metrics}: is shorter than it was at step {saved.step}"
+
+
 def metrics_bytes(saved: Checkpoint, folder: RunFolder) -> int:
     """Return the length that metrics.jsonl had at the checkpoint; a change of its rows since is logged.
 
@@ -141,12 +152,9 @@ def metrics_bytes(saved: Checkpoint, folder: RunFolder) -> int:
     Raises:
         CheckpointError: it is shorter now.
     """
+    if lost := lost_metrics(saved, folder):
+        raise CheckpointError(lost, "restore it, or start over with --overwrite")
     expected = int(saved.state["metrics_bytes"])
-    if not folder.metrics.is_file() or folder.metrics.stat().st_size < expected:
-        raise CheckpointError(
-            f"{folder.metrics}: is shorter than it was at step {saved.step}",
-            "restore it, or start over with --overwrite",
-        )
     with os.fdopen(opening.open_plain(folder.metrics), "rb") as file:
         if hashlib.sha256(file.read(expected)).hexdigest() != saved.state["metrics_sha256"]:
             log.warning("%s: its rows up to step %d are not as training wrote them; training is unaffected, "

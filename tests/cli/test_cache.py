@@ -65,3 +65,17 @@ def test_an_empty_cache_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("QPREF_CACHE", str(tmp_path / "none"))
     assert run().exit_code == 0
     assert run("clear", "models").output == "models: 0.0 MiB freed\n"
+
+
+def test_links_are_listed_as_themselves_and_not_followed(cache, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "large"
+    outside.write_bytes(b"x" * 2**21)
+    for name, target in {"gone": "nowhere", "circle": "circle", "leading": outside}.items():
+        (cache / "reference" / "aa" / name).symlink_to(target)
+        (cache / "tokens").mkdir(exist_ok=True)
+        (cache / "tokens" / name).symlink_to(target)
+    entries = {entry["name"]: entry["num_bytes"] for entry in json.loads(run("--json").output)}
+    assert entries["aa"] == 2**21
+    assert {entries[name] for name in ("gone", "circle", "leading")} == {0}
+    assert run("clear", "reference", "tokens").exit_code == 0
+    assert outside.exists()

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpref.data.tokenize import PairTokenizer
+from qpref.errors import PolicyError
+from qpref.hooks import hang_watch
 from qpref.records import Finding, Message, PreferencePair, Source, TokenizedExample
 
 END_OF_TEXT, START, END = 256, 257, 258  # <|endoftext|>, <|im_start|>, <|im_end|>: the last is eos and pad too
@@ -439,3 +441,68 @@ def test_the_first_row_is_shown_with_its_special_tokens_and_scored_spans():
     assert tokenizer.render_first(example) == (
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\n⟦4<|im_end|>⟧\n⟦five<|im_end|>⟧"
     )
+
+
+# A tokenizer's pattern splits most texts at once, and reaches Oniguruma's limits on others.
+
+LONG = "a" * 2000
+
+
+class PanicException(BaseException):
+    """As PyO3's, which no library exports."""
+
+
+@pytest.fixture
+def panicking(monkeypatch):
+    """A tokenizer that fails on a text of many a's."""
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = "org/odd"
+    call = type(tokenizer).__call__
+
+    def fail_on_long(self, text, **options):
+        if any(LONG in one for one in ([text] if isinstance(text, str) else text)):
+            raise PanicException("Onig: Regex search error:\n retry-limit-in-match over")
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", fail_on_long)
+    return tokenizer
+
+
+@pytest.mark.parametrize("pair", [make_pair(LONG, line=2), make_pair(chosen=LONG, line=2)])
+def test_a_row_at_which_the_tokenizer_fails_is_named_with_the_tokenizer(pair, panicking):
+    pairs = PairTokenizer.of(panicking, "chat", ())
+    with pytest.raises(PolicyError) as refused:
+        list(pairs.tokenize([make_pair(), pair, make_pair(line=3)]))
+    words = "the tokenizer of org/odd fails on it: Onig: Regex search error: retry-limit-in-match over"
+    assert refused.value.what == f"made:2: {words}"
+    assert refused.value.exit_code == 10
+
+
+def test_a_prompt_that_the_tokenizer_fails_on_while_it_is_cut_is_named(panicking):
+    pairs = PairTokenizer.of(panicking, "none", ())
+    row = make_pair("b" * 10, line=7)
+    assert list(pairs.tokenize([row], max_prompt_length=5))
+    with pytest.raises(PolicyError, match=r"^made:7: the tokenizer of org/odd fails"):
+        list(pairs.tokenize([make_pair(LONG, line=7)], max_prompt_length=5))
+
+
+@pytest.mark.soak
+def test_a_real_pattern_beyond_oniguruma_s_limits_is_named():
+    """Some 20 CPU seconds: the limit is 10 million steps."""
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    split = pre_tokenizers.Split(Regex("(?=.*.*.*.*x)a"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
+    with pytest.raises(PolicyError, match=r"^made:2: the tokenizer of .* fails on it: Onig: .*retry-limit-in-match"):
+        list(PairTokenizer.of(tokenizer, "chat", ()).tokenize([make_pair(), make_pair(LONG, line=2)]))
+
+
+def test_a_tokenizer_that_does_not_return_is_named_with_the_rows(monkeypatch):
+    entered = []
+    monkeypatch.setattr(hang_watch.watch, "enter", entered.append)
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = "org/slow"
+    list(PairTokenizer.of(tokenizer, "chat", ()).tokenize([make_pair(), make_pair(line=2)]))
+    assert entered[0] == "the tokenizer of org/slow, on made:1 to made:2,"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import importlib.util
+import io
+import logging
+import logging.config
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -21,7 +27,9 @@ from qpref.hooks.border import guarded, guarded_items, is_interrupt
 from qpref.hooks.hang_watch import HangWatch
 from qpref.hooks.manager import LOSS, PluginHost
 from qpref.hooks.metric_names import name_problem
+from qpref.hooks.process_state import ProcessState
 from qpref.hooks.torch_state import TorchState
+from qpref.printable import PrintableStream
 from qpref.training.stop import stop_request
 
 
@@ -140,6 +148,9 @@ CHANGES = {
     "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
     "precision of float32 products": lambda: torch.set_float32_matmul_precision("medium"),
     "cuDNN flags": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "default device": lambda: torch.set_default_device("meta"),
+    "autocast": lambda: torch.set_autocast_enabled("cpu", True),
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
 }
 
 
@@ -158,6 +169,73 @@ def test_a_setting_of_torch_that_a_plugin_changes_is_set_back_and_named(name, is
     assert TorchState.now() == before
     said = "raised ValueError" if is_raising else f"changed torch's {name}, which would change the whole run"
     assert str(caught.value) == f"acme 1.0 [loss-x] {said}"
+
+
+PROCESS_CHANGES = {
+    "the working directory": lambda: os.chdir("/"),
+    "the umask": lambda: os.umask(0o123),
+    "standard output or error": lambda: setattr(sys, "stderr", io.StringIO()),
+    "the recursion limit": lambda: sys.setrecursionlimit(12345),
+    "garbage collection": gc.disable,
+    "the logger of qpref": lambda: logging.disable(logging.CRITICAL),
+    "warnings that are errors": lambda: warnings.simplefilter("error", ResourceWarning),
+    "signal handlers": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "a timer": lambda: signal.alarm(1000),
+}
+LOGGER_CHANGES = {
+    "level": lambda logger: logger.setLevel(logging.CRITICAL),
+    "handlers": lambda logger: logger.addHandler(logging.NullHandler()),
+    "disabled": lambda logger: logging.config.dictConfig({"version": 1}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESS_CHANGES)
+@pytest.mark.parametrize("is_raising", [False, True], ids=["returns", "raises"])
+def test_a_setting_of_the_process_that_a_plugin_changes_is_set_back_and_named(name, is_raising):
+    before, filters = ProcessState.now(), list(warnings.filters)
+
+    def change() -> None:
+        PROCESS_CHANGES[name]()
+        if is_raising:
+            raise ValueError
+
+    with pytest.raises(PluginError) as caught:
+        call(change)
+    assert ProcessState.now() == before
+    assert list(warnings.filters) == filters
+    said = "raised ValueError" if is_raising else f"changed {name}, which would change the whole run"
+    assert str(caught.value) == f"acme 1.0 [loss-x] {said}"
+
+
+@pytest.mark.parametrize("change", LOGGER_CHANGES.values(), ids=LOGGER_CHANGES)
+def test_a_logger_that_would_say_no_more_is_set_back(change):
+    before = ProcessState.now()
+    with pytest.raises(PluginError, match="changed the logger of qpref"):
+        call(lambda: change(logging.getLogger("qpref")))
+    assert ProcessState.now() == before
+
+
+def test_filters_that_show_fewer_warnings_are_the_plugins_own():
+    with warnings.catch_warnings():
+        call(lambda: warnings.simplefilter("ignore", BytesWarning))
+        assert warnings.filters[0][0] == "ignore"
+
+
+def test_pythons_random_numbers_are_named_too():
+    random.seed(3)
+    with pytest.raises(PluginError, match="changed Python's random number state"):
+        call(random.random, random=True)
+    drawn = random.random()
+    random.seed(3)
+    assert drawn == random.random()
+
+
+def test_a_plugin_cannot_close_the_commands_output():
+    inside = io.StringIO()
+    stream = PrintableStream(inside)
+    stream.close()
+    stream.write("still here")
+    assert inside.getvalue() == "still here"
 
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(1), lambda: torch.manual_seed(7)], ids=["draws", "seeds"])
@@ -291,7 +369,7 @@ def test_the_watch_is_entered_for_every_call_and_left_after_it(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["loss", "loss/dpo", "step", "split", "tokens", "seconds", "grad_norm", "learning_rate", "logps/chosen",
-     "logps/accuracies", "eval_loss", "rewards/other", "", "two\nlines", "\x1b[31m", 3, None],
+     "logps/accuracies", "eval_loss", "rewards/other", "", "two\nlines", "\x1b[31m", 3, None, "x" * 201],
 )  # fmt: skip
 def test_a_metric_cannot_have_a_name_of_the_cores_or_none(name):
     assert name_problem(name)

@@ -128,9 +128,11 @@ DAMAGES: dict[str, tuple[Harm, type[Exception], str]] = {
     "shard missing and unnamed": (
         lambda run, base: _edit_json("run.json", base_weights={"gone.safetensors": "0" * 64} | json.loads(
             (run / "run.json").read_text())["base_weights"])(run, base), MergeError, "the index doesn't name it"),
-    "vocabulary resized": (_resize_vocabulary, MergeError, "config.json: not the config"),
+    "vocabulary resized": (_resize_vocabulary, MergeError, "config.json: is not the one"),
     "another quantization in the base's config": (
-        _edit_json("config.json", quantization_config={"load_in_4bit": True}), MergeError, "not the config"),
+        _edit_json("config.json", quantization_config={"load_in_4bit": True}), MergeError, "config.json: is not the"),
+    "the base's generation settings changed": (
+        _edit_json("generation_config.json", eos_token_id=[257]), MergeError, "generation_config.json: is not the one"),
     "config never noted": (_forget_the_config, MergeError, "no hash of the base's config"),
     "a 4-bit layer that the base doesn't have": (
         lambda run, base: edit_facts(run, quantized_modules=["model.layers.0.self_attn.k_prok"]),

@@ -36,7 +36,7 @@ class Mutant:
     """One mistake.
 
     Attributes:
-        bug: its number in the catalogue, C1 to C60.
+        bug: its number in the catalogue, C1 to C60, or the figure that it would spoil, G1 to G20.
         mistake: what the edited code does wrong.
         edits: made together.
         tests: pytest's ids; one of them has to fail.

@@ -54,8 +54,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "C4",
         "the padding token is masked wherever it stands, and not by length",
         "qpref/policy/logprobs.py",
-        "mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]",
-        "mask = ids != 0",
+        "mask = torch.arange(max(map(len, ids)), device=policy.device) < lengths[:, None]",
+        "mask = padded(ids) != 0",
         "tests/attention/test_shared_prompt.py::test_fallback_rows_have_the_logprobs_of_whole_rows",
     ),
     mutant(

@@ -72,8 +72,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "C24",
         "recomputed layers see the layout of another stream",
         POLICY,
-        "_repeated(laid_out(current()), for_lengths(current_lengths()))",
-        "_repeated(laid_out(None), for_lengths(current_lengths()))",
+        "_repeated(laid_out(current()),",
+        "_repeated(laid_out(None),",
         GRADIENTS + "test_gradient_is_the_same_with_checkpointing",
     ),
     mutant(
@@ -137,8 +137,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "C30",
         "rows are padded on the left, their positions count the padding",
         "qpref/policy/logprobs.py",
-        "pad_sequence(list(rows), batch_first=True)",
-        'pad_sequence(list(rows), batch_first=True, padding_side="left")',
+        "pad_sequence(tensors, batch_first=True)",
+        'pad_sequence(tensors, batch_first=True, padding_side="left")',
         "tests/attention/test_shared_prompt.py::test_fallback_rows_have_the_logprobs_of_whole_rows",
     ),
     mutant(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qpref.errors import DiskError
 from qpref.policy import reference_cache
 from qpref.policy.reference_cache import ReferenceCache, folder_of, root
 from qpref.shards import HEADER, KEY_BYTES, SYNC_EVERY, shrink
@@ -391,3 +392,24 @@ def test_the_limit_is_what_the_environment_says(monkeypatch):
     assert reference_cache.size_limit() == 20 * 2**30
     monkeypatch.setenv("QPREF_REFERENCE_CACHE_BYTES", "1000")
     assert reference_cache.size_limit() == 1000
+
+
+def test_a_shard_that_is_a_link_is_neither_read_nor_in_the_way(shards, tmp_path):
+    folder = shards["x/one"].parent
+    for name, target in {"circle": "circle.shard", "gone": "nowhere", "leading": shards["y/two"]}.items():
+        (folder / f"{name}.shard").symlink_to(target)
+    cache = ReferenceCache.open(folder, "new")
+    assert not cache.store.shards() & {"circle.shard", "gone.shard", "leading.shard"}
+    shrink(root(), 0)
+    assert left(shards) == []
+
+
+def test_an_entry_that_is_a_link_is_refused(tmp_path):
+    """A shared cache is written by others, and such a link leads the shards of this user anywhere."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "entry").symlink_to(tmp_path / "outside")
+    with pytest.raises(DiskError, match="entry: is a symbolic link, and no entry of the cache is one"):
+        ReferenceCache.open(tmp_path / "entry", "run")
+    with pytest.raises(DiskError, match="is a symbolic link"):
+        reference_cache.describe(tmp_path / "entry", {})
+    assert not list((tmp_path / "outside").iterdir())

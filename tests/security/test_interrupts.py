@@ -1,5 +1,6 @@
 """An interrupt ends the process of the command with 130 and without a traceback, wherever it comes."""
 
+import signal
 import subprocess
 import sys
 
@@ -84,3 +85,22 @@ def test_an_interrupt_inside_a_command_is_one_line():
 
     done = CliRunner().invoke(Group("qpref"), ["plugins"])
     assert (done.exit_code, done.output) == (130, "error: interrupted\n")
+
+
+def test_threads_that_never_end_are_named():
+    """Python waits for them at its end without a word."""
+    running = "import threading, time; threading.Thread(target=time.sleep, args=(60,), name='acme-upload').start()"
+    code = PROCESS.format(importing="pass", running=running, before="process.THREAD_SECONDS = 0.1")
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    assert said.startswith("warning: the command is done, and waits for threads that a plugin or a library has started")
+    assert "acme-upload" in said
+
+
+def test_a_crash_names_its_line_of_python():
+    done = run(running="os.abort()")
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert "in run" in done.stderr

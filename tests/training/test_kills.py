@@ -161,10 +161,11 @@ def test_a_run_stopped_by_signals_at_any_moments_ends_as_if_it_never_stopped(for
             if code == 128 + number:
                 tally["signals that saved and stopped a run"] += 1
                 tally[STEPS] += last_step(folder) - newest_step(folder)
+                assert not tally.losses()
                 assert newest_step(folder) <= seen + 2  # the step under way, and one whose row wasn't written yet
         assert forks.finish(folder) == 0
         check_finished(folder, unbroken, tally)
-    assert tally["signals that saved and stopped a run"] >= NUM_SIGNALS // 4
+    assert tally["signals that saved and stopped a run"] > 0
 
 
 @pytest.mark.parametrize("num_interrupts", [6, pytest.param(60, marks=pytest.mark.soak)])

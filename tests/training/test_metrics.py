@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from conftest import preference_rows, write_jsonl
 import qpref
 from qpref.hooks import Options
 from qpref.hooks.manager import Loaded, Offer
+from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import MetricSink, SinkContext
 from qpref.recipe.choices import Choice
 from qpref.recipe.resolve import make_plan
@@ -350,6 +353,36 @@ def test_raising_sink_is_reported_once_by_name_and_origin(tmp_path, said, failur
         f"metric sink 'odd' (acme-sinks 3.1 [sink-odd]) raised {kind}: no route; "
         "it gets no more rows, metrics.jsonl has them all"
     ]
+
+
+def test_a_sink_that_changes_the_process_is_named_and_undone(tmp_path, said):
+    """Its thread shares the working directory, the recursion limit and more with training."""
+    before, written = ProcessState.now(), threading.Event()
+
+    class Changes(Sink):
+        def write(self, row: MetricRow) -> None:
+            if row.step == 1:
+                os.chdir("/")
+                sys.setrecursionlimit(4321)
+                torch.set_default_dtype(torch.float64)
+            else:
+                os.umask(0)
+            written.set()
+
+        def close(self) -> None:
+            gc.disable()
+
+    recorder = Recorder(tmp_path / "metrics.jsonl", 0, [sink_of(Keeper(Changes))], context_of(tmp_path))
+    recorder.write(a_row(1))
+    assert written.wait(30)
+    recorder.write(a_row(2))
+    name = "metric sink 'odd' (acme-sinks 3.1 [sink-odd])"
+    assert said == [
+        f"{name} changed torch's default dtype, the working directory, the recursion limit, which is set back"
+    ]
+    recorder.close()
+    assert said[1:] == [f"{name} changed the umask, garbage collection, which is set back"]
+    assert ProcessState.now() == before
 
 
 def test_hanging_sinks_hold_the_end_up_for_five_seconds_together(tmp_path, said):

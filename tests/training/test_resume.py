@@ -534,9 +534,18 @@ def test_metrics_are_cut_to_the_place_of_the_checkpoint(make_toy, stopped):
     assert steps == [("eval", 0), ("train", 2), ("eval", 3), ("train", 4), ("train", 6), ("eval", 6)]
 
 
-def test_metrics_shorter_than_at_the_checkpoint_are_refused(make_toy, stopped):
+def test_rows_lost_since_a_checkpoint_are_written_again_from_the_one_before(make_toy, unbroken, stopped, said):
+    lines = (stopped / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[-1])["step"] == 4
+    (stopped / "metrics.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:-1])
+    assert outcome(qpref.train(make_toy(), output=stopped, resume=True)) == unbroken
+    assert "resuming after step 3" in said
+    assert any("is shorter than it was at step 4" in line for line in said)
+
+
+def test_metrics_shorter_than_at_every_checkpoint_are_refused(make_toy, stopped):
     os.truncate(stopped / "metrics.jsonl", 10)
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: is shorter than it was at step 4"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: is shorter than it was at step 3"):
         qpref.train(make_toy(), output=stopped, resume=True)
 
 

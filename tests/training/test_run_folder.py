@@ -184,6 +184,21 @@ def test_overwrite_removes_all_that_a_run_has_written(run):
         assert [path.name for path in run.iterdir()] == ["LOCK"]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: flip(path), lambda path: path.write_text("{}")])
+def test_overwrite_knows_an_adapter_by_its_names_where_its_list_is_damaged(run, damage):
+    damage(run / "result.json")
+    with claimed(run, resume=False, overwrite=True) as folder:
+        folder.clear()
+        assert [path.name for path in run.iterdir()] == ["LOCK"]
+
+
+def test_overwrite_names_foreign_files_in_an_adapter_whose_list_is_damaged(run):
+    (run / "result.json").unlink()
+    (run / "adapter" / "notes.txt").write_text("years")
+    with pytest.raises(RecipeError, match=r"holds files that this run has not written: adapter/notes\.txt\nhint"):
+        qpref.train(recipe_of(run), output=run, overwrite=True)
+
+
 def test_foreign_staging_folders_stay_where_a_run_resumes(run):
     kept = [run / "checkpoints" / ".tmp-mine", run / ".tmp-mine", run / f".tmp-mine-{HEX}"]
     for path in kept:

@@ -199,6 +199,50 @@ def test_a_resumed_run_takes_the_new_location_of_its_base(run, own_recipe, tmp_p
     assert identify(str(run)).base.path == new
 
 
+# Settings of the base: they say at which tokens an answer stops, and how the weights are computed with.
+
+
+@pytest.fixture
+def own_base(run, tmp_path) -> Path:
+    """A copy of the run's base that the run is of."""
+    base = Path(shutil.copytree(sealed.read_sealed(run / "run.json")["base_path"], tmp_path / "base"))
+    settings = run / "adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(base)}))
+    edit_facts(run, base_path=str(base))
+    return base
+
+
+def edited_settings(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"a_setting": 1}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("change", [edited_settings, Path.unlink])
+def test_changed_settings_of_the_base_are_refused_by_name(run, own_base, name, change):
+    identify(str(run))
+    change(own_base / name)
+    with pytest.raises(PolicyError, match=rf"base.*{name}"):
+        identify(str(run))
+
+
+def test_settings_that_the_base_has_got_since_are_refused(run, own_base):
+    (own_base / "generation_config.json").unlink()
+    facts = sealed.read_sealed(run / "run.json")
+    sealed.write_sealed(run / "run.json", facts | {"base_generation_config": None})
+    identify(str(run))
+    (own_base / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(PolicyError, match=r"base/generation_config\.json: has come since"):
+        identify(str(run))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_run_is_not_resumed_on_a_base_with_other_settings(run, own_base, own_recipe, name):
+    shutil.rmtree(run / "adapter")
+    edited_settings(own_base / name)
+    with pytest.raises(CheckpointError, match=rf"base/{name}: is not the one used in training"):
+        resume(run, **{"model.base": str(own_base)})
+
+
 # metrics.jsonl: a log, which nothing may be lost for.
 
 
