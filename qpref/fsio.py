@@ -209,6 +209,12 @@ def make_readable(top: Path) -> None:
                 os.close(descriptor)
 
 
+def rename(path: Path, new: Path) -> None:
+    """Give a file or folder another name in its folder."""
+    with disk_errors(path):
+        path.rename(new)
+
+
 def remove_tree(path: Path) -> None:
     """Remove a file, a link, or a folder with its contents; a missing path is fine."""
     with disk_errors(path):

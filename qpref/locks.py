@@ -1,4 +1,4 @@
-"""File locks: one writer per run folder, one process per staged folder.
+"""File locks: one writer per run folder, one process per staged folder, and one process after the other.
 
 The kernel releases a lock when its process ends, even if it is killed, and it holds between containers, whose
 processes have the same ids.
@@ -89,6 +89,30 @@ def _held_by_another(path: Path) -> RunLockedError | None:
 def _refusal(path: Path, descriptor: int) -> RunLockedError:
     holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
     return RunLockedError(f"{path.parent}: another process is writing this run ({holder})")
+
+
+@contextmanager
+def in_turn(path: Path, work: str) -> Iterator[None]:
+    """Hold a lock that other processes of this machine wait for: what the first one caches, the others read.
+
+    Nobody waits where the disk refuses the lock's file, or has no locks.
+
+    Args:
+        work: of the process that holds the lock, for a message to those that wait.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+    except OSError:
+        yield
+        return
+    try:
+        if not take(descriptor):
+            log.info("waiting for another process, which %s", work)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def take(descriptor: int) -> bool:

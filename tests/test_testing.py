@@ -109,6 +109,15 @@ def with_metrics(sound, change):
     return replace(sound, build=build)
 
 
+def with_inputs(sound, change):
+    """The sound loss on changed inputs: what it computes is smooth, finite and of the right shape."""
+    return replace(sound, build=lambda options: lambda inputs: sound.build(options)(change(inputs)))
+
+
+def exchanged(pair):
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+
+
 def raising(*_):
     raise KeyError("temperature")
 
@@ -233,6 +242,17 @@ BOTH = {
     ],
 }
 ONE_KIND = [
+    (
+        "direction",
+        lambda: with_inputs(
+            PAIRED,
+            lambda inputs: replace(inputs, policy=exchanged(inputs.policy), reference=exchanged(inputs.reference)),
+        ),
+    ),
+    ("direction", lambda: with_inputs(UNPAIRED, lambda inputs: replace(inputs, desirable=~inputs.desirable))),
+    ("direction", lambda: with_losses(PAIRED, lambda losses, inputs: 2 * math.log(2) - losses)),
+    ("direction", lambda: with_losses(UNPAIRED, lambda losses, inputs: 1 - losses)),
+    ("direction", lambda: with_metrics(PAIRED, lambda metrics, losses: {n: -v for n, v in metrics.items()})),
     ("record", lambda: Loss(name="x", summary="of no kind", options=SoundOptions, build=build_paired)),
     ("independence", lambda: with_losses(PAIRED, lambda losses, inputs: losses - losses.mean())),
     ("independence", lambda: with_losses(PAIRED, lambda losses, inputs: losses * torch.arange(1, len(losses) + 1))),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from qpref import __version__
+from qpref.cli.groups import SuggestingGroup
 from qpref.cli.output import StderrHandler, echo, end_process, guard_streams
 from qpref.distributed.environment import is_first, num_processes
 from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefError, RecipeError, StoppedBySignal
@@ -21,20 +22,20 @@ from qpref.installed import as_install_error
 
 COMMANDS = {
     "init": "Write a first recipe for your data, model and card.",
-    "plan": "Predict the memory, work and steps of a recipe.",
+    "convert": "Convert a file of TRL, Axolotl or LLaMA-Factory to a recipe.",
     "check": "Check preference data row by row.",
+    "plan": "Predict the memory, work and steps of a recipe.",
     "train": "Train a LoRA adapter from a recipe.",
     "eval": "Compare models' preferences on held-out pairs.",
     "generate": "Print answers of base and trained model, side by side.",
-    "merge": "Merge base and adapter into a plain safetensors model.",
     "report": "Write an HTML report of one or several runs.",
+    "merge": "Merge base and adapter into a plain safetensors model.",
     "export": "Export a merged model as GGUF with llama.cpp's converter.",
-    "doctor": "Examine this machine: packages, GPU, memory, disk, plugins.",
-    "convert": "Convert a file of TRL, Axolotl or LLaMA-Factory to a recipe.",
-    "schema": "Print the JSON Schema of a recipe, for editors.",
-    "plugins": "List the installed plugins.",
-    "cache": "List or clear the cache on this machine.",
     "losses": "List, show and check the installed losses.",
+    "plugins": "List the installed plugins.",
+    "doctor": "Examine this machine: packages, GPU, memory, disk, plugins.",
+    "cache": "List or clear the cache on this machine.",
+    "schema": "Print the JSON Schema of a recipe, for editors.",
 }
 
 
@@ -42,7 +43,7 @@ IN_SEVERAL_PROCESSES = ("train",)
 """Commands that the processes of one run work on together."""
 
 
-class LazyGroup(click.Group):
+class LazyGroup(SuggestingGroup):
     """Imports `qpref.cli.<command>` only when that command runs, and prints a user's error as one message."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

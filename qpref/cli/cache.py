@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from qpref.cli.groups import SuggestingGroup
 from qpref.cli.options import json_option
 from qpref.cli.output import echo
 
@@ -33,7 +34,7 @@ class Entry:
     last_used: str
 
 
-@click.group("cache", invoke_without_command=True)
+@click.group("cache", cls=SuggestingGroup, invoke_without_command=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli import completion
 from qpref.cli.options import json_option, set_option, source_options
 from qpref.cli.output import echo, make_console
 
@@ -31,7 +32,7 @@ BAR_WIDTH = 40
 
 
 @click.command("check")
-@click.argument("what", metavar="RECIPE_OR_DATA")
+@click.argument("what", metavar="RECIPE_OR_DATA", shell_complete=completion.files)
 @set_option
 @click.option("--model", "base", metavar="BASE", help="Base whose tokenizer checks a bare data file, too.")
 @source_options

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from qpref.cli import completion
 from qpref.cli.output import echo, refuse_existing
 
 SCHEMA = "recipe.schema.json"
@@ -17,9 +18,20 @@ GOALS = ("align", "base", "noisy", "short")
 
 @click.command("init")
 @click.option("--model", "base", metavar="BASE", help="Base model: a hub id, a folder, or a .gguf file.")
-@click.option("--data", "train", metavar="DATA", help="Training data: a file, a folder, or hf:org/name.")
+@click.option(
+    "--data",
+    "train",
+    metavar="DATA",
+    shell_complete=completion.files,
+    help="Training data: a file, a folder, or hf:org/name.",
+)
 @click.option("--heldout", metavar="DATA", help="Held-out data.  [default: a share of the training prompts]")
-@click.option("--card", metavar="NAME", help="Card to plan for, by its name: 'RTX 3060 12GB'.  [default: this machine]")
+@click.option(
+    "--card",
+    metavar="NAME",
+    shell_complete=completion.cards,
+    help="Card to plan for, by its name: 'RTX 3060 12GB'.  [default: this machine]",
+)
 @click.option("--vram", metavar="SIZE", help="Plan for a GPU with this much free memory: 24GiB.")
 @click.option(
     "--goal",

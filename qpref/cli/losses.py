@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli import completion
+from qpref.cli.groups import SuggestingGroup
 from qpref.cli.options import json_option
 from qpref.cli.output import echo
 from qpref.cli.tables import options_text, print_table, toml_text
@@ -26,7 +28,7 @@ SCOPES = {
 }
 
 
-@click.group("losses", invoke_without_command=True)
+@click.group("losses", cls=SuggestingGroup, invoke_without_command=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
@@ -52,7 +54,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 @command.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.losses)
 def show(name: str) -> None:
     """Print a loss's formula, paper, options and needs."""
     from qpref.errors import PluginError
@@ -95,7 +97,7 @@ def _facts(record: Any) -> dict[str, str]:
 
 
 @command.command("check")
-@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=completion.losses)
 @click.option(
     "--against",
     type=click.Choice(["trl"]),

@@ -7,8 +7,15 @@ from typing import Any
 
 import click
 
+from qpref.cli import completion
+
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change one value of the recipe; repeatable."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Change one value of the recipe; repeatable.",
+    shell_complete=completion.settings,
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 base_option = click.option("--base", metavar="FOLDER|ID", help="Base of an adapter, instead of the one that it names.")
@@ -37,8 +44,9 @@ def _columns(context: click.Context, parameter: click.Parameter, pairs: tuple[st
 def source_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say how one source of data is read, each a key of `[data]`."""
     options: tuple[Callable[[Any], Any], ...] = (
-        click.option("--reader", metavar="NAME", help="Reader of a bare data file; default: by its suffix."),
-        click.option("--format", "--shape", "format", metavar="NAME",
+        click.option("--reader", metavar="NAME", shell_complete=completion.readers,
+                     help="Reader of a bare data file; default: by its suffix."),
+        click.option("--format", "--shape", "format", metavar="NAME", shell_complete=completion.row_formats,
                      help="Row format of a bare data file; default: by its columns."),
         click.option("--columns", multiple=True, metavar="NAME=COLUMN", callback=_columns,
                      help="Read a bare data file's COLUMN as qpref's NAME (prompt=question); repeatable."),

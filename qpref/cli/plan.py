@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qpref.cli import plan_gpus, plan_text
+from qpref.cli import completion, plan_gpus, plan_text
 from qpref.cli.options import json_option, set_option
 from qpref.cli.output import echo
 
@@ -21,9 +21,19 @@ if TYPE_CHECKING:
 @click.command("plan")
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--vram", metavar="SIZE", help="Plan for a GPU with this much free memory: 24GiB, 24GB, 24.")
-@click.option("--card", metavar="NAME", help="Plan for a card by its name: 'RTX 3060 12GB', A10G; see --desktop.")
+@click.option(
+    "--card",
+    metavar="NAME",
+    shell_complete=completion.cards,
+    help="Plan for a card by its name: 'RTX 3060 12GB', A10G; see --desktop.",
+)
 @click.option("--desktop", is_flag=True, help="Leave 1 GiB of the card to a desktop.")
-@click.option("--shape", metavar="NAME|FOLDER", help="Size of the base: a known shape, or a folder with config.json.")
+@click.option(
+    "--shape",
+    metavar="NAME|FOLDER",
+    shell_complete=completion.shapes,
+    help="Size of the base: a known shape, or a folder with config.json.",
+)
 @set_option
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), help="Speed in TFLOP/s to predict hours at.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Plan for N such GPUs, in each of --hosts.")

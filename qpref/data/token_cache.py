@@ -34,6 +34,27 @@ def root() -> Path:
     return fsio.cache_folder() / "tokens"
 
 
+def folder_of(tokenizer: PairTokenizer) -> Path | None:
+    """Return the folder of a tokenizer's cache; None where its output can't be keyed by content."""
+    backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
+    template = tokenizer.template and str(tokenizer.tokenizer.chat_template)
+    if backend is None or (template and "strftime_now" in template):
+        return None  # a template that writes the date gives other tokens tomorrow
+    versions = [version_of(name) for name in ("transformers", "tokenizers", "jinja2")]
+    if None in versions:
+        return None
+    decisive = [
+        FORMAT,
+        backend.to_str(),
+        template,
+        tokenizer.tokenizer.special_tokens_map,
+        tokenizer.stop_tokens,
+        tokenizer.prefix,
+        versions,
+    ]
+    return root() / _hash(decisive).hex()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCache:
     """Tokenize as its tokenizer does; rows without findings are cached."""
@@ -44,23 +65,8 @@ class TokenCache:
     @classmethod
     def open(cls, tokenizer: PairTokenizer) -> TokenCache | None:
         """Open the cache of a tokenizer; None where the disk refuses, or where its output can't be keyed by content."""
-        backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
-        template = tokenizer.template and str(tokenizer.tokenizer.chat_template)
-        if backend is None or (template and "strftime_now" in template):
-            return None  # a template that writes the date gives other tokens tomorrow
-        versions = [version_of(name) for name in ("transformers", "tokenizers", "jinja2")]
-        if None in versions:
+        if (folder := folder_of(tokenizer)) is None:
             return None
-        decisive = [
-            FORMAT,
-            backend.to_str(),
-            template,
-            tokenizer.tokenizer.special_tokens_map,
-            tokenizer.stop_tokens,
-            tokenizer.prefix,
-            versions,
-        ]
-        folder = root() / _hash(decisive).hex()
         try:
             shards.shrink(root(), shards.size_limit("QPREF_TOKEN_CACHE_BYTES", LIMIT_BYTES))
             return cls(tokenizer, ShardStore.open(folder, uuid.uuid4().hex, loss_level=logging.DEBUG))

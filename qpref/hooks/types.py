@@ -76,6 +76,8 @@ class Loss:
         detaches: options -> True where the loss detaches something that depends on the policy, such as a weight or a
             baseline, so that its gradient is not the derivative of its value; the conformance checks then keep
             detached values fixed in their finite differences. None where it never does.
+        is_monotone: False where the loss may rise with the reward margin though policy and reference are the same, on
+            purpose; the conformance checks then don't look at the direction of its gradient.
         variants: further options to check the loss with, each a table as in a recipe.
         trl_cases: TRL configurations that compute the same loss. Without any, the loss is compared with the TRL loss
             type of the same name.
@@ -94,6 +96,7 @@ class Loss:
     starts_at: Callable[[Any], float | None] | None = None
     log_ratios_only: bool = False
     detaches: Callable[[Any], bool] | None = None
+    is_monotone: bool = True
     variants: Sequence[Mapping[str, object]] = ()
     trl_cases: Sequence[TrlCase] = ()
 

@@ -101,7 +101,7 @@ def slowest_link(names: Sequence[str], gpus: int, hosts: int) -> Link:
         RecipeError: a name is unknown, or two connect the same, or a link connects nothing here.
     """
     counts: dict[Reach, int] = {"cards": gpus, "hosts": hosts}
-    needed = [reach for reach, count in counts.items() if count > 1]
+    needed: list[Reach] = [reach for reach, count in counts.items() if count > 1]
     chosen: dict[Reach, Link] = {}
     for link in map(_find_link, names):
         if link.reach not in needed:
@@ -110,7 +110,7 @@ def slowest_link(names: Sequence[str], gpus: int, hosts: int) -> Link:
         if link.reach in chosen:
             raise RecipeError(f"--link {chosen[link.reach].name} and --link {link.name} both connect {link.reach}")
         chosen[link.reach] = link
-    links = [chosen.get(reach) or LINKS[DEFAULTS[reach]] for reach in needed]
+    links = [chosen.get(reach) or LINKS[DEFAULTS[reach]] for reach in needed or ["cards"]]
     return min(links, key=lambda link: link.bandwidth)
 
 

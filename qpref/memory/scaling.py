@@ -7,9 +7,7 @@ takes no longer than the slower one of gathering and computing. Nothing here loa
 
 from __future__ import annotations
 
-import heapq
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,43 +15,15 @@ from typing import Any, Literal
 from qpref.errors import RecipeError
 from qpref.memory.card_speed import Speed
 from qpref.memory.costs import gathered_bytes, layer_weight_bytes
+from qpref.memory.dealing import Dealing
 from qpref.memory.demand import Demand
 from qpref.memory.fit import Fit, fit_memory
 from qpref.memory.flops import forward_flops, step_flops
 from qpref.memory.forecast import Forecast
 from qpref.memory.links import Link, slowest_link
-from qpref.memory.stream import Lengths, Stream
+from qpref.memory.stream import Stream
 
 ModeName = Literal["replicated", "sharded"]
-SIMULATED_STEPS = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dealing:
-    """Fed tokens of a step's examples on the ranks, averaged over steps: of the fullest rank, and of the mean one."""
-
-    fullest: float
-    mean: float
-
-    @property
-    def imbalance(self) -> float:
-        return self.fullest / self.mean
-
-    @classmethod
-    def of(cls, lengths: Sequence[Lengths], shared: bool, batch_size: int, ranks: int) -> Dealing:
-        """Deal random steps of these examples, longest first, each to the rank with fewest tokens so far."""
-        tokens = [Stream.of([example], shared).tokens for example in lengths]
-        draw = random.Random(0)
-        steps = [draw.choices(tokens, k=batch_size) for _ in range(SIMULATED_STEPS if len(set(tokens)) > 1 else 1)]
-        fullest = sum(_fullest(step, ranks) for step in steps) / len(steps)
-        return cls(fullest=fullest, mean=sum(map(sum, steps)) / len(steps) / ranks)
-
-
-def _fullest(tokens: Sequence[float], ranks: int) -> float:
-    loads = [0.0] * ranks
-    for size in sorted(tokens, reverse=True):
-        heapq.heapreplace(loads, loads[0] + size)
-    return max(loads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import struct
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,28 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
             "fetch the file again",
         )
     log.info("converting %s to safetensors, once, in %s", path.name, folder)
+    with fsio.needing_cache(), publish.shared_folder(folder) as staging:
+        _where_files_are_written(_convert, path, folder, staging, has_own_tokenizer)
+    return folder
+
+
+def _where_files_are_written(work: Callable[..., None], *args: Any) -> None:
+    """Call a function that saves a model; among several processes of torch.distributed in a process of its own.
+
+    transformers (5.24, `should_save_on_this_rank`) writes no file in one whose rank isn't 0, and rank 0 may be on
+    another machine. Drop this when `is_main_process` alone decides.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        work(*args)
+        return
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(work, *args).result()
+
+
+def _convert(path: Path, folder: Path, staging: Path, has_own_tokenizer: bool) -> None:
+    """Fill the staging folder with the model of a GGUF file, and with its tokenizer unless the recipe has another."""
     import torch
     from transformers import GgufConfig
 
@@ -64,12 +89,11 @@ def convert_gguf(path: Path, digest: str, has_own_tokenizer: bool) -> Path:
         raise PolicyError(f"{path}: transformers can't read this GGUF file's tokenizer: {error}") from error
     model.config._name_or_path = ""
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    with fsio.needing_cache(), publish.shared_folder(folder) as staging, fsio.disk_errors(folder, num_bytes):
+    with fsio.disk_errors(folder, num_bytes):
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _drop_name(staging / "config.json")
-    return folder
 
 
 @cache

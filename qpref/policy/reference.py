@@ -132,7 +132,8 @@ class ReferenceStore:
     def share(self, world: World, missing: Sequence[bytes], what: str = "reference scores") -> None:
         """Give all processes the rows that only some of them have got since `missing` listed their keys.
 
-        Bytes in base64 between the hosts, which have the rows.
+        Of a row that several have, all keep the lowest rank's, since two batches round differently. Bytes travel in
+        base64 between the hosts, which have the rows.
         """
         if not missing:
             return
@@ -141,10 +142,12 @@ class ReferenceStore:
             for number, key in enumerate(missing)
             if key in self.rows
         }
-        for others in world.exchange(own, what):
-            for number, encoded in others.items():
+        found: dict[bytes, Tensor] = {}
+        for rows in world.exchange(own, what):
+            for number, encoded in rows.items():
                 values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.float32)
-                self.rows.setdefault(missing[int(number)], values)
+                found.setdefault(missing[int(number)], values)
+        self.rows |= found
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flatten the rows into three tensors for a checkpoint, sorted by key."""

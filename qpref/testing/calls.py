@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qpref.hooks import PairedLoss
 from qpref.hooks.border import described, is_interrupt
-from qpref.hooks.torch_state import TorchState
+from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import Loss
 from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
 from qpref.testing.examples import Example
@@ -130,7 +130,7 @@ class Built:
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call a plugin's function; any exception breaks the rule."""
-    before = TorchState.now()
+    before = ProcessState.now()
     try:
         result = function(*arguments, **named)
     except BaseException as error:
@@ -140,7 +140,7 @@ def attempt(what: str, function: Callable[..., Any], *arguments: Any, **named: A
     finally:
         changed = before.restore()
     if changed:
-        raise BrokenRule(f"{what} changed torch's {', '.join(changed)}")
+        raise BrokenRule(f"{what} changed {', '.join(changed)}")
     return result
 
 

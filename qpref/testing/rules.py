@@ -205,6 +205,35 @@ def _untrained(scores: Scores) -> Scores:
     return replace(scores, reference=scores.policy)
 
 
+def _direction(record: Loss, options: Any) -> None:
+    """Require a gradient that raises chosen against rejected, or a completion by its label, from the reference on.
+
+    A loss with a flipped sign trains as smoothly as the right one, and its own rewards may follow it.
+    """
+    built = Built(record, options)
+    examples = [
+        replace(example, margin=0.0, first=_untrained(example.first), second=_untrained(example.second))
+        for example in Draws().examples(6)
+    ]
+    raised = [replace(one, first=replace(one.first, policy=0.9 * one.first.policy)) for one in examples]
+    before, after = _metrics_of(built, examples), _metrics_of(built, raised)
+    for name in ("rewards/chosen", "rewards/rejected") if not built.paired else ("rewards/chosen",):
+        if bool((_metric(after, name) < _metric(before, name)).any()):
+            raise BrokenRule(f"{name} falls where the response becomes more probable")
+    if not record.is_monotone:
+        raise NotApplicable("it declares that it isn't monotone")
+    given = built.given(examples)
+    _, (first, *rest) = built.gradient(given, torch.ones(len(examples), dtype=torch.float64))
+    slopes = [float(part.sum()) for part in first.split([len(one.first.policy) for one in examples])]
+    if built.paired:
+        others = rest[0].split([len(one.second.policy) for one in examples])
+        slopes = [slope - float(other.sum()) for slope, other in zip(slopes, others, strict=True)]
+    for slope, example in zip(slopes, examples, strict=True):
+        if slope * (1 if built.paired or example.desirable else -1) > 0:
+            wanted = "chosen against rejected" if built.paired else "the completion as its label says"
+            raise BrokenRule(f"where policy and reference are the same, its gradient doesn't raise {wanted}: {example}")
+
+
 def _log_ratios(record: Loss, options: Any) -> None:
     """Require that shifting policy and reference alike changes nothing."""
     if not record.log_ratios_only:
@@ -301,6 +330,7 @@ RULES: Mapping[str, Callable[[Loss, Any], None]] = {
     "independence": _independence,
     "no state": _no_state,
     "start": _start,
+    "direction": _direction,
     "log ratios": _log_ratios,
     "swap": _swap,
     "metrics": _metrics,

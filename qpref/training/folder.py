@@ -196,15 +196,22 @@ class RunFolder:
         return None if is_same else f"{self.metrics}: is not as training wrote it"
 
     def clear(self) -> None:
-        """Remove the run but keep the lock. run.json goes first: without it there is no run."""
-        for path in [self.run_json, *self.path.iterdir()]:
+        """Remove the run but keep the lock.
+
+        run.json loses its name first: without it there is no run. It goes last, so that what a killed process leaves is
+        known to be a run's.
+        """
+        if self.run_json.exists():
+            fsio.rename(self.run_json, fsio.staging_name(self.run_json))
+        for path in sorted(self.path.iterdir(), key=_is_staged_run_json):
             if path.name in ENTRIES or fsio.staged_name(path.name) in ENTRIES:
                 fsio.remove_tree(path)
 
     def remove_leftovers(self) -> None:
-        """Remove files that a killed process left half-written."""
+        """Remove files that a killed process left half-written; of a run that was being removed, `clear` does."""
         for path in self.path.iterdir():
-            if fsio.staged_name(path.name) in ENTRIES:
+            is_being_removed = _is_staged_run_json(path) and not self.run_json.exists()
+            if fsio.staged_name(path.name) in ENTRIES and not is_being_removed:
                 fsio.remove_tree(path)
         if self.checkpoints.is_dir():
             checkpoint.remove_leftovers(self.checkpoints)
@@ -247,6 +254,10 @@ class RunFolder:
 
 def _is_named(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_staged_run_json(path: Path) -> bool:
+    return fsio.staged_name(path.name) == "run.json"
 
 
 def _refuse_writable_by_others(folder: Path) -> None:
@@ -320,8 +331,9 @@ def _refuse_use(folder: RunFolder, resume: bool, overwrite: bool) -> None:
         raise RecipeError(
             f"{path}: holds a run", "continue with --resume, replace it with --overwrite, or use --output"
         )
-    # A run that was killed before its run.json is none, and what it left is ours.
-    ours = {locks.NAME, *(ENTRIES if overwrite else ("recipe.lock.toml", "data.json"))}
+    # A run that was killed before its run.json is none, and what it left is ours; so is one that was being removed.
+    is_ours = overwrite or any(map(_is_staged_run_json, path.iterdir()))
+    ours = {locks.NAME, *(ENTRIES if is_ours else ("recipe.lock.toml", "data.json"))}
     if "run.json" not in found and any(name not in ours and fsio.staged_name(name) not in ENTRIES for name in found):
         raise RecipeError(f"{path}: holds files and no run", "name another folder with --output")
     if overwrite and (foreign := folder.foreign_files()):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpref import fsio, locks
+from qpref.data import token_cache
 from qpref.data.check import CheckedData
 from qpref.data.data_report import DataReport
 from qpref.data.load import fingerprint, tokenize_rows
@@ -74,11 +77,14 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
         QprefError: of the kind that fits.
     """
     recipe = plan.recipe
-    base = resolve_base(recipe.model)
+    with _in_turn(world, recipe.model.base, "reads the base"):
+        base = resolve_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model, base)
     pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
-    examples = tokenize_rows(checked.train, pairs, recipe.data, recipe.train.seed)
-    heldout = tokenize_rows(checked.heldout, pairs, recipe.data, recipe.train.seed) if checked.heldout else []
+    folder = token_cache.folder_of(pairs) if recipe.data.cache else None
+    with _in_turn(world, str(folder) if folder else None, "tokenizes the data"):
+        examples = tokenize_rows(checked.train, pairs, recipe.data, recipe.train.seed)
+        heldout = tokenize_rows(checked.heldout, pairs, recipe.data, recipe.train.seed) if checked.heldout else []
     objective = Objective.of(plan.losses, _class_counts(examples))
     if objective.needs_mismatched:
         examples, heldout = _with_partners(recipe, examples, heldout)
@@ -112,6 +118,19 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
             "start adapter": start_digest(recipe.adapter.start),
         },
     )
+
+
+def _in_turn(world: World, key: str | None, work: str) -> AbstractContextManager[None]:
+    """Context in which one process of a machine after the other works: the first fills a cache, the others read it.
+
+    Args:
+        key: of the cached work; None for what isn't cached, which all processes do at once.
+        work: for a message to those that wait.
+    """
+    if world.size == 1 or key is None:
+        return nullcontext()
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return locks.in_turn(fsio.cache_folder() / "turns" / name, work)
 
 
 def _with_partners(

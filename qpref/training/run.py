@@ -223,7 +223,7 @@ def _fill_references(session: Session) -> None:
     prepared, references = session.prepared, session.references
     if references is not None and prepared.plan.recipe.reference.fill == "before":
         tokens = reference_pass.BATCH_FACTOR * session.state.budget
-        reference_pass.fill(references, prepared.policy, prepared.all_examples, tokens)
+        reference_pass.fill(references, prepared.policy, prepared.all_examples, tokens, prepared.world)
 
 
 def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Sequence[int]) -> bool:

@@ -209,7 +209,9 @@ def test_a_file_as_the_run_folder_exits_2_and_stays(tmp_path, write_recipe):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["trian"], "No such command 'trian'."),
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["losses", "shwo"], "No such command 'shwo'. Did you mean 'show'?"),
+        (["cache", "zzz"], "No such command 'zzz'. Commands: clear."),
         (["train"], "Missing argument 'RECIPE'."),
         (["train", "r.toml", "--zzz", "1"], "No such option '--zzz'."),
         (["plugins", "--jsn"], "No such option '--jsn'. Did you mean '--json'?"),

@@ -48,7 +48,8 @@ def build(options):
 def build_lone(options):
     def lone(inputs):
         rewards = options.beta * inputs.policy.mean
-        return LossOutput(losses=-rewards, metrics=unpaired_reward_metrics(rewards, inputs.desirable))
+        losses = (-rewards).where(inputs.desirable, rewards)
+        return LossOutput(losses=losses, metrics=unpaired_reward_metrics(rewards, inputs.desirable))
     return lone
 
 

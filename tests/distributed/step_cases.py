@@ -264,7 +264,7 @@ def compare_rows(world: World, bench: Bench) -> dict[str, list[list[dict[str, An
 
 
 def compare_mistakes(world: World, bench: Bench) -> dict[str, float]:
-    """How far a step with a mistake in it is from that of one process, in its gradient or its metrics; rank 0's view."""
+    """How far a step with a mistake is from that of one process, in its gradient or its metrics; rank 0 compares."""
     found = {}
     for name, (losses, mistake) in MISTAKES.items():
         case = Case(losses=losses, tokens=90)

@@ -8,12 +8,13 @@ import pytest
 from qpref.memory.card_speed import ACHIEVED, DENSE_TFLOPS, Speed
 from qpref.memory.cards import CARDS, find_card
 from qpref.memory.costs import GATHERED_LAYERS, gathered_bytes, layer_weight_bytes, shard_bytes, weight_bytes
+from qpref.memory.dealing import Dealing
 from qpref.memory.demand import Demand, Workload
 from qpref.memory.flops import forward_flops, step_flops
 from qpref.memory.known_shapes import named_config
 from qpref.memory.links import LINKS
 from qpref.memory.parts import GIB
-from qpref.memory.scaling import Dealing, Scaling, which_mode
+from qpref.memory.scaling import Scaling, which_mode
 from qpref.memory.setup import Setup
 from qpref.memory.shape import read_shape
 from qpref.recipe.sections import AdapterSection

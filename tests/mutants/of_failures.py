@@ -53,6 +53,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "G1",
+        "what is left of a run that was being removed is taken for somebody else's files",
+        "qpref/training/folder.py",
+        "is_ours = overwrite or any(map(_is_staged_run_json, path.iterdir()))",
+        "is_ours = overwrite",
+        AIMED + "test_a_run_that_is_killed_while_it_starts_over_can_start_over",
+    ),
+    mutant(
+        "G1",
         "a merged model is written under its final name",
         "qpref/publish.py",
         "        staging, lock, descriptor = _claimed_name(final)\n",

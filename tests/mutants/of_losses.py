@@ -123,5 +123,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "z = chosen - rejected - inputs.margin",
         "z = rejected - chosen - inputs.margin",
         "tests/plugins/test_loss_dpo.py::test_dpo_is_its_equation_on_1000_random_pairs",
+        "tests/plugins/test_conformance.py::test_loss_conforms",
+    ),
+    mutant(
+        "C57",
+        "the conformance checks pass a loss that makes rejected responses more probable",
+        "qpref/testing/rules.py",
+        "if slope * (1 if built.paired or example.desirable else -1) > 0:",
+        "if slope * (1 if built.paired or example.desirable else -1) > 1e9:",
+        "tests/test_testing.py::test_a_loss_that_breaks_a_rule_is_caught_under_its_name",
     ),
 )

@@ -60,12 +60,16 @@ def each(count: int, every: int) -> range:
     return range(count, 0, -every)
 
 
-def in_copies(begun: Path, every: int, work: Work, tally: Tally) -> list[Path]:
-    """Kill `work` at every so many of its operations, each in a copy of the folder `begun`; returns the copies."""
+def in_copies(begun: Path, every: int, work: Work, tally: Tally, first: int = 0) -> list[Path]:
+    """Kill `work` at every so many of its operations, each in a copy of the folder `begun`; returns the copies.
+
+    Args:
+        first: number of operations at its start of which each is killed.
+    """
     whole = Path(shutil.copytree(begun, begun.with_name("whole")))
     count = num_operations(whole, work)
     copies = []
-    for at in each(count, every):
+    for at in sorted({*each(count, every), *range(1, first + 1)}):
         copies.append(Path(shutil.copytree(begun, begun.with_name(f"killed-{at}"))))
         kill(copies[-1], at, work, tally)
     return copies
@@ -126,6 +130,28 @@ def test_a_resumption_killed_at_any_operation_ends_as_if_it_never_stopped(make_t
     (begun / "result.json").unlink()
     (begun / "checkpoints" / fsio.staging_name(Path("step-000004")).name).mkdir()
     check_resumes(work, in_copies(begun, every, work, tally), unbroken, tally)
+
+
+@pytest.mark.parametrize("every", [200, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("again", [{"resume": True}, {"overwrite": True}], ids=str)
+def test_a_run_that_is_killed_while_it_starts_over_can_start_over(
+    make_toy,  # noqa: F811
+    unbroken,  # noqa: F811
+    tmp_path,
+    tally,
+    again,
+    every,
+):
+    """Without a checkpoint, --resume removes what there is and starts over, as --overwrite does: 12 operations."""
+    recipe, begun = make_toy(), tmp_path / "begun"
+    qpref.train(recipe, output=begun)
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(begun / name)
+    (begun / "result.json").unlink()
+    first_row, *_ = (begun / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (begun / "metrics.jsonl").write_text(first_row)
+    copies = in_copies(begun, every, lambda folder: qpref.train(recipe, output=folder, **again), tally, first=12)
+    check_resumes(train(make_toy), copies, unbroken, tally)
 
 
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.soak)])

@@ -22,6 +22,7 @@ from edited_runs import edit_facts, reseal
 import qpref
 from qpref import fsio, shards
 from qpref.data.pack import num_fed_tokens, pack
+from qpref.distributed.world import ALONE
 from qpref.errors import DiskError
 from qpref.policy import reference, reference_cache
 from qpref.policy.load import load_policy
@@ -327,6 +328,7 @@ def folder(
         base=Base(**base or {}),
         policy=used,
         fingerprints={"start adapter": start},
+        world=ALONE,
     )
     cache = reference_pass.open_cache(prepared, None)
     cache.close()

@@ -257,6 +257,7 @@ DISCOPOP = PairedLoss(
     build=discopop,
     starts_at=lambda options: (math.log(2) + 1) / 2,
     log_ratios_only=True,
+    is_monotone=False,
     variants=({"tau": 1.0}, {"tau": 1e-3}),
     trl_cases=(
         TrlCase(trainer="DPOTrainer", config={"loss_type": ["discopop"], "beta": 0.05}, options={"beta": 0.05}),
