@@ -54,7 +54,8 @@ def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Compare the preferences of each MODEL on held-out pairs: runs, their checkpoints, adapters, merged models, bases.
 
     The reference of a run or an adapter is its base with the adapter off; a model without an adapter takes the first
-    such reference. Brackets hold 95 % bootstrap intervals over prompts; differences are over the same pairs.
+    such reference. Brackets hold 95 % bootstrap intervals over prompts; differences are over the same pairs. Three
+    rows come first, with what they say; below 20 pairs they say nothing.
     """
     from qpref.cli import quiet_transformers
     from qpref.evaluation.evaluate import Request, evaluate
@@ -68,6 +69,9 @@ def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
 
 
 def _print(report: Comparison) -> None:
+    from qpref.evaluation.conclusion import conclusions, lead_keys
+    from qpref.evaluation.summary import labels
+
     console = make_console(soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDE  # don't wrap in a file or pipe
@@ -76,7 +80,11 @@ def _print(report: Comparison) -> None:
     for model in report.models:
         against = f"rewards against the reference of {model.reference}" if model.reference else "no reference"
         console.print(f"{model.kind:10} {model.name}: {against}")
-    console.print(_metrics_table(report.models))
+    lead = lead_keys(report.models)
+    console.print(_metrics_table("held-out pairs", report.models, lead))
+    for sentence in conclusions(report.models):
+        console.print(sentence)
+    console.print(_metrics_table("all metrics", report.models, [key for key in labels() if key not in lead]))
     for kind in report.models[0].summary.buckets:
         console.print(_bucket_table(kind, report.models))
     if len(report.models) > 1:
@@ -95,14 +103,14 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _metrics_table(models: Sequence[ComparedModel]) -> Table:
+def _metrics_table(title: str, models: Sequence[ComparedModel], keys: Sequence[str]) -> Table:
     from qpref.evaluation.summary import labels
 
-    table = _table("held-out pairs", [model.name for model in models])
-    for key, label in labels().items():
+    table = _table(title, [model.name for model in models])
+    for key in keys:
         found = [model.summary.metrics.get(key) for model in models]
         if any(found):
-            table.add_row(label, *(_cell(estimate) for estimate in found))
+            table.add_row(labels()[key], *(_cell(estimate) for estimate in found))
     return table
 
 

@@ -55,7 +55,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 @command.command("show")
 @click.argument("name", shell_complete=completion.losses)
-def show(name: str) -> None:
+@json_option
+def show(name: str, as_json: bool) -> None:
     """Print a loss's formula, paper, options and needs."""
     from qpref.errors import PluginError
     from qpref.hooks.border import guarded
@@ -69,6 +70,11 @@ def show(name: str) -> None:
 
     with guarded(str(loaded.offer), lambda error: failure(f"its record raised {error}"), failure):
         facts = {"from": str(loaded.offer)} | _facts(record)
+    if as_json:
+        named = {title.replace(" ", "_"): fact for title, fact in facts.items()}
+        options = [_option(option, field) for option, field in record.options.model_fields.items()]
+        echo(json.dumps({"name": record.name, "summary": record.summary} | named | {"options": options}, indent=2))
+        return
     echo(f"{record.name}: {record.summary}\n")
     for title, fact in facts.items():
         if fact:
@@ -77,6 +83,17 @@ def show(name: str) -> None:
         default = "required" if field.is_required() else f"default {toml_text(field.default)}"
         echo(f"\n{option}: {_type(field.annotation)}, {default}")
         echo(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def _option(name: str, field: Any) -> dict[str, Any]:
+    """Return an option as JSON data; `default` is null where there is none, and where it is none."""
+    return {
+        "name": name,
+        "type": _type(field.annotation),
+        "required": field.is_required(),
+        "default": None if field.is_required() else json.loads(json.dumps(field.default, default=str)),
+        "description": field.description or "",
+    }
 
 
 def _facts(record: Any) -> dict[str, str]:

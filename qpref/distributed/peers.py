@@ -72,6 +72,7 @@ class Peers:
     requested: Sequence[int] = ()
     failure: Failure | None = None
     _note: str = "the start"
+    _stage: str = ""
     _collectives: int = 0
     _count: int = 0
     _closing: threading.Event = field(default_factory=threading.Event)
@@ -98,11 +99,20 @@ class Peers:
         self._note = where
         self._refuse_failure()
 
-    def enter(self, name: str, length: int) -> list[int]:
+    def begin(self, stage: str) -> None:
+        """Begin a stage that all processes go through, such as "step 12"; its collectives have its name.
+
+        Raises:
+            FailedElsewhere: another process has failed.
+        """
+        self._stage = stage
+        self.note(stage)
+
+    def enter(self, what: str, length: int, kind: str = "wait") -> list[int]:
         """Come to a collective together with all other processes.
 
         Args:
-            name: of the collective; the same in all processes.
+            what: the collective is for; with its kind and stage its name, which is the same in all processes.
             length: a number of this process that the others need, such as that of its elements.
 
         Returns:
@@ -112,10 +122,11 @@ class Peers:
             PeerError: another process has failed, hangs, died, or came to another collective.
         """
         self._collectives += 1
+        name = f"{kind} {self.named(what)}"
         stop = self.requested[0] if self.requested else 0
         mine = torch.tensor([zlib.crc32(name.encode()), length, stop])
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        self.finish(lambda: dist.all_gather(everyone, mine, group=self.hosts, async_op=True), name)
+        self.finish(lambda: dist.all_gather(everyone, mine, group=self.hosts, async_op=True), what)
         rows: list[list[int]] = torch.stack(everyone).tolist()
         if len({row[0] for row in rows}) > 1:
             raise self.report(self._other_names(name, [row[0] for row in rows]))
@@ -123,15 +134,21 @@ class Peers:
             self.stops += [row[2] for row in rows if row[2]][:1]
         return [row[1] for row in rows]
 
-    def finish(self, begin: Callable[[], Any], name: str, on_gpu: bool = False) -> None:
+    def named(self, what: str) -> str:
+        """Add the stage to what a collective is for."""
+        return f"{what} of {self._stage}" if self._stage else what
+
+    def finish(self, begin: Callable[[], Any], what: str, on_gpu: bool = False) -> None:
         """Begin a collective and wait until it is done.
 
         Args:
             begin: calls it, without waiting, and returns torch's handle.
+            what: it is for.
 
         Raises:
             PeerError: as for `enter`.
         """
+        name = self.named(what)
         silence = Silence(
             read=self.signs,
             name=name,
@@ -208,7 +225,10 @@ class Peers:
         return first
 
     def _recorded(self) -> Failure | None:
-        return Failure(**json.loads(self.store.get(FAILURE))) if self.store.check([FAILURE]) else None
+        """Find the first failure; once this process knows it, the store may be gone with its host."""
+        if self.failure is None and self.store.check([FAILURE]):
+            return Failure(**json.loads(self.store.get(FAILURE)))
+        return self.failure
 
     def _refuse_failure(self) -> None:
         if self.failure is not None:
@@ -216,6 +236,8 @@ class Peers:
 
     def _broken(self, name: str, error: RuntimeError) -> PeerError:
         """Find out why a connection broke: which process has failed, or gives no sign of life any more."""
+        if self.failure is not None:
+            return self.failure.error()
         try:
             before = self.signs()
             deadline = time.monotonic() + DEAD_SECONDS
@@ -226,6 +248,8 @@ class Peers:
             pairs = enumerate(zip(before, self.signs(), strict=True))
             dead = [rank for rank, (old, new) in pairs if old.count == new.count and rank != self.rank]
         except RuntimeError:
+            if self.failure is not None:
+                return self.failure.error()
             return PeerError(f"rank 0, or the launcher's process beside it, is gone; {name} waited for it")
         if dead:
             where = "; ".join(f"rank {rank} died at {before[rank].note}" for rank in dead)

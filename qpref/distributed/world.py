@@ -25,7 +25,7 @@ class World:
     """This process's view of all processes of a run.
 
     Every collective raises PeerError where another process has failed, died, hangs, or came to another collective. Its
-    `what` says what it is for, such as "step 12's gradients", and is the same in all processes.
+    `what` says what it is for, such as "the gradients", and is the same in all processes.
 
     Attributes:
         rank: of this process, from 0; rank 0 writes the run's files.
@@ -50,8 +50,13 @@ class World:
         """True for the process that writes the run's files, and for a process alone."""
         return self.rank == 0
 
+    def begin(self, stage: str) -> None:
+        """Begin a stage that all processes go through, such as "step 12"; its collectives are named by it."""
+        if self.peers is not None:
+            self.peers.begin(stage)
+
     def note(self, where: str) -> None:
-        """Note where this process is, such as "step 12": a new note counts as progress for those that wait for it."""
+        """Note where this process alone is: a new note counts as progress for those that wait for it."""
         if self.peers is not None:
             self.peers.note(where)
 
@@ -129,7 +134,7 @@ class World:
     def wait(self, what: str = "the other processes") -> None:
         """Wait until every process has come here."""
         if self.peers is not None:
-            self.peers.enter(f"wait for {what}", 0)
+            self.peers.enter(what, 0)
 
     def _send_bytes(self, content: Tensor, what: str) -> None:
         self._enter("share", what, content, same_length=True)
@@ -152,10 +157,12 @@ class World:
             PeerError: with `same_length`, these differ.
         """
         assert self.peers is not None
-        lengths = self.peers.enter(f"{kind} {what} ({values.dtype})", values.numel())
+        lengths = self.peers.enter(what, values.numel(), f"{kind} {values.dtype}")
         if same_length and len(set(lengths)) > 1:
             brought = ", ".join(f"rank {rank} {length:,}" for rank, length in enumerate(lengths))
-            raise self.peers.report(f"the processes bring different numbers of elements to {what}: {brought}")
+            raise self.peers.report(
+                f"the processes bring different numbers of elements to {self.peers.named(what)}: {brought}"
+            )
         self.moved_bytes[kind] += values.nbytes
         return lengths
 

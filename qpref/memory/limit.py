@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from qpref.distributed.environment import number
 from qpref.errors import RecipeError
 from qpref.linux import cgroup_memory, is_wsl
 from qpref.memory.parts import GIB, LIBRARY_BYTES
@@ -24,6 +25,8 @@ CPU_SHARE = 0.5
 def memory_limit(recipe: Recipe, device: torch.device) -> int:
     """Return the bytes that a run may fill: the recipe's figure, a GPU's free memory, or half of a CPU's.
 
+    The processes of one run on one host share the CPU's half.
+
     Raises:
         RecipeError: the recipe's figure is no size.
     """
@@ -31,7 +34,7 @@ def memory_limit(recipe: Recipe, device: torch.device) -> int:
         return parse_bytes(recipe.model.memory)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(CPU_SHARE * _available_bytes())
+    return int(CPU_SHARE * _available_bytes()) // max(1, number("LOCAL_WORLD_SIZE", 1))
 
 
 def enforced_limit(recipe: Recipe, device: torch.device) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 
 from qpref import __version__, fsio, opening, sealed
+from qpref.credentials import redact
 from qpref.merge.guards import TrainedRun
 from qpref.merge.request import MergeRequest, MergeResult, Verdict
 from qpref.training.folder import RunFolder
@@ -19,7 +20,7 @@ log = logging.getLogger("qpref")
 
 
 def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: MergeResult) -> None:
-    """Write README.md in the form that the hub reads."""
+    """Write README.md in the form that the hub reads, without passwords or tokens: it is uploaded with the model."""
     parts = [
         _front_matter(run),
         f"# {request.out.name}",
@@ -33,7 +34,7 @@ def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: Merge
         "## Recipe",
         f"```toml\n{tomli_w.dumps(portable(run.plan.document)).strip()}\n```",
     ]
-    fsio.write_text(path, "\n\n".join(parts) + "\n")
+    fsio.write_text(path, redact("\n\n".join(parts) + "\n"))
 
 
 def _front_matter(run: TrainedRun) -> str:

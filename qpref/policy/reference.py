@@ -129,7 +129,7 @@ class ReferenceStore:
         keys = dict.fromkeys(key for example in examples for key in row_keys(example))
         return [key for key in keys if key not in self.rows]
 
-    def share(self, world: World, missing: Sequence[bytes], what: str = "reference scores") -> None:
+    def share(self, world: World, missing: Sequence[bytes]) -> None:
         """Give all processes the rows that only some of them have got since `missing` listed their keys.
 
         Of a row that several have, all keep the lowest rank's, since two batches round differently. Bytes travel in
@@ -143,7 +143,7 @@ class ReferenceStore:
             if key in self.rows
         }
         found: dict[bytes, Tensor] = {}
-        for rows in world.exchange(own, what):
+        for rows in world.exchange(own, "reference scores"):
             for number, encoded in rows.items():
                 values = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.float32)
                 found.setdefault(missing[int(number)], values)

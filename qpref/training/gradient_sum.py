@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from qpref.distributed.world import World
 
 
-def sum_gradients(world: World, parameters: Sequence[Parameter], nonfinite: Tensor, what: str) -> Tensor:
+def sum_gradients(world: World, parameters: Sequence[Parameter], nonfinite: Tensor) -> Tensor:
     """Sum the gradients of all processes, in place and in one message.
 
     A parameter that has no gradient in any process has none afterwards, so the optimizer passes it over as it does in a
@@ -20,7 +20,6 @@ def sum_gradients(world: World, parameters: Sequence[Parameter], nonfinite: Tens
     Args:
         parameters: float32, in the same order in every process.
         nonfinite: [losses] bool of this process.
-        what: for messages, such as "step 12's gradients".
 
     Returns:
         [losses] bool, true where it is in any process.
@@ -31,7 +30,7 @@ def sum_gradients(world: World, parameters: Sequence[Parameter], nonfinite: Tens
     gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
     counts = torch.tensor([not missing for missing in are_missing], dtype=torch.float32).to(nonfinite.device)
     faults = nonfinite.float()
-    world.add([*gradients, counts, faults], what)
+    world.add([*gradients, counts, faults], "the gradients")
     if any(are_missing):
         are_missing = [count == 0 for count in counts.tolist()]
     for parameter, gradient, is_missing in zip(parameters, gradients, are_missing, strict=True):

@@ -19,8 +19,6 @@ from qpref.training.metrics import Averages
 from qpref.training.scoring import Scorer, Scores
 from qpref.training.whole_batch import Rows, Values, WholeBatch, values_of
 
-NAME = "the held-out rows"
-"""For messages between processes."""
 WINDOW = 256
 """Held-out examples that are packed together; bounds the packing's quadratic search."""
 
@@ -55,7 +53,6 @@ def _add_windows(
 ) -> int:  # fmt: skip
     """Score adjacent windows and add their metrics; returns the tokens per micro-batch that the memory sufficed for."""
     start, policy = cuts[0].start, scorer.policy
-    world.note(f"held-out example {start + 1}")
     members = examples[start : cuts[-1].stop]
     inside = [range(cut.start - start, cut.stop - start) for cut in cuts]
     whole = WholeBatch.of(scorer, members, inside)
@@ -63,10 +60,10 @@ def _add_windows(
     def score(parts: Parts) -> tuple[Parts, list[Values]]:
         return parts, [_values(scorer, [members[index] for index in part]) for part in parts]
 
-    with scorer.sharing_references(world, members, NAME):
+    with scorer.sharing_references(world, members):
         share = deal(members, world.size, policy.shares_prompts)[world.rank]
         (parts, values), budget = in_microbatches(policy, members, share, budget, score)
-        collected = whole.collect(world, policy, parts, values, NAME)
+        collected = whole.collect(world, policy, parts, values)
     for window in inside:
         rows, scores = whole.window(collected, window)
         while (metrics := attempt(partial(_metrics, scorer, rows, scores))) is None:

@@ -109,6 +109,7 @@ class Trainer:
             self._stop_if_nonfinite()
             stopping = self.should_stop() and not self._is_finished()
             if stopping or is_best or self._is_due(self.train.save_every):
+                self.policy.verify_base()
                 state.averages.settle(self.world)
                 self.save()
             if stopping:
@@ -135,7 +136,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """Take one optimizer step on `batch_size` examples; returns its gradient norm and learning rate by name."""
         train, index = self.train, self.state.step
-        self.world.note(f"step {index + 1}")
+        self.world.begin(f"step {index + 1}")
         optim.seed_step(train.seed, index)
         self.policy.seed_dropout(train.seed, index)
         positions = step_order(len(self.examples), train.batch_size, train.seed, index)
@@ -166,7 +167,6 @@ class Trainer:
         state = self.state
         self.objective = self.objective.at(progress(state.step, self.total_steps))
         step = Step(
-            name=f"step {state.step + 1}",
             scorer=self.scorer,
             scaler=self.scaler,
             examples=examples,
@@ -190,7 +190,8 @@ class Trainer:
             self.state.nonfinite = 0
         elif not searching:
             self.state.nonfinite += 1
-            log.warning("step %d: the gradient is not finite; the step is skipped", self.state.step + 1)
+            if self.world.is_first:
+                log.warning("step %d: the gradient is not finite; the step is skipped", self.state.step + 1)
 
     def _stop_if_nonfinite(self) -> None:
         if self.state.nonfinite >= MAX_NONFINITE_STEPS:
@@ -222,7 +223,9 @@ class Trainer:
         Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
         means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget, self.world)
-        means = self.world.share(means, "the held-out row")  # to the bit: the best step and patience depend on it
+        means = self.world.share(
+            means, "the held-out metrics"
+        )  # to the bit, since the best step and patience depend on them
         return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 
 

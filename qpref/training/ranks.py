@@ -99,22 +99,22 @@ def agree_on_checkpoint(session: Session) -> None:
         return
     adapter = list(prepared.policy.trained_parameters().values())
     facts = [digest(adapter), [state.budget, prepared.policy.recomputed_layers]]
-    found = world.exchange(facts, f"the adapters and sizes at {where}")
+    found = world.exchange(facts, "the adapters and sizes")
     session.sizes = [sizes for _, sizes in found]
     if len({each for each, _ in found}) == 1:
         return
     _copy_adapter(world, adapter, where)
     for kind, tensors in _state_tensors(session.optimizer).items():
-        world.copy_first(tensors, f"the optimizer's {kind} at {where}")
+        world.copy_first(tensors, f"the optimizer's {kind}")
 
 
 def _copy_adapter(world: World, adapter: Sequence[Tensor], where: str) -> None:
     """Overwrite the adapter by rank 0's."""
     before = [each.detach().clone() for each in adapter]
-    world.copy_first(adapter, f"the adapter at {where}")
-    pairs = list(zip(before, adapter, strict=True))
+    world.copy_first(adapter, "the adapter")
+    pairs = zip(before, (each.detach() for each in adapter), strict=True)
     offsets = [float((old - new).abs().max() / new.abs().max().clamp_min(TINIEST)) for old, new in pairs]
-    found = world.exchange(max(offsets), f"the adapters' offsets at {where}")
+    found = world.exchange(max(offsets), "the adapters' offsets")
     off = [f"rank {rank} (by {each:.1e})" for rank, each in enumerate(found) if not each <= MOST_ROUNDING]
     if off:
         raise PeerError(

@@ -104,6 +104,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     with stop_request(announce=world.is_first) as requested:
         stops = world.stops(requested)
         finished = _run_loop(session, folder, metrics_bytes, stops)
+        world.begin("the end")
         world.wait("the last checkpoint")
     if not finished:
         raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", stops[0])
@@ -188,6 +189,7 @@ def _begin(session: Session, folder: RunFolder) -> int:
     prepared = session.prepared
     batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
     invariants.check_start(prepared.policy, prepared.objective, batch)
+    prepared.policy.finish_passes()
     session.references = reference_pass.open_references(prepared)
     session.state.budget = snapshot.settle_sizes(prepared)
     if prepared.world.is_first:

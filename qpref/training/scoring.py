@@ -90,18 +90,14 @@ class Scorer:
         return batch, Scores(self.policy_scores(batch), reference, None)
 
     @contextmanager
-    def sharing_references(self, world: World, examples: Sequence[TokenizedExample], name: str) -> Iterator[None]:
-        """Give all processes the reference scores of the examples that only some of them compute inside.
-
-        Args:
-            name: of the step, for messages.
-        """
+    def sharing_references(self, world: World, examples: Sequence[TokenizedExample]) -> Iterator[None]:
+        """Give all processes the reference scores of the examples that only some of them compute inside."""
         if self.references is None or world.size == 1:
             yield
             return
         missing = self.references.missing(examples)
         yield
-        self.references.share(world, missing, f"{name}'s reference scores")
+        self.references.share(world, missing)
 
     def _references_with_partners(
         self, batch: PackedBatch, partners: PackedBatch

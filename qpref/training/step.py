@@ -38,14 +38,12 @@ class Step:
     """One optimizer step, complete but for the size of its micro-batches.
 
     Attributes:
-        name: for messages between processes, such as "step 12".
         scaler: fp16's loss scaling; passes everything through in other dtypes.
         examples: of the whole step, the same in every process.
         share: indices of those that this process computes.
         world: the run's processes.
     """
 
-    name: str
     scorer: Scorer
     scaler: torch.amp.GradScaler
     examples: Sequence[TokenizedExample]
@@ -98,7 +96,7 @@ def compute_gradient(step: Step, budget: int) -> StepResult:
         DeviceMemoryError: one example is too large for the memory, with every layer recomputed.
     """
     scorer = step.scorer
-    with scorer.sharing_references(step.world, step.examples, step.name):
+    with scorer.sharing_references(step.world, step.examples):
         if scorer.objective.sees_whole_steps:
             results, budget = _backward_whole_step(step, budget)
         elif scorer.objective.sees_steps_mismatched:
@@ -151,7 +149,7 @@ def _backward_after_partners(step: Step, budget: int) -> tuple[list[MicroBatchRe
     These have no gradient, so all of them are scored first; then each micro-batch is, once. A process's only
     micro-batch is scored together with its partners, and keeps its graph until the others' are known.
     """
-    scorer, whole = step.scorer, WholeBatch.of(step.scorer, step.examples).of_partners()
+    scorer, whole = step.scorer, WholeBatch.of(step.scorer, step.examples)
     only: list[tuple[PackedBatch, Scores]] = []
 
     def score(parts: Parts) -> tuple[Parts, list[Values]]:
@@ -164,7 +162,7 @@ def _backward_after_partners(step: Step, budget: int) -> tuple[list[MicroBatchRe
         return parts, [values_of(scores)]
 
     (parts, values), budget = _in_microbatches(step, budget, score)
-    mismatched = whole.mismatched(whole.collect(step.world, scorer.policy, parts, values, step.name))
+    mismatched = whole.collect_mismatched(step.world, scorer.policy, parts, values)
 
     def backward(parts: Parts) -> list[MicroBatchResult]:
         known = [only.pop()] if only else []
@@ -202,7 +200,7 @@ def _backward_whole_step(step: Step, budget: int) -> tuple[list[MicroBatchResult
         return parts, batches, [values_of(each) for each in scored]
 
     (parts, batches, values), budget = _in_microbatches(step, budget, score)
-    collected = whole.collect(step.world, scorer.policy, parts, values, step.name)
+    collected = whole.collect(step.world, scorer.policy, parts, values)
 
     def backward(repeated: Parts) -> list[MicroBatchResult]:
         known = [only.pop()] if only else []
@@ -235,5 +233,4 @@ def _sum_over_processes(step: Step, results: Sequence[MicroBatchResult]) -> Tens
         step.scaler.scale(torch.zeros((), device=policy.device))
         faults = [torch.zeros(len(step.scorer.objective.callers), dtype=torch.bool, device=policy.device)]
     policy.finish_passes()
-    parameters = list(policy.trained_parameters().values())
-    return sum_gradients(step.world, parameters, torch.stack(faults).any(0), f"{step.name}'s gradients")
+    return sum_gradients(step.world, list(policy.trained_parameters().values()), torch.stack(faults).any(0))

@@ -7,7 +7,7 @@ micro-batches really are, and whichever process scored which, it computes the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -121,34 +121,35 @@ class WholeBatch:
         rows = Rows(ordered, *to_device(host, scorer.policy.device))
         return cls(rows, tuple(sorted(range(len(order)), key=order.__getitem__)), _layout(scorer, ordered))
 
-    def collect(
-        self, world: World, policy: Policy, parts: Sequence[Sequence[int]], pieces: Sequence[Values], name: str
-    ) -> Values:
+    def collect(self, world: World, policy: Policy, parts: Sequence[Sequence[int]], pieces: Sequence[Values]) -> Values:
         """Collect the values of all examples, without a graph, from the parts of all processes.
 
         Args:
             parts: indices in the step of the examples of this process's parts, of which there may be none.
-            pieces: values of these parts; those that the layout lacks are left out.
-            name: of the step, for messages.
+            pieces: values of these parts.
         """
+        return self._collect(world, policy, parts, pieces, list(self.layout))
+
+    def collect_mismatched(
+        self, world: World, policy: Policy, parts: Sequence[Sequence[int]], pieces: Sequence[Values]
+    ) -> Mismatched:
+        """Collect the scores of the mismatched partners alone, as `collect` does."""
+        names = [name for name in self.layout if name in PARTNERS]
+        values = self._collect(world, policy, parts, pieces, names)
+        return _mismatched(values, self.layout["mismatched"].lengths)
+
+    def _collect(
+        self, world: World, policy: Policy, parts: Sequence[Sequence[int]], pieces: Sequence[Values], names: list[str]
+    ) -> Values:
         own = [self._positions_of(members) for members in parts]
         if world.size == 1 and own == [list(range(len(self.rows.examples)))]:
-            return {kind: pieces[0][kind] for kind in self.layout}
+            return {name: pieces[0][name] for name in names}
         merged = {
-            kind: sequences.merge(own, [piece[kind] for piece in pieces], policy.device)
-            for kind, sequences in self.layout.items()
+            name: self.layout[name].merge(own, [piece[name] for piece in pieces], policy.device) for name in names
         }
         policy.finish_passes()
-        world.add(list(merged.values()), f"{name}'s scores")
+        world.add(list(merged.values()), "the scores")
         return merged
-
-    def of_partners(self) -> WholeBatch:
-        """Return the same rows with the layout of the mismatched partners' scores alone."""
-        return replace(self, layout={kind: each for kind, each in self.layout.items() if kind in PARTNERS})
-
-    def mismatched(self, values: Values) -> Mismatched:
-        """Arrange the mismatched partners' values as their scores."""
-        return _mismatched(values, self.layout["mismatched"].lengths)
 
     def select(self, name: str, values: Tensor, members: Sequence[int]) -> Tensor:
         """Select the values of some examples, by index in the step, in the order of a micro-batch of them."""

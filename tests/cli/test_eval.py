@@ -232,6 +232,12 @@ def test_beta_scales_rewards_and_nothing_else(folder):
 def test_the_table_names_models_metrics_and_differences(folder):
     done = evaluate(folder / "run", folder / "merged", "--samples", 100)
     assert "accuracy by reward margin at equal length" in done.stdout
+    lead, _, rest = done.stdout.partition("all metrics")
+    rows = [line.split("│")[1].strip() for line in lead.splitlines() if line.startswith("│")]
+    assert rows == ["accuracy by reward margin", "change of logps/chosen since the start (nats)",
+                    "KL from the reference (nats per token)"]  # fmt: skip
+    assert "reward margin" in rest
+    assert "right on" not in lead  # too few pairs
     assert f"difference from {folder}/run, pair by pair" in done.stdout
     assert "warning: only 6 pairs" in done.stderr
     margin = next(line for line in done.stdout.splitlines() if line.startswith("│ reward margin"))

@@ -190,6 +190,25 @@ def test_show_prints_what_a_loss_says_of_itself(sound):
     )
 
 
+def test_show_prints_the_same_as_json(sound):
+    code, lines, errors = invoke("show", "warm", "--json")
+    facts = json.loads("\n".join(lines))
+    assert (code, errors) == (0, [])
+    (beta,) = [option for option in facts.pop("options") if option["name"] == "beta"]
+    assert (beta["type"], beta["required"], beta["default"]) == ("number", False, 0.1)
+    assert facts == {
+        "name": "warm",
+        "summary": "a warm loss",
+        "from": "acme-losses 2.0 [loss-warm]",
+        "data": "paired",
+        "formula": "-log sigmoid(beta h)",
+        "paper": "Acme 2026, eq. 1",
+        "needs": "reference",
+        "scope": "example by example",
+        "starts_at": "0.693147",
+    }
+
+
 def test_show_leaves_out_what_a_loss_does_not_say(sound):
     code, lines, _ = invoke("show", "lone")
     assert code == 0

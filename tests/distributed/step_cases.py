@@ -297,7 +297,7 @@ def _dealt(change: Callable[[list[list[int]]], object]) -> Any:
 
 def _own_scores_alone() -> Any:
     return mock.patch.object(
-        WholeBatch, "collect", lambda whole, world, *rest: COLLECT(whole, replace(world, devices=None), *rest)
+        WholeBatch, "_collect", lambda whole, world, *rest: COLLECT(whole, replace(world, devices=None), *rest)
     )
 
 
@@ -314,7 +314,7 @@ def _lost_weights() -> Any:
     return mock.patch.object(Scorer, "pack", pack)
 
 
-BACKWARD, COLLECT, SETTLE, PACK = step._backward, WholeBatch.collect, Averages.settle, Scorer.pack
+BACKWARD, COLLECT, SETTLE, PACK = step._backward, WholeBatch._collect, Averages.settle, Scorer.pack
 DPO, KTO, AOT = ({"name": "dpo"},), ({"name": "kto"},), ({"name": "aot"},)
 MISTAKES: dict[str, tuple[Losses, Callable[[], Any]]] = {
     "mean of each process": (DPO, _mean_of_each_process),
@@ -333,5 +333,5 @@ def sum_of_few(world: World) -> list[Any]:
     parameters[0].grad = torch.full((2,), float(world.rank + 1))
     if world.rank == world.size - 1:
         parameters[1].grad = torch.tensor([3.0, torch.inf])
-    faults = sum_gradients(world, parameters, torch.tensor([False, world.rank == 1]), "gradients")
+    faults = sum_gradients(world, parameters, torch.tensor([False, world.rank == 1]))
     return [[None if each.grad is None else each.grad.tolist() for each in parameters], faults.tolist()]

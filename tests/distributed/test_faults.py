@@ -18,36 +18,37 @@ TIMEOUT = 3
 
 def dies(world: World) -> None:
     world.wait("the start")
-    world.note("step 12")
+    world.begin("step 12")
     if world.rank == 1:
         time.sleep(1)  # so that its note is in the store
         os.kill(os.getpid(), signal.SIGKILL)
-    world.add([torch.ones(3)], "step 12's gradients")
+    world.add([torch.ones(3)], "the gradients")
 
 
 def stands_still(world: World) -> None:
     world.wait("the start")
-    world.note("step 12")
+    world.begin("step 12")
     if world.rank == 1:
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGSTOP)
-    world.add([torch.ones(3)], "step 12's gradients")
+    world.add([torch.ones(3)], "the gradients")
 
 
 def never_returns(world: World) -> None:
     world.wait("the start")
+    world.begin("step 12")
     if world.rank == 1:
         world.note("the loss of step 12")
         while True:
             time.sleep(0.1)
-    world.add([torch.ones(3)], "step 12's gradients")
+    world.add([torch.ones(3)], "the gradients")
 
 
 def fails(world: World, rank: int) -> None:
     world.wait("the start")
     if world.rank == rank:
         raise DataError("pairs.jsonl:7: no such thing")
-    world.add([torch.ones(3)], "step 12's gradients")
+    world.add([torch.ones(3)], "the gradients")
 
 
 def all_fail(world: World) -> None:
@@ -56,18 +57,26 @@ def all_fail(world: World) -> None:
 
 
 def skips_a_sum(world: World) -> None:
+    world.begin("step 12")
     if world.rank != 1:
-        world.add([torch.ones(3)], "step 12's gradients")
-    world.exchange([1], "the metrics of step 12")
+        world.add([torch.ones(3)], "the gradients")
+    world.exchange([1], "the metrics")
+
+
+def skips_a_step(world: World) -> None:
+    for step in [12] if world.rank == 1 else [11, 12]:
+        world.begin(f"step {step}")
+        world.add([torch.ones(3)], "the gradients")
 
 
 def leaves_early(world: World) -> None:
     if world.rank != 1:
-        world.add([torch.ones(3)], "step 13's gradients")
+        world.begin("step 13")
+        world.add([torch.ones(3)], "the gradients")
 
 
 def brings_another_shape(world: World) -> None:
-    world.add([torch.ones(3 + world.rank)], "step 12's gradients")
+    world.add([torch.ones(3 + world.rank)], "the gradients")
 
 
 def is_slow(world: World) -> int:
@@ -75,7 +84,7 @@ def is_slow(world: World) -> int:
         for count in range(3 * TIMEOUT):
             world.note(f"micro-batch {count}")
             time.sleep(0.7)
-    world.add([torch.ones(3)], "step 12's gradients")
+    world.add([torch.ones(3)], "the gradients")
     return 1
 
 
@@ -99,12 +108,10 @@ def test_a_killed_process_is_named(size):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_stopped_process_is_named_within_the_timeout(size):
-    started = time.monotonic()
     outcomes = start_ranks(size, stands_still, timeout=TIMEOUT, abandoned=[1])
-    assert time.monotonic() - started < 60
     assert [each.code for each in outcomes if each.rank != 1] == [13, 13][: size - 1]
     message = only_message(outcomes)
-    assert f"rank 1 didn't come to step 12's gradients within {TIMEOUT} s; " in message.replace("add ", "")
+    assert f"rank 1 didn't come to the gradients of step 12 within {TIMEOUT} s; " in message
     assert "at step 12" in message
 
 
@@ -132,7 +139,7 @@ def test_processes_that_come_to_different_collectives_are_told_apart():
     outcomes = start_ranks(3, skips_a_sum, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13, 13]
     message = only_message(outcomes)
-    assert "step 12's gradients" in message
+    assert "the gradients" in message
     assert "the metrics of step 12" in message
 
 
@@ -140,14 +147,14 @@ def test_a_process_that_calls_one_collective_less_is_found():
     outcomes = start_ranks(2, leaves_early, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13]
     message = only_message(outcomes)
-    assert "step 13's gradients" in message
+    assert "the gradients of step 13" in message
     assert "the end of the run" in message
 
 
 def test_sums_of_different_shapes_are_refused():
     outcomes = start_ranks(2, brings_another_shape, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13]
-    assert "rank 0 3, rank 1 4" in only_message(outcomes)
+    assert "to the gradients: rank 0 3, rank 1 4" in only_message(outcomes)
 
 
 def test_a_slow_process_that_makes_progress_is_waited_for():

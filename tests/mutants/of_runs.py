@@ -110,4 +110,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "if (damaged := None) is None:",
         "tests/policy/test_source.py::test_a_damaged_conversion_is_named_and_made_again",
     ),
+    mutant(
+        "C60",
+        "a base whose generation settings have changed since training goes unseen",
+        "qpref/training/base_settings.py",
+        "if key in facts and _sha256(base / name) != facts[key]:",
+        'if name == "config.json" and key in facts and _sha256(base / name) != facts[key]:',
+        "tests/training/test_run_records.py::test_changed_settings_of_the_base_are_refused_by_name",
+    ),
+    mutant(
+        "C58",
+        "a report shows what a link in the run folder leads to",
+        "qpref/report/read.py",
+        "return opening.read_bytes(path).decode",
+        "return opening.read_bytes(path, follow=True).decode",
+        "tests/report/test_hostile.py::test_a_file_of_the_run_that_is_no_file_is_named_and_not_read",
+    ),
 )
