@@ -93,7 +93,8 @@ def _adapter_errors(layer: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def head(context: Context) -> None:
     """Compare log-probabilities and their gradient with float64, at both sizes of the vocabulary's slices."""
-    from qpref.policy.head import Head, score_tokens
+    from qpref.policy.head import Head
+    from qpref.policy.token_scores import score_tokens
 
     rows, width, vocabulary = context.pick((600, 2048, 128256), (20, 64, 3001))
     generator = torch.Generator(context.device.name).manual_seed(0)

@@ -41,7 +41,8 @@ def _peaks(context: Context) -> dict[str, Any]:
 
 def heads(context: Context) -> None:
     """Time the head alone, forward and backward, at both sizes of the vocabulary's slices."""
-    from qpref.policy.head import Head, score_tokens
+    from qpref.policy.head import Head
+    from qpref.policy.token_scores import score_tokens
 
     for name in ("1B", "8B"):
         shape, rows = context.shape(name), context.pick(2400, 20)

@@ -87,13 +87,13 @@ class TokenCache:
     def _tokenize(self, batch: Sequence[list[ExampleRow]], limit: int | None) -> Iterator[TokenizedExample | Finding]:
         """Tokenize a batch of sources; the examples of one source are all read from the cache, or all computed."""
         keys = [[_key(row, limit) for row in together] for together in batch]
-        known = [all(key in self.store for key in own_keys) for own_keys in keys]
-        missing = [row for together, is_known in zip(batch, known, strict=True) if not is_known for row in together]
+        known = [self._known(together, own_keys) for together, own_keys in zip(batch, keys, strict=True)]
+        missing = [row for together, found in zip(batch, known, strict=True) if found is None for row in together]
         computed = itertools.groupby(self.tokenizer.tokenize(missing, limit), key=lambda one: one.source)
         new: dict[bytes, bytes] = {}
-        for together, own_keys, is_known in zip(batch, keys, known, strict=True):
-            if is_known:
-                yield from (self._read(row, key) for row, key in zip(together, own_keys, strict=True))
+        for together, own_keys, found in zip(batch, keys, known, strict=True):
+            if found is not None:
+                yield from found
                 continue
             results = list(next(computed)[1])  # each source has at least one example or finding
             examples = [one for one in results if isinstance(one, TokenizedExample)]
@@ -102,25 +102,40 @@ class TokenCache:
             yield from results
         self.store.add(new)
 
-    def _read(self, row: ExampleRow, key: bytes) -> TokenizedExample:
-        words = array("i")
-        words.frombytes(self.store.get(key) or b"")
-        prompt_cut, count = words[:2]
-        lengths = words[2 : 2 + count]
-        ends = list(itertools.accumulate(lengths, initial=2 + count))
-        prompt, *branches = (words[start:end] for start, end in itertools.pairwise(ends))
-        label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
-        return TokenizedExample(
-            prompt=prompt,
-            branches=tuple(branches),
-            truncated=(False,) * len(branches),
-            prompt_cut=bool(prompt_cut),
-            weight=row.weight,
-            margin=margin,
-            label=label,
-            number=row.number,
-            source=row.source,
-        )
+    def _known(self, rows: Sequence[ExampleRow], keys: Sequence[bytes]) -> list[TokenizedExample] | None:
+        """Read the examples of one source; None unless the cache has all of them."""
+        found: list[TokenizedExample] = []
+        for row, key in zip(rows, keys, strict=True):
+            if (example := _read(row, self.store.get(key))) is None:
+                return None
+            found.append(example)
+        return found
+
+
+def _read(row: ExampleRow, content: bytes | None) -> TokenizedExample | None:
+    """Read an example from its record; None without one, and for a record that `_content` has not written, since others
+    may write to a shared cache."""
+    words = array("i", content or b"")
+    count = 1 + len(responses_of(row))
+    if len(words) < 2 or words[1] != count:
+        return None
+    lengths = words[2 : 2 + count]
+    if len(lengths) != count or min(words) < 0 or 0 in lengths or 2 + count + sum(lengths) != len(words):
+        return None
+    ends = list(itertools.accumulate(lengths, initial=2 + count))
+    prompt, *branches = (words[start:end] for start, end in itertools.pairwise(ends))
+    label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
+    return TokenizedExample(
+        prompt=prompt,
+        branches=tuple(branches),
+        truncated=(False,) * len(branches),
+        prompt_cut=bool(words[0]),
+        weight=row.weight,
+        margin=margin,
+        label=label,
+        number=row.number,
+        source=row.source,
+    )
 
 
 def _content(example: TokenizedExample) -> bytes:

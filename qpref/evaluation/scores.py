@@ -16,11 +16,11 @@ from qpref.data.pack import num_fed_tokens, pack
 from qpref.memory.fit import MOST_TOKENS
 from qpref.memory.tune import shrink_microbatch
 from qpref.policy.divergence import NextTokens, token_kl
-from qpref.policy.head import score_tokens
 from qpref.policy.logprobs import completion_hidden
 from qpref.policy.out_of_memory import fits
 from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen, row_keys
+from qpref.policy.token_scores import score_tokens
 from qpref.records import TokenizedExample, TokenLogProbs
 
 KL_POSITIONS = 8192

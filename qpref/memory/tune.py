@@ -62,6 +62,7 @@ def choose_sizes(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[
         fit = fit_memory(demand, limit)
         policy.recompute_layers(fit.recomputed_layers)
         budget = fit.tokens_per_microbatch
+    policy.finish_passes()
     predicted = demand.peak(budget, policy.recomputed_layers).total
     log.info("memory: %d tokens per micro-batch, %d of %d layers recomputed; %.2f of %.2f GiB predicted", budget,
              policy.recomputed_layers, policy.num_layers, predicted / GIB, limit / GIB)  # fmt: skip
@@ -76,13 +77,15 @@ def demand_of(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[Tok
     """
     shape = replace(model_shape(recipe.model, recipe.adapter, str(base)), shares_prompts=policy.shares_prompts)
     setup = Setup.of(recipe, "cuda" if policy.device.type == "cuda" else "cpu", shape)
-    workload = Workload.of(map(_lengths, examples), recipe.train.batch_size, policy.shares_prompts)
+    workload = Workload.of(map(lengths_of, examples), recipe.train.batch_size, policy.shares_prompts)
     path = policy.attention  # the one that the first batch's check has left
-    setup = replace(setup, in_blocks=path == BLOCKS, has_flash=path in KERNELS)
+    num_shards = 1 if policy.shards is None else policy.shards.world.size
+    setup = replace(setup, in_blocks=path == BLOCKS, has_flash=path in KERNELS, num_shards=num_shards)
     return Demand.of(recipe, shape, setup, workload)
 
 
-def _lengths(example: TokenizedExample) -> Lengths:
+def lengths_of(example: TokenizedExample) -> Lengths:
+    """Length of an example's prompt, and those of its responses."""
     return len(example.prompt), [len(branch) for branch in example.branches]
 
 
@@ -101,7 +104,7 @@ def _probe(policy: Policy, examples: Sequence[TokenizedExample], fit: Fit) -> tu
         budget = shrink_microbatch(policy, members, budget)
     if budget < fit.tokens_per_microbatch or policy.recomputed_layers != fit.recomputed_layers:
         return budget, None
-    stream = Stream.of(map(_lengths, members), policy.shares_prompts)
+    stream = Stream.of(map(lengths_of, members), policy.shares_prompts)
     return budget, Probe(stream=stream, recomputed_layers=policy.recomputed_layers, measured_bytes=measured)
 
 
@@ -173,8 +176,16 @@ def shrink_microbatch(policy: Policy, examples: Sequence[TokenizedExample], budg
     Once the largest micro-batch is a single example, all layers are recomputed instead, in training mode.
 
     Raises:
-        DeviceMemoryError: nothing is left to shrink.
+        DeviceMemoryError: nothing is left to shrink, or the base is shared: the other processes wait in the middle of a
+            pass that this one can't repeat alone.
     """
+    if policy.shards is not None:
+        raise DeviceMemoryError(
+            f"rank {policy.shards.world.rank} ran out of memory with {budget} tokens per micro-batch; processes that "
+            "share a base can't repeat a step in smaller ones",
+            f"set [train] tokens_per_microbatch to {budget // 2} or less, or [train] gradient_checkpointing = true; "
+            "continue with --resume where checkpoints exist",
+        )
     smaller = smaller_budget(examples, budget, policy.shares_prompts)
     if smaller is not None:
         log.warning("out of memory: %d tokens per micro-batch instead of %d; the step is repeated", smaller, budget)

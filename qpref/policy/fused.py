@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from qpref.policy.self_attention import SelfAttention, recorded_attention, trial
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Makes the context of a forward pass."""
+Gathered = Callable[[nn.Module], AbstractContextManager[None]]
 Fuse = Callable[[Any], nn.Module]
 """Makes the fused module of a family's own."""
 
@@ -39,11 +40,12 @@ UNSUITABLE = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, Ind
 """What modules raise that are called in another way than the known ones."""
 
 
-def fuse_layers(decoder: nn.Module, dtype: torch.dtype, autocast: Autocast) -> None:
+def fuse_layers(decoder: nn.Module, dtype: torch.dtype, autocast: Autocast, gathered: Gathered | None = None) -> None:
     """Replace every module of a frozen decoder that a fused one computes like the family's own.
 
     Args:
         dtype: of the states between layers.
+        gathered: makes the weights of a module's layer whole, where processes share them.
     """
     chosen: dict[Any, Fuse | None] = {}
     for name, own in list(decoder.named_modules()):
@@ -51,7 +53,8 @@ def fuse_layers(decoder: nn.Module, dtype: torch.dtype, autocast: Autocast) -> N
             continue
         kind = type(own), _settings(own)
         if kind not in chosen:
-            chosen[kind] = _closest(own, dtype, autocast)
+            with nullcontext() if gathered is None else gathered(own):
+                chosen[kind] = _closest(own, dtype, autocast)
         fuse = chosen[kind]
         if fuse is not None:
             parent, _, last = name.rpartition(".")

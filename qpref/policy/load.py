@@ -11,20 +11,24 @@ import torch
 
 from qpref.attention import register as attention
 from qpref.attention.states import fork_layers
+from qpref.distributed.world import World
 from qpref.errors import PolicyError
 from qpref.policy.adapter import add_adapters
 from qpref.policy.adapter_names import layer_of
-from qpref.policy.architecture import shared_layers, text_decoder, text_modules
+from qpref.policy.architecture import empty_model, shared_layers, text_decoder, text_modules
 from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.experts import PackedExperts, unpacked_weights
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
 from qpref.policy.layer_configs import layer_settings
-from qpref.policy.matmul import check_packed, sum_in_float32
+from qpref.policy.matmul import check_packed, sum_in_float32, unpack_scales
 from qpref.policy.nf4_loading import nf4_settings
 from qpref.policy.policy import Policy
 from qpref.policy.pretrained import load_pretrained, read_config
 from qpref.policy.rope import separate_lengths
+from qpref.policy.shard_limits import refuse_unshardable
+from qpref.policy.shard_loading import ShardLoader
+from qpref.policy.sharded_base import ShardedBase
 from qpref.policy.source import BaseFolder
 from qpref.policy.start_base import warn_of_other_base
 from qpref.policy.text_part import keep_text_alone
@@ -35,8 +39,11 @@ log = logging.getLogger("qpref")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
-def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
+def load_policy(recipe: Recipe, base: BaseFolder, sharing: World | None = None) -> Policy:
     """Load the base by the recipe, freeze it and add the adapters.
+
+    Args:
+        sharing: the processes that share one copy of the base; None for a copy of one's own.
 
     Raises:
         PolicyError: the base cannot be read, or not trained with these settings.
@@ -45,12 +52,15 @@ def load_policy(recipe: Recipe, base: BaseFolder) -> Policy:
     _refuse_wrong_dtype(recipe.model, device)
     if recipe.adapter.start is not None:
         warn_of_other_base(Path(recipe.adapter.start), base, recipe.model.base)
-    model = _load_ready(recipe.model, base, device)
-    policy = _policy(model, add_adapters(model, recipe.adapter, recipe.train.seed), recipe.model, device)
+    if sharing is not None:
+        refuse_unshardable(recipe.model, base)
+    model, shards = _load_ready(recipe.model, base, device, sharing)
+    wrapped = add_adapters(model, recipe.adapter, recipe.train.seed)
+    policy = _policy(model, wrapped, recipe.model, device, shards)
     _announce_experts(model, policy.dtype, policy.adapts_experts())
     _announce_shared_layers(model, policy)
     policy.starts_from_adapter = recipe.adapter.start is not None
-    fuse_layers(policy.decoder, policy.dtype, policy.autocast)
+    fuse_layers(policy.decoder, policy.dtype, policy.autocast, shards.gathered_around if shards else None)
     policy.recompute_layers(recomputed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
     return policy
 
@@ -63,24 +73,28 @@ def load_plain(section: ModelSection, base: BaseFolder) -> Policy:
     """
     device = choose_device(section.device)
     _refuse_wrong_dtype(section, device)
-    model = _load_ready(section, base, device)
+    model, _ = _load_ready(section, base, device)
     policy = _policy(model, model, section, device)
     _announce_experts(model, policy.dtype, adapted=False)
     return policy
 
 
-def _load_ready(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
-    """Load the base and prepare its 4-bit layers and the attention registry."""
+def _load_ready(
+    section: ModelSection, base: BaseFolder, device: torch.device, sharing: World | None = None
+) -> tuple[Any, ShardedBase | None]:
+    """Load the base, or this process's part of it, and prepare its 4-bit layers and the attention registry."""
     refuse_missing_kernels(device)
     if device.type == "cpu":
         _limit_compiled_products()
     if device.type == "cuda":
         sum_in_float32()
-    model = load_base(section, base, device)
-    _prepare_4bit_layers(model, DTYPES[section.dtype])
+    loader = None if sharing is None else ShardLoader(sharing)
+    model = load_base(section, base, device, loader)
+    _prepare_4bit_layers(model, DTYPES[section.dtype], loader)
+    shards = None if loader is None else ShardedBase.of(model, loader)
     keep_text_alone(model)
     attention.register()
-    return model
+    return model, shards
 
 
 def _announce_experts(model: Any, dtype: torch.dtype, adapted: bool) -> None:
@@ -108,13 +122,18 @@ def _announce_shared_layers(model: Any, policy: Policy) -> None:
         )
 
 
-def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.device) -> Policy:
+def _policy(
+    model: Any, wrapped: Any, section: ModelSection, device: torch.device, shards: ShardedBase | None = None
+) -> Policy:
     """Make a Policy of a model and its adapter wrapper, under the fastest attention that its config allows."""
     decoder = text_decoder(model)
     own = decoder.config._attn_implementation
-    reasons = attention.reasons_against_sharing(decoder)
-    if not reasons:
-        fork_layers(decoder)
+    if shards is None:
+        reasons = attention.reasons_against_sharing(decoder)
+        if not reasons:
+            fork_layers(decoder)
+    else:  # tried on an empty model, since a layer's own call would gather it; none of these has a state to fork
+        reasons = attention.reasons_against_sharing(text_decoder(empty_model(model.config, section.base)))
     for reason in reasons:
         log.warning("prompts are computed once for each response, not once a pair: %s", reason)
     dtype = DTYPES[section.dtype]
@@ -132,6 +151,8 @@ def _policy(model: Any, wrapped: Any, section: ModelSection, device: torch.devic
         rope_lengths=separate_lengths(decoder),
     )
     policy.share_prompts(not reasons)
+    if shards is not None:
+        policy.share_base(shards)
     return policy
 
 
@@ -142,8 +163,11 @@ def recomputed_layers(setting: bool | int | str, num_layers: int) -> int:
     return min(setting, num_layers)
 
 
-def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
+def load_base(section: ModelSection, base: BaseFolder, device: torch.device, loader: ShardLoader | None = None) -> Any:
     """Load the frozen base model on its device, quantized by the recipe or as its files are.
+
+    Args:
+        loader: keeps a part of each weight; None keeps all.
 
     Raises:
         PolicyError: transformers can't load it, or a weight is missing.
@@ -152,7 +176,7 @@ def load_base(section: ModelSection, base: BaseFolder, device: torch.device) -> 
     model = load_pretrained(
         base.path,
         config=config,
-        quantization_config=_quantization(section, base),
+        quantization_config=_quantization(section, base, loader),
         dtype=DTYPES[section.dtype],
         device_map={"": device},
         attn_implementation=_own_attention(config),
@@ -177,10 +201,10 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _quantization(section: ModelSection, base: BaseFolder) -> Any:
+def _quantization(section: ModelSection, base: BaseFolder, loader: ShardLoader | None) -> Any:
     if base.is_prequantized or section.quantization == "none":
         return None
-    return nf4_settings(DTYPES[section.dtype], section.double_quantization)
+    return nf4_settings(DTYPES[section.dtype], section.double_quantization, loader)
 
 
 def _own_attention(config: Any) -> str | None:
@@ -213,7 +237,7 @@ def _limit_compiled_products() -> None:
         os.environ.setdefault(name, "64")
 
 
-def _prepare_4bit_layers(model: Any, dtype: torch.dtype) -> None:
+def _prepare_4bit_layers(model: Any, dtype: torch.dtype, loader: ShardLoader | None) -> None:
     """Make 4-bit layers compute in the recipe's dtype, whatever a prequantized base names, and never repack weights.
 
     On CPUs with AVX512-BF16 Linear4bit repacks its weight in place at the first forward pass in eval mode; the 4-bit
@@ -222,23 +246,12 @@ def _prepare_4bit_layers(model: Any, dtype: torch.dtype) -> None:
     """
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.support_avx512bf16_for_cpu = False
+            if loader is not None and f"{name}.weight" in loader.wholes:
+                continue  # prepared while it was whole
             if module.weight.device.type == "cpu":
-                _unpack_scales(module.weight.quant_state)
+                unpack_scales(module.weight.quant_state)
             check_packed(module.weight, module.weight.quant_state)
-
-
-def _unpack_scales(state: Any) -> None:
-    """Keep a 4-bit weight's scales in float32, with the values that double quantization gave them.
-
-    On a CPU, unpacking them in each pass takes a third of the time of unpacking the weight, and half a bit a weight
-    costs less there than on a GPU.
-    """
-    from bitsandbytes.functional import dequantize_blockwise
-
-    if state.nested:
-        state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
-        state.nested, state.state2, state.offset = False, None, None

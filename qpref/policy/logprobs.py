@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qpref.attention.layout import Layout, laid_out
 from qpref.dropout import Draws, drawing, text_key, token_keys
-from qpref.policy.head import score_tokens
 from qpref.policy.policy import Policy
 from qpref.policy.rope import split_groups, stream_lengths
+from qpref.policy.token_scores import score_tokens
 from qpref.records import PackedBatch, PairLogProbs, TokenLogProbs
 from qpref.staging import to_device
 

@@ -68,3 +68,16 @@ def bf16_products(exact: bool) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def unpack_scales(state: Any) -> None:
+    """Keep a 4-bit weight's scales in float32, with the values that double quantization gave them.
+
+    On a CPU, unpacking them in each pass takes a third of the time of unpacking the weight, and half a bit a weight
+    costs less there than on a GPU.
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if state.nested:
+        state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        state.nested, state.state2, state.offset = False, None, None

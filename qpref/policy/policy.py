@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,11 @@ from qpref.policy.adapter import is_trained
 from qpref.policy.experts import packed_names
 from qpref.policy.experts_lora import ExpertsLora
 from qpref.policy.head import Head
+from qpref.policy.passes import Pass, Passes
 from qpref.policy.rope import RopeLengths, for_lengths
 from qpref.policy.rope import current as current_lengths
+from qpref.policy.sharded_base import ShardedBase
+from qpref.policy.token_scores import join_scores
 
 PADDED_POSITIONS = 8
 """Rows by which a table of learned positions may exceed them: OPT's has 2 for padding."""
@@ -44,6 +47,8 @@ class Policy:
         has_adapters: false for a plain model, which has no reference of its own.
         rope_lengths: lengths at which rotary frequencies change; None for most models.
         isolates_rows: each row is a pass of its own, since its company changes its scores.
+        shards: the base's, where processes share it; None for a copy of one's own.
+        passes: keeps those processes in step; None likewise.
         step_key: of the optimizer step whose dropout applies, see `seed_dropout`.
     """
 
@@ -59,6 +64,8 @@ class Policy:
     has_adapters: bool = True
     rope_lengths: RopeLengths | None = None
     isolates_rows: bool = False
+    shards: ShardedBase | None = None
+    passes: Passes | None = None
     step_key: int = 0
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -95,11 +102,53 @@ class Policy:
             chosen = self.rope_lengths.choose(lengths, self.device)
         with self._recomputing(), for_lengths(chosen), dropout.drawing(draws):
             hidden: Tensor = self.decoder(use_cache=False, **inputs).last_hidden_state
+        if self.passes is not None and hidden.requires_grad:
+            hidden.register_hook(self._begin_backward)
         return hidden
 
+    def _begin_backward(self, _: Tensor) -> None:
+        assert self.passes is not None
+        self.passes.begin(Pass.BACKWARD)
+
+    def share_base(self, shards: ShardedBase) -> None:
+        """Compute with a base that processes share, after the adapters are on it."""
+        shards.order_gathering()
+        passes = Passes(world=shards.world, join=self._join)
+
+        def begin(*_: Any) -> None:
+            passes.begin(Pass.DECODER)
+
+        self.decoder.register_forward_pre_hook(begin, prepend=True)
+        self.plain_model.get_output_embeddings().passes = passes
+        self.shards, self.passes, self.head = shards, passes, replace(self.head, passes=passes)
+
+    def _join(self, kind: Pass, wishes: tuple[bool, bool]) -> None:
+        """Take part in other processes' pass of a kind, with no tokens."""
+        assert self.shards is not None
+        if kind is Pass.SCORES:
+            join_scores(self.head, *wishes)
+        elif kind is Pass.LOGITS:
+            self.plain_model.get_output_embeddings().logits(self.head.weight.new_empty(0, self.head.weight.shape[1]))
+        else:
+            self.shards.join(backward=kind is Pass.BACKWARD)
+
     def finish_passes(self) -> None:
-        """Finish the passes that processes compute together, before they exchange anything else; nothing to do where
-        each process has the whole base."""
+        """Join the passes of processes that have more of them; to be called before any other collective.
+
+        Nothing happens where each process has a base of its own.
+        """
+        if self.passes is not None:
+            self.passes.finish()
+
+    def verify_base(self) -> None:
+        """Compare a shared base with what it was when it was loaded; all processes have to call it at once.
+
+        Raises:
+            PolicyError: a weight has changed.
+        """
+        if self.shards is not None:
+            self.finish_passes()
+            self.shards.verify()
 
     def train_without_dropout(self) -> None:
         """Switch to training mode as in a step, layers recomputed, but with LoRA's dropout off as well."""

@@ -20,7 +20,7 @@ MAX_ROWS = 1024
 
 def vocabulary_slices(num_tokens: int, num_rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Cut a vocabulary into slices (start, stop), of which `num_rows` rows have at most `TILE_ELEMENTS` logits."""
-    size = max(1, TILE_ELEMENTS[device.type] // num_rows)
+    size = max(1, TILE_ELEMENTS[device.type] // max(1, num_rows))
     return ((start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 

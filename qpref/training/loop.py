@@ -109,6 +109,7 @@ class Trainer:
             self._stop_if_nonfinite()
             stopping = self.should_stop() and not self._is_finished()
             if stopping or is_best or self._is_due(self.train.save_every):
+                self.policy.verify_base()
                 state.averages.settle(self.world)
                 self.save()
             if stopping:

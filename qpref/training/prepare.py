@@ -30,6 +30,7 @@ from qpref.recipe.plan import Plan
 from qpref.recipe.sections import Recipe
 from qpref.records import TokenizedExample
 from qpref.training import invariants
+from qpref.training.base_sharing import sharing
 from qpref.training.folder import EXPORT_AGAIN, RunFolder
 from qpref.training.model_limits import refuse_beyond_limits
 from qpref.training.objective import Objective
@@ -95,10 +96,11 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
     announce(device, recipe.model.device)
     limit = enforced_limit(recipe, device)
     _refuse_damaged_start(recipe.adapter.start)
-    policy = load_policy(recipe, base)
+    policy = load_policy(recipe, base, sharing(recipe, base, world, examples, limit))
     refuse_beyond_limits(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
     invariants.check_company(policy, [*examples, *heldout])
+    policy.finish_passes()
     return Prepared(
         plan=plan,
         world=world,

@@ -189,6 +189,7 @@ def _begin(session: Session, folder: RunFolder) -> int:
     prepared = session.prepared
     batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
     invariants.check_start(prepared.policy, prepared.objective, batch)
+    prepared.policy.finish_passes()
     session.references = reference_pass.open_references(prepared)
     session.state.budget = snapshot.settle_sizes(prepared)
     if prepared.world.is_first:

@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer
 
-from qpref.data.token_cache import ROWS_AT_ONCE, TokenCache, root
+from qpref.data.token_cache import ROWS_AT_ONCE, TokenCache, _key, root
 from qpref.data.tokenize import PairTokenizer
 from qpref.records import Finding, Message, PreferencePair, Source, UnpairedExample
 
@@ -201,3 +202,30 @@ def test_rows_of_one_line_of_two_files_are_distinguished():
     found, _ = through_cache(rows)
     assert found == list(pair_tokenizer().tokenize(rows))
     assert len({bytes(one.branches[0]) for one in found}) == 3
+
+
+HOSTILE = {
+    "nothing": [],
+    "one word": [0],
+    "no parts": [0, 0],
+    "more parts than the row has": [0, 4, 1, 1, 1, 1, 5, 5, 5, 5],
+    "fewer parts": [0, 2, 1, 1, 5, 5],
+    "a negative count": [0, -3, 1, 1, 1, 5, 5, 5],
+    "a negative length": [0, 3, 2, -1, 2, 5, 5, 5],
+    "an empty response": [0, 3, 2, 0, 1, 5, 5, 5],
+    "a negative id": [0, 3, 1, 1, 1, 5, -5, 5],
+    "more ids than it says": [0, 3, 1, 1, 1, 5, 5, 5, 5],
+    "fewer ids": [0, 3, 1, 1, 1, 5, 5],
+    "lengths beyond its end": [0, 3, 1],
+}
+
+
+@pytest.mark.parametrize("words", HOSTILE.values(), ids=HOSTILE)
+def test_a_record_that_qpref_has_not_written_is_not_read(words):
+    """Others write to a shared cache; the record's checksum is right."""
+    cache = TokenCache.open(pair_tokenizer())
+    cache.store.add({_key(pair(0), None): array("i", words).tobytes()})
+    cache.store.close()
+    found, count = through_cache([pair(0)])
+    assert found == list(pair_tokenizer().tokenize([pair(0)]))
+    assert count == 1

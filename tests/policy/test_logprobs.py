@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpref.errors import PolicyError
 from qpref.policy import vocabulary
-from qpref.policy.head import Head, _ScoreTokens
+from qpref.policy.head import Head
 from qpref.policy.logprobs import pair_logprobs
+from qpref.policy.token_scores import _ScoreTokens
 from qpref.records import TokenLogProbs
 
 ROWS, WIDTH, VOCABULARY = 11, 8, 37

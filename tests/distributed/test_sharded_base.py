@@ -1,0 +1,105 @@
+"""Processes that share a base compute what one process with all of it computes, and find a base that has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import fork_ranks
+from sharded import FAULTS, computed, loading, read_bases, verified
+from tiny_models import TinyModel
+
+from qpref.distributed.world import World
+
+COUNTS = {2: [3, 1], 4: [2, 0, 1, 1]}
+"""Examples of each process: processes have different numbers of passes."""
+FLOAT32 = {"quantization": "nf4", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def cases(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Name -> number of processes and recipe: an untied head; a tied one, biases, dropout and layers that keep
+    their activations; capped and scaled logits, fewer tokens than four equal parts have; experts."""
+    experts = TinyModel(model_type="qwen3_moe").write(tmp_path_factory.mktemp("base") / "experts")
+    adapter = {"rank": 4, "alpha": 8}
+    return {
+        "untied": (2, {"model": FLOAT32 | {"base": str(make_base())}, "adapter": adapter}),
+        "tied": (
+            2,
+            {
+                "model": FLOAT32 | {"base": str(make_base("qwen")), "double_quantization": False},
+                "adapter": adapter | {"dropout": 0.2},
+                "train": {"gradient_checkpointing": False},
+            },
+        ),
+        "gemma": (4, {"model": FLOAT32 | {"base": str(make_base("gemma3"))}, "adapter": adapter}),
+        "experts": (2, {"model": FLOAT32 | {"base": str(experts)}, "adapter": adapter | {"experts": True}}),
+    }
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "gemma", "experts"])
+def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, cases):
+    size, tables = cases[name]
+    ranks = fork_ranks(size, computed, tables, COUNTS[size])
+    alone = computed(World(), tables, [sum(COUNTS[size])])
+    for kind in ("scores", "partners"):
+        _assert_close([value for rank in ranks for value in rank[kind]], alone[kind])
+    for kind in ("references", "squares"):  # the first process begins with the first example, as one process does
+        length = min(len(ranks[0][kind]), len(alone[kind]))
+        assert length
+        _assert_close(ranks[0][kind][:length], alone[kind][:length])
+    expected = torch.tensor(alone["gradients"])
+    for rank in ranks:
+        assert (torch.tensor(rank["gradients"]) - expected).norm() / expected.norm() < 1e-6
+        assert rank["gradients"] == ranks[0]["gradients"]
+
+
+def _assert_close(together: list[float], alone: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def faults(cases) -> list[dict[str, str]]:
+    return fork_ranks(2, verified, cases["untied"][1])
+
+
+def test_a_sound_base_verifies_and_goes_on_to_after_a_fault(faults):
+    for rank in faults:
+        assert rank["sound"] == ""
+        assert rank["restored"] == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_process_refuses_a_base_that_has_changed_in_one_and_names_the_weight(fault, faults):
+    for rank in faults:
+        said = rank[fault]
+        assert said.startswith("PolicyError 10: the base has changed since it was loaded: rank")
+        part = {"scales": "scales", "code": "weight (quantization)"}.get(fault, "weight")
+        assert f"the first is model.layers.1.mlp.gate_proj.{part}\n" in said
+
+
+def test_a_weight_that_is_not_gathered_cannot_be_computed_with(faults):
+    """So a gathering that is missing in a recomputation is an error and no wrong gradient."""
+    for rank in faults:
+        assert "quant_state" in rank["ungathered"]
+
+
+def test_processes_that_read_different_weights_refuse_to_share_them(make_base):
+    bases = [str(make_base()), str(make_base(initializer_range=0.03))]
+    for index, said in enumerate(fork_ranks(2, read_bases, bases)):
+        assert said.startswith(f"PolicyError 10: ranks {index} and {1 - index} read ")
+        assert "the first is lm_head.weight\n" in said
+
+
+def test_loading_takes_a_process_its_part_and_one_layer(make_base):
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16}
+    base = make_base(dtype=torch.bfloat16, num_attention_heads=8, num_key_value_heads=8, **sizes)
+    layer = 2 * (4 * 512 * 512 + 3 * 512 * 1408)
+    (alone,), parts = fork_ranks(1, loading, str(base)), fork_ranks(2, loading, str(base))
+    assert 16 * layer > 100e6
+    for part in parts:
+        assert part["held"] < alone["held"] / 2 + 1e6  # norms, and the table of embeddings
+        assert part["peak"] < part["held"] + layer
