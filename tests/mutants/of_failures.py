@@ -67,13 +67,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "        staging, lock, descriptor = _claimed_name(final)\n        staging = final\n",
         AIMED + "test_a_merge_killed_at_any_operation_leaves_a_whole_model_or_none",
     ),
-    mutant(
+    Mutant(
         "G3",
         "a checkpoint is renamed before its files are on the disk",
-        "qpref/publish.py",
-        "            fsync_tree(staging)\n",
-        "",
-        "tests/training/test_power_loss.py::test_a_power_loss_leaves_every_save_that_has_returned",
+        (
+            Edit("qpref/publish.py", "            fsync_tree(staging)\n", ""),
+            Edit("qpref/fsio.py", "            fsync_file(temporary)\n", ""),
+        ),
+        ("tests/training/test_power_loss.py::test_a_power_loss_leaves_every_save_that_has_returned",),
     ),
     mutant(
         "G5",
