@@ -41,7 +41,8 @@ def show(
         for line in _lines(forecast, scaling, facts):
             echo(line)
     if best is None:
-        raise too_small(scaling.sharded.fit, forecast.target)
+        least = scaling.replicated if scaling.refusal else scaling.sharded
+        raise too_small(least.fit, forecast.target)
 
 
 OF_ONE_DEVICE = ("memory", "tokens_per_microbatch", "recomputed_layers", "advice", "hours")
@@ -97,6 +98,9 @@ def _row(caption: str, cells: Sequence[str]) -> str:
 
 def _verdict(scaling: Scaling) -> str:
     best, (replicated, sharded) = scaling.best, (scaling.replicated, scaling.sharded)
+    if scaling.refusal is not None:
+        fits = "replicated base" if best else "a replicated base does not fit"
+        return f"{fits}; it can't be sharded: {scaling.refusal}"
     if best is None:
         return "neither fits"
     if best is replicated:

@@ -47,7 +47,8 @@ def command(
         overrides = (*overrides, "model.device=cpu")
     plan = make_plan(recipe, overrides, output)
     if dry_run:
-        _print_plan(plan)
+        if is_first():
+            _print_plan(plan)
         return
     if (count := _num_processes(gpus, processes)) > 1:
         from qpref.distributed.launch import launch

@@ -102,7 +102,8 @@ def _one_signal() -> Iterator[list[int]]:
             with suppress(ProcessLookupError):
                 os.kill(child, number)
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield received
     finally:

@@ -115,9 +115,20 @@ class Scaling:
         return self.gpus * self.hosts
 
     @property
+    def refusal(self) -> str | None:
+        """Why this base can't be shared; None where it can."""
+        shape, setup = self.sharded.demand.shape, self.sharded.demand.setup
+        if shape.double_quantization is not None:
+            return "its files are in 4 bits already"
+        if setup.double_quantization is None:
+            return "only 4-bit bases are shared"
+        return shape.against_sharding and f"the model {shape.against_sharding}"
+
+    @property
     def best(self) -> Mode | None:
         """The faster mode of those that fit; None where neither does."""
-        fitting = [mode for mode in (self.replicated, self.sharded) if mode.fit.fits]
+        modes = (self.replicated,) if self.refusal else (self.replicated, self.sharded)
+        fitting = [mode for mode in modes if mode.fit.fits]
         return min(fitting, key=lambda mode: mode.step_seconds, default=None)
 
     def facts(self) -> dict[str, Any]:
@@ -129,7 +140,7 @@ class Scaling:
             "speed": {"tflops": self.speed.tflops, "source": self.speed.source},
             "tokens_of_a_rank": {"fullest": self.dealing.fullest, "mean": self.dealing.mean},
             "replicated": self.replicated.facts(),
-            "sharded": self.sharded.facts(),
+            "sharded": self.sharded.facts() | {"refusal": self.refusal},
             "best": best and best.name,
         }
 

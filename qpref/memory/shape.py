@@ -95,6 +95,7 @@ class ModelShape:
         plain_attention: attention scores are soft-capped or have sinks, which no fused kernel computes.
         double_quantization: of a base that is stored in 4 bit, whether its scales are quantized too; None for any
             other base.
+        against_sharding: why processes can't share a base of this architecture; None where they can.
     """
 
     origin: str
@@ -113,6 +114,7 @@ class ModelShape:
     shares_prompts: bool
     plain_attention: bool
     double_quantization: bool | None
+    against_sharding: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -186,6 +188,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
     from qpref.policy.architecture import empty_model, text_decoder, text_modules
     from qpref.policy.experts import unpacked_weights
     from qpref.policy.layer_configs import layer_settings
+    from qpref.policy.shard_limits import reason_against_sharding
 
     model = empty_model(found.config, found.origin)
     decoder = text_decoder(model)
@@ -216,6 +219,7 @@ def read_shape(found: FoundConfig, adapter: AdapterSection) -> ModelShape:
         shares_prompts=not reasons_against_sharing(decoder),
         plain_attention=any(layer_settings(config, "attn_logit_softcapping")) or _has_sinks(decoder),
         double_quantization=double_quantization(found.config),
+        against_sharding=reason_against_sharding(model),
     )
 
 

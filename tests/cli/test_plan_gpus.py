@@ -71,6 +71,16 @@ def test_what_fits_in_neither_mode_exits_5_with_what_would_help():
     assert "hint: what would help, most first:\n  " in done.stderr
 
 
+def test_a_base_that_cannot_be_shared_is_planned_on_each_gpu_alone():
+    asked = (*SMALL, "--gpus", 2, "--set", "model.quantization=none")
+    assert (
+        "plan     replicated base; it can't be sharded: only 4-bit bases are shared\n"
+        in plan(*asked, "--vram", 8).stdout
+    )
+    found = facts(*asked, "--vram", 1, code=5)["several_gpus"]
+    assert (found["best"], found["sharded"]["refusal"]) == (None, "only 4-bit bases are shared")
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -44,14 +44,23 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     Raises:
         AssertionError: a process failed, or all of them together took longer than `timeout` seconds.
     """
-    outcomes = start_ranks(size, function, *args, limit=timeout)
+    outcomes = _start_ranks(size, function, args, timeout)
     assert [each.code for each in outcomes] == [0] * size, "\n".join(
         f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes
     )
     return [each.result for each in outcomes]
 
 
-def start_ranks(
+def fork_ranks(size: int, function: Callable[..., Any], *args: Any, limit: float = 240) -> list[Any]:
+    """Do what `run_ranks` does in forks of this process, which has loaded torch: they cost their work alone."""
+    outcomes = start_forks(size, function, *args, limit=limit)
+    assert [each.code for each in outcomes] == [0] * size, "\n".join(
+        f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes
+    )
+    return [each.result for each in outcomes]
+
+
+def start_forks(
     size: int,
     function: Callable[..., Any],
     *args: Any,
@@ -59,7 +68,7 @@ def start_ranks(
     limit: float = 120,
     abandoned: Sequence[int] = (),
 ) -> list[Outcome]:
-    """Call a function as `run_ranks` does, whatever becomes of the processes.
+    """Call a function as `run_ranks` does, in forks of this process, whatever becomes of them.
 
     Args:
         timeout: of the world, in seconds.
@@ -68,12 +77,56 @@ def start_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        started = [_start(rank, size, port, function, args, Path(folder), timeout) for rank in range(size)]
+        children = {}
+        for rank in range(size):
+            child = os.fork()
+            if child == 0:
+                _run_fork(rank, environment(rank, size, port), function, args, Path(folder), timeout)
+            children[rank] = child
+        codes, deadline = {}, time.monotonic() + limit
+        while children.keys() - abandoned and time.monotonic() < deadline:
+            _collect(children, codes, os.WNOHANG)
+            time.sleep(0.02)
+        for child in children.values():
+            os.kill(child, signal.SIGKILL)
+        _collect(children, codes, 0)
+        return [_outcome(rank, codes[rank], Path(folder)) for rank in range(size)]
+
+
+def _collect(children: dict[int, int], codes: dict[int, int], options: int) -> None:
+    """Move the children that have ended to their exit codes."""
+    for rank, child in list(children.items()):
+        found, status = os.waitpid(child, options)
+        if found:
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            del children[rank]
+
+
+def _run_fork(
+    rank: int, variables: dict[str, str], function: Callable[..., Any], args: Any, folder: Path, timeout: int
+) -> None:
+    code = 1
+    try:
+        os.environ.update(variables)
+        descriptor = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+        _call(function, args, folder / f"{rank}.json", timeout)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        end_process(code)
+
+
+def _start_ranks(size: int, function: Callable[..., Any], args: Any, limit: float) -> list[Outcome]:
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        started = [_start(rank, size, port, function, args, Path(folder)) for rank in range(size)]
         deadline = time.monotonic() + limit
         try:
-            for rank, process in enumerate(started):
-                if rank not in abandoned:
-                    process.wait(max(0.1, deadline - time.monotonic()))
+            for process in started:
+                process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -81,27 +134,6 @@ def start_ranks(
                 process.kill()
                 process.wait()
         return [_outcome(rank, process.returncode, Path(folder)) for rank, process in enumerate(started)]
-
-
-def fork_ranks(size: int, function: Callable[..., Any], *args: Any, limit: float = 240) -> list[Any]:
-    """Do what `run_ranks` does in forks of this process, which has loaded torch: they cost their work alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        waiting = {_fork(rank, size, port, function, args, Path(folder)): rank for rank in range(size)}
-        codes, deadline = dict.fromkeys(range(size), -signal.SIGKILL), time.monotonic() + limit
-        while waiting and time.monotonic() < deadline:
-            for child, rank in list(waiting.items()):
-                found, status = os.waitpid(child, os.WNOHANG)
-                if found:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-                    del waiting[child]
-            time.sleep(0.01)
-        for child in waiting:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        outcomes = [_outcome(rank, code, Path(folder)) for rank, code in codes.items()]
-    assert not any(codes.values()), "\n".join(f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes)
-    return [each.result for each in outcomes]
 
 
 def free_port() -> int:
@@ -122,28 +154,8 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _fork(rank: int, size: int, port: int, function: Callable[..., Any], args: Any, folder: Path) -> int:
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        with (folder / f"{rank}.log").open("w") as log:
-            for stream in (1, 2):
-                os.dup2(log.fileno(), stream)
-            try:
-                os.environ |= environment(rank, size, port)
-                with joined(torch.device("cpu"), timeout=60) as world:
-                    result = function(world, *args)
-                (folder / f"{rank}.json").write_text(json.dumps(result))
-                code = 0
-            except BaseException:  # noqa: BLE001 - the test shows it
-                traceback.print_exc(file=log)
-    finally:
-        os._exit(code)
-
-
 def _start(
-    rank: int, size: int, port: int, function: Callable[..., Any], args: Any, folder: Path, timeout: int
+    rank: int, size: int, port: int, function: Callable[..., Any], args: Any, folder: Path
 ) -> subprocess.Popen[bytes]:
     variables = os.environ | environment(rank, size, port) | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [
@@ -153,7 +165,6 @@ def _start(
         function.__name__,
         json.dumps(args),
         str(folder / f"{rank}.json"),
-        str(timeout),
     ]
     with (folder / f"{rank}.log").open("wb") as log:
         return subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
@@ -169,7 +180,7 @@ def _outcome(rank: int, code: int, folder: Path) -> Outcome:
     )
 
 
-def _main(module: str, name: str, args: str, output: str, timeout: str) -> None:
+def _call(function: Callable[..., Any], args: Any, output: Path, timeout: float) -> None:
     """Call the function; an error ends the process as it ends the command line."""
     log = logging.getLogger("qpref")
     log.handlers, log.propagate = [StderrHandler()], False
@@ -178,12 +189,16 @@ def _main(module: str, name: str, args: str, output: str, timeout: str) -> None:
         with joined(torch.device("cpu"), timeout=60) as world:  # a busy machine takes its time to start them
             assert world.peers is not None
             world.peers.timeout = float(timeout)
-            result = getattr(importlib.import_module(module), name)(world, *json.loads(args))
+            result = function(world, *args)
     except QprefError as error:
         if not isinstance(error, FailedElsewhere):
             print(f"error: {error}", flush=True)
         end_process(error.exit_code)
-    Path(output).write_text(json.dumps(result))
+    output.write_text(json.dumps(result))
+
+
+def _main(module: str, name: str, args: str, output: str) -> None:
+    _call(getattr(importlib.import_module(module), name), json.loads(args), Path(output), 60)
 
 
 if __name__ == "__main__":

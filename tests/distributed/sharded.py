@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from qpref.policy.reference import as_reference
 from qpref.policy.shard_loading import ShardLoader
 from qpref.policy.sharded_base import ShardedBase
 from qpref.policy.source import resolve_base
+from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import ModelSection, Recipe
 from qpref.records import TokenizedExample
+from qpref.training.run import train_plan
 
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate([(5, 3, 4), (9, 6, 2), (3, 7, 7), (12, 4, 5)])]
 
@@ -167,3 +170,8 @@ def _tensor_bytes() -> int:
     local = [each.to_local() if isinstance(each, DTensor) else each for each in found]
     storages = [each.untyped_storage() for each in local if each.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def trained(world: World, document: dict[str, Any], folder: str) -> str:
+    """Train with a base that these processes share; returns the run's folder."""
+    return str(train_plan(make_plan(document, output=Path(folder) / "shared")))

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from processes import Outcome, start_ranks
+from processes import Outcome, start_forks
 
 from qpref.distributed.world import World
 from qpref.errors import DataError
@@ -101,14 +101,14 @@ def codes(outcomes: list[Outcome]) -> list[int]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_killed_process_is_named(size):
-    outcomes = start_ranks(size, dies, timeout=TIMEOUT)
+    outcomes = start_forks(size, dies, timeout=TIMEOUT)
     assert codes(outcomes) == [13, -signal.SIGKILL, 13][:size]
     assert "rank 1 died at step 12" in only_message(outcomes)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_stopped_process_is_named_within_the_timeout(size):
-    outcomes = start_ranks(size, stands_still, timeout=TIMEOUT, abandoned=[1])
+    outcomes = start_forks(size, stands_still, timeout=TIMEOUT, abandoned=[1])
     assert [each.code for each in outcomes if each.rank != 1] == [13, 13][: size - 1]
     message = only_message(outcomes)
     assert f"rank 1 didn't come to the gradients of step 12 within {TIMEOUT} s; " in message
@@ -116,35 +116,43 @@ def test_a_stopped_process_is_named_within_the_timeout(size):
 
 
 def test_a_process_in_an_endless_call_is_named_and_ends_too():
-    outcomes = start_ranks(2, never_returns, timeout=TIMEOUT)
+    outcomes = start_forks(2, never_returns, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13]
     assert "it is alive, at the loss of step 12" in only_message(outcomes)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_process_is_the_error_of_all(rank):
-    outcomes = start_ranks(3, fails, rank, timeout=TIMEOUT)
+    outcomes = start_forks(3, fails, rank, timeout=TIMEOUT)
     assert codes(outcomes) == [3, 3, 3]
     prefix = f"rank {rank}: " if rank else ""
     assert only_message(outcomes) == f"error: {prefix}pairs.jsonl:7: no such thing"
 
 
 def test_an_error_of_all_processes_is_said_once():
-    outcomes = start_ranks(3, all_fail, timeout=TIMEOUT)
+    outcomes = start_forks(3, all_fail, timeout=TIMEOUT)
     assert codes(outcomes) == [3, 3, 3]
     assert only_message(outcomes) == "error: pairs.jsonl:7: no such thing"
 
 
 def test_processes_that_come_to_different_collectives_are_told_apart():
-    outcomes = start_ranks(3, skips_a_sum, timeout=TIMEOUT)
+    outcomes = start_forks(3, skips_a_sum, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13, 13]
     message = only_message(outcomes)
-    assert "the gradients" in message
+    assert "the gradients of step 12" in message
     assert "the metrics of step 12" in message
 
 
+def test_a_process_that_is_a_step_ahead_is_found():
+    outcomes = start_forks(2, skips_a_step, timeout=TIMEOUT)
+    assert codes(outcomes) == [13, 13]
+    message = only_message(outcomes)
+    assert "the gradients of step 11" in message
+    assert "the gradients of step 12" in message
+
+
 def test_a_process_that_calls_one_collective_less_is_found():
-    outcomes = start_ranks(2, leaves_early, timeout=TIMEOUT)
+    outcomes = start_forks(2, leaves_early, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13]
     message = only_message(outcomes)
     assert "the gradients of step 13" in message
@@ -152,12 +160,12 @@ def test_a_process_that_calls_one_collective_less_is_found():
 
 
 def test_sums_of_different_shapes_are_refused():
-    outcomes = start_ranks(2, brings_another_shape, timeout=TIMEOUT)
+    outcomes = start_forks(2, brings_another_shape, timeout=TIMEOUT)
     assert codes(outcomes) == [13, 13]
     assert "to the gradients: rank 0 3, rank 1 4" in only_message(outcomes)
 
 
 def test_a_slow_process_that_makes_progress_is_waited_for():
-    outcomes = start_ranks(2, is_slow, timeout=TIMEOUT)
+    outcomes = start_forks(2, is_slow, timeout=TIMEOUT)
     assert codes(outcomes) == [0, 0]
     assert [each.result for each in outcomes] == [1, 1]

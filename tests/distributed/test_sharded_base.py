@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import rows_of
 from processes import fork_ranks
-from sharded import FAULTS, computed, loading, read_bases, verified
+from safetensors.torch import load_file
+from sharded import FAULTS, computed, loading, read_bases, trained, verified
 from tiny_models import TinyModel
 
 from qpref.distributed.world import World
+from qpref.recipe.resolve import make_plan
+from qpref.training.run import train_plan
 
 COUNTS = {2: [3, 1], 4: [2, 0, 1, 1]}
 """Examples of each process: processes have different numbers of passes."""
@@ -103,3 +107,23 @@ def test_loading_takes_a_process_its_part_and_one_layer(make_base):
     for part in parts:
         assert part["held"] < alone["held"] / 2 + 1e6  # norms, and the table of embeddings
         assert part["peak"] < part["held"] + layer
+
+
+def test_a_run_with_a_shared_base_writes_the_adapter_of_one_process(make_recipe, tmp_path):
+    document = make_recipe(
+        {
+            "model.quantization": "nf4",
+            "adapter.dropout": 0.1,
+            "train.max_steps": 2,
+            "train.gradient_checkpointing": True,
+            "distributed.shard_base": True,
+        }
+    )
+    shared = {Path(found) for found in fork_ranks(2, trained, document, str(tmp_path))}
+    assert shared == {tmp_path / "shared"}
+    alone = train_plan(make_plan(document, output=tmp_path / "alone"))
+    ours, expected = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (*shared, alone))
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (ours[name] - tensor).abs().max() < 1e-5, name
+    assert [row.keys() for row in rows_of(*shared)] == [row.keys() for row in rows_of(alone)]

@@ -493,18 +493,27 @@ AT_ANY_STEP = [
 ]
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[dict[str, Any]]:
+    """Rows of the run that has memory enough, once it has been trained."""
+    return []
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(("phase", "step"), AT_ANY_STEP)
-def test_a_run_that_ran_out_of_memory_at_any_step_is_the_run_that_did_not(phase, step, train):
+def test_a_run_that_ran_out_of_memory_at_any_step_is_the_run_that_did_not(phase, step, train, plain, tally):
     settings = {"epochs": 8, "log_every": 8, "eval_every": 1, "save_every": 24}
-    plain, fits = rows_of(train("plain", always, **settings)), ShortOnce(step, phase)
+    plain[:] = plain or rows_of(train("plain", always, **settings))
+    fits = ShortOnce(step, phase)
     short = rows_of(train("short", fits, **settings))
     assert fits.refused == 1
     exact = ("step", "split", "tokens", "learning_rate")
     assert [[row.get(name) for name in exact] for row in short] == [[row.get(name) for name in exact] for row in plain]
+    tally["passes that ran out of memory"] += fits.refused
     for found, wanted in zip(short, plain, strict=True):
-        assert found.pop("split") == wanted.pop("split")
-        assert found == pytest.approx(wanted, rel=1e-2, abs=1e-3)
+        numbers = {name: value for name, value in wanted.items() if name != "split"}
+        assert found.pop("split") == wanted["split"]
+        assert found == pytest.approx(numbers, rel=1e-2, abs=1e-3)
 
 
 def test_a_smaller_budget_is_remembered_over_a_resume(train, dying_after_step_2, monkeypatch):

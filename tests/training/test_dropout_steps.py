@@ -40,13 +40,6 @@ def test_the_gradient_is_the_same_in_any_micro_batches(make_trainer, loss):
     assert apart(gradient(trainer, 100_000, step=1), whole) > 0.1
 
 
-def test_the_gradient_is_the_same_in_any_order(make_trainer):
-    trainer = make_trainer(DROPOUT)
-    whole = gradient(trainer, 100_000)
-    trainer.examples = trainer.examples[5::-1]
-    assert apart(gradient(trainer, 100_000), whole) <= 1e-6
-
-
 def test_examples_with_one_prompt_have_one_mask_on_it_in_different_micro_batches(make_trainer):
     trainer = make_trainer(DROPOUT | {"train.batch_size": 3})
     first, *others = trainer.examples[:3]
