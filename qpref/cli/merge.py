@@ -75,7 +75,8 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     if not verdict.passed:
         unsent = "; nothing was pushed" if push else ""
         raise MergeError(
-            f"{out}: the mean margin error is {verdict.margin_error:.3g} nats, and {verdict.allowed:.3g} pass{unsent}",
+            f"{out}: the mean margin error is {verdict.margin_error:.3g} nats, "
+            f"and at most {verdict.allowed:.3g} passes{unsent}",
             _way_out(request.onto, request.quantize, request.dtype),
         )
     if push is not None:
@@ -104,7 +105,7 @@ def _report(result: MergeResult, stored: str) -> Iterator[str]:
 def _verdict(verdict: Verdict) -> Iterator[str]:
     yield f"verdict on {verdict.pairs} {verdict.origin}, merged model beside trained policy, both in float32"
     yield f"  margin, learned change        {verdict.learned:9.3f} nats on average"
-    yield f"  margin error                  {_error(verdict)}, {verdict.allowed:.3f} pass"
+    yield f"  margin error                  {_error(verdict)}; at most {verdict.allowed:.3f} passes"
     yield f"  largest                       {verdict.largest_margin_error:9.3f} nats, {verdict.worst}"
     yield f"  log-probability of a response {verdict.logprob_error:9.3f} nats off on average"
     yield f"  KL per token                  {verdict.kl:9.2g} nats, {verdict.largest_kl:.2g} at most"

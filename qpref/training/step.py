@@ -228,9 +228,9 @@ def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:
 
 def _sum_over_processes(step: Step, results: Sequence[MicroBatchResult]) -> Tensor:
     """Sum the gradients of all processes; returns [losses] bool, the union of what was not finite in their parts."""
-    policy, num_losses = step.scorer.policy, len(step.scorer.objective.callers)
-    if not results:  # more processes than examples
-        step.scaler.scale(torch.zeros((), device=policy.device))  # `unscale_` refuses a scaler that has scaled nothing
-    faults = [torch.zeros(num_losses, dtype=torch.bool, device=policy.device), *(part.nonfinite for part in results)]
+    policy, faults = step.scorer.policy, [result.nonfinite for result in results]
+    if not results:  # this process has no example, and `unscale_` refuses a scaler that has scaled nothing
+        step.scaler.scale(torch.zeros((), device=policy.device))
+        faults = [torch.zeros(len(step.scorer.objective.callers), dtype=torch.bool, device=policy.device)]
     policy.finish_passes()
     return sum_gradients(step.world, list(policy.trained_parameters().values()), torch.stack(faults).any(0))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from conftest import load_worn, make_example
 from torch import Tensor
 
+from qpref.data.deal import deal
 from qpref.data.mismatch import with_mismatched
 from qpref.distributed.world import ALONE, World
 from qpref.hooks.manager import LOSS, PluginHost
@@ -19,10 +22,14 @@ from qpref.policy.policy import Policy
 from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import make_plan
 from qpref.records import TokenizedExample
-from qpref.training import optim
+from qpref.training import loop, optim, step
+from qpref.training.gradient_sum import sum_gradients
 from qpref.training.loop import Trainer
+from qpref.training.metrics import Averages
 from qpref.training.objective import Objective
+from qpref.training.scoring import Scorer
 from qpref.training.state import TrainingState
+from qpref.training.whole_batch import WholeBatch
 
 CPU = torch.device("cpu")
 ALL = 100_000
@@ -36,6 +43,7 @@ MIXTURES: tuple[Losses, ...] = (
     ({"name": "bco_pair", "baseline": "step"}, {"name": "cpo", "weight": 0.5}),
 )
 BASELINE: Losses = ({"name": "bco_pair", "baseline": "step"},)
+ROW_LOSSES = ("dpo", "kto")
 ONE_OF_EACH_PATH: tuple[Losses, ...] = (({"name": "dpo"},), ({"name": "kto"},), ({"name": "aot"},), BASELINE)
 
 
@@ -63,18 +71,23 @@ class Case:
         return f"{losses}/{self.tokens}/{self.size}/{self.shared}/{self.recomputed}/{self.dropout}"
 
 
-def all_cases() -> Iterator[Case]:
+def cases_for(size: int) -> Iterator[Case]:
+    """Every loss in any number of processes; every setting in two, and the steps of fewer examples than processes."""
     every = [({"name": name},) for name in sorted(PluginHost().names(LOSS))]
     for losses in (*every, BASELINE, *MIXTURES):
         yield Case(losses=losses, tokens=90)
+    for losses in ONE_OF_EACH_PATH:
+        yield Case(losses=losses, size=1)
+        yield Case(losses=losses, size=3, tokens=1)
+    if size > 2:
+        return
     for losses in (*ONE_OF_EACH_PATH, *MIXTURES):
         yield Case(losses=losses)
     for losses in ONE_OF_EACH_PATH:
         yield Case(losses=losses, tokens=1)
         yield Case(losses=losses, tokens=90, shared=False)
         yield Case(losses=losses, tokens=90, recomputed=2)
-        yield Case(losses=losses, size=1)
-        yield Case(losses=losses, size=3, tokens=1)
+        yield Case(losses=losses, tokens=90, dropout=0.1)
 
 
 def pairs() -> list[TokenizedExample]:
@@ -125,6 +138,9 @@ class Bench:
             }
         )
         start = {name: value.detach().clone() for name, value in policy.trained_parameters().items()}
+        for name, value in start.items():
+            if "lora_B" in name:
+                value.neg_()  # of these two signs, the one under which KTO's divergence is not clamped to 0
         return cls(Path(base), policy, start)
 
     def trainer(self, losses: Losses, world: World, **train: Any) -> Trainer:
@@ -165,7 +181,7 @@ class Bench:
         self.policy.recompute_layers(case.recomputed)
         self.policy.model.train()
         self.policy.seed_dropout(0, 0)
-        nonfinite = trainer.compute_gradient(trainer.examples[: case.size])
+        trainer.compute_gradient(trainer.examples[: case.size])
         trainer.state.averages.settle(world)
         gradient = torch.cat([value.grad.reshape(-1) for value in self.policy.trained_parameters().values()])
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -174,19 +190,46 @@ class Bench:
             "means": trainer.state.averages.means(),
             "counts": trainer.state.averages.counts,
             "tokens": trainer.state.tokens,
-            "nonfinite": nonfinite.tolist(),
             "rows": {} if trainer.references is None else trainer.references.rows,
         }
+
+    def rows(self, losses: Losses, world: World) -> list[dict[str, Any]]:
+        """The metric rows of 24 steps of three examples each, with loss scaling, and how they ended."""
+        trainer = self.trainer(
+            losses, world, tokens_per_microbatch=60, batch_size=3, epochs=8, log_every=4, eval_every=8,
+            learning_rate=1e-4,
+        )  # fmt: skip
+        self.policy.share_prompts(True)
+        self.policy.recompute_layers(0)
+        rows: list[dict[str, Any]] = []
+        trainer.recorder = SimpleNamespace(  # type: ignore[assignment]
+            write=lambda row: rows.append({"step": row.step, "split": row.split, "tokens": row.tokens, **row.values})
+        )
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
+        assert trainer.run()
+        return [*rows, {"step": trainer.state.step, "split": "scale", "value": trainer.scaler.get_scale()}]
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
     return hashlib.sha256(b"".join(each.contiguous().numpy().tobytes() for each in tensors)).hexdigest()
 
 
-def compare_steps(world: World, base: str) -> list[dict[str, Any]]:
+def compare(world: World, base: str) -> dict[str, Any]:
+    """All that this module compares, of one start of the processes."""
+    benches = {dropout: Bench.of(base, dropout) for dropout in (0.0, 0.1)}
+    return {
+        "steps": compare_steps(world, benches),
+        "rows": compare_rows(world, benches[0.1]),
+        "mistakes": compare_mistakes(world, benches[0.0]),
+        "sum": sum_of_few(world),
+    }
+
+
+def compare_steps(world: World, benches: dict[float, Bench]) -> list[dict[str, Any]]:
     """Compute every case in all processes together; one of them, in turn, computes it alone too and compares."""
-    bench, found = Bench.of(base), []
-    for number, case in enumerate(all_cases()):
+    found = []
+    for number, case in enumerate(cases_for(world.size)):
+        bench = benches[case.dropout]
         ours = bench.step(case, world)
         rows = [ours["rows"][key] for key in sorted(ours["rows"])]
         facts = repr([digest([ours["gradient"]]), digest(rows), ours["means"], ours["counts"], ours["tokens"]])
@@ -202,10 +245,93 @@ def compare_steps(world: World, base: str) -> list[dict[str, Any]]:
                     "means": [ours["means"], alone["means"]],
                     "counts": [ours["counts"], alone["counts"]],
                     "tokens": [ours["tokens"], alone["tokens"]],
-                    "nonfinite": ours["nonfinite"] + alone["nonfinite"],
                     "same everywhere": all(others == facts for others in each),
                     "same rows": ours["rows"].keys() == alone["rows"].keys()
                     and all(torch.allclose(ours["rows"][key], row, atol=1e-5) for key, row in alone["rows"].items()),
                 }
             )
     return found
+
+
+def compare_rows(world: World, bench: Bench) -> dict[str, list[list[dict[str, Any]]]]:
+    """The rows of 24 steps, of all processes together and of this one alone, by loss."""
+    found = {}
+    for number, name in enumerate(ROW_LOSSES):
+        ours = bench.rows(({"name": name},), world)
+        if number % world.size == world.rank:
+            found[name] = [ours, bench.rows(({"name": name},), ALONE)]
+    return found
+
+
+def compare_mistakes(world: World, bench: Bench) -> dict[str, float]:
+    """How far a step with a mistake is from that of one process, in its gradient or its metrics; rank 0 compares."""
+    found = {}
+    for name, (losses, mistake) in MISTAKES.items():
+        case = Case(losses=losses, tokens=90)
+        with mistake():
+            ours = bench.step(case, world)
+        if not world.is_first:
+            continue
+        alone = bench.step(case, ALONE)
+        gradient = (ours["gradient"] - alone["gradient"]).abs().max() / alone["gradient"].abs().max()
+        means = [abs(ours["means"].get(name, 0.0) - value) for name, value in alone["means"].items()]
+        found[name] = max(means) if "metrics" in name else gradient.item()
+    return found
+
+
+def _mean_of_each_process() -> Any:
+    return mock.patch.object(
+        step, "_backward", lambda whole, *rest: BACKWARD(replace(whole, examples=whole.members(whole.share)), *rest)
+    )
+
+
+def _dealt(change: Callable[[list[list[int]]], object]) -> Any:
+    def mistaken(*call: Any) -> list[list[int]]:
+        shares = deal(*call)
+        if len(shares) > 1:
+            change(shares)
+        return shares
+
+    return mock.patch.object(loop, "deal", mistaken)
+
+
+def _own_scores_alone() -> Any:
+    return mock.patch.object(
+        WholeBatch, "_collect", lambda whole, world, *rest: COLLECT(whole, replace(world, devices=None), *rest)
+    )
+
+
+def _own_metrics_alone() -> Any:
+    return mock.patch.object(Averages, "settle", lambda averages, world=ALONE: SETTLE(averages))
+
+
+def _lost_weights() -> Any:
+    def pack(scorer: Scorer, examples: Sequence[TokenizedExample]) -> Any:
+        batch = PACK(scorer, examples)
+        is_shared = torch.tensor([batch.group_of.count(group) > 1 for group in batch.group_of])
+        return replace(batch, weight=batch.weight.masked_fill(is_shared, 1.0))
+
+    return mock.patch.object(Scorer, "pack", pack)
+
+
+BACKWARD, COLLECT, SETTLE, PACK = step._backward, WholeBatch._collect, Averages.settle, Scorer.pack
+DPO, KTO, AOT = ({"name": "dpo"},), ({"name": "kto"},), ({"name": "aot"},)
+MISTAKES: dict[str, tuple[Losses, Callable[[], Any]]] = {
+    "mean of each process": (DPO, _mean_of_each_process),
+    "an example dealt twice": (DPO, lambda: _dealt(lambda shares: shares[1].append(shares[0][0]))),
+    "an example dealt never": (DPO, lambda: _dealt(lambda shares: shares[0].pop())),
+    "KL of each process": (KTO, _own_scores_alone),
+    "sort of each process": (AOT, _own_scores_alone),
+    "metrics of each process": (DPO, _own_metrics_alone),
+    "weights of shared prompts lost": (DPO, _lost_weights),
+}
+
+
+def sum_of_few(world: World) -> list[Any]:
+    """The sums of gradients that all, one and none of the processes have, and of their faults."""
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2,), float(world.rank + 1))
+    if world.rank == world.size - 1:
+        parameters[1].grad = torch.tensor([3.0, torch.inf])
+    faults = sum_gradients(world, parameters, torch.tensor([False, world.rank == 1]))
+    return [[None if each.grad is None else each.grad.tolist() for each in parameters], faults.tolist()]

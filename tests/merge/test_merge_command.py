@@ -32,7 +32,7 @@ def test_the_verdict_is_printed(trained_run, make_base, tmp_path):
         "float0 keeps 0% of the learned change in the weights\n"
         "verdict on 0 held-out pairs, merged model beside trained policy, both in float0\n"
         " margin, learned change 0 nats on average\n"
-        " margin error 0 nats on average (0% of the learned change), 0 pass\n"
+        " margin error 0 nats on average (0% of the learned change); at most 0 passes\n"
         " largest 0 nats, heldout.jsonl:0\n"
         " log-probability of a response 0 nats off on average\n"
         " KL per token 0 nats, 0 at most\n"
@@ -46,7 +46,8 @@ def test_a_verdict_that_fails_exits_11_and_the_folder_is_there(trained_run, make
     done = invoke(trained_run(make_base(), **NF4), out, "--dtype", "bf16", "--max-margin-error", "1e-9")
     assert done.exit_code == 11
     assert re.fullmatch(
-        rf"device: CPU.*\nerror: {out}: the mean margin error is \S+ nats, and 1e-09 pass\nhint: leave out --dtype\n",
+        rf"device: CPU.*\nerror: {out}: the mean margin error is \S+ nats, and at most 1e-09 passes\n"
+        r"hint: leave out --dtype\n",
         done.stderr,
     )
     assert (out / "model.safetensors").is_file()

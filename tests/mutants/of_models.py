@@ -252,8 +252,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "qpref/policy/nf4_loading.py",
-                "return _is_projection(model, param_name) or super().",
-                "return super().",
+                "is_packed = _is_projection(model, param_name) or super().",
+                "is_packed = super().",
             ),
         ),
         ("tests/policy/test_experts.py::test_how_experts_are_kept_is_said",),
