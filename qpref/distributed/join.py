@@ -90,7 +90,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
 def _world(store: Any, hosts: dist.ProcessGroup, timeout: int, *, hosts_store: bool) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
     peers = Peers(
-        store=PrefixStore(f"qpref/{hosts.group_name}", store.clone()),
+        store=PrefixStore(f"{_attempt()}/{hosts.group_name}", store.clone()),
         rank=rank,
         size=size,
         hosts=hosts,
@@ -118,7 +118,7 @@ def _rendezvous(timeout: int) -> Any:
     limit = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=limit))
-        dist.init_process_group("gloo", store=PrefixStore("qpref", store), rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group("gloo", store=PrefixStore(_attempt(), store), rank=rank, world_size=size, timeout=limit)
     except ValueError as error:
         raise RecipeError(f"the launcher's variables: {error}", "start the processes with torchrun") from None
     except RuntimeError as error:
@@ -129,6 +129,11 @@ def _rendezvous(timeout: int) -> Any:
             "check that all were started, and that this machine reaches that address",
         ) from None
     return store
+
+
+def _attempt() -> str:
+    """Name what this start of the processes keeps in the store, which may outlive them: torchrun's does."""
+    return f"qpref/{number('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def _settled(world: World, error: BaseException) -> BaseException:

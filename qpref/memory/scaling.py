@@ -117,12 +117,7 @@ class Scaling:
     @property
     def refusal(self) -> str | None:
         """Why this base can't be shared; None where it can."""
-        shape, setup = self.sharded.demand.shape, self.sharded.demand.setup
-        if shape.double_quantization is not None:
-            return "its files are in 4 bits already"
-        if setup.double_quantization is None:
-            return "only 4-bit bases are shared"
-        return shape.against_sharding and f"the model {shape.against_sharding}"
+        return _refusal(self.sharded.demand)
 
     @property
     def best(self) -> Mode | None:
@@ -170,13 +165,25 @@ def plan_gpus(
 
 
 def which_mode(demand: Demand, limit_bytes: int, ranks: int) -> ModeName:
-    """Choose for `shard_base = "auto"`: the whole base on each rank where that fits, else shared.
+    """Choose for `shard_base = "auto"`: the whole base on each rank where that fits or can't be shared, else shared.
 
     Args:
         demand: of a rank with the whole base.
         limit_bytes: that each rank may fill.
     """
-    return "replicated" if ranks == 1 or demand.peak(*demand.smallest()).total <= limit_bytes else "sharded"
+    if ranks == 1 or _refusal(demand) is not None:
+        return "replicated"
+    return "replicated" if demand.peak(*demand.smallest()).total <= limit_bytes else "sharded"
+
+
+def _refusal(demand: Demand) -> str | None:
+    """Say why this base can't be shared; None where it can."""
+    if demand.shape.double_quantization is not None:
+        return "its files are in 4 bits already"
+    if demand.setup.double_quantization is None:
+        return "only 4-bit bases are shared"
+    reason = demand.shape.against_sharding
+    return reason and f"the model {reason}"
 
 
 @dataclass(frozen=True, slots=True)

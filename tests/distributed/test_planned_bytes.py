@@ -47,6 +47,7 @@ def document(make_recipe):
 
 @pytest.mark.soak
 def test_a_replicated_step_adds_up_the_adapters_gradients_once(tmp_path, document):
+    document["distributed"] = {"shard_base": False}
     recipe = make_plan(document).recipe
     shape = model_shape(recipe.model, recipe.adapter)
     beside = (

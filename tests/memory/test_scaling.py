@@ -132,6 +132,8 @@ def test_the_best_mode_fits_and_auto_shares_the_base_only_where_it_must(shape):
     demand = demand_of(shape)
     assert [which_mode(demand, limit * GIB, 2) for limit in (24, 6, 2)] == ["replicated", "sharded", "sharded"]
     assert which_mode(demand, 2 * GIB, 1) == "replicated"
+    whole = replace(demand, setup=replace(demand.setup, double_quantization=None))
+    assert which_mode(whole, 2 * GIB, 2) == "replicated"  # only 4-bit bases are shared
 
 
 def test_a_speed_is_given_or_a_share_of_the_data_sheets():
