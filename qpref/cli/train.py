@@ -43,8 +43,8 @@ def command(
 
     if not dry_run and is_first():  # a launcher's other processes write nothing
         locks.refuse_held(run_folder_of(recipe, output))  # in a moment: plugins and the trainer import torch
-    if processes is not None:
-        overrides = (*overrides, "model.device=cpu")
+    if gpus is not None or processes is not None:
+        overrides = (*overrides, f"model.device={'cpu' if gpus is None else 'cuda'}")
     plan = make_plan(recipe, overrides, output)
     if dry_run:
         if is_first():

@@ -1,4 +1,4 @@
-"""What the processes of a run must have in common, compared before they train together."""
+"""Comparison of the facts that the processes of a run must have in common before they train together."""
 
 from __future__ import annotations
 

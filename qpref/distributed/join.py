@@ -66,7 +66,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
     is_ours = not dist.is_initialized()
     store = _rendezvous(timeout) if is_ours else distributed_c10d._get_default_store()
     limit = timedelta(seconds=timeout)
-    groups = [dist.new_group(backend="gloo", timeout=limit)]
+    groups = [_hosts_group(limit, is_ours)]
     world = _world(store, groups[0], timeout, hosts_store=is_ours)
     try:
         refuse_differences(world, {"device": device.type}, "devices")
@@ -129,6 +129,25 @@ def _rendezvous(timeout: int) -> Any:
             "check that all were started, and that this machine reaches that address",
         ) from None
     return store
+
+
+def _hosts_group(limit: timedelta, is_ours: bool) -> dist.ProcessGroup:
+    """Make the group of the hosts.
+
+    Raises:
+        PeerError: a process has left since they met.
+    """
+    try:
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=limit)
+    except RuntimeError as error:
+        if is_ours:
+            dist.destroy_process_group()
+        raise PeerError(
+            f"rank {os.environ.get('RANK', '?')}: the processes of the run met, and then couldn't connect: "
+            f"{str(error).splitlines()[0]}",
+            "look for the first error of another process; check that the machines reach each other",
+        ) from None
+    return group
 
 
 def _attempt() -> str:

@@ -96,7 +96,7 @@ class Peers:
         Raises:
             FailedElsewhere: another process has failed.
         """
-        self._note = where
+        self._note = self.named(where)
         self._refuse_failure()
 
     def begin(self, stage: str) -> None:
@@ -105,8 +105,8 @@ class Peers:
         Raises:
             FailedElsewhere: another process has failed.
         """
-        self._stage = stage
-        self.note(stage)
+        self._stage, self._note = stage, stage
+        self._refuse_failure()
 
     def enter(self, what: str, length: int, kind: str = "wait") -> list[int]:
         """Come to a collective together with all other processes.
@@ -158,6 +158,8 @@ class Peers:
         )
         try:
             work = begin()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise self._broken(name, error) from None
         while True:

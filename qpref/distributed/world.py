@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qpref.distributed.peers import Peers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,8 @@ class World:
         size: number of processes.
         local_rank: of this process among those of its host, which is the index of its GPU.
         hosts: group over which facts travel, by gloo; None for one process.
-        devices: group over which tensors on the run's device travel; None for one process.
+        devices: group over which tensors on the run's device travel; None for one process. Tensors that a GPU's run
+            has on the CPU, such as a paged optimizer's state, travel between the hosts.
         peers: the other processes' signs of life; None for one process.
         moved_bytes: payload that this process brought to the collectives so far, by kind.
     """
@@ -60,6 +63,12 @@ class World:
         if self.peers is not None:
             self.peers.note(where)
 
+    def noted(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield items of this process's work, and note each: a long step is progress to those that wait for it."""
+        for number, item in enumerate(items, start=1):
+            self.note(f"{what} {number}/{len(items)}")
+            yield item
+
     def stops(self, requested: Sequence[int]) -> Sequence[int]:
         """Share the signals that ask this process to stop.
 
@@ -83,7 +92,7 @@ class World:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self._enter("add", what, flat, same_length=True)
-        self._run(lambda: dist.all_reduce(flat, group=self.devices, async_op=True), what, flat.is_cuda)
+        self._run(lambda: dist.all_reduce(flat, group=self._group_of(flat), async_op=True), what, flat.is_cuda)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -93,7 +102,8 @@ class World:
             return
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         self._enter("copy", what, flat, same_length=True)
-        self._run(lambda: dist.broadcast(flat, group_src=0, group=self.devices, async_op=True), what, flat.is_cuda)
+        group = self._group_of(flat)
+        self._run(lambda: dist.broadcast(flat, group_src=0, group=group, async_op=True), what, flat.is_cuda)
         with torch.no_grad():
             for tensor, first in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(first.view_as(tensor))
@@ -105,14 +115,14 @@ class World:
         """
         if self.devices is None:
             return [values]
-        return self._gather(values.detach(), self.devices, "gather", what)
+        return self._gather(values.detach(), "gather", what)
 
     def exchange(self, fact: Any, what: str = "facts") -> list[Any]:
         """Collect a fact (of what JSON can hold) of each process, in the order of ranks."""
         if self.hosts is None:
             return [fact]
         encoded = torch.frombuffer(bytearray(json.dumps(fact).encode()), dtype=torch.uint8)
-        return [json.loads(each.numpy().tobytes()) for each in self._gather(encoded, self.hosts, "exchange", what)]
+        return [json.loads(each.numpy().tobytes()) for each in self._gather(encoded, "exchange", what)]
 
     def share(self, fact: Any, what: str = "rank 0's facts") -> Any:
         """Return rank 0's fact (of what JSON can hold); the others' are ignored."""
@@ -140,13 +150,18 @@ class World:
         self._enter("share", what, content, same_length=True)
         self._run(lambda: dist.broadcast(content, group_src=0, group=self.hosts, async_op=True), what)
 
-    def _gather(self, values: Tensor, group: dist.ProcessGroup, kind: str, what: str) -> list[Tensor]:
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        """Return the group over which a tensor travels: NCCL takes none that is on the CPU."""
+        return self.devices if tensor.is_cuda else self.hosts
+
+    def _gather(self, values: Tensor, kind: str, what: str) -> list[Tensor]:
         """Gather tensors [n] of different lengths, padded to the longest."""
         counts = self._enter(kind, what, values)
         padded = values.new_zeros(max(counts))
         padded[: len(values)] = values
         gathered = [torch.empty_like(padded) for _ in counts]
         if len(padded):
+            group = self._group_of(padded)
             self._run(lambda: dist.all_gather(gathered, padded, group=group, async_op=True), what, padded.is_cuda)
         return [each[:count] for each, count in zip(gathered, counts, strict=True)]
 

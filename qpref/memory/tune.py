@@ -62,7 +62,6 @@ def choose_sizes(policy: Policy, recipe: Recipe, base: Path, examples: Sequence[
         fit = fit_memory(demand, limit)
         policy.recompute_layers(fit.recomputed_layers)
         budget = fit.tokens_per_microbatch
-    policy.finish_passes()
     predicted = demand.peak(budget, policy.recomputed_layers).total
     log.info("memory: %d tokens per micro-batch, %d of %d layers recomputed; %.2f of %.2f GiB predicted", budget,
              policy.recomputed_layers, policy.num_layers, predicted / GIB, limit / GIB)  # fmt: skip
@@ -194,7 +193,7 @@ def shrink_microbatch(policy: Policy, examples: Sequence[TokenizedExample], budg
         log.warning("out of memory: all layers are recomputed from here on; the step is repeated")
         policy.recompute_layers(policy.num_layers)
         return budget
-    longest = max(num_fed_tokens(example, policy.shares_prompts) for example in examples)
+    longest = max((num_fed_tokens(example, policy.shares_prompts) for example in examples), default=0)
     raise DeviceMemoryError(
         f"the device ran out of memory on one example of {longest} tokens",
         "lower [data] max_length or [adapter] rank, take an 8-bit or paged [train] optimizer, or a smaller base; "
@@ -207,10 +206,10 @@ def smaller_budget(examples: Sequence[TokenizedExample], budget: int, shared: bo
 
     def largest(limit: int) -> int:
         parts = split_by_tokens(examples, limit, shared)
-        return max(sum(num_fed_tokens(member, shared) for member in part) for part in parts)
+        return max((sum(num_fed_tokens(member, shared) for member in part) for part in parts), default=0)
 
     before = largest(budget)
-    if before == max(num_fed_tokens(example, shared) for example in examples):
+    if before == max((num_fed_tokens(example, shared) for example in examples), default=0):
         return None
     while largest(budget) == before:
         budget //= 2

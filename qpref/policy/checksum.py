@@ -19,6 +19,8 @@ def checksum(tensor: Tensor) -> int:
     is a bijection, so a change of a single word always changes the sum.
     """
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()  # torch reads words of 8 bytes at multiples of 8 alone
     num_words = len(flat) // 8
     tail = flat[8 * num_words :].tolist()
     last = int.from_bytes(bytes([*tail, len(tail)]), "little")

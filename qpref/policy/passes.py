@@ -15,7 +15,7 @@ from qpref.distributed.world import World
 
 
 class Pass(IntEnum):
-    """What a process begins; where processes differ, the greatest comes first.
+    """Kinds of passes; where processes begin different ones, the greatest comes first.
 
     SCORES are log-probabilities of tokens under the head, LOGITS the model's own pass through it.
     """
@@ -48,9 +48,9 @@ class Passes:
             Wishes of all processes together.
         """
         while True:
-            told = self.world.exchange([int(kind), *wishes])
-            first = Pass(max(each[0] for each in told))
-            needs_grad, needs_squares = (any(each[index] for each in told if each[0] == first) for index in (1, 2))
+            begun = self.world.exchange([int(kind), *wishes], "the next pass")
+            first = Pass(max(each[0] for each in begun))
+            needs_grad, needs_squares = (any(each[index] for each in begun if each[0] == first) for index in (1, 2))
             if first == kind:
                 return needs_grad, needs_squares
             self.join(first, (needs_grad, needs_squares))

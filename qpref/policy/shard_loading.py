@@ -74,6 +74,7 @@ class ShardLoader:
 
     def keep_rows(self, name: str, whole: Tensor) -> nn.Parameter:
         """Keep own rows of [rows, ...], which are divided as torch.chunk does: the last processes may have fewer."""
+        self.world.note(f"loading {name}")
         start, stop = own_range(self.world, len(whole))
         self.wholes[name] = Whole(whole.shape, checksum(whole))
         return nn.Parameter(whole.detach()[start:stop].clone(), requires_grad=False)
@@ -104,9 +105,9 @@ class ShardLoader:
         own = {name: str(whole.checksum) for name, whole in self.wholes.items()}
         own |= {f"{name} (quantization)": str(value) for name, value in self.shared.items()}
         digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-        if len(set(self.world.exchange(digest))) == 1:
+        if len(set(self.world.exchange(digest, "the base's digest"))) == 1:
             return
-        for rank, others in enumerate(self.world.exchange(own)):
+        for rank, others in enumerate(self.world.exchange(own, "the base's checksums")):
             if differing := [name for name in sorted({*own, *others}) if own.get(name) != others.get(name)]:
                 raise PolicyError(
                     f"ranks {self.world.rank} and {rank} read {len(differing)} weights of the base differently, the "

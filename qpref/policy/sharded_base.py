@@ -148,7 +148,7 @@ class ShardedBase:
                     for module, (name, before) in self.shared.items()
                     if self._layer_of[id(module)] is layer and shared_checksum(module.weight.quant_state) != before
                 ]
-        for rank, found in enumerate(self.world.exchange(faults)):
+        for rank, found in enumerate(self.world.exchange(faults, "the check of the base")):
             if found:
                 raise PolicyError(
                     f"the base has changed since it was loaded: rank {rank} finds {len(found)} weights that aren't as "

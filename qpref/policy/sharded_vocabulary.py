@@ -49,7 +49,7 @@ class VocabularyRows:
 
     def everyones(self, states: Tensor) -> tuple[Tensor, slice]:
         """Collect [n, width] or [n] of every process, one after the other; returns them and where this one's are."""
-        parts = self.world.gather(states.detach().reshape(-1))
+        parts = self.world.gather(states.detach().reshape(-1), "the rows to look up or to score")
         width = states.shape[1:].numel()
         lengths = [len(part) // width for part in parts]
         start = sum(lengths[: self.world.rank])
@@ -96,7 +96,7 @@ class ShardedEmbedding(nn.Module):
         if self.rows.stop > self.rows.start:
             found = self._own[0](torch.where(inside, tokens - self.rows.start, 0)[None])[0]
             states = torch.where(inside[:, None], found, states)
-        self.rows.world.add([states])
+        self.rows.world.add([states], "the embeddings")
         return states[mine].reshape(*input_ids.shape, self.embedding_dim)
 
 
@@ -121,7 +121,7 @@ class ShardedHead(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute [..., vocabulary] logits of [..., width] hidden states, together with all processes."""
         everyones, mine = self.rows.everyones(hidden.reshape(-1, hidden.shape[-1]))
-        parts = self.rows.world.gather((everyones @ self.rows.weight.t()).t().reshape(-1))
+        parts = self.rows.world.gather((everyones @ self.rows.weight.t()).t().reshape(-1), "the logits")
         logits = torch.cat([part.reshape(-1, len(everyones)) for part in parts]).t()[mine]
         logits = logits if self.bias is None else logits + self.bias
         return logits.reshape(*hidden.shape[:-1], self.rows.num_tokens)

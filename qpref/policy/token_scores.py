@@ -206,14 +206,14 @@ def _score_shared(hidden: Tensor, tokens: Tensor, head: Head, needs_grad: bool, 
     sums = [_sum_rows(rows, head, needs_grad, needs_squares) for rows in groups]
 
     def total_of(normalizers: list[Tensor]) -> Tensor:
-        return torch.stack(world.gather(torch.cat(normalizers).squeeze(1))).logsumexp(0)[:, None]
+        return torch.stack(world.gather(torch.cat(normalizers).squeeze(1), "the normalizers")).logsumexp(0)[:, None]
 
     total = total_of([each.normalizer for each in sums])
     added = [torch.cat([each.target for each in sums])]
     if needs_grad:
         totals = total.split([len(each.target) for each in sums])
         added.append(torch.cat([_grad_part(each, norm) for each, norm in zip(sums, totals, strict=True)]))
-    world.add(added)
+    world.add(added, "the scores of shared rows")
     squares = total.new_empty(0)
     if needs_squares:
         both = total_of([each.square_normalizer for each in sums if each.square_normalizer is not None]) - 2 * total

@@ -33,7 +33,7 @@ def sharing(
             log.warning("[distributed] shard_base: one process has the whole base; --gpus starts more")
         return None
     if setting == "auto":
-        limits = world.exchange(limit)
+        limits = world.exchange(limit, "the memory limits")
         setting = which_mode(_demand(recipe, base, examples), min(limits), world.size) == "sharded"
     if setting:
         log.info("base: shared by %d processes, each has a part and gathers one layer after the other", world.size)

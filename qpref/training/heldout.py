@@ -58,7 +58,8 @@ def _add_windows(
     whole = WholeBatch.of(scorer, members, inside)
 
     def score(parts: Parts) -> tuple[Parts, list[Values]]:
-        return parts, [_values(scorer, [members[index] for index in part]) for part in parts]
+        noted = world.noted(parts, "held-out micro-batch")
+        return parts, [_values(scorer, [members[index] for index in part]) for part in noted]
 
     with scorer.sharing_references(world, members):
         share = deal(members, world.size, policy.shares_prompts)[world.rank]

@@ -223,9 +223,7 @@ class Trainer:
         Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
         means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget, self.world)
-        means = self.world.share(
-            means, "the held-out metrics"
-        )  # to the bit, since the best step and patience depend on them
+        means = self.world.share(means, "the held-out metrics")  # the same bits: the best step and patience need them
         return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 
 

@@ -1,4 +1,4 @@
-"""What the processes of one run agree on: versions and settings, data, the adapter, and the path of computation."""
+"""Agreements between the processes of a run: versions and settings, data, the adapter, and the path of computation."""
 
 from __future__ import annotations
 

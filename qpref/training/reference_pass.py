@@ -167,7 +167,7 @@ def fill(
         window = todo[start : start + SHARED_AT_ONCE]
         missing = references.missing(example for example, _ in window) if world.size > 1 else []
         for members in _dealt(window, world):
-            tokens = _fill_own(references, policy, members, tokens)
+            tokens = _fill_own(references, policy, members, tokens, world)
         policy.finish_passes()
         references.share(world, missing)
 
@@ -194,10 +194,13 @@ def _dealt(
     return provided, unknown[world.rank :: world.size]
 
 
-def _fill_own(references: ReferenceStore, policy: Policy, todo: Sequence[TokenizedExample], tokens: int) -> int:
+def _fill_own(
+    references: ReferenceStore, policy: Policy, todo: Sequence[TokenizedExample], tokens: int, world: World
+) -> int:
     """Score examples, the longest first; returns the size of the largest batch that the memory sufficed for."""
     done = 0
     while done < len(todo):
+        world.note(f"reference scores: {done} of {len(todo)} examples are done")
         count = max(1, tokens // num_fed_tokens(todo[done], policy.shares_prompts))
         members = todo[done : done + count]
         if fits(partial(_score, references, policy, members)):

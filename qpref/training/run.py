@@ -54,7 +54,7 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         _claimed_by_first(world, plan.output, resume, overwrite) as (folder, resume),
     ):
         agree_on_plan(world, plan)
-        if resume and world.share(world.is_first and _is_complete(plan, folder)):
+        if resume and world.share(world.is_first and _is_complete(plan, folder), "the run's result"):
             log.info("%s: this run is complete", folder.path)
             return folder.path
         with out_of_memory_as("the device ran out of memory", HINT):
@@ -192,6 +192,7 @@ def _begin(session: Session, folder: RunFolder) -> int:
     prepared.policy.finish_passes()
     session.references = reference_pass.open_references(prepared)
     session.state.budget = snapshot.settle_sizes(prepared)
+    prepared.policy.finish_passes()  # of processes that measure sizes which others' recipes set
     if prepared.world.is_first:
         folder.clear()
         begin_records(session, folder)
@@ -210,6 +211,7 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
     cache_before = session.description.get("reference_cache")
     session.references = reference_pass.open_references(prepared, cache_before, saved)
     snapshot.restore(saved, session)
+    prepared.policy.finish_passes()  # of processes that settle other sizes
     metrics_bytes = snapshot.metrics_bytes(saved, folder) if world.is_first else 0
     best = restore_best(saved.state, folder, prepared.plan.recipe.train) if world.is_first else None
     best_state = world.share(None if best is None else best.as_state(), "the best step")

@@ -52,7 +52,7 @@ class Saver:
         agree_on_checkpoint(self.session)
         if not world.is_first:
             return
-        world.note(f"saving step {step}")
+        world.note("saving")
         try:
             self._write()
         except DiskError as error:

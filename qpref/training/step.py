@@ -103,7 +103,9 @@ def compute_gradient(step: Step, budget: int) -> StepResult:
             results, budget = _backward_after_partners(step, budget)
         else:
             results, budget = _in_microbatches(
-                step, budget, lambda parts: [_backward_part(step, part) for part in parts]
+                step,
+                budget,
+                lambda parts: [_backward_part(step, part) for part in step.world.noted(parts, "micro-batch")],
             )
         nonfinite = _sum_over_processes(step, results)
     return StepResult(results, budget, nonfinite)
@@ -155,7 +157,8 @@ def _backward_after_partners(step: Step, budget: int) -> tuple[list[MicroBatchRe
     def score(parts: Parts) -> tuple[Parts, list[Values]]:
         only.clear()
         if len(parts) != 1:
-            return parts, [mismatched_values(scorer.mismatched(step.members(part))) for part in parts]
+            noted = step.world.noted(parts, "partners of micro-batch")
+            return parts, [mismatched_values(scorer.mismatched(step.members(part))) for part in noted]
         batch = scorer.pack(step.members(parts[0]))
         scores = scorer.scores(step.members(parts[0]), batch)
         only.append((batch, scores))
@@ -167,7 +170,7 @@ def _backward_after_partners(step: Step, budget: int) -> tuple[list[MicroBatchRe
     def backward(parts: Parts) -> list[MicroBatchResult]:
         known = [only.pop()] if only else []
         results = []
-        for part in parts:
+        for part in step.world.noted(parts, "micro-batch"):
             batch, scores = known.pop() if known else scorer.without_partners(step.members(part))
             inputs = scorer.lay_out(batch, replace(scores, mismatched=mismatched))
             results.append(_backward(step, inputs, batch.weight))
@@ -192,7 +195,7 @@ def _backward_whole_step(step: Step, budget: int) -> tuple[list[MicroBatchResult
         only.clear()
         batches = [scorer.pack(step.members(part)) for part in parts]
         scored = []
-        for part, batch in zip(parts, batches, strict=True):
+        for part, batch in zip(step.world.noted(parts, "scores of micro-batch"), batches, strict=True):
             with torch.set_grad_enabled(len(parts) == 1):
                 scored.append(scorer.scores(step.members(part), batch))
         if len(parts) == 1:
@@ -210,7 +213,7 @@ def _backward_whole_step(step: Step, budget: int) -> tuple[list[MicroBatchResult
         gradient = leaf.grad
         assert gradient is not None  # the loss has been checked to have one
         packed = batches if repeated == parts else [scorer.pack(step.members(part)) for part in repeated]
-        for part, batch in zip(repeated, packed, strict=True):
+        for part, batch in zip(step.world.noted(repeated, "micro-batch"), packed, strict=True):
             own = known.pop() if known else scorer.policy_scores(batch).values
             own.backward(whole.select("policy", gradient, part))
         return [result if step.world.is_first else replace(result, metrics={})]

@@ -173,5 +173,8 @@ def _tensor_bytes() -> int:
 
 
 def trained(world: World, document: dict[str, Any], folder: str) -> str:
-    """Train with a base that these processes share; returns the run's folder."""
+    """Train with a base that these processes share, of which the last finds out its own sizes; returns the run's
+    folder."""
+    if world.rank == world.size - 1:
+        document["train"] |= {"tokens_per_microbatch": "auto"}
     return str(train_plan(make_plan(document, output=Path(folder) / "shared")))

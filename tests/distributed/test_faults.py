@@ -81,8 +81,7 @@ def brings_another_shape(world: World) -> None:
 
 def is_slow(world: World) -> int:
     if world.rank == 1:
-        for count in range(3 * TIMEOUT):
-            world.note(f"micro-batch {count}")
+        for _ in world.noted(range(3 * TIMEOUT), "micro-batch"):
             time.sleep(0.7)
     world.add([torch.ones(3)], "the gradients")
     return 1

@@ -18,6 +18,7 @@ from processes import free_port, run_ranks
 from teams import small_recipe
 
 from qpref.cli import main
+from qpref.distributed import join
 from qpref.distributed.join import joined
 from qpref.distributed.world import World
 from qpref.errors import PeerError, RecipeError
@@ -61,6 +62,28 @@ def test_more_gpus_than_there_are_is_a_mistake(make_recipe, tmp_path, monkeypatc
     done = qpref("train", str(tmp_path / "r.toml"), "--gpus", "3")
     assert done.exit_code == 2
     assert f"error: --gpus 3: this machine has {has}\n" in done.output
+
+
+@pytest.mark.parametrize(("option", "device"), [("--gpus", "cuda"), ("--processes", "cpu")])
+def test_the_option_decides_the_device_whatever_the_recipe_says(make_recipe, tmp_path, option, device):
+    other = {"cuda": "cpu", "cpu": "cuda"}[device]
+    (tmp_path / "r.toml").write_text(tomli_w.dumps(make_recipe({"model.device": other})))
+    done = qpref("train", str(tmp_path / "r.toml"), option, "2", "--dry-run")
+    assert f'device = "{device}"' in done.output
+
+
+def test_processes_that_cannot_connect_after_they_met_leave_with_a_message(monkeypatch):
+    def broken(**_: object) -> None:
+        raise RuntimeError("[gloo] connectFullMesh failed: Connection refused\nmore")
+
+    port = free_port()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(join, "num_processes", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "new_group", broken)
+    with pytest.raises(PeerError, match=r"rank 0: .* couldn't connect: .*Connection refused\nhint"):
+        joined(torch.device("cpu"), timeout=5).__enter__()
+    assert not torch.distributed.is_initialized()
 
 
 def test_options_that_start_processes_are_refused_among_processes(make_recipe, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from processes import run_ranks
+from processes import fork_ranks, run_ranks
 
 from qpref.distributed.world import World
 
@@ -46,3 +49,34 @@ def test_a_process_alone_keeps_what_it_has():
     assert world.exchange("here") == ["here"]
     assert world.share("here") == "here"
     assert world.is_first
+
+
+def tensors_on_the_host(world: World) -> dict[str, Any]:
+    devices: Any = "a group that takes tensors of GPUs alone"
+    world = replace(world, devices=devices)
+    own = torch.full((3,), float(world.rank + 1))
+    world.copy_first([own], "a paged optimizer's state")
+    total = torch.full((2,), float(world.rank + 1))
+    world.add([total], "a sum on the host")
+    pieces = world.gather(torch.full((world.rank,), world.rank), "pieces on the host")
+    return {"own": own.tolist(), "total": total.tolist(), "pieces": [piece.tolist() for piece in pieces]}
+
+
+def test_tensors_on_the_cpu_do_not_travel_between_gpus():
+    expected = {"own": [1.0] * 3, "total": [3.0] * 2, "pieces": [[], [1]]}
+    assert fork_ranks(2, tensors_on_the_host) == [expected] * 2
+
+
+def rank_0s_tensors(world: World) -> dict[str, Any]:
+    tensors = {"empty": torch.empty(0), "scalar": torch.tensor(3.0), "bf16": torch.ones(3, 2, dtype=torch.bfloat16).t()}
+    found = world.share_tensors(tensors if world.is_first else None)
+    return {name: [str(each.dtype), list(each.shape), each.tolist()] for name, each in found.items()}
+
+
+def test_tensors_of_any_shape_arrive_whole():
+    expected = {
+        "empty": ["torch.float32", [0], []],
+        "scalar": ["torch.float32", [], 3.0],
+        "bf16": ["torch.bfloat16", [2, 3], [[1.0] * 3] * 2],
+    }
+    assert fork_ranks(2, rank_0s_tensors) == [expected] * 2

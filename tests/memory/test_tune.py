@@ -516,6 +516,10 @@ def test_a_run_that_ran_out_of_memory_at_any_step_is_the_run_that_did_not(phase,
         assert found == pytest.approx(numbers, rel=1e-2, abs=1e-3)
 
 
+def test_a_process_without_examples_has_no_smaller_budget():
+    assert smaller_budget([], 100, True) is None
+
+
 def test_a_smaller_budget_is_remembered_over_a_resume(train, dying_after_step_2, monkeypatch):
     budgets = []
 

@@ -50,3 +50,9 @@ def test_shape_and_dtype_do_not_count_and_chunks_neither(monkeypatch):
     assert checksum(values.view(5, 33)) == checksum(values.view(torch.int32)) == expected
     monkeypatch.setattr(module, "CHUNK", 7)
     assert checksum(values) == expected
+
+
+def test_a_tensor_may_begin_anywhere_in_its_storage():
+    values = torch.arange(40, dtype=torch.bfloat16)
+    for start in range(5):
+        assert checksum(values[start:]) == checksum(values[start:].clone())
