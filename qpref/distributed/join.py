@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -67,7 +67,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
     store = _rendezvous(timeout) if is_ours else distributed_c10d._get_default_store()
     limit = timedelta(seconds=timeout)
     groups = [_hosts_group(limit, is_ours)]
-    world = _world(store, groups[0], timeout, hosts_store=is_ours)
+    world, failed = _world(store, groups[0], timeout, hosts_store=is_ours), True
     try:
         refuse_differences(world, {"device": device.type}, "devices")
         if device.type == "cuda":
@@ -76,6 +76,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
         with logged_by_rank(world):
             yield world
             world.wait("the end of the run")
+        failed = False
     except BaseException as error:
         settled = _settled(world, error)
         if settled is error:
@@ -84,7 +85,7 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
     finally:
         assert world.peers is not None
         world.peers.close()
-        _leave(groups, is_ours)
+        _leave(groups, is_ours, failed)
 
 
 def _world(store: Any, hosts: dist.ProcessGroup, timeout: int, *, hosts_store: bool) -> World:
@@ -162,8 +163,13 @@ def _settled(world: World, error: BaseException) -> BaseException:
     return settled
 
 
-def _leave(groups: list[dist.ProcessGroup], is_ours: bool) -> None:
-    """Leave the groups that were made here."""
+def _leave(groups: list[dist.ProcessGroup], is_ours: bool, failed: bool) -> None:
+    """Leave the groups that were made here; after a failure NCCL's is aborted, which would wait for all processes."""
+    if failed:
+        for group in groups[1:]:
+            with suppress(RuntimeError):  # the failure is what there is to report
+                distributed_c10d._abort_process_group(group)
+        del groups[1:]
     if is_ours:
         dist.destroy_process_group()
         return

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from conftest import outcome
 from processes import free_port, run_ranks
 from teams import small_recipe
+from torch.distributed import distributed_c10d
 
 from qpref.cli import main
 from qpref.distributed import join
@@ -84,6 +85,18 @@ def test_processes_that_cannot_connect_after_they_met_leave_with_a_message(monke
     with pytest.raises(PeerError, match=r"rank 0: .* couldn't connect: .*Connection refused\nhint"):
         joined(torch.device("cpu"), timeout=5).__enter__()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_after_a_failure_the_group_of_the_gpus_is_aborted_before_the_others_are_left(monkeypatch, is_ours):
+    calls = []
+    monkeypatch.setattr(distributed_c10d, "_abort_process_group", lambda group: calls.append(f"abort {group}"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group="all": calls.append(f"leave {group}"))
+    join._leave(["hosts", "devices"], is_ours, failed=True)
+    assert calls == ["abort devices", "leave all" if is_ours else "leave hosts"]
+    calls.clear()
+    join._leave(["hosts", "devices"], is_ours, failed=False)
+    assert calls == (["leave all"] if is_ours else ["leave hosts", "leave devices"])
 
 
 def test_options_that_start_processes_are_refused_among_processes(make_recipe, tmp_path):
