@@ -47,7 +47,7 @@ class VocabularyRows:
         zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
         return zero.expand(self.num_tokens, self.weight.shape[1])
 
-    def everyones(self, states: Tensor) -> tuple[Tensor, slice]:
+    def gathered(self, states: Tensor) -> tuple[Tensor, slice]:
         """Collect [n, width] or [n] of every process, one after the other; returns them and where this one's are."""
         parts = self.world.gather(states.detach().reshape(-1), "the rows to look up or to score")
         width = states.shape[1:].numel()
@@ -90,7 +90,7 @@ class ShardedEmbedding(nn.Module):
         return self.rows.stand_in
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        tokens, mine = self.rows.everyones(input_ids.reshape(-1))
+        tokens, mine = self.rows.gathered(input_ids.reshape(-1))
         inside = (tokens >= self.rows.start) & (tokens < self.rows.stop)
         states = torch.zeros(len(tokens), self.embedding_dim, dtype=self.rows.weight.dtype, device=tokens.device)
         if self.rows.stop > self.rows.start:
@@ -120,8 +120,8 @@ class ShardedHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute [..., vocabulary] logits of [..., width] hidden states, together with all processes."""
-        everyones, mine = self.rows.everyones(hidden.reshape(-1, hidden.shape[-1]))
-        parts = self.rows.world.gather((everyones @ self.rows.weight.t()).t().reshape(-1), "the logits")
-        logits = torch.cat([part.reshape(-1, len(everyones)) for part in parts]).t()[mine]
+        gathered, mine = self.rows.gathered(hidden.reshape(-1, hidden.shape[-1]))
+        parts = self.rows.world.gather((gathered @ self.rows.weight.t()).t().reshape(-1), "the logits")
+        logits = torch.cat([part.reshape(-1, len(gathered)) for part in parts]).t()[mine]
         logits = logits if self.bias is None else logits + self.bias
         return logits.reshape(*hidden.shape[:-1], self.rows.num_tokens)

@@ -200,9 +200,9 @@ def _sum_rows(rows: _Rows, head: Head, needs_grad: bool, needs_squares: bool) ->
 def _score_shared(hidden: Tensor, tokens: Tensor, head: Head, needs_grad: bool, needs_squares: bool) -> _Scored:
     """Score rows under a head that processes share, each of which scores everybody's rows against its own tokens."""
     assert head.rows is not None
-    everyones, mine = head.rows.everyones(hidden)
-    columns = head.rows.everyones(tokens)[0] - head.rows.start
-    world, groups = head.rows.world, _Rows(everyones, None, None, columns).split()
+    gathered, mine = head.rows.gathered(hidden)
+    columns = head.rows.gathered(tokens)[0] - head.rows.start
+    world, groups = head.rows.world, _Rows(gathered, None, None, columns).split()
     sums = [_sum_rows(rows, head, needs_grad, needs_squares) for rows in groups]
 
     def total_of(normalizers: list[Tensor]) -> Tensor:
