@@ -76,6 +76,7 @@ def command(
 
 def _forecast(recipe: Path | None, shape: str | None, overrides: Sequence[str], device: dict[str, Any]) -> Forecast:
     """Forecast a recipe, or preference training of a shape with the settings of NO_RECIPE."""
+    from qpref.first_recipe.goals import loss_table
     from qpref.memory.forecast import Forecast
     from qpref.memory.planned_data import longest_allowed
     from qpref.recipe.resolve import make_plan
@@ -85,7 +86,8 @@ def _forecast(recipe: Path | None, shape: str | None, overrides: Sequence[str], 
         return Forecast.of(plan, _target(plan.recipe, **device), shape)
     if shape is None:
         raise click.UsageError("Name a RECIPE, or a base by --shape.")
-    plan = make_plan({"model": {"base": shape}, **NO_RECIPE}, overrides)
+    loss, _ = loss_table("align", is_paired=True)
+    plan = make_plan({"model": {"base": shape}, "loss": {"name": loss["name"]}, **NO_RECIPE}, overrides)
     train, rank = plan.recipe.train, plan.recipe.adapter.rank
     settings = f"no recipe: {plan.losses[0].plugin.record.name} at rank {rank} with {train.optimizer}"
     return Forecast.of(plan, _target(plan.recipe, **device), shape, longest_allowed(plan, settings))
@@ -94,7 +96,6 @@ def _forecast(recipe: Path | None, shape: str | None, overrides: Sequence[str], 
 NO_RECIPE: dict[str, Any] = {
     "adapter": {"rank": 8},
     "data": {"train": "pairs.jsonl", "max_length": 512, "max_prompt_length": 256},
-    "loss": {"name": "dpo"},
     "train": {"optimizer": "adamw_8bit"},
 }
 """Settings of a plan by a shape alone: small ones, since what is asked is whether the base can be trained at all."""

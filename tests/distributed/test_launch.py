@@ -26,7 +26,8 @@ from qpref.errors import PeerError, RecipeError
 
 HERE = str(Path(__file__).parent)
 LAUNCH = (
-    "import sys\n"
+    "import signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores it
     "from qpref.distributed.launch import launch\n"
     "from qpref.errors import QprefError\n"
     "try:\n"

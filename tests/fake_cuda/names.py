@@ -74,7 +74,7 @@ def use_stand_ins(make_base: Any, start_tensors: Any) -> None:
         make_base: what to call for the base model, with the recipe's [model] section.
         start_tensors: what to call for the tensors of a start adapter.
     """
-    loading.load_base = lambda section, base, device: make_base(section)  # type: ignore[assignment]
+    loading.load_base = lambda section, *others: make_base(section)  # type: ignore[assignment]
     adapter_folder.read_tensors = lambda folder: start_tensors()  # type: ignore[assignment]
     sdpa.scaled_dot_product_attention = efficient.attention
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.

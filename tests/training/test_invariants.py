@@ -237,8 +237,8 @@ def test_check_gradients_names_the_layer_that_got_none(prepare, gradient):
 def test_run_stops_at_its_first_step_when_a_layer_gets_no_gradient(make_recipe, tmp_path, monkeypatch):
     real = prepare_module.load_policy
 
-    def with_a_cut(recipe, base):
-        policy = real(recipe, base)
+    def with_a_cut(*arguments, **options):
+        policy = real(*arguments, **options)
         layer = policy.decoder.layers[0].mlp.down_proj
         layer.register_forward_hook(lambda module, inputs, output: output.detach())
         return policy
