@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qpref.dropout import TokenDropout
-from qpref.policy.matmul import float32_mm
+from qpref.policy.matmul import add_product, float32_mm, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class Projections:
             cast: adapters as `cast` returns them.
             bits: of the tokens, as `draw` returns them.
         """
-        low = self._dropped(x, bits) @ cast[0].t() if cast else x.new_empty(0)
+        low = product(self._dropped(x, bits), cast[0].t()) if cast else x.new_empty(0)
         parts, scaled = iter(low.split(self._adapted_ranks, 1) if cast else ()), iter(cast[1:])
         outputs = []
         for base, rank in zip(self.bases, self.ranks, strict=True):
-            start = next(parts) @ next(scaled).t() if rank else x.new_zeros(len(x), base.out_features)
+            start = product(next(parts), next(scaled).t()) if rank else x.new_zeros(len(x), base.out_features)
             outputs.append(_onto(start, x, base))
         return outputs, low
 
@@ -72,13 +72,13 @@ class Projections:
         low_grad, of_adapters = low, []
         if cast:
             adapted = [gradient for gradient, rank in zip(incoming, self.ranks, strict=True) if rank]
-            low_grad = _joined([gradient @ b for gradient, b in zip(adapted, cast[1:], strict=True)], 1)
+            low_grad = _joined([product(gradient, b) for gradient, b in zip(adapted, cast[1:], strict=True)], 1)
             of_adapters = self._adapter_gradients(x, low, low_grad, adapted, bits)
         if not needs_x:
             return None, of_adapters
-        x_grad = self._dropped(low_grad @ cast[0], bits, in_place=True) if cast else torch.zeros_like(x)
+        x_grad = self._dropped(product(low_grad, cast[0]), bits, in_place=True) if cast else torch.zeros_like(x)
         for gradient, base in zip(incoming, self.bases, strict=True):
-            x_grad.addmm_(gradient, dense_weight(base, x.dtype))
+            add_product(x_grad, gradient, dense_weight(base, x.dtype))
         return x_grad, of_adapters
 
     def _adapter_gradients(
@@ -124,7 +124,7 @@ def _onto(start: Tensor, x: Tensor, base: Any) -> Tensor:
 
     The bias comes last: added first, the rounding of a large bias would swallow a small start.
     """
-    start.addmm_(x, dense_weight(base, x.dtype).t())
+    add_product(start, x, dense_weight(base, x.dtype).t())
     return start if base.bias is None else start.add_(base.bias)
 
 
@@ -132,7 +132,7 @@ def float32_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply for the gradient of float32 weights, not rounded to 16 bits on a GPU (a CPU has no such product)."""
     if left.device.type == "cuda" and left.dtype != torch.float32:
         return float32_mm(left, right)
-    return left @ right
+    return product(left, right)
 
 
 def dense_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:

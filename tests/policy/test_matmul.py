@@ -1,4 +1,4 @@
-"""Arguments of the products and 4-bit weights that kernels on a GPU take by address are checked before the call."""
+"""Products are rounded once; what kernels on a GPU take by address is checked before the call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from qpref.policy import matmul
 from qpref.policy.matmul import check_packed, float32_mm
 
 BF16 = torch.bfloat16
@@ -35,3 +36,16 @@ def test_a_4_bit_weight_is_checked_with_its_scales(nested):
             check_packed(packed, wrong)
     with pytest.raises(AssertionError):
         check_packed(packed[::2], state)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_a_bf16_product_is_that_of_float32_rounded_once(has_units, monkeypatch):
+    monkeypatch.setattr(matmul, "_has_bf16_units", lambda: has_units)
+    generator = torch.Generator().manual_seed(0)
+    left, right, start = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 64), (64, 7), (5, 7)))
+    exact = left.double() @ right.double()
+    step = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(matmul.product(left, right).double(), exact, rtol=step, atol=1e-4)
+    total = start.clone()
+    matmul.add_product(total, left, right)
+    torch.testing.assert_close(total.double(), start.double() + exact, rtol=step, atol=1e-4)
