@@ -19,7 +19,7 @@ from qpref.attention.determinism import distinct_indices
 from qpref.errors import PolicyError
 from qpref.policy import vocabulary
 from qpref.policy.head import Head
-from qpref.policy.matmul import float32_matmul
+from qpref.policy.matmul import float32_matmul, product
 from qpref.policy.passes import Pass
 from qpref.policy.vocabulary import RunningLogSumExp, vocabulary_slices
 
@@ -291,4 +291,4 @@ def _grad_of_b(rows: _Rows, head: Head, normalizer: Tensor, incoming: Tensor) ->
 
 def _grad_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply for gradients: in the right factor's 16-bit dtype on a CPU, accumulated in float32 on a GPU."""
-    return left.to(right.dtype) @ right if right.device.type == "cpu" else float32_matmul(left, right)
+    return product(left.to(right.dtype), right) if right.device.type == "cpu" else float32_matmul(left, right)
