@@ -12,6 +12,7 @@ from qpref.attention import sdpa, varlen
 from qpref.attention.determinism import deterministic
 from qpref.data.mismatch import with_mismatched
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
+from qpref.distributed.world import ALONE
 from qpref.evaluation.generate import Sampling, _answers
 from qpref.evaluation.scores import Reference, kl_positions, score_pairs, score_reference
 from qpref.hooks.torch_state import TorchState
@@ -52,7 +53,7 @@ from tests.fake_cuda import efficient
 
 __all__ = [
     "DTYPES", "AdaptableLayers", "AsStored", "AsTrained", "CheckRows", "Checkpoint", "Contrast", "Conversions", "Judge",
-    "LayerNames", "LoraDelta", "LowRank",
+    "ALONE", "LayerNames", "LoraDelta", "LowRank",
     "NextTokens", "Objective", "Reference", "ReferenceStore", "Replayed", "Sampling", "ScoredRow", "Session", "Source",
     "Stream", "TokenizedExample", "Tolerance", "TorchState", "TrainSection", "TrainedBase", "Trainer", "TrainingState",
     "as_reference", "check_cache", "check_layout", "check_start", "compute_in_float32", "deterministic", "first_batch",

@@ -124,7 +124,7 @@ class _EarlierRun:
 
 def _session(run: Run, trainer: Any) -> Any:
     """The part of a run that its checkpoints are made of."""
-    prepared = SimpleNamespace(policy=run.policy, plan=run.plan, fingerprints={})
+    prepared = SimpleNamespace(policy=run.policy, plan=run.plan, fingerprints={}, world=names.ALONE)
     return names.Session(prepared, trainer.optimizer, trainer.scaler, trainer.references, trainer.state)
 
 
