@@ -40,7 +40,7 @@ class Alias:
 
     @property
     def names(self) -> Iterator[str]:
-        """All names, those of tables included, without repetition."""
+        """Yield each name once, those of tables included."""
         words = " ".join((self.trl, self.axolotl, self.llamafactory, self.others)).split()
         yield from dict.fromkeys(words)
 

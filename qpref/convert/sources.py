@@ -15,7 +15,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".ndjson
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Where relative paths of a file start, and where those of the recipe will.
+    """Folders in which relative paths of a file start, and those of the recipe will.
 
     Attributes:
         origins: the current folder and that of the file; the first that has a path counts.

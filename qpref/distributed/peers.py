@@ -201,7 +201,7 @@ class Peers:
             if earlier is None:
                 what = getattr(error, "what", None) or f"{type(error).__name__}: {error}"
                 earlier = self._record(Failure(self.rank, what, _exit_code(error)))
-        except RuntimeError:  # the store is gone: nobody can be told
+        except RuntimeError:  # the store is gone, and with it the way to report
             return error
         if earlier.rank != self.rank:
             return earlier.error()

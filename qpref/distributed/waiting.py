@@ -35,7 +35,7 @@ class Sign:
 
 @dataclass(slots=True, kw_only=True)
 class Silence:
-    """How long the processes that are missing at a collective have shown no progress.
+    """Time for which the processes that are missing at a collective have shown no progress.
 
     Attributes:
         read: reads the last sign of life of every process, by rank.

@@ -1,1 +1,1 @@
-"""What on this machine keeps qpref from training, or makes it slow, each with its fix: for `qpref doctor`"""
+"""Findings of `qpref doctor`: what on this machine keeps qpref from training or slows it down, with the fixes."""

@@ -1,4 +1,4 @@
-"""What the numbers of a comparison say in a sentence or two, and nothing where the pairs are too few to say it.
+"""Conclusions from a comparison's numbers in a sentence or two; none where the pairs are too few.
 
 A claim is made only where its 95 % interval is on one side; a few pairs make no claim, however clear their share looks:
 with ten of ten right, the bootstrap's interval has no width.
@@ -71,7 +71,7 @@ def _of_difference(name: str, first: str, differences: Mapping[str, Estimate]) -
     elif found.high < 0:
         yield f"{name} is right less often than {first}: {points}"
     else:
-        yield f"{name} and {first} can't be told apart by how often they are right: {points}"
+        yield f"{name} and {first} don't differ significantly in how often they are right: {points}"
 
 
 def _interval(estimate: Estimate) -> str:

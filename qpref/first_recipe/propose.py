@@ -23,7 +23,7 @@ SMALL_MODEL = 4e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What the user has said.
+    """The user's answers.
 
     Attributes:
         base: as `[model] base`.

@@ -21,7 +21,7 @@ SHARE = 0.99
 
 @dataclass(slots=True)
 class Sample:
-    """What the first rows say of a data set.
+    """Facts about a data set from its first rows.
 
     Attributes:
         num_rows: rows that were read.

@@ -94,7 +94,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class WholeBatch:
-    """All examples of an optimizer step, or of held-out windows, and the layout of their scores.
+    """The examples of an optimizer step, or of held-out windows, and the layout of their scores.
 
     Attributes:
         positions: of the examples among the rows, by index in the step.

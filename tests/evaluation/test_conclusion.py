@@ -64,7 +64,7 @@ def test_few_pairs_say_nothing_however_clear_they_look(pairs):
     [
         ((0.05, 0.01, 0.09), "b is right more often than a: +5 points (+1 to +9)"),
         ((-0.05, -0.09, -0.01), "b is right less often than a: -5 points (-9 to -1)"),
-        ((0.02, -0.01, 0.05), "b and a can't be told apart by how often they are right: +2 points (-1 to +5)"),
+        ((0.02, -0.01, 0.05), "b and a don't differ significantly in how often they are right: +2 points (-1 to +5)"),
     ],
 )
 def test_a_difference_is_claimed_where_its_interval_leaves_out_zero(difference, sentence):
