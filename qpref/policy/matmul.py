@@ -36,7 +36,7 @@ def float32_mm(left: Tensor, right: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply matrices of one dtype; a 16-bit result is accumulated in float32 and rounded once.
 
-    A CPU without bf16 units (AVX2 alone) takes 27 times as long for bf16 as for float32, and multiplies in float32.
+    A CPU without bf16 units (AVX2 alone) takes many times as long for bf16 as for float32, so it multiplies in float32.
     """
     if _lacks_units(left):
         return (left.float() @ right.float()).to(left.dtype)
