@@ -29,7 +29,7 @@ from qpref.errors import PolicyError
 
 GAMMA = 0x9E3779B97F4A7C15
 """SplitMix64's increment: the distance of the keys of a text's tokens."""
-BLOCK = 2**22
+HASHED_NUMBERS = 2**22
 """Numbers whose hashes exist at a time, 4 bytes each."""
 
 
@@ -156,7 +156,7 @@ class TokenDropout(nn.Module):
         """Drop numbers of x [T, width] by the tokens' random bits [T, 2], and divide the others by 1 - p."""
         result = x if in_place else torch.empty_like(x)
         threshold = round(self.p * 2**32) - 2**31
-        rows = max(1, BLOCK // x.shape[1])
+        rows = max(1, HASHED_NUMBERS // x.shape[1])
         for before, after, part in zip(x.split(rows), result.split(rows), bits.split(rows), strict=True):
             hashes = torch.addcmul(part[:, 1:], part[:, :1], self.columns)
             torch.mul(before, hashes.ge_(threshold), out=after)

@@ -101,7 +101,7 @@ def test_neighbouring_tokens_of_a_text_are_independent():
 def test_a_mask_is_the_same_in_any_company(monkeypatch):
     whole = dropped(0.3)
     assert torch.equal(dropped(0.3, tokens=10), whole[:10])
-    monkeypatch.setattr(dropout, "BLOCK", 3 * WIDTH + 1)
+    monkeypatch.setattr(dropout, "HASHED_NUMBERS", 3 * WIDTH + 1)
     assert torch.equal(dropped(0.3), whole)
 
 

@@ -10,10 +10,12 @@ import math
 
 from qpref.attention.segments import CACHED_MASKS, KEPT_KEYS, QUERY_BLOCK
 from qpref.attention.varlen import MAX_WIDTH
+from qpref.dropout import HASHED_NUMBERS
 from qpref.memory.experts import Experts
 from qpref.memory.setup import Setup
-from qpref.memory.shape import Layer, ModelShape
+from qpref.memory.shape import Layer, Linear, ModelShape
 from qpref.memory.stream import Stream
+from qpref.policy.matmul import WIDENED_ROWS
 from qpref.policy.vocabulary import MAX_ROWS, TILE_ELEMENTS
 
 
@@ -133,16 +135,20 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
     """
     inner = max(linear.inputs for linear in shape.linears) * stream.tokens
     hidden, matrix = shape.hidden * stream.tokens, largest_matrix(shape)
+    weight = setup.dtype_bytes * matrix + (_widened_bytes(shape, setup, stream) if setup.widens_products else 0)
+    hashes = 4 * min(HASHED_NUMBERS, inner)
     if all(layer.fuses_mlp for layer in shape.layers):
         # The activated gate, its product with up and the product's gradient, beside a dequantized weight or, with
         # dropout, the gradient before its mask; and the MLP's input and its output's gradient.
-        numbers = 3 * inner + max(matrix, inner if setup.dropout else 0) + 2 * hidden
+        dropped = setup.dtype_bytes * inner + hashes if setup.dropout else 0
+        linear = setup.dtype_bytes * (3 * inner + 2 * hidden) + max(weight, dropped)
     else:
         # An input's gradient beside a dequantized weight, or the gradients of gate and up beside their product's,
         # whose own input is freed. Dropout takes two more numbers per number of the input.
-        numbers = max(4 * inner if setup.dropout else 2 * inner, inner + matrix) + hidden
+        dropped = setup.dtype_bytes * 3 * inner + hashes if setup.dropout else setup.dtype_bytes * inner
+        linear = setup.dtype_bytes * (inner + hidden) + max(weight, dropped)
     of_experts = [_experts_live(each, shape, setup, stream) for each in shape.experts]
-    total: float = max([setup.dtype_bytes * numbers, *of_experts])
+    total: float = max([linear, *of_experts])
     if shape.plain_attention and shape.shares_prompts:
         # A block's scores, capped scores, their exponentials and both gradients, in float32.
         total = max(total, 5 * 4 * shape.heads * min(QUERY_BLOCK, stream.longest_keys) * stream.longest_keys)
@@ -157,6 +163,19 @@ def live_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int)
         + setup.dtype_bytes * shape.hidden * stream.scored_tokens
     )
     return max(0, int(total - freed))
+
+
+def _widened_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
+    """Bytes of the float32 copies in the costliest product: a weight, and a block of rows with those that it is added
+    to and the result. Adapters' gradients copy the layer's input whole, while the gradient of the input isn't there."""
+    rows = min(WIDENED_ROWS, math.ceil(stream.tokens))
+    products = [4 * (each.numel + rows * (2 * max(_sides(each)) + min(_sides(each)))) for each in shape.linears]
+    widest = max(max(_sides(each)) for each in shape.linears)
+    return max(*products, math.ceil((4 - setup.dtype_bytes) * widest * stream.tokens))
+
+
+def _sides(linear: Linear) -> tuple[int, int]:
+    return linear.inputs, linear.outputs
 
 
 def _experts_live(experts: Experts, shape: ModelShape, setup: Setup, stream: Stream) -> float:

@@ -22,6 +22,7 @@ class Setup:
         double_quantization: whether NF4's scales are quantized too; None where the base isn't quantized.
         has_start: a frozen copy of a start adapter is kept as the reference.
         in_blocks: attention runs in blocks (see `qpref.attention.blocks`) on the CPU.
+        widens_products: a CPU without bf16 units multiplies in float32 (see `qpref.policy.matmul.product`).
         has_flash: attention on a GPU in 16 bits is one variable-length call a layer (see `qpref.attention.varlen`), not
             a call for each segment.
     """
@@ -33,6 +34,7 @@ class Setup:
     optimizer: str = "adamw"
     has_start: bool = False
     in_blocks: bool = False
+    widens_products: bool = False
     has_flash: bool = True
     num_shards: int = 1
 
@@ -43,7 +45,10 @@ class Setup:
         Args:
             capability: the GPU's compute capability; None for an unknown one, which is taken to have flash attention.
         """
+        import torch
+
         from qpref.attention.blocks import has_bf16_units
+        from qpref.policy.matmul import widens_products
 
         model = recipe.model
         requested = model.double_quantization if model.quantization == "nf4" else None
@@ -56,6 +61,7 @@ class Setup:
             optimizer=recipe.train.optimizer,
             has_start=recipe.adapter.start is not None,
             in_blocks=device == "cpu" and model.dtype == "bf16" and has_bf16_units(),
+            widens_products=model.dtype == "bf16" and widens_products(torch.bfloat16, device),
             has_flash=capability is None or capability >= FLASH_CAPABILITY,
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qpref.policy.experts import PackedExperts
+from qpref.policy.matmul import add_product, product
 from qpref.policy.projections import float32_product
 
 
@@ -126,8 +127,8 @@ class GroupedProjection:
 
     def _apply(self, x: Tensor, routing: Routing, is_routed: bool) -> Tensor:
         a, b = (None, None) if self.adapter is None else (self.adapter.a, self.adapter.b)
-        product: Tensor = _GroupedProduct.apply(x, a, b, self, routing, is_routed)  # type: ignore[no-untyped-call]
-        return product
+        result: Tensor = _GroupedProduct.apply(x, a, b, self, routing, is_routed)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -149,7 +150,7 @@ class _GroupedProduct(torch.autograd.Function):
                 ctx.save_for_backward(x, low)
             parts, targets = routing.split(rows), routing.split(y)
             for expert, matrix in projection.dense(routing.counts, x.dtype):
-                targets[expert].addmm_(parts[expert], matrix.t())
+                add_product(targets[expert], parts[expert], matrix.t())
         return y
 
     @staticmethod
@@ -167,25 +168,25 @@ class _GroupedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 parts, targets = routing.split(incoming), routing.split(grad)
                 for expert, matrix in projection.dense(routing.counts, incoming.dtype):
-                    targets[expert].addmm_(parts[expert], matrix)
+                    add_product(targets[expert], parts[expert], matrix)
         return grad if ctx.is_routed else routing.summed(grad), *of_adapter, None, None, None
 
 
 def _low_rank_onto(y: Tensor, rows: Tensor, cast: tuple[Tensor, Tensor], routing: Routing) -> Tensor:
-    """Write the adapters' products into y [rows, out]; returns the low-rank ones [rows, rank]."""
+    """Add the adapters' products to y [rows, out]; returns the low-rank ones [rows, rank]."""
     a, b = cast
     low = rows.new_empty(len(rows), a.shape[1])
     for expert, (x, target, part) in enumerate(zip(*map(routing.split, (rows, y, low)), strict=True)):
         if len(x):
-            torch.mm(x, a[expert].t(), out=part)
-            torch.mm(part, b[expert].t(), out=target)
+            part.copy_(product(x, a[expert].t()))
+            add_product(target, part, b[expert].t())
     return low
 
 
 def _adapter_gradients(
     grad: Tensor, rows: Tensor, low: Tensor, incoming: Tensor, projection: GroupedProjection, routing: Routing
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of the rows through the adapters into grad [rows, in]; returns those of A and B, in PEFT's
+    """Add the gradient of the rows through the adapters to grad [rows, in]; returns those of A and B, in PEFT's
     order."""
     adapter, (num_experts, outputs, inputs) = projection.adapter, projection.size
     assert adapter is not None
@@ -193,10 +194,10 @@ def _adapter_gradients(
     of_a = a.new_zeros(a.shape, dtype=torch.float32)
     of_b = b.new_zeros(b.shape, dtype=torch.float32)
     parts = zip(*map(routing.split, (rows, low, incoming, grad)), strict=True)
-    for expert, (x, product, gradient, target) in enumerate(parts):
+    for expert, (x, part, gradient, target) in enumerate(parts):
         if len(x):
-            low_grad = gradient @ b[expert]
-            torch.mm(low_grad, a[expert], out=target)
+            low_grad = product(gradient, b[expert])
+            add_product(target, low_grad, a[expert])
             of_a[expert] = float32_product(low_grad.t(), x)
-            of_b[expert] = float32_product(gradient.t(), product).mul_(adapter.scaling)
+            of_b[expert] = float32_product(gradient.t(), part).mul_(adapter.scaling)
     return of_a.view(-1, inputs), of_b.permute(1, 2, 0).reshape(outputs, -1)

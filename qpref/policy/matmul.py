@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WIDENED_ROWS = 512
+"""Rows of a factor that are copied to float32 at a time where a CPU has no bf16 units."""
+
 
 def float32_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Multiply matrices of any 16-bit dtype, accumulating and returning float32 (float64 for float64).
@@ -36,23 +39,34 @@ def float32_mm(left: Tensor, right: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply matrices of one dtype; a 16-bit result is accumulated in float32 and rounded once.
 
-    A CPU without bf16 units (AVX2 alone) takes many times as long for bf16 as for float32, so it multiplies in float32.
+    A CPU without bf16 units (AVX2 alone) takes many times as long for bf16 as for float32, so it multiplies in float32,
+    a block of rows at a time.
     """
-    if _lacks_units(left):
-        return (left.float() @ right.float()).to(left.dtype)
-    return left @ right
+    if not widens_products(left.dtype, left.device.type):
+        return left @ right
+    result, wide = left.new_empty(len(left), right.shape[1]), right.float()
+    for rows in _blocks(left):
+        result[rows] = left[rows].float() @ wide
+    return result
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a `product` to `total` in place; both are summed in float32 and rounded once."""
-    if _lacks_units(left):
-        total.copy_(torch.addmm(total.float(), left.float(), right.float()))
-    else:
+    if not widens_products(left.dtype, left.device.type):
         total.addmm_(left, right)
+        return
+    wide = right.float()
+    for rows in _blocks(left):
+        total[rows] = torch.addmm(total[rows].float(), left[rows].float(), wide)
 
 
-def _lacks_units(matrix: Tensor) -> bool:
-    return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and not _has_bf16_units()
+def widens_products(dtype: torch.dtype, device: str) -> bool:
+    """Return whether `product` copies its factors to float32: the right one whole, the left one in blocks."""
+    return dtype == torch.bfloat16 and device == "cpu" and not _has_bf16_units()
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    return (slice(start, start + WIDENED_ROWS) for start in range(0, len(matrix), WIDENED_ROWS))
 
 
 @cache

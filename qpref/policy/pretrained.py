@@ -81,7 +81,8 @@ def _loading_report() -> Iterator[list[str]]:
     """Collect what transformers logs while it loads a model, off the console.
 
     It catches the errors of single weights, out-of-memory among them; the error that it raises at the end refers to a
-    logged report (transformers 5.17, `log_conversion_errors`). Drop this when that error says it.
+    logged report (transformers 5.17, `log_conversion_errors`). Drop this when that error says it. Others may have
+    switched its logger off before, as `logging.config.dictConfig` does with all that exist.
     """
     lines: list[str] = []
 
@@ -91,12 +92,15 @@ def _loading_report() -> Iterator[list[str]]:
 
     logger = logging.getLogger("transformers.modeling_utils")
     collector, level, propagate = Collector(), logger.level, logger.propagate
+    disabled, all_disabled = logger.disabled, logging.root.manager.disable
     logger.addHandler(collector)
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    logger.propagate = logger.disabled = False
+    logging.disable(logging.NOTSET)
     try:
         yield lines
     finally:
         logger.removeHandler(collector)
         logger.setLevel(level)
-        logger.propagate = propagate
+        logger.propagate, logger.disabled = propagate, disabled
+        logging.disable(all_disabled)

@@ -208,7 +208,10 @@ def test_a_setting_of_the_process_that_a_plugin_changes_is_set_back_and_named(na
 
 
 @pytest.mark.parametrize("change", LOGGER_CHANGES.values(), ids=LOGGER_CHANGES)
-def test_a_logger_that_would_say_no_more_is_set_back(change):
+def test_a_logger_that_would_say_no_more_is_set_back(change, monkeypatch):
+    for logger in logging.root.manager.loggerDict.values():  # dictConfig switches all of them off
+        if isinstance(logger, logging.Logger):
+            monkeypatch.setattr(logger, "disabled", logger.disabled)
     before = ProcessState.now()
     with pytest.raises(PluginError, match="changed the logger of qpref"):
         call(lambda: change(logging.getLogger("qpref")))

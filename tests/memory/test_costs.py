@@ -10,6 +10,7 @@ from conftest import peak_bytes
 from matrix.cases import tiny_model
 from tiny_models import TinyModel
 
+from qpref.attention import blocks
 from qpref.attention.register import BLOCKS
 from qpref.attention.segments import KEPT_KEYS, QUERY_BLOCK, kept_scores, segments
 from qpref.data.pack import pack
@@ -22,6 +23,7 @@ from qpref.memory.probe import measure_bytes
 from qpref.memory.setup import Setup
 from qpref.memory.shape import model_shape, read_shape
 from qpref.memory.stream import Stream
+from qpref.policy import matmul
 from qpref.policy.experts import PackedExperts
 from qpref.policy.load import load_policy
 from qpref.policy.logprobs import completion_logprobs
@@ -131,11 +133,16 @@ def test_activations_and_weights_of_packed_experts_are_as_predicted(family, dtyp
     assert weight_bytes(shape, setup) - weight_bytes(without, setup) == pytest.approx(stored, rel=0.01)
 
 
-def test_the_peak_of_a_whole_step_is_as_predicted(make_base):
-    """By every allocation that torch's profiler sees, temporaries too."""
+@pytest.mark.parametrize("has_units", [True, False], ids=["bf16 units", "AVX2 alone"])
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_the_peak_of_a_whole_step_is_as_predicted(has_units, dropout, make_base, monkeypatch):
+    """By every allocation that torch's profiler sees, temporaries too; on any CPU as on the two kinds."""
+    monkeypatch.setattr(matmul, "_has_bf16_units", lambda: has_units)
+    monkeypatch.setattr(blocks, "has_bf16_units", lambda: has_units)
     size = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
     base = make_base("llama", **size, num_hidden_layers=4)
-    policy, shape, setup = load(a_recipe(base, quantization="nf4", train={"gradient_checkpointing": True}))
+    train, adapter = {"gradient_checkpointing": True}, {"dropout": dropout}
+    policy, shape, setup = load(a_recipe(base, quantization="nf4", train=train, adapter=adapter))
     lengths = [(120, (81, 70))] * 4
     batch, stream = a_batch(lengths), Stream.of(lengths)
 

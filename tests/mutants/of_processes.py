@@ -8,7 +8,7 @@ PEERS = "qpref/distributed/peers.py"
 RANKS = "qpref/training/ranks.py"
 AGREEMENT = "tests/distributed/test_agreement.py::"
 FAULTS = "tests/distributed/test_faults.py::"
-RESUME = "tests/distributed/test_resume.py::"
+RESUME = "tests/distributed/test_resumed_ranks.py::"
 
 MUTANTS: tuple[Mutant, ...] = (
     mutant(

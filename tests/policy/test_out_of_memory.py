@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import weakref
 
 import pytest
@@ -85,12 +86,23 @@ def test_one_error_is_raised_for_all(kind):
     assert (caught.value.exit_code, caught.value.hint) == (5, "buy more")
 
 
-def test_a_model_that_is_too_large_to_load_is_out_of_memory(make_base, monkeypatch):
+SWITCHED_OFF = {
+    "nothing": lambda: None,
+    "transformers' logger": lambda: setattr(logging.getLogger("transformers.modeling_utils"), "disabled", True),
+    "all logging": lambda: logging.disable(logging.CRITICAL),
+}
+
+
+@pytest.mark.parametrize("switch_off", SWITCHED_OFF.values(), ids=SWITCHED_OFF)
+def test_a_model_that_is_too_large_to_load_is_out_of_memory(switch_off, make_base, monkeypatch):
     """transformers catches the error of each weight, and raises one that refers to a report that it has logged."""
     from transformers import BitsAndBytesConfig
 
     base, settings = make_base(), BitsAndBytesConfig(load_in_4bit=True)
     monkeypatch.setattr(functional, "quantize_4bit", lambda *call, **options: raises(KINDS["torch"]))
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "disabled", False)
+    switch_off()
     with pytest.raises(DeviceMemoryError, match="while the model was loaded"):
         load_pretrained(base, quantization_config=settings, device_map={"": "cpu"})
 
