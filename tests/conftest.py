@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -187,6 +188,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """The most memory that tensors made by `work` held at once, by every allocation that torch's profiler sees."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what earlier tests left, freed during the work, would count against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
