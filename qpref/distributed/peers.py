@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qpref.distributed.waiting import DEAD_SECONDS, Sign, Silence, is_done_soon
+from qpref.distributed.waiting import DEAD_SECONDS, Sign, Silence, is_done_soon, is_of_connection
 from qpref.errors import FailedElsewhere, PeerError, QprefError
 
 log = logging.getLogger("qpref")
@@ -194,7 +194,7 @@ class Peers:
         """
         if isinstance(error, FailedElsewhere):
             return error
-        if isinstance(error, RuntimeError) and not isinstance(error, QprefError) and _is_of_connection(error):
+        if isinstance(error, RuntimeError) and is_of_connection(error):
             error = self._broken(self._note, error)
         try:
             earlier = self._earlier_failure()
@@ -300,11 +300,6 @@ class Peers:
     def _give_sign(self) -> None:
         self._count += 1
         self.store.set(f"alive/{self.rank}", json.dumps([self._count, self._collectives, self._note]))
-
-
-def _is_of_connection(error: RuntimeError) -> bool:
-    """Return whether an error is torch.distributed's, or its backends', which raise plain ones."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _exit_code(error: BaseException) -> int:

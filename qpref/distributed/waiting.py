@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+
 SLICE_SECONDS = 1
 """Seconds between two looks at the other processes while one waits."""
 POLL_SECONDS = 0.0005
@@ -87,6 +89,13 @@ class Silence:
         silent = now - self._alive[rank][1]
         life = "it is alive" if silent < DEAD_SECONDS else f"its last sign of life was {silent:.0f} s ago"
         return f"rank {rank} didn't come to {self.name} within {self.timeout:.0f} s; {life}, at {sign.note}"
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Return whether an error is torch.distributed's, or its backends', which raise plain RuntimeErrors."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def is_done_soon(work: Any, on_gpu: bool) -> bool:

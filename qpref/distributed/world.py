@@ -83,7 +83,7 @@ class World:
         self.peers.requested = requested
         return self.peers.stops
 
-    def add(self, tensors: Sequence[Tensor], what: str = "a sum") -> None:
+    def add(self, tensors: Sequence[Tensor], what: str) -> None:
         """Add tensors of one dtype and device to those of the other processes, in place, all in one message.
 
         The sums are the same to the bit in every process.
@@ -96,7 +96,7 @@ class World:
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def copy_first(self, tensors: Sequence[Tensor], what: str = "rank 0's tensors") -> None:
+    def copy_first(self, tensors: Sequence[Tensor], what: str) -> None:
         """Overwrite tensors of one dtype and device by those of rank 0, in place, all in one message."""
         if self.devices is None or not tensors:
             return
@@ -108,7 +108,7 @@ class World:
             for tensor, first in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(first.view_as(tensor))
 
-    def gather(self, values: Tensor, what: str = "tensors") -> list[Tensor]:
+    def gather(self, values: Tensor, what: str) -> list[Tensor]:
         """Collect one tensor [n] of each process, in the order of ranks; n may differ and be 0, the dtype may not.
 
         No gradient flows through it.
@@ -117,18 +117,18 @@ class World:
             return [values]
         return self._gather(values.detach(), "gather", what)
 
-    def exchange(self, fact: Any, what: str = "facts") -> list[Any]:
+    def exchange(self, fact: Any, what: str) -> list[Any]:
         """Collect a fact (of what JSON can hold) of each process, in the order of ranks."""
         if self.hosts is None:
             return [fact]
         encoded = torch.frombuffer(bytearray(json.dumps(fact).encode()), dtype=torch.uint8)
         return [json.loads(each.numpy().tobytes()) for each in self._gather(encoded, "exchange", what)]
 
-    def share(self, fact: Any, what: str = "rank 0's facts") -> Any:
+    def share(self, fact: Any, what: str) -> Any:
         """Return rank 0's fact (of what JSON can hold); the others' are ignored."""
         return self.exchange(fact if self.is_first else None, what)[0]
 
-    def share_tensors(self, tensors: Mapping[str, Tensor] | None, what: str = "rank 0's tensors") -> dict[str, Tensor]:
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None, what: str) -> dict[str, Tensor]:
         """Return rank 0's tensors by name, on the CPU; the others' are ignored."""
         if self.hosts is None:
             return dict(tensors or {})
@@ -141,7 +141,7 @@ class World:
             self._send_bytes(found[name].view(-1).view(torch.uint8), f"{what}: {name}")
         return found
 
-    def wait(self, what: str = "the other processes") -> None:
+    def wait(self, what: str) -> None:
         """Wait until every process has come here."""
         if self.peers is not None:
             self.peers.enter(what, 0)

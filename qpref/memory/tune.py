@@ -175,16 +175,13 @@ def shrink_microbatch(policy: Policy, examples: Sequence[TokenizedExample], budg
     Once the largest micro-batch is a single example, all layers are recomputed instead, in training mode.
 
     Raises:
-        DeviceMemoryError: nothing is left to shrink, or the base is shared: the other processes wait in the middle of a
-            pass that this one can't repeat alone.
+        DeviceMemoryError: nothing is left to shrink, or processes share the base.
     """
-    if policy.shards is not None:
-        raise DeviceMemoryError(
-            f"rank {policy.shards.world.rank} ran out of memory with {budget} tokens per micro-batch; processes that "
-            "share a base can't repeat a step in smaller ones",
-            f"set [train] tokens_per_microbatch to {budget // 2} or less, or [train] gradient_checkpointing = true; "
-            "continue with --resume where checkpoints exist",
-        )
+    policy.refuse_repeating(
+        f"with {budget} tokens per micro-batch",
+        f"set [train] tokens_per_microbatch to {budget // 2} or less, or [train] gradient_checkpointing = true; "
+        "continue with --resume where checkpoints exist",
+    )
     smaller = smaller_budget(examples, budget, policy.shares_prompts)
     if smaller is not None:
         log.warning("out of memory: %d tokens per micro-batch instead of %d; the step is repeated", smaller, budget)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qpref.attention.determinism import needs_nondeterminism
+from qpref.distributed.waiting import is_of_connection
 from qpref.errors import PolicyError, QprefError
 from qpref.policy.out_of_memory import is_out_of_memory
 
@@ -16,7 +17,9 @@ KINDS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Arith
 
 @contextmanager
 def naming_the_layer(model: Any) -> Iterator[None]:
-    """Raise what a layer of the model raises as a PolicyError; errors from elsewhere and out-of-memory pass.
+    """Raise what a layer of the model raises as a PolicyError.
+
+    Errors from elsewhere pass, and so do out-of-memory errors and those of a connection to another process.
 
     Raises:
         PolicyError: a layer failed.
@@ -25,6 +28,8 @@ def naming_the_layer(model: Any) -> Iterator[None]:
         yield
     except KINDS as error:
         if isinstance(error, QprefError) or is_out_of_memory(error) or needs_nondeterminism(error):
+            raise
+        if is_of_connection(error):  # a shared base's layer is gathered from all processes
             raise
         if (layer := _failing_layer(error, model)) is None:
             raise

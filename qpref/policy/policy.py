@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qpref import dropout
 from qpref.attention.layout import current, laid_out
+from qpref.errors import DeviceMemoryError
 from qpref.policy.adapter import is_trained
 from qpref.policy.experts import packed_names
 from qpref.policy.experts_lora import ExpertsLora
@@ -139,6 +140,19 @@ class Policy:
         """
         if self.passes is not None:
             self.passes.finish()
+
+    def refuse_repeating(self, work: str, hint: str) -> None:
+        """Refuse to repeat what ran out of memory where processes share the base: the others wait in the middle of a
+        pass, which this one can't repeat alone.
+
+        Raises:
+            DeviceMemoryError: they share it.
+        """
+        if self.shards is not None:
+            raise DeviceMemoryError(
+                f"the device ran out of memory {work}; processes that share a base can't repeat it with fewer tokens",
+                hint,
+            )
 
     def verify_base(self) -> None:
         """Compare a shared base with what it was when it was loaded; all processes have to call it at once.

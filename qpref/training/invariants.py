@@ -33,6 +33,7 @@ LOGITS_TOLERANCE = 0.1
 """Nats by which log-probabilities may differ in 16-bit dtypes, as a mean over tokens, between our head and the model's
 own logits, which it rounds to 16 bits (0.03 measured)."""
 START_TOLERANCE = 1e-4
+SHORTER = "lower [data] max_length, or take a smaller base; `qpref plan` says what needs how much"
 CHECKED_PROMPT, CHECKED_RESPONSE = 16, 8
 """Tokens of the first pair that are compared with the model's own logits, and whose gradients are checked."""
 
@@ -172,9 +173,10 @@ def _with_fitting(
     """Run a check on the examples; on fewer, then on shorter ones where memory runs out.
 
     Raises:
-        DeviceMemoryError: not even a few tokens fit.
+        DeviceMemoryError: not even a few tokens fit; or all do, but not in each of the processes that share a base.
     """
     while not _passes(policy, partial(check, examples)):
+        policy.refuse_repeating("in the checks before training", SHORTER)
         smaller = _fewer_or_shorter(examples)
         if smaller is None:
             raise DeviceMemoryError(

@@ -118,13 +118,13 @@ class Rescoring:
     def scores(self, rows: CheckRows) -> Tensor | None:
         """Score check rows; None where this model or this machine can't."""
         if rows.key not in self._scored:
-            self._scored[rows.key] = _attempt(lambda: _scores(rows.examples, self.policy))
+            self._scored[rows.key] = _attempt(self.policy, lambda: _scores(rows.examples, self.policy))
         return self._scored[rows.key]
 
     def rounding(self, rows: CheckRows) -> float:
         """Measure the rounding between batches, nats a token; 0 where the memory doesn't suffice for it."""
         if rows.key not in self._rounding:
-            measured = _attempt(lambda: measured_rounding(rows.examples, self.policy))
+            measured = _attempt(self.policy, lambda: measured_rounding(rows.examples, self.policy))
             self._rounding[rows.key] = 0.0 if measured is None else measured
         return self._rounding[rows.key]
 
@@ -226,12 +226,12 @@ def _compare_sample(
     own = sum(num_fed_tokens(example, policy.shares_prompts) for example in rescoring.batch.examples)
     budget = max(own, LARGE_BATCH_TOKENS)
     for members in sample(cache, examples, policy, budget):
-        found = _attempt(partial(row_differences, cache, members, policy))
+        found = _attempt(policy, partial(row_differences, cache, members, policy))
         if found is None:
             continue  # too large for the memory left now; training shrinks its batches
         worst = max(found.values(), default=0.0)
         if worst > max(OTHER_BATCH_TOLERANCE, OTHER_BATCH_FACTOR * rounding):
-            measured = _attempt(partial(_rounding_of_rows, members, policy)) if worst < INFINITE else None
+            measured = _attempt(policy, partial(_rounding_of_rows, members, policy)) if worst < INFINITE else None
             rounding = max(rounding, measured or 0.0)
         allowed = max(OTHER_BATCH_TOLERANCE, OTHER_BATCH_FACTOR * rounding)
         for key, difference in found.items():
@@ -259,7 +259,7 @@ def _difference_of_rows(
         known: key -> number of tokens.
     """
     usable = [references.fetch(key, num_tokens) for key, num_tokens in known.items()]
-    present = _attempt(lambda: completion_logprobs(policy, batch).values.cpu()) if all(usable) else None
+    present = _attempt(policy, lambda: completion_logprobs(policy, batch).values.cpu()) if all(usable) else None
     if present is None:
         return INFINITE
     keys = [key for example in batch.examples for key in row_keys(example)]
@@ -297,13 +297,23 @@ def _scores(examples: Sequence[TokenizedExample], policy: Policy) -> Tensor:
         return completion_logprobs(policy, pack(examples, policy.device)).values.cpu()
 
 
-def _attempt(work: Callable[[], T]) -> T | None:
-    """Return the result; None where memory runs out or the model refuses the rows."""
+def _attempt(policy: Policy, work: Callable[[], T]) -> T | None:
+    """Return the result; None where memory runs out or the model refuses the rows.
+
+    Raises:
+        DeviceMemoryError: memory has run out, and processes share the base.
+        RuntimeError: the model refuses the rows, and processes share the base: they wait for this one's pass.
+    """
     try:
-        return attempt(work)
+        result = attempt(work)
     except RuntimeError as error:
+        if policy.shards is not None:
+            raise
         log.debug("reference: rows of the cache cannot be checked: %s", error)
         return None
+    if result is None:
+        policy.refuse_repeating("in the check of the reference cache", "set [reference] cache = false")
+    return result
 
 
 def _pieces(example: TokenizedExample) -> tuple[Sequence[int], ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qpref.attention.determinism import needs_nondeterminism
 from qpref.attention.register import COMPARED, SEGMENTS, CannotShareError, register_comparison
 from qpref.data.pack import pack
+from qpref.distributed.waiting import is_of_connection
 from qpref.policy.forward_errors import KINDS
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
@@ -66,7 +67,7 @@ def sharing_fault(policy: Policy, path: str, batch: PackedBatch, short: PackedBa
     except CannotShareError as error:
         return str(error)
     except KINDS as error:
-        if is_out_of_memory(error) or needs_nondeterminism(error):
+        if is_out_of_memory(error) or needs_nondeterminism(error) or is_of_connection(error):
             raise
         reason, _, _ = str(error).strip().partition("\n")
         return f"{type(error).__name__}: {reason}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +24,16 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.policy import Policy
 from qpref.policy.projections import dense_weight
-from qpref.policy.reference import as_reference
+from qpref.policy.reference import ReferenceStore, as_reference
+from qpref.policy.reference_cache import ReferenceCache
 from qpref.policy.shard_loading import ShardLoader
 from qpref.policy.sharded_base import ShardedBase
 from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import ModelSection, Recipe
 from qpref.records import TokenizedExample
+from qpref.training.invariants import check_company, check_layout
+from qpref.training.reference_check import check_cache
 from qpref.training.run import train_plan
 
 EXAMPLES = [make_example(line, *lengths) for line, lengths in enumerate([(5, 3, 4), (9, 6, 2), (3, 7, 7), (12, 4, 5)])]
@@ -68,7 +73,7 @@ def computed(world: World, tables: dict[str, Any], counts: Sequence[int]) -> dic
         scores.values.square().sum().backward()
     policy.finish_passes()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trained_parameters().values()]
-    world.add(gradients)
+    world.add(gradients, "the gradients")
     return found | {"gradients": torch.cat([each.flatten() for each in gradients]).tolist()}
 
 
@@ -140,6 +145,34 @@ def _refusal(work: Callable[[], object]) -> str:
     except (QprefError, AttributeError) as error:
         return f"{type(error).__name__} {getattr(error, 'exit_code', '')}: {error}"
     return ""
+
+
+def check_of_the_cache(policy: Policy, folder: str) -> None:
+    """The check of a run's reference cache, in which nothing is yet."""
+    references = ReferenceStore(ReferenceCache.open(Path(folder), "0" * 32))
+    check_cache(references, policy, pack(EXAMPLES[:1], policy.device), EXAMPLES)
+
+
+CHECKS: dict[str, Callable[[Policy, str], None]] = {
+    "layout": lambda policy, folder: check_layout(policy, EXAMPLES[0]),
+    "company": lambda policy, folder: check_company(policy, EXAMPLES),
+    "cache": check_of_the_cache,
+}
+
+
+def checked(world: World, tables: dict[str, Any], check: str, event: str, folder: str) -> None:
+    """Run a check of the start, in which rank 1 alone runs out of memory, or is killed, in the middle of a pass."""
+    policy = loaded(world, tables)
+
+    def happen(*_: Any) -> None:
+        if event == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if world.rank == 1:
+        policy.shards.layers[1].mlp.register_forward_pre_hook(happen)
+    CHECKS[check](policy, folder)
+    policy.finish_passes()
 
 
 def loading(world: World, base: str) -> dict[str, int]:

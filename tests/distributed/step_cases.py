@@ -233,7 +233,7 @@ def compare_steps(world: World, benches: dict[float, Bench]) -> list[dict[str, A
         ours = bench.step(case, world)
         rows = [ours["rows"][key] for key in sorted(ours["rows"])]
         facts = repr([digest([ours["gradient"]]), digest(rows), ours["means"], ours["counts"], ours["tokens"]])
-        each = world.exchange(facts)
+        each = world.exchange(facts, "a case")
         if number % world.size == world.rank:
             alone = bench.step(case, ALONE)
             largest = alone["gradient"].abs().max().item()

@@ -87,7 +87,7 @@ def opened(world: World, before: Any = None, new: str = "new") -> dict[str, Any]
     cache = reference_pass.open_cache(run, before)
     assert cache is not None
     found = [name for name in ROWS if name.encode().ljust(16) in cache]
-    world.wait()
+    world.wait("the others")
     cache.add({new.encode().ljust(16): torch.ones(1)})
     description = reference_pass.cache_description(ReferenceStore(cache))
     cache.close()
@@ -97,15 +97,15 @@ def opened(world: World, before: Any = None, new: str = "new") -> dict[str, Any]
 def reopened(world: World) -> list[dict[str, Any]]:
     """A run's cache, and the same when the run is resumed after another one has written."""
     first = opened(world, new=ROWS[world.rank])
-    world.wait()
+    world.wait("the others")
     if world.is_first:
         opened(ALONE, new="other")
-    world.wait()
+    world.wait("the others")
     return [first, opened(world, first["description"] if world.is_first else None)]
 
 
 def in_turns(world: World, folder: str) -> None:
-    world.wait()
+    world.wait("the others")
     for _ in range(3):
         with locks.in_turn(Path(folder) / "turns" / "work", "works"):
             write_line(folder, "enters")
@@ -141,7 +141,7 @@ def converted(world: World, gguf: str) -> dict[str, list[str]]:
     for rank in (1, 0):
         if world.rank == rank:
             folder = convert_gguf(path, fsio.sha256_file(path), has_own_tokenizer=False)
-        world.wait()
+        world.wait("the others")
     return {"damaged": [publish.damaged_file(folder) or ""], "files": sorted(each.name for each in folder.iterdir())}
 
 

@@ -184,7 +184,7 @@ def within_a_group(world: World) -> list[object]:
     for _ in range(2):
         with joined(torch.device("cpu"), timeout=30) as inner:
             found.append(inner.exchange(world.rank * 10))
-    return [*found, world.exchange("still there"), torch.distributed.is_initialized()]
+    return [*found, world.exchange("still there", "a fact"), torch.distributed.is_initialized()]
 
 
 def test_a_process_group_that_exists_is_used_and_stays():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import rows_of
-from processes import fork_ranks
+from processes import fork_ranks, start_forks
 from safetensors.torch import load_file
-from sharded import FAULTS, computed, loading, read_bases, trained, verified
+from sharded import CHECKS, FAULTS, checked, computed, loading, read_bases, trained, verified
 from tiny_models import TinyModel
 
 from qpref.distributed.world import World
@@ -96,6 +97,22 @@ def test_processes_that_read_different_weights_refuse_to_share_them(make_base):
     for index, said in enumerate(fork_ranks(2, read_bases, bases)):
         assert said.startswith(f"PolicyError 10: ranks {index} and {1 - index} read ")
         assert "the first is lm_head.weight\n" in said
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_memory_that_one_process_lacks_in_a_check_of_the_start_ends_all(check, cases, tmp_path):
+    """It can't repeat the check with fewer tokens: the others wait in the middle of its pass."""
+    outcomes = start_forks(2, checked, cases["untied"][1], check, "full", str(tmp_path), timeout=20)
+    assert [each.code for each in outcomes] == [5, 5], [each.output for each in outcomes]
+    errors = [line for each in outcomes for line in each.output.splitlines() if line.startswith("error: ")]
+    assert errors == [errors[0]]
+    assert errors[0].startswith("error: rank 1: the device ran out of memory in the check")
+
+
+def test_a_process_that_dies_in_a_layer_is_no_fault_of_the_layer(cases, tmp_path):
+    first, second = start_forks(2, checked, cases["untied"][1], "layout", "killed", str(tmp_path), timeout=20)
+    assert (first.code, second.code) == (13, -signal.SIGKILL), first.output
+    assert "error: rank 1 died at " in first.output
 
 
 def test_loading_takes_a_process_its_part_and_one_layer(make_base):

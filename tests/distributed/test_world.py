@@ -15,14 +15,14 @@ from qpref.distributed.world import World
 def collectives(world: World) -> dict:
     generator = torch.Generator().manual_seed(world.rank)
     sums = [torch.full((2, 3), float(world.rank + 1)), torch.rand(1000, generator=generator)]
-    world.add(sums)
-    pieces = world.gather(torch.arange(world.rank, dtype=torch.float32))
-    world.wait()
+    world.add(sums, "the sums")
+    pieces = world.gather(torch.arange(world.rank, dtype=torch.float32), "the pieces")
+    world.wait("the others")
     return {
         "sums": [each.tolist() for each in sums],
         "pieces": [piece.tolist() for piece in pieces],
-        "facts": world.exchange({"rank": world.rank, "text": "é" * world.rank}),
-        "shared": world.share([world.rank, None]),
+        "facts": world.exchange({"rank": world.rank, "text": "é" * world.rank}, "the facts"),
+        "shared": world.share([world.rank, None], "rank 0's fact"),
         "is_first": world.is_first,
     }
 
@@ -43,11 +43,11 @@ def test_collectives_of_several_processes(size):
 def test_a_process_alone_keeps_what_it_has():
     values = torch.tensor([1.0, 2.0])
     world = World()
-    world.add([values])
+    world.add([values], "a sum")
     assert values.tolist() == [1.0, 2.0]
-    assert [piece.tolist() for piece in world.gather(values)] == [[1.0, 2.0]]
-    assert world.exchange("here") == ["here"]
-    assert world.share("here") == "here"
+    assert [piece.tolist() for piece in world.gather(values, "the pieces")] == [[1.0, 2.0]]
+    assert world.exchange("here", "a fact") == ["here"]
+    assert world.share("here", "a fact") == "here"
     assert world.is_first
 
 
@@ -69,7 +69,7 @@ def test_tensors_on_the_cpu_do_not_travel_between_gpus():
 
 def rank_0s_tensors(world: World) -> dict[str, Any]:
     tensors = {"empty": torch.empty(0), "scalar": torch.tensor(3.0), "bf16": torch.ones(3, 2, dtype=torch.bfloat16).t()}
-    found = world.share_tensors(tensors if world.is_first else None)
+    found = world.share_tensors(tensors if world.is_first else None, "the tensors")
     return {name: [str(each.dtype), list(each.shape), each.tolist()] for name, each in found.items()}
 
 
