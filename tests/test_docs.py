@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import types
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 def loaded(script):
     """A script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(script, ROOT / f"docs/{script}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[script] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
