@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs/pictures"
 METRICS = PICTURES / "runs"
 RECIPE = "recipes/quickstart.toml"
-PAGES = ("docs/metrics.md",)
+PAGES = ("docs/metrics.md", "docs/tutorial.md", "docs/tutorial.zh-CN.md")
 NUM_FLIPPED_ROWS = 32
 KEPT = ("step", "split", "loss", "rewards/margins", "rewards/accuracies", "logps/accuracies", "logps/chosen",
         "logps/rejected")  # fmt: skip

@@ -7,6 +7,7 @@ from manual_commands import ROOT, problem_of
 from test_docs import loaded
 
 PICTURES = loaded("make_run_pictures")
+BETAS = PICTURES.BETAS
 
 
 @pytest.mark.parametrize("page", PICTURES.PAGES)
@@ -44,3 +45,9 @@ def test_the_runs_are_as_healthy_and_as_sick_as_the_page_says():
     start, end = first_and_last("memorized", "loss")
     assert end > start
     assert PICTURES.rows_of("memorized", "train")[-1]["loss"] < 0.2
+
+
+def test_a_smaller_beta_moves_the_policy_further():
+    nats = [PICTURES.rows_of(name, "eval")[-1]["rewards/margins"] / float(run.title) for name, run in BETAS.items()]
+    assert nats == sorted(nats, reverse=True)
+    assert 15 < nats[-1] < nats[0] < 18, "as the tutorial says"
