@@ -21,11 +21,14 @@ from qpref.training.whole_batch import Rows, Values, WholeBatch, values_of
 
 WINDOW = 256
 """Held-out examples that are packed together; bounds the packing's quadratic search."""
+Pairs = Tensor
+"""[2, N] float32 log-probabilities of chosen and rejected responses, on the CPU, in the examples' order; NaN where an
+example has no such response."""
 
 
 def heldout_means(
     scorer: Scorer, examples: Sequence[TokenizedExample], budget: int, world: World = ALONE
-) -> tuple[dict[str, float], int]:
+) -> tuple[dict[str, float], Pairs, int]:
     """Score held-out examples without dropout and gradient, each window as one batch of the losses.
 
     Args:
@@ -34,24 +37,30 @@ def heldout_means(
             the metrics of all.
 
     Returns:
-        Means by metric, and the tokens per micro-batch that the memory sufficed for.
+        Means by metric; log-probabilities of each example's responses; and the tokens per micro-batch that the memory
+        sufficed for.
 
     Raises:
         DeviceMemoryError: one example is too large for the memory.
     """
-    averages, cuts = Averages(), windows(examples)
+    averages, cuts, pairs = Averages(), windows(examples), []
     with frozen(scorer.policy):
         for first in range(0, len(cuts), world.size):
             chosen = cuts[first : first + world.size]
-            budget = _add_windows(averages, scorer, world, examples, chosen, budget)
-    return with_margin(averages.means()), budget
+            scored, budget = _add_windows(averages, scorer, world, examples, chosen, budget)
+            pairs.append(scored)
+    return with_margin(averages.means()), torch.cat(pairs, dim=1), budget
 
 
 def _add_windows(
     averages: Averages, scorer: Scorer, world: World, examples: Sequence[TokenizedExample], cuts: Sequence[range],
     budget: int,
-) -> int:  # fmt: skip
-    """Score adjacent windows and add their metrics; returns the tokens per micro-batch that the memory sufficed for."""
+) -> tuple[Pairs, int]:  # fmt: skip
+    """Score adjacent windows and add their metrics.
+
+    Returns:
+        Log-probabilities of the windows' examples, and the tokens per micro-batch that the memory sufficed for.
+    """
     start, policy = cuts[0].start, scorer.policy
     members = examples[start : cuts[-1].stop]
     inside = [range(cut.start - start, cut.stop - start) for cut in cuts]
@@ -65,12 +74,14 @@ def _add_windows(
         share = deal(members, world.size, policy.shares_prompts)[world.rank]
         (parts, values), budget = in_microbatches(policy, members, share, budget, score)
         collected = whole.collect(world, policy, parts, values)
+    pairs = []
     for window in inside:
         rows, scores = whole.window(collected, window)
         while (metrics := attempt(partial(_metrics, scorer, rows, scores))) is None:
             budget = shrink_microbatch(policy, members, budget)
         averages.add(metrics)
-    return budget
+        pairs.append(torch.stack([metrics["logps/chosen"], metrics["logps/rejected"]]))
+    return torch.cat(pairs, dim=1)[:, list(whole.positions)].float().cpu(), budget
 
 
 def _values(scorer: Scorer, examples: Sequence[TokenizedExample]) -> Values:
@@ -104,11 +115,11 @@ def with_accuracies(metrics: Mapping[str, Tensor], singles: Sequence[TokenizedEx
         singles: the completions; None for pairs.
     """
     everywhere = list(range(len(metrics["loss"])))
-    better, worse = (everywhere, everywhere) if singles is None else _pairs_among(singles)
+    better, worse = (everywhere, everywhere) if singles is None else pairs_among(singles)
     return dict(metrics) | (_accuracies(metrics, better, worse, singles is None) if better else {})
 
 
-def _pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
+def pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
     """Find the positions of desirable and undesirable completions that came from the same pairs."""
     positions: dict[tuple[Source, int, bool | None], int] = {
         (example.source, example.number, example.label): position for position, example in enumerate(examples)

@@ -218,11 +218,14 @@ class Trainer:
         return state.is_best
 
     def heldout_means(self) -> dict[str, float]:
-        """Compute the metrics' means over the held-out examples.
+        """Compute the metrics' means over the held-out examples, and keep the examples' scores.
 
         Before the first step `rewards/accuracies` is by log-probability; `logps/accuracies` always is.
         """
-        means, self.heldout_budget = heldout.heldout_means(self.scorer, self.heldout, self.heldout_budget, self.world)
+        means, pairs, self.heldout_budget = heldout.heldout_means(
+            self.scorer, self.heldout, self.heldout_budget, self.world
+        )
+        self.state.note_heldout(*pairs)
         means = self.world.share(means, "the held-out metrics")  # the same bits: the best step and patience need them
         return heldout.untrained(means) if self.state.step == 0 and self.references is not None else means
 

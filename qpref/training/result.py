@@ -1,4 +1,4 @@
-"""A finished run's result.json: steps, tokens, time and peak memory."""
+"""A finished run's result.json: steps, tokens, time, peak memory and the verdict."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from qpref import sealed
+from qpref.data.order import total_steps
 from qpref.linux import resource
+from qpref.training.adapter_change import better_rate
 from qpref.training.snapshot import Session
+from qpref.training.verdict import Verdict, judge
 
 
 def reset_peak(device: torch.device) -> None:
@@ -30,6 +33,7 @@ def write_result(path: Path, session: Session, first_step: int, adapter_files: M
         adapter_files: manifest of the adapter's folder.
     """
     state, device = session.state, session.prepared.policy.device
+    step = state.step if state.best is None else state.best.step
     hashes = {"adapter_files": dict(adapter_files), "metrics_sha256": session.metrics_sha256}
     if first_step == state.step and (before := _read(path)):
         sealed.write_sealed(path, before | hashes)  # exported again, and nothing trained
@@ -41,13 +45,28 @@ def write_result(path: Path, session: Session, first_step: int, adapter_files: M
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "first_step": first_step,
             "steps": state.step,
-            "adapter_step": state.step if state.best is None else state.best.step,
+            "adapter_step": step,
             "tokens": state.tokens,
             "seconds": state.seconds,
             "tokens_per_microbatch": state.budget,
             "peak_bytes": peak_bytes(device),
+            "verdict": verdict_of(session, step).as_json(),
         },
     )
+
+
+def verdict_of(session: Session, step: int) -> Verdict:
+    """Judge a run by its held-out examples.
+
+    Args:
+        step: of the adapter that is the result.
+    """
+    prepared, state = session.prepared, session.state
+    recipe = prepared.plan.recipe
+    rate = better_rate(recipe, total_steps(recipe.train, len(prepared.examples)))
+    advice = f"raise [train] learning_rate ({recipe.train.learning_rate:g})"
+    advice += ", or train for more steps" if rate is None else f", to {rate:g} or so"
+    return judge(prepared.heldout, state.first_scores, state.last_scores, step, advice)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -286,6 +286,7 @@ def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> N
     if best.step != state.step:
         saved = checkpoint.read(checkpoint.path_of(folder.checkpoints, best.step))
         snapshot.restore_adapter(saved, prepared.policy)
+        snapshot.restore_heldout(saved, state)
     total = total_steps(train, len(prepared.examples))
     early = f", which stopped early, after {state.step} of {total} steps" if state.step < total else ""
     log.info("the adapter is that of step %d of this run%s: %s %.4f is the best of its held-out rows",

@@ -19,6 +19,7 @@ from qpref.policy.reference import ReferenceStore
 from qpref.training import optim
 from qpref.training.checkpoint import STATE_VALUES, Checkpoint
 from qpref.training.folder import RunFolder
+from qpref.training.heldout_scores import HeldoutScores
 from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
 from qpref.training.state import TrainingState
@@ -88,6 +89,8 @@ def capture(session: Session, metrics_bytes: int, metrics_sha256: str) -> Checkp
     files = {"adapter": adapter, "optimizer": tensors}
     if session.references is not None:
         files["reference"] = session.references.to_tensors()
+    if state.first_scores is not None and state.last_scores is not None:
+        files["heldout"] = state.first_scores.to_tensors("first") | state.last_scores.to_tensors("last")
     return Checkpoint(step=state.step, state=values, tensors=files)
 
 
@@ -115,6 +118,14 @@ def restore(saved: Checkpoint, session: Session) -> None:
         state.budget = settle_sizes(prepared)
     sums = {name: float.fromhex(total) for name, total in values["sums"].items()}
     state.averages = Averages(sums, values["counts"])
+    restore_heldout(saved, state)
+
+
+def restore_heldout(saved: Checkpoint, state: TrainingState) -> None:
+    """Restore the scores of held-out examples that a checkpoint has."""
+    tensors = saved.tensors.get("heldout", {})
+    state.first_scores = HeldoutScores.of_tensors(tensors, "first")
+    state.last_scores = HeldoutScores.of_tensors(tensors, "last")
 
 
 def restore_adapter(saved: Checkpoint, policy: Policy) -> None:

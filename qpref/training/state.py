@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from qpref.records import MetricRow
 from qpref.training.best import Best
+from qpref.training.heldout_scores import HeldoutScores
 from qpref.training.metrics import Averages
 
 
@@ -23,6 +26,7 @@ class TrainingState:
         budget: current tokens per micro-batch; a step that runs out of memory lowers it.
         averages: metrics of the examples since the last training row.
         best: the best held-out row so far, where the recipe sets `best_by`.
+        first_scores, last_scores: of the first evaluation of the held-out examples, and of the last one.
     """
 
     step: int = 0
@@ -32,10 +36,17 @@ class TrainingState:
     budget: int = 0
     averages: Averages = field(default_factory=Averages)
     best: Best | None = None
+    first_scores: HeldoutScores | None = None
+    last_scores: HeldoutScores | None = None
 
     def row(self, split: Literal["train", "eval"], values: Mapping[str, float]) -> MetricRow:
         """Make a metric row of the values as of the current step."""
         return MetricRow(step=self.step, split=split, values=dict(values), tokens=self.tokens, seconds=self.seconds)
+
+    def note_heldout(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Keep [N] log-probabilities of the held-out examples' responses as of the current step."""
+        self.last_scores = HeldoutScores(step=self.step, chosen=chosen, rejected=rejected)
+        self.first_scores = self.first_scores or self.last_scores
 
     @property
     def is_best(self) -> bool:

@@ -1,0 +1,44 @@
+"""Log-probabilities of the held-out responses at the steps that a run's verdict compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldoutScores:
+    """Scores of N held-out examples after `step` optimizer steps.
+
+    Attributes:
+        chosen, rejected: [N] float32 nats, on the CPU, in the order of the examples. Of a single completion one of
+            them is NaN: a desirable one is chosen, an undesirable one rejected.
+    """
+
+    step: int
+    chosen: Tensor
+    rejected: Tensor
+
+    def margin_of(self, chosen: Sequence[int], rejected: Sequence[int]) -> Tensor:
+        """Compute [pairs] log p(chosen) - log p(rejected), float64, of the pairs whose responses stand there."""
+        return self.chosen[list(chosen)].double() - self.rejected[list(rejected)].double()
+
+    def to_tensors(self, name: str) -> dict[str, Tensor]:
+        """Copy to tensors for a checkpoint, named after `name`; no two share memory, which safetensors refuses."""
+        return {
+            f"{name}.step": torch.tensor([self.step]),
+            f"{name}.chosen": self.chosen.clone(),
+            f"{name}.rejected": self.rejected.clone(),
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> HeldoutScores | None:
+        """Read a checkpoint's scores; None where it has none of that name."""
+        if f"{name}.step" not in tensors:
+            return None
+        return cls(
+            step=int(tensors[f"{name}.step"]), chosen=tensors[f"{name}.chosen"], rejected=tensors[f"{name}.rejected"]
+        )
