@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pyarrow
+import pyarrow.parquet
+
 LFS_SUFFIXES = (".safetensors", ".parquet")
 """Files that the hub keeps elsewhere: their `resolve` URL redirects."""
 
@@ -75,6 +78,20 @@ class Repository:
             digest = hashlib.sha256(data).hexdigest()
             entry["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
         return entry
+
+
+def dataset_files(splits: dict[str, list[dict[str, object]]], config: str = "default") -> dict[str, bytes]:
+    """The files of a dataset as the hub keeps them: one Parquet file for each split, and a card that names them."""
+    listed = [f"  - split: {split}\n    path: data/{split}-*\n" for split in splits]
+    card = "".join(["---\nconfigs:\n", f"- config_name: {config}\n  data_files:\n", *listed, "---\n"])
+    files = {f"data/{split}-00000-of-00001.parquet": _parquet(rows) for split, rows in splits.items()}
+    return {"README.md": card.encode(), **files}
+
+
+def _parquet(rows: list[dict[str, object]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def etag_of(name: str, data: bytes) -> str:

@@ -71,10 +71,13 @@ def test_the_readmes_table_of_cards_is_what_the_planner_says():
     assert loaded("make_card_table").table() in (ROOT / "README.md").read_text(), "run python docs/make_card_table.py"
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*b-*gb.toml")), ids=lambda recipe: recipe.stem)
+FOR_GPUS = sorted(path for path in (ROOT / "recipes").glob("*.toml") if path.stem != "quickstart")
+
+
+@pytest.mark.parametrize("recipe", FOR_GPUS, ids=lambda recipe: recipe.stem)
 def test_a_recipes_planned_figures_are_what_the_planner_says(recipe):
     plans = loaded("make_recipe_plans")
-    assert len(plans.LINE.findall(recipe.read_text())) >= 2
+    assert plans.LINE.search(recipe.read_text())
     assert plans.page(recipe) == recipe.read_text(), "run python docs/make_recipe_plans.py"
 
 

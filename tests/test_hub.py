@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import preference_rows, write_jsonl
-from hub import LoopbackHub, Repository, loopback_hub
+from hub import LoopbackHub, Repository, dataset_files, loopback_hub
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from qpref.hooks.hub import hub_failure
@@ -22,16 +20,6 @@ from qpref.hooks.hub import hub_failure
 QPREF = Path(sys.executable).with_name("qpref")
 RECIPES = Path(__file__).parents[1] / "recipes"
 DATA = "trl-lib/ultrafeedback_binarized"
-CARD = """---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*
-  - split: test
-    path: data/test-*
----
-"""
 NOBODY = "http://127.0.0.1:9"
 """Where nothing listens."""
 NO_SERVER, OFFLINE = {"HF_ENDPOINT": NOBODY}, {"HF_HUB_OFFLINE": "1"}
@@ -47,12 +35,6 @@ def conversations(count: int, start: int = 0) -> list[dict[str, object]]:
         rows.append({**sides, "score_chosen": 8.0, "score_rejected": 3.5})
     rows[-1]["rejected"] = rows[-1]["chosen"]
     return rows
-
-
-def parquet(rows: list[dict[str, object]]) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-    return sink.getvalue().to_pybytes()
 
 
 @dataclass
@@ -82,11 +64,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def hub(make_base) -> Iterator[LoopbackHub]:
     base = make_base(max_position_embeddings=2048)
-    files = {
-        "README.md": CARD.encode(),
-        "data/train-00000-of-00001.parquet": parquet(conversations(32)),
-        "data/test-00000-of-00001.parquet": parquet(conversations(21, start=1000)),
-    }
+    files = dataset_files({"train": conversations(32), "test": conversations(21, start=1000)})
     with loopback_hub() as hub:
         for name, how in (("tiny", {}), ("gated", {"gated": True}), ("broken", {"broken": True})):
             hub.state.put(Repository.of_folder("models", f"tiny-org/{name}", base, **how))
