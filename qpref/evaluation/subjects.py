@@ -21,7 +21,7 @@ from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import choose_device, load_plain, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, resolve_base
-from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+from qpref.policy.tokenizer import load_tokenizer, stop_tokens, tokenizer_difference, tokenizer_digest
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
@@ -40,6 +40,7 @@ STORED_DTYPES: Mapping[str | None, Literal["bf16", "fp16", "float32"]] = {
 }
 DEFAULT_CONTEXT = 4096
 """Context length in tokens of a model whose config doesn't say."""
+RESTORE_TOKENIZER = "restore the tokenizer's files as they were"
 UNUSED_LOSS = {"name": "none"}
 """Placeholder for a recipe's loss, for a model without a run; it is never loaded."""
 
@@ -134,7 +135,7 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
 
     Raises:
         RecipeError: it is no model, or an unfinished run.
-        PolicyError: its base is missing, has changed, or cannot be read.
+        PolicyError: its base is missing, has changed, has another tokenizer than the run, or cannot be read.
     """
     path = _path(name)
     if (folder := run_folder(name)) is not None:
@@ -203,6 +204,7 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
         raise PolicyError(f"{base.path}: not the base that {name} was trained on; its weights' SHA-256 differ")
     if changed := changed_settings(base.path, facts):
         raise PolicyError(changed, "restore the base as it was")
+    _refuse_other_tokenizer(recipe.model, base, facts, adapter if kind == "run" else None)
     if kind == "run" and (named := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
         raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {named}, not of {facts['base_path']}")
     return Subject(
@@ -216,6 +218,24 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     )
 
 
+def _refuse_other_tokenizer(
+    model: ModelSection, base: BaseFolder, facts: Mapping[str, Any], adapter: Path | None
+) -> None:
+    """Refuse a tokenizer that isn't the run's: its ids would mean other tokens.
+
+    Args:
+        facts: run.json.
+        adapter: the run's, with the tokenizer that it was trained with; None for a checkpoint, which has none.
+    """
+    tokenizer = load_tokenizer(model, base)
+    where = model.tokenizer or base.path
+    digest = tokenizer_digest(tokenizer)
+    if facts.get("tokenizer", digest) != digest:
+        raise PolicyError(f"{where}: not the tokenizer or chat template used in training", RESTORE_TOKENIZER)
+    if adapter and (difference := tokenizer_difference(tokenizer, adapter)):
+        raise PolicyError(f"{where}: its {difference} differs from that of {adapter}", RESTORE_TOKENIZER)
+
+
 def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4", "none"]) -> Subject:
     named = base or _base_of(path)
     if not isinstance(named, str) or not named:
@@ -227,9 +247,20 @@ def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4
     if quantization == "none" and not plain.base.is_prequantized:
         log.warning("%s: its base is loaded unquantized; use --quantization nf4 if it was trained in 4 bits", name)
     if (path / "tokenizer.json").is_file():
+        _warn_of_other_tokenizer(name, path, plain)
         model = model.model_copy(update={"tokenizer": str(real_path(path))})
     recipe = plain.recipe.model_copy(update={"model": model, "adapter": AdapterSection(start=str(real_path(path)))})
     return replace(plain, kind="adapter", recipe=recipe, adapter=path)
+
+
+def _warn_of_other_tokenizer(name: str, adapter: Path, base: Subject) -> None:
+    """Warn that an adapter has another tokenizer than its base, which training may have made."""
+    try:
+        tokenizer = load_tokenizer(base.recipe.model, base.base)
+    except PolicyError:
+        return  # a base without one: the adapter's is all there is
+    if difference := tokenizer_difference(tokenizer, adapter):
+        log.warning("%s: its %s differs from its base's; the adapter's is used", name, difference)
 
 
 def _base_of(adapter: Path) -> object:

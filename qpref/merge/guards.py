@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from qpref.policy.adapter_names import plain_targets
 from qpref.policy.architecture import shared_layers
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import BaseFolder, shard_files
-from qpref.policy.tokenizer import load_tokenizer
+from qpref.policy.tokenizer import load_tokenizer, tokenizer_difference
 from qpref.recipe.document import fingerprint_of
 from qpref.recipe.plan import Plan
 from qpref.recipe.reopen import RecordedRun, reopen_plan
@@ -273,29 +272,7 @@ def _refuse_other_tokenizer(tokenizer: Any, adapter: Path) -> None:
     """Refuse a tokenizer that differs from the one saved with the adapter: its ids would mean other tokens."""
     try:
         difference = tokenizer_difference(tokenizer, adapter)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise MergeError(f"{adapter}: the run's tokenizer can't be loaded: {error}") from error
+    except PolicyError as error:
+        raise MergeError(f"the run's tokenizer can't be loaded: {error.what}") from error
     if difference:
         raise MergeError(f"{adapter}: its {difference} differs from the base's; one of them was changed after training")
-
-
-def tokenizer_difference(tokenizer: Any, folder: Path) -> str | None:
-    """Name the part in which the tokenizer in a folder differs from `tokenizer`; None where they are the same.
-
-    Raises:
-        OSError, ValueError, KeyError, ImportError: transformers can't load it.
-    """
-    from transformers import AutoTokenizer
-
-    other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if other.chat_template != tokenizer.chat_template:
-        return "chat template"
-    return None if _identity(other) == _identity(tokenizer) else "tokenizer"
-
-
-def _identity(tokenizer: Any) -> tuple[Any, ...]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    # The padding and truncation of the last call don't describe the tokenizer.
-    kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    return tokenizer.get_vocab(), kept, tokenizer.bos_token, tokenizer.eos_token

@@ -30,6 +30,7 @@ from qpref.merge.write import Weights, remove_weights, write_weights
 from qpref.policy.delta import LoraDelta
 from qpref.policy.device import announce
 from qpref.policy.out_of_memory import out_of_memory_as
+from qpref.policy.tokenizer import tokenizer_difference
 from qpref.training.prepare import start_digest
 
 log = logging.getLogger("qpref")
@@ -169,7 +170,7 @@ class Session:
         self.as_trained.dequantized.clear()  # free the memory for a shard; the next replay refills the cache
         write_weights(weights, folder)
         write_settings(run.base, run.tokenizer_files, folder, dtype, weights.packed)
-        if difference := guards.tokenizer_difference(run.tokenizer, folder):
+        if difference := tokenizer_difference(run.tokenizer, folder):
             raise MergeError(f"the merged folder's {difference} would differ from the one used in training")
         merged = replay(load_merged(folder, run.base), self.replayed.rows, AsStored(run.base.device), run.base.device)
         return self.judge.judge(merged)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,43 @@ def load_tokenizer(model: ModelSection, base: BaseFolder) -> Any:
     Raises:
         PolicyError: transformers can't load it.
     """
+    return _load(model.tokenizer or str(base.path))
+
+
+def tokenizer_difference(tokenizer: Any, folder: Path) -> str | None:
+    """Name the part in which the tokenizer in a folder differs from `tokenizer`; None where they are the same.
+
+    Raises:
+        PolicyError: transformers can't load it.
+    """
+    other = _load(str(folder))
+    if other.chat_template != tokenizer.chat_template:
+        return "chat template"
+    same = _ids(other) == _ids(tokenizer) and _rules(other) == _rules(tokenizer)
+    return None if same else "tokenizer"
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash a tokenizer's vocabulary, first and last token and chat template, alike in all versions of transformers."""
+    vocabulary, *ends = _ids(tokenizer)
+    content = repr([sorted((index, token) for token, index in vocabulary.items()), *ends, tokenizer.chat_template])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _ids(tokenizer: Any) -> tuple[Any, ...]:
+    return tokenizer.get_vocab(), tokenizer.bos_token, tokenizer.eos_token
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """Describe how a fast tokenizer splits and joins texts; the padding and truncation of its last call don't count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+
+
+def _load(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    source = model.tokenizer or str(base.path)
     if Path(source).is_dir():
         _check_files(Path(source))
     with read_by_library(source, "no tokenizer that transformers can load"):

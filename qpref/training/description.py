@@ -22,6 +22,7 @@ from qpref.distributed.environment import job_name
 from qpref.errors import CheckpointError, RecipeError
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
+from qpref.policy.tokenizer import tokenizer_digest
 from qpref.recipe.plan import Plan
 from qpref.training.base_settings import changed_settings, settings_hashes
 from qpref.training.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ def restore_records(session: Session, folder: RunFolder, saved: Checkpoint) -> N
     and its resumption are then those of the resumption.
 
     Raises:
-        CheckpointError: the base has other settings than at the run's start.
+        CheckpointError: the base has other settings, or another tokenizer, than at the run's start.
     """
     prepared = session.prepared
     try:
@@ -67,6 +68,12 @@ def restore_records(session: Session, folder: RunFolder, saved: Checkpoint) -> N
         written, damage = saved.state["run"], error.what
     if changed := changed_settings(prepared.base.path, written):
         raise CheckpointError(changed, "restore the base as it was, or start over with --overwrite")
+    if "tokenizer" in written and written["tokenizer"] != tokenizer_digest(prepared.tokenizer):
+        raise CheckpointError(
+            f"{prepared.plan.recipe.model.tokenizer or prepared.base.path}: not the tokenizer or chat template that "
+            "this run started with",
+            "restore its files as they were, or start over with --overwrite",
+        )
     session.description = written | _location(prepared)
     if damage:
         log.warning("%s; it is written again", damage)
@@ -126,6 +133,7 @@ def _base(prepared: Prepared) -> dict[str, Any]:
     return {
         "base_weights": base.weights,
         **settings_hashes(base.path),
+        "tokenizer": tokenizer_digest(prepared.tokenizer),
         "dtype": model.dtype,
         "double_quantization": model.double_quantization,
         "quantized_modules": prepared.policy.quantized_modules(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
 import socket
@@ -19,6 +17,7 @@ from qpref.distributed.world import World
 from qpref.errors import PeerError, RecipeError
 from qpref.installed import version_of
 from qpref.policy.policy import Policy
+from qpref.policy.tokenizer import tokenizer_digest
 from qpref.recipe.plan import Plan
 from qpref.training.prepare import Prepared
 from qpref.training.snapshot import Session
@@ -72,7 +71,7 @@ def agree_on_start(prepared: Prepared) -> None:
     if world.size == 1:
         return
     facts = {name: value for name, value in prepared.fingerprints.items() if name != "recipe"}
-    refuse_differences(world, {"tokenizer": _tokenizer_digest(prepared.tokenizer), **facts}, "data and models")
+    refuse_differences(world, {"tokenizer": tokenizer_digest(prepared.tokenizer), **facts}, "data and models")
     world.copy_first(list(prepared.policy.trained_parameters().values()), "the adapter's start")
     _refuse_other_adapters(world, prepared.policy)
     release_warnings(world)
@@ -143,11 +142,6 @@ def _refuse_other_adapters(world: World, policy: Policy) -> None:
     found = world.exchange(digest(policy.trained_parameters().values()), "the adapters at the start")
     if other := [f"rank {rank}" for rank, each in enumerate(found) if each != found[0]]:
         raise PeerError(f"the adapter that {' and '.join(other)} starts from isn't that of rank 0")
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _refuse_one_gpu_twice(world: World) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import merge_to, preference_rows, write_jsonl
-from edited_runs import reseal
+from edited_runs import edit_facts, reseal
 from safetensors.torch import load_file
 
+from qpref import sealed
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.evaluation.subjects import common_dtype, identify
 from qpref.policy.reference import as_reference
+from qpref.policy.tokenizer import tokenizer_difference
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
@@ -247,3 +249,66 @@ def test_beta_is_the_end_of_a_schedule_and_may_be_missing(run, tmp_path, loss, b
     lock.write_text(f"{head}[loss]\n{loss}\n{tail}")
     reseal(copy)
     assert identify(str(copy)).beta == beta
+
+
+# The tokenizer: that of the base has to be the one of training.
+
+
+def use_own_base(run: Path, folder: Path) -> tuple[Path, Path]:
+    """Copy a run and its base, so that both can be edited."""
+    copy = Path(shutil.copytree(run, folder / "run"))
+    base = Path(shutil.copytree(sealed.read_sealed(run / "run.json")["base_path"], folder / "base"))
+    settings = copy / "adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(base)}))
+    edit_facts(copy, base_path=str(base))
+    return copy, base
+
+
+def edit_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text() + "{{ ' ' }}")
+
+
+def swap_ids(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("edit", [edit_template, swap_ids])
+@pytest.mark.parametrize("part", [".", "checkpoints/step-000002"])
+def test_a_tokenizer_changed_since_training_is_refused(run, tmp_path, edit, part):
+    copy, base = use_own_base(run, tmp_path)
+    identify(str(copy / part))
+    edit(base)
+    with pytest.raises(PolicyError, match=r"base: not the tokenizer or chat template used in training\nhint: restore"):
+        identify(str(copy / part))
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(run, tmp_path):
+    """Its ids and its template are those of training, so run.json can't tell."""
+    copy, base = use_own_base(run, tmp_path)
+    path = base / "tokenizer.json"
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with pytest.raises(PolicyError, match=r"base: its tokenizer differs from that of .*run/adapter"):
+        identify(str(copy))
+
+
+@pytest.mark.parametrize(("edit", "part"), [(edit_template, "chat template"), (swap_ids, "tokenizer")])
+def test_an_adapters_own_tokenizer_is_used_with_a_warning(run, tmp_path, said, edit, part):
+    adapter = adapter_alone(run, tmp_path)
+    identify(str(adapter), quantization="nf4")
+    assert not said
+    edit(adapter)
+    subject = identify(str(adapter), quantization="nf4")
+    assert said == [f"{adapter}: its {part} differs from its base's; the adapter's is used"]
+    assert tokenizer_difference(subject.tokenizer().tokenizer, adapter) is None
+
+
+def test_an_adapters_tokenizer_is_enough_for_a_base_without_one(run, tmp_path, said):
+    copy, base = use_own_base(run, tmp_path)
+    for file in base.glob("*token*"):
+        file.unlink()
+    identify(str(shutil.copytree(copy / "adapter", tmp_path / "alone")), quantization="nf4")
+    assert not said

@@ -243,6 +243,15 @@ def test_a_run_is_not_resumed_on_a_base_with_other_settings(run, own_base, own_r
         resume(run, **{"model.base": str(own_base)})
 
 
+def test_a_run_is_not_resumed_with_another_chat_template(run, own_base, own_recipe):
+    """Its data's tokens are the same, since the template's end isn't reached."""
+    shutil.rmtree(run / "adapter")
+    template = own_base / "chat_template.jinja"
+    template.write_text("{# edited #}" + template.read_text())
+    with pytest.raises(CheckpointError, match=r"base: not the tokenizer or chat template that this run started with"):
+        resume(run, **{"model.base": str(own_base)})
+
+
 # metrics.jsonl: a log, which nothing may be lost for.
 
 
