@@ -7,6 +7,7 @@ import os
 
 import pytest
 from click.testing import CliRunner
+from hostile_page import hostile_page
 from run_folders import make_run, parsed, train_rows
 
 from qpref.cli import main
@@ -31,40 +32,8 @@ MEGABYTE = 2**20
 LONG = 10 * MAX_CHARACTERS
 
 
-def hostile_page(folder, text, name="run"):
-    """A page to which every file of a run, and every file beside it, brings this text."""
-    row = {"step": 1, "split": "train", text: 1.0, "loss": 0.5, "tokens": 1, "seconds": 1}
-    facts = dict.fromkeys(("base", "base_path", "created", "device", "dtype", "attention"), text)
-    run = make_run(
-        folder / name,
-        [row, row | {"step": 2}, {"step": 2, "split": "eval", f"eval_{text}": 1.0, "eval_loss": 1.0}],
-        recipe=f"[loss]\nname = {json.dumps(text)}\n",
-        facts=facts | {"plugins": [{"name": text}], "versions": {text: text}, "fingerprints": {text: [text]}},
-        result={"adapter_step": text, "peak_bytes": {text: text}},
-        data={
-            "read": 1,
-            "findings": [dict.fromkeys(("code", "severity", "path", "line", "message"), text)],
-            "lengths": {text: [{"from": 1, "to": 2, "count": 3}]},
-            "counts": [{text: text}],
-            text: [text, {text: text}],
-        },
-    )
-    estimate = {"value": 1, "low": 0, "high": 1}
-    files = {
-        "merged": {"dtype": text, "verdict": {"origin": text, "flips": [{text: text}]}, "tried": {text: {"kl": text}}},
-        "evaluations": {"models": [{"model": text, "metrics": {text: estimate}, "by": {text: {text: {}}}}],
-                        "warnings": [text], text: text},
-        "samples": [{"prompt": text, "model": text, text: text, "ended": [text], "n": [[text]],
-                     "turns": [{"role": text, "content": text}] * 2}],
-    }  # fmt: skip
-    for kind, value in files.items():
-        (folder / f"{kind}.json").write_text(json.dumps(value))
-    extras = Extras(**{kind: [folder / f"{kind}.json"] for kind in files})
-    return write_report([run], folder / "page.html", extras).read_text()
-
-
 def test_control_characters_and_those_of_text_direction_are_shown_by_their_codes(tmp_path):
-    text = hostile_page(tmp_path, HIDING, name=HIDING.replace("\0", ""))
+    text = hostile_page(tmp_path, HIDING, name=HIDING.replace("\0", "")).read_text()
     assert text.count(SHOWN) > 30
     assert not set(text) & {character for character in HIDING if not character.isascii() or not character.isprintable()}
 
@@ -81,7 +50,7 @@ def test_curve_labels_reach_the_script_as_they_are_shown(tmp_path):
 
 @pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% for x in y %}", "{# gone #}", "${7*7}", "<%= 7*7 %>"])
 def test_template_syntax_is_text(tmp_path, text):
-    page = parsed(hostile_page(tmp_path, text))
+    page = parsed(hostile_page(tmp_path, text).read_text())
     assert page.text.count(text) > 30
     assert "49" not in page.one("section", id="answers").text
 
@@ -90,7 +59,7 @@ def test_template_syntax_is_text(tmp_path, text):
     "text", ["javascript:alert(1)", "data:text/html,<script>alert(1)</script>", "' onload='alert(1)"]
 )
 def test_an_address_is_text(tmp_path, text):
-    page = parsed(hostile_page(tmp_path, text))
+    page = parsed(hostile_page(tmp_path, text).read_text())
     assert page.text.count(text) > 30
     assert all(link.attributes["href"].startswith("#") for link in page.all("a"))
     assert len(page.all("script")) == 1
@@ -98,12 +67,12 @@ def test_an_address_is_text(tmp_path, text):
 
 @pytest.mark.parametrize("token", TOKENS)
 def test_no_token_of_any_file_is_on_the_page(tmp_path, token):
-    assert "c4nary" not in hostile_page(tmp_path, f"a text with {token} inside", name="run").lower()
+    assert "c4nary" not in hostile_page(tmp_path, f"a text with {token} inside").read_text().lower()
 
 
 def test_a_secret_of_the_environment_is_not_on_the_page(tmp_path, monkeypatch):
     monkeypatch.setenv("SERVICE_PASSWORD", "c4nary of the environment")
-    assert "c4nary" not in hostile_page(tmp_path, "so c4nary of the environment it is")
+    assert "c4nary" not in hostile_page(tmp_path, "so c4nary of the environment it is").read_text()
 
 
 @pytest.mark.parametrize("name", ["recipe.lock.toml", "metrics.jsonl", "data.json", "result.json"])
@@ -175,7 +144,7 @@ def test_a_file_of_another_command_that_is_none_is_one_sentence(tmp_path, option
 
 
 def test_long_texts_make_no_long_page(tmp_path):
-    text = hostile_page(tmp_path, "x" * LONG)
+    text = hostile_page(tmp_path, "x" * LONG).read_text()
     assert len(text) < 10 * LONG
     assert f"[... {LONG - MAX_CHARACTERS:,} characters left out]" in text
 
