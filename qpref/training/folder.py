@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpref import fsio, locks, opening, publish, sealed
-from qpref.errors import RecipeError
+from qpref.errors import DiskError, RecipeError
 from qpref.recipe.document import read_document
 from qpref.training import checkpoint
 
@@ -64,9 +64,14 @@ REQUIRED_WITHIN: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of one run's files."""
+    """Paths of one run's files.
+
+    Attributes:
+        descriptor: of the folder that this process has locked; None in a process that only reads.
+    """
 
     path: Path
+    descriptor: int | None = None
 
     @property
     def run_json(self) -> Path:
@@ -200,7 +205,11 @@ class RunFolder:
 
         run.json loses its name first: without it there is no run. It goes last, so that what a killed process leaves is
         known to be a run's.
+
+        Raises:
+            DiskError: as for `refuse_replaced`, or a file can't be removed.
         """
+        self.refuse_replaced()
         if self.run_json.exists():
             fsio.rename(self.run_json, fsio.staging_name(self.run_json))
         for path in sorted(self.path.iterdir(), key=_is_staged_run_json):
@@ -208,7 +217,12 @@ class RunFolder:
                 fsio.remove_tree(path)
 
     def remove_leftovers(self) -> None:
-        """Remove files that a killed process left half-written; of a run that was being removed, `clear` does."""
+        """Remove files that a killed process left half-written; of a run that was being removed, `clear` does.
+
+        Raises:
+            DiskError: as for `refuse_replaced`, or a file can't be removed.
+        """
+        self.refuse_replaced()
         for path in self.path.iterdir():
             is_being_removed = _is_staged_run_json(path) and not self.run_json.exists()
             if fsio.staged_name(path.name) in ENTRIES and not is_being_removed:
@@ -250,6 +264,25 @@ class RunFolder:
                 )
             if path.is_dir():
                 _refuse_writable_by_others(path)
+
+    @property
+    def is_replaced(self) -> bool:
+        """True where the path no longer leads to the folder that this process has locked."""
+        assert self.descriptor is not None
+        return not locks.is_named(opening.real_path(self.path), self.descriptor)
+
+    def refuse_replaced(self) -> None:
+        """Refuse to write or delete where another folder, or a link, has taken the name of the locked one, or of one in
+        it: whoever may write beside a folder can swap it while its run trains.
+
+        Raises:
+            DiskError: one has.
+        """
+        if self.is_replaced:
+            raise DiskError(f"{self.path}: is no longer the folder of this run", "move it back")
+        for name in FOLDERS:
+            if (self.path / name).is_symlink():
+                raise DiskError(f"{self.path / name}: is a symbolic link; qpref follows no link inside a run")
 
 
 def _is_named(name: str, patterns: Iterable[str]) -> bool:
@@ -313,13 +346,23 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     if existed:
         _refuse_use(folder, resume, overwrite)
     fsio.make_folder(path)
-    with locks.locked(path):
+    with locks.locked(path), _opened(path) as descriptor:
+        folder = RunFolder(path, descriptor)
         try:
             folder.refuse_unsafe()
             yield folder
         finally:
-            if not existed and not folder.run_json.exists():
+            if not existed and not folder.run_json.exists() and not folder.is_replaced:
                 fsio.remove_tree(path)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_use(folder: RunFolder, resume: bool, overwrite: bool) -> None:

@@ -207,6 +207,7 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
     """
     prepared, state, world = session.prepared, session.state, session.prepared.world
     if world.is_first:
+        folder.refuse_replaced()
         restore_records(session, folder, saved)
     cache_before = session.description.get("reference_cache")
     session.references = reference_pass.open_references(prepared, cache_before, saved)
@@ -217,6 +218,7 @@ def _resume(session: Session, folder: RunFolder, saved: Checkpoint) -> int:
     best_state = world.share(None if best is None else best.as_state(), "the best step")
     state.best = None if best_state is None else Best(**best_state)
     if world.is_first:
+        folder.refuse_replaced()
         checkpoint.remove_newer(folder.checkpoints, state.step)
     log.info("resuming after step %d", state.step)
     return metrics_bytes
@@ -241,6 +243,8 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Se
     plan, total = prepared.plan, total_steps(prepared.plan.recipe.train, len(prepared.examples))
     context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
     is_writer = prepared.world.is_first
+    if is_writer:
+        folder.refuse_replaced()
     recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context) if is_writer else NoRecorder()
     saver = Saver(session, folder, recorder, stops, total)
     reset_peak(prepared.policy.device)
@@ -303,6 +307,7 @@ def _write_adapter(session: Session, folder: RunFolder, first_step: int) -> None
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
     model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
     num_bytes = sum(value.nbytes for value in prepared.policy.trained_parameters().values())
+    folder.refuse_replaced()
     with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter, num_bytes):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)

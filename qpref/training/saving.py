@@ -70,6 +70,7 @@ class Saver:
 
     def _write(self) -> None:
         state, keep = self.session.state, self.session.prepared.plan.recipe.train.keep
+        self.folder.refuse_replaced()
         self.recorder.flush()
         if self.unsaved_best is not None and state.best is not None and state.best.step == self.unsaved_best.step:
             checkpoint.save_checkpoint(self.folder.checkpoints, self.unsaved_best, keep)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import qpref
-from qpref.errors import CheckpointError, RecipeError
+from qpref.errors import CheckpointError, DiskError, RecipeError
 from qpref.training import folder as run_folders
+from qpref.training import loop
+from qpref.training import run as runs
 from qpref.training.folder import FILES, FOLDERS, RunFolder, claimed
 
 HEX = "0123456789abcdef"
@@ -203,8 +205,104 @@ def test_foreign_staging_folders_stay_where_a_run_resumes(run):
     kept = [run / "checkpoints" / ".tmp-mine", run / ".tmp-mine", run / f".tmp-mine-{HEX}"]
     for path in kept:
         path.mkdir()
-    RunFolder(run).remove_leftovers()
+    with claimed(run, resume=True, overwrite=False) as folder:
+        folder.remove_leftovers()
     assert all(path.is_dir() for path in kept)
+
+
+# Whoever may write beside a folder can swap it while its run trains; so does a user who moves it.
+
+
+def swap_folder(path: Path, other: Path, aside: Path) -> None:
+    path.rename(aside)
+    other.rename(path)
+
+
+def swap_for_link(path: Path, other: Path, aside: Path) -> None:
+    path.rename(aside)
+    path.symlink_to(other)
+
+
+def swap_checkpoints(path: Path, other: Path, aside: Path) -> None:
+    (path / "checkpoints").rename(aside)
+    (path / "checkpoints").symlink_to(other / "checkpoints")
+
+
+def leave_no_folder(path: Path, other: Path, aside: Path) -> None:
+    path.rename(aside)
+
+
+SWAPS = {
+    swap_folder: "new: is no longer the folder of this run",
+    swap_for_link: "new: is no longer the folder of this run",
+    swap_checkpoints: "checkpoints: is a symbolic link",
+    leave_no_folder: "new: is no longer the folder of this run",
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_run_whose_folder_is_replaced_while_it_trains_changes_nothing_there(
+    run, make_recipe, tmp_path, monkeypatch, swap
+):
+    new, aside, other, before, step = tmp_path / "new", tmp_path / "aside", run, contents(run), loop.Trainer.step
+
+    def step_after_swap(trainer):
+        if trainer.state.step == 1:
+            swap(new, other, aside)
+        return step(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "step", step_after_swap)
+    recipe = make_recipe({"train.save_every": 1})
+    with pytest.raises(DiskError, match=rf"step 3 is not saved, and neither was step 2: .*{SWAPS[swap]}"):
+        qpref.train(recipe, output=new)
+    found = contents(new if swap is swap_folder else other)
+    assert list(found.values()) == list(before.values())
+    assert new.exists() == (swap is not leave_no_folder)
+
+    monkeypatch.undo()
+    if swap is swap_checkpoints:
+        (new / "checkpoints").unlink()
+        aside.rename(new / "checkpoints")
+    else:
+        shutil.rmtree(new) if swap is swap_folder else new.unlink(missing_ok=True)
+        aside.rename(new)
+    qpref.train(recipe, output=new, resume=True)
+    assert RunFolder(new).adapter_damage() is None
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_run_whose_folder_is_replaced_before_its_first_step_changes_nothing_there(
+    run, tmp_path, monkeypatch, swap, options
+):
+    new, prepare = tmp_path / "new", runs.prepare
+    shutil.copytree(run, new)
+    shutil.rmtree(new / "adapter")
+    before = contents(run)
+
+    def prepare_and_swap(*arguments):
+        prepared = prepare(*arguments)
+        swap(new, run, tmp_path / "aside")
+        return prepared
+
+    monkeypatch.setattr(runs, "prepare", prepare_and_swap)
+    with pytest.raises(DiskError, match=SWAPS[swap]):
+        qpref.train(recipe_of(run), output=new, **options)
+    assert list(contents(new if swap is swap_folder else run).values()) == list(before.values())
+
+
+def test_a_folder_that_takes_the_place_of_a_failed_new_run_stays(run, make_recipe, tmp_path, monkeypatch):
+    new = tmp_path / "new"
+
+    def fail(*arguments):
+        swap_folder(new, run, tmp_path / "aside")
+        raise RecipeError("as if something were wrong")
+
+    monkeypatch.setattr(runs, "prepare", fail)
+    before = contents(run)
+    with pytest.raises(RecipeError):
+        qpref.train(make_recipe(), output=new)
+    assert list(contents(new).values()) == list(before.values())
 
 
 def test_a_finished_run_is_resumed_with_its_own_recipe_alone(run):
