@@ -12,13 +12,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qpref.disk_space import refused_write
 from qpref.errors import DiskError, RunLockedError
 from qpref.linux import fcntl
-from qpref.opening import open_plain
+from qpref.opening import open_folder, open_plain
 
 log = logging.getLogger("qpref")
 
@@ -31,30 +31,34 @@ its name."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[int]:
     """Hold the lock of a run's folder, which is created if it isn't there.
+
+    Yields:
+        A descriptor of the folder.
 
     Raises:
         RunLockedError: another process holds it; the message has its pid and host.
-        DiskError: the lock's file cannot be opened or written, or is a link.
+        DiskError: the lock's file cannot be opened or written, or is a link; or the folder is another user's link.
     """
     path = folder / NAME
     try:
-        descriptor = _newest_locked(path)
+        opened, descriptor = _newest_locked(path)
     except OSError as error:
         raise DiskError(f"{path}: cannot be locked: {error.strerror or error}") from error
     holder = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
     try:
         try:
-            if not excludes(path):
+            if not excludes(path, opened):
                 log.warning("%s: locks don't hold on this file system; start no second process in this folder", folder)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, holder, 0)
         except OSError as error:
             raise refused_write(path, error, len(holder)) from error
-        yield
+        yield opened
     finally:
         os.close(descriptor)
+        os.close(opened)
 
 
 def refuse_held(folder: Path) -> None:
@@ -138,30 +142,44 @@ def is_named(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _newest_locked(path: Path) -> int:
-    """Open and lock the file that has this name at the moment when the lock is taken."""
+def _newest_locked(path: Path) -> tuple[int, int]:
+    """Open and lock the file that has this name at the moment when the lock is taken; returns its folder's descriptor
+    and its own."""
     patience_ends = time.monotonic() + PATIENCE_SECONDS
     while True:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
-            continue  # its holder has removed the folder in between
-        if take(descriptor):
-            if is_named(path, descriptor):
-                return descriptor
-            os.close(descriptor)
-            continue
-        held = _refusal(path, descriptor)
-        os.close(descriptor)
+        with ExitStack() as opened:
+            try:
+                folder = _closed_by(opened, open_folder(path.parent))
+                descriptor = _closed_by(opened, open_plain(Path(path.name), os.O_RDWR | os.O_CREAT, folder=folder))
+            except FileNotFoundError:
+                continue  # its holder has removed the folder in between
+            if take(descriptor):
+                if is_named(path, descriptor):
+                    opened.pop_all()
+                    return folder, descriptor
+                continue
+            held = _refusal(path, descriptor)
         if time.monotonic() > patience_ends:
             raise held
         time.sleep(PAUSE_SECONDS)
 
 
-def excludes(path: Path) -> bool:
-    """Return whether a lock that this process holds keeps out a second opening of the file."""
-    second = open_plain(path, os.O_RDWR)  # NFS takes an exclusive lock on a file open for writing alone
+def _closed_by(stack: ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def excludes(path: Path, folder: int | None = None) -> bool:
+    """Return whether a lock that this process holds keeps out a second opening of the file.
+
+    Args:
+        folder: descriptor of its folder, if there is one.
+    """
+    if folder is not None:
+        path = Path(path.name)
+    # NFS takes an exclusive lock on a file open for writing alone.
+    second = open_plain(path, os.O_RDWR, folder=folder)
     try:
         return not take(second)
     finally:

@@ -22,6 +22,8 @@ KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 WRITING = os.O_WRONLY | os.O_RDWR
+MAX_LINKS = 40
+"""Links on the way to a folder, as the kernel follows them."""
 TEXT_BYTES = 64 * 2**20
 """Most bytes of a text file that is read at once: a recipe, run.json, a manifest."""
 
@@ -33,12 +35,15 @@ class NotPlainError(OSError):
         super().__init__(errno.EINVAL, problem, str(path))
 
 
-def open_plain(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = False) -> int:
+def open_plain(
+    path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = False, folder: int | None = None
+) -> int:
     """Open a regular file and return its descriptor.
 
     Args:
         flags: of `os.open`; O_TRUNC would empty the file before it is known to be one.
         follow: follow links, for a file that the user has named.
+        folder: descriptor of the folder that a relative path is in; None for the current one.
 
     Raises:
         NotPlainError: it is a link, a folder, a FIFO, a socket or a device, or a file that is to be changed has a
@@ -46,10 +51,11 @@ def open_plain(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follo
         OSError: it cannot be opened.
     """
     assert not flags & os.O_TRUNC
-    _refuse_other_kinds(path, follow)
+    if kind := kind_of(path, follow=follow, folder=folder):  # before it is opened, since that can act on a device
+        raise NotPlainError(path, f"it is {kind}, not a regular file")
     safely = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags | safely, mode)
+        descriptor = os.open(path, flags | safely, mode, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # became one since the first look
             raise NotPlainError(path, "it is not a regular file") from None
@@ -64,6 +70,36 @@ def open_plain(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follo
         os.close(descriptor)
         raise
     return descriptor
+
+
+def open_folder(path: Path) -> int:
+    """Open a folder and return its descriptor; what is opened in it by that is in this folder, whatever its name leads
+    to by then.
+
+    Raises:
+        NotPlainError: it is another user's link, which they can lead elsewhere at any time.
+        OSError: it cannot be opened, or is no folder.
+    """
+    for _ in range(MAX_LINKS):
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except NotADirectoryError:
+            path = _target(path)
+    raise NotPlainError(path, "it is a link that leads in a circle")
+
+
+def _target(path: Path) -> Path:
+    """Return what a link leads to."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISLNK(status.st_mode):
+            raise NotPlainError(path, "it is not a folder")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise NotPlainError(path, "it is a link that another user has made")
+        return path.parent / os.readlink("", dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_bytes(path: Path, limit: int = TEXT_BYTES, *, follow: bool = False) -> bytes:
@@ -125,16 +161,10 @@ def is_nested(value: object, depth: int) -> bool:
     return True
 
 
-def kind_of(path: Path, *, follow: bool = False) -> str | None:
+def kind_of(path: Path, *, follow: bool = False, folder: int | None = None) -> str | None:
     """Name what a path is where it isn't a regular file ("a symbolic link"); None for a file and for nothing."""
     try:
-        mode = path.stat(follow_symlinks=follow).st_mode
+        mode = os.stat(path, dir_fd=folder, follow_symlinks=follow).st_mode
     except FileNotFoundError:
         return None
     return next((kind for is_kind, kind in KINDS if is_kind(mode)), None)
-
-
-def _refuse_other_kinds(path: Path, follow: bool) -> None:
-    # Before the file is opened, because opening a device can act on it.
-    if kind := kind_of(path, follow=follow):
-        raise NotPlainError(path, f"it is {kind}, not a regular file")

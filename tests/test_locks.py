@@ -120,16 +120,35 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_taken_again(tmp_path, mo
     """The holder of a folder that never held a run removes it, perhaps between our look and our lock."""
     real, seen = locks.open_plain, []
 
-    def open_then_lose(path, *flags):
-        descriptor = real(path, *flags)
+    def open_then_lose(path, *flags, **folder):
+        descriptor = real(path, *flags, **folder)
         if not seen:
-            path.unlink()
+            (tmp_path / path).unlink()
         seen.append(path)
         return descriptor
 
     monkeypatch.setattr(locks, "open_plain", open_then_lose)
     with locks.locked(tmp_path):
         assert (tmp_path / "LOCK").read_text() == f"pid {os.getpid()} on {os.uname().nodename}\n"
+
+
+def test_a_folder_that_is_replaced_before_its_lock_is_opened_gets_no_lock(tmp_path, monkeypatch):
+    """Whoever may write beside it can swap it for a link at any moment."""
+    real, run, outside = locks.open_folder, tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+
+    def open_then_swap(path):
+        descriptor = real(path)
+        if not run.is_symlink():
+            run.rename(tmp_path / "aside")
+            run.symlink_to(outside)
+            os.lchown(run, 12345, 12345)
+        return descriptor
+
+    monkeypatch.setattr(locks, "open_folder", open_then_swap)
+    with pytest.raises(DiskError, match="it is a link that another user has made"), locks.locked(run):
+        pass
+    assert not list(outside.iterdir())
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
-from qpref.opening import NotPlainError, kind_of, open_plain, read_bytes, read_object, read_text
+from qpref.opening import NotPlainError, kind_of, open_folder, open_plain, read_bytes, read_object, read_text
 
 KINDS = {
     "link": "a symbolic link",
@@ -55,8 +56,6 @@ def test_nothing_but_a_file_is_opened(make, kind, flags, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/tty", "/dev/full"])
 def test_a_device_is_not_opened(device):
-    from pathlib import Path
-
     with pytest.raises(NotPlainError, match="it is a device"):
         read_bytes(Path(device), follow=True)
 
@@ -77,14 +76,14 @@ def test_a_file_that_the_user_names_by_a_link_is_read(make, tmp_path):
 
 def test_a_file_that_becomes_a_link_after_the_first_look_is_refused(make, monkeypatch):
     path = make("link")
-    monkeypatch.setattr("qpref.opening.kind_of", lambda path, follow: None)
+    monkeypatch.setattr("qpref.opening.kind_of", lambda path, follow, folder: None)
     with pytest.raises(NotPlainError, match="it is not a regular file"):
         open_plain(path)
 
 
 def test_a_file_that_becomes_a_fifo_after_the_first_look_holds_nobody_up(make, monkeypatch):
     path = make("FIFO")
-    monkeypatch.setattr("qpref.opening.kind_of", lambda path, follow: None)
+    monkeypatch.setattr("qpref.opening.kind_of", lambda path, follow, folder: None)
     for flags in (os.O_RDONLY, os.O_WRONLY):
         with pytest.raises(NotPlainError, match="it is not a regular file"):
             open_plain(path, flags)
@@ -121,3 +120,47 @@ def test_what_is_no_text_is_a_value_error(tmp_path):
     (tmp_path / "it").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match="utf-8"):
         read_object(tmp_path / "it")
+
+
+def is_opened(path, folder) -> bool:
+    descriptor = open_folder(path)
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    finally:
+        os.close(descriptor)
+
+
+def test_a_folder_is_opened_through_own_links_alone(tmp_path):
+    folder, near, far = tmp_path / "folder", tmp_path / "near", tmp_path / "far"
+    folder.mkdir()
+    near.symlink_to("folder")
+    far.symlink_to(near)
+    assert all(is_opened(path, folder) for path in (folder, near, far))
+    os.lchown(near, 12345, 12345)
+    for path in (near, far):
+        with pytest.raises(NotPlainError, match="it is a link that another user has made"):
+            open_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("file", "not a folder"), ("link", "not a folder"), ("link to itself", "in a circle")]
+)
+def test_what_is_no_folder_is_not_opened_as_one(make, kind, words):
+    with pytest.raises(NotPlainError, match=words):
+        open_folder(make(kind))
+
+
+def test_what_is_opened_in_a_folder_is_in_it_whatever_has_its_name_by_then(tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    descriptor = open_folder(folder)
+    folder.rename(tmp_path / "aside")
+    folder.symlink_to(other)
+    os.close(open_plain(Path("it"), os.O_RDWR | os.O_CREAT, folder=descriptor))
+    (tmp_path / "aside/link").symlink_to("it")
+    with pytest.raises(NotPlainError, match="it is a symbolic link"):
+        open_plain(Path("link"), folder=descriptor)
+    os.close(descriptor)
+    assert (tmp_path / "aside/it").is_file()
+    assert not list(other.iterdir())

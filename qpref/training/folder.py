@@ -269,7 +269,14 @@ class RunFolder:
     def is_replaced(self) -> bool:
         """True where the path no longer leads to the folder that this process has locked."""
         assert self.descriptor is not None
-        return not locks.is_named(opening.real_path(self.path), self.descriptor)
+        try:
+            found = opening.open_folder(self.path)
+        except OSError:
+            return True
+        try:
+            return not os.path.samestat(os.fstat(found), os.fstat(self.descriptor))
+        finally:
+            os.close(found)
 
     def refuse_replaced(self) -> None:
         """Refuse to write or delete where another folder, or a link, has taken the name of the locked one, or of one in
@@ -346,23 +353,15 @@ def claimed(path: Path, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     if existed:
         _refuse_use(folder, resume, overwrite)
     fsio.make_folder(path)
-    with locks.locked(path), _opened(path) as descriptor:
+    with locks.locked(path) as descriptor:
         folder = RunFolder(path, descriptor)
         try:
             folder.refuse_unsafe()
+            folder.refuse_replaced()
             yield folder
         finally:
             if not existed and not folder.run_json.exists() and not folder.is_replaced:
                 fsio.remove_tree(path)
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_use(folder: RunFolder, resume: bool, overwrite: bool) -> None:
