@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,6 +256,7 @@ FAULTS = {
     "-inf": lambda losses: losses * -torch.inf,
     "nan, with a gradient that is finite": lambda losses: losses + (losses * torch.nan).detach(),
 }
+FOUR_LOSSES = ("dpo", "ipo", "orpo", "simpo")
 WHOLE_STEPS = {"train.tokens_per_microbatch": 10_000, "data.heldout": None}
 
 
@@ -284,6 +287,53 @@ def test_step_with_a_non_finite_gradient_changes_nothing(make_trainer):
     trainer.objective = with_faults(trainer.objective, steep, calls=[0])
     trainer.step()
     assert everything(trainer) == before
+
+
+NUMBERS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+
+
+def spoilt_gradient(parameter: Tensor, value: float) -> Callable[[], None]:
+    """Put a number into each gradient of a parameter; returns what ends that."""
+
+    def spoil(parameter: Tensor) -> None:
+        parameter.grad.view(-1)[-1] = value
+
+    return parameter.register_post_accumulate_grad_hook(spoil).remove
+
+
+def spoilt_states(model: torch.nn.Module, value: float) -> Callable[[], None]:
+    """Put a number into the hidden states before the head; returns what ends that."""
+
+    def spoil(module, inputs, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[..., 0] = value
+        return output
+
+    (norm,) = (module for name, module in model.named_modules() if name.endswith("model.norm"))
+    return norm.register_forward_hook(spoil).remove
+
+
+@pytest.mark.parametrize(
+    ("loss", "every"), [("dpo", 9), *(pytest.param(name, 1, marks=pytest.mark.soak) for name in FOUR_LOSSES)]
+)
+def test_no_number_that_is_not_finite_changes_a_parameter(make_trainer, tally, loss, every):
+    """In the gradient of each tensor of the adapter, and in the hidden states, which is no fault of the loss."""
+    trainer = make_trainer(WHOLE_STEPS | {"loss.name": loss, "loss.beta": 0.1}, moved=True)
+    trainer.step()
+    trainer.state.step += 1
+    before = everything(trainer)
+    faults = [partial(spoilt_gradient, each) for each in trainer.policy.trained_parameters().values()]
+    for fault in [*faults[::every], partial(spoilt_states, trainer.policy.model)]:
+        for value in NUMBERS.values():
+            end = fault(value)
+            trainer.state.nonfinite = 0
+            assert not math.isfinite(trainer.step()["grad_norm"])
+            end()
+            assert trainer.state.nonfinite == 1
+            assert everything(trainer) == before
+            tally["steps with a number that isn't finite"] += 1
+    assert math.isfinite(trainer.step()["grad_norm"])
+    assert everything(trainer) != before
 
 
 def test_training_goes_on_after_two_non_finite_steps(make_trainer):
