@@ -27,10 +27,19 @@ MUTANTS: tuple[Mutant, ...] = (
         "C58",
         "links in a run folder are followed",
         (
-            Edit(OPENING, "_refuse_other_kinds(path, follow)\n    safely", "safely"),
+            Edit(OPENING, "if kind := kind_of(path, follow=follow, folder=folder):", "if kind := None:"),
             Edit(OPENING, "(0 if follow else os.O_NOFOLLOW)", "0"),
         ),
         ("tests/test_opening.py::test_nothing_but_a_file_is_opened",),
+    ),
+    mutant(
+        "C58",
+        "a run writes into the folder that has taken the place of its own",
+        "qpref/training/folder.py",
+        "        if self.is_replaced:\n            raise",
+        "        if self.is_replaced and False:\n            raise",
+        "tests/training/test_run_folder.py::"
+        "test_a_run_whose_folder_is_replaced_while_it_trains_changes_nothing_there[swap_folder]",
     ),
     mutant(
         "C59",
@@ -117,6 +126,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "if key in facts and _sha256(base / name) != facts[key]:",
         'if name == "config.json" and key in facts and _sha256(base / name) != facts[key]:',
         "tests/training/test_run_records.py::test_changed_settings_of_the_base_are_refused_by_name",
+    ),
+    mutant(
+        "C60",
+        "a base whose tokenizer has changed since training goes unseen",
+        "qpref/evaluation/subjects.py",
+        '    _refuse_other_tokenizer(recipe.model, base, facts, adapter if kind == "run" else None)\n',
+        "",
+        "tests/evaluation/test_subjects.py::test_a_tokenizer_changed_since_training_is_refused",
     ),
     mutant(
         "C58",
