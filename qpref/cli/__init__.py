@@ -15,7 +15,7 @@ import click
 
 from qpref import __version__
 from qpref.cli.groups import SuggestingGroup
-from qpref.cli.output import StderrHandler, echo, end_process, guard_streams
+from qpref.cli.output import StderrHandler, echo, end_process, guard_streams, print_error
 from qpref.distributed.environment import is_first, num_processes
 from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefError, RecipeError, StoppedBySignal
 from qpref.installed import as_install_error
@@ -73,7 +73,7 @@ class LazyGroup(SuggestingGroup):
         except (QprefError, ImportError, MemoryError) as caught:
             error = _as_error(caught)
             if not isinstance(error, FailedElsewhere):
-                echo(f"error: {error}", err=True)
+                print_error(error)
             if isinstance(error, PeerError):
                 end_process(error.exit_code)
             ctx.exit(error.exit_code)

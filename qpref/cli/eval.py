@@ -145,5 +145,7 @@ def _cell(estimate: Estimate | None, signed: bool = False) -> str:
         return "-"
     plus = "+" if signed else ""
     digits = 2 if abs(estimate.value) >= 100 else 3
-    value, low, high = (format(number, f"{plus}.{digits}f") for number in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (
+        format(number, f"{plus}z.{digits}f") for number in (estimate.value, estimate.low, estimate.high)
+    )
     return f"{value} ({low} to {high})"

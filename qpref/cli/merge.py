@@ -111,7 +111,7 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
     yield f"  KL per token                  {verdict.kl:9.2g} nats, {verdict.largest_kl:.2g} at most"
     yield f"  preference flips              {len(verdict.flips):9}"
     for flip in verdict.flips[:NUM_FLIPS]:
-        yield f"    {flip.location}: margin {flip.trained:.3f} trained, {flip.merged:.3f} merged"
+        yield f"    {flip.location}: margin {flip.trained:z.3f} trained, {flip.merged:z.3f} merged"
     if len(verdict.flips) > NUM_FLIPS:
         yield f"    and {len(verdict.flips) - NUM_FLIPS} more, in merge.json"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from qpref.errors import RecipeError
+from qpref.errors import QprefError, RecipeError
 from qpref.printable import PrintableStream, printable
 
 if TYPE_CHECKING:
@@ -56,6 +57,29 @@ def end_process(code: int) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+class JsonHandler(logging.Handler):
+    """Prints each record as a JSON object on a line of standard output; `rule` names a warning that is given once."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        rule = getattr(record, "rule", None)
+        echo_event(
+            "log", level=record.levelname.lower(), **({"rule": rule} if rule else {}), message=self.format(record)
+        )
+
+
+def echo_event(event: str, **values: Any) -> None:
+    """Print an event of a run as a JSON object on a line of standard output."""
+    echo(json.dumps({"event": event} | values, ensure_ascii=False, allow_nan=False))
+
+
+def print_error(error: QprefError) -> None:
+    """Print a user's error on standard error; where the log is JSON, as its last event."""
+    if any(isinstance(handler, JsonHandler) for handler in logging.getLogger("qpref").handlers):
+        echo_event("error", exit_code=error.exit_code, message=error.what, hint=error.hint)
+    else:
+        echo(f"error: {error}", err=True)
 
 
 class StderrHandler(logging.Handler):

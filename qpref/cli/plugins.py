@@ -8,6 +8,7 @@ import click
 
 from qpref.cli.options import json_option
 from qpref.cli.output import echo
+from qpref.cli.tables import print_table
 
 
 @click.command("plugins")
@@ -29,6 +30,4 @@ def command(as_json: bool) -> None:
     for offer in offers:
         kind = KINDS[offer.kind].noun if offer.kind in KINDS else f"unknown kind '{offer.kind}'"
         rows.append((kind, offer.name, offer.distribution, offer.version, offer.entry_point))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)

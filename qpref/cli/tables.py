@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from qpref.cli.output import echo
 
+NARROWEST = 20
+"""Characters that a wrapped last column has at least."""
+
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows with aligned columns, two spaces apart."""
+    """Print rows with aligned columns, two spaces apart.
+
+    On a terminal the last column is wrapped to its width; elsewhere each row is a line.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    last = widths[-1]
+    if sys.stdout.isatty():
+        last = max(NARROWEST, shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(widths) - 1))
+    for *cells, text in rows:
+        first, *others = textwrap.wrap(text, last) or [""]
+        echo("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)), first]).rstrip())
+        for line in others:
+            echo(" " * (sum(widths[:-1]) + 2 * (len(widths) - 1)) + line)
 
 
 def options_text(options: Mapping[str, object]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +12,22 @@ import click
 
 from qpref import locks
 from qpref.cli.options import set_option
-from qpref.cli.output import echo
+from qpref.cli.output import JsonHandler, echo, echo_event
 from qpref.distributed.environment import is_first, num_processes
 from qpref.errors import RecipeError
 
 if TYPE_CHECKING:
+    from qpref.hooks.types import Printing
     from qpref.recipe.plan import Plan
+
+
+NEXT = {
+    "eval": ("", "held-out pairs, with intervals"),
+    "chat": ("", "talk to base and trained model"),
+    "report": ("", "the run as an HTML page"),
+    "merge": (" merged", "a plain model folder"),
+}
+"""Commands that use a finished run: further arguments, and what they give."""
 
 
 @click.command("train")
@@ -25,6 +38,12 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace the run in the run folder.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Train on N GPUs of this machine, by torchrun.")
 @click.option("--processes", type=click.IntRange(min=1), metavar="N", help="Train in N processes on the CPU.")
+@click.option("--quiet", "-q", is_flag=True, help="Print warnings and errors alone.")
+@click.option(
+    "--log-json",
+    is_flag=True,
+    help="Print JSON objects, one a line, on standard output: metrics, messages, and the result at the end.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and its plugins, without training.")
 @click.pass_context
 def command(
@@ -36,16 +55,19 @@ def command(
     overwrite: bool,
     gpus: int | None,
     processes: int | None,
+    quiet: bool,
+    log_json: bool,
     dry_run: bool,
 ) -> None:
     """Train a LoRA adapter from RECIPE, a TOML file."""
+    printing = _printing(quiet, log_json)
     from qpref.recipe.resolve import make_plan, run_folder_of
 
     if not dry_run and is_first():  # a launcher's other processes write nothing
         locks.refuse_held(run_folder_of(recipe, output))  # in a moment: plugins and the trainer import torch
     if gpus is not None or processes is not None:
         overrides = (*overrides, f"model.device={'cpu' if gpus is None else 'cuda'}")
-    plan = make_plan(recipe, overrides, output)
+    plan = replace(make_plan(recipe, overrides, output), printing=printing)
     if dry_run:
         if is_first():
             _print_plan(plan)
@@ -58,6 +80,8 @@ def command(
         arguments += ["--output", str(output)] if output else []
         arguments += ["--resume"] if resume else []
         arguments += ["--overwrite"] if overwrite else []
+        arguments += ["--quiet"] if quiet else []
+        arguments += ["--log-json"] if log_json else []
         context.exit(launch("qpref", arguments, count, plan.recipe.distributed.timeout))
     from qpref.cli import quiet_transformers
     from qpref.training.run import train_plan
@@ -65,7 +89,46 @@ def command(
     quiet_transformers()
     folder = train_plan(plan, resume=resume, overwrite=overwrite)
     if is_first():
-        echo(f"run folder: {folder}")
+        _print_result(folder, printing)
+
+
+def _printing(quiet: bool, log_json: bool) -> Printing:
+    """Set up the log for the form of output that the options name, and return it.
+
+    Raises:
+        RecipeError: they exclude each other.
+    """
+    if quiet and log_json:
+        raise RecipeError("--quiet and --log-json exclude each other")
+    logger = logging.getLogger("qpref")
+    if log_json:
+        logger.handlers = [JsonHandler()]
+        return "json"
+    if quiet:
+        logger.setLevel(logging.WARNING)
+        return "nothing"
+    return "text"
+
+
+def _print_result(folder: Path, printing: Printing) -> None:
+    """Print a finished run's verdict, and the commands that use it."""
+    from qpref import sealed
+    from qpref.cli import COMMANDS
+    from qpref.training.folder import RunFolder
+
+    if printing == "nothing":
+        return
+    verdict = sealed.read_sealed(RunFolder(folder).result).get("verdict")
+    if printing == "json":
+        echo_event("result", run_folder=str(folder), verdict=verdict)
+        return
+    if verdict is not None:
+        echo(f"verdict: {verdict['sentence']}")
+    echo(f"run folder: {folder}")
+    echo("next:")
+    for name, (arguments, effect) in NEXT.items():
+        if name in COMMANDS:
+            echo(f"  qpref {name} {shlex.quote(str(folder))}{arguments}  # {effect}")
 
 
 def _num_processes(gpus: int | None, processes: int | None) -> int:

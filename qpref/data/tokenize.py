@@ -27,6 +27,8 @@ log = logging.getLogger("qpref")
 ROWS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 4_000_000
 TAIL_CHARACTERS = 200
+SIDES = {True: "desirable", False: "undesirable"}
+"""Names of single completions by their label."""
 BOUNDARY = "tokenized together, prompt and response would share a token: the response is tokenized separately"
 
 
@@ -114,10 +116,12 @@ class PairTokenizer:
                 yield from finished
 
     def render_first(self, example: TokenizedExample) -> str:
-        """Decode the example as the model sees it: special tokens visible, scored spans in double brackets."""
+        """Decode the example as the model sees it: special tokens visible, scored spans in double brackets, each after
+        the name of its side."""
         decode = self.tokenizer.decode
-        spans = [f"⟦{decode(list(branch))}⟧" for branch in example.branches]
-        return "\n".join([decode(list(example.prompt)), *spans])
+        names = ("chosen", "rejected") if example.label is None else (SIDES[example.label], "mismatched")
+        spans = [f"{name}: ⟦{decode(list(branch))}⟧" for name, branch in zip(names, example.branches, strict=False)]
+        return "\n".join([f"prompt: {decode(list(example.prompt))}", *spans])
 
     def _finish(
         self, row: ExampleRow, pieces: Pieces | RefusedRowError, ids: dict[str, list[int]], limit: int | None

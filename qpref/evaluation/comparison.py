@@ -109,8 +109,8 @@ def _model_warnings(metrics: Mapping[str, Estimate]) -> Iterator[str]:
         rejected = metrics["drift/rejected"].value
         yield (
             "likelihood displacement: the chosen responses have become less likely since the start "
-            f"({drift.value:+.1f} nats on average, in {fell.value:.0%} of the pairs), while the rejected ones moved by "
-            f"{rejected:+.1f}; the probability goes to answers that are in neither column. Read some with "
+            f"({drift.value:+z.1f} nats on average, in {fell.value:.0%} of the pairs), while the rejected ones moved "
+            f"by {rejected:+z.1f}; the probability goes to answers that are in neither column. Read some with "
             "qpref generate. To try: a larger beta, a lower learning_rate, fewer steps, a loss that also raises the "
             "chosen responses' likelihood (qpref losses), or data without pairs whose two responses are nearly the same"
         )

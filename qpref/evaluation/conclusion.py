@@ -50,14 +50,14 @@ def _of_model(name: str, metrics: Mapping[str, Estimate]) -> Iterator[str]:
 
 
 def _price(metrics: Mapping[str, Estimate]) -> str:
-    """Say what became of the chosen responses' likelihood, where that is known."""
+    """Describe the change of the chosen responses' likelihood, where that is known."""
     drift = metrics.get("drift/chosen")
     if drift is None or drift.pairs < LEAST_PAIRS:
         return ""
     if drift.high < 0:
-        return f", and its chosen answers became less likely ({drift.value:+.1f} nats)"
+        return f", and its chosen answers became less likely ({drift.value:+z.1f} nats)"
     if drift.low > 0:
-        return f", and its chosen answers became likelier ({drift.value:+.1f} nats)"
+        return f", and its chosen answers became likelier ({drift.value:+z.1f} nats)"
     return ", without a measurable change of its chosen answers' likelihood"
 
 
@@ -65,7 +65,7 @@ def _of_difference(name: str, first: str, differences: Mapping[str, Estimate]) -
     found = differences.get("rewards/accuracies") or differences.get("logps/accuracies")
     if found is None or found.pairs < LEAST_PAIRS:
         return
-    points = f"{100 * found.value:+.0f} points ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
+    points = f"{100 * found.value:+z.0f} points ({100 * found.low:+z.0f} to {100 * found.high:+z.0f})"
     if found.low > 0:
         yield f"{name} is right more often than {first}: {points}"
     elif found.high < 0:

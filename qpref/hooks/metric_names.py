@@ -5,7 +5,7 @@ from __future__ import annotations
 REWARDS = frozenset({"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"})
 """What `reward_metrics` returns, under which reports and sinks look for a loss's rewards."""
 CORE = frozenset({"step", "split", "tokens", "seconds", "loss", "grad_norm", "learning_rate"})
-CORE_PREFIXES = ("eval_", "loss/", "logps/", "rewards/")
+CORE_PREFIXES = ("eval_", "loss/", "logps/", "rewards/", "option/")
 
 
 MAX_LENGTH, MAX_METRICS = 200, 500

@@ -127,6 +127,7 @@ class UnpairedLoss(Loss):
 
 
 Split = Literal["train", "heldout"]
+Printing = Literal["text", "json", "nothing"]
 
 
 class RowCheck(Protocol):
@@ -160,11 +161,24 @@ class Validator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkContext:
-    """The run that a sink is opened for. `first_step` is 0, or the step from which a run resumes."""
+    """The run that a sink is opened for.
+
+    Attributes:
+        first_step: 0, or the step from which a run resumes.
+        printing: the form of standard output, for a sink that prints: text, JSON objects, one a line, or nothing.
+        planned_bytes: peak memory that the run's plan predicts; 0 where that is unknown.
+        limit_bytes: memory that the run may fill; 0 where that is unknown.
+        peak_bytes: measures the peak memory so far: of a GPU what torch has reserved, of a CPU the process's. It can
+            be called from any thread.
+    """
 
     run_folder: Path
     first_step: int
     total_steps: int
+    printing: Printing = "text"
+    planned_bytes: int = 0
+    limit_bytes: int = 0
+    peak_bytes: Callable[[], int] = lambda: 0
 
     def make_folder(self) -> Path:
         """Create `sinks` in the run folder, and return it: the place for a sink's files.

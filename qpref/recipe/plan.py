@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.hooks.manager import Loaded
-from qpref.hooks.types import PairedLoss
+from qpref.hooks.types import PairedLoss, Printing
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.document import fingerprint_of
@@ -24,6 +24,7 @@ class Plan:
         losses: one, or several that are added; all of pairs or all of single completions.
         sources: of the held-out data, then of the training data.
         recorded: the losses' facts, for a run that was reopened without its loss plugins.
+        printing: the form of a run's standard output, no part of its recipe.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class Plan:
     sources: tuple[SourceChoice, ...]
     output: Path
     recorded: LossFacts | None = None
+    printing: Printing = "text"
 
     @property
     def plugins(self) -> list[Loaded]:

@@ -112,6 +112,7 @@ def _description(session: Session) -> dict[str, Any]:
         "versions": {name: version_of(name) for name in VERSIONED} | {"python": platform.python_version()},
         "device": _device_name(prepared.policy.device),
         "plugins": _offers(prepared.plan),
+        "reference": prepared.reference_name,
         "losses": {"is_paired": prepared.plan.is_paired, "needs": sorted(prepared.plan.needs)},
         **_location(prepared),
         **_base(prepared),

@@ -13,7 +13,8 @@ from qpref.distributed.world import ALONE, World
 from qpref.memory.tune import Parts, in_microbatches, shrink_microbatch
 from qpref.policy.out_of_memory import attempt
 from qpref.policy.reference import frozen
-from qpref.records import Source, TokenizedExample
+from qpref.records import TokenizedExample
+from qpref.training.heldout_scores import pairs_among
 from qpref.training.inputs import example_metrics
 from qpref.training.metrics import Averages
 from qpref.training.scoring import Scorer, Scores
@@ -117,19 +118,6 @@ def with_accuracies(metrics: Mapping[str, Tensor], singles: Sequence[TokenizedEx
     everywhere = list(range(len(metrics["loss"])))
     better, worse = (everywhere, everywhere) if singles is None else pairs_among(singles)
     return dict(metrics) | (_accuracies(metrics, better, worse, singles is None) if better else {})
-
-
-def pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
-    """Find the positions of desirable and undesirable completions that came from the same pairs."""
-    positions: dict[tuple[Source, int, bool | None], int] = {
-        (example.source, example.number, example.label): position for position, example in enumerate(examples)
-    }
-    pairs = [
-        (position, positions[source, number, False])
-        for (source, number, label), position in positions.items()
-        if label and (source, number, False) in positions
-    ]
-    return [good for good, _ in pairs], [bad for _, bad in pairs]
 
 
 def _accuracies(

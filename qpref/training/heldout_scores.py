@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qpref.records import Source, TokenizedExample
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldoutScores:
@@ -42,3 +44,24 @@ class HeldoutScores:
         return cls(
             step=int(tensors[f"{name}.step"]), chosen=tensors[f"{name}.chosen"], rejected=tensors[f"{name}.rejected"]
         )
+
+
+def pairs_of(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
+    """Find the positions of each pair's chosen and rejected response; of single completions, those of one pair."""
+    if examples[0].label is not None:
+        return pairs_among(examples)
+    everywhere = list(range(len(examples)))
+    return everywhere, everywhere
+
+
+def pairs_among(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
+    """Find the positions of desirable and undesirable completions that came from the same pairs."""
+    positions: dict[tuple[Source, int, bool | None], int] = {
+        (example.source, example.number, example.label): position for position, example in enumerate(examples)
+    }
+    pairs = [
+        (position, positions[source, number, False])
+        for (source, number, label), position in positions.items()
+        if label and (source, number, False) in positions
+    ]
+    return [good for good, _ in pairs], [bad for _, bad in pairs]

@@ -24,6 +24,7 @@ from qpref.records import TokenizedExample
 from qpref.training import heldout, optim
 from qpref.training.best import Criterion
 from qpref.training.gradient_check import check_gradients
+from qpref.training.length_bias import LengthGroups
 from qpref.training.metrics import Recorder
 from qpref.training.objective import Objective, progress
 from qpref.training.scoring import Scorer
@@ -134,7 +135,11 @@ class Trainer:
         return isinstance(every, int) and step % every == 0
 
     def step(self) -> dict[str, float]:
-        """Take one optimizer step on `batch_size` examples; returns its gradient norm and learning rate by name."""
+        """Take one optimizer step on `batch_size` examples.
+
+        Returns:
+            Its gradient norm, learning rate and scheduled options, by metric name.
+        """
         train, index = self.train, self.state.step
         self.world.begin(f"step {index + 1}")
         optim.seed_step(train.seed, index)
@@ -156,7 +161,7 @@ class Trainer:
         self._count_nonfinite(grad_norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": grad_norm, "learning_rate": rate}
+        return {"grad_norm": grad_norm, "learning_rate": rate} | self.objective.scheduled_options()
 
     def compute_gradient(self, examples: Sequence[TokenizedExample]) -> Tensor:
         """Accumulate the gradient of the current step on these examples, and count their tokens and metrics.
@@ -214,8 +219,17 @@ class Trainer:
             means = self.heldout_means()
             if criterion is not None:
                 state.best = criterion.update(state.best, state.step, means)
-            self.recorder.write(state.row("eval", {f"eval_{name}": value for name, value in means.items()}))
+            values = means | self._length_bias()
+            self.recorder.write(state.row("eval", {f"eval_{name}": value for name, value in values.items()}))
         return state.is_best
+
+    def _length_bias(self) -> dict[str, float]:
+        """Compute the new preference for long answers since the first evaluation; nothing at the first."""
+        before, after = self.state.first_scores, self.state.last_scores
+        if before is None or after is None or before.step == after.step:
+            return {}
+        bias = LengthGroups.of(self.heldout).bias(before, after)
+        return {} if math.isnan(bias) else {"logps/length_bias": bias}
 
     def heldout_means(self) -> dict[str, float]:
         """Compute the metrics' means over the held-out examples, and keep the examples' scores.

@@ -26,6 +26,7 @@ from qpref.hooks.types import SinkContext, SinkWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
 from qpref.training.sink_budget import SinkBudget, SinkWatch
+from qpref.training.symptoms import Watch
 
 log = logging.getLogger("qpref")
 
@@ -87,12 +88,19 @@ class Recorder:
         path: metrics.jsonl.
         keep: bytes of it to keep; rows that a killed run wrote after its last checkpoint are cut off.
         sinks: the recipe's metric sinks, opened for `context`.
+        symptoms: looks at each row, too.
     """
 
-    def __init__(self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext) -> None:
+    def __init__(
+        self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext, symptoms: Watch | None = None
+    ) -> None:
         self._lines = fsio.AppendLog(path, keep)
         self._size = self._lines.size
-        self._hash = hashlib.sha256(opening.read_bytes(path, keep))
+        kept = opening.read_bytes(path, keep)
+        self._hash = hashlib.sha256(kept)
+        self._symptoms = symptoms
+        if symptoms is not None:
+            symptoms.replay(kept)
         self._unwritten: list[bytes] = []
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
         self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
@@ -120,6 +128,8 @@ class Recorder:
         self._undo_changes()
         for sink in self._sinks:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
+        if self._symptoms is not None:
+            self._symptoms.look(row)
 
     def _undo_changes(self) -> None:
         """Set back settings of the process that the sinks have changed; their threads share them with training."""

@@ -166,6 +166,23 @@ class Objective:
             for position, name in enumerate(names)
         ]
 
+    def starts_at(self) -> float | None:
+        """Return the loss of an example on which policy and reference agree; None where that is no constant."""
+        starts = [caller.starts_at() for caller in self.callers]
+        if any(start is None for start in starts):
+            return None
+        return sum(choice.weight * (start or 0.0) for choice, start in zip(self.choices, starts, strict=True))
+
+    def scheduled_options(self) -> dict[str, float]:
+        """Return the values of the options that follow a schedule, by metric name: `option/beta`; of one of several
+        losses `option/dpo.beta`."""
+        parts = [name.removeprefix("loss/") + "." if len(self.choices) > 1 else "" for name in self._part_names]
+        return {
+            f"option/{part}{option}": float(getattr(caller.choice.options, option))
+            for choice, caller, part in zip(self.choices, self.callers, parts, strict=True)
+            for option in choice.options.schedules
+        }
+
     def refuse_bad_schedule(self, total_steps: int) -> None:
         """Build every loss for every step, so that no option leaves its range in the middle of a run.
 

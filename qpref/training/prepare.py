@@ -60,6 +60,14 @@ class Prepared:
     fingerprints: dict[str, str]
 
     @property
+    def reference_name(self) -> str | None:
+        """The reference in words; None where the losses need none."""
+        if not self.objective.needs_reference:
+            return None
+        start = self.plan.recipe.adapter.start
+        return "the base, with its adapter off" if start is None else f"a frozen copy of the start adapter, {start}"
+
+    @property
     def all_examples(self) -> list[TokenizedExample]:
         """Training examples, then held-out ones."""
         return [*self.examples, *self.heldout]

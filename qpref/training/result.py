@@ -51,6 +51,7 @@ def write_result(path: Path, session: Session, first_step: int, adapter_files: M
             "tokens_per_microbatch": state.budget,
             "peak_bytes": peak_bytes(device),
             "verdict": verdict_of(session, step).as_json(),
+            "warnings": [] if session.symptoms is None else session.symptoms.found,
         },
     )
 
@@ -83,6 +84,12 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
         peak["allocated"] = torch.cuda.max_memory_allocated(device)
         peak["reserved"] = torch.cuda.max_memory_reserved(device)
     return peak
+
+
+def peak_of_device(device: torch.device) -> int:
+    """Return the peak bytes of the memory that a run's plan is about: a GPU's reserved, a CPU's resident ones."""
+    peak = peak_bytes(device)
+    return peak["reserved"] if device.type == "cuda" else peak["resident"]
 
 
 def _resident_bytes() -> int:

@@ -22,19 +22,22 @@ from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
+from qpref.training.adapter_change import idle_rate_warning
 from qpref.training.best import Best, restore_best
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.description import begin_records, restate_recipe, restore_records, was_begun_by_this_job
 from qpref.training.folder import RunFolder, claimed
+from qpref.training.length_bias import LengthGroups
 from qpref.training.loop import Trainer
 from qpref.training.metrics import NoRecorder, Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.ranks import agree_on_layout, agree_on_plan, agree_on_start
-from qpref.training.result import reset_peak, write_result
+from qpref.training.result import peak_of_device, reset_peak, write_result
 from qpref.training.saving import Saver
 from qpref.training.snapshot import Session
 from qpref.training.state import TrainingState
 from qpref.training.stop import stop_request
+from qpref.training.symptoms import History, Watch
 
 log = logging.getLogger("qpref")
 
@@ -99,6 +102,7 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
             log.info("%s: no checkpoint yet; starting from the beginning", folder.path)
         metrics_bytes = _begin(session, folder)
     agree_on_layout(world, prepared.policy)
+    log.info("reference: %s", prepared.reference_name or "none, the losses need none")
     _fill_references(session)
     first_step = session.state.step
     with stop_request(announce=world.is_first) as requested:
@@ -187,6 +191,8 @@ def _begin(session: Session, folder: RunFolder) -> int:
         Bytes of metrics.jsonl to keep.
     """
     prepared = session.prepared
+    for each in _known_symptoms(prepared):
+        log.warning("%s", each["message"], extra={"rule": each["rule"]})
     batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
     invariants.check_start(prepared.policy, prepared.objective, batch)
     prepared.policy.finish_passes()
@@ -241,11 +247,8 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Se
     """
     prepared, references = session.prepared, session.references
     plan, total = prepared.plan, total_steps(prepared.plan.recipe.train, len(prepared.examples))
-    context = SinkContext(run_folder=folder.path, first_step=session.state.step, total_steps=total)
     is_writer = prepared.world.is_first
-    if is_writer:
-        folder.refuse_replaced()
-    recorder = Recorder(folder.metrics, metrics_bytes, plan.sinks, context) if is_writer else NoRecorder()
+    recorder = _open_recorder(session, folder, metrics_bytes, total) if is_writer else NoRecorder()
     saver = Saver(session, folder, recorder, stops, total)
     reset_peak(prepared.policy.device)
     trainer = Trainer(
@@ -272,6 +275,39 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Se
         recorder.close()
         if references is not None and references.cache is not None:
             references.cache.close()
+
+
+def _open_recorder(session: Session, folder: RunFolder, metrics_bytes: int, total_steps: int) -> Recorder:
+    """Open metrics.jsonl, the recipe's sinks, and the watch over the metrics."""
+    folder.refuse_replaced()
+    prepared, device = session.prepared, session.prepared.policy.device
+    forecast = session.description.get("forecast")
+    context = SinkContext(
+        run_folder=folder.path,
+        first_step=session.state.step,
+        total_steps=total_steps,
+        printing=prepared.plan.printing,
+        planned_bytes=forecast["memory"]["total"] if forecast else 0,
+        limit_bytes=prepared.memory_limit,
+        peak_bytes=lambda: peak_of_device(device),
+    )
+    session.symptoms = Watch(
+        History(
+            start=prepared.objective.starts_at(),
+            num_heldout=len(prepared.heldout),
+            length_error=LengthGroups.of(prepared.heldout).error,
+            total_steps=total_steps,
+        ),
+        _known_symptoms(prepared),
+    )
+    return Recorder(folder.metrics, metrics_bytes, prepared.plan.sinks, context, session.symptoms)
+
+
+def _known_symptoms(prepared: Prepared) -> list[dict[str, Any]]:
+    """List the symptoms that the recipe alone shows, in the form of `Watch.found`."""
+    recipe = prepared.plan.recipe
+    warning = idle_rate_warning(recipe, total_steps(recipe.train, len(prepared.examples)))
+    return [] if warning is None else [{"rule": "idle_rate", "step": 0, "message": warning}]
 
 
 def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> None:

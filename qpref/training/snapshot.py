@@ -23,6 +23,7 @@ from qpref.training.heldout_scores import HeldoutScores
 from qpref.training.metrics import Averages
 from qpref.training.prepare import Prepared
 from qpref.training.state import TrainingState
+from qpref.training.symptoms import Watch
 
 log = logging.getLogger("qpref")
 
@@ -37,6 +38,7 @@ class Session:
         sizes: tokens per micro-batch and number of recomputed layers of each process, by rank; empty for one process.
         description: the values of run.json.
         metrics_sha256: hash of metrics.jsonl at the end of training.
+        symptoms: the watch over its rows, in the process that writes them.
     """
 
     prepared: Prepared
@@ -47,6 +49,7 @@ class Session:
     sizes: list[list[int]] = field(default_factory=list)
     description: dict[str, Any] = field(default_factory=dict)
     metrics_sha256: str = ""
+    symptoms: Watch | None = None
 
     @classmethod
     def of(cls, prepared: Prepared) -> Session:

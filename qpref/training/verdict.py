@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from qpref.records import TokenizedExample
-from qpref.training.heldout import pairs_among
-from qpref.training.heldout_scores import HeldoutScores
+from qpref.training.heldout_scores import HeldoutScores, pairs_of
 from qpref.training.intervals import (
     LEVEL,
     Interval,
@@ -108,14 +107,6 @@ def judge(
 
 NO_HELDOUT = "no held-out data, so nothing says what was learned: set [data] heldout or heldout_share"
 NOT_COMPARABLE = "the held-out examples can't be compared: all of one class, or without finite log-probabilities"
-
-
-def pairs_of(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
-    """Find the positions of each pair's chosen and rejected response; of single completions, those of one pair."""
-    if examples[0].label is not None:
-        return pairs_among(examples)
-    everywhere = list(range(len(examples)))
-    return everywhere, everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -439,8 +439,17 @@ def test_the_first_row_is_shown_with_its_special_tokens_and_scored_spans():
     tokenizer = PairTokenizer.of(make_tokenizer(), "chat", [])
     (example,) = tokenizer.tokenize([make_pair()])
     assert tokenizer.render_first(example) == (
-        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\n⟦4<|im_end|>⟧\n⟦five<|im_end|>⟧"
+        "prompt: <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\n"
+        "chosen: ⟦4<|im_end|>⟧\nrejected: ⟦five<|im_end|>⟧"
     )
+
+
+@pytest.mark.parametrize(("label", "name"), [(True, "desirable"), (False, "undesirable")])
+def test_a_first_row_that_is_a_single_completion_is_shown_with_its_label(label, name):
+    tokenizer = PairTokenizer.of(make_tokenizer(), "chat", [])
+    (pair,) = tokenizer.tokenize([make_pair()])
+    single = replace(pair, branches=pair.branches[:1], truncated=pair.truncated[:1], label=label)
+    assert tokenizer.render_first(single).splitlines()[-1] == f"{name}: ⟦4<|im_end|>⟧"
 
 
 # A tokenizer's pattern splits most texts at once, and reaches Oniguruma's limits on others.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import make_example
 
 import qpref
 from qpref.recipe.sections import AdapterSection, Recipe, TrainSection
+from qpref.training import checkpoint
 from qpref.training.adapter_change import LEAST_CHANGE, better_rate, idle_rate_warning, largest_change
 from qpref.training.heldout_scores import HeldoutScores
 from qpref.training.verdict import judge
@@ -120,15 +122,15 @@ def test_pairs_without_finite_scores_are_left_out():
     assert judged(torch.full((COUNT,), torch.nan), torch.zeros(COUNT)).outcome == "unknown"
 
 
+def test_scores_of_another_step_are_not_the_results():
+    verdict = judged(torch.full((COUNT,), 5.0), torch.zeros(COUNT), step=6)
+    assert (verdict.outcome, verdict.accuracy) == ("unknown", None)
+
+
 def test_scores_from_the_middle_of_a_run_are_not_its_start():
     """As of a run that resumed from a checkpoint without them."""
     late = scores(3, torch.zeros(COUNT), torch.zeros(COUNT))
     verdict = judged(torch.full((COUNT,), 5.0), torch.zeros(COUNT), before=late)
-    assert (verdict.outcome, verdict.accuracy) == ("unknown", None)
-
-
-def test_scores_of_another_step_are_not_the_results():
-    verdict = judged(torch.full((COUNT,), 5.0), torch.zeros(COUNT), step=6)
     assert (verdict.outcome, verdict.accuracy) == ("unknown", None)
 
 
@@ -252,3 +254,38 @@ def test_result_json_has_the_verdict(make_recipe, tmp_path):
         first["eval_logps/chosen"] - first["eval_logps/rejected"]
     )
     assert verdict["margin"]["value"] == pytest.approx(growth, abs=1e-4)
+
+
+def verdict_in(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "result.json").read_text())["verdict"]
+
+
+def test_resumed_run_has_the_verdict_of_one_that_was_never_killed(make_recipe, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    real = checkpoint.save_checkpoint
+
+    def save(*arguments):
+        real(*arguments)
+        raise Killed
+
+    recipe = make_recipe({"train.max_steps": 3, "train.save_every": 1, "model.device": "cpu"})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", save)
+        with pytest.raises(Killed):
+            qpref.train(recipe, output=tmp_path / "killed")
+    qpref.train(recipe, output=tmp_path / "killed", resume=True)
+    assert verdict_in(tmp_path / "killed") == verdict_in(qpref.train(recipe, output=tmp_path / "whole"))
+
+
+def test_verdict_is_about_the_best_steps_adapter(make_recipe, tmp_path):
+    """The highest loss is asked for here, which is the first step's."""
+    best = {"train.best_by": "eval_loss", "train.best_direction": "max", "train.eval_every": 1}
+    folder = qpref.train(make_recipe({"train.max_steps": 3, "model.device": "cpu"} | best), output=tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    chosen = {row["step"]: row["eval_logps/chosen"] for row in rows if row["split"] == "eval"}
+    step = json.loads((folder / "result.json").read_text())["adapter_step"]
+    assert step < 3
+    assert verdict_in(folder)["steps"] == [0, step]
+    assert verdict_in(folder)["chosen"]["value"] == pytest.approx(chosen[step] - chosen[0], abs=1e-4)
