@@ -20,7 +20,7 @@ PAGES = [
     *sorted(path for path in (ROOT / "docs").rglob("*.md")),
 ]
 PROGRAMS = (
-    *("qpref", "python", "pip", "git", "cd", "torchrun", "pytest", "mkdocs", "export"),
+    *("qpref", "python", "python3", "pip", "git", "cd", "torchrun", "pytest", "mkdocs", "export"),
     *("kubectl", "sbatch", "srun", "docker"),
     *("ollama", "vllm", "llama-cli", "llama-server"),
     *("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "aim"),

@@ -15,8 +15,8 @@ from manual_commands import ROOT
 
 from qpref.cli import main
 
-NUM_TRAINED, NUM_HELD_OUT = 16, 20
-"""Rows of the quickstart's data to train on and to evaluate; below 20 pairs, `qpref eval` says nothing."""
+NUM_TRAINED, NUM_HELD_OUT = 8, 8
+"""Pairs in the place of the quickstart's data, short ones: a tiny base reads bytes."""
 AXOLOTL = """base_model: my-base
 rl: dpo
 datasets:
@@ -50,9 +50,8 @@ def make_workspace(folder: Path, base: Path) -> None:
     del quickstart["model"]["sha256"]
     data = folder / "recipes/quickstart"
     data.mkdir(parents=True)
-    for name, count in (("train", NUM_TRAINED), ("heldout", NUM_HELD_OUT)):
-        rows = (ROOT / f"recipes/quickstart/{name}.jsonl").read_text().splitlines()[:count]
-        (data / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    write_jsonl(data / "train.jsonl", preference_rows(NUM_TRAINED))
+    write_jsonl(data / "heldout.jsonl", preference_rows(NUM_HELD_OUT, start=100))
     (folder / "recipes/quickstart.toml").write_text(tomli_w.dumps(quickstart))
     shutil.copytree(base, folder / "my-base")
     pairs = [

@@ -17,7 +17,7 @@ NOT_RUN_HERE = {
     r"git clone .*": "a network",
     r"cd qpref": "a network",
     r"pip install .*": "a network",
-    r"python -m venv .*": ".ci/run",
+    r"python3 -m venv .*": ".ci/run",
     r"\. .*": ".ci/run",
     r"docker .*": "a container runtime",
     r"pytest .*": ".ci/run",
