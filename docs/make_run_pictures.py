@@ -19,7 +19,7 @@ PICTURES = ROOT / "docs/pictures"
 METRICS = PICTURES / "runs"
 RECIPE = "recipes/quickstart.toml"
 PAGES = ("docs/metrics.md", "docs/tutorial.md", "docs/tutorial.zh-CN.md")
-NUM_FLIPPED_ROWS = 32
+COIN_FLIPS, NUM_FLIPPED_ROWS = "coin-flips.jsonl", 32
 KEPT = ("step", "split", "loss", "rewards/margins", "rewards/accuracies", "logps/accuracies", "logps/chosen",
         "logps/rejected")  # fmt: skip
 PANELS = (
@@ -45,7 +45,7 @@ SICK_AND_HEALTHY = {
     "flat": Shown(("train.epochs=2", "train.learning_rate=5e-7"), "learning rate too low"),
     "displaced": Shown(("train.epochs=2", "train.learning_rate=1e-3", "loss.beta=0.01"), "moves too far"),
     "memorized": Shown(
-        ("train.epochs=8", "train.learning_rate=1e-3", "data.train={folder}/coin-flips.jsonl"), "labels are noise"
+        ("train.epochs=8", "train.learning_rate=1e-3", "data.train={folder}/" + COIN_FLIPS), "labels are noise"
     ),
 }
 BETAS = {f"beta-{beta}": Shown((f"loss.beta={beta}",), str(beta)) for beta in (0.03, 0.1, 0.3)}
@@ -54,22 +54,26 @@ BETAS = {f"beta-{beta}": Shown((f"loss.beta={beta}",), str(beta)) for beta in (0
 def train(folder: Path) -> None:
     """Train each run that isn't in the folder, and keep its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in (ROOT / "recipes/quickstart/train.jsonl").read_text().splitlines()]
-    with (folder / "coin-flips.jsonl").open("w") as file:
-        for number, row in enumerate(rows[:NUM_FLIPPED_ROWS]):
-            if number % 2:
-                row |= {"chosen": row["rejected"], "rejected": row["chosen"]}
-            print(json.dumps(row), file=file)
+    _write_coin_flips(folder / COIN_FLIPS)
     METRICS.mkdir(exist_ok=True)
     for name, run in (SICK_AND_HEALTHY | BETAS).items():
         changes = [*run.changes, *(["train.eval_every=4"] if name in SICK_AND_HEALTHY else [])]
-        arguments = [part for change in changes for part in ("--set", change.format(folder=folder))]
+        settings = [part for change in changes for part in ("--set", change.format(folder=folder))]
         if not (folder / name / "result.json").exists():
-            command = ["qpref", "train", RECIPE, "--output", str(folder / name), *arguments, "--overwrite"]
+            command = ["qpref", "train", RECIPE, "--output", str(folder / name), *settings, "--overwrite"]
             subprocess.run(command, check=True, cwd=ROOT)
         lines = (folder / name / "metrics.jsonl").read_text().splitlines()
         kept = (_kept(json.loads(line)) for line in lines)
         (METRICS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _write_coin_flips(path: Path) -> None:
+    """Write some of the quickstart's training pairs, the labels of every second one swapped."""
+    lines = (ROOT / "recipes/quickstart/train.jsonl").read_text().splitlines()[:NUM_FLIPPED_ROWS]
+    with path.open("w") as file:
+        for number, row in enumerate(map(json.loads, lines)):
+            swapped = {"chosen": row["rejected"], "rejected": row["chosen"]} if number % 2 else {}
+            print(json.dumps(row | swapped), file=file)
 
 
 def _kept(row: dict[str, object]) -> dict[str, object]:
