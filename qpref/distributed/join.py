@@ -24,6 +24,12 @@ from qpref.distributed.world import World
 from qpref.errors import PeerError, RecipeError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+HOSTS_LIMIT = timedelta(days=7)
+"""gloo's limit for a message between hosts. `Peers` ends a wait for a process that makes no progress long before; one
+that makes progress may be waited for longer than the timeout."""
+DEVICES_MARGIN = timedelta(seconds=60)
+"""Time by which the limit of a message between devices exceeds the timeout: NCCL kills a process that reaches it, which
+then names no rank. All processes have come to such a message when it begins."""
 
 
 def take_gpu(setting: str) -> None:
@@ -65,14 +71,13 @@ def joined(device: torch.device, timeout: int) -> Iterator[World]:
         return
     is_ours = not dist.is_initialized()
     store = _rendezvous(timeout) if is_ours else distributed_c10d._get_default_store()
-    limit = timedelta(seconds=timeout)
-    groups = [_hosts_group(limit, is_ours)]
+    groups = [_hosts_group(is_ours)]
     world, failed = _world(store, groups[0], timeout, hosts_store=is_ours), True
     try:
         refuse_differences(world, {"device": device.type}, "devices")
-        if device.type == "cuda":
-            groups.append(dist.new_group(backend="nccl", timeout=limit))
-            world = replace(world, devices=groups[1])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        groups.append(dist.new_group(backend=backend, timeout=timedelta(seconds=timeout) + DEVICES_MARGIN))
+        world = replace(world, devices=groups[1])
         with logged_by_rank(world):
             yield world
             world.wait("the end of the run")
@@ -132,14 +137,14 @@ def _rendezvous(timeout: int) -> Any:
     return store
 
 
-def _hosts_group(limit: timedelta, is_ours: bool) -> dist.ProcessGroup:
+def _hosts_group(is_ours: bool) -> dist.ProcessGroup:
     """Make the group of the hosts.
 
     Raises:
         PeerError: a process has left since they met.
     """
     try:
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=limit)
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=HOSTS_LIMIT)
     except RuntimeError as error:
         if is_ours:
             dist.destroy_process_group()
@@ -164,7 +169,7 @@ def _settled(world: World, error: BaseException) -> BaseException:
 
 
 def _leave(groups: list[dist.ProcessGroup], is_ours: bool, failed: bool) -> None:
-    """Leave the groups that were made here; after a failure NCCL's is aborted, which would wait for all processes."""
+    """Leave the groups that were made here; after a failure that of the devices is aborted, where NCCL would wait."""
     if failed:
         for group in groups[1:]:
             with suppress(RuntimeError):  # the failure is what there is to report

@@ -16,7 +16,7 @@ from qpref.memory.setup import Setup
 from qpref.memory.shape import Layer, Linear, ModelShape
 from qpref.memory.stream import Stream
 from qpref.policy.matmul import WIDENED_ROWS
-from qpref.policy.vocabulary import MAX_ROWS, TILE_ELEMENTS
+from qpref.policy.vocabulary import MAX_ROWS, SHARED_ROWS, TILE_ELEMENTS
 
 
 def activation_bytes(shape: ModelShape, setup: Setup, stream: Stream, recomputed: int) -> int:
@@ -233,13 +233,16 @@ def largest_matrix(shape: ModelShape) -> int:
 def head_bytes(shape: ModelShape, setup: Setup, stream: Stream) -> int:
     """Count a tile's logits, softmax and gradient, the head's float32 slice, and the hidden states' gradients.
 
-    Where ranks share the base, each scores the hidden states of all ranks against its own rows of the head.
+    Where ranks share the base, each scores the hidden states of all ranks against its own rows of the head, at most
+    `SHARED_ROWS` at a time, and keeps its own gradients of those before.
     """
-    scored = stream.scored_tokens * setup.num_shards
+    everybodys = stream.scored_tokens * setup.num_shards
+    scored = min(everybodys, max(SHARED_ROWS, stream.scored_tokens))
+    kept = 4 * shape.hidden * stream.scored_tokens if scored < everybodys else 0
     rows = max(1, min(MAX_ROWS, math.ceil(scored)))
     columns = max(1, min(math.ceil(shape.vocabulary / setup.num_shards), TILE_ELEMENTS[setup.device] // rows))
     tile = rows * columns * (4 + 4 + setup.dtype_bytes)
     slice_copy = 4 * columns * shape.hidden if setup.device == "cpu" and setup.dtype_bytes < 4 else 0
     sums = 4 * 4 * rows * shape.hidden
     gradients = scored * shape.hidden * (4 + 4 + setup.dtype_bytes)
-    return int(tile + slice_copy + sums + gradients)
+    return int(tile + slice_copy + sums + gradients + kept)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from qpref.distributed.world import World
 
@@ -27,6 +28,17 @@ class Pass(IntEnum):
     DECODER = 4
 
 
+class Wishes(NamedTuple):
+    """Requests of a pass of SCORES: whether gradients are needed, and sums of squares; and the number of rows."""
+
+    needs_grad: bool = False
+    needs_squares: bool = False
+    num_rows: int = 0
+
+
+NO_WISHES = Wishes()
+
+
 @dataclass(slots=True, kw_only=True)
 class Passes:
     """Passes of this process and of those that it shares a base with.
@@ -36,24 +48,22 @@ class Passes:
     """
 
     world: World
-    join: Callable[[Pass, tuple[bool, bool]], None]
+    join: Callable[[Pass, Wishes], None]
 
-    def begin(self, kind: Pass, wishes: tuple[bool, bool] = (False, False)) -> tuple[bool, bool]:
+    def begin(self, kind: Pass, wishes: Wishes = NO_WISHES) -> Wishes:
         """Begin a pass together with all processes, after any that others have to finish before.
 
-        Args:
-            wishes: for SCORES, whether gradients are needed, and sums of squares.
-
         Returns:
-            Wishes of all processes together.
+            Wishes of all processes together, and the largest number of rows of one.
         """
         while True:
             begun = self.world.exchange([int(kind), *wishes], "the next pass")
             first = Pass(max(each[0] for each in begun))
-            needs_grad, needs_squares = (any(each[index] for each in begun if each[0] == first) for index in (1, 2))
+            wished = [Wishes(*each) for pass_, *each in begun if pass_ == first]
+            together = Wishes(*map(max, zip(*wished, strict=True)))
             if first == kind:
-                return needs_grad, needs_squares
-            self.join(first, (needs_grad, needs_squares))
+                return together
+            self.join(first, together)
 
     def finish(self) -> None:
         """Join the passes of all processes that have more of them, until every process is here."""

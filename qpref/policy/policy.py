@@ -20,7 +20,7 @@ from qpref.policy.adapter import is_trained
 from qpref.policy.experts import packed_names
 from qpref.policy.experts_lora import ExpertsLora
 from qpref.policy.head import Head
-from qpref.policy.passes import Pass, Passes
+from qpref.policy.passes import Pass, Passes, Wishes
 from qpref.policy.rope import RopeLengths, for_lengths
 from qpref.policy.rope import current as current_lengths
 from qpref.policy.sharded_base import ShardedBase
@@ -123,11 +123,11 @@ class Policy:
         self.plain_model.get_output_embeddings().passes = passes
         self.shards, self.passes, self.head = shards, passes, replace(self.head, passes=passes)
 
-    def _join(self, kind: Pass, wishes: tuple[bool, bool]) -> None:
+    def _join(self, kind: Pass, wishes: Wishes) -> None:
         """Take part in other processes' pass of a kind, with no tokens."""
         assert self.shards is not None
         if kind is Pass.SCORES:
-            join_scores(self.head, *wishes)
+            join_scores(self.head, wishes)
         elif kind is Pass.LOGITS:
             self.plain_model.get_output_embeddings().logits(self.head.weight.new_empty(0, self.head.weight.shape[1]))
         else:

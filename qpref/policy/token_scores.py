@@ -20,7 +20,7 @@ from qpref.errors import PolicyError
 from qpref.policy import vocabulary
 from qpref.policy.head import Head
 from qpref.policy.matmul import float32_matmul, product
-from qpref.policy.passes import Pass
+from qpref.policy.passes import Pass, Wishes
 from qpref.policy.vocabulary import RunningLogSumExp, vocabulary_slices
 
 
@@ -45,11 +45,11 @@ def score_tokens(head: Head, hidden: Tensor, tokens: Tensor, *, squares: bool = 
     return scored
 
 
-def join_scores(head: Head, needs_grad: bool, needs_squares: bool) -> None:
+def join_scores(head: Head, wishes: Wishes) -> None:
     """Score the tokens of other processes, for their `score_tokens`, under a head whose rows are shared."""
     nothing = head.weight.new_empty(0, head.weight.shape[1])
     with torch.no_grad():
-        _score_shared(nothing, nothing.new_empty(0, dtype=torch.int64), head, needs_grad, needs_squares)
+        _score_shared(nothing, nothing.new_empty(0, dtype=torch.int64), head, wishes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,8 @@ class _ScoreTokens(torch.autograd.Function):
             parts = [_sum_rows(rows, head, needs_grad, needs_squares).scores() for rows in groups]
         else:
             assert head.passes is not None
-            wishes = head.passes.begin(Pass.SCORES, (needs_grad, needs_squares))
-            parts = [_score_shared(hidden, tokens, head, *wishes)]
+            wishes = head.passes.begin(Pass.SCORES, Wishes(needs_grad, needs_squares, len(tokens)))
+            parts = _score_shared(hidden, tokens, head, wishes)
         if needs_grad:
             hidden_grad = torch.cat([part.hidden_grad for part in parts]).to(hidden.dtype)
             for_adapter: tuple[Tensor | None, ...] = ()
@@ -197,8 +197,17 @@ def _sum_rows(rows: _Rows, head: Head, needs_grad: bool, needs_squares: bool) ->
     return _Sums(target, normalizer.total, square_normalizer.total if needs_squares else None, grads)
 
 
-def _score_shared(hidden: Tensor, tokens: Tensor, head: Head, needs_grad: bool, needs_squares: bool) -> _Scored:
-    """Score rows under a head that processes share, each of which scores everybody's rows against its own tokens."""
+def _score_shared(hidden: Tensor, tokens: Tensor, head: Head, wishes: Wishes) -> list[_Scored]:
+    """Score rows under a head that processes share: so many of each at a time that all together are `SHARED_ROWS`."""
+    assert head.rows is not None
+    size = max(1, vocabulary.SHARED_ROWS // head.rows.world.size)
+    starts = range(0, max(1, wishes.num_rows), size)
+    windows = [(hidden[start : start + size], tokens[start : start + size]) for start in starts]
+    return [_score_window(*window, head, wishes.needs_grad, wishes.needs_squares) for window in windows]
+
+
+def _score_window(hidden: Tensor, tokens: Tensor, head: Head, needs_grad: bool, needs_squares: bool) -> _Scored:
+    """Score rows of all processes, each of which computes everybody's against its own tokens."""
     assert head.rows is not None
     gathered, mine = head.rows.gathered(hidden)
     columns = head.rows.gathered(tokens)[0] - head.rows.start

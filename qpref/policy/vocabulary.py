@@ -16,6 +16,9 @@ TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
 size; a CPU's caches hold the smaller one."""
 MAX_ROWS = 1024
 """Positions whose logits exist at a time."""
+SHARED_ROWS = 8192
+"""Positions of all processes that are scored at a time where they share the head: each has the states and gradients of
+all of these. Fewer would mean more messages."""
 
 
 def vocabulary_slices(num_tokens: int, num_rows: int, device: torch.device) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from qpref.distributed.agreement import digest, refuse_differences
@@ -146,7 +147,7 @@ def _refuse_other_adapters(world: World, policy: Policy) -> None:
 
 def _refuse_one_gpu_twice(world: World) -> None:
     """Refuse two processes on one GPU, with which NCCL can't work."""
-    if world.devices is world.hosts:
+    if dist.get_backend(world.devices) != "nccl":
         return
     own = f"{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid} of {socket.gethostname()}"
     ranks: dict[str, list[int]] = {}

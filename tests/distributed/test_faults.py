@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from processes import Outcome, start_forks
+from processes import Outcome, fork_ranks, start_forks
 
 from qpref.distributed.world import World
 from qpref.errors import DataError
@@ -77,6 +77,12 @@ def leaves_early(world: World) -> None:
 
 def brings_another_shape(world: World) -> None:
     world.add([torch.ones(3 + world.rank)], "the gradients")
+
+
+def limits(world: World) -> list[float]:
+    """Seconds of the world's timeout, and those after which torch ends a message between hosts, and one of devices."""
+    groups = [group._get_backend(torch.device("cpu")) for group in (world.hosts, world.devices)]
+    return [world.peers.timeout, *(group.options._timeout.total_seconds() for group in groups)]
 
 
 def is_slow(world: World) -> int:
@@ -168,3 +174,10 @@ def test_a_slow_process_that_makes_progress_is_waited_for():
     outcomes = start_forks(2, is_slow, timeout=TIMEOUT)
     assert codes(outcomes) == [0, 0]
     assert [each.result for each in outcomes] == [1, 1]
+
+
+def test_torch_ends_no_wait_before_the_process_that_is_missing_is_named():
+    """One that makes progress may be waited for longer than the timeout, which none of the tests here takes."""
+    for timeout, between_hosts, between_devices in fork_ranks(2, limits):
+        assert between_hosts > 100 * timeout
+        assert 10 * timeout > between_devices > timeout

@@ -183,7 +183,7 @@ def within_a_group(world: World) -> list[object]:
     found = []
     for _ in range(2):
         with joined(torch.device("cpu"), timeout=30) as inner:
-            found.append(inner.exchange(world.rank * 10))
+            found.append(inner.exchange(world.rank * 10, "a rank"))
     return [*found, world.exchange("still there", "a fact"), torch.distributed.is_initialized()]
 
 

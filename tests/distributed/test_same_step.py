@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from processes import run_ranks
+from processes import fork_ranks
 from step_cases import MISTAKES, ROW_LOSSES, cases_for, compare
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} processes".format)
 def results(request, make_base) -> list[dict[str, Any]]:
     """What each process returned: one start of the processes serves all tests here."""
-    return run_ranks(request.param, compare, str(make_base(initializer_range=0.2)), timeout=500)
+    return fork_ranks(request.param, compare, str(make_base(initializer_range=0.2)), limit=500)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from sharded import CHECKS, FAULTS, checked, computed, loading, read_bases, trai
 from tiny_models import TinyModel
 
 from qpref.distributed.world import World
+from qpref.policy import token_scores, vocabulary
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
 
@@ -46,8 +47,10 @@ def cases(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("name", ["untied", "tied", "gemma", "experts"])
-def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, cases):
+def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, cases, monkeypatch):
     size, tables = cases[name]
+    if name == "gemma":
+        score_a_few_at_a_time(monkeypatch, 12)
     ranks = fork_ranks(size, computed, tables, COUNTS[size])
     alone = computed(World(), tables, [sum(COUNTS[size])])
     for kind in ("scores", "partners"):
@@ -60,6 +63,18 @@ def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, ca
     for rank in ranks:
         assert (torch.tensor(rank["gradients"]) - expected).norm() / expected.norm() < 1e-6
         assert rank["gradients"] == ranks[0]["gradients"]
+
+
+def score_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let processes score fewer rows together than one of them has."""
+    sum_rows = token_scores._sum_rows
+
+    def few(rows: Any, *rest: Any) -> Any:
+        assert len(rows.tokens) <= most or rest[0].rows is None
+        return sum_rows(rows, *rest)
+
+    monkeypatch.setattr(vocabulary, "SHARED_ROWS", most)
+    monkeypatch.setattr(token_scores, "_sum_rows", few)
 
 
 def _assert_close(together: list[float], alone: list[float]) -> None:

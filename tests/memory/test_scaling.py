@@ -66,6 +66,14 @@ def test_scoring_against_shared_rows_of_the_head_needs_the_hidden_states_of_all_
     assert shared - alone > 3 * scored * 4096 * (4 + 4 + 2) * 0.9
 
 
+def test_many_ranks_score_no_more_rows_together_than_some(shape):
+    some, many = (
+        replace(demand_of(shape), setup=Setup(device="cuda", num_shards=ranks)).peak(4096, 0).head_tile
+        for ranks in (16, 1024)
+    )
+    assert many <= some
+
+
 @pytest.mark.parametrize(
     ("batch_size", "ranks", "imbalance"), [(12, 2, 1.0), (12, 3, 1.0), (16, 3, 6 / (16 / 3)), (2, 8, 4.0)]
 )
