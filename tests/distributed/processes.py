@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,24 +33,19 @@ class Outcome:
     result: Any
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """Call `function(world, *args)`, of a module's top level, in `size` processes; arguments and result are JSON.
+def fork_ranks(size: int, function: Callable[..., Any], *args: Any, limit: float = 240) -> list[Any]:
+    """Call `function(world, *args)` in `size` forks of this process: torch is loaded in them.
+
+    Args:
+        args: whatever the function takes; what it returns is JSON.
+        limit: seconds after which the processes are killed.
 
     Returns:
         Results in the order of ranks.
 
     Raises:
-        AssertionError: a process failed, or all of them together took longer than `timeout` seconds.
+        AssertionError: a process failed.
     """
-    outcomes = _start_ranks(size, function, args, timeout)
-    assert [each.code for each in outcomes] == [0] * size, "\n".join(
-        f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes
-    )
-    return [each.result for each in outcomes]
-
-
-def fork_ranks(size: int, function: Callable[..., Any], *args: Any, limit: float = 240) -> list[Any]:
-    """Do what `run_ranks` does in forks of this process, which has loaded torch: they cost their work alone."""
     outcomes = start_forks(size, function, *args, limit=limit)
     assert [each.code for each in outcomes] == [0] * size, "\n".join(
         f"rank {each.rank}: {each.code}\n{each.output}" for each in outcomes
@@ -68,7 +61,7 @@ def start_forks(
     limit: float = 120,
     abandoned: Sequence[int] = (),
 ) -> list[Outcome]:
-    """Call a function as `run_ranks` does, in forks of this process, whatever becomes of them.
+    """Call a function as `fork_ranks` does, whatever becomes of the processes.
 
     Args:
         timeout: of the world, in seconds.
@@ -119,23 +112,6 @@ def _run_fork(
         end_process(code)
 
 
-def _start_ranks(size: int, function: Callable[..., Any], args: Any, limit: float) -> list[Outcome]:
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        started = [_start(rank, size, port, function, args, Path(folder)) for rank in range(size)]
-        deadline = time.monotonic() + limit
-        try:
-            for process in started:
-                process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        return [_outcome(rank, process.returncode, Path(folder)) for rank, process in enumerate(started)]
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -152,22 +128,6 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-
-
-def _start(
-    rank: int, size: int, port: int, function: Callable[..., Any], args: Any, folder: Path
-) -> subprocess.Popen[bytes]:
-    variables = os.environ | environment(rank, size, port) | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [
-        sys.executable,
-        __file__,
-        function.__module__,
-        function.__name__,
-        json.dumps(args),
-        str(folder / f"{rank}.json"),
-    ]
-    with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _outcome(rank: int, code: int, folder: Path) -> Outcome:
@@ -195,11 +155,3 @@ def _call(function: Callable[..., Any], args: Any, output: Path, timeout: float)
             print(f"error: {error}", flush=True)
         end_process(error.exit_code)
     output.write_text(json.dumps(result))
-
-
-def _main(module: str, name: str, args: str, output: str) -> None:
-    _call(getattr(importlib.import_module(module), name), json.loads(args), Path(output), 60)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

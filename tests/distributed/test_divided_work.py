@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import load_worn, make_example
 from gguf_files import write_gguf
-from processes import run_ranks
+from processes import fork_ranks
 
 from qpref import fsio, locks, publish
 from qpref.data.load import load_rows
@@ -171,7 +171,7 @@ def results(make_base, make_recipe, tmp_path_factory) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QPREF_CACHE", str(folder / "cache"))
             recipes = make_recipe(), make_recipe({"data.cache": False})
-            ranks = run_ranks(2, everything, base, str(folder), *recipes, timeout=500)
+            ranks = fork_ranks(2, everything, base, str(folder), *recipes, limit=500)
         _found.update({name: [rank[name] for rank in ranks] for name in ranks[0]}, folder=folder, base=base)
     return _found
 

@@ -14,7 +14,7 @@ import tomli_w
 import torch
 from click.testing import CliRunner
 from conftest import outcome
-from processes import free_port, run_ranks
+from processes import fork_ranks, free_port
 from teams import small_recipe
 from torch.distributed import distributed_c10d
 
@@ -188,7 +188,7 @@ def within_a_group(world: World) -> list[object]:
 
 
 def test_a_process_group_that_exists_is_used_and_stays():
-    assert run_ranks(2, within_a_group) == [[[0, 10], [0, 10], ["still there"] * 2, True]] * 2
+    assert fork_ranks(2, within_a_group) == [[[0, 10], [0, 10], ["still there"] * 2, True]] * 2
 
 
 @pytest.mark.soak

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import fork_ranks, run_ranks
+from processes import fork_ranks
 
 from qpref.distributed.world import World
 
@@ -29,7 +29,7 @@ def collectives(world: World) -> dict:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_collectives_of_several_processes(size):
-    results = run_ranks(size, collectives)
+    results = fork_ranks(size, collectives)
     assert [result.pop("is_first") for result in results] == [True] + [False] * (size - 1)
     assert all(result == results[0] for result in results)
     draws = [torch.rand(1000, generator=torch.Generator().manual_seed(rank)) for rank in range(size)]
