@@ -1,4 +1,4 @@
-"""The base that a start adapter was trained on, compared with the one that it is put on.
+"""The base and the tokenizer that a start adapter was trained with, compared with those of a run.
 
 A LoRA delta loads on any base of the same shapes, such as the chat model instead of the plain one, and training then
 starts from a policy that nobody meant.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from qpref.errors import PolicyError
 from qpref.policy import adapter_folder
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
+from qpref.policy.tokenizer import tokenizer_difference
 
 log = logging.getLogger("qpref")
 
@@ -42,6 +44,27 @@ def warn_of_other_base(start: Path, base: BaseFolder, named: str) -> None:
         adapter_folder.SETTINGS,
         named,
     )
+
+
+def warn_of_other_tokenizer(start: Path, tokenizer: Any) -> None:
+    """Warn where the tokenizer beside an adapter isn't the one in use: the adapter knows its ids and its template.
+
+    Args:
+        start: the adapter's folder; one without a tokenizer that loads isn't compared.
+        tokenizer: the run's.
+    """
+    if not (start / "tokenizer.json").is_file():
+        return
+    try:
+        difference = tokenizer_difference(tokenizer, start)
+    except PolicyError:
+        return
+    if difference:
+        log.warning(
+            "%s: its %s differs from the run's; to train with the adapter's, set [model] tokenizer to its folder",
+            start,
+            difference,
+        )
 
 
 def _has_weights(folder: Path, base: BaseFolder) -> bool | None:

@@ -25,6 +25,7 @@ from qpref.policy.device import announce
 from qpref.policy.load import choose_device, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
+from qpref.policy.start_base import warn_of_other_tokenizer
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.plan import Plan
 from qpref.recipe.sections import Recipe
@@ -104,6 +105,8 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
     announce(device, recipe.model.device)
     limit = enforced_limit(recipe, device)
     _refuse_damaged_start(recipe.adapter.start)
+    if recipe.adapter.start is not None:
+        warn_of_other_tokenizer(Path(recipe.adapter.start), tokenizer)
     policy = load_policy(recipe, base, sharing(recipe, base, world, examples, limit))
     refuse_beyond_limits(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from qpref.data.load import load_rows
 from qpref.policy.source import BaseFolder, resolve_base
 from qpref.policy.start_base import warn_of_other_base
+from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import ModelSection
+from qpref.training.prepare import prepare
 
 
 @pytest.fixture
@@ -64,3 +67,39 @@ def test_training_says_it(make_recipe, said, trained_run, tmp_path):
     recipe = Recipe.model_validate(make_recipe({"adapter.start": str(start)}))
     load_policy(recipe, resolve_base(recipe.model))
     assert [line for line in said if "was trained on org/other" in line]
+
+
+def edit_template(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text("{# edited #}" + path.read_text())
+
+
+def swap_ids(folder):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(values))
+
+
+def damage(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"), [(edit_template, "chat template"), (swap_ids, "tokenizer"), (damage, None), (None, None)]
+)
+def test_training_says_that_a_start_adapter_has_another_tokenizer(make_recipe, said, trained_run, tmp_path, edit, part):
+    start = Path(shutil.copytree(trained_run() / "adapter", tmp_path / "start"))
+    if edit is not None:
+        edit(start)
+    plan = make_plan(make_recipe({"adapter.start": str(start)}), output=tmp_path / "run")
+    said.clear()
+    prepare(plan, load_rows(plan))
+    hint = "to train with the adapter's, set [model] tokenizer to its folder"
+    assert said == ([f"{start}: its {part} differs from the run's; {hint}"] if part else [])
+    said.clear()
+    if part:
+        plan = make_plan(make_recipe({"adapter.start": str(start), "model.tokenizer": str(start)}), output=plan.output)
+        prepare(plan, load_rows(plan))
+        assert said == []
