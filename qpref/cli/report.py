@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -27,18 +28,31 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--samples", multiple=True, type=PATH, help="Output of qpref generate --json, to show its answers; repeatable."
 )
+@click.option("--watch", is_flag=True, help="Rewrite the report while a run is in training; the page reloads itself.")
+@click.option(
+    "--every", type=click.IntRange(min=1), default=10, show_default=True, help="Seconds between two reports of --watch."
+)
 def command(
     runs: tuple[Path, ...],
     output: Path | None,
     merged: tuple[Path, ...],
     evaluations: tuple[Path, ...],
     samples: tuple[Path, ...],
+    watch: bool,
+    every: int,
 ) -> None:
     """Write an HTML report of one or several runs, finished or not.
 
     The report is a single file that loads nothing from elsewhere.
     """
-    from qpref.report.write import Extras, write_report
+    from qpref.report.write import Extras, report_path, write_report
 
     extras = Extras(merged=merged, evaluations=evaluations, samples=samples)
+    if watch:
+        from qpref.report.watch import watch_report
+
+        echo(f"report: {report_path(runs, output)}, rewritten every {every} s while a run is in training")
+        with suppress(KeyboardInterrupt):  # the usual end of a watch
+            watch_report(runs, output, extras, every)
+        return
     echo(f"report: {write_report(runs, output, extras)}")

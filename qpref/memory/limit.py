@@ -22,10 +22,13 @@ CPU_SHARE = 0.5
 """Share of the available memory that a run on a CPU may fill; the rest is left to the system and other programs."""
 
 
-def memory_limit(recipe: Recipe, device: torch.device) -> int:
+def memory_limit(recipe: Recipe, device: torch.device, held: int = 0) -> int:
     """Return the bytes that a run may fill: the recipe's figure, a GPU's free memory, or half of a CPU's.
 
     The processes of one run on one host share the CPU's half.
+
+    Args:
+        held: bytes on the device that count as free, since the run's own base has them.
 
     Raises:
         RecipeError: the recipe's figure is no size.
@@ -33,23 +36,27 @@ def memory_limit(recipe: Recipe, device: torch.device) -> int:
     if recipe.model.memory is not None:
         return parse_bytes(recipe.model.memory)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(CPU_SHARE * _available_bytes()) // max(1, number("LOCAL_WORLD_SIZE", 1))
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    return int(CPU_SHARE * (_available_bytes() + held)) // max(1, number("LOCAL_WORLD_SIZE", 1))
 
 
-def enforced_limit(recipe: Recipe, device: torch.device) -> int:
+def enforced_limit(recipe: Recipe, device: torch.device, held: int = 0) -> int:
     """Return the bytes that a run may fill, and hold torch's allocator on a GPU to them.
 
     A figure in the recipe that exceeds the free memory is cut to it: other programs have the rest.
+
+    Args:
+        held: bytes on the device that this process holds already, and that are the run's own: those of its base.
 
     Raises:
         RecipeError: the recipe's figure is no size.
     """
     if device.type != "cuda":
-        return memory_limit(recipe, device)
+        return memory_limit(recipe, device, held)
     torch.cuda.empty_cache()  # an earlier run's, in the same process
     free, total = torch.cuda.mem_get_info(device)
-    asked = memory_limit(recipe, device)
+    free += held
+    asked = memory_limit(recipe, device, held)
     limit = min(asked, free)
     if asked > free:
         log.warning("memory: [model] memory is %.2f GiB, and %.2f GiB are free", asked / GIB, free / GIB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qpref.policy.device import Machine, refuse_missing_kernels, why_no_gpu
 from qpref.policy.experts import PackedExperts, unpacked_weights
 from qpref.policy.fused import fuse_layers
 from qpref.policy.head import Head
+from qpref.policy.kept_base import KeptBase
 from qpref.policy.layer_configs import layer_settings
 from qpref.policy.matmul import check_packed, sum_in_float32, unpack_scales
 from qpref.policy.nf4_loading import nf4_settings
@@ -39,11 +41,13 @@ log = logging.getLogger("qpref")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
-def load_policy(recipe: Recipe, base: BaseFolder, sharing: World | None = None) -> Policy:
+def load_policy(recipe: Recipe, base: BaseFolder, sharing: World | None = None, kept: KeptBase | None = None) -> Policy:
     """Load the base by the recipe, freeze it and add the adapters.
 
     Args:
         sharing: the processes that share one copy of the base; None for a copy of one's own.
+        kept: the base of the runs before this one in the process, which stays for those after it; None to load it for
+            this run alone.
 
     Raises:
         PolicyError: the base cannot be read, or not trained with these settings.
@@ -54,7 +58,7 @@ def load_policy(recipe: Recipe, base: BaseFolder, sharing: World | None = None) 
         warn_of_other_base(Path(recipe.adapter.start), base, recipe.model.base)
     if sharing is not None:
         refuse_unshardable(recipe.model, base)
-    model, shards = _load_ready(recipe.model, base, device, sharing)
+    model, shards = _load_ready(recipe.model, base, device, sharing, kept)
     wrapped = add_adapters(model, recipe.adapter, recipe.train.seed)
     policy = _policy(model, wrapped, recipe.model, device, shards)
     _announce_experts(model, policy.dtype, policy.adapts_experts())
@@ -80,7 +84,11 @@ def load_plain(section: ModelSection, base: BaseFolder) -> Policy:
 
 
 def _load_ready(
-    section: ModelSection, base: BaseFolder, device: torch.device, sharing: World | None = None
+    section: ModelSection,
+    base: BaseFolder,
+    device: torch.device,
+    sharing: World | None = None,
+    kept: KeptBase | None = None,
 ) -> tuple[Any, ShardedBase | None]:
     """Load the base, or this process's part of it, and prepare its 4-bit layers and the attention registry."""
     refuse_missing_kernels(device)
@@ -88,13 +96,23 @@ def _load_ready(
         _limit_compiled_products()
     if device.type == "cuda":
         sum_in_float32()
-    loader = None if sharing is None else ShardLoader(sharing)
+    attention.register()
+    if sharing is None:
+        load = partial(_load_whole, section, base, device)
+        return load() if kept is None else kept.copied(section, base, device, load), None
+    loader = ShardLoader(sharing)
     model = load_base(section, base, device, loader)
     _prepare_4bit_layers(model, DTYPES[section.dtype], loader)
-    shards = None if loader is None else ShardedBase.of(model, loader)
+    shards = ShardedBase.of(model, loader)
     keep_text_alone(model)
-    attention.register()
     return model, shards
+
+
+def _load_whole(section: ModelSection, base: BaseFolder, device: torch.device) -> Any:
+    model = load_base(section, base, device)
+    _prepare_4bit_layers(model, DTYPES[section.dtype], None)
+    keep_text_alone(model)
+    return model
 
 
 def _announce_experts(model: Any, dtype: torch.dtype, adapted: bool) -> None:

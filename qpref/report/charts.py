@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpref.report.read import Column
-from qpref.report.text import count_text, number_text, tick_texts, ticks
+from qpref.report.shares import Share
+from qpref.report.text import count_text, log_ticks, number_text, tick_texts, ticks
 
 WIDTH, HEIGHT = 640, 270
 LEFT, RIGHT, TOP, BOTTOM = 66, 32, 12, 34
@@ -28,6 +29,12 @@ MAX_DOTS = 60
 """Maximum points of a curve that is drawn with dots."""
 COLOURS = 8
 """Colours in the page's style; the ninth curve reuses the first."""
+SMOOTHING = 0.9
+"""Weight of the exponential moving average."""
+SMOOTHED_FROM = 20
+"""Fewest points of a curve that is smoothed too."""
+LOG_RATIO = 2.0
+"""Smallest ratio of highest to lowest value for which a log axis is drawn too."""
 
 Floats = NDArray[np.float64]
 
@@ -38,13 +45,17 @@ class Curve:
 
     Attributes:
         colour: index into the page's palette, which repeats.
-        is_dashed: dashed with dots, for held-out rows.
+        is_heldout: dotted, with a dot for each row.
+        share_of: number of examples that the values are shares of, for their intervals; None for other values.
+        is_noisy: smoothed too, where it is of training rows.
     """
 
     label: str
     colour: int
-    is_dashed: bool
+    is_heldout: bool
     column: Column
+    share_of: float | None = None
+    is_noisy: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +63,33 @@ class Trace:
     """A drawn curve.
 
     Attributes:
-        line, band: SVG path data; the band is empty where each point is a single row.
+        line, smooth, band: SVG path data; the smoothed line is empty where the points are few, the band where each is a
+            single row without an interval.
         dots: coordinates of the points to mark.
         points: x, step and value text of each point, for the tooltip.
     """
 
     label: str
     colour: int
-    is_dashed: bool
+    is_heldout: bool
     line: str
+    smooth: str
     band: str
     dots: list[tuple[float, float]]
     points: list[tuple[float, str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The traces over one value axis.
+
+    Attributes:
+        zero: y of the line at 0; None where 0 is out of range.
+    """
+
+    traces: list[Trace]
+    y_ticks: list[tuple[float, str]]
+    zero: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +98,8 @@ class Chart:
 
     Attributes:
         summary: text alternative for screen readers.
+        linear, log: the traces over either axis; no log axis where a value isn't above 0, or all are close.
         gaps: x of rows without a value.
-        zero: y of the line at 0; None where 0 is out of range.
         hover: the traces' points as JSON.
         header, rows, table_note: the table below the chart, and a note on omitted rows.
         notes: captions on aggregated and missing values.
@@ -81,10 +107,9 @@ class Chart:
 
     title: str
     summary: str
-    traces: list[Trace]
+    linear: View
+    log: View | None
     x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    zero: float | None
     gaps: list[float]
     hover: str
     header: list[str]
@@ -92,10 +117,18 @@ class Chart:
     notes: list[str]
     table_note: str
 
+    @property
+    def is_smoothed(self) -> bool:
+        """True where a trace has a smoothed line."""
+        return any(trace.smooth for trace in self.linear.traces)
+
 
 @dataclass(frozen=True, slots=True)
 class _Points:
-    """A curve reduced to one point per pixel column: mean, lowest and highest value, NaN where there is none."""
+    """A curve reduced to one point per pixel column: mean, lowest and highest value, NaN where there is none.
+
+    Of a share, lowest and highest are the ends of its interval.
+    """
 
     steps: Floats
     means: Floats
@@ -107,38 +140,42 @@ class _Points:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Mapping of steps and values to SVG coordinates."""
+    """Mapping of steps and values to SVG coordinates; on a log axis, `low` and `high` are logarithms."""
 
     last_step: float
     low: float
     high: float
+    is_log: bool = False
 
     def x(self, step: float) -> float:
         return round(float(LEFT + (WIDTH - LEFT - RIGHT) * (step / self.last_step)), 1)
 
     def y(self, value: float) -> float:
+        value = math.log10(value) if self.is_log else value
         return round(float(TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / (self.high - self.low)), 1)
 
 
 def draw(title: str, curves: Sequence[Curve], last_step: int) -> Chart:
     """Draw at least one curve over the steps from 0 to `last_step`."""
     last_step = max(1, last_step)
-    reduced = [_reduce(curve.column, last_step) for curve in curves]
-    scale = _Scale(last_step, *_value_range(reduced))
-    traces = [_trace(curve, points, scale) for curve, points in zip(curves, reduced, strict=True)]
-    values = ticks(scale.low, scale.high, 5)
+    reduced = [_reduce(curve, last_step) for curve in curves]
+    low, high = _extremes(reduced)
+    linear = _Scale(last_step, *_padded(low, high))
+    drawn = _linear_view(curves, reduced, linear)
+    has_log = low > 0 and high >= LOG_RATIO * low
     steps = ticks(0, last_step, 7, whole=True)
     header, rows = _table(curves)
     longest = max(len(curve.column) for curve in curves)
     return Chart(
         title=title,
         summary=f"{title}, by optimizer step. " + " ".join(map(_in_words, curves)),
-        traces=traces,
-        x_ticks=[(scale.x(step), text) for step, text in zip(steps, tick_texts(steps), strict=True)],
-        y_ticks=[(scale.y(value), text) for value, text in zip(values, tick_texts(values), strict=True)],
-        zero=scale.y(0.0) if scale.low < 0 < scale.high else None,
-        gaps=sorted({scale.x(step) for points in reduced for step in points.gaps}),
-        hover=json.dumps([{"label": trace.label, "colour": trace.colour, "points": trace.points} for trace in traces]),
+        linear=drawn,
+        log=_log_view(curves, reduced, last_step, (low, high)) if has_log else None,
+        x_ticks=[(linear.x(step), text) for step, text in zip(steps, tick_texts(steps), strict=True)],
+        gaps=sorted({linear.x(step) for points in reduced for step in points.gaps}),
+        hover=json.dumps(
+            [{"label": trace.label, "colour": trace.colour, "points": trace.points} for trace in drawn.traces]
+        ),
         header=header,
         rows=rows,
         notes=_notes(curves, reduced),
@@ -146,12 +183,38 @@ def draw(title: str, curves: Sequence[Curve], last_step: int) -> Chart:
     )
 
 
-def _reduce(column: Column, last_step: int) -> _Points:
+def _linear_view(curves: Sequence[Curve], reduced: Sequence[_Points], scale: _Scale) -> View:
+    values = ticks(scale.low, scale.high, 5)
+    return View(
+        traces=[_trace(curve, points, scale) for curve, points in zip(curves, reduced, strict=True)],
+        y_ticks=[(scale.y(value), text) for value, text in zip(values, tick_texts(values), strict=True)],
+        zero=scale.y(0.0) if scale.low < 0 < scale.high else None,
+    )
+
+
+def _log_view(
+    curves: Sequence[Curve], reduced: Sequence[_Points], last_step: int, extremes: tuple[float, float]
+) -> View:
+    low, high = _padded(*map(math.log10, extremes))
+    scale = _Scale(last_step, low, high, is_log=True)
+    return View(
+        traces=[_trace(curve, points, scale) for curve, points in zip(curves, reduced, strict=True)],
+        y_ticks=[(scale.y(value), number_text(value)) for value in log_ticks(low, high)],
+        zero=None,
+    )
+
+
+def _reduce(curve: Curve, last_step: int) -> _Points:
+    column = curve.column
     order = np.argsort(column.steps, kind="stable")
     steps, values = np.asarray(column.steps, float)[order], np.asarray(column.values, float)[order]
     known = np.isfinite(values)
     if len(steps) <= 2 * NUM_COLUMNS:
-        return _Points(steps, values, values, values, steps[~known], 1.0)
+        lowest, highest = values, values
+        if curve.share_of is not None:
+            ends = np.array([Share(value, curve.share_of).interval for value in values]).reshape(-1, 2)
+            lowest, highest = (np.where(np.isnan(end), values, end) for end in ends.T)
+        return _Points(steps, values, lowest, highest, steps[~known], 1.0)
     columns = np.clip((steps / last_step * NUM_COLUMNS).astype(int), 0, NUM_COLUMNS - 1)
     occupied = np.unique(columns)
     counts = np.bincount(columns[known], minlength=NUM_COLUMNS)
@@ -175,13 +238,17 @@ def _reduce(column: Column, last_step: int) -> _Points:
     )
 
 
-def _value_range(reduced: Sequence[_Points]) -> tuple[float, float]:
-    """Compute the value axis' range: the lowest and highest value with padding; a constant gets a range around it."""
+def _extremes(reduced: Sequence[_Points]) -> tuple[float, float]:
+    """Find the lowest and the highest value; 0 and 1 without any."""
     lows = np.concatenate([points.lowest for points in reduced])
     highs = np.concatenate([points.highest for points in reduced])
     if not np.isfinite(lows).any():
         return 0.0, 1.0
-    low, high = float(np.nanmin(lows)), float(np.nanmax(highs))
+    return float(np.nanmin(lows)), float(np.nanmax(highs))
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    """Add padding to an axis' range; a constant gets a range around it."""
     padding = 0.06 * (high - low)
     if padding <= 1e-12 * max(abs(low), abs(high)):
         padding = 0.1 * abs(low) or 1.0
@@ -195,15 +262,33 @@ def _trace(curve: Curve, points: _Points, scale: _Scale) -> Trace:
     return Trace(
         label=curve.label,
         colour=curve.colour % COLOURS,
-        is_dashed=curve.is_dashed,
+        is_heldout=curve.is_heldout,
         line="".join(_path(points.steps, points.means, segment, scale) for segment in segments),
-        band="".join(_band(points, segment, scale) for segment in segments) if points.rows_per_point > 1 else "",
+        smooth=_smooth_path(points, indices, scale) if curve.is_noisy and not curve.is_heldout else "",
+        band="".join(_band(points, segment, scale) for segment in segments) if _has_band(curve, points) else "",
         dots=[(scale.x(points.steps[index]), scale.y(points.means[index])) for index in indices] if dotted else [],
         points=[
             (scale.x(points.steps[index]), count_text(points.steps[index]), _point_text(points, index))
             for index in indices
         ],
     )
+
+
+def _has_band(curve: Curve, points: _Points) -> bool:
+    return points.rows_per_point > 1 or curve.share_of is not None
+
+
+def _smooth_path(points: _Points, indices: Sequence[int], scale: _Scale) -> str:
+    """Draw the exponential moving average of the points with a value, divided by the weights' sum so that it starts at
+    the first one; nothing where the points are few."""
+    if len(indices) < SMOOTHED_FROM:
+        return ""
+    means, total, weights = points.means.copy(), 0.0, 0.0
+    for index in indices:
+        total = SMOOTHING * total + (1 - SMOOTHING) * points.means[index]
+        weights = SMOOTHING * weights + 1 - SMOOTHING
+        means[index] = total / weights
+    return _path(points.steps, means, indices, scale)
 
 
 def _segments(points: _Points) -> Iterable[list[int]]:
@@ -267,6 +352,9 @@ def _in_words(curve: Curve) -> str:
 
 def _notes(curves: Sequence[Curve], reduced: Sequence[_Points]) -> list[str]:
     notes = []
+    if counts := sorted({curve.share_of for curve in curves if curve.share_of}):
+        of = " or ".join(map(count_text, counts))
+        notes.append(f"The band of held-out rows is the 95 % interval (Wilson) of a share of {of} examples.")
     most = max(points.rows_per_point for points in reduced)
     if most > 1:
         rows = max(len(curve.column) for curve in curves)

@@ -8,7 +8,9 @@ from itertools import pairwise
 
 from qpref.report.cells import MAX_LABEL
 from qpref.report.charts import Chart, Curve, draw
+from qpref.report.outcome import heldout_count
 from qpref.report.read import Column, RunRecord
+from qpref.report.shares import is_share
 from qpref.report.text import bounded, visible
 
 TITLES = {
@@ -30,6 +32,10 @@ TOGETHER = {
 }
 """Metrics of a single run that share a chart; with several runs, each metric has its own."""
 COUNTERS = ("tokens", "seconds")
+EXACT = ("learning_rate",)
+"""Values without noise, which are not smoothed."""
+MAX_BANDS = 2
+"""Most runs whose intervals are drawn; more would cover each other, and are in the tables."""
 MAX_CHARTS = 60
 """Most charts of a page; a loss of ours has 16 metrics."""
 SPLIT_NAMES = {"train": "training", "eval": "held-out"}
@@ -67,10 +73,21 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Curve]:
             for split, split_name in SPLIT_NAMES.items():
                 column = run.metrics.column(split, name)
                 if column:
-                    label = [run.name] if len(runs) > 1 else []
-                    label += [name.rpartition("/")[2]] if len(names) > 1 else []
+                    parts = [run.name] if len(runs) > 1 else []
+                    parts += [name.rpartition("/")[2]] if len(names) > 1 else []
+                    is_heldout = split == "eval"
+                    has_band = is_heldout and is_share(name) and len(runs) <= MAX_BANDS
+                    share_of = heldout_count(run) if has_band else math.nan
                     # The page's script shows it too, past the template.
-                    yield Curve(visible(", ".join([*label, split_name])), colour, split == "eval", column)
+                    label = visible(", ".join([*parts, split_name]))
+                    yield Curve(
+                        label=label,
+                        colour=colour,
+                        is_heldout=is_heldout,
+                        column=column,
+                        share_of=share_of if share_of > 0 else None,
+                        is_noisy=name not in EXACT,
+                    )
 
 
 def speed_chart(runs: Sequence[RunRecord]) -> Chart | None:

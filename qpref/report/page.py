@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qpref.opening import real_path
-from qpref.report import charts, curves, tables
+from qpref.report import charts, curves, outcome, tables
 from qpref.report.cells import MAX_ROWS, Fields, cell, label_of
 from qpref.report.data_section import DataTables, data_tables
 from qpref.report.frame import render_page
@@ -25,6 +25,8 @@ AREA = {
     "bottom": charts.HEIGHT - charts.BOTTOM,
 }
 """The plot area inside a chart's SVG."""
+MAX_TITLED = 3
+"""Most runs that the title names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,25 +58,37 @@ class SampleFile:
     other: Any
 
 
-def render(runs: Sequence[RunRecord], extras: ExtraResults) -> str:
-    """Render the page as HTML."""
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: " + ", ".join(run.name for run in runs)
+def render(runs: Sequence[RunRecord], extras: ExtraResults, refresh: int | None = None) -> str:
+    """Render the page as HTML.
+
+    Args:
+        refresh: seconds after which the page reloads itself; None for never.
+    """
+    heldout = tables.heldout(runs)
+    names = [run.name for run in runs]
+    title = names[0] if len(runs) == 1 else f"{len(runs)} runs"
+    title += ": " + ", ".join(names) if 1 < len(runs) <= MAX_TITLED else ""
     return render_page(
         "page.html.j2",
         script="page.js",
         title=title,
         command="report",
         origin="the run folders",
+        refresh=refresh,
         runs=runs,
+        outcome=outcome,
+        sections=_sections(heldout is not None, extras),
+        left_out=_left_out(str(runs[0].path), heldout is not None, extras),
+        smoothing=charts.SMOOTHING,
         bounded=bounded,
         colours=charts.COLOURS,
         area=AREA,
         tables=tables,
-        overview=tables.overview(runs),
+        comparison=tables.comparison(runs),
         differences=tables.differences(runs),
         charts=curves.all_charts(runs),
         charts_left_out=max(0, len(curves.metric_names(runs)) - curves.MAX_CHARTS),
-        heldout=tables.heldout(runs),
+        heldout=heldout,
         data=[_data(run) for run in runs],
         speed=curves.speed_chart(runs),
         merged={path: merge_blocks(value) for path, value in extras.merged.items()},
@@ -82,6 +96,35 @@ def render(runs: Sequence[RunRecord], extras: ExtraResults) -> str:
         sample_files=[_sample_file(path, value) for path, value in extras.samples.items()],
         about=[_about(run) for run in runs],
     )
+
+
+def _sections(has_heldout: bool, extras: ExtraResults) -> list[str]:
+    """Name the sections that have something to show, in the page's order."""
+    shown = {
+        "curves": True,
+        "held-out": has_heldout or bool(extras.evaluations),
+        "data": True,
+        "memory and speed": True,
+        "merge": bool(extras.merged),
+        "answers": bool(extras.samples),
+        "about": True,
+    }
+    return [name for name, is_shown in shown.items() if is_shown]
+
+
+def _left_out(run: str, has_heldout: bool, extras: ExtraResults) -> list[tuple[str, str]]:
+    """Name what the page could show too, with the command or setting that makes it."""
+    ways = []
+    if not has_heldout:
+        ways.append(("held-out metrics", "[data] heldout or heldout_share in the recipe"))
+    if not extras.evaluations:
+        ways.append(("evaluation", f"qpref eval {run} --json > eval.json; qpref report ... --eval eval.json"))
+    if not extras.merged:
+        ways.append(("merge verdict", f"qpref merge {run} OUT; qpref report ... --merged OUT"))
+    if not extras.samples:
+        samples = f"qpref generate {run} --json > samples.json; qpref report ... --samples samples.json"
+        ways.append(("sample answers", samples))
+    return ways
 
 
 def _data(run: RunRecord) -> DataTables | None:

@@ -10,11 +10,23 @@ from typing import Any
 from qpref.memory.parts import CAPTIONS
 from qpref.report.cells import MAX_LABEL, MAX_ROWS, Table, cell_text
 from qpref.report.curves import TITLES
+from qpref.report.outcome import (
+    accuracy,
+    accuracy_name,
+    adapter_step,
+    heldout_count,
+    heldout_value,
+    state,
+    tokens_and_seconds,
+)
 from qpref.report.read import RunRecord, flatten, nested, number
+from qpref.report.shares import Share, is_share
 from qpref.report.text import bounded, count_text, number_text, share_text, size_text, time_text
 
 HELDOUT_STEPS = 8
 """Maximum columns of a single run's held-out table."""
+MAX_VARIED = 6
+"""Most differing settings that are columns of the comparison; more have a table of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,42 +51,22 @@ class Bar:
     parts: list[tuple[float, int, str]]
 
 
-def state(run: RunRecord) -> str:
-    """Describe the run's progress and its adapter's step."""
-    steps = run.facts.get("steps")
-    total = f" of {count_text(number(steps))}" if not math.isnan(number(steps)) else ""
-    step = f"step {run.metrics.last_step:,}{total}"
-    if adapter_step(run) != run.metrics.last_step:
-        step += f", adapter of step {adapter_step(run):,}"
-    return f"finished, {step}" if run.is_finished else f"not finished, {step}"
-
-
-def adapter_step(run: RunRecord) -> int:
-    """Return the adapter's step: the last one, or the best one with `best_by`."""
-    step = number(nested(run.result, "adapter_step"))
-    return run.metrics.last_step if math.isnan(step) else int(step)
-
-
-def _outcome(run: RunRecord, name: str) -> float:
-    """Return the held-out mean at the adapter's step; the newest where that step has none."""
-    column = run.metrics.column("eval", name)
-    values = dict(zip(column.steps, column.values, strict=True)) if column else {}
-    return values.get(adapter_step(run), run.metrics.last("eval", name))
-
-
 def tiles(run: RunRecord) -> list[Tile]:
     """Summarize a single run."""
     found = [Tile("state", "finished" if run.is_finished else "not finished", state(run).partition(", ")[2])]
-    for name, title, text in (
-        ("rewards/accuracies", "held-out accuracy", share_text),
-        ("rewards/margins", "held-out reward margin", number_text),
-        ("loss", "held-out loss", number_text),
+    for name, title in (
+        (accuracy_name(run), "held-out accuracy"),
+        ("rewards/margins", "held-out reward margin"),
+        ("loss", "held-out loss"),
     ):
         column = run.metrics.column("eval", name)
         if column:
+            text = share_text if is_share(name) else number_text
             before = f"{text(column.values[0])} at step {count_text(column.steps[0])}" if len(column) > 1 else ""
-            found.append(Tile(title, text(_outcome(run, name)), before))
-    tokens, seconds = _spent(run)
+            interval = accuracy(run).interval_text if is_share(name) else ""
+            note = "; ".join(part for part in (interval and f"95 % interval {interval}", before) if part)
+            found.append(Tile(title, text(heldout_value(run, name)), note))
+    tokens, seconds = tokens_and_seconds(run)
     found.append(Tile("time", time_text(seconds), f"{count_text(tokens)} tokens"))
     peak, kind = measured_peak(run)
     if not math.isnan(peak):
@@ -82,30 +74,32 @@ def tiles(run: RunRecord) -> list[Tile]:
     return found
 
 
-def overview(runs: Sequence[RunRecord]) -> Table:
-    """Compare several runs, one per row."""
+def comparison(runs: Sequence[RunRecord]) -> Table:
+    """Compare several runs, one per row: the settings that differ, if they are few, and the outcomes."""
+    varied = differences(runs).rows
+    varied = varied if len(varied) <= MAX_VARIED else []
     rows = []
-    for run in runs:
-        tokens, seconds = _spent(run)
-        loss, margin, accuracy = (_outcome(run, name) for name in ("loss", "rewards/margins", "rewards/accuracies"))
+    for index, run in enumerate(runs):
+        tokens, seconds = tokens_and_seconds(run)
         rows.append(
             [
                 run.name,
+                *(setting[index + 1] for setting in varied),
+                str(accuracy(run)),
+                number_text(heldout_value(run, "rewards/margins")),
+                number_text(heldout_value(run, "loss")),
                 state(run),
-                number_text(loss),
-                number_text(margin),
-                share_text(accuracy),
                 count_text(tokens),
                 time_text(seconds),
                 size_text(measured_peak(run)[0]),
             ]
         )
-    header = ["run", "state", "held-out loss", "reward margin", "accuracy", "tokens", "time", "peak memory"]
-    return Table(header, rows)
+    outcomes = ["held-out accuracy", "reward margin", "held-out loss", "state", "tokens", "time", "peak memory"]
+    return Table(["run", *(setting[0] for setting in varied), *outcomes], rows)
 
 
 def differences(runs: Sequence[RunRecord]) -> Table:
-    """Tabulate the settings in which the runs' recipes differ."""
+    """Tabulate the settings in which the runs' recipes differ, one per row."""
     recipes = [dict(flatten(run.recipe)) for run in runs]
     names = dict.fromkeys(name for recipe in recipes for name in recipe)
     missing = object()
@@ -141,9 +135,13 @@ def heldout(runs: Sequence[RunRecord]) -> Table | None:
         for run, step in columns:
             column = run.metrics.column("eval", name)
             values = dict(zip(column.steps, column.values, strict=True)) if column else {}
-            cells.append(number_text(values[step]) if step in values else "")
+            cells.append(_mean_text(name, values[step], run) if step in values else "")
         rows.append([TITLES.get(name) or bounded(name, MAX_LABEL), *cells])
     return Table(header, rows, left_out)
+
+
+def _mean_text(name: str, value: float, run: RunRecord) -> str:
+    return str(Share(value, heldout_count(run))) if is_share(name) else number_text(value)
 
 
 def starts_at_no_reward(runs: Sequence[RunRecord]) -> bool:
@@ -166,7 +164,7 @@ def against_plan(run: RunRecord) -> Table:
     forecast, examples = nested(run.facts, "forecast"), nested(run.facts, "examples", "train")
     planned_total = number(nested(forecast, "memory", "total"))
     peak, kind = measured_peak(run)
-    tokens, seconds = _spent(run)
+    tokens, seconds = tokens_and_seconds(run)
     step = run.metrics.last_step
     tokens_per_step = tokens / step if step else math.nan
     planned_step, flops = number(nested(forecast, "tokens_per_step")), number(nested(forecast, "flops_per_step"))
@@ -219,11 +217,6 @@ def measured_peak(run: RunRecord) -> tuple[float, str]:
             since = f", since the run was resumed at step {count_text(resumed)}" if resumed > 0 else ""
             return size, f"{kind}{since}"
     return math.nan, ""
-
-
-def _spent(run: RunRecord) -> tuple[float, float]:
-    """Return tokens fed and seconds passed."""
-    return run.metrics.last("train", "tokens"), run.metrics.last("train", "seconds")
 
 
 def _tera(value: float) -> str:

@@ -89,6 +89,17 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     return [multiple * step for multiple in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Choose round numbers for a log axis from 10**low to 10**high: 1, 2 and 5 times powers of ten, or every n-th power
+    of ten where those are more than `most`."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    inside = [power for power in powers if low <= power <= high]
+    every = math.ceil(len(inside) / most) if len(inside) > most else 1
+    fine = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    fine = [value for value in fine if low <= math.log10(value) <= high]
+    return fine if len(fine) <= most else [10.0**power for power in inside[::every]]
+
+
 def tick_texts(values: Sequence[float]) -> list[str]:
     """Format tick labels, with as many decimals as their distance requires."""
     largest = max((abs(value) for value in values), default=0.0)

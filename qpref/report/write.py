@@ -27,23 +27,22 @@ class Extras:
     samples: Sequence[Path] = ()
 
 
-def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extras | None = None) -> Path:
+def write_report(
+    runs: Sequence[Path], output: Path | None = None, extras: Extras | None = None, refresh: int | None = None
+) -> Path:
     """Write the report of some runs and return its path.
 
     Args:
         runs: run folders, finished or not.
         output: the file, which is replaced if it exists; by default `report.html` in the folder of a single run.
+        refresh: seconds after which the page reloads itself; None for never.
 
     Raises:
         RecipeError: a folder is no run, or several runs are given without `output`.
         DataError: a file cannot be read.
     """
     extras = extras or Extras()
-    if output is None and len(runs) != 1:
-        raise RecipeError("a report of several runs has no default path", "name its file with --output")
-    path = output if output is not None else RunFolder(runs[0]).report
-    if path.suffix.lower() not in SUFFIXES or path.is_dir():
-        raise RecipeError(f"--output {path}: expected the name of an .html file")
+    path = report_path(runs, output)
     records = read_runs(runs)
     merged = [*extras.merged, *(run for run in runs if (run / VERDICT).is_file())]
     page = render(
@@ -53,9 +52,24 @@ def write_report(runs: Sequence[Path], output: Path | None = None, extras: Extra
             evaluations=_read(extras.evaluations),
             samples=_read(extras.samples),
         ),
+        refresh,
     )
     fsio.make_folder(path.absolute().parent)
     write_page(path, page)
+    return path
+
+
+def report_path(runs: Sequence[Path], output: Path | None) -> Path:
+    """Return the file of a report.
+
+    Raises:
+        RecipeError: several runs have no default, or the file's name isn't that of an HTML file.
+    """
+    if output is None and len(runs) != 1:
+        raise RecipeError("a report of several runs has no default path", "name its file with --output")
+    path = output if output is not None else RunFolder(runs[0]).report
+    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+        raise RecipeError(f"--output {path}: expected the name of an .html file")
     return path
 
 

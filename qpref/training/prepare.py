@@ -22,6 +22,7 @@ from qpref.distributed.world import ALONE, World
 from qpref.errors import PolicyError
 from qpref.memory.limit import enforced_limit
 from qpref.policy.device import announce
+from qpref.policy.kept_base import KeptBase
 from qpref.policy.load import choose_device, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, cached_sha256, resolve_base
@@ -80,8 +81,11 @@ class Prepared:
         return [self.examples[position] for position in positions]
 
 
-def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
+def prepare(plan: Plan, checked: CheckedData, world: World = ALONE, kept: KeptBase | None = None) -> Prepared:
     """Tokenize the checked rows and load the policy.
+
+    Args:
+        kept: the base of several runs of this process, see `load_policy`.
 
     Raises:
         QprefError: of the kind that fits.
@@ -103,11 +107,11 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE) -> Prepared:
     invariants.check_first_row(pairs, examples[0])
     device = choose_device(recipe.model.device)
     announce(device, recipe.model.device)
-    limit = enforced_limit(recipe, device)
+    limit = enforced_limit(recipe, device, 0 if kept is None else kept.num_bytes_on(device))
     _refuse_damaged_start(recipe.adapter.start)
     if recipe.adapter.start is not None:
         warn_of_other_tokenizer(Path(recipe.adapter.start), tokenizer)
-    policy = load_policy(recipe, base, sharing(recipe, base, world, examples, limit))
+    policy = load_policy(recipe, base, sharing(recipe, base, world, examples, limit), kept)
     refuse_beyond_limits(policy, [*examples, *heldout])
     invariants.check_layout(policy, examples[0])
     invariants.check_company(policy, [*examples, *heldout])

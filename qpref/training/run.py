@@ -18,6 +18,7 @@ from qpref.distributed.world import World
 from qpref.errors import CheckpointError, PolicyError, RecipeError, StoppedBySignal
 from qpref.hooks.types import SinkContext
 from qpref.policy.adapter import TRAINED
+from qpref.policy.kept_base import KeptBase
 from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.plan import Plan
@@ -44,8 +45,11 @@ log = logging.getLogger("qpref")
 HINT = "`qpref plan` says what needs how much; continue with --resume where checkpoints exist"
 
 
-def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False, kept: KeptBase | None = None) -> Path:
     """Run a plan and return the run folder.
+
+    Args:
+        kept: the base of several runs of this process, see `load_policy`.
 
     Raises:
         QprefError: of the kind that fits; until training starts, nothing is left behind.
@@ -65,7 +69,7 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
             checked = load_rows(plan)
             world.note("loading the model")
             with deterministic(plan.recipe.train.deterministic, device):
-                prepared = prepare(plan, checked, world)
+                prepared = prepare(plan, checked, world, kept)
                 _train(prepared, folder, resume)
     return plan.output
 
@@ -155,11 +159,7 @@ def _is_complete(plan: Plan, folder: RunFolder) -> bool:
     except RecipeError as error:
         damage: str | None = error.what
     else:
-        if facts["fingerprints"]["recipe"] != plan.fingerprint:
-            raise CheckpointError(
-                f"{folder.path}: is the run of another recipe",
-                "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
-            )
+        refuse_other_recipe(plan, folder, facts)
         damage = folder.adapter_damage() or folder.changed_record(facts) or _moved_base(plan, facts)
         if damage is None:
             folder.remove_leftovers()  # of a process that was killed once all was written
@@ -172,6 +172,22 @@ def _is_complete(plan: Plan, folder: RunFolder) -> bool:
         )
     log.warning("%s; the run's records and its adapter are written again from the last checkpoint", damage)
     return False
+
+
+def refuse_other_recipe(plan: Plan, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Refuse to resume the run of another recipe.
+
+    Args:
+        facts: the folder's run.json.
+
+    Raises:
+        CheckpointError: settings differ that change results beyond rounding.
+    """
+    if facts["fingerprints"]["recipe"] != plan.fingerprint:
+        raise CheckpointError(
+            f"{folder.path}: is the run of another recipe",
+            "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
+        )
 
 
 def _moved_base(plan: Plan, facts: Mapping[str, Any]) -> str | None:

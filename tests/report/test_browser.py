@@ -100,9 +100,9 @@ def test_curves_stand_where_their_ticks_say(shown):
     found = shown.evaluate("""(() => {
         const svg = document.querySelector('#curves svg[data-points]');
         const middle = (element) => { const box = element.getBoundingClientRect(); return box.top + box.height / 2; };
-        const ticks = [...svg.querySelectorAll('.tick.y')].filter((tick) => tick.textContent !== 'step')
+        const ticks = [...svg.querySelectorAll('.linear .tick.y')].filter((tick) => tick.textContent !== 'step')
             .map((tick) => [Number(tick.textContent), middle(tick)]);
-        const dots = [...svg.querySelectorAll('g.c1 circle:not(.held)')].map(middle);
+        const dots = [...svg.querySelectorAll('.linear g.c1 circle:not(.held)')].map(middle);
         return {ticks, dots};
     })()""")
     (low, bottom), (high, top) = found["ticks"][0], found["ticks"][-1]

@@ -13,7 +13,7 @@ import pytest
 from qpref.report import charts
 from qpref.report.charts import Curve, draw
 from qpref.report.read import Column
-from qpref.report.text import number_text, tick_texts, ticks, time_text
+from qpref.report.text import log_ticks, number_text, tick_texts, ticks, time_text
 
 RIGHT = charts.WIDTH - charts.RIGHT
 BOTTOM = charts.HEIGHT - charts.BOTTOM
@@ -28,7 +28,7 @@ def column(values, first_step=1) -> Column:
 
 def chart(values, last_step=None, **curve):
     made = column(values)
-    settings = {"label": "training", "colour": 0, "is_dashed": False} | curve
+    settings = {"label": "training", "colour": 0, "is_heldout": False} | curve
     return draw("loss", [Curve(column=made, **settings)], last_step or len(values))
 
 
@@ -42,8 +42,8 @@ def places(path: str) -> list[list[tuple[float, float]]]:
 
 def test_points_stand_where_the_axes_say():
     drawn = chart([1.0, 3.0, 2.0])
-    ((first, second, third),) = places(drawn.traces[0].line)
-    labels = {float(text): y for y, text in drawn.y_ticks}
+    ((first, second, third),) = places(drawn.linear.traces[0].line)
+    labels = {float(text): y for y, text in drawn.linear.y_ticks}
     steps = {float(text): x for x, text in drawn.x_ticks}
     assert first == pytest.approx((steps[1], labels[1.0]), abs=0.11)
     assert second == pytest.approx((steps[2], labels[3.0]), abs=0.11)
@@ -53,12 +53,12 @@ def test_points_stand_where_the_axes_say():
 
 
 def test_all_runs_share_one_step_axis():
-    assert places(chart([1.0, 2.0], last_step=4).traces[0].line)[0][-1][0] == (charts.LEFT + RIGHT) / 2
+    assert places(chart([1.0, 2.0], last_step=4).linear.traces[0].line)[0][-1][0] == (charts.LEFT + RIGHT) / 2
 
 
 def test_a_row_without_a_value_breaks_the_line_and_is_marked():
     drawn = chart([1.0, 2.0, math.nan, 3.0, math.nan])
-    strokes = places(drawn.traces[0].line)
+    strokes = places(drawn.linear.traces[0].line)
     assert [len(stroke) for stroke in strokes] == [2, 2]  # the second is one point, drawn as a dot
     assert strokes[1][0] == strokes[1][1]
     assert len(drawn.gaps) == 2
@@ -68,20 +68,63 @@ def test_a_row_without_a_value_breaks_the_line_and_is_marked():
 
 def test_a_curve_without_any_value_is_an_empty_chart():
     drawn = chart([math.nan, math.nan])
-    assert drawn.traces[0].line == ""
+    assert drawn.linear.traces[0].line == ""
     assert "no value" in drawn.summary
+
+
+def test_a_share_has_the_ends_of_its_interval_as_band():
+    drawn = chart([0.25, 0.75], share_of=8, is_heldout=True)
+    (band,) = places(drawn.linear.traces[0].band)
+    labels = {float(text): y for y, text in drawn.linear.y_ticks}
+    per_unit = (labels[0.8] - labels[0.2]) / 0.6
+    heights = [0.8 + (y - labels[0.8]) / per_unit for _, y in band]
+    # Wilson's interval of 2 in 8 is 0.0715 to 0.5907, and that of 6 in 8 its mirror image.
+    assert heights == pytest.approx([0.5907, 0.9285, 0.4093, 0.0715], abs=0.002)
+    value, low, high = map(float, re.findall(r"[\d.]+", drawn.linear.traces[0].points[0][2]))
+    assert (value, low, high) == (0.25, pytest.approx(0.0715, abs=5e-5), pytest.approx(0.5907, abs=5e-5))
+    assert drawn.notes == ["The band of held-out rows is the 95 % interval (Wilson) of a share of 8 examples."]
+
+
+def test_on_a_log_axis_equal_ratios_are_equal_distances():
+    drawn = chart([1.0, 10.0, 1000.0])
+    ((first, second, third),) = places(drawn.log.traces[0].line)
+    assert (second[1] - third[1]) / (first[1] - second[1]) == pytest.approx(2, abs=0.01)
+    ticks_at = {float(text.replace(",", "")): y for y, text in drawn.log.y_ticks}
+    assert ticks_at[10.0] == pytest.approx(second[1], abs=0.11)
+    assert [point[1:] for point in drawn.log.traces[0].points] == [point[1:] for point in drawn.linear.traces[0].points]
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [-1.0, 1.0], [0.69, 0.68], [math.nan]])
+def test_values_that_are_not_above_0_or_all_close_have_no_log_axis(values):
+    assert chart(values).log is None
+
+
+def test_training_rows_are_smoothed_by_an_average_that_starts_at_the_first():
+    values = [1.0, *[0.0] * 29]
+    (smooth,) = places(chart(values).linear.traces[0].smooth)
+    raw = places(chart(values).linear.traces[0].line)[0]
+    height = raw[1][1] - raw[0][1]  # of 1
+    averages = [(raw[1][1] - y) / height for _, y in smooth]
+    expected = [0.1 * 0.9**step / (1 - 0.9 ** (step + 1)) for step in range(30)]
+    assert averages == pytest.approx(expected, abs=0.002)
+
+
+def test_few_rows_and_held_out_rows_are_not_smoothed():
+    assert chart([1.0] * 19).linear.traces[0].smooth == ""
+    assert chart([1.0] * 40, is_heldout=True).linear.traces[0].smooth == ""
+    assert chart([1.0] * 40, is_noisy=False).linear.traces[0].smooth == ""
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -5e-7, 1e150, 3e-320])
 def test_a_constant_has_an_axis_of_its_own(value):
     drawn = chart([value] * 3)
-    assert all(charts.TOP <= y <= BOTTOM for _, y in places(drawn.traces[0].line)[0])
-    assert drawn.y_ticks
+    assert all(charts.TOP <= y <= BOTTOM for _, y in places(drawn.linear.traces[0].line)[0])
+    assert drawn.linear.y_ticks
 
 
 def test_a_single_row_is_a_dot():
     drawn = chart([0.5])
-    assert len(drawn.traces[0].dots) == 1
+    assert len(drawn.linear.traces[0].dots) == 1
     assert len(drawn.x_ticks) == 2
 
 
@@ -100,23 +143,23 @@ def many():
 
 def test_hundreds_of_thousands_of_rows_become_a_few_hundred_points(many):
     _, drawn, seconds = many
-    assert sum(map(len, places(drawn.traces[0].line))) <= charts.NUM_COLUMNS
+    assert sum(map(len, places(drawn.linear.traces[0].line))) <= charts.NUM_COLUMNS
     assert len(drawn.hover) < 40_000
     assert seconds < 3
 
 
 def test_a_spike_of_one_row_is_drawn_at_its_height(many):
     values, drawn, _ = many
-    (band,) = places(drawn.traces[0].band)
+    (band,) = places(drawn.linear.traces[0].band)
     x, y = min(band, key=lambda corner: corner[1])
     assert x == pytest.approx(charts.LEFT + (RIGHT - charts.LEFT) * 123_457 / len(values), abs=2)
-    labels = {float(text): height for height, text in drawn.y_ticks}
+    labels = {float(text): height for height, text in drawn.linear.y_ticks}
     assert y == pytest.approx(labels[5.0] + (labels[5.0] - labels[0.0]) * 4 / 5, abs=0.5)
 
 
 def test_the_line_is_each_columns_mean(many):
     values, drawn, _ = many
-    point = drawn.traces[0].points[10]
+    point = drawn.linear.traces[0].points[10]
     low, high = (place * len(values) / charts.NUM_COLUMNS for place in (10, 11))
     inside = [value for step, value in enumerate(values, 1) if low <= step < high]
     mean, least, most = (float(number) for number in re.findall(r"-?[\d.]+(?:e-?\d+)?", point[2]))
@@ -134,7 +177,7 @@ def test_rows_without_a_value_are_marked_even_where_their_column_has_others(many
 
 def test_a_long_gap_breaks_the_line_of_many_rows():
     values = [1.0] * 4000 + [math.nan] * 2000 + [2.0] * 4000
-    assert len(places(chart(values).traces[0].line)) == 2
+    assert len(places(chart(values).linear.traces[0].line)) == 2
 
 
 def test_rows_far_apart_are_joined_when_others_are_many():
@@ -144,7 +187,7 @@ def test_rows_far_apart_are_joined_when_others_are_many():
         sparse.add(step, 1.0)
     dense = Curve("dense", 0, False, column([1.0] * 100_000))
     drawn = draw("loss", [dense, Curve("sparse", 1, False, sparse)], 100_000)
-    assert len(places(drawn.traces[1].line)) == 1
+    assert len(places(drawn.linear.traces[1].line)) == 1
 
 
 def test_the_table_has_the_first_and_the_last_row_and_says_what_it_leaves_out(many):
@@ -167,7 +210,7 @@ def test_steps_out_of_order_are_drawn_in_order():
     mixed = Column()
     for step in (3, 1, 2):
         mixed.add(step, float(step))
-    (stroke,) = places(draw("loss", [Curve("training", 0, False, mixed)], 3).traces[0].line)
+    (stroke,) = places(draw("loss", [Curve("training", 0, False, mixed)], 3).linear.traces[0].line)
     assert stroke == sorted(stroke)
 
 
@@ -208,6 +251,19 @@ def test_numbers_have_five_digits(value, text):
 )
 def test_ticks_are_round_and_their_labels_tell_them_apart(low, high, texts):
     assert tick_texts(ticks(low, high, 5)) == texts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "values"),
+    [
+        (0.3, 100, [0.5, 1, 2, 5, 10, 20, 50, 100]),
+        (1e-9, 1, [1e-9, 1e-7, 1e-5, 1e-3, 1e-1]),
+        (2, 9, [2, 5]),
+        (2.1, 4.9, []),
+    ],
+)
+def test_log_ticks_are_1_2_and_5_times_powers_of_ten(low, high, values):
+    assert log_ticks(math.log10(low), math.log10(high), 8) == pytest.approx(values)
 
 
 def test_steps_have_no_fractions():

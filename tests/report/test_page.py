@@ -64,7 +64,7 @@ def test_heldout_table_of_a_real_run_has_the_numbers_of_its_metrics(trained):
     assert shown["loss"] == [number_text(row["eval_loss"]) for row in rows] != ["0.69315", "0.69315"]
     margins = [number_text(row["eval_rewards/margins"]) for row in rows]
     assert shown["reward margin, chosen - rejected"] == margins
-    assert len(body) == len([name for name in rows[0] if name.startswith("eval_")])
+    assert len(body) == len({name for row in rows for name in row if name.startswith("eval_")})
 
 
 def test_each_chart_of_a_real_run_has_its_rows_in_the_table_beneath(trained):
@@ -129,12 +129,61 @@ def test_several_runs_are_overlaid_and_their_settings_compared(tmp_path):
     ]
     page = page_of(*runs, output=tmp_path / "both.html")
     assert page.one("title").text == "2 runs: a, b - qpref report"
-    overview, differences = (table.rows() for table in page.one("section", id="runs").all("table"))
-    assert [row[0] for row in overview] == ["run", "a", "b"]
-    assert differences == [["setting", "a", "b"], ["loss.name", "dpo", "ipo"]]
+    (comparison,) = page.one("section", id="runs").all("table")
+    assert [row[:2] for row in comparison.rows()] == [["run", "loss.name"], ["a", "dpo"], ["b", "ipo"]]
     (loss,) = [figure for figure in page.all("figure") if figure.one("figcaption").text == "loss"]
     assert loss.one("table").rows() == [["step", "a, training", "b, training"], ["1", "0.7", "0.5"], ["2", "0.6", ""]]
-    assert [group.attributes["class"] for group in loss.all("g")] == ["c0", "c1"]
+    assert [group.attributes["class"] for group in loss.one("g", class_="linear").all("g")] == ["c0", "c1"]
+
+
+def test_many_differing_settings_have_a_table_of_their_own(tmp_path):
+    runs = [
+        make_run(tmp_path / name, recipe="".join(f"key{index} = {value}\n" for index in range(8)))
+        for name, value in (("a", 1), ("b", 2))
+    ]
+    comparison, differences = (
+        table.rows() for table in page_of(*runs, output=tmp_path / "both.html").one("section", id="runs").all("table")
+    )
+    assert comparison[0][:2] == ["run", "held-out accuracy"]
+    assert differences[:2] == [["setting", "a", "b"], ["key0", "1", "2"]]
+    assert len(differences) == 9
+
+
+def test_the_page_opens_with_the_verdict_and_what_was_trained(tmp_path):
+    rows = [{"step": 0, "split": "eval", "eval_rewards/accuracies": 0.5},
+            {"step": 2, "split": "eval", "eval_rewards/accuracies": 0.75}]  # fmt: skip
+    recipe = (
+        '[loss]\nname = "acme"\nbeta = { start = 0.1, end = 0.5, schedule = "linear" }\ngamma = 2.0\nsmooth = 0.0\n'
+        'kind = "x"\nwpo = true\n[train]\nlearning_rate = 5e-6\nbatch_size = 8\n[adapter]\nrank = 16\n'
+        '[model]\nquantization = "nf4"\n'
+    )
+    facts = {"base": "org/model", "examples": {"train": 1234, "heldout": 32}}
+    run = make_run(tmp_path / "run", rows, recipe=recipe, facts=facts)
+    header = page_of(run).one("header")
+    # 24 of 32; Wilson's interval by hand: (0.75 + z²/64) / (1 + z²/32) -+ z / (1 + z²/32) sqrt(0.1875/32 + z²/4096)
+    assert header.one("p", class_="verdict").text == (
+        "held-out accuracy 0.50 → 0.75 of 32 (95 % interval 0.58 to 0.87)"
+    )
+    assert [item.text for item in header.one("ul").all("li")] == [
+        "loss acme, beta 0.1 → 0.5, gamma 2", "learning rate 5e-06", "batch size 8", "rank 16",
+        "data 1,234 examples, 32 held out", "base org/model", "quantization nf4",
+    ]  # fmt: skip
+    (run / "result.json").write_text(json.dumps({"verdict": {"sentence": "it learned"}}))
+    assert page_of(run).one("p", class_="verdict").text == "it learned"
+    going = make_run(tmp_path / "going", rows, finished=False)
+    assert page_of(going).one("p", class_="verdict").text == "so far, held-out accuracy 0.50 → 0.75"
+
+
+def test_held_out_shares_have_intervals_in_every_table(tmp_path):
+    rows = [{"step": 0, "split": "eval", "eval_rewards/accuracies": 0.5, "eval_logps/accuracies": 0.5}]
+    run = make_run(tmp_path / "run", rows, facts={"examples": {"train": 9, "heldout": 8}})
+    other = make_run(tmp_path / "other", rows)  # of an unknown number
+    page = page_of(run, other, output=tmp_path / "both.html")
+    assert [row[1] for row in page.one("section", id="runs").one("table").rows()] == [
+        "held-out accuracy", "50.0 % (22 to 78 %)", "50.0 %"
+    ]  # fmt: skip
+    assert [row[1:] for row in table_under(page, "Held-out metrics")[1:]] == [["50.0 % (22 to 78 %)", "50.0 %"]] * 2
+    assert "95 % interval 22 to 78 %" in dict(row[::2] for row in tiles_of(page_of(run)))["held-out accuracy"]
 
 
 def test_a_run_at_work_is_shown_with_what_it_has(tmp_path):
@@ -163,9 +212,11 @@ def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
         ["held-out accuracy", "90.0 %", "50.0 % at step 0"],
     ]
     header, *body = table_under(page, "Held-out metrics")
-    assert dict(zip(header, body[1], strict=True))["step 2"] == "0.9"
+    assert dict(zip(header, body[1], strict=True))["step 2"] == "90.0 %"
     both = page_of(run, make_run(tmp_path / "last", rows), output=tmp_path / "both.html")
-    assert [row[4] for row in both.one("section", id="runs").all("table")[0].rows()] == ["accuracy", "90.0 %", "80.0 %"]
+    assert [row[1] for row in both.one("section", id="runs").one("table").rows()] == [
+        "held-out accuracy", "90.0 %", "80.0 %"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("margin", "noted"), [(0.0, True), (0.4, False), (None, False)])
@@ -174,9 +225,13 @@ def test_the_first_accuracy_is_explained_where_all_rewards_start_at_0(tmp_path, 
     assert ("at step 0 is computed by log-probability" in page_of(make_run(tmp_path / "run", [row])).text) == noted
 
 
-def test_sections_without_a_file_say_which_command_makes_it(tmp_path):
+def test_empty_sections_are_left_out_and_the_last_says_which_command_fills_them(tmp_path):
     run = make_run(tmp_path / "run")
-    text = " ".join(page_of(run).text.split())
+    page = page_of(run)
+    text = " ".join(page.text.split())
+    shown = ["Curves", "Data", "Memory and speed, planned and measured", "About"]
+    assert [section.one("h2").text for section in page.all("section")] == shown
+    assert [link.text for link in page.one("nav").all("a")] == ["curves", "data", "memory and speed", "about"]
     for command in (
         f"qpref eval {run} --json > eval.json; qpref report ... --eval eval.json",
         f"qpref generate {run} --json > samples.json; qpref report ... --samples samples.json",
