@@ -45,22 +45,26 @@ def heldout_means(
         DeviceMemoryError: one example is too large for the memory.
     """
     averages, cuts, pairs = Averages(), windows(examples), []
+    positions: list[int] = []
     with frozen(scorer.policy):
         for first in range(0, len(cuts), world.size):
             chosen = cuts[first : first + world.size]
-            scored, budget = _add_windows(averages, scorer, world, examples, chosen, budget)
+            rows, scored, budget = _add_windows(averages, scorer, world, examples, chosen, budget)
+            positions += [len(positions) + position for position in rows]
             pairs.append(scored)
-    return with_margin(averages.means()), torch.cat(pairs, dim=1), budget
+    on_host = torch.cat(pairs, dim=1).float().cpu()  # one copy
+    return with_margin(averages.means()), on_host[:, positions], budget
 
 
 def _add_windows(
     averages: Averages, scorer: Scorer, world: World, examples: Sequence[TokenizedExample], cuts: Sequence[range],
     budget: int,
-) -> tuple[Pairs, int]:  # fmt: skip
+) -> tuple[Sequence[int], Tensor, int]:  # fmt: skip
     """Score adjacent windows and add their metrics.
 
     Returns:
-        Log-probabilities of the windows' examples, and the tokens per micro-batch that the memory sufficed for.
+        Columns of the windows' examples; [2, N] log-probabilities, in those columns and on the device; and the tokens
+        per micro-batch that the memory sufficed for.
     """
     start, policy = cuts[0].start, scorer.policy
     members = examples[start : cuts[-1].stop]
@@ -82,7 +86,7 @@ def _add_windows(
             budget = shrink_microbatch(policy, members, budget)
         averages.add(metrics)
         pairs.append(torch.stack([metrics["logps/chosen"], metrics["logps/rejected"]]))
-    return torch.cat(pairs, dim=1)[:, list(whole.positions)].float().cpu(), budget
+    return whole.positions, torch.cat(pairs, dim=1), budget
 
 
 def _values(scorer: Scorer, examples: Sequence[TokenizedExample]) -> Values:

@@ -374,6 +374,21 @@ def test_completions_of_a_row_stay_in_one_held_out_window(make_trainer, monkeypa
     assert found["rewards/chosen"] == pytest.approx(wanted["rewards/chosen"], rel=1e-4)
 
 
+@pytest.mark.parametrize("window", [1, 3, 256])
+def test_held_out_scores_are_in_the_order_of_the_examples(make_trainer, monkeypatch, window):
+    """Lengths rise and fall, and packing puts the longest first."""
+    trainer = make_trainer()
+    trainer.heldout = [trainer.examples[index] for index in (3, 8, 1, 11, 6)]
+    monkeypatch.setattr("qpref.training.heldout.WINDOW", window)
+    trainer.heldout_means()
+    scores = trainer.state.last_scores
+    for index, example in enumerate(list(trainer.heldout)):
+        trainer.heldout = [example]
+        alone = trainer.heldout_means()
+        assert float(scores.chosen[index]) == pytest.approx(alone["logps/chosen"], rel=1e-4), index
+        assert float(scores.rejected[index]) == pytest.approx(alone["logps/rejected"], rel=1e-4), index
+
+
 def test_one_prompt_alone_has_no_partners():
     with pytest.raises(DataError, match="all examples have the same prompt"):
         with_mismatched([make_example(1, [1]), make_example(1, [2])], 0, 64)
