@@ -236,12 +236,13 @@ def _facts(changes: _Changes) -> list[str]:
     range_of_change = _range(changes.accuracy.change, "+z.2f")
     return [
         f"{_accuracy(changes.accuracy, changes)} (95 % interval {range_of_change})",
-        f"margin {nats} ({range_of_nats})",
+        f"margin {nats} ({range_of_nats}) and up in {changes.margin_grew:.0%} of them",
     ]
 
 
 def _accuracy(accuracy: Accuracy, changes: _Changes) -> str:
-    return f"held-out accuracy {accuracy.before:.2f} → {accuracy.after:.2f} of {changes.pairs} {changes.unit}"
+    shares = f"{accuracy.before:.2f} → {accuracy.after:.2f}"
+    return f"held-out accuracy {shares} of {changes.pairs} {changes.unit} by log-probability"
 
 
 def _chosen(changes: _Changes) -> str:

@@ -35,7 +35,7 @@ def test_run_ends_with_its_verdict_and_the_next_commands(recipe, tmp_path):
     [verdict] = [line for line in lines if line.startswith("verdict: ")]
     recorded = json.loads((tmp_path / "a run/result.json").read_text())["verdict"]
     assert verdict == f"verdict: {recorded['sentence']}"
-    assert "of 24 pairs (95 % interval" in verdict
+    assert "of 24 pairs by log-probability (95 % interval" in verdict
     after = lines[lines.index("next:") + 1 :]
     assert after
     for line in after:

@@ -48,7 +48,7 @@ def test_pairs_that_turned_right_make_it_better():
     verdict = judged(0.02 * noise(1, 1.0), -4 + noise(2, 0.1), start)
     assert verdict.outcome == "better"
     assert verdict.sentence.startswith(
-        "held-out accuracy 0.81 → 1.00 of 32 pairs (95 % interval +0.02 to +0.34), margin"
+        "held-out accuracy 0.81 → 1.00 of 32 pairs by log-probability (95 % interval +0.02 to +0.34), margin"
     )
     assert verdict.sentence.endswith("chosen answers kept their likelihood")
     assert (verdict.accuracy.before, verdict.accuracy.after) == (26 / 32, 1.0)
@@ -98,9 +98,9 @@ def test_accuracy_and_margin_in_opposite_directions_are_mixed():
 def test_few_prompts_make_no_claim():
     verdict = judged(torch.full((8,), 5.0), torch.zeros(8))
     assert verdict.outcome == "unknown"
-    assert (
-        verdict.sentence == "held-out accuracy 0.00 → 1.00 of 8 pairs: too few prompts to say more (8, of 20 at least)"
-    )
+    measured, _, why = verdict.sentence.partition(": ")
+    assert measured == "held-out accuracy 0.00 → 1.00 of 8 pairs by log-probability"
+    assert why == "too few prompts to say more (8, of 20 at least)"
 
 
 def test_many_pairs_of_few_prompts_make_no_claim():
@@ -176,7 +176,7 @@ def test_completions_of_one_pair_are_compared_with_each_other():
 
 def test_no_number_is_a_negative_zero():
     verdict = judged(torch.full((COUNT,), -0.001), torch.zeros(COUNT))
-    assert "margin +0.0 nats (+0.0 to +0.0)" in verdict.sentence
+    assert "margin +0.0 nats (+0.0 to +0.0) and up in 0% of them" in verdict.sentence
 
 
 # The change that a learning rate allows.
