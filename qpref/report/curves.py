@@ -22,6 +22,7 @@ TITLES = {
     "logps/accuracies": "accuracy by log-probability",
     "logps/chosen": "log-probability of chosen (nats)",
     "logps/rejected": "log-probability of rejected (nats)",
+    "logps/length_bias": "new preference for longer answers",
     "grad_norm": "gradient norm, before clipping",
     "learning_rate": "learning rate",
 }
@@ -32,8 +33,8 @@ TOGETHER = {
 }
 """Metrics of a single run that share a chart; with several runs, each metric has its own."""
 COUNTERS = ("tokens", "seconds")
-EXACT = ("learning_rate",)
-"""Values without noise, which are not smoothed."""
+EXACT = ("learning_rate", "option/")
+"""Values without noise, which are not smoothed, by the starts of their names."""
 MAX_BANDS = 2
 """Most runs whose intervals are drawn; more would cover each other, and are in the tables."""
 MAX_CHARTS = 60
@@ -86,7 +87,7 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Curve]:
                         is_heldout=is_heldout,
                         column=column,
                         share_of=share_of if share_of > 0 else None,
-                        is_noisy=name not in EXACT,
+                        is_noisy=not name.startswith(EXACT),
                     )
 
 

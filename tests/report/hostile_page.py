@@ -12,14 +12,15 @@ from qpref.report.write import Extras, write_report
 
 def hostile_page(folder: Path, text: str, name: str = "run") -> Path:
     """Write the page of a run whose every text is this one, and so is every text of the files beside it."""
+    in_toml = text.encode(errors="replace").decode()  # which can't hold half a character
     row = {"step": 1, "split": "train", text: 1.0, "loss": 0.5, "tokens": 1, "seconds": 1}
     facts = dict.fromkeys(("base", "base_path", "created", "device", "dtype", "attention"), text)
     run = make_run(
         folder / name,
         [row, row | {"step": 2}, {"step": 2, "split": "eval", f"eval_{text}": 1.0, "eval_loss": 1.0}],
-        recipe=f"[loss]\nname = {json.dumps(text)}\n",
+        recipe=f"[loss]\nname = {json.dumps(in_toml)}\n",
         facts=facts | {"plugins": [{"name": text}], "versions": {text: text}, "fingerprints": {text: [text]}},
-        result={"adapter_step": text, "peak_bytes": {text: text}},
+        result={"adapter_step": text, "peak_bytes": {text: text}, "verdict": {"sentence": text, "outcome": text}},
         data={
             "read": 1,
             "findings": [dict.fromkeys(("code", "severity", "path", "line", "message"), text)],

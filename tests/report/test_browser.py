@@ -212,6 +212,34 @@ def test_a_phone_scrolls_tables_and_not_the_page(shown):
     assert shown.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_the_switches_choose_smoothed_lines_and_the_log_axis(browser, tmp_path):
+    browser.open(write_report([make_run(tmp_path / "run", train_rows([1 / step for step in range(1, 31)]))]))
+
+    def shown() -> dict[str, bool]:
+        return browser.evaluate("""Object.fromEntries(
+            ['.linear', '.log', '.linear .smooth', '.log .smooth'].map((kind) =>
+            [kind, document.querySelector('#curves svg ' + kind).getClientRects().length > 0]))""")
+
+    linear = {".linear": True, ".log": False, ".linear .smooth": True, ".log .smooth": False}
+    assert shown() == linear
+    browser.evaluate("document.querySelector('#smoothing').click()")
+    assert shown() == linear | {".linear .smooth": False}
+    browser.evaluate("document.querySelector('#log-axis').click()")
+    assert shown() == {".linear": False, ".log": True, ".linear .smooth": False, ".log .smooth": False}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_section_is_wider_than_the_window(shown, width, scheme):
+    """Tables scroll in their own frame, and no text of the header, the tiles or the legends leaves its box."""
+    shown.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    shown.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    wide = """[...document.querySelectorAll('header *, section > *, .tile, .legend li, .verdicts *, .trained li')]
+        .filter((one) => one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML.slice(0, 80))"""
+    assert shown.evaluate(wide) == []
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_a_page_of_hundreds_of_thousands_of_rows_opens_at_once(browser, tmp_path):
     random.seed(0)
     losses = [0.2 + 0.5 * math.exp(-step / 40_000) + random.gauss(0, 0.05) for step in range(300_000)]

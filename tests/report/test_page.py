@@ -186,6 +186,14 @@ def test_held_out_shares_have_intervals_in_every_table(tmp_path):
     assert "95 % interval 22 to 78 %" in dict(row[::2] for row in tiles_of(page_of(run)))["held-out accuracy"]
 
 
+def test_scheduled_values_are_not_smoothed(tmp_path):
+    rows = train_rows([0.7] * 30, learning_rate=1e-6, **{"option/beta": 0.1})
+    figures = page_of(make_run(tmp_path / "run", rows)).one("section", id="curves").all("figure")
+    smoothed = [figure.one("figcaption").text for figure in figures if figure.all("path", class_="smooth")]
+    assert [figure.one("figcaption").text for figure in figures] == ["loss", "learning rate", "option/beta"]
+    assert smoothed == ["loss"]
+
+
 def test_a_run_at_work_is_shown_with_what_it_has(tmp_path):
     run = make_run(tmp_path / "run", train_rows([0.7]), finished=False, facts={"steps": 12})
     with (run / "metrics.jsonl").open("a") as file:
