@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from qpref.cli.options import base_option, json_option, quantization_option
+from qpref.cli.options import base_option, json_option, quantization_option, sampling_options
 from qpref.cli.output import echo, make_console
 
 if TYPE_CHECKING:
@@ -30,24 +30,7 @@ COLUMNS_WITHOUT_TERMINAL = 160
     help="Data with prompts, such as pairs: a file, ...; or a .txt file with one prompt per line.  [default, without "
     "--prompt: the first 8 held-out prompts of the run]",
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens of an answer."
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 is greedy.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Nucleus sampling: sample from the most probable tokens up to this total probability.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling.")
+@sampling_options(max_new_tokens=128, temperature=0.0)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Prompts per batch.")
 @json_option
 @base_option

@@ -80,7 +80,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
             _way_out(request.onto, request.quantize, request.dtype),
         )
     if push is not None:
-        echo(f"pushed: {hub.push(result.path, push)}")
+        echo(f"pushed: {hub.push(result.path, push, 'Merged by qpref')}")
 
 
 def _way_out(onto: str, quantize: str | None, dtype: str) -> str:

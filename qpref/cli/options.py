@@ -28,6 +28,26 @@ quantization_option = click.option(
 )
 
 
+def sampling_options(max_new_tokens: int, temperature: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the decorator that adds the options of generation, with these defaults."""
+    options: tuple[Callable[[Any], Any], ...] = (
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=max_new_tokens, show_default=True,
+                     help="Most tokens of an answer."),
+        click.option("--temperature", type=click.FloatRange(min=0), default=temperature, show_default=True,
+                     help="Sampling temperature; 0 is greedy."),
+        click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True,
+                     help="Nucleus sampling: sample from the most probable tokens up to this total probability."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for sampling."),
+    )  # fmt: skip
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def _columns(context: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
     """Parse `NAME=COLUMN`, of which there may be several, to a mapping."""
     columns: dict[str, str] = {}

@@ -103,7 +103,12 @@ def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
 
 def as_prompt(text: str, source: Source = GIVEN) -> UnpairedExample:
     """Make a prompt of one user turn."""
-    return _without_response((Message(role="user", content=text),), (), source)
+    return as_turns((Message(role="user", content=text),), source)
+
+
+def as_turns(turns: tuple[Message, ...], source: Source = GIVEN) -> UnpairedExample:
+    """Make a prompt of a conversation whose last turn is the user's."""
+    return _without_response(turns, (), source)
 
 
 def _without_response(
@@ -195,7 +200,7 @@ def _answers(
     size = sampling.batch_size
     while len(found) < len(ids):
         indices = _sharing_a_batch(policy, order[len(found) : len(found) + size], ids, sampling.max_new_tokens)
-        new = _generate(policy, tokenizer, [ids[index] for index in indices], sampling)
+        new = new_tokens(policy, tokenizer, [ids[index] for index in indices], sampling)
         if new is None:
             if size == 1:
                 raise DeviceMemoryError("the device ran out of memory on one prompt", "lower --max-new-tokens")
@@ -203,10 +208,14 @@ def _answers(
             log.warning("out of memory: continuing with %d prompts per batch", size)
             continue
         for index, answer in zip(indices, new, strict=True):
-            stop = next((at for at, token in enumerate(answer) if token in tokenizer.stop_tokens), None)
-            text = tokenizer.tokenizer.decode(answer[:stop], skip_special_tokens=True)
-            found[index] = (text, stop is not None)
+            found[index] = text_of_answer(tokenizer, answer)
     return [found[index] for index in range(len(ids))]
+
+
+def text_of_answer(tokenizer: PairTokenizer, answer: Sequence[int]) -> tuple[str, bool]:
+    """Decode an answer's tokens up to its stop token; True where it has one."""
+    stop = next((at for at, token in enumerate(answer) if token in tokenizer.stop_tokens), None)
+    return tokenizer.tokenizer.decode(answer[:stop], skip_special_tokens=True), stop is not None
 
 
 def _sharing_a_batch(policy: Policy, indices: list[int], ids: Sequence[list[int]], new: int) -> list[int]:
@@ -230,10 +239,14 @@ def _sharing_a_batch(policy: Policy, indices: list[int], ids: Sequence[list[int]
     return list(takewhile(lambda index: key(index) == shared, indices))
 
 
-def _generate(
-    policy: Policy, tokenizer: PairTokenizer, prompts: Sequence[list[int]], sampling: Sampling
+def new_tokens(
+    policy: Policy, tokenizer: PairTokenizer, prompts: Sequence[list[int]], sampling: Sampling, streamer: Any = None
 ) -> list[list[int]] | None:
-    """Generate the new tokens of each prompt; None if memory ran out."""
+    """Generate the new tokens of each prompt; None if memory ran out.
+
+    Args:
+        streamer: one of transformers', which gets the tokens of a single prompt as they come.
+    """
     longest = max(map(len, prompts))
     padding = tokenizer.stop_tokens[0]
     rows = [[padding] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -245,6 +258,7 @@ def _generate(
                 input_ids=torch.tensor(rows, device=policy.device),
                 attention_mask=torch.tensor(mask, device=policy.device),
                 generation_config=_settings(policy, tokenizer, sampling),
+                streamer=streamer,
             )
         return output[:, longest:].tolist()
 

@@ -16,6 +16,7 @@ from qpref.opening import real_path
 from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.adapter_names import LayerNames
+from qpref.policy.base_name import HASH
 from qpref.policy.device import announce
 from qpref.policy.float32 import compute_in_float32
 from qpref.policy.load import choose_device, load_plain, load_policy
@@ -27,7 +28,7 @@ from qpref.recipe.reopen import RecordedRun
 from qpref.recipe.sections import AdapterSection, ModelSection, Recipe, check_document
 from qpref.training import checkpoint
 from qpref.training.base_settings import changed_settings
-from qpref.training.folder import EXPORT_AGAIN, RunFolder
+from qpref.training.folder import EXPORT_AGAIN, RunFolder, names_of_base
 from qpref.training.snapshot import restore_adapter
 
 log = logging.getLogger("qpref")
@@ -74,6 +75,11 @@ class Subject:
     @property
     def has_reference(self) -> bool:
         return self.adapter is not None
+
+    @property
+    def context(self) -> int:
+        """The model's context length in tokens."""
+        return _context(self.base.config)
 
     @property
     def dtype(self) -> str:
@@ -205,8 +211,9 @@ def _of_run(name: str, kind: Kind, folder: RunFolder, adapter: Path) -> Subject:
     if changed := changed_settings(base.path, facts):
         raise PolicyError(changed, "restore the base as it was")
     _refuse_other_tokenizer(recipe.model, base, facts, adapter if kind == "run" else None)
-    if kind == "run" and (named := _base_of(adapter)) not in (facts["base_path"], str(base.path)):
-        raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {named}, not of {facts['base_path']}")
+    if kind == "run" and (named := _base_of(adapter)) not in names_of_base(facts) | {str(base.path)}:
+        of = facts.get("base_name", facts["base_path"])
+        raise PolicyError(f"{adapter / adapter_folder.SETTINGS}: an adapter of {named}, not of {of}")
     return Subject(
         name=name,
         kind=kind,
@@ -240,6 +247,8 @@ def _adapter(name: str, path: Path, base: str | None, quantization: Literal["nf4
     named = base or _base_of(path)
     if not isinstance(named, str) or not named:
         raise RecipeError(f"{name}: the adapter names no base", "name it with --base")
+    if HASH in named:
+        raise PolicyError(f"{name}: its base {named} is on no hub", "name its file or folder with --base")
     if Path(named).is_absolute() and not Path(named).exists():
         raise PolicyError(f"{name}: its base {named} does not exist", "name the base with --base")
     plain = _plain(name, str(real_path(Path(named))) if Path(named).exists() else named, quantization)

@@ -109,7 +109,9 @@ def _config(merged: Path) -> dict[str, Any]:
         RecipeError: it is no plain model folder; the hint says how to make one.
     """
     if (merged / "run.json").is_file():
-        raise RecipeError(f"{merged}: a run, no merged model", f"qpref merge {merged} OUT writes one")
+        raise RecipeError(
+            f"{merged}: a run, no merged model", f"qpref merge {merged} OUT writes one; --lora exports the adapter"
+        )
     if (merged / "adapter_config.json").is_file():
         raise RecipeError(f"{merged}: an adapter, no merged model", "qpref merge RUN OUT writes one")
     if not (merged / "config.json").is_file() or not any(merged.glob("*.safetensors")):

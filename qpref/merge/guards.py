@@ -27,7 +27,7 @@ from qpref.recipe.document import fingerprint_of
 from qpref.recipe.plan import Plan
 from qpref.recipe.reopen import RecordedRun, reopen_plan
 from qpref.training.base_settings import changed_settings
-from qpref.training.folder import EXPORT_AGAIN, RunFolder
+from qpref.training.folder import EXPORT_AGAIN, RunFolder, names_of_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ def read_run(path: Path) -> TrainedRun:
     layers = base.linear | {base.module_of(key) for key in base.tensors}
     if unknown := sorted(base.quantized - layers):
         raise MergeError(f"{folder.run_json}: {unknown[0]} is no layer of the base, so it wasn't quantized")
-    _refuse_other_settings(folder.adapter, document["adapter"], base)
+    _refuse_other_settings(folder.adapter, document["adapter"], facts)
     delta = LoraDelta.read(folder.adapter, base.layers)
     _refuse_other_layers(base, delta, folder.adapter)
     tokenizer = load_tokenizer(plan.recipe.model, BaseFolder(path=base_path, weights=facts["base_weights"]))
@@ -218,15 +218,15 @@ def _base_files(facts: Mapping[str, Any]) -> list[Path]:
     return shards
 
 
-def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], base: TrainedBase) -> None:
+def _refuse_other_settings(adapter: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Refuse an adapter_config.json that isn't this run's: it scales the whole delta."""
     file = adapter / adapter_folder.SETTINGS
     try:
         values = adapter_folder.read_settings(adapter)
     except PolicyError as error:
         raise MergeError(error.what) from error
-    if values.get("base_model_name_or_path") != str(base.path):
-        raise MergeError(f"{file}: an adapter of {values.get('base_model_name_or_path')}, not of {base.path}")
+    if (named := values.get("base_model_name_or_path")) not in names_of_base(facts):
+        raise MergeError(f"{file}: an adapter of {named}, not of {facts.get('base_name', facts['base_path'])}")
     if setting := adapter_folder.unsupported_setting(values):
         raise MergeError(f"{file}: the adapter uses {setting}, so it is not a plain LoRA delta")
     expected = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}

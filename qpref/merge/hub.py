@@ -1,4 +1,4 @@
-"""Push a merged folder to the hub, once its verdict has passed; the token comes only from the environment."""
+"""Push a folder to the hub; the token comes only from the environment."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refuse_push(name: str) -> None:
         raise RecipeError("--push needs a token with write access in HF_TOKEN", "export HF_TOKEN=... and try again")
 
 
-def push(folder: Path, name: str) -> str:
+def push(folder: Path, name: str, message: str) -> str:
     """Upload a folder as one commit, and return the repository's URL; a missing repository is created, private.
 
     Raises:
@@ -43,7 +43,7 @@ def push(folder: Path, name: str) -> str:
     hub = HfApi(token=os.environ["HF_TOKEN"])
     try:
         repository = hub.create_repo(name, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged by qpref")
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except (transport_error, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MergeError(f"{name}: not pushed: {reason}", f"the model is in {folder}") from error

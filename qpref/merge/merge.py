@@ -17,7 +17,7 @@ import torch
 from qpref import fsio, publish
 from qpref.errors import MergeError
 from qpref.merge import guards
-from qpref.merge.card import portable, write_card
+from qpref.merge.card import write_card
 from qpref.merge.compared_models import AsStored, AsTrained, load_base, load_merged
 from qpref.merge.guards import TrainedRun
 from qpref.merge.replay import Hidden, replay
@@ -31,6 +31,7 @@ from qpref.policy.delta import LoraDelta
 from qpref.policy.device import announce
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.policy.tokenizer import tokenizer_difference
+from qpref.training.card import portable
 from qpref.training.prepare import start_digest
 
 log = logging.getLogger("qpref")

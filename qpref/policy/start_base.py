@@ -7,19 +7,16 @@ starts from a policy that nobody meant.
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from qpref.errors import PolicyError
 from qpref.policy import adapter_folder
+from qpref.policy.base_name import HASH, hub_id, is_same_base
 from qpref.policy.source import BaseFolder, cached_sha256, shard_files
 from qpref.policy.tokenizer import tokenizer_difference
 
 log = logging.getLogger("qpref")
-
-HUB_FOLDER = re.compile(r"models--(.+)")
-"""Name of a model's folder in the hub's cache."""
 
 
 def warn_of_other_base(start: Path, base: BaseFolder, named: str) -> None:
@@ -33,9 +30,9 @@ def warn_of_other_base(start: Path, base: BaseFolder, named: str) -> None:
         PolicyError: the adapter's settings cannot be read.
     """
     trained_on = adapter_folder.read_settings(start).get("base_model_name_or_path")
-    if not trained_on or trained_on in (named, str(base.path)) or _has_weights(Path(trained_on), base) is True:
+    if not trained_on or trained_on in (named, str(base.path)) or is_same_base(trained_on, named, base):
         return
-    if _has_weights(Path(trained_on), base) is None and _name(trained_on) in (_name(named), _name(str(base.path))):
+    if HASH not in trained_on and _is_by_path_or_name(trained_on, base, named):
         return
     log.warning(
         "%s was trained on %s, by its %s, and is put on %s: check that these are the same model",
@@ -67,6 +64,14 @@ def warn_of_other_tokenizer(start: Path, tokenizer: Any) -> None:
         )
 
 
+def _is_by_path_or_name(trained_on: str, base: BaseFolder, named: str) -> bool:
+    """Return whether it is the same base by its weights, where it is a folder on this machine, else by its name."""
+    has_weights = _has_weights(Path(trained_on), base)
+    if has_weights is None:
+        return _name(trained_on) in (_name(named), _name(str(base.path)))
+    return has_weights
+
+
 def _has_weights(folder: Path, base: BaseFolder) -> bool | None:
     """Return whether a folder holds the base's weights; None where it isn't one with weights on this machine."""
     try:
@@ -79,6 +84,4 @@ def _has_weights(folder: Path, base: BaseFolder) -> bool | None:
 
 def _name(named: str) -> str:
     """The model's own name, without owner and folders, in lower case."""
-    parts = named.rstrip("/").split("/")
-    hub = next((found[1] for part in parts if (found := HUB_FOLDER.fullmatch(part))), None)
-    return (hub.split("--")[-1] if hub else parts[-1]).lower()
+    return (hub_id(named) or named).rstrip("/").split("/")[-1].lower()

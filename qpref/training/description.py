@@ -22,6 +22,7 @@ from qpref.distributed.environment import job_name
 from qpref.errors import CheckpointError, RecipeError
 from qpref.installed import version_of
 from qpref.memory.forecast import run_forecast
+from qpref.policy.base_name import public_name
 from qpref.policy.tokenizer import tokenizer_digest
 from qpref.recipe.plan import Plan
 from qpref.training.base_settings import changed_settings, settings_hashes
@@ -126,7 +127,12 @@ def _description(session: Session) -> dict[str, Any]:
 
 
 def _location(prepared: Prepared) -> dict[str, Any]:
-    return {"base": prepared.plan.recipe.model.base, "base_path": str(prepared.base.path)}
+    named = prepared.plan.recipe.model.base
+    return {
+        "base": named,
+        "base_path": str(prepared.base.path),
+        "base_name": public_name(named, prepared.base),
+    }
 
 
 def _base(prepared: Prepared) -> dict[str, Any]:

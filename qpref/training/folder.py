@@ -292,6 +292,11 @@ class RunFolder:
                 raise DiskError(f"{self.path / name}: is a symbolic link; qpref follows no link inside a run")
 
 
+def names_of_base(facts: Mapping[str, Any]) -> set[str]:
+    """Return the names that a run's adapter may have for its base: the public one, or the path of it."""
+    return {facts["base_path"], facts.get("base_name") or facts["base_path"]}
+
+
 def _is_named(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -25,9 +25,10 @@ from qpref.recipe.plan import Plan
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.adapter_change import idle_rate_warning
 from qpref.training.best import Best, restore_best
+from qpref.training.card import write_adapter_card
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.description import begin_records, restate_recipe, restore_records, was_begun_by_this_job
-from qpref.training.folder import RunFolder, claimed
+from qpref.training.folder import CARD, RunFolder, claimed
 from qpref.training.length_bias import LengthGroups
 from qpref.training.loop import Trainer
 from qpref.training.metrics import NoRecorder, Recorder
@@ -357,11 +358,15 @@ def _write_adapter(session: Session, folder: RunFolder, first_step: int) -> None
     bad = [name for name, value in prepared.policy.trained_parameters().items() if not bool(value.isfinite().all())]
     if bad:
         raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
-    model.peft_config[TRAINED].base_model_name_or_path = str(prepared.base.path)
+    facts, section = session.description, prepared.plan.recipe.model
+    settings = model.peft_config[TRAINED]
+    settings.base_model_name_or_path = facts["base_name"]
+    settings.revision = section.revision
     num_bytes = sum(value.nbytes for value in prepared.policy.trained_parameters().values())
     folder.refuse_replaced()
     with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter, num_bytes):
         model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
         prepared.tokenizer.save_pretrained(staging)
         write_result(folder.result, session, first_step, publish.manifest(staging))
+        write_adapter_card(staging / CARD, prepared.plan.recipe, folder, facts, settings.r)
         fsio.remove_tree(folder.adapter)  # a damaged one

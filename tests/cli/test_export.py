@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY, preference_rows, write_jsonl
+from conftest import TINY, make_tokenizer, preference_rows, write_jsonl
 
 import qpref
 from qpref.cli import main
@@ -266,6 +266,35 @@ def tiny_llama(tmp_path_factory) -> tuple[Path, Path]:
     done = CliRunner().invoke(main, ["merge", str(run), str(merged), "--dtype", "float32"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return base, merged
+
+
+def test_a_modelfile_for_ollama_stands_beside_the_file(merged, converter, tmp_path):
+    make_tokenizer().save_pretrained(merged)
+    settings = {"eos_token_id": [258, 256], "temperature": 0.7, "repetition_penalty": 1.1, "do_sample": True}
+    (merged / "generation_config.json").write_text(json.dumps(settings))
+    done = export(merged, tmp_path / "my model.gguf", "--converter", converter())
+    beside = tmp_path / "my model.Modelfile"
+    assert done.stdout.splitlines()[-1] == f"for Ollama: ollama create NAME -f {beside}"
+    first, *_, stop, other, warmth, penalty = beside.read_text().splitlines()
+    assert first == "FROM ./my model.gguf"
+    assert (stop, other) == ('PARAMETER stop "<|im_end|>"', 'PARAMETER stop "<|endoftext|>"')
+    assert (warmth, penalty) == ("PARAMETER temperature 0.7", "PARAMETER repeat_penalty 1.1")
+    assert '\nTEMPLATE """{{ if .System }}<|im_start|>system\n' in beside.read_text()
+
+
+def test_a_modelfile_that_is_there_stays(merged, converter, tmp_path):
+    (tmp_path / "m.Modelfile").write_text("FROM mine")
+    done = export(merged, tmp_path / "m.gguf", "--converter", converter())
+    assert "m.Modelfile: is there already, and stays as it is" in done.stdout
+    assert (tmp_path / "m.Modelfile").read_text() == "FROM mine"
+
+
+def test_a_chat_template_that_ollama_cannot_express_is_left_out_with_the_reason(merged, converter, tmp_path):
+    make_tokenizer("{{ strftime_now('%d') }}").save_pretrained(merged)
+    export(merged, tmp_path / "m.gguf", "--converter", converter())
+    text = (tmp_path / "m.Modelfile").read_text()
+    assert "# TEMPLATE is left out" in text
+    assert "\nTEMPLATE" not in text
 
 
 @pytest.mark.soak

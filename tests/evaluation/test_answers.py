@@ -116,13 +116,13 @@ def test_an_answer_that_was_cut_off_is_told_from_one_that_ended(run, monkeypatch
     def answers(policy, tokenizer, prompts, sampling):
         return [[70, 71, 258, 258], [70, 71, 72, 73], [258, 258, 258, 258]][: len(prompts)]
 
-    monkeypatch.setattr(module, "_generate", answers)
+    monkeypatch.setattr(module, "new_tokens", answers)
     ended = {found.ended for found in generate(identify(str(run)), PROMPTS, GREEDY)}
     assert ended == {(True, True), (False, False)}
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved(run, monkeypatch, said):
-    real, sizes = module._generate, []
+    real, sizes = module.new_tokens, []
 
     def small_memory(policy, tokenizer, prompts, sampling):
         sizes.append(len(prompts))
@@ -130,11 +130,11 @@ def test_a_batch_that_runs_out_of_memory_is_halved(run, monkeypatch, said):
 
     subject = identify(str(run))
     expected = generate(subject, PROMPTS, GREEDY)
-    monkeypatch.setattr(module, "_generate", small_memory)
+    monkeypatch.setattr(module, "new_tokens", small_memory)
     assert generate(subject, PROMPTS, GREEDY) == expected
     assert sizes[:2] == [3, 1]
     assert any("continuing with 1 prompts per batch" in line for line in said)
-    monkeypatch.setattr(module, "_generate", lambda *call: None)
+    monkeypatch.setattr(module, "new_tokens", lambda *call: None)
     with pytest.raises(DeviceMemoryError, match="on one prompt"):
         generate(subject, PROMPTS, GREEDY)
 

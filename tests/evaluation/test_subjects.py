@@ -42,8 +42,22 @@ def run(make_base, tmp_path_factory):
 
 
 def adapter_alone(run: Path, tmp_path: Path) -> Path:
-    """A third-party PEFT folder: the run's adapter, without the run."""
-    return Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
+    """A third-party PEFT folder: the run's adapter, without the run, and with the base's path, as PEFT writes it."""
+    alone = Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
+    settings = json.loads((alone / "adapter_config.json").read_text())
+    base = sealed.read_sealed(run / "run.json")["base_path"]
+    (alone / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+    return alone
+
+
+def test_a_runs_adapter_alone_needs_its_base_named_where_no_hub_has_it(run, make_base, tmp_path, said):
+    adapter = str(shutil.copytree(run / "adapter", tmp_path / "copy"))
+    with pytest.raises(PolicyError, match=r"its base base@sha256:[0-9a-f]{64} is on no hub\nhint: name its file"):
+        identify(adapter)
+    identify(adapter, base=sealed.read_sealed(run / "run.json")["base_path"], quantization="nf4").load("bf16")
+    assert not said
+    identify(adapter, base=str(make_base(dtype=torch.bfloat16)), quantization="nf4").load("bf16")
+    assert len([line for line in said if "was trained on base@sha256:" in line]) == 1
 
 
 def trained(policy):

@@ -22,7 +22,7 @@ PAGES = [
 PROGRAMS = (
     *("qpref", "python", "python3", "pip", "git", "cd", "torchrun", "pytest", "mkdocs", "export"),
     *("kubectl", "sbatch", "srun", "docker"),
-    *("ollama", "vllm", "llama-cli", "llama-server"),
+    *("ollama", "vllm", "llama-cli", "llama-server", "lms"),
     *("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "aim"),
 )
 """First words of a typed line; a line of a block that begins with another is output, code or a file."""

@@ -12,7 +12,7 @@ import pytest
 from manual_commands import NOTEBOOK, PAGES, ROOT, commands_of, inline_commands, is_synopsis, problem_of
 from manual_workspace import run, workspace  # noqa: F401 - a fixture
 
-NEEDS = ("a GPU", "a network", "a cluster", "a container runtime")
+NEEDS = ("a GPU", "a network", "a cluster", "a container runtime", "another program")
 NOT_RUN_HERE = {
     r"git clone .*": "a network",
     r"cd qpref": "a network",
@@ -33,11 +33,17 @@ NOT_RUN_HERE = {
     r"qpref losses check squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref train recipe.toml --set loss.name=squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"HF_TOKEN=.*": "a network",
+    r"vllm .*": "a GPU",
+    r"llama-cli .*": "another program",
+    r"(ollama|lms) .*": "another program",
+    r"qpref export out/ .*": "tests/cli/test_export.py",
+    r"qpref .* --push .*": "tests/merge/test_merge_command.py",
 }
 """Commands that aren't run here: a pattern of the whole command, and what it needs or the test that runs its like."""
 PYTHON_RUN_BY = {
     "docs/plugins.md": "tests/test_docs.py",
     "docs/losses/write-your-own.md": "tests/test_loss_docs.py",
+    "docs/use.md": "tests/manual/test_use_page.py",
 }
 ALL = [*PAGES, NOTEBOOK]
 TRANSLATIONS = ("README.zh-CN.md", "tutorial.zh-CN.md")

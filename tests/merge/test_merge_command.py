@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 
 import pytest
 from click.testing import CliRunner
+from edited_runs import reseal
 from hub import loopback_hub
 from merge_cases import moved
 
@@ -152,6 +154,38 @@ def test_what_passes_is_pushed_whole_to_a_private_repository(hub, trained_run, m
     assert done.stdout.splitlines()[-1].startswith("pushed: ")
     assert TOKEN not in done.stdout + done.stderr
     assert all(TOKEN.encode() not in file.read_bytes() for file in (tmp_path / "out").iterdir())
+
+
+def sent_to(hub, name):
+    """The files of the only commit to a repository: path -> content."""
+    (commit,) = [body for _, path, _, body in hub.calls if path == f"/api/models/{name}/commit/main"]
+    lines = [json.loads(line) for line in commit.splitlines()]
+    files = [line["value"] for line in lines if line["key"] == "file"]
+    return {file["path"]: base64.b64decode(file["content"]) for file in files}
+
+
+def test_an_adapter_is_pushed_without_a_path_of_this_machine(hub, trained_run, make_base):
+    run = trained_run(make_base(), **NF4)
+    done = CliRunner().invoke(main, ["export", str(run), "--push", "org/adapter"])
+    assert done.exit_code == 0, done.stderr
+    sent = sent_to(hub, "org/adapter")
+    assert set(sent) == {file.name for file in (run / "adapter").iterdir()}
+    for name, content in sent.items():
+        assert str(make_base()).encode() not in content, name
+        assert str(run.parent).encode() not in content, name
+    assert b"A LoRA adapter of rank 4 for" in sent["README.md"]
+
+
+def test_an_adapter_that_was_changed_or_names_a_folder_is_not_pushed(hub, trained_run, make_base, tmp_path):
+    run, base = moved(trained_run(), make_base(), tmp_path)
+    settings = run / "adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(base)}))
+    for expected in ("is not as training wrote it", f"names {base} as its base"):
+        done = CliRunner().invoke(main, ["export", str(run), "--push", "org/adapter"])
+        assert done.exit_code == 11
+        assert expected in done.stderr
+        reseal(run)
+    assert hub.calls == []
 
 
 def test_nothing_goes_out_where_the_verdict_fails(hub, trained_run, make_base, tmp_path):

@@ -265,8 +265,8 @@ def test_usual_patterns_are_quick(pattern):
 def test_a_file_that_is_read_on_the_side_is_no_place_to_wait(tmp_path, make):
     from qpref.errors import DataError
     from qpref.evaluation.generate import read_prompts
-    from qpref.merge.card import _adapter_step
     from qpref.report.read import read_json
+    from qpref.training.card import _adapter_step
 
     for name in ("result.json", "prompts.txt"):
         make(tmp_path / name)
