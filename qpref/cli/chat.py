@@ -13,7 +13,7 @@ import click
 
 from qpref.cli.options import base_option, json_option, quantization_option, sampling_options
 from qpref.cli.output import echo, make_console
-from qpref.errors import QprefError
+from qpref.errors import DataError, QprefError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -30,7 +30,8 @@ HELP = """\
 /temperature X    sampling temperature; 0 is greedy
 /max-new-tokens N most tokens of an answer
 /seed N           seed for sampling
-/exit             leave; so does ctrl-D. ctrl-C stops an answer"""
+/exit             leave; so does ctrl-D. ctrl-C stops an answer
+A turn that begins with / is typed with a space before it."""
 
 
 @click.command("chat")
@@ -65,23 +66,27 @@ def command(
             import readline  # noqa: F401 - input() then edits lines
         echo("A line is a turn; /help lists the commands, ctrl-C stops an answer, ctrl-D leaves.")
     for line in _lines(is_live):
-        if not chat.take(line.strip(), forgives=is_live):
+        if not chat.take(line, is_live):
             break
 
 
 def _lines(is_live: bool) -> Iterator[str]:
-    """Yield what is typed, or piped in, up to its end."""
+    """Yield what is typed, or piped in, up to its end.
+
+    Raises:
+        DataError: what is piped in isn't text.
+    """
     while True:
         try:
-            if is_live:
-                yield input("> ")
-            elif line := sys.stdin.readline():
-                yield line
-            else:
+            line = input("> ") + "\n" if is_live else sys.stdin.readline()
+            if not line:
                 return
+            yield line.encode(errors="replace").decode()  # half a character has no UTF-8, and so no tokens
         except EOFError:
             echo()
             return
+        except UnicodeDecodeError:
+            raise DataError("standard input: its text isn't UTF-8") from None
         except KeyboardInterrupt:
             if not is_live:
                 raise
@@ -96,23 +101,23 @@ class _Chat:
     names: Mapping[Side, str]
     show: Callable[[_Chat, str], None]
 
-    def take(self, line: str, forgives: bool) -> bool:
+    def take(self, line: str, is_live: bool) -> bool:
         """Answer a line, or obey it; False to leave.
 
         Args:
-            forgives: print an error, and drop the turn that an interrupt stops, instead of raising.
+            is_live: print an error, and drop the turn that an interrupt stops, instead of raising.
         """
         try:
             if line.startswith("/"):
-                return self._obey(*line.removeprefix("/").partition(" ")[::2])
-            if line:
-                self.show(self, line)
+                return self._obey(*line.removeprefix("/").strip().partition(" ")[::2])
+            if text := line.strip():
+                self.show(self, text)
         except KeyboardInterrupt:
-            if not forgives:
+            if not is_live:
                 raise
             echo("stopped; this turn is forgotten")
         except QprefError as error:
-            if not forgives:
+            if not is_live:
                 raise
             echo(f"error: {error}", err=True)
         return True

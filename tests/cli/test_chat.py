@@ -99,6 +99,16 @@ def test_a_command_that_is_none_says_so_and_the_chat_goes_on(run, line, message)
     assert json.loads(done.stdout)["prompt"] == "Hi"
 
 
+def test_a_turn_may_begin_with_a_slash_behind_a_space(run):
+    (turn,) = turns_of(run, lines=[" /reset"])
+    assert turn["prompt"] == "/reset"
+
+
+def test_input_that_is_no_text_is_said(run):
+    done = CliRunner().invoke(main, ["chat", str(run), *GREEDY], input=b"\xff\xfe\n")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (3, "error: standard input: its text isn't UTF-8")
+
+
 def test_nothing_is_answered_after_exit(run):
     assert chat(run, *GREEDY, "--json", lines=["/exit", "Hi"]).stdout == ""
 
