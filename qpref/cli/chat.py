@@ -25,12 +25,12 @@ NARROW = 72
 MORE = " [...]"
 """After an answer that no stop token ended."""
 HELP = """\
-/reset            forget the conversation
-/system TEXT      system turn from here on, in a new conversation; without TEXT, the chat template's own
-/temperature X    sampling temperature; 0 is greedy
-/max-new-tokens N most tokens of an answer
-/seed N           seed for sampling
-/exit             leave; so does ctrl-D. ctrl-C stops an answer
+/reset             forget the conversation
+/system TEXT       start over with this system turn; without TEXT, with the chat template's
+/temperature X     sampling temperature; 0 is greedy
+/max-new-tokens N  most tokens of an answer
+/seed N            seed for sampling
+/exit              leave, as ctrl-D does; ctrl-C stops an answer
 A turn that begins with / is typed with a space before it."""
 
 
