@@ -66,7 +66,7 @@ def verdict_of(session: Session, step: int) -> Verdict:
     recipe = prepared.plan.recipe
     rate = better_rate(recipe, total_steps(recipe.train, len(prepared.examples)))
     advice = f"raise [train] learning_rate ({recipe.train.learning_rate:g})"
-    advice += ", or train for more steps" if rate is None else f", to {rate:g} or so"
+    advice += ", or train for more steps" if rate is None else f", to about {rate:g}"
     return judge(prepared.heldout, state.first_scores, state.last_scores, step, advice)
 
 

@@ -126,7 +126,7 @@ class Trainings:
             plan, prepared = replace(self.plan, output=output), self._prepared
             if change is not None:
                 plan, prepared = change(rank, plan, prepared)
-            run.prepare = lambda plan, checked, world: replace(prepared, world=world)
+            run.prepare = lambda plan, checked, world, kept: replace(prepared, world=world)
             run.train_plan(plan, resume=resume)
             code = 0
         except QprefError as error:
