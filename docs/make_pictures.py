@@ -18,7 +18,7 @@ from rich.text import Text
 
 PICTURES = Path(__file__).parent / "pictures"
 RECIPE = "recipes/quickstart.toml"
-COLUMNS = 110
+COLUMNS = 120
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>.{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px; line-height: {line_height}px; }}
