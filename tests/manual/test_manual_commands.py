@@ -32,6 +32,8 @@ NOT_RUN_HERE = {
     r"kubectl .*": "a cluster",
     r"qpref losses check squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref train recipe.toml --set loss.name=squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
+    r"qpref sweep .*": "tests/sweep/test_sweep.py",
+    r"qpref eval .*quickstart-sweep/.*": "tests/cli/test_eval.py",
     r"HF_TOKEN=.*": "a network",
     r"vllm .*": "a GPU",
     r"llama-cli .*": "another program",
