@@ -24,7 +24,8 @@ from .mutant import ROOT, Mutant
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "safetensors.torch", "pytest")
 COPIED = ("qpref", "plugins", "tests", "pyproject.toml")
 """Of the tree."""
-LIMIT_SECONDS = 600
+LIMIT_SECONDS, ALL_TESTS_LIMIT_SECONDS = 600, 3600
+"""For the tests of one mutant, and for those of all mutants without an edit."""
 PASSED, FAILED = 100, 101
 """Exit codes of a process whose tests pytest has run: 100 and pytest's own. Any other one is an error."""
 
@@ -79,7 +80,7 @@ def _run(original: Path, mutants: Sequence[Mutant], tests: Sequence[str]) -> Out
             edit.apply(tree)
         process = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, tests, output))
         process.start()
-        process.join(LIMIT_SECONDS)
+        process.join(LIMIT_SECONDS if mutants else ALL_TESTS_LIMIT_SECONDS)
         code = process.exitcode
         if code is None:
             process.kill()

@@ -270,8 +270,15 @@ def test_a_run_whose_folder_is_replaced_while_it_trains_changes_nothing_there(
     assert RunFolder(new).adapter_damage() is None
 
 
-@pytest.mark.parametrize("swap", SWAPS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("swap", "options"),
+    [
+        (swap_folder, {"resume": True}),
+        (swap_checkpoints, {"resume": True}),
+        (swap_folder, {"overwrite": True}),
+        (swap_for_link, {"overwrite": True}),
+    ],
+)
 def test_a_run_whose_folder_is_replaced_before_its_first_step_changes_nothing_there(
     run, tmp_path, monkeypatch, swap, options
 ):
