@@ -1,9 +1,12 @@
-"""Versions of the packages that qpref depends on, and an error message for one that is missing or doesn't import."""
+"""Versions of packages, and messages for one that is missing or doesn't import."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from importlib import metadata
+
+from packaging.requirements import Requirement
 
 from qpref.errors import InstallError
 
@@ -37,6 +40,37 @@ def as_install_error(error: ImportError) -> InstallError:
         return InstallError(f"{package} is not installed, and qpref needs it", hint)
     version = version_of(package) if package else None
     return InstallError(f"{f'{package} {version}' if version else 'a package'} can't be used: {cause}", hint)
+
+
+def missing(requirements: Iterable[str]) -> list[str]:
+    """Return those of the requirements, such as "wandb>=0.19", that no installed version meets."""
+    return [line for line in requirements if not _is_met(Requirement(line))]
+
+
+def _is_met(requirement: Requirement) -> bool:
+    version = version_of(requirement.name)
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+def install_command(distribution: str, needed: Sequence[str]) -> str:
+    """Return the command that installs the requirements: by the distribution's smallest extra that has all of them, or
+    else by their names."""
+    names = {_normalized(Requirement(line).name) for line in needed}
+    try:
+        required = [Requirement(line) for line in metadata.requires(distribution) or []]
+    except metadata.PackageNotFoundError:
+        required = []
+    extras = metadata.metadata(distribution).get_all("Provides-Extra") or [] if required else []
+    by_extra = {extra: _names_of(extra, required) for extra in extras}
+    fitting = [extra for extra, those in by_extra.items() if names <= those]
+    if fitting:
+        return f'pip install "{distribution}[{min(fitting, key=lambda extra: len(by_extra[extra]))}]"'
+    return "pip install " + " ".join(f'"{line}"' for line in needed)
+
+
+def _names_of(extra: str, required: Iterable[Requirement]) -> set[str]:
+    marked = [one for one in required if one.marker and one.marker.evaluate({"extra": extra})]
+    return {_normalized(one.name) for one in marked}
 
 
 def _innermost(error: ImportError) -> ImportError:

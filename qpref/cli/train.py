@@ -61,6 +61,7 @@ def command(
 ) -> None:
     """Train a LoRA adapter from RECIPE, a TOML file."""
     printing = _printing(quiet, log_json)
+    from qpref.recipe.requirements import refuse_missing
     from qpref.recipe.resolve import make_plan, run_folder_of
 
     if not dry_run and is_first():  # a launcher's other processes write nothing
@@ -68,6 +69,7 @@ def command(
     if gpus is not None or processes is not None:
         overrides = (*overrides, f"model.device={'cpu' if gpus is None else 'cuda'}")
     plan = replace(make_plan(recipe, overrides, output), printing=printing)
+    refuse_missing(plan.sinks)
     if dry_run:
         if is_first():
             _print_plan(plan)

@@ -2,7 +2,8 @@
 
     from qpref.hooks import Field, Options, PairedLoss, hookimpl
 
-`Options` and `Field` are imported on first access, so that `qpref --help` and `qpref plugins` don't import pydantic.
+`Options`, `TrackerOptions` and `Field` are imported on first access, so that `qpref --help` and `qpref plugins` don't
+import pydantic.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pluggy
 
 from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, composed, report, text_of
 from qpref.hooks.reading import reading_length, reads_shorter
+from qpref.hooks.tracking import RunRecord, Tracker, TrackerWriter, flattened
 from qpref.hooks.types import (
     MetricSink,
     PairedLoss,
@@ -21,6 +23,8 @@ from qpref.hooks.types import (
     SinkContext,
     SinkWriter,
     Split,
+    SummaryWriter,
+    Table,
     TrlCase,
     UnpairedLoss,
     Validator,
@@ -29,7 +33,7 @@ from qpref.hooks.types import (
 )
 
 if TYPE_CHECKING:
-    from qpref.hooks.options import Field, Options
+    from qpref.hooks.options import Field, Options, TrackerOptions
 
 hookimpl = pluggy.HookimplMarker("qpref")
 
@@ -56,6 +60,13 @@ __all__ = [
     "MetricSink",
     "SinkContext",
     "SinkWriter",
+    "SummaryWriter",
+    "Table",
+    "RunRecord",
+    "Tracker",
+    "TrackerOptions",
+    "TrackerWriter",
+    "flattened",
     "Reader",
     "reward_metrics",
     "unpaired_reward_metrics",
@@ -63,7 +74,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Field", "Options"):
+    if name in ("Field", "Options", "TrackerOptions"):
         from qpref.hooks import options
 
         return getattr(options, name)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row, UnpairedExample
 
@@ -160,6 +160,18 @@ class Validator:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows under named columns, for sinks that show tables.
+
+    Attributes:
+        rows: each as long as `columns`.
+    """
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str | float | int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SinkContext:
     """The run that a sink is opened for.
 
@@ -170,6 +182,9 @@ class SinkContext:
         limit_bytes: memory that the run may fill; 0 where that is unknown.
         peak_bytes: measures the peak memory so far: of a GPU what torch has reserved, of a CPU the process's. It can
             be called from any thread.
+        recipe: the resolved recipe, as in recipe.lock.toml. It has no passwords or tokens: one with them is refused.
+        samples: number of rows -> the first held-out examples as text, with their chat template. Texts leave the
+            machine only where a sink's option says so.
     """
 
     run_folder: Path
@@ -179,6 +194,8 @@ class SinkContext:
     planned_bytes: int = 0
     limit_bytes: int = 0
     peak_bytes: Callable[[], int] = lambda: 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    samples: Callable[[int], Table] = lambda count: Table()
 
     def make_folder(self) -> Path:
         """Create `sinks` in the run folder, and return it: the place for a sink's files.
@@ -198,14 +215,33 @@ class SinkWriter(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class SummaryWriter(SinkWriter, Protocol):
+    """A writer that takes the result of a run, too."""
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Take what result.json says of a finished run, its verdict included; called once, before `close`.
+
+        A run that was stopped or failed closes without it.
+        """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricSink:
-    """A destination for metrics, in addition to the metrics.jsonl that the core writes."""
+    """A destination for metrics, in addition to the metrics.jsonl that the core writes.
+
+    Attributes:
+        requires: requirements beyond those of qpref, such as "wandb>=0.19"; a recipe whose sink lacks one is refused
+            before anything else happens, with the extra of the sink's distribution that installs it.
+        close_seconds: time that it has to finish at the end of a run, for those that upload then.
+    """
 
     name: str
     summary: str
     options: type[Any]
     open: Callable[[Any, SinkContext], SinkWriter]
+    requires: Sequence[str] = ()
+    close_seconds: float = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

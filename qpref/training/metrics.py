@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from qpref.distributed.world import ALONE, World
 from qpref.errors import DiskError
 from qpref.hooks.border import described
 from qpref.hooks.process_state import ProcessState
-from qpref.hooks.types import SinkContext, SinkWriter
+from qpref.hooks.types import SinkContext, SinkWriter, SummaryWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
 from qpref.training.sink_budget import SinkBudget, SinkWatch
@@ -31,7 +32,6 @@ from qpref.training.symptoms import Watch
 log = logging.getLogger("qpref")
 
 QUEUE_ROWS = 1000
-CLOSE_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -156,13 +156,18 @@ class Recorder:
         self._hash.update(lines)
         self._unwritten.clear()
 
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Hand the result of a finished run to the sinks that take it."""
+        for sink in self._sinks:
+            sink.summarize(summary)
+
     def close(self) -> None:
         """Close the file, and the sinks; what they say then is logged."""
-        deadline = time.monotonic() + CLOSE_SECONDS
+        started = time.monotonic()
         for sink in self._sinks:
             sink.finish()
         for sink in self._sinks:
-            sink.join(deadline)
+            sink.join(started)
         self._undo_changes()
         self._watch.close()
         self._lines.close()
@@ -188,6 +193,9 @@ class NoRecorder(Recorder):
     def flush(self) -> None:
         """Have nothing to write."""
 
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Take a result and drop it."""
+
     def close(self) -> None:
         """Have nothing to close."""
 
@@ -197,7 +205,8 @@ class GuardedSink:
 
     def __init__(self, choice: Choice, context: SinkContext) -> None:
         self._name = f"metric sink '{choice.plugin.record.name}' ({choice.plugin.offer})"
-        self._rows: queue.Queue[MetricRow | None] = queue.Queue(QUEUE_ROWS)
+        self._close_seconds: float = choice.plugin.record.close_seconds
+        self._rows: queue.Queue[MetricRow | Mapping[str, Any] | None] = queue.Queue(QUEUE_ROWS)
         self._dropped = False
         self._budget: SinkBudget | None = None
         self._thread = threading.Thread(target=self._run, args=(choice, context), daemon=True, name=self._name)
@@ -207,27 +216,30 @@ class GuardedSink:
         return self._name
 
     def write(self, row: MetricRow) -> None:
-        if self._dropped:
-            return
-        try:
-            self._rows.put_nowait(row)
-        except queue.Full:
-            self._drop("takes no more rows")
+        self._put(row)
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Hand over the result of a finished run, after all rows."""
+        self._put(dict(summary))
 
     def finish(self) -> None:
         """Signal that no row follows."""
-        if not self._dropped:
-            try:
-                self._rows.put_nowait(None)
-            except queue.Full:
-                self._drop("takes no more rows")
+        self._put(None)
 
-    def join(self, deadline: float) -> None:
-        """Wait until the sink has closed, or the deadline (of the monotonic clock) has passed."""
+    def _put(self, item: MetricRow | Mapping[str, Any] | None) -> None:
+        if self._dropped:
+            return
+        try:
+            self._rows.put_nowait(item)
+        except queue.Full:
+            self._drop("takes no more rows")
+
+    def join(self, started: float) -> None:
+        """Wait until the sink has closed, or its time since `started` (of the monotonic clock) is over."""
         if not self._dropped:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+            self._thread.join(max(0.0, started + self._close_seconds - time.monotonic()))
             if self._thread.is_alive():
-                self._drop(f"didn't finish within {CLOSE_SECONDS:.0f} s")
+                self._drop(f"didn't finish within {self._close_seconds:.0f} s")
 
     def check_budget(self) -> None:
         """Drop the sink where it has taken more than its share of the processor, and end what it computes."""
@@ -244,8 +256,11 @@ class GuardedSink:
             self._budget = SinkBudget()
             writer: SinkWriter = choice.plugin.record.open(choice.options, context)
             self._budget.start_writing()
-            while (row := self._rows.get()) is not None:
-                writer.write(row)
+            while (item := self._rows.get()) is not None:
+                if isinstance(item, MetricRow):
+                    writer.write(item)
+                elif isinstance(writer, SummaryWriter):
+                    writer.summarize(item)
             writer.close()
         except BaseException as error:  # noqa: BLE001 - the plugin border: not even SystemExit ends the run
             self._drop(f"raised {described(error)}")

@@ -56,6 +56,13 @@ def write_result(path: Path, session: Session, first_step: int, adapter_files: M
     )
 
 
+def summary_of(path: Path) -> dict[str, Any]:
+    """Return a finished run's result without its hashes, for metric sinks."""
+    result = _read(path)
+    hashes = {"adapter_files", "metrics_sha256"}
+    return {name: value for name, value in result.items() if name not in hashes}
+
+
 def verdict_of(session: Session, step: int) -> Verdict:
     """Judge a run by its held-out examples.
 

@@ -22,6 +22,7 @@ from qpref.policy.kept_base import KeptBase
 from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.plan import Plan
+from qpref.recipe.requirements import refuse_missing
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.adapter_change import idle_rate_warning
 from qpref.training.best import Best, restore_best
@@ -34,7 +35,8 @@ from qpref.training.loop import Trainer
 from qpref.training.metrics import NoRecorder, Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.ranks import agree_on_layout, agree_on_plan, agree_on_start
-from qpref.training.result import peak_of_device, reset_peak, write_result
+from qpref.training.result import peak_of_device, reset_peak, summary_of, write_result
+from qpref.training.samples import sample_table
 from qpref.training.saving import Saver
 from qpref.training.snapshot import Session
 from qpref.training.state import TrainingState
@@ -55,6 +57,7 @@ def train_plan(plan: Plan, *, resume: bool = False, overwrite: bool = False, kep
     Raises:
         QprefError: of the kind that fits; until training starts, nothing is left behind.
     """
+    refuse_missing(plan.sinks)
     take_gpu(plan.recipe.model.device)
     device = choose_device(plan.recipe.model.device)
     with (
@@ -110,17 +113,19 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
     log.info("reference: %s", prepared.reference_name or "none, the losses need none")
     _fill_references(session)
     first_step = session.state.step
-    with stop_request(announce=world.is_first) as requested:
-        stops = world.stops(requested)
-        finished = _run_loop(session, folder, metrics_bytes, stops)
-        world.begin("the end")
-        world.wait("the last checkpoint")
-    if not finished:
-        raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", stops[0])
-    if world.is_first:
-        _take_best(prepared, folder, session.state)
-        _write_adapter(session, folder, first_step)
-        log.info("adapter: %s", folder.adapter)
+    with _recording(session, folder, metrics_bytes) as recorder:
+        with stop_request(announce=world.is_first) as requested:
+            stops = world.stops(requested)
+            finished = _run_loop(session, folder, recorder, stops)
+            world.begin("the end")
+            world.wait("the last checkpoint")
+        if not finished:
+            raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", stops[0])
+        if world.is_first:
+            _take_best(prepared, folder, session.state)
+            _write_adapter(session, folder, first_step)
+            recorder.summarize(summary_of(folder.result))
+            log.info("adapter: %s", folder.adapter)
     world.wait("the adapter's files")
 
 
@@ -255,17 +260,31 @@ def _fill_references(session: Session) -> None:
         reference_pass.fill(references, prepared.policy, prepared.all_examples, tokens, prepared.world)
 
 
-def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Sequence[int]) -> bool:
-    """Train to the end; False where a signal stopped the run.
+@contextmanager
+def _recording(session: Session, folder: RunFolder, metrics_bytes: int) -> Iterator[Recorder]:
+    """Open metrics.jsonl and the sinks, in the process that writes; they are closed whatever happens.
 
     Args:
         metrics_bytes: bytes of metrics.jsonl to keep.
+    """
+    prepared = session.prepared
+    total = total_steps(prepared.plan.recipe.train, len(prepared.examples))
+    is_writer = prepared.world.is_first
+    recorder = _open_recorder(session, folder, metrics_bytes, total) if is_writer else NoRecorder()
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def _run_loop(session: Session, folder: RunFolder, recorder: Recorder, stops: Sequence[int]) -> bool:
+    """Train to the end; False where a signal stopped the run.
+
+    Args:
         stops: holds the signals that asked to stop.
     """
     prepared, references = session.prepared, session.references
     plan, total = prepared.plan, total_steps(prepared.plan.recipe.train, len(prepared.examples))
-    is_writer = prepared.world.is_first
-    recorder = _open_recorder(session, folder, metrics_bytes, total) if is_writer else NoRecorder()
     saver = Saver(session, folder, recorder, stops, total)
     reset_peak(prepared.policy.device)
     trainer = Trainer(
@@ -289,7 +308,6 @@ def _run_loop(session: Session, folder: RunFolder, metrics_bytes: int, stops: Se
         session.metrics_sha256 = recorder.sha256
         return finished
     finally:
-        recorder.close()
         if references is not None and references.cache is not None:
             references.cache.close()
 
@@ -307,6 +325,8 @@ def _open_recorder(session: Session, folder: RunFolder, metrics_bytes: int, tota
         planned_bytes=forecast["memory"]["total"] if forecast else 0,
         limit_bytes=prepared.memory_limit,
         peak_bytes=lambda: peak_of_device(device),
+        recipe=prepared.plan.document,
+        samples=lambda count: sample_table(prepared.heldout[:count], prepared.tokenizer),
     )
     session.symptoms = Watch(
         History(

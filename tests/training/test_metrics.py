@@ -252,8 +252,8 @@ class Keeper:
         return self.sinks[-1]
 
 
-def sink_of(opener: Callable[[object, SinkContext], object], name: str = "odd") -> Choice:
-    record = MetricSink(name=name, summary="", options=Options, open=opener)
+def sink_of(opener: Callable[[object, SinkContext], object], name: str = "odd", close_seconds: float = 5.0) -> Choice:
+    record = MetricSink(name=name, summary="", options=Options, open=opener, close_seconds=close_seconds)
     return Choice(Loaded(record, Offer("sink", name, "acme-sinks", "3.1", "acme_sinks")), Options())
 
 
@@ -265,6 +265,42 @@ def test_sink_gets_every_row_in_order_and_is_closed(tmp_path):
         recorder.write(row)
     recorder.close()
     assert (keeper.sinks[0].rows, keeper.sinks[0].closed, keeper.sinks[0].context) == (rows, True, context_of(tmp_path))
+
+
+def test_sink_that_takes_the_result_gets_it_after_all_rows_and_others_do_not(tmp_path):
+    class Summarizing(Sink):
+        def summarize(self, summary: dict[str, object]) -> None:
+            self.rows.append(summary)
+
+    keepers = [Keeper(Summarizing), Keeper()]
+    sinks = [sink_of(keeper) for keeper in keepers]
+    recorder = Recorder(tmp_path / "metrics.jsonl", 0, sinks, context_of(tmp_path))
+    recorder.write(a_row(1))
+    recorder.summarize({"steps": 1})
+    recorder.close()
+    assert [keeper.sinks[0].rows for keeper in keepers] == [[a_row(1), {"steps": 1}], [a_row(1)]]
+    assert all(keeper.sinks[0].closed for keeper in keepers)
+
+
+def test_sink_of_a_run_gets_its_recipe_its_samples_and_its_result(make_base, tmp_path):
+    class Summarizing(Sink):
+        def summarize(self, summary: dict[str, object]) -> None:
+            self.summary = summary
+
+    keeper = Keeper(Summarizing)
+    folder = train_with((sink_of(keeper),), make_base(), tmp_path)
+    [sink] = keeper.sinks
+    assert sink.context.recipe["loss"]["name"] == "dpo"
+    samples = sink.context.samples(2)
+    assert (samples.columns, len(samples.rows)) == (("prompt", "chosen", "rejected"), 2)
+    assert [cell.split("<|im_end|>")[0] for cell in samples.rows[1][1:]] == [
+        "After 101 comes 102. It does. It does.",
+        "WHO KNOWS WHAT 101 IS!! NOT ME!",
+    ]
+    result = json.loads((folder / "result.json").read_text())
+    assert sink.summary == {
+        name: value for name, value in result.items() if name not in ("adapter_files", "metrics_sha256", "sha256")
+    }
 
 
 def test_sink_runs_on_a_thread_that_no_process_waits_for(tmp_path):
@@ -329,9 +365,9 @@ def test_run_with_a_raising_sink_ends_as_without_it(make_base, without_sinks, tm
     assert same_result(folder, without_sinks)
 
 
-def test_run_with_a_hanging_sink_ends_as_without_it(make_base, without_sinks, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.2)  # the wait itself is measured below
-    folder = train_with((sink_of(hanging_until(threading.Event())),), make_base(), tmp_path)
+def test_run_with_a_hanging_sink_ends_as_without_it(make_base, without_sinks, tmp_path):
+    hanging = sink_of(hanging_until(threading.Event()), close_seconds=0.2)  # the wait itself is measured below
+    folder = train_with((hanging,), make_base(), tmp_path)
     assert same_result(folder, without_sinks)
 
 

@@ -13,7 +13,7 @@ from qpref.hooks.manager import Loaded, Offer
 from qpref.hooks.types import MetricSink, SinkContext
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
-from qpref.training import metrics, sink_budget
+from qpref.training import sink_budget
 from qpref.training.metrics import Recorder
 
 WHO = "metric sink 'busy' (acme 2.0 [sink-busy])"
@@ -24,7 +24,6 @@ def _small_budgets(monkeypatch) -> None:
     monkeypatch.setattr(sink_budget, "OPEN_SECONDS", 0.1)
     monkeypatch.setattr(sink_budget, "WRITE_SECONDS", 0.1)
     monkeypatch.setattr(sink_budget, "CHECK_EVERY", 0.02)
-    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.5)
 
 
 class Sink:
@@ -62,8 +61,8 @@ class Sink:
                     raise
 
 
-def record(sink: Sink, folder: Path, rows: int = 3, pause: float = 0.0) -> Recorder:
-    plugin = MetricSink(name="busy", summary="", options=Options, open=sink.open)
+def record(sink: Sink, folder: Path, rows: int = 3, pause: float = 0.0, close_seconds: float = 0.5) -> Recorder:
+    plugin = MetricSink(name="busy", summary="", options=Options, open=sink.open, close_seconds=close_seconds)
     choice = Choice(Loaded(plugin, Offer("sink", "busy", "acme", "2.0", "acme_sinks")), Options())
     context = SinkContext(run_folder=folder, first_step=0, total_steps=rows)
     recorder = Recorder(folder / "metrics.jsonl", 0, [choice], context)
@@ -112,9 +111,8 @@ def test_many_short_rows_count_together(tmp_path, said):
 
 def test_a_sink_that_waits_costs_nothing_and_stays(tmp_path, said, monkeypatch):
     sink = Sink("none", 0)
-    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 10.0)
     monkeypatch.setattr(sink, "compute", lambda call: time.sleep(0.15))
-    record(sink, tmp_path, rows=2, pause=0.2).close()
+    record(sink, tmp_path, rows=2, pause=0.2, close_seconds=10).close()
     assert (sink.rows, said) == (2, [])
 
 
