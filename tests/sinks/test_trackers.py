@@ -1,4 +1,4 @@
-"""A run that is killed and resumed without a network, read back from each tracker with the tracker's own reader."""
+"""A run that is killed and resumed without a network, read back from each tracker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Print as JSON what the trackers named have of a run, each read with the tracker's own reader.
+"""Print as JSON what trackers have of a run: read with the tracker's own reader, and Comet's archives as JSON.
 
 The run's folder is the first argument. For each tracker: `ids` of its runs; `metrics`, name -> [[step, value], ...] in
 the order of writing; `config`; `summary`; `heldout` and `samples`, each with columns and rows.
