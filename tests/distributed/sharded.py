@@ -154,7 +154,7 @@ def check_of_the_cache(policy: Policy, folder: str) -> None:
 
 
 CHECKS: dict[str, Callable[[Policy, str], None]] = {
-    "layout": lambda policy, folder: check_layout(policy, EXAMPLES[0]),
+    "layout": lambda policy, folder: check_layout(policy, make_example(4, 40, 20, 30)),  # it could be shortened
     "company": lambda policy, folder: check_company(policy, EXAMPLES),
     "cache": check_of_the_cache,
 }
