@@ -6,21 +6,27 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qpref.data.pack import by_prompt, num_fed_tokens
+from qpref.data.pack import by_prompt, num_fed_tokens, split_indices
 from qpref.records import TokenizedExample
 
 CUTS = 4
 """Sizes to try for pieces of a group of one prompt: a fair share, half of it, and so on."""
 
 
+WHOLE = 17 / 16
+"""Largest share of whole micro-batches, relative to that of single examples, that their equal rounding is worth."""
+
+
 class _Piece(NamedTuple):
-    """Examples of one prompt that are dealt together, by index, and their input tokens."""
+    """Examples that are dealt together, by index, and their input tokens."""
 
     members: list[int]
     num_tokens: int
 
 
-def deal(examples: Sequence[TokenizedExample], num_shares: int, shared: bool = True) -> list[list[int]]:
+def deal(
+    examples: Sequence[TokenizedExample], num_shares: int, shared: bool = True, budget: int | None = None
+) -> list[list[int]]:
     """Deal examples to `num_shares` processes by their input tokens, the largest first to whoever has the fewest.
 
     (Graham 1969, "Bounds on Multiprocessing Timing Anomalies": the largest share is at most 4/3 of the smallest
@@ -28,8 +34,13 @@ def deal(examples: Sequence[TokenizedExample], num_shares: int, shared: bool = T
     share gets smaller where such groups are cut. The result depends on the arguments alone, so all processes deal alike
     without a message.
 
+    With a budget, the micro-batches that one process would compute are dealt whole where they make nearly equal shares.
+    `split_indices` splits such a share into the same micro-batches again, so that the numbers of several processes are
+    those of one, but for the order of the last sum.
+
     Args:
         shared: each prompt is computed once for its examples, as in `num_fed_tokens`.
+        budget: tokens per micro-batch, the same in all processes.
 
     Returns:
         Indices of each share, ascending; a share is empty where there are more of them than pieces.
@@ -44,7 +55,15 @@ def deal(examples: Sequence[TokenizedExample], num_shares: int, shared: bool = T
         for limit in (fair >> cut for cut in range(CUTS)):
             pieces = [piece for group in whole for piece in _cut(examples, group, limit)]
             dealt.append(_deal(pieces, num_shares))
-    return min(dealt, key=lambda each: each[0])[1]  # the first of equals, which has the fewest cuts
+    best = min(dealt, key=lambda each: each[0])[1]  # the first of equals, which has the fewest cuts
+    if budget is None:
+        return best
+    bins = split_indices(examples, budget, shared)
+    _, by_microbatch = _deal([_Piece(each, _num_tokens(examples, each, shared)) for each in bins], num_shares)
+    largest, without = (
+        max(_num_tokens(examples, share, shared) for share in shares) for shares in (by_microbatch, best)
+    )
+    return by_microbatch if largest <= WHOLE * without else best
 
 
 def _deal(pieces: Sequence[_Piece], num_shares: int) -> tuple[int, list[list[int]]]:
@@ -77,6 +96,7 @@ def _cut(examples: Sequence[TokenizedExample], group: _Piece, limit: int) -> Ite
 
 
 def _num_tokens(examples: Sequence[TokenizedExample], members: Sequence[int], shared: bool) -> int:
-    """Count the input tokens of examples with one prompt, which is computed once if it is shared."""
-    repeated = len(examples[members[0]].prompt) * (len(members) - 1) if shared else 0
-    return sum(num_fed_tokens(examples[index], shared) for index in members) - repeated
+    """Count the input tokens of examples, each prompt once if it is shared."""
+    own = [examples[index] for index in members]
+    repeated = sum(len(own[same[0]].prompt) * (len(same) - 1) for same in by_prompt(own)) if shared else 0
+    return sum(num_fed_tokens(example, shared) for example in own) - repeated

@@ -51,6 +51,8 @@ class Trainer:
         save: writes a checkpoint of the current state, or puts it off, see `qpref.training.saving`.
         should_stop: True once a signal asked the run to stop; asked between steps.
         heldout_budget: tokens per micro-batch of held-out rows, lowered when those run out of memory.
+        dealt_budget: tokens per micro-batch that steps are dealt by: those of the first step, as each process lowers
+            its own where memory runs out.
     """
 
     world: World = ALONE
@@ -67,6 +69,7 @@ class Trainer:
     save: Callable[[], None]
     should_stop: Callable[[], bool]
     heldout_budget: int = 0
+    dealt_budget: int = 0
 
     def __post_init__(self) -> None:
         requested = self.train.tokens_per_microbatch
@@ -170,12 +173,13 @@ class Trainer:
             [losses] bool, as `StepResult.nonfinite`.
         """
         state = self.state
+        self.dealt_budget = self.dealt_budget or state.budget
         self.objective = self.objective.at(progress(state.step, self.total_steps))
         step = Step(
             scorer=self.scorer,
             scaler=self.scaler,
             examples=examples,
-            share=deal(examples, self.world.size, self.policy.shares_prompts)[self.world.rank],
+            share=deal(examples, self.world.size, self.policy.shares_prompts, self.dealt_budget)[self.world.rank],
             world=self.world,
         )
         result = compute_gradient(step, state.budget)

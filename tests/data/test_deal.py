@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pack import make_example
 
-from qpref.data.deal import deal
-from qpref.data.pack import num_fed_tokens
+from qpref.data.deal import WHOLE, deal
+from qpref.data.pack import num_fed_tokens, split_indices
 from qpref.records import TokenizedExample
 
 
@@ -48,6 +48,38 @@ def test_largest_share_exceeds_a_fair_one_by_less_than_a_group_of_one_prompt(exa
         by_prompt.setdefault(example.prompt.tobytes() if shared else index, []).append(index)
     groups = [num_tokens(examples, members, shared) for members in by_prompt.values()]
     assert max(loads) <= sum(groups) / size + max(groups, default=0)
+
+
+@given(steps(), st.integers(2, 4), st.booleans(), st.integers(1, 200))
+@settings(deadline=None)
+def test_a_budget_costs_a_sixteenth_of_balance_at_most(examples, size, shared, budget):
+    plain, shares = deal(examples, size, shared), deal(examples, size, shared, budget)
+    assert sorted(index for share in shares for index in share) == list(range(len(examples)))
+    largest = [max(num_tokens(examples, share, shared) for share in each) for each in (plain, shares)]
+    assert largest[1] <= WHOLE * largest[0]
+
+
+def test_micro_batches_of_nearly_equal_size_are_dealt_whole_and_split_alike_again():
+    tokens = [9, 8, 9, 8, 4, 4, 9, 8, 9, 8, 4, 4]
+    examples = [make_example([line] * 5, [7] * size, line=line) for line, size in enumerate(tokens)]
+    whole = split_indices(examples, 36)
+    again = [
+        [share[index] for index in part]
+        for share in deal(examples, 2, budget=36)
+        for part in split_indices([examples[index] for index in share], 36)
+    ]
+    assert sorted(again) == sorted(whole)
+    assert {frozenset(part) for part in whole}.isdisjoint(
+        frozenset(share[index] for index in part)
+        for share in deal(examples, 2)
+        for part in split_indices([examples[index] for index in share], 36)
+    )
+
+
+def test_fewer_micro_batches_than_processes_are_dealt_by_example():
+    examples = [make_example([line], [7] * 9, line=line) for line in range(4)]
+    assert len(split_indices(examples, 1000)) == 1
+    assert [len(share) for share in deal(examples, 2, budget=1000)] == [2, 2]
 
 
 def test_a_share_is_the_largest_first_to_whoever_has_the_fewest():
