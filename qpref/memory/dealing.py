@@ -28,7 +28,7 @@ class Dealing:
 
     @classmethod
     def of(cls, lengths: Sequence[Lengths], shared: bool, batch_size: int, ranks: int) -> Dealing:
-        """Deal random steps as training does, but for whole micro-batches, which add at most a sixteenth to the fullest."""
+        """Deal random steps as training does, but by example: whole micro-batches add at most a sixteenth."""
         draw = random.Random(0)
         num_steps = SIMULATED_STEPS if len(set(map(_key, lengths))) > 1 else 1
         steps = [draw.choices(lengths, k=batch_size) for _ in range(num_steps)]
