@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -60,7 +61,8 @@ def command(
     conversation = Conversation.begin(subject, Sampling(**sampling), system)
     console = make_console()
     is_live = sys.stdin.isatty() and console.is_terminal and not as_json
-    chat = _Chat(conversation, {"base": "base", "model": model}, _show_json if as_json else _Printer(console, is_live))
+    names: dict[Side, str] = {"base": "base", "model": Path(model).name or model}
+    chat = _Chat(conversation, names, _show_json if as_json else _Printer(console, is_live))
     if is_live:
         with suppress(ImportError):
             import readline  # noqa: F401 - input() then edits lines

@@ -55,7 +55,9 @@ def test_a_process_that_shares_a_base_does_not_repeat_a_step_alone(make_base):
     examples = [make_example(line, 5, 3, 4) for line in range(4)]
     assert shrink_microbatch(policy, examples, 100) < 100
     policy.shards = SimpleNamespace(world=World(rank=1, size=2))
-    with pytest.raises(DeviceMemoryError, match="rank 1 ran out of memory with 100 tokens") as raised:
+    with pytest.raises(
+        DeviceMemoryError, match="ran out of memory with 100 tokens per micro-batch; processes that share a base"
+    ) as raised:
         shrink_microbatch(policy, examples, 100)
     assert raised.value.exit_code == 5
     assert "tokens_per_microbatch to 50 or less" in (raised.value.hint or "")

@@ -45,7 +45,7 @@ class Forks:
     def train(self, folder: Path, resume: bool, before=lambda: None) -> None:
         """Train or resume a run; `before` is called once it holds its folder's lock."""
 
-        def loaded(plan, checked, world):
+        def loaded(plan, checked, world, kept):
             before()
             return self._prepared
 
