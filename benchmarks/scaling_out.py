@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -229,7 +229,7 @@ def _train(recipe: Path, output: Path, processes: int, threads: int) -> tuple[di
 
 
 def _watch(process: subprocess.Popen[bytes], metrics: Path) -> dict[int, tuple[float, float]]:
-    """Note wall and CPU seconds of a session when each step's row appears."""
+    """Note wall and CPU seconds of a process and its descendants when each step's row appears."""
     seen: dict[int, tuple[float, float]] = {}
     while process.poll() is None:
         steps = len(_rows(metrics))
@@ -245,15 +245,24 @@ def _rows(metrics: Path) -> list[dict[str, float]]:
     return [row for row in rows if row["split"] == "train"]
 
 
-def _cpu_seconds(session: int) -> float:
-    """Sum the CPU seconds of a session's living processes, by /proc/PID/stat (proc(5): fields 6, 14 and 15)."""
-    total = 0.0
+def _cpu_seconds(root: int) -> float:
+    """Sum the CPU seconds of a living process and its descendants, by /proc/PID/stat (proc(5): fields 4, 14 and 15).
+
+    torchrun's workers have sessions of their own, so a session wouldn't hold all.
+    """
+    parents, seconds = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+            parents[int(stat.parent.name)] = int(fields[1])
+            seconds[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(seconds[each] for each in parents if _descends(each, root, parents))
+
+
+def _descends(process: int | None, root: int, parents: Mapping[int, int]) -> bool:
+    while process is not None and process != root:
+        process = parents.get(process)
+    return process == root
 
 
 def _machine() -> str:
