@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref import fsio, publish, sealed
-from qpref.training.folder import RECORDS
+from qpref.training.run_json import RECORDS
 
 
 def reseal(run: Path) -> None:

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qpref.report.points import Floats, Points, extremes, reduce
 from qpref.report.read import Column
-from qpref.report.shares import Share
 from qpref.report.text import count_text, log_ticks, number_text, tick_texts, ticks
 
 WIDTH, HEIGHT = 640, 270
@@ -35,8 +34,6 @@ SMOOTHED_FROM = 20
 """Fewest points of a curve that is smoothed too."""
 LOG_RATIO = 2.0
 """Smallest ratio of highest to lowest value for which a log axis is drawn too."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,21 +121,6 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
-class _Points:
-    """A curve reduced to one point per pixel column: mean, lowest and highest value, NaN where there is none.
-
-    Of a share, lowest and highest are the ends of its interval.
-    """
-
-    steps: Floats
-    means: Floats
-    lowest: Floats
-    highest: Floats
-    gaps: Floats
-    rows_per_point: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Scale:
     """Mapping of steps and values to SVG coordinates; on a log axis, `low` and `high` are logarithms."""
 
@@ -158,8 +140,8 @@ class _Scale:
 def draw(title: str, curves: Sequence[Curve], last_step: int) -> Chart:
     """Draw at least one curve over the steps from 0 to `last_step`."""
     last_step = max(1, last_step)
-    reduced = [_reduce(curve, last_step) for curve in curves]
-    low, high = _extremes(reduced)
+    reduced = [reduce(curve.column, last_step, NUM_COLUMNS, curve.share_of) for curve in curves]
+    low, high = extremes(reduced)
     linear = _Scale(last_step, *_padded(low, high))
     drawn = _linear_view(curves, reduced, linear)
     has_log = low > 0 and high >= LOG_RATIO * low
@@ -183,7 +165,7 @@ def draw(title: str, curves: Sequence[Curve], last_step: int) -> Chart:
     )
 
 
-def _linear_view(curves: Sequence[Curve], reduced: Sequence[_Points], scale: _Scale) -> View:
+def _linear_view(curves: Sequence[Curve], reduced: Sequence[Points], scale: _Scale) -> View:
     values = ticks(scale.low, scale.high, 5)
     return View(
         traces=[_trace(curve, points, scale) for curve, points in zip(curves, reduced, strict=True)],
@@ -193,7 +175,7 @@ def _linear_view(curves: Sequence[Curve], reduced: Sequence[_Points], scale: _Sc
 
 
 def _log_view(
-    curves: Sequence[Curve], reduced: Sequence[_Points], last_step: int, extremes: tuple[float, float]
+    curves: Sequence[Curve], reduced: Sequence[Points], last_step: int, extremes: tuple[float, float]
 ) -> View:
     low, high = _padded(*map(math.log10, extremes))
     scale = _Scale(last_step, low, high, is_log=True)
@@ -204,49 +186,6 @@ def _log_view(
     )
 
 
-def _reduce(curve: Curve, last_step: int) -> _Points:
-    column = curve.column
-    order = np.argsort(column.steps, kind="stable")
-    steps, values = np.asarray(column.steps, float)[order], np.asarray(column.values, float)[order]
-    known = np.isfinite(values)
-    if len(steps) <= 2 * NUM_COLUMNS:
-        lowest, highest = values, values
-        if curve.share_of is not None:
-            ends = np.array([Share(value, curve.share_of).interval for value in values]).reshape(-1, 2)
-            lowest, highest = (np.where(np.isnan(end), values, end) for end in ends.T)
-        return _Points(steps, values, lowest, highest, steps[~known], 1.0)
-    columns = np.clip((steps / last_step * NUM_COLUMNS).astype(int), 0, NUM_COLUMNS - 1)
-    occupied = np.unique(columns)
-    counts = np.bincount(columns[known], minlength=NUM_COLUMNS)
-    lowest, highest = np.full(NUM_COLUMNS, np.inf), np.full(NUM_COLUMNS, -np.inf)
-    np.minimum.at(lowest, columns[known], values[known])
-    np.maximum.at(highest, columns[known], values[known])
-    sums = np.bincount(columns[known], values[known], minlength=NUM_COLUMNS)
-    mean_steps = np.bincount(columns, steps, minlength=NUM_COLUMNS) / np.maximum(
-        1, np.bincount(columns, minlength=NUM_COLUMNS)
-    )
-    empty = counts == 0
-    means = np.where(empty, np.nan, sums / np.maximum(1, counts))
-    lowest, highest = np.where(empty, np.nan, lowest), np.where(empty, np.nan, highest)
-    return _Points(
-        mean_steps[occupied],
-        means[occupied],
-        lowest[occupied],
-        highest[occupied],
-        mean_steps[np.unique(columns[~known])],
-        len(steps) / len(occupied),
-    )
-
-
-def _extremes(reduced: Sequence[_Points]) -> tuple[float, float]:
-    """Find the lowest and the highest value; 0 and 1 without any."""
-    lows = np.concatenate([points.lowest for points in reduced])
-    highs = np.concatenate([points.highest for points in reduced])
-    if not np.isfinite(lows).any():
-        return 0.0, 1.0
-    return float(np.nanmin(lows)), float(np.nanmax(highs))
-
-
 def _padded(low: float, high: float) -> tuple[float, float]:
     """Add padding to an axis' range; a constant gets a range around it."""
     padding = 0.06 * (high - low)
@@ -255,7 +194,7 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - padding, high + padding
 
 
-def _trace(curve: Curve, points: _Points, scale: _Scale) -> Trace:
+def _trace(curve: Curve, points: Points, scale: _Scale) -> Trace:
     segments = list(_segments(points))
     indices = [index for segment in segments for index in segment]
     dotted = len(indices) <= MAX_DOTS
@@ -274,11 +213,11 @@ def _trace(curve: Curve, points: _Points, scale: _Scale) -> Trace:
     )
 
 
-def _has_band(curve: Curve, points: _Points) -> bool:
+def _has_band(curve: Curve, points: Points) -> bool:
     return points.rows_per_point > 1 or curve.share_of is not None
 
 
-def _smooth_path(points: _Points, indices: Sequence[int], scale: _Scale) -> str:
+def _smooth_path(points: Points, indices: Sequence[int], scale: _Scale) -> str:
     """Draw the exponential moving average of the points with a value, divided by the weights' sum so that it starts at
     the first one; nothing where the points are few."""
     if len(indices) < SMOOTHED_FROM:
@@ -291,7 +230,7 @@ def _smooth_path(points: _Points, indices: Sequence[int], scale: _Scale) -> str:
     return _path(points.steps, means, indices, scale)
 
 
-def _segments(points: _Points) -> Iterable[list[int]]:
+def _segments(points: Points) -> Iterable[list[int]]:
     """Yield the indices of consecutive points, split where a value is missing."""
     segment: list[int] = []
     for index, value in enumerate(points.means):
@@ -310,13 +249,13 @@ def _path(steps: Floats, values: Floats, segment: Sequence[int], scale: _Scale) 
     return "M" + "L".join(pairs if len(pairs) > 1 else pairs * 2)
 
 
-def _band(points: _Points, segment: Sequence[int], scale: _Scale) -> str:
+def _band(points: Points, segment: Sequence[int], scale: _Scale) -> str:
     upper = [f"{scale.x(points.steps[index])} {scale.y(points.highest[index])}" for index in segment]
     lower = [f"{scale.x(points.steps[index])} {scale.y(points.lowest[index])}" for index in reversed(segment)]
     return "M" + "L".join(upper + lower) + "Z"
 
 
-def _point_text(points: _Points, index: int) -> str:
+def _point_text(points: Points, index: int) -> str:
     mean, low, high = (number_text(values[index]) for values in (points.means, points.lowest, points.highest))
     return mean if low == high else f"{mean} ({low} to {high})"
 
@@ -350,7 +289,7 @@ def _in_words(curve: Curve) -> str:
     return f"{start}{end}."
 
 
-def _notes(curves: Sequence[Curve], reduced: Sequence[_Points]) -> list[str]:
+def _notes(curves: Sequence[Curve], reduced: Sequence[Points]) -> list[str]:
     notes = []
     if counts := sorted({curve.share_of for curve in curves if curve.share_of}):
         of = " or ".join(map(count_text, counts))

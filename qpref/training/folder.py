@@ -21,6 +21,7 @@ from qpref import fsio, locks, opening, publish, sealed
 from qpref.errors import DiskError, RecipeError
 from qpref.recipe.document import read_document
 from qpref.training import checkpoint
+from qpref.training.run_json import missing_key
 
 if TYPE_CHECKING:
     from qpref.recipe.reopen import RecordedRun
@@ -36,30 +37,8 @@ ADAPTER_FILES = (
 )  # fmt: skip
 """Names of what PEFT and transformers' tokenizers write, for a run whose own list of its adapter is damaged."""
 SHOWN_FILES = 5
-RECORDS = ("recipe.lock.toml", "data.json")
-"""Files that run.json has the SHA-256 of."""
 WRITE_AGAIN = "qpref train --resume with the run's recipe writes it again"
 EXPORT_AGAIN = "qpref train --resume with the run's recipe exports the adapter again from the last checkpoint"
-REQUIRED: Mapping[str, type] = {
-    "base": str,
-    "base_path": str,
-    "base_weights": dict,
-    "created": str,
-    "double_quantization": bool,
-    "dtype": str,
-    "examples": dict,
-    "files": dict,
-    "fingerprints": dict,
-    "quantized_modules": list,
-    "versions": dict,
-}
-"""Keys of run.json that every reader relies on, and the JSON type of each. Only a merge needs `base_config`."""
-DTYPE_NAMES = ("bf16", "fp16", "float32")
-REQUIRED_WITHIN: Mapping[str, tuple[str, ...]] = {
-    "examples": ("train", "heldout"),
-    "files": RECORDS,
-    "fingerprints": ("recipe", "training data", "held-out data", "start adapter"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +85,7 @@ class RunFolder:
         return self.path / "report.html"
 
     def description(self) -> dict[str, Any]:
-        """Read run.json; every key of `REQUIRED` is in it.
+        """Read run.json; every key of `run_json.REQUIRED` is in it.
 
         Raises:
             RecipeError: it cannot be read, isn't as training wrote it, or is no run of this qpref.
@@ -115,7 +94,7 @@ class RunFolder:
             facts = sealed.read_sealed(self.run_json)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{self.run_json}: cannot be read: {error}", WRITE_AGAIN) from None
-        if missing := _missing_key(facts):
+        if missing := missing_key(facts):
             raise RecipeError(f"{self.run_json}: lacks '{missing}': not a run of this qpref")
         return facts
 
@@ -166,7 +145,7 @@ class RunFolder:
         return next((change for change in changes if change), None)
 
     def _change(self, path: Path, facts: Mapping[str, Any]) -> str | None:
-        """Explain how a file of `RECORDS` differs from its hash in run.json; None where it doesn't."""
+        """Explain how a file of `run_json.RECORDS` differs from its hash in run.json; None where it doesn't."""
         try:
             content = opening.read_bytes(path)
         except OSError as error:
@@ -316,26 +295,6 @@ def _refuse_writable_by_others(folder: Path) -> None:
             f"{folder}: belongs to another user, and others can write to it",
             "copy the run to a folder of your own, or use another --output",
         )
-
-
-def _missing_key(facts: Mapping[str, Any]) -> str | None:
-    """Find the first required key that is missing, or that no run of this version has such a value of."""
-    for name, kind in REQUIRED.items():
-        if not isinstance(facts.get(name), kind):
-            return name
-    if facts["dtype"] not in DTYPE_NAMES:
-        return "dtype"
-    for name in ("quantized_modules", "quantized_experts"):
-        values = facts.get(name, [])
-        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
-            return name
-    for name in ("base_weights", "fingerprints"):
-        if not all(isinstance(value, str | None) for value in facts[name].values()):
-            return name
-    if "\0" in facts["base_path"]:
-        return "base_path"
-    within = ((name, key) for name, keys in REQUIRED_WITHIN.items() for key in keys if key not in facts[name])
-    return next((f"{name}.{key}" for name, key in within), None)
 
 
 @contextmanager

@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qpref import fsio, publish
 from qpref.attention.determinism import deterministic
 from qpref.data.load import load_rows
 from qpref.data.order import total_steps
 from qpref.distributed.environment import is_restart
 from qpref.distributed.join import joined, take_gpu
 from qpref.distributed.world import World
-from qpref.errors import CheckpointError, PolicyError, RecipeError, StoppedBySignal
+from qpref.errors import CheckpointError, RecipeError, StoppedBySignal
 from qpref.hooks.types import SinkContext
-from qpref.policy.adapter import TRAINED
 from qpref.policy.kept_base import KeptBase
 from qpref.policy.load import choose_device
 from qpref.policy.out_of_memory import out_of_memory_as
@@ -26,20 +24,19 @@ from qpref.recipe.requirements import refuse_missing
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
 from qpref.training.adapter_change import idle_rate_warning
 from qpref.training.best import Best, restore_best
-from qpref.training.card import write_adapter_card
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.description import begin_records, restate_recipe, restore_records, was_begun_by_this_job
-from qpref.training.folder import CARD, RunFolder, claimed
+from qpref.training.export import take_best, write_adapter
+from qpref.training.folder import RunFolder, claimed
 from qpref.training.length_bias import LengthGroups
 from qpref.training.loop import Trainer
 from qpref.training.metrics import NoRecorder, Recorder
 from qpref.training.prepare import Prepared, prepare
 from qpref.training.ranks import agree_on_layout, agree_on_plan, agree_on_start
-from qpref.training.result import peak_of_device, reset_peak, summary_of, write_result
+from qpref.training.result import peak_of_device, reset_peak, summary_of
 from qpref.training.samples import sample_table
 from qpref.training.saving import Saver
 from qpref.training.snapshot import Session
-from qpref.training.state import TrainingState
 from qpref.training.stop import stop_request
 from qpref.training.symptoms import History, Watch
 
@@ -122,8 +119,8 @@ def _train(prepared: Prepared, folder: RunFolder, resume: bool) -> None:
         if not finished:
             raise StoppedBySignal(f"stopped after step {session.state.step}, saved", "continue with --resume", stops[0])
         if world.is_first:
-            _take_best(prepared, folder, session.state)
-            _write_adapter(session, folder, first_step)
+            take_best(prepared, folder, session.state)
+            write_adapter(session, folder, first_step)
             recorder.summarize(summary_of(folder.result))
             log.info("adapter: %s", folder.adapter)
     world.wait("the adapter's files")
@@ -345,48 +342,3 @@ def _known_symptoms(prepared: Prepared) -> list[dict[str, Any]]:
     recipe = prepared.plan.recipe
     warning = idle_rate_warning(recipe, total_steps(recipe.train, len(prepared.examples)))
     return [] if warning is None else [{"rule": "idle_rate", "step": 0, "message": warning}]
-
-
-def _take_best(prepared: Prepared, folder: RunFolder, state: TrainingState) -> None:
-    """Restore the best step's adapter, where the recipe sets `best_by`, and log which one it is.
-
-    Raises:
-        CheckpointError: its checkpoint doesn't verify.
-    """
-    train, best = prepared.plan.recipe.train, state.best
-    if train.best_by is None:
-        return
-    if best is None:
-        log.warning("no held-out row whose checkpoint is left has a number for %s; the adapter is the last step's",
-                    train.best_by)  # fmt: skip
-        return
-    if best.step != state.step:
-        saved = checkpoint.read(checkpoint.path_of(folder.checkpoints, best.step))
-        snapshot.restore_adapter(saved, prepared.policy)
-        snapshot.restore_heldout(saved, state)
-    total = total_steps(train, len(prepared.examples))
-    early = f", which stopped early, after {state.step} of {total} steps" if state.step < total else ""
-    log.info("the adapter is that of step %d of this run%s: %s %.4f is the best of its held-out rows",
-             best.step, early, train.best_by, best.value)  # fmt: skip
-
-
-def _write_adapter(session: Session, folder: RunFolder, first_step: int) -> None:
-    """Write the adapter in PEFT's format, with the tokenizer that it was trained with, and result.json, which has the
-    manifest of both: a run is finished as soon as the adapter has its name."""
-    prepared = session.prepared
-    model = prepared.policy.model
-    bad = [name for name, value in prepared.policy.trained_parameters().items() if not bool(value.isfinite().all())]
-    if bad:
-        raise PolicyError(f"the trained adapter is not finite in {bad[0]}; the last checkpoint may be")
-    facts, section = session.description, prepared.plan.recipe.model
-    settings = model.peft_config[TRAINED]
-    settings.base_model_name_or_path = facts["base_name"]
-    settings.revision = section.revision
-    num_bytes = sum(value.nbytes for value in prepared.policy.trained_parameters().values())
-    folder.refuse_replaced()
-    with publish.staged_folder(folder.adapter) as staging, fsio.disk_errors(folder.adapter, num_bytes):
-        model.save_pretrained(staging, selected_adapters=[TRAINED], save_embedding_layers=False)
-        prepared.tokenizer.save_pretrained(staging)
-        write_result(folder.result, session, first_step, publish.manifest(staging))
-        write_adapter_card(staging / CARD, prepared.plan.recipe, folder, facts, settings.r)
-        fsio.remove_tree(folder.adapter)  # a damaged one

@@ -161,16 +161,25 @@ CHECKS: dict[str, Callable[[Policy, str], None]] = {
 
 
 def checked(world: World, tables: dict[str, Any], check: str, event: str, folder: str) -> None:
-    """Run a check of the start, in which rank 1 alone runs out of memory, or is killed, in the middle of a pass."""
+    """Run a check of the start, in which rank 1 alone runs out of memory, or is killed, in the first layer of a pass:
+    the first pass, or the first one on a path that shares prompts."""
     policy = loaded(world, tables)
+    use_attention = Policy.use_attention
 
     def happen(*_: Any) -> None:
-        if event == "killed":
+        if event.startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    if world.rank == 1:
-        policy.shards.layers[1].mlp.register_forward_pre_hook(happen)
+    def armed(policy: Policy, path: str) -> None:
+        if path in policy.sharing_paths:
+            policy.shards.layers[0].mlp.register_forward_pre_hook(happen)
+        use_attention(policy, path)
+
+    if world.rank == 1 and event == "killed while sharing":
+        Policy.use_attention = armed  # type: ignore[method-assign]  # of this process, which ends with the check
+    elif world.rank == 1:
+        policy.shards.layers[0].mlp.register_forward_pre_hook(happen)
     CHECKS[check](policy, folder)
     policy.finish_passes()
 

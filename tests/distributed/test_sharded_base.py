@@ -124,10 +124,12 @@ def test_memory_that_one_process_lacks_in_a_check_of_the_start_ends_all(check, c
     assert errors[0].startswith("error: rank 1: the device ran out of memory in the check")
 
 
-def test_a_process_that_dies_in_a_layer_is_no_fault_of_the_layer(cases, tmp_path):
-    first, second = start_forks(2, checked, cases["untied"][1], "layout", "killed", str(tmp_path), timeout=20)
+@pytest.mark.parametrize("event", ["killed", "killed while sharing"])
+def test_a_process_that_dies_in_a_layer_is_no_fault_of_the_layer(event, cases, tmp_path):
+    first, second = start_forks(2, checked, cases["untied"][1], "layout", event, str(tmp_path), timeout=20)
     assert (first.code, second.code) == (13, -signal.SIGKILL), first.output
     assert "error: rank 1 died at " in first.output
+    assert "prompts are computed once for each response" not in first.output
 
 
 def test_loading_takes_a_process_its_part_and_one_layer(make_base):

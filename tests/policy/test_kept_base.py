@@ -56,7 +56,10 @@ def scores_and_gradients(policy):
 def test_each_run_has_the_policy_of_a_base_of_its_own(family, tmp_path):
     base = resolve_base(recipe_of(FAMILIES[family].write(tmp_path / "base")).model)
     kept = KeptBase()
-    load_and_score = lambda recipe, **keep: scores_and_gradients(load_policy(recipe, base, **keep))  # noqa: E731
+
+    def load_and_score(recipe, **keep):
+        return scores_and_gradients(load_policy(recipe, base, **keep))
+
     load_and_score(recipe_of(tmp_path / "base", rank=2, targets=["q_proj", "v_proj"]), kept=kept)
     again = load_and_score(recipe_of(tmp_path / "base"), kept=kept)
     alone = load_and_score(recipe_of(tmp_path / "base"))

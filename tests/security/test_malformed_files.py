@@ -25,7 +25,8 @@ from qpref.recipe.document import read_document
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import ModelSection
 from qpref.sealed import SEAL, write_sealed
-from qpref.training.folder import REQUIRED, RunFolder
+from qpref.training.folder import RunFolder
+from qpref.training.run_json import REQUIRED
 
 LONG = 0.9
 """Seconds that a refusal may take."""

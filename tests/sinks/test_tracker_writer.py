@@ -28,7 +28,10 @@ class Kept:
         self.summaries.append(summary)
 
 
-def context_of(folder, first_step=0, samples=Table()):  # noqa: B008 - frozen
+NO_TABLE = Table()
+
+
+def context_of(folder, first_step=0, samples=NO_TABLE):
     return SinkContext(run_folder=folder, first_step=first_step, total_steps=9, samples=lambda count: samples)
 
 

@@ -156,7 +156,7 @@ def test_a_run_that_was_killed_once_its_patience_was_out_trains_no_further(make_
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_write_adapter", die)
+        patch.setattr(module, "write_adapter", die)
         with pytest.raises(Killed):
             qpref.train(recipe, output=tmp_path / "run")
     assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
@@ -214,13 +214,13 @@ def test_rows_since_the_next_best_are_waited_for(make_toy, tmp_path):
 def test_a_best_checkpoint_that_is_damaged_at_the_end_is_not_exported(make_toy, tmp_path, monkeypatch):
     from qpref.training import run as module
 
-    recipe, real = make_toy(**SMALLEST), module._take_best
+    recipe, real = make_toy(**SMALLEST), module.take_best
 
     def take(prepared, folder, state):
         (folder.checkpoints / f"step-{state.best.step:06}/adapter.safetensors").write_bytes(b"")
         real(prepared, folder, state)
 
-    monkeypatch.setattr(module, "_take_best", take)
+    monkeypatch.setattr(module, "take_best", take)
     with pytest.raises(CheckpointError, match="not a checkpoint that verifies"):
         qpref.train(recipe, output=tmp_path / "run")
     assert not (tmp_path / "run/adapter").exists()

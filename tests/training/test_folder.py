@@ -13,7 +13,8 @@ from qpref.evaluation.subjects import identify
 from qpref.merge.guards import read_run
 from qpref.sealed import write_sealed
 from qpref.training import checkpoint
-from qpref.training.folder import REQUIRED, REQUIRED_WITHIN, RunFolder
+from qpref.training.folder import RunFolder
+from qpref.training.run_json import REQUIRED, REQUIRED_WITHIN
 from qpref.training.snapshot import restore_adapter
 
 WHOLE = {name: kind() for name, kind in REQUIRED.items()} | {

@@ -17,7 +17,8 @@ from qpref.errors import CheckpointError, MergeError, PolicyError, QprefError, R
 from qpref.evaluation.subjects import identify
 from qpref.merge.guards import read_run as merged_run
 from qpref.report.read import read_run as reported_run
-from qpref.training.folder import RECORDS, RunFolder
+from qpref.training.folder import RunFolder
+from qpref.training.run_json import RECORDS
 
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json", "result.json")
 EVERYTHING = ("run.json", *RECORDS, *ADAPTER)
