@@ -1,7 +1,8 @@
-"""Every stage of a run for families and settings: a covering design, or all combinations.
+"""Every stage of a run for families and settings: a covering design, or larger sets of combinations.
 
-    python -m tests.fake_cuda.matrix            # `design`, 14 runs
-    python -m tests.fake_cuda.matrix --all [--family qwen2]
+    python -m tests.fake_cuda.matrix                          # `design`, 14 runs
+    python -m tests.fake_cuda.matrix --pairs [--family qwen2] # any two settings in all ways in each family, 38 runs
+    python -m tests.fake_cuda.matrix --all [--family qwen2]   # every combination, 386 runs
 
 The last line is JSON: job -> stage -> error, of the jobs that failed. Exits with 1 where one did.
 """
@@ -49,9 +50,26 @@ def design() -> Iterator[tuple[str, list[str]]]:
             yield family, [name for name, pattern in PATTERNS.items() if bool(pattern >> bit & 1) == first]
 
 
+def paired() -> Iterator[list[str]]:
+    """Settings of each of six runs in which any two settings occur on-on, on-off, off-on and off-off.
+
+    Off-off is the first run. In the others each setting has three of five runs to itself: two different threes of five
+    share one, and neither holds the other.
+    """
+    threes = dict(zip(SETTINGS, itertools.combinations(range(1, 6), 3), strict=False))
+    for number in range(6):
+        yield [name for name, runs in threes.items() if number in runs]
+
+
 def covering() -> Iterator[Job]:
     """The design's runs, and a few beside."""
     yield from (_job(family, settings) for family, settings in design())
+    yield from (Job(**other) for other in OTHERS)
+
+
+def each_pair(families: Iterable[str]) -> Iterator[Job]:
+    """Each family with any two settings in all ways."""
+    yield from itertools.starmap(_job, itertools.product(families, list(paired())))
     yield from (Job(**other) for other in OTHERS)
 
 
@@ -98,11 +116,12 @@ def failures(jobs: Iterable[Job]) -> dict[str, dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--pairs", dest="jobs", action="store_const", const=each_pair)
+    parser.add_argument("--all", dest="jobs", action="store_const", const=crossed)
     parser.add_argument("--family", choices=FAMILIES)
     options = parser.parse_args()
     families = [options.family] if options.family else FAMILIES
-    found = failures(crossed(families) if options.all else covering())
+    found = failures(options.jobs(families) if options.jobs else covering())
     print(json.dumps(found))
     sys.exit(bool(found))
 

@@ -21,7 +21,7 @@ WIDTHS = {"20": Job(width=20), "264": Job(width=264), "80": Job(width=80)}
 
 
 def report() -> dict[str, Any]:
-    """Figures as in `python -m tests.fake_cuda`, the matrix's design and failures, the faults that were caught, the
+    """Figures as in `python -m tests.fake_cuda`, the matrix's designs and failures, the faults that were caught, the
     excess of the startup checks, and the attention of heads of unusual widths."""
     peaks = checks_peak.jobs()
     steps = {"small": SMALL, "large": LARGE, "recipe": RECIPE}
@@ -40,6 +40,7 @@ def report() -> dict[str, Any]:
     return {
         "figures": figures_of(**found["steps"], peaks=found["peaks"]["7B"], failed=list(failed.values())),
         "design": list(matrix.design()),
+        "paired": list(matrix.paired()),
         "matrix": failed,
         "planted": found["planted"]["planted"],
         "excess": found["excess"],
