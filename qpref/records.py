@@ -7,12 +7,15 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+EXTRAS = ("log_sum_squares", "entropy")
+"""Fields of `TokenLogProbs` that are computed with the values where a loss needs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,9 @@ class TokenizedExample:
     Attributes:
         truncated: for each branch, True if its end, and so its stop token, was cut off.
         prompt_cut: True if earlier turns, or the start of the last one, were cut off.
+        masks: for each branch one byte a token, 1 for a token that counts and 0 for one that the row or the recipe
+            masks; empty where all tokens count.
+        scores_masked: True if masked tokens are scored all the same, for a loss that reads the mask.
         label: True for a desirable completion; None for a pair.
         number: index within its row, as in `PreferencePair` and `UnpairedExample`.
     """
@@ -118,11 +124,25 @@ class TokenizedExample:
     branches: tuple[array[int], ...]
     truncated: tuple[bool, ...]
     prompt_cut: bool = False
+    masks: tuple[bytes, ...] = ()
+    scores_masked: bool = False
     weight: float
     margin: float
     label: bool | None = None
     number: int = 0
     source: Source
+
+    @property
+    def scored(self) -> tuple[Sequence[int], ...]:
+        """Indices of the tokens of each branch that have a log-probability: all, or those that count."""
+        if not self.masks or self.scores_masked:
+            return tuple(range(len(branch)) for branch in self.branches)
+        return tuple([index for index, counts in enumerate(mask) if counts] for mask in self.masks)
+
+    @property
+    def num_scored(self) -> tuple[int, ...]:
+        """Numbers of scored tokens of each branch."""
+        return tuple(map(len, self.scored))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,11 +207,24 @@ class TokenLogProbs:
         lengths: tokens of each sequence, S in total; at least 1 for a response, 0 for a prompt of one token.
         log_sum_squares: [S] detached, log of the sum of squared probabilities over the vocabulary at each position;
             None unless a loss needs it.
+        entropy: [S] detached, entropy over the vocabulary at each position in nats; None unless a loss needs it.
+        tokens: [S] int64, ids of the tokens; None unless a loss needs them.
+        mask: [S] bool, True for tokens that count; None unless a loss needs `tokens`. Tokens that the row's masks
+            exclude are here only under `[data] mask = "loss"`.
     """
 
     values: Tensor
     lengths: tuple[int, ...]
     log_sum_squares: Tensor | None = None
+    entropy: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def by_token(self) -> dict[str, Tensor]:
+        """Return everything that has one number for each token, by field."""
+        names = ("values", *EXTRAS, "tokens", "mask")
+        found = {name: getattr(self, name) for name in names}
+        return {name: values for name, values in found.items() if values is not None}
 
     @property
     def total(self) -> Tensor:

@@ -386,3 +386,30 @@ def test_the_example_of_the_docstring_runs():
     namespace["test_loss_conforms"](PAIRED, "gradient")
     with pytest.raises(AssertionError):
         namespace["test_loss_conforms"](with_losses(PAIRED, wrong_gradient), "gradient")
+
+
+def build_masked(options):
+    def masked(inputs):
+        sides = []
+        for policy, reference in zip(
+            (inputs.policy.chosen, inputs.policy.rejected),
+            (inputs.reference.chosen, inputs.reference.rejected),
+            strict=True,
+        ):
+            assert policy.tokens.shape == policy.mask.shape == policy.entropy.shape == policy.values.shape
+            assert policy.tokens.dtype == torch.int64
+            assert policy.mask.dtype == torch.bool
+            assert all(part.any() for part in policy.mask.split(list(policy.lengths)))
+            weights = policy.mask / (1 + policy.entropy) / (1 + policy.tokens)
+            sides.append(replace(policy, values=weights * (policy.values - reference.values)).total)
+        return LossOutput(losses=-logsigmoid(sides[0] - sides[1]), metrics=reward_metrics(*sides))
+
+    return masked
+
+
+def test_a_loss_of_tokens_masks_and_entropies_is_checked_with_them():
+    record = replace(PAIRED, build=build_masked, needs=frozenset({"reference", "tokens", "entropy"}))
+    assert_conforms(record)
+    for missing in ("tokens", "entropy"):
+        with pytest.raises(AssertionError, match="uses inputs that it doesn't declare"):
+            assert_conforms(replace(record, needs=record.needs - {missing}), "needs")

@@ -13,12 +13,14 @@ from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row, U
 if TYPE_CHECKING:
     from torch import Tensor
 
-Need = Literal["reference", "prompt", "log_sum_squares", "mismatched"]
+Need = Literal["reference", "prompt", "log_sum_squares", "entropy", "tokens", "mismatched"]
 """Inputs that a loss can request beyond the policy's log-probabilities of the responses:
 
 reference: the reference's log-probabilities of the same responses.
 prompt: the policy's log-probabilities of the prompt's tokens (`PairLogProbs.prompt`), for paired losses.
 log_sum_squares: log of the sum of squared probabilities at each of the policy's response tokens.
+entropy: the policy's entropy over the vocabulary at each of its response tokens.
+tokens: ids of the response tokens, and the mask of those that count.
 mismatched: log-probabilities of another example's completion after each prompt, for unpaired losses.
 """
 Scope = Literal["example", "mismatched", "step"]

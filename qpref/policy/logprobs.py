@@ -19,7 +19,7 @@ from qpref.staging import to_device
 
 
 def completion_logprobs(
-    policy: Policy, batch: PackedBatch, *, prompts: bool = False, squares: bool = False
+    policy: Policy, batch: PackedBatch, *, prompts: bool = False, extras: frozenset[str] = frozenset()
 ) -> TokenLogProbs:
     """Score every response token of the batch under the policy as it stands (adapters on or off).
 
@@ -27,26 +27,31 @@ def completion_logprobs(
 
     Args:
         prompts: score the prompts as well, each but its first token; they follow all branches.
-        squares: compute `log_sum_squares` too.
+        extras: fields to compute beside the values, names of EXTRAS.
     """
     lengths = batch.lengths
     if prompts:
         lengths += tuple(len(example.prompt) - 1 for example in batch.examples)
     hidden = completion_hidden(policy, batch, prompts=prompts)
-    values, log_sums = score_hidden(policy, batch, hidden, prompts=prompts, squares=squares)
-    return TokenLogProbs(values=values, lengths=lengths, log_sum_squares=log_sums if squares else None)
+    values, found = score_hidden(policy, batch, hidden, prompts=prompts, extras=extras)
+    return TokenLogProbs(values=values, lengths=lengths, **found)
 
 
 def score_hidden(
-    policy: Policy, batch: PackedBatch, hidden: Tensor, *, prompts: bool = False, squares: bool = False
-) -> tuple[Tensor, Tensor]:
+    policy: Policy,
+    batch: PackedBatch,
+    hidden: Tensor,
+    *,
+    prompts: bool = False,
+    extras: frozenset[str] = frozenset(),
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Score a batch's tokens by the hidden states [S, width] that predict them, as `score_tokens` does."""
     tokens = batch.score_token
     if prompts:
         rest = torch.tensor([token for example in batch.examples for token in example.prompt[1:]], dtype=tokens.dtype)
         tokens = torch.cat([tokens, *to_device([rest], tokens.device)])
     with drawing(policy.draws(lambda: batch.token_keys[_predicting(batch, prompts)][None])):
-        return score_tokens(policy.head, hidden, tokens, squares=squares)
+        return score_tokens(policy.head, hidden, tokens, extras)
 
 
 def completion_hidden(policy: Policy, batch: PackedBatch, *, prompts: bool = False) -> Tensor:
@@ -160,9 +165,5 @@ def select_sequences(scores: TokenLogProbs, selected: slice) -> TokenLogProbs:
         pieces = values.split(lengths)[selected]
         return torch.cat(pieces) if pieces else values[:0]
 
-    squares = scores.log_sum_squares
-    return TokenLogProbs(
-        values=part(scores.values),
-        lengths=scores.lengths[selected],
-        log_sum_squares=None if squares is None else part(squares),
-    )
+    by_token = {name: part(values) for name, values in scores.by_token().items()}
+    return TokenLogProbs(lengths=scores.lengths[selected], **by_token)

@@ -19,7 +19,7 @@ from qpref.staging import to_device
 
 
 def logprobs_with_partners(
-    policy: Policy, batch: PackedBatch, partners: PackedBatch, *, squares: bool = False
+    policy: Policy, batch: PackedBatch, partners: PackedBatch, *, extras: frozenset[str] = frozenset()
 ) -> tuple[TokenLogProbs, TokenLogProbs]:
     """Score the responses of two batches with the same prompts, the second without a graph.
 
@@ -27,13 +27,13 @@ def logprobs_with_partners(
     its partner have other rotary positions, each batch is scored on its own.
 
     Args:
-        squares: compute `log_sum_squares` of the first batch too.
+        extras: fields to compute of the first batch beside its values, names of EXTRAS.
     """
     assert [each.prompt for each in batch.examples] == [each.prompt for each in partners.examples]
     if policy.rope_lengths is not None:
         batch, partners = (split_groups(each, policy.rope_lengths) for each in (batch, partners))
     if not policy.shares_prompts or not _turn_alike(policy, batch, partners):
-        scores = completion_logprobs(policy, batch, squares=squares)
+        scores = completion_logprobs(policy, batch, extras=extras)
         with torch.no_grad():
             return scores, completion_logprobs(policy, partners)
     kept_at, _ = spans(batch.groups)
@@ -43,11 +43,11 @@ def logprobs_with_partners(
         hidden = decode(policy, batch.input_ids, batch.position_ids, draws, Layout(batch.groups, kept))
     with torch.no_grad():
         continued = _continued_hidden(policy, hidden.detach(), batch, partners, kept)
-        others, _ = score_hidden(policy, partners, continued, squares=False)
+        others, _ = score_hidden(policy, partners, continued)
         del continued
-    values, log_sums = score_hidden(policy, batch, hidden[batch.score_at], squares=squares)
+    values, found = score_hidden(policy, batch, hidden[batch.score_at], extras=extras)
     return (
-        TokenLogProbs(values=values, lengths=batch.lengths, log_sum_squares=log_sums if squares else None),
+        TokenLogProbs(values=values, lengths=batch.lengths, **found),
         TokenLogProbs(values=others, lengths=partners.lengths),
     )
 

@@ -29,10 +29,11 @@ class Pass(IntEnum):
 
 
 class Wishes(NamedTuple):
-    """Requests of a pass of SCORES: whether gradients are needed, and sums of squares; and the number of rows."""
+    """Requests of a pass of SCORES: gradients, sums of squares and entropies where needed, and the number of rows."""
 
     needs_grad: bool = False
     needs_squares: bool = False
+    needs_entropy: bool = False
     num_rows: int = 0
 
 

@@ -22,13 +22,19 @@ from qpref.policy.head import Head
 from qpref.policy.matmul import float32_matmul, product
 from qpref.policy.passes import Pass, Wishes
 from qpref.policy.vocabulary import RunningLogSumExp, vocabulary_slices
+from qpref.records import EXTRAS
 
 
-def score_tokens(head: Head, hidden: Tensor, tokens: Tensor, *, squares: bool = False) -> tuple[Tensor, Tensor]:
+def score_tokens(
+    head: Head, hidden: Tensor, tokens: Tensor, extras: frozenset[str] = frozenset()
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Score tokens by the hidden states [S, width] that predict them, with the head's adapter on or off as it stands.
 
+    Args:
+        extras: further numbers of each position, names of EXTRAS; others are ignored.
+
     Returns:
-        [S] float32 nats of each token, and [S] the log of the sum of squared probabilities, empty unless `squares`.
+        [S] float32 nats of each token, and the extras by name, each [S] without gradient.
 
     Raises:
         PolicyError: the head doesn't read the decoder's hidden states.
@@ -39,10 +45,10 @@ def score_tokens(head: Head, hidden: Tensor, tokens: Tensor, *, squares: bool = 
             f"{head.weight.shape[1]}: this model has layers between them, which qpref doesn't train",
             "train another model",
         )
-    scored: tuple[Tensor, Tensor] = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
-        hidden, tokens, head, squares, *head.low_rank(hidden)
+    values, *found = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
+        hidden, tokens, head, extras, *head.low_rank(hidden)
     )
-    return scored
+    return values, {name: each for name, each in zip(EXTRAS, found, strict=True) if name in extras}
 
 
 def join_scores(head: Head, wishes: Wishes) -> None:
@@ -86,6 +92,7 @@ class _Scored:
         hidden_grad: [R, width] gradient of each value by its hidden state.
         low_grad: [R, rank] gradient of each value by its adapter's low.
         squares: [R] log of the sum of squared probabilities.
+        entropy: [R] nats.
         normalizer: [R, 1] log-sum-exp of the logits.
     """
 
@@ -93,13 +100,14 @@ class _Scored:
     hidden_grad: Tensor
     low_grad: Tensor
     squares: Tensor
+    entropy: Tensor
     normalizer: Tensor
 
 
 class _ScoreTokens(torch.autograd.Function):
-    """hidden [S, width], tokens [S] -> log-probability of each token [S], float32, and log of the sum of squared
-    probabilities [S] without gradient (empty unless requested). The head's adapter adds low [S, rank] @ b^T
-    [rank, vocabulary] to the logits."""
+    """hidden [S, width], tokens [S] -> log-probability of each token [S], float32; without gradient, in the order of
+    EXTRAS and empty unless requested, log of the sum of squared probabilities [S] and entropy [S]. The head's adapter
+    adds low [S, rank] @ b^T [rank, vocabulary] to the logits."""
 
     @staticmethod
     def forward(
@@ -107,18 +115,18 @@ class _ScoreTokens(torch.autograd.Function):
         hidden: Tensor,
         tokens: Tensor,
         head: Head,
-        needs_squares: bool = False,
+        extras: frozenset[str] = frozenset(),
         low: Tensor | None = None,
         b: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad)
+        wishes = Wishes(needs_grad, "log_sum_squares" in extras, "entropy" in extras, len(tokens))
         if head.rows is None:
             groups = _Rows(hidden, low, b, tokens).split()
-            parts = [_sum_rows(rows, head, needs_grad, needs_squares).scores() for rows in groups]
+            parts = [_sum_rows(rows, head, wishes).scores() for rows in groups]
         else:
             assert head.passes is not None
-            wishes = head.passes.begin(Pass.SCORES, Wishes(needs_grad, needs_squares, len(tokens)))
-            parts = _score_shared(hidden, tokens, head, wishes)
+            parts = _score_shared(hidden, tokens, head, head.passes.begin(Pass.SCORES, wishes))
         if needs_grad:
             hidden_grad = torch.cat([part.hidden_grad for part in parts]).to(hidden.dtype)
             for_adapter: tuple[Tensor | None, ...] = ()
@@ -127,9 +135,9 @@ class _ScoreTokens(torch.autograd.Function):
                 for_adapter = (low_grad, hidden, low, b, tokens, torch.cat([part.normalizer for part in parts]))
             ctx.save_for_backward(hidden_grad, *for_adapter)
             ctx.head = head
-        squares = torch.cat([part.squares for part in parts])
-        ctx.mark_non_differentiable(squares)
-        return torch.cat([part.values for part in parts]), squares
+        squares, entropy = (torch.cat([getattr(part, name) for part in parts]) for name in ("squares", "entropy"))
+        ctx.mark_non_differentiable(squares, entropy)
+        return torch.cat([part.values for part in parts]), squares, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,34 +159,38 @@ class _Sums:
         target: [R, 1] logits of the rows' tokens; 0 for a token of another process.
         normalizer: [R, 1] log-sum-exp of the logits.
         square_normalizer: [R, 1] likewise of twice the logits; None unless requested.
+        expected_logit: [R, 1] mean of the logits under their softmax; None unless requested.
         grads: None unless requested.
     """
 
     target: Tensor
     normalizer: Tensor
     square_normalizer: Tensor | None
+    expected_logit: Tensor | None
     grads: _TokenGrads | None
 
     def scores(self) -> _Scored:
         """Finish the scores of rows that have seen the whole vocabulary."""
-        empty, squares = self.target.new_empty(0), self.square_normalizer
+        empty, squares, expected = self.target.new_empty(0), self.square_normalizer, self.expected_logit
         hidden_grad, low_grad = (empty, empty) if self.grads is None else self.grads.result(self.target)
         return _Scored(
             values=(self.target - self.normalizer).squeeze(1),
             hidden_grad=hidden_grad,
             low_grad=low_grad,
             squares=empty if squares is None else (squares - 2 * self.normalizer).squeeze(1),
+            entropy=empty if expected is None else (self.normalizer - expected).squeeze(1),
             normalizer=self.normalizer,
         )
 
 
-def _sum_rows(rows: _Rows, head: Head, needs_grad: bool, needs_squares: bool) -> _Sums:
+def _sum_rows(rows: _Rows, head: Head, wishes: Wishes) -> _Sums:
     """Compute the rows' sums, and those of their gradients, in one pass over slices of the vocabulary."""
     tokens, hidden = rows.tokens, rows.hidden
     sum_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     target = torch.zeros(len(tokens), 1, dtype=sum_dtype, device=hidden.device)
     normalizer, square_normalizer = RunningLogSumExp(target), RunningLogSumExp(target)
-    grads = _TokenGrads(head, rows, target) if needs_grad else None
+    expected = torch.zeros_like(target) if wishes.needs_entropy else None
+    grads = _TokenGrads(head, rows, target) if wishes.needs_grad else None
     with torch.autocast(hidden.device.type, enabled=False):
         for start, stop in vocabulary_slices(len(head.weight), len(tokens), hidden.device):
             logits = head.logits(hidden, start, stop, rows.low, rows.b)
@@ -188,13 +200,22 @@ def _sum_rows(rows: _Rows, head: Head, needs_grad: bool, needs_squares: bool) ->
             # The largest share is at least one of the slice's, so its logarithm loses nothing; torch's exp is slow.
             of_slice = logits.amax(1, keepdim=True) - part.amax(1, keepdim=True).log_()
             rescale = normalizer.add(of_slice)
+            share = (of_slice - normalizer.total).exp_()
+            if expected is not None:
+                expected = expected * rescale + _row_products(part, logits) * share
             if grads is not None:
                 grads.rescale(rescale)
-                share = (of_slice - normalizer.total).exp_()
                 grads.add(start, stop, head.product_grad(part, logits), share)
-            if needs_squares:
+            if wishes.needs_squares:
                 square_normalizer.add((2 * logits).logsumexp(1, keepdim=True))
-    return _Sums(target, normalizer.total, square_normalizer.total if needs_squares else None, grads)
+    return _Sums(target, normalizer.total, square_normalizer.total if wishes.needs_squares else None, expected, grads)
+
+
+def _row_products(one: Tensor, other: Tensor) -> Tensor:
+    """[R, 1] sum of the products of each row's numbers, in halves: half a float32 tile takes no more memory than the
+    16-bit copy that the gradient takes afterwards."""
+    halves = zip(one.chunk(2, 1), other.chunk(2, 1), strict=True)
+    return torch.stack([(left * right).sum(1, keepdim=True) for left, right in halves]).sum(0)
 
 
 def _score_shared(hidden: Tensor, tokens: Tensor, head: Head, wishes: Wishes) -> list[_Scored]:
@@ -203,28 +224,30 @@ def _score_shared(hidden: Tensor, tokens: Tensor, head: Head, wishes: Wishes) ->
     size = max(1, vocabulary.SHARED_ROWS // head.rows.world.size)
     starts = range(0, max(1, wishes.num_rows), size)
     windows = [(hidden[start : start + size], tokens[start : start + size]) for start in starts]
-    return [_score_window(*window, head, wishes.needs_grad, wishes.needs_squares) for window in windows]
+    return [_score_window(*window, head, wishes) for window in windows]
 
 
-def _score_window(hidden: Tensor, tokens: Tensor, head: Head, needs_grad: bool, needs_squares: bool) -> _Scored:
+def _score_window(hidden: Tensor, tokens: Tensor, head: Head, wishes: Wishes) -> _Scored:
     """Score rows of all processes, each of which computes everybody's against its own tokens."""
     assert head.rows is not None
     gathered, mine = head.rows.gathered(hidden)
     columns = head.rows.gathered(tokens)[0] - head.rows.start
     world, groups = head.rows.world, _Rows(gathered, None, None, columns).split()
-    sums = [_sum_rows(rows, head, needs_grad, needs_squares) for rows in groups]
+    sums = [_sum_rows(rows, head, wishes) for rows in groups]
 
     def total_of(normalizers: list[Tensor]) -> Tensor:
         return torch.stack(world.gather(torch.cat(normalizers).squeeze(1), "the normalizers")).logsumexp(0)[:, None]
 
     total = total_of([each.normalizer for each in sums])
+    totals = total.split([len(each.target) for each in sums])
     added = [torch.cat([each.target for each in sums])]
-    if needs_grad:
-        totals = total.split([len(each.target) for each in sums])
+    if wishes.needs_entropy:
+        added.append(torch.cat([_logit_part(each, norm) for each, norm in zip(sums, totals, strict=True)]))
+    if wishes.needs_grad:
         added.append(torch.cat([_grad_part(each, norm) for each, norm in zip(sums, totals, strict=True)]))
     world.add(added, "the scores of shared rows")
     squares = total.new_empty(0)
-    if needs_squares:
+    if wishes.needs_squares:
         both = total_of([each.square_normalizer for each in sums if each.square_normalizer is not None]) - 2 * total
         squares = both[mine].squeeze(1)
     return _Scored(
@@ -232,8 +255,15 @@ def _score_window(hidden: Tensor, tokens: Tensor, head: Head, needs_grad: bool, 
         hidden_grad=added[-1][mine],
         low_grad=total.new_empty(0),
         squares=squares,
+        entropy=(total - added[1])[mine].squeeze(1) if wishes.needs_entropy else total.new_empty(0),
         normalizer=total[mine],
     )
+
+
+def _logit_part(sums: _Sums, total: Tensor) -> Tensor:
+    """[R, 1] part of the expected logits that a process's own tokens make, given the whole normalizers [R, 1]."""
+    assert sums.expected_logit is not None
+    return sums.expected_logit * (sums.normalizer - total).exp()
 
 
 def _grad_part(sums: _Sums, total: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ class Choice:
 
 
 def joint_needs(losses: Iterable[Choice]) -> frozenset[str]:
-    """Join the losses' needs beside the policy's log-probabilities: any of reference, prompt, mismatched,
-    log_sum_squares."""
+    """Join the losses' needs beside the policy's log-probabilities, names of `qpref.hooks.types.NEEDS`."""
     return frozenset().union(*(loss.plugin.record.needs_of(loss.options) for loss in losses))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from qpref.hooks import PairedLoss
 from qpref.hooks.border import described, is_interrupt
 from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import Loss
-from qpref.records import LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
-from qpref.testing.examples import Example
+from qpref.records import EXTRAS, LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+from qpref.testing.examples import Example, Scores
 
 
 class BrokenRule(AssertionError):
@@ -25,12 +25,17 @@ class NotApplicable(Exception):
     """The reason why a rule doesn't apply to a loss under these options."""
 
 
-def _tokens(pieces: Sequence[Tensor], dtype: torch.dtype, sums: Sequence[Tensor] | None = None) -> TokenLogProbs:
-    return TokenLogProbs(
-        values=torch.cat(list(pieces)).to(dtype),
-        lengths=tuple(map(len, pieces)),
-        log_sum_squares=None if sums is None else torch.cat(list(sums)).to(dtype),
-    )
+def _tokens(pieces: Sequence[Tensor], dtype: torch.dtype) -> TokenLogProbs:
+    return TokenLogProbs(values=torch.cat(list(pieces)).to(dtype), lengths=tuple(map(len, pieces)))
+
+
+def _of_policy(side: Sequence[Scores], dtype: torch.dtype, needs: frozenset[str]) -> TokenLogProbs:
+    """Return the policy's log-probabilities with what else the loss needs of each token."""
+    scores = _tokens([each.policy for each in side], dtype)
+    names = {*(name for name in EXTRAS if name in needs), *(("tokens", "mask") if "tokens" in needs else ())}
+    more: dict[str, Any] = {name: torch.cat([getattr(each, name) for each in side]) for name in names}
+    more |= {name: each.to(dtype) for name, each in more.items() if each.is_floating_point()}
+    return replace(scores, **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,7 @@ class LossInputs:
 def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype) -> LossInputs:
     policy, reference = [], []
     for side in ([example.first for example in examples], [example.second for example in examples]):
-        sums = [scores.log_sum_squares for scores in side] if "log_sum_squares" in needs else None
-        policy.append(_tokens([scores.policy for scores in side], dtype, sums))
+        policy.append(_of_policy(side, dtype, needs))
         reference.append(_tokens([scores.reference for scores in side], dtype))
     prompt = _tokens([example.prompt for example in examples], dtype) if "prompt" in needs else None
     leaves = {"chosen": policy[0].values, "rejected": policy[1].values}
@@ -64,8 +68,7 @@ def _unpaired(
     examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype, class_counts: tuple[int, int]
 ) -> LossInputs:
     own, other = [example.first for example in examples], [example.second for example in examples]
-    sums = [scores.log_sum_squares for scores in own] if "log_sum_squares" in needs else None
-    policy = _tokens([scores.policy for scores in own], dtype, sums)
+    policy = _of_policy(own, dtype, needs)
     policy.values.requires_grad_()
     mismatched, reference = "mismatched" in needs, "reference" in needs
     inputs = UnpairedInputs(

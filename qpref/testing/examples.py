@@ -17,11 +17,14 @@ LONGEST = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Log-probabilities of one sequence's tokens."""
+    """Log-probabilities of one sequence's tokens, and what else a loss may need of each."""
 
     policy: Tensor
     reference: Tensor
     log_sum_squares: Tensor
+    entropy: Tensor
+    tokens: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ class Example:
 
 
 class Draws:
-    """Seeded random examples: a reference near the policy, responses of 1 to 4 tokens."""
+    """Seeded random examples: a reference near the policy, responses of 1 to 4 tokens of which some are masked."""
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -54,7 +57,12 @@ class Draws:
         normal = torch.randn(num_tokens, dtype=torch.float64, generator=self._generator)
         policy = -0.05 - 3 * uniform
         return Scores(
-            policy=policy, reference=(policy + 0.5 * normal).clamp(max=-0.01), log_sum_squares=policy * uniform.flip(0)
+            policy=policy,
+            reference=(policy + 0.5 * normal).clamp(max=-0.01),
+            log_sum_squares=policy * uniform.flip(0),
+            entropy=-policy * (1 + uniform.flip(0)),
+            tokens=(1000 * uniform).long(),
+            mask=(normal < 0.5) | (normal == normal.min()),
         )
 
     def examples(self, count: int) -> list[Example]:
@@ -72,12 +80,15 @@ class Draws:
 
 def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
     # Probability 1 leaves nothing to other tokens; probability 0 leaves everything to a single other token.
-    sums = -1.5 if policy == -1.0 else 0.0
-    values = torch.tensor([policy, reference, sums], dtype=torch.float64)
+    sums, entropy = (-1.5, 1.2) if policy == -1.0 else (0.0, 0.0)
+    values = torch.tensor([policy, reference, sums, entropy], dtype=torch.float64)
     return Scores(
         policy=values[0].repeat(num_tokens),
         reference=values[1].repeat(num_tokens),
         log_sum_squares=values[2].repeat(num_tokens),
+        entropy=values[3].repeat(num_tokens),
+        tokens=torch.arange(num_tokens),
+        mask=torch.arange(num_tokens) >= num_tokens // 2,
     )
 
 

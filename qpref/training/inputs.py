@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -77,7 +77,28 @@ def unpaired_inputs(
 
 
 def _detached(scores: TokenLogProbs) -> TokenLogProbs:
-    return TokenLogProbs(values=scores.values.detach(), lengths=scores.lengths, log_sum_squares=scores.log_sum_squares)
+    return replace(scores, values=scores.values.detach())
+
+
+def with_tokens(
+    scores: TokenLogProbs, examples: Sequence[TokenizedExample], num_branches: int, prompts: bool
+) -> TokenLogProbs:
+    """Add the ids of the scored tokens, and which of them count.
+
+    Args:
+        scores: of the first `num_branches` branches of each example, then of the prompts where `prompts` is set.
+    """
+    tokens: list[int] = []
+    counts: list[bool] = []
+    for example in examples:
+        for index, (branch, scored) in enumerate(zip(example.branches[:num_branches], example.scored, strict=False)):
+            tokens += [branch[token] for token in scored]
+            counts += [not example.masks or bool(example.masks[index][token]) for token in scored]
+    if prompts:
+        in_prompts = [token for example in examples for token in example.prompt[1:]]
+        tokens, counts = tokens + in_prompts, counts + [True] * len(in_prompts)
+    ids, mask = to_device([torch.tensor(tokens), torch.tensor(counts)], scores.values.device)
+    return replace(scores, tokens=ids, mask=mask)
 
 
 def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:

@@ -270,8 +270,7 @@ def _scores_as_in_training(policy: Policy, objective: Objective, batch: PackedBa
     with torch.enable_grad():
         scores = objective.score(policy, batch)
     policy.model.eval()
-    squares = scores.log_sum_squares
-    return replace(scores, values=scores.values.detach(), log_sum_squares=None if squares is None else squares.detach())
+    return replace(scores, values=scores.values.detach())
 
 
 def _largest_difference(scores: TokenLogProbs, other: TokenLogProbs) -> float:

@@ -20,7 +20,15 @@ from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
 from qpref.recipe.choices import Choice, LossChoice, joint_needs
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
-from qpref.training.inputs import Inputs, Labelled, Mismatched, paired_inputs, tensors_of, unpaired_inputs
+from qpref.training.inputs import (
+    Inputs,
+    Labelled,
+    Mismatched,
+    paired_inputs,
+    tensors_of,
+    unpaired_inputs,
+    with_tokens,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +264,7 @@ class Objective:
     def score(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
         """Score a batch under the policy, with the extras that the losses need."""
         needs = self.needs
-        return completion_logprobs(policy, batch, prompts="prompt" in needs, squares="log_sum_squares" in needs)
+        return completion_logprobs(policy, batch, prompts="prompt" in needs, extras=needs)
 
     def inputs(
         self,
@@ -266,6 +274,8 @@ class Objective:
         mismatched: Mismatched | None = None,
     ) -> Inputs:
         """Lay out a batch's scores as the losses' inputs."""
+        if "tokens" in self.needs:
+            scores = with_tokens(scores, batch.examples, 2 if self.is_paired else 1, prompts="prompt" in self.needs)
         if self.is_paired:
             return paired_inputs(batch, scores, reference, prompts="prompt" in self.needs)
         return unpaired_inputs(batch, scores, reference, self.class_counts, mismatched)

@@ -56,8 +56,7 @@ class Scorer:
             return Scores(self.policy_scores(batch), reference, None)
         partners = pack([only_partner(example) for example in examples], self.policy.device)
         reference, other_reference = self._references_with_partners(batch, partners)
-        squares = "log_sum_squares" in self.objective.needs
-        own, others = logprobs_with_partners(self.policy, batch, partners, squares=squares)
+        own, others = logprobs_with_partners(self.policy, batch, partners, extras=self.objective.needs)
         return Scores(own, reference, Mismatched(others, other_reference))
 
     def lay_out(self, batch: Labelled, scores: Scores) -> Inputs:

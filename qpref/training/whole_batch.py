@@ -16,14 +16,14 @@ from qpref.data.mismatch import only_partner, without_partner
 from qpref.data.pack import longest_first
 from qpref.distributed.world import World
 from qpref.policy.policy import Policy
-from qpref.records import TokenizedExample, TokenLogProbs
+from qpref.records import EXTRAS, TokenizedExample, TokenLogProbs
 from qpref.staging import to_device
 from qpref.training.inputs import Mismatched
 from qpref.training.scoring import Scorer, Scores
 
 PARTNERS = ("mismatched", "mismatched_reference")
 Values = dict[str, Tensor]
-"""[S] values by name: policy, log_sum_squares, reference, mismatched, mismatched_reference; those that losses need."""
+"""[S] values by name: policy and its EXTRAS, reference, mismatched, mismatched_reference; those that losses need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def values_of(scores: Scores) -> Values:
     """Return the values of a micro-batch's scores by name, without a graph."""
     found: dict[str, Tensor | None] = {
         "policy": scores.policy.values.detach(),
-        "log_sum_squares": scores.policy.log_sum_squares,
+        **{name: getattr(scores.policy, name) for name in EXTRAS},
         "reference": None if scores.reference is None else scores.reference.values,
     }
     own = {name: values for name, values in found.items() if values is not None}
@@ -193,8 +193,7 @@ def _layout(scorer: Scorer, examples: Sequence[TokenizedExample]) -> dict[str, S
     objective = scorer.objective
     own = [without_partner(example) for example in examples] if objective.needs_mismatched else examples
     layout = {"policy": Sequences.of(own, prompts="prompt" in objective.needs)}
-    if "log_sum_squares" in objective.needs:
-        layout["log_sum_squares"] = layout["policy"]
+    layout |= {name: layout["policy"] for name in EXTRAS if name in objective.needs}
     if scorer.references is not None:
         layout["reference"] = Sequences.of(own)
     if objective.needs_mismatched:
@@ -208,7 +207,7 @@ def _scores(values: Values, lengths: dict[str, tuple[int, ...]]) -> Scores:
     reference = values.get("reference")
     return Scores(
         TokenLogProbs(
-            values=values["policy"], lengths=lengths["policy"], log_sum_squares=values.get("log_sum_squares")
+            values=values["policy"], lengths=lengths["policy"], **{name: values.get(name) for name in EXTRAS}
         ),
         None if reference is None else TokenLogProbs(values=reference, lengths=lengths["reference"]),
         _mismatched(values, lengths["mismatched"]) if "mismatched" in values else None,

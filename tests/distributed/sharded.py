@@ -31,7 +31,7 @@ from qpref.policy.sharded_base import ShardedBase
 from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.sections import ModelSection, Recipe
-from qpref.records import TokenizedExample
+from qpref.records import EXTRAS, TokenizedExample
 from qpref.training.invariants import check_company, check_layout
 from qpref.training.reference_check import check_cache
 from qpref.training.run import train_plan
@@ -58,18 +58,20 @@ def computed(world: World, tables: dict[str, Any], counts: Sequence[int]) -> dic
     policy = loaded(world, tables)
     start = sum(counts[: world.rank])
     own = EXAMPLES[start : start + counts[world.rank]]
-    found: dict[str, Any] = {"scores": [], "references": [], "partners": [], "squares": []}
+    found: dict[str, Any] = {"scores": [], "references": [], "partners": [], "squares": [], "entropy": []}
     for index, example in enumerate(own):
         batch = pack([example], policy.device)
         if index % 2 == 0:  # processes differ in their passes without a gradient too
             with as_reference(policy):
                 found["references"] += completion_logprobs(policy, batch).values.tolist()
         partners = pack([_partner(example)], policy.device)
-        scores, others = logprobs_with_partners(policy, batch, partners, squares=index == 0)
+        scores, others = logprobs_with_partners(policy, batch, partners, extras=frozenset(EXTRAS if index == 0 else ()))
         found["scores"] += scores.values.tolist()
         found["partners"] += others.values.tolist()
         if scores.log_sum_squares is not None:
             found["squares"] += scores.log_sum_squares.tolist()
+        if scores.entropy is not None:
+            found["entropy"] += scores.entropy.tolist()
         scores.values.square().sum().backward()
     policy.finish_passes()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trained_parameters().values()]

@@ -55,7 +55,8 @@ def test_a_shared_base_gives_the_scores_and_the_gradient_of_a_whole_one(name, ca
     alone = computed(World(), tables, [sum(COUNTS[size])])
     for kind in ("scores", "partners"):
         _assert_close([value for rank in ranks for value in rank[kind]], alone[kind])
-    for kind in ("references", "squares"):  # the first process begins with the first example, as one process does
+    # The first process begins with the first example, as one process does.
+    for kind in ("references", "squares", "entropy"):
         length = min(len(ranks[0][kind]), len(alone[kind]))
         assert length
         _assert_close(ranks[0][kind][:length], alone[kind][:length])

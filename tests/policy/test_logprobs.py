@@ -62,6 +62,9 @@ def grad_of(values: Tensor, hidden: Tensor) -> Tensor:
     return torch.autograd.grad((values * factors).sum(), hidden)[0]
 
 
+SQUARES, ENTROPY = frozenset({"log_sum_squares"}), frozenset({"entropy"})
+
+
 @pytest.fixture(params=TILES, ids=str)
 def tile(request, monkeypatch):
     monkeypatch.setattr(vocabulary, "TILE_ELEMENTS", {"cpu": request.param[0]})
@@ -79,10 +82,22 @@ def test_values_are_those_of_log_softmax(kind, tile):
 @pytest.mark.parametrize("kind", HEADS)
 def test_sums_of_squares_are_those_of_softmax(kind, wants_grad, tile):
     head, (hidden, tokens) = make_head(kind), make_rows()
-    values, squares = _ScoreTokens.apply(hidden if wants_grad else hidden.detach(), tokens, head, True)
+    values, squares, _ = _ScoreTokens.apply(hidden if wants_grad else hidden.detach(), tokens, head, SQUARES)
     whole = torch.stack([oracle(hidden, torch.full_like(tokens, word), head) for word in range(VOCABULARY)])
     assert (squares - (2 * whole).logsumexp(0)).abs().max() <= 1e-12
     assert not squares.requires_grad
+    assert torch.equal(values, _ScoreTokens.apply(hidden, tokens, head)[0])
+
+
+@pytest.mark.parametrize("wants_grad", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_entropies_are_those_of_softmax(kind, wants_grad, tile):
+    head, (hidden, tokens) = make_head(kind), make_rows()
+    values, squares, entropy = _ScoreTokens.apply(hidden if wants_grad else hidden.detach(), tokens, head, ENTROPY)
+    whole = torch.stack([oracle(hidden, torch.full_like(tokens, word), head) for word in range(VOCABULARY)])
+    assert (entropy + (whole.exp() * whole).sum(0)).abs().max() <= 1e-12
+    assert not entropy.requires_grad
+    assert not squares.numel()
     assert torch.equal(values, _ScoreTokens.apply(hidden, tokens, head)[0])
 
 
@@ -158,12 +173,13 @@ def adapted_oracle(hidden: Tensor, tokens: Tensor, head: Head, low: Tensor, b: T
 def test_a_head_with_an_adapter_scores_and_learns_as_one_matrix_would(kind, tile):
     head, (hidden, tokens), (low, b) = make_head(kind), make_rows(), make_adapter()
     factors = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
-    values, squares = _ScoreTokens.apply(hidden, tokens, head, True, low, b)
+    values, squares, entropy = _ScoreTokens.apply(hidden, tokens, head, SQUARES | ENTROPY, low, b)
     wanted = adapted_oracle(hidden, tokens, head, low, b)
     assert (values - wanted).abs().max() <= 1e-12
     words = [torch.full_like(tokens, word) for word in range(VOCABULARY)]
     whole = torch.stack([adapted_oracle(hidden, word, head, low, b) for word in words])
     assert (squares - (2 * whole).logsumexp(0)).abs().max() <= 1e-12
+    assert (entropy + (whole.exp() * whole).sum(0)).abs().max() <= 1e-12
     found = torch.autograd.grad((values * factors).sum(), (hidden, low, b))
     expected = torch.autograd.grad((wanted * factors).sum(), (hidden, low, b))
     for mine, theirs in zip(found, expected, strict=True):
@@ -173,7 +189,7 @@ def test_a_head_with_an_adapter_scores_and_learns_as_one_matrix_would(kind, tile
 def test_float32_gradients_of_a_heads_adapter_keep_float32_accuracy(tile):
     head, (hidden, tokens) = make_head("bias, scale and cap", torch.float32), make_rows(torch.float32)
     low, b = make_adapter(torch.float32)
-    values = _ScoreTokens.apply(hidden, tokens, head, False, low, b)[0]
+    values = _ScoreTokens.apply(hidden, tokens, head, frozenset(), low, b)[0]
     found = torch.autograd.grad(values.sum(), (low, b))
     expected = torch.autograd.grad(adapted_oracle(hidden, tokens, head, low, b).sum(), (low, b))
     for mine, theirs in zip(found, expected, strict=True):

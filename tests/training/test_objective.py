@@ -23,7 +23,7 @@ from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.reference import ReferenceStore
 from qpref.recipe.resolve import make_plan
 from qpref.recipe.schedule import Schedule
-from qpref.records import Source, TokenizedExample
+from qpref.records import EXTRAS, Source, TokenizedExample
 from qpref.training import optim
 from qpref.training.inputs import Mismatched
 from qpref.training.loop import Trainer
@@ -394,37 +394,43 @@ def test_one_prompt_alone_has_no_partners():
         with_mismatched([make_example(1, [1]), make_example(1, [2])], 0, 64)
 
 
-# Prompts' log-probabilities and sums of squares.
+# Prompts' log-probabilities, sums of squares and entropies.
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "rows"])
-def test_prompts_and_squares_are_those_of_all_logits(make_trainer, shared):
+def test_prompts_squares_and_entropies_are_those_of_all_logits(make_trainer, shared):
     trainer = make_trainer()
     policy, examples = trainer.policy, trainer.examples[:3]
     policy.model.eval()
     policy.share_prompts(shared)
-    scores = completion_logprobs(policy, pack(examples, policy.device), prompts=True, squares=True)
+    scores = completion_logprobs(policy, pack(examples, policy.device), prompts=True, extras=frozenset(EXTRAS))
     model = policy.model.get_base_model()
     policy.share_prompts(False)
-    tokens, squares = [], []
-    prompts, prompt_squares = [], []
+    tokens, squares, entropies = [], [], []
+    prompts, prompt_squares, prompt_entropies = [], [], []
     for example in examples:
         for place, branch in enumerate(example.branches):
             ids = torch.tensor([[*example.prompt, *branch]])
             full = model(input_ids=ids).logits[0].double().log_softmax(-1)
             picked = full[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
             sums = full.exp().square().sum(-1).log()[:-1]
+            spread = -(full.exp() * full).sum(-1)[:-1]
             start = len(example.prompt) - 1
             tokens.append(picked[start:])
             squares.append(sums[start:])
+            entropies.append(spread[start:])
             if place == 0:
                 prompts.append(picked[:start])
                 prompt_squares.append(sums[:start])
+                prompt_entropies.append(spread[:start])
     assert scores.lengths == tuple(map(len, tokens + prompts))
     torch.testing.assert_close(scores.values.double(), torch.cat(tokens + prompts), atol=1e-5, rtol=0)
     assert scores.log_sum_squares is not None
     torch.testing.assert_close(scores.log_sum_squares.double(), torch.cat(squares + prompt_squares), atol=1e-5, rtol=0)
+    assert scores.entropy is not None
+    torch.testing.assert_close(scores.entropy.double(), torch.cat(entropies + prompt_entropies), atol=1e-5, rtol=0)
     assert not scores.log_sum_squares.requires_grad
+    assert not scores.entropy.requires_grad
 
 
 def test_prompts_have_gradients(make_trainer):
