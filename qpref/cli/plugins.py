@@ -16,18 +16,24 @@ from qpref.cli.tables import print_table
 def command(as_json: bool) -> None:
     """List the installed plugins without importing them.
 
+    A plugin that can't be used has its problem beside it: a name that two distributions offer, an unknown kind, a
+    missing module, a distribution made for another qpref.
+
     Leave plugins out with QPREF_DISABLE=loss-kto,acme:loss-dpo.
     """
     from dataclasses import asdict
 
     from qpref.hooks.manager import KINDS, installed_offers
+    from qpref.hooks.offer_problems import problems_by_offer
 
     offers = installed_offers()
+    problems = problems_by_offer(offers)
     if as_json:
-        echo(json.dumps([asdict(offer) for offer in offers], indent=2))
+        echo(json.dumps([asdict(offer) | {"problem": problems.get(offer)} for offer in offers], indent=2))
         return
-    rows = [("KIND", "NAME", "DISTRIBUTION", "VERSION", "ENTRY POINT")]
+    rows = [["KIND", "NAME", "DISTRIBUTION", "VERSION", "ENTRY POINT"] + ["PROBLEM"] * bool(problems)]
     for offer in offers:
-        kind = KINDS[offer.kind].noun if offer.kind in KINDS else f"unknown kind '{offer.kind}'"
-        rows.append((kind, offer.name, offer.distribution, offer.version, offer.entry_point))
+        kind = KINDS[offer.kind].noun if offer.kind in KINDS else "?"
+        row = [kind, offer.name, offer.distribution, offer.version, offer.entry_point]
+        rows.append(row + [problems.get(offer, "")] * bool(problems))
     print_table(rows)

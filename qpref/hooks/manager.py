@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from qpref.errors import InstallError, PluginError, RecipeError
-from qpref.hooks import border, spec
+from qpref.hooks import border, mistakes, spec
 from qpref.hooks.types import Loss, MetricSink, Reader, Validator
 from qpref.installed import as_install_error, is_required, version_of
 
@@ -42,6 +43,7 @@ CHECK = Kind("check", "validator", "qpref_validators", Validator)
 SINK = Kind("sink", "metric sink", "qpref_metric_sinks", MetricSink)
 READER = Kind("read", "reader", "qpref_readers", Reader)
 KINDS = {kind.prefix: kind for kind in (LOSS, CHECK, SINK, READER)}
+HOOKS = frozenset(kind.hook for kind in KINDS.values())
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -132,18 +134,18 @@ class PluginHost:
             known = sorted({offer.name for offer in same_kind})
             near = difflib.get_close_matches(name, known, n=1)
             missing = f"no {kind.noun} '{name}' is installed"
+            for offer in self.offers:
+                if offer.name == name and (problem := kind_problem(offer)):
+                    raise RecipeError(f"{missing}; {offer} has an {problem}", _point_of_own(kind, name))
             if near:
                 raise RecipeError(f"{missing}; did you mean '{near[0]}'?")
             raise RecipeError(
                 f"{missing}; installed: {', '.join(known) or 'none'}",
-                f"a plugin of your own needs the entry point {kind.prefix}-{name}, and pip install again",
+                _point_of_own(kind, name),
             )
         if len(found) > 1:
-            raise PluginError(
-                f"{kind.noun} '{name}' is offered by both {found[0]} and {found[1]}",
-                f"uninstall one of the two, or leave one out: "
-                f"QPREF_DISABLE={found[0].distribution}:{found[0].entry_point}",
-            )
+            both = f"both {found[0]} and {found[1]}" if len(found) == 2 else ", ".join(map(str, found))
+            raise PluginError(f"{kind.noun} '{name}' is offered by {both}", way_out_of_clash(found))
         return found[0]
 
     def load(self, kind: Kind, name: str) -> Loaded:
@@ -161,21 +163,64 @@ class PluginHost:
         caller = self._manager.subset_hook_caller(kind.hook, others)
         with _guarded(offer, kind.hook):
             records = [record for yielded in caller() for record in yielded]
+        if not records and (mistake := mistakes.in_hooks(module, kind.hook, HOOKS)):
+            raise _mistaken(offer, mistake)
         return Loaded(_only_record(kind, offer, records), offer)
 
     def _register(self, offer: Offer) -> None:
-        border.note_plugin(offer.module)
-        try:
-            with _guarded(offer, f"importing {offer.module}", passes=_lacks_requirement):
-                module = importlib.import_module(offer.module)
-        except ModuleNotFoundError as error:
-            raise as_install_error(error) from error
+        mistake = mistakes.in_entry_point(offer.module, offer.entry_point)
+        mistake = mistake or mistakes.in_requirement(offer.distribution)
+        if mistake:
+            raise _mistaken(offer, mistake)
+        module = _imported(offer)
+        if mistake := mistakes.in_implementations(module, HOOKS):
+            raise _mistaken(offer, mistake)
         try:
             self._manager.register(module, name=offer.module)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             self._manager.unregister(name=offer.module)  # or the next plugin would be blamed for the pending hook
             raise _broken(offer, str(error)) from error
+
+
+def way_out_of_clash(offers: Sequence[Offer]) -> str:
+    """Say what to do about plugins of one name: a third party's is the one to leave out, never qpref's own."""
+    strangers = [offer for offer in offers if offer.distribution != GROUP] or offers
+    first = strangers[0]
+    disable = f"QPREF_DISABLE={first.distribution}:{first.entry_point}"
+    if len(strangers) == len(offers):
+        return f"uninstall one of the two, or leave one out: {disable}"
+    return f"uninstall {first.distribution}, or leave it out: {disable}"
+
+
+def kind_problem(offer: Offer) -> str | None:
+    """Return what is wrong with the kind of an entry point; None for a known kind."""
+    if offer.kind in KINDS:
+        return None
+    guess = mistakes.guessed_kind(offer.kind, {kind.prefix: kind.noun for kind in KINDS.values()})
+    advice = f"did you mean {guess}-{offer.name}?" if guess else f"known: {', '.join(KINDS)}"
+    return f"unknown kind '{offer.kind}'; {advice}"
+
+
+def _point_of_own(kind: Kind, name: str) -> str:
+    return f"a plugin of your own needs the entry point {kind.prefix}-{name}, and pip install again"
+
+
+def _imported(offer: Offer) -> ModuleType:
+    """Import a plugin's module.
+
+    Raises:
+        InstallError: a package that qpref itself requires is missing.
+        PluginError: the import fails otherwise.
+    """
+    try:
+        with _guarded(offer, f"importing {offer.module}", passes=_lacks_package):
+            return importlib.import_module(offer.module)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and is_required(error):
+            raise as_install_error(error) from error
+        mistake = mistakes.in_import(offer.distribution, offer.module, error)
+        raise (_mistaken(offer, mistake) if mistake else _unimportable(offer, error)) from error
 
 
 def _gone(kind: Kind, recorded: Offer) -> str:
@@ -210,9 +255,17 @@ def _guarded(
     )
 
 
-def _lacks_requirement(error: BaseException) -> bool:
-    """Return whether a plugin's import has failed for a package that qpref itself requires."""
-    return isinstance(error, ModuleNotFoundError) and is_required(error)
+def _lacks_package(error: BaseException) -> bool:
+    """Return whether an import has failed for what isn't there, which `_imported` explains."""
+    return isinstance(error, ImportError)
+
+
+def _unimportable(offer: Offer, error: ImportError) -> PluginError:
+    return _broken(offer, f"importing {offer.module} raised {border.described(error)}")
+
+
+def _mistaken(offer: Offer, mistake: mistakes.Mistake) -> PluginError:
+    return PluginError(f"{offer}: {mistake.what}", f"{mistake.fix}; or leave it out: QPREF_DISABLE={offer.entry_point}")
 
 
 def _broken(offer: Offer, what: str) -> PluginError:

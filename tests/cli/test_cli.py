@@ -240,25 +240,46 @@ def acme(tmp_path):
 
 def test_plugins_lists_each_with_its_distribution(acme):
     done = run("plugins", **acme)
-    assert (done.returncode, done.stderr, done.stdout.splitlines()) == (
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, [line.split()[:5] for line in lines]) == (
         0,
         "",
         [
-            "KIND                NAME          DISTRIBUTION  VERSION  ENTRY POINT",
-            "unknown kind 'los'  cold          acme-losses   2.0      los-cold",
-            "loss                warm          acme-losses   2.0      loss-warm",
-            "reader              warm-and-wet  acme-losses   2.0      read-warm-and-wet",
+            ["KIND", "NAME", "DISTRIBUTION", "VERSION", "ENTRY"],
+            ["?", "cold", "acme-losses", "2.0", "los-cold"],
+            ["loss", "warm", "acme-losses", "2.0", "loss-warm"],
+            ["reader", "warm-and-wet", "acme-losses", "2.0", "read-warm-and-wet"],
         ],
     )
+    assert lines[0].endswith("  PROBLEM")
+    assert "unknown kind 'los'; did you mean loss-cold?" in lines[1]
+    assert "there is no module acme_warm; reinstall acme-losses" in lines[2]
 
 
 def test_plugins_lists_the_same_as_json(acme):
     done = run("plugins", "--json", **acme)
     rows = [("los", "cold", "acme_cold"), ("loss", "warm", "acme_warm"), ("read", "warm-and-wet", "acme_read")]
-    assert json.loads(done.stdout) == [
+    listed = json.loads(done.stdout)
+    assert [plugin.pop("problem").partition(";")[0] for plugin in listed] == [
+        "unknown kind 'los'", "there is no module acme_warm", "there is no module acme_read",
+    ]  # fmt: skip
+    assert listed == [
         {"kind": kind, "name": name, "distribution": "acme-losses", "version": "2.0", "module": module}
         for kind, name, module in rows
     ]
+
+
+def test_a_clash_with_a_built_in_is_marked_on_both_lines_with_the_third_party_to_leave_out(tmp_path):
+    info = tmp_path / "acme_losses-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-losses\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[qpref]\nloss-dpo = json\n")
+    listed = json.loads(run("plugins", "--json", PYTHONPATH=str(tmp_path)).stdout)
+    marked = {plugin["distribution"]: plugin["problem"] for plugin in listed if plugin["problem"]}
+    assert set(marked) == {"acme-losses", "qpref"}
+    for problem in marked.values():
+        assert problem.startswith("clashes with ")
+        assert problem.endswith("uninstall acme-losses, or leave it out: QPREF_DISABLE=acme-losses:loss-dpo")
 
 
 def test_plugins_lists_every_built_in():

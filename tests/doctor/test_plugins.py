@@ -31,9 +31,14 @@ def test_a_name_that_two_distributions_offer_and_an_unknown_kind_are_named():
     ours, theirs = Offer("loss", "dpo", "qpref", "0.1", "json"), Offer("loss", "dpo", "acme", "2.0", "json")
     odd = Offer("los", "dpo", "acme", "2.0", "json")
     (kind, _), (clash, fix) = problems(ours, theirs, odd)
-    assert kind == "acme 2.0 [los-dpo]: unknown kind 'los'; known: loss, check, sink, read"
+    assert kind == "acme 2.0 [los-dpo]: unknown kind 'los'; did you mean loss-dpo?"
     assert clash == "qpref 0.1 [loss-dpo] and acme 2.0 [loss-dpo] have one name"
-    assert fix.endswith("QPREF_DISABLE=qpref:loss-dpo")
+    assert fix == "uninstall acme, or leave it out: QPREF_DISABLE=acme:loss-dpo"
+
+
+def test_a_function_as_entry_point_is_named():
+    ((message, _),) = problems(Offer("loss", "warm", "acme", "2.0", "json:loads"))
+    assert message.startswith("acme 2.0 [loss-warm]: its entry point names loads within json")
 
 
 def test_no_plugin_is_imported(tmp_path, monkeypatch):

@@ -19,6 +19,9 @@ OURS = sorted(offer for offer in installed_offers() if offer.distribution == "qp
 MODULES = sorted({offer.module for offer in OURS})
 
 
+VERSION = metadata.version("qpref")
+
+
 def names_of(kind):
     return ", ".join(sorted({offer.name for offer in installed_offers() if offer.kind == kind.prefix}))
 
@@ -38,11 +41,13 @@ def install(tmp_path, monkeypatch):
     """`install("acme", "2.0", {"loss-warm": "acme_warm"}, acme_warm="source")`: a distribution as pip leaves it."""
     before = set(sys.modules)
 
-    def put(distribution, version, entry_points, **modules):
+    def put(distribution, version, entry_points, requires=(), **modules):
         site = tmp_path / f"{distribution}-site"
         info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        extras = "Provides-Extra: fast\n" if "extra" in "".join(requires) else ""
+        lines = extras + "".join(f"Requires-Dist: {line}\n" for line in requires)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{lines}")
         table = "".join(f"{name} = {module}\n" for name, module in entry_points.items())
         (info / "entry_points.txt").write_text(f"[qpref]\n{table}")
         for module, source in modules.items():
@@ -108,6 +113,24 @@ def test_a_built_in_wins_no_clash(install):
         PluginHost().load(LOSS, built_in.name)
 
 
+@pytest.mark.parametrize("stranger", ["acme", "zeta"])
+def test_a_clash_with_a_built_in_is_settled_by_leaving_the_third_party_out(install, monkeypatch, stranger):
+    built_in = next(offer for offer in OURS if offer.kind == LOSS.prefix)
+    install(stranger, "2.0", {built_in.entry_point: "their_loss"}, their_loss=LOSS_MODULE.format(name=built_in.name))
+    with pytest.raises(PluginError) as caught:
+        PluginHost().load(LOSS, built_in.name)
+    disabled = f"{stranger}:{built_in.entry_point}"
+    assert caught.value.hint == f"uninstall {stranger}, or leave it out: QPREF_DISABLE={disabled}"
+    monkeypatch.setenv("QPREF_DISABLE", disabled)
+    assert PluginHost().load(LOSS, built_in.name).offer == built_in
+
+
+def test_three_of_one_name_are_all_named(clash, install):
+    install("beta", "1.0", {"loss-warm": "beta_warm"})
+    with pytest.raises(PluginError, match=r"offered by acme-warm 2.0 \[.*\], beta 1.0 \[.*\], zeta 0.3 \["):
+        PluginHost().load(LOSS, "warm")
+
+
 def test_a_clash_of_what_is_not_asked_for_harms_nobody(clash, install):
     install("calm", "1.0", {"loss-cold": "calm_cold"}, calm_cold=LOSS_MODULE.format(name="cold"))
     assert PluginHost().load(LOSS, "cold").record.name == "cold"
@@ -125,13 +148,13 @@ def test_a_disabled_name_is_left_out_of_every_distribution(clash, monkeypatch):
 
 
 BROKEN = {
-    "an import that raises": (
-        "import no_such_module_anywhere",
-        "importing acme_bad raised ModuleNotFoundError: No module named 'no_such_module_anywhere'",
-    ),
+    "an import that raises": ("1 / 0", "importing acme_bad raised ZeroDivisionError: division by zero"),
     "an import that exits": ("raise SystemExit('bye')", "importing acme_bad raised SystemExit: bye"),
     "a syntax error": ("def", "importing acme_bad raised SyntaxError: invalid syntax (acme_bad.py, line 1)"),
-    "no hook": ("", "qpref_losses has to yield one loss 'bad', and yields nothing"),
+    "a hook that yields nothing": (
+        "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    yield from ()\n",
+        "qpref_losses has to yield one loss 'bad', and yields nothing",
+    ),
     "a hook that raises": (
         "from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses():\n    raise KeyError('x')\n    yield\n",
         "qpref_losses raised KeyError: 'x'",
@@ -175,25 +198,133 @@ def test_a_broken_plugin_is_named_with_the_way_out(install, case):
     )
 
 
-@pytest.mark.parametrize(
-    ("source", "complaint"),
-    [
-        ("from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_loses():\n    yield\n", "unknown hook 'qpref_loses'"),
-        ("from qpref.hooks import hookimpl\n@hookimpl\ndef qpref_losses(x):\n    yield\n", "hook 'qpref_losses'"),
-    ],
-    ids=["a name that no hook has", "an argument that no hook has"],
-)
-def test_a_misspelt_hook_is_refused_by_name(install, source, complaint):
+CODE = "from qpref.hooks import hookimpl\n"
+MISTAKES = {
+    "no hook": (
+        "",
+        "it has no qpref_losses",
+        "write a function qpref_losses under @hookimpl, which yields the records",
+    ),
+    "no decorator": (
+        LOSS_MODULE.format(name="bad").replace("@hookimpl\n", ""),
+        "its qpref_losses lacks the decorator @hookimpl",
+        "add it: from qpref.hooks import hookimpl",
+    ),
+    "no decorator, and misspelt": (
+        "def qpref_loss():\n    yield\n",
+        "it has no qpref_losses, but a qpref_loss",
+        "rename it to qpref_losses, under @hookimpl",
+    ),
+    "another kind's hook": (
+        f"{CODE}@hookimpl\ndef qpref_readers():\n    yield\n",
+        "it implements qpref_readers, and not qpref_losses",
+        "compare the kind in its entry point",
+    ),
+    "a misspelt hook": (
+        f"{CODE}@hookimpl\ndef qpref_loses():\n    yield\n",
+        "unknown hook 'qpref_loses'; did you mean 'qpref_losses'?",
+        "rename it",
+    ),
+    "a hook like no other": (
+        f"{CODE}@hookimpl\ndef offer():\n    yield\n",
+        "unknown hook 'offer'; the hooks are qpref_losses, qpref_metric_sinks, qpref_readers, qpref_validators",
+        "rename it",
+    ),
+    "a hook with a parameter": (
+        f"{CODE}@hookimpl\ndef qpref_losses(config):\n    yield\n",
+        "its hook 'qpref_losses' has parameters, and a hook takes none",
+        "remove them",
+    ),
+    "a missing package": (
+        "import no_such_module_anywhere",
+        "it needs the package no_such_module_anywhere, which isn't installed",
+        'pip install "no_such_module_anywhere"',
+    ),
+    "a missing module of its own": ("import acme_bad.core", "there is no module acme_bad.core", "reinstall acme"),
+    "a name that qpref.hooks lacks": (
+        "from qpref.hooks import hookimp",
+        f"cannot import name 'hookimp' from 'qpref.hooks': qpref {VERSION} has no such name",
+        "correct it, or install the qpref that acme is made for",
+    ),
+    "a module that qpref lacks": (
+        "import qpref.hoooks",
+        f"No module named 'qpref.hoooks': qpref {VERSION} has no such name",
+        "correct it, or install the qpref that acme is made for",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_of_its_author_has_its_sentence_and_its_fix(install, case):
+    source, complaint, fix = MISTAKES[case]
     install("acme", "2.0", {"loss-bad": "acme_bad"}, acme_bad=source)
-    with pytest.raises(PluginError, match=re.escape("acme 2.0 [loss-bad]: ")) as caught:
+    with pytest.raises(PluginError) as caught:
         PluginHost().load(LOSS, "bad")
-    assert complaint in caught.value.what
+    assert str(caught.value) == (
+        f"acme 2.0 [loss-bad]: {complaint}\nhint: {fix}; or leave it out: QPREF_DISABLE=loss-bad"
+    )
 
 
+@pytest.mark.parametrize(
+    ("requires", "command"),
+    [
+        (["no-such.module_anywhere>=3,<4"], 'pip install "no-such.module_anywhere<4,>=3"'),
+        (["no-such-package-here", "packaging"], 'pip install "no-such-package-here"'),
+        (['no-such-module-anywhere; extra == "fast"'], 'pip install "acme[fast]"'),
+    ],
+    ids=["by its requirement", "by another name", "by an extra"],
+)
+def test_a_missing_package_is_installed_as_the_distribution_requires_it(install, requires, command):
+    install("acme", "2.0", {"loss-bad": "acme_bad"}, requires, acme_bad="import no_such_module_anywhere.inner")
+    with pytest.raises(PluginError, match="it needs the package no_such_module_anywhere") as caught:
+        PluginHost().load(LOSS, "bad")
+    assert caught.value.hint.startswith(f"{command}; or leave it out")
+
+
+def test_a_function_as_entry_point_is_named_with_the_line_to_write(install):
+    install("acme", "2.0", {"loss-warm": "acme_warm:qpref_losses"}, acme_warm=LOSS_MODULE.format(name="warm"))
+    with pytest.raises(PluginError) as caught:
+        PluginHost().load(LOSS, "warm")
+    assert caught.value.what == (
+        "acme 2.0 [loss-warm]: its entry point names qpref_losses within acme_warm, and has to name the module alone"
+    )
+    assert caught.value.hint.startswith('write loss-warm = "acme_warm" in pyproject.toml, and pip install again')
+
+
+@pytest.mark.parametrize("requirement", ["qpref>=99", "qpref<0.0.1"])
+def test_a_plugin_for_another_qpref_is_refused_before_it_is_imported(install, requirement):
+    install("acme", "2.0", {"loss-warm": "acme_warm"}, [requirement], acme_warm=CANARY)
+    with pytest.raises(PluginError) as caught:
+        PluginHost().load(LOSS, "warm")
+    assert caught.value.what == f"acme 2.0 [loss-warm]: it is made for {requirement}, and this is qpref {VERSION}"
+    assert caught.value.hint.startswith(f"pip install --upgrade acme '{requirement}'")
+
+
+@pytest.mark.parametrize("requires", [["qpref"], [f"qpref<={VERSION}"], ["qpref>=99; python_version < '3'"]])
+def test_a_plugin_for_this_qpref_loads(install, requires):
+    install("acme", "2.0", {"loss-warm": "acme_warm"}, requires, acme_warm=LOSS_MODULE.format(name="warm"))
+    assert PluginHost().load(LOSS, "warm").record.name == "warm"
+
+
+@pytest.mark.parametrize(("point", "advice"), [
+    ("losses-warm", "did you mean loss-warm?"),
+    ("metric-warm", "did you mean sink-warm?"),
+    ("validator-warm", "did you mean check-warm?"),
+    ("zzz-warm", "known: loss, check, sink, read"),
+])  # fmt: skip
+def test_an_unknown_kind_is_named_where_its_plugin_is_wanted(install, point, advice):
+    install("acme", "2.0", {point: "acme_warm"}, acme_warm=CANARY)
+    with pytest.raises(RecipeError, match=r"no loss 'warm' is installed; acme 2.0 \[") as caught:
+        PluginHost().load(LOSS, "warm")
+    kind = point.partition("-")[0]
+    assert caught.value.what.endswith(f"acme 2.0 [{point}] has an unknown kind '{kind}'; {advice}")
+
+
+CASES = BROKEN | MISTAKES
 MISSPELT = LOSS_MODULE.format(name="bad") + "\n@hookimpl\ndef qpref_readerz():\n    yield\n"
 
 
-@pytest.mark.parametrize("source", [MISSPELT, *(source for source, _ in BROKEN.values())], ids=["misspelt", *BROKEN])
+@pytest.mark.parametrize("source", [MISSPELT, *(case[0] for case in CASES.values())], ids=["misspelt", *CASES])
 def test_other_plugins_still_load_beside_a_broken_one(install, source):
     install("acme", "2.0", {"loss-bad": "acme_bad"}, acme_bad=source)
     install("calm", "1.0", {"loss-cold": "calm_cold"}, calm_cold=LOSS_MODULE.format(name="cold"))
