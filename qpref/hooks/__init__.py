@@ -2,19 +2,18 @@
 
     from qpref.hooks import Field, Options, PairedLoss, hookimpl
 
-`Options`, `TrackerOptions` and `Field` are imported on first access, so that `qpref --help` and `qpref plugins` don't
-import pydantic.
+What needs pydantic or writes files is imported on first access, so that `qpref plugins` answers at once.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, composed, report, text_of
 from qpref.hooks.reading import reading_length, reads_shorter
-from qpref.hooks.tracking import RunRecord, Tracker, TrackerWriter, flattened
 from qpref.hooks.types import (
     MetricSink,
     PairedLoss,
@@ -34,6 +33,7 @@ from qpref.hooks.types import (
 
 if TYPE_CHECKING:
     from qpref.hooks.options import Field, Options, TrackerOptions
+    from qpref.hooks.tracking import RunRecord, Tracker, TrackerWriter, flattened
 
 hookimpl = pluggy.HookimplMarker("qpref")
 
@@ -73,9 +73,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Field", "Options", "TrackerOptions"):
-        from qpref.hooks import options
+_LAZY = {
+    **dict.fromkeys(("Field", "Options", "TrackerOptions"), "options"),
+    **dict.fromkeys(("RunRecord", "Tracker", "TrackerWriter", "flattened"), "tracking"),
+}
+"""Names that are imported on first access, and their modules."""
 
-        return getattr(options, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"qpref.hooks.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
