@@ -158,7 +158,7 @@ class PluginHost:
         offer = self.find(kind, name)
         if not self._manager.has_plugin(offer.module):
             self._register(offer)
-        module = self._manager.get_plugin(offer.module)
+        module: ModuleType = self._manager.get_plugin(offer.module)  # type: ignore[assignment]
         others = [plugin for plugin in self._manager.get_plugins() if plugin is not module]
         caller = self._manager.subset_hook_caller(kind.hook, others)
         with _guarded(offer, kind.hook):
