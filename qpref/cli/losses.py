@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qpref.testing import Result
 
 
+FILE = ".py"
 SCOPES = {
     "example": "example by example",
     "mismatched": "example by example, with the step's mismatched completions",
@@ -124,6 +126,8 @@ def _facts(record: Any) -> dict[str, str]:
 def check(names: tuple[str, ...], against: str | None, as_json: bool) -> None:
     """Check losses against their contract: the named ones, or all that are installed.
 
+    A NAME that ends in .py is a file: all losses in it are checked.
+
     Prints each rule for a loss that is named or breaks one. With --against trl it prints how far each loss is from
     TRL's, under one or more configurations; without a NAME, for each loss that TRL has.
 
@@ -143,22 +147,39 @@ def check(names: tuple[str, ...], against: str | None, as_json: bool) -> None:
 
 
 def _load(host: PluginHost, names: Sequence[str]) -> dict[str, Loaded | str]:
-    """Load the named losses, or all: name -> the loss, or the error that its plugin raised.
+    """Load the named losses, those of the named files, or all: name -> the loss, or the error that its plugin raised.
 
     Raises:
-        RecipeError: one of the names isn't installed.
+        RecipeError: one of the names isn't installed, or a file doesn't exist or has no loss.
+        PluginError: a file can't be executed.
     """
     from qpref.errors import PluginError
     from qpref.hooks.manager import LOSS
 
-    for name in names:
+    listed = [loss for name in names for loss in (_losses_of_file(host, name) if name.endswith(FILE) else [name])]
+    for name in listed:
         host.find(LOSS, name)
     losses: dict[str, Loaded | str] = {}
-    for name in dict.fromkeys(names or [offer.name for offer in _offers(host)]):
+    for name in dict.fromkeys(listed or [offer.name for offer in _offers(host)]):
         try:
             losses[name] = host.load(LOSS, name)
         except PluginError as error:
             losses[name] = error.what
+    return losses
+
+
+def _losses_of_file(host: PluginHost, name: str) -> list[str]:
+    """Load a plugin file, and list its losses."""
+    from qpref.errors import RecipeError
+    from qpref.hooks.manager import LOSS
+    from qpref.hooks.plugin_files import load_plugin_file
+    from qpref.opening import real_path
+
+    file = load_plugin_file(real_path(Path(name)))
+    host.add(file.plugins)
+    losses = [plugin.record.name for plugin in file.plugins if plugin.offer.kind == LOSS.prefix]
+    if not losses:
+        raise RecipeError(f"{name}: offers no loss")
     return losses
 
 
@@ -192,10 +213,16 @@ def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_
     if broken:
         head = [f"{len(broken)} of {len(losses)} losses cannot be relied on"] if len(losses) > 1 else []
         lines = [f"  {line}" if head else line for line in broken.values()]
-        disabled = ",".join(f"loss-{name}" for name in broken)
-        raise PluginError(
-            "\n".join(head + lines), f"report it to the plugin's author; QPREF_DISABLE={disabled} leaves it out"
-        )
+        raise PluginError("\n".join(head + lines), _advice(losses, list(broken)))
+
+
+def _advice(losses: Mapping[str, Loaded | str], broken: Sequence[str]) -> str:
+    """Say what to do about losses that break a rule."""
+    own = [loaded.offer for name, loaded in losses.items() if name in broken and not isinstance(loaded, str)]
+    if own and not any(offer.is_installed for offer in own):
+        return "docs/losses/write-your-own.md has the rules"
+    disabled = ",".join(f"loss-{name}" for name in broken)
+    return f"report it to the plugin's author; QPREF_DISABLE={disabled} leaves it out"
 
 
 def _offers(host: PluginHost) -> list[Offer]:

@@ -48,7 +48,13 @@ HOOKS = frozenset(kind.hook for kind in KINDS.values())
 
 @dataclass(frozen=True, slots=True, order=True)
 class Offer:
-    """A line of an installed distribution's `[project.entry-points.qpref]` table."""
+    """A line of an installed distribution's `[project.entry-points.qpref]` table, or a plugin without a distribution.
+
+    Attributes:
+        distribution: a plugin file's name where it comes from one.
+        version: of a plugin file the first digits of its SHA-256; empty for a record handed over in Python.
+        module: of a plugin file its absolute path.
+    """
 
     kind: str
     name: str
@@ -60,13 +66,18 @@ class Offer:
     def entry_point(self) -> str:
         return f"{self.kind}-{self.name}"
 
+    @property
+    def is_installed(self) -> bool:
+        """False for one of a plugin file, and for a record handed over in Python."""
+        return bool(self.module) and not self.module.startswith("/")
+
     def __str__(self) -> str:
-        return f"{self.distribution} {self.version} [{self.entry_point}]"
+        return " ".join(filter(None, (self.distribution, self.version, f"[{self.entry_point}]")))
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A plugin's record and the entry point that it came from."""
+    """A plugin's record and where it came from."""
 
     record: Any
     offer: Offer
@@ -101,15 +112,25 @@ class PluginHost:
 
     Args:
         recorded: plugins of a run that is reopened; messages about a missing one name its distribution.
+        given: loaded plugins without a distribution, see `qpref.hooks.plugin_files`.
     """
 
-    def __init__(self, recorded: Sequence[Offer] = ()) -> None:
+    def __init__(self, recorded: Sequence[Offer] = (), given: Iterable[Loaded] = ()) -> None:
         self._manager = pluggy.PluginManager("qpref")
         self._manager.add_hookspecs(spec)
         self._recorded = recorded
+        self._given = list(given)
+
+    def add(self, plugins: Iterable[Loaded]) -> None:
+        """Offer loaded plugins without a distribution too."""
+        self._given += plugins
+
+    @property
+    def offers(self) -> list[Offer]:
+        return [*self._installed, *(plugin.offer for plugin in self._given)]
 
     @cached_property
-    def offers(self) -> list[Offer]:
+    def _installed(self) -> list[Offer]:
         if version_of("qpref") is None:
             raise InstallError("qpref's package metadata are missing, and with them its plugins", "reinstall qpref")
         return installed_offers()
@@ -156,6 +177,8 @@ class PluginHost:
                 entry point names.
         """
         offer = self.find(kind, name)
+        if given := [plugin for plugin in self._given if plugin.offer == offer]:
+            return given[0]
         if not self._manager.has_plugin(offer.module):
             self._register(offer)
         module: ModuleType = self._manager.get_plugin(offer.module)  # type: ignore[assignment]
@@ -185,6 +208,8 @@ class PluginHost:
 
 def way_out_of_clash(offers: Sequence[Offer]) -> str:
     """Say what to do about plugins of one name: a third party's is the one to leave out, never qpref's own."""
+    if any(not offer.is_installed for offer in offers):
+        return "give the one that has no distribution another name"
     strangers = [offer for offer in offers if offer.distribution != GROUP] or offers
     first = strangers[0]
     disable = f"QPREF_DISABLE={first.distribution}:{first.entry_point}"
@@ -226,6 +251,8 @@ def _imported(offer: Offer) -> ModuleType:
 def _gone(kind: Kind, recorded: Offer) -> str:
     """Name the distribution that a run had a missing plugin from, and how to install it."""
     what = f"{kind.noun} '{recorded.name}'"
+    if not recorded.is_installed:
+        return f"{what} is not installed; the run had it from {recorded}, which is executed for a recipe alone"
     if any((offer.kind, offer.name) == (recorded.kind, recorded.name) for offer in _every_offer()):
         return f"{what}, which the run had from {recorded}, is disabled by QPREF_DISABLE"
     command = "" if recorded.distribution == NAMELESS else f": pip install {recorded.distribution}=={recorded.version}"

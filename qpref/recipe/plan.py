@@ -60,6 +60,12 @@ class Plan:
         """SHA-256 of the settings that change results beyond rounding; a resumed run must keep them."""
         return fingerprint_of(self.document)
 
+    @property
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 of each plugin file, by `plugin file NAME`; a resumed run must keep them."""
+        files = self.document.get("plugins", {}).get("files", ())
+        return {f"plugin file {Path(file['path']).name}": file["sha256"] for file in files}
+
 
 @dataclass(frozen=True, slots=True)
 class DataPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from qpref.aliases.loss_names import LOSS_NAMES
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
+from qpref.hooks.plugin_files import given_plugins
 from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection
 from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.plan import DataPlan, Plan
+from qpref.recipe.plugin_tables import load_files
 from qpref.recipe.problems import Problem, problem_lines, problems_of
 from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
 from qpref.recipe.sections import ModelSection, check_document
@@ -34,13 +36,19 @@ DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 """Validators that run on all data too, where they are installed."""
 
 
-def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), output: Path | None = None) -> Plan:
+def make_plan(
+    recipe: Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    plugins: Iterable[object] = (),
+) -> Plan:
     """Resolve a recipe: every name, option and path.
 
     Args:
         recipe: a TOML file, or its content as nested dicts.
         overrides: strings `table.key=value`.
         output: the run folder; by default `runs/<the recipe's file name without .toml>`.
+        plugins: records of losses, checks, readers and sinks that the recipe may name beside the installed ones.
 
     Raises:
         RecipeError: the recipe has mistakes; all of them are in the message.
@@ -53,7 +61,7 @@ def make_plan(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), o
         origin, folder, document = "recipe", Path.cwd(), dict(recipe)
     document = with_overrides(document, overrides)
     refuse_unstorable(document, origin)
-    return Resolution(origin, folder, run_folder_of(recipe, output)).resolve(document)
+    return Resolution(origin, folder, run_folder_of(recipe, output), plugins=plugins).resolve(document)
 
 
 def run_folder_of(recipe: Path | Mapping[str, Any], output: Path | None) -> Path:
@@ -91,10 +99,17 @@ def make_data_plan(location: str, base: str | None = None, options: Mapping[str,
 class Resolution:
     """Collects the problems of one recipe while its parts are resolved."""
 
-    def __init__(self, origin: str, folder: Path, output: Path, recorded: Sequence[Offer] = ()) -> None:
+    def __init__(
+        self,
+        origin: str,
+        folder: Path,
+        output: Path,
+        recorded: Sequence[Offer] = (),
+        plugins: Iterable[object] = (),
+    ) -> None:
         self._origin = origin
         self._output = output
-        self._host = PluginHost(recorded)
+        self._host = PluginHost(recorded, given_plugins(plugins))
         self._locations = Locations(folder, lambda location: self._named_reader(location) is not None)
         self._problems: list[Problem] = []
 
@@ -102,6 +117,9 @@ class Resolution:
         checked = check_document(document)
         if isinstance(checked, list):
             self._problems += checked
+        files, mistakes = load_files(document.get("plugins"), self._locations)
+        self._problems += mistakes
+        self._host.add(plugin for file in files for plugin in file.plugins)
         losses = self._losses(document.get("loss"))
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
@@ -116,6 +134,9 @@ class Resolution:
         for check in validators:
             name = check.plugin.record.name
             full["checks"] |= check.table() if name == DEFAULT_VALIDATOR else {name: check.table()}
+        full.pop("plugins")
+        if files:
+            full["plugins"] = {"files": [{"path": str(file.path), "sha256": file.sha256} for file in files]}
         full["sinks"] = [{"name": sink.plugin.record.name} | sink.table() for sink in sinks]
         return Plan(
             recipe=recipe,

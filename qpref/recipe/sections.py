@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from qpref.recipe.data_section import DataSection
+from qpref.recipe.plugins_section import PluginsSection
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.section import Section
 
@@ -313,6 +314,7 @@ class Recipe(Section):
     data: DataSection
     checks: dict[str, Any] = Field(default_factory=dict)
     loss: Annotated[list[LossSection], Field(min_length=1), BeforeValidator(_as_list)]
+    plugins: PluginsSection = PluginsSection()
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     distributed: DistributedSection = DistributedSection()

@@ -133,6 +133,7 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE, kept: KeptBa
             "training data": fingerprint(examples),
             "held-out data": fingerprint(heldout),
             "start adapter": start_digest(recipe.adapter.start),
+            **plan.file_digests,
         },
     )
 

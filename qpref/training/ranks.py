@@ -34,6 +34,7 @@ OF_EACH_PROCESS = {
     *(("model", key) for key in ("base", "tokenizer", "device", "memory")),
     *(("data", key) for key in ("train", "heldout", "cache")),
     ("adapter", "start"),
+    ("plugins", "files"),
     *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing")),
 }
 """Settings that may differ between processes: (table, key). Contents of files are compared by their digests."""

@@ -186,9 +186,11 @@ def refuse_other_recipe(plan: Plan, folder: RunFolder, facts: Mapping[str, Any])
     Raises:
         CheckpointError: settings differ that change results beyond rounding.
     """
-    if facts["fingerprints"]["recipe"] != plan.fingerprint:
+    expected = {"recipe": plan.fingerprint} | plan.file_digests
+    changed = [name for name, value in expected.items() if facts["fingerprints"].get(name) != value]
+    if changed:
         raise CheckpointError(
-            f"{folder.path}: is the run of another recipe",
+            f"{folder.path}: is the run of another {' and another '.join(changed)}",
             "resume with what the run was started with (recipe.lock.toml), or start over with --overwrite",
         )
 
