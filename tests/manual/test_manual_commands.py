@@ -30,6 +30,7 @@ NOT_RUN_HERE = {
     r"python docs/distributed/ray_train.py .*": "a cluster",
     r"sbatch .*": "a cluster",
     r"kubectl .*": "a cluster",
+    r"qpref losses check ./qpref_squared_hinge.py": "tests/plugins/test_plugin_files.py",
     r"qpref losses check squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref train recipe.toml --set loss.name=squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref sweep .*": "tests/sweep/test_sweep.py",

@@ -153,8 +153,8 @@ def test_a_misspelt_name_gets_the_nearest(tables, problem):
 def test_a_word_like_no_key_gets_all_of_them():
     assert problems(recipe_with(zzzzz={})) == [
         "[zzzzz] unknown key",
-        "tables: model, adapter, data, checks, loss, reference, train, distributed,",
-        "sinks",
+        "tables: model, adapter, data, checks, loss, plugins, reference, train,",
+        "distributed, sinks",
     ]
 
 
