@@ -20,7 +20,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     On a terminal the last column is wrapped to its width; elsewhere each row is a line.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    last = widths[-1]
+    last = max(1, widths[-1])  # no text at all in the last column is a width that textwrap refuses
     if sys.stdout.isatty():
         last = max(NARROWEST, shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(widths) - 1))
     for *cells, text in rows:

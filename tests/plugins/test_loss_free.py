@@ -66,6 +66,8 @@ def exact_loss(name: str, pair: dict, options: dict) -> float:
             return smoothed(beta * (mean(chosen) - mean(rejected)) - gamma - margin, eps) - alpha * mean(chosen)
         case "alphapo":
             return smoothed(beta * (shaped(chosen, alpha) - shaped(rejected, alpha)) - gamma - margin, 0.0)
+        case "simper":
+            return math.exp(mean(rejected)) - math.exp(mean(chosen))
         case "sft":
             return -mean(chosen)
     raise AssertionError(name)
@@ -84,6 +86,7 @@ CASES = [
     ("alphapo", {"beta": 2.0, "gamma": 0.5, "alpha": 0.0}),
     ("alphapo", {"beta": 2.0, "gamma": 0.5, "alpha": 1e-4}),
     ("alphapo", {"beta": 1.0, "gamma": 0.5, "alpha": 1.0}),
+    ("simper", {}),
     ("sft", {}),
 ]
 every_case = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value))
@@ -193,12 +196,19 @@ def test_sft_by_hand():
     assert run("sft", [pair]).losses.item() == 3.0
 
 
+def test_simper_by_hand():
+    # Geometric means of the tokens' probabilities: 1/2 over two tokens, 1/4 over one; the margin doesn't count.
+    pair = {"chosen": [math.log(1 / 8), math.log(2)], "rejected": [math.log(1 / 4)], "margin": 0.5}
+    assert run("simper", [pair]).losses.item() == pytest.approx(1 / 4 - 1 / 2, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "rewards"),
     [
         ("cpo", {"beta": 0.5}, (-1.0, -3.0)),
         ("simpo", {"beta": 2.0}, (-2.0, -6.0)),
         ("alphapo", {"beta": 2.0, "alpha": 1.0}, (2 - 2 * math.e, 2 - 2 * math.exp(3))),
+        ("simper", {}, (math.exp(-1), math.exp(-3))),
         ("sft", {}, (-1.0, -3.0)),
     ],
 )
@@ -232,6 +242,7 @@ OUT_OF_RANGE = [
     *itertools.product(("simpo", "alphapo"), [{"gamma": -0.1}, {"gamma": math.nan}]),
     *itertools.product(("alphapo",), [{"beta": 41.0}, {"alpha": 10.1}, {"alpha": -10.1}]),
     ("cpo", {"nll": "prompt"}),
+    ("simper", {"beta": 0.1}),
     ("sft", {"beta": 0.1}),
 ]
 

@@ -95,6 +95,10 @@ class AlphapoOptions(Options):
     )
 
 
+class SimperOptions(Options):
+    """The loss `simper` has no options."""
+
+
 class SftOptions(Options):
     """The loss `sft` has no options."""
 
@@ -151,6 +155,20 @@ def build_alphapo(options: AlphapoOptions) -> Callable[[PairedInputs], LossOutpu
         return LossOutput(losses=losses, metrics=reward_metrics(chosen, rejected))
 
     return alphapo
+
+
+def build_simper(options: SimperOptions) -> Callable[[PairedInputs], LossOutput]:
+    """e^r' - e^c': the difference of the two responses' inverse perplexities, from -1 to 1. The margin is ignored.
+
+    Xiao et al. 2025, "SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters". The reported
+    rewards are the inverse perplexities.
+    """
+
+    def simper(inputs: PairedInputs) -> LossOutput:
+        chosen, rejected = inputs.policy.chosen.mean.exp(), inputs.policy.rejected.mean.exp()
+        return LossOutput(losses=rejected - chosen, metrics=reward_metrics(chosen, rejected))
+
+    return simper
 
 
 def build_sft(options: SftOptions) -> Callable[[PairedInputs], LossOutput]:
@@ -263,6 +281,16 @@ ALPHAPO = PairedLoss(
     ),
 )
 
+SIMPER = PairedLoss(
+    name="simper",
+    summary="inverse perplexities without options, no reference (Xiao et al. 2025)",
+    formula="e^r' - e^c'",
+    paper="Xiao et al. 2025, SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters",
+    options=SimperOptions,
+    build=build_simper,
+    needs=frozenset(),
+)
+
 SFT = PairedLoss(
     name="sft",
     summary="the likelihood of the chosen responses, no reference",
@@ -280,4 +308,4 @@ SFT = PairedLoss(
 
 @hookimpl
 def qpref_losses() -> Iterator[PairedLoss]:
-    yield from (CPO, SIMPO, ALPHAPO, SFT)
+    yield from (CPO, SIMPO, ALPHAPO, SIMPER, SFT)
