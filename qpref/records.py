@@ -300,6 +300,19 @@ class UnpairedInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledResponse:
+    """A response that was sampled from a model, for a reward to score.
+
+    Attributes:
+        ended: True where the model ended it, False where it was cut off at its most tokens.
+    """
+
+    prompt: tuple[Message, ...]
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
     """Output of a loss: one value per example, never a mean (the loop divides, once, by the step's examples).
 
