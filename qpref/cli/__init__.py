@@ -29,6 +29,7 @@ COMMANDS = {
     "sweep": "Train a recipe at several values of its settings.",
     "eval": "Compare models' preferences on held-out pairs.",
     "generate": "Print answers of base and trained model, side by side.",
+    "sample": "Sample responses, score them, and write preferences.",
     "chat": "Talk to base and trained model, side by side.",
     "runs": "List runs with their verdicts.",
     "report": "Write an HTML report of one or several runs.",

@@ -66,6 +66,7 @@ def files(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> li
 
 
 losses = _completer(_plugins("loss"))
+rewards = _completer(_plugins("reward"))
 readers = _completer(_plugins("read"))
 shapes = _completer(_shapes)
 cards = _completer(_cards)

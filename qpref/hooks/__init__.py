@@ -14,6 +14,7 @@ import pluggy
 
 from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, composed, report, text_of
 from qpref.hooks.reading import reading_length, reads_shorter
+from qpref.hooks.reward import Reward, RewardFunction
 from qpref.hooks.types import (
     MetricSink,
     PairedLoss,
@@ -68,6 +69,8 @@ __all__ = [
     "TrackerWriter",
     "flattened",
     "Reader",
+    "Reward",
+    "RewardFunction",
     "reward_metrics",
     "unpaired_reward_metrics",
 ]

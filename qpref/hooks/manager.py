@@ -21,6 +21,7 @@ import pluggy
 
 from qpref.errors import InstallError, PluginError, RecipeError
 from qpref.hooks import border, mistakes, spec
+from qpref.hooks.reward import Reward
 from qpref.hooks.types import Loss, MetricSink, Reader, Validator
 from qpref.installed import as_install_error, is_required, version_of
 
@@ -42,7 +43,8 @@ LOSS = Kind("loss", "loss", "qpref_losses", Loss)
 CHECK = Kind("check", "validator", "qpref_validators", Validator)
 SINK = Kind("sink", "metric sink", "qpref_metric_sinks", MetricSink)
 READER = Kind("read", "reader", "qpref_readers", Reader)
-KINDS = {kind.prefix: kind for kind in (LOSS, CHECK, SINK, READER)}
+REWARD = Kind("reward", "reward", "qpref_rewards", Reward)
+KINDS = {kind.prefix: kind for kind in (LOSS, CHECK, SINK, READER, REWARD)}
 HOOKS = frozenset(kind.hook for kind in KINDS.values())
 
 

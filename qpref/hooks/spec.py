@@ -1,4 +1,4 @@
-"""The four hooks. Each is called once, when its plugin is loaded, takes no arguments, and yields records.
+"""The five hooks. Each is called once, when its plugin is loaded, takes no arguments, and yields records.
 
 An exception inside a hook stops the command and names the plugin. Nothing here is called inside the training loop.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import pluggy
 
+from qpref.hooks.reward import Reward
 from qpref.hooks.types import MetricSink, PairedLoss, Reader, UnpairedLoss, Validator
 
 hookspec = pluggy.HookspecMarker("qpref")
@@ -61,4 +62,17 @@ def qpref_readers() -> Iterable[Reader]:  # type: ignore[empty-body]
         @hookimpl
         def qpref_readers():
             yield Reader(name="csv", summary="comma-separated values with a header", read=read_csv)
+    """
+
+
+@hookspec
+def qpref_rewards() -> Iterable[Reward]:  # type: ignore[empty-body]
+    """Offer rewards of responses. Called when `qpref sample --reward` names one.
+
+    When the function raises, or doesn't return a finite number for each response, the command stops with an error that
+    names the plugin, and keeps what it has sampled.
+
+        @hookimpl
+        def qpref_rewards():
+            yield Reward(name="short", summary="minus the number of characters", options=Options, build=build)
     """

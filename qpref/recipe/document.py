@@ -90,7 +90,7 @@ def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dic
             for key in keys[:-1]:
                 table = table[int(key)] if isinstance(table, list) else table.setdefault(key, {})
             last: Any = int(keys[-1]) if isinstance(table, list) else keys[-1]
-            table[last] = _toml_value(text.strip())
+            table[last] = toml_value(text.strip())
         except (TypeError, AttributeError, ValueError, IndexError):
             raise RecipeError(
                 f"--set {override[:SHOWN]}: '{path.strip()[:SHOWN]}' is not a key of this recipe"
@@ -139,7 +139,7 @@ def _keys_of_odd_values(value: object, key: str = "") -> Iterator[str]:
                 yield from _keys_of_odd_values(inner, path)
 
 
-def _toml_value(text: str) -> object:
+def toml_value(text: str) -> object:
     try:
         return _parsed(f"value = {text}")["value"]
     except ValueError:

@@ -184,6 +184,12 @@ class Resolution:
         model = None if base is None else ModelSection(base=self._locations.base(base))
         return DataPlan(tuple(sources), tuple(validators), data, model)
 
+    def resolve_reward(self, name: str, options: Mapping[str, Any]) -> Choice:
+        choice = self._choose(manager.REWARD, name, dict(options), "reward")
+        if self._problems or choice is None:
+            raise self._error()
+        return choice
+
     def _losses(self, tables: Any) -> list[LossChoice]:
         tables_by_name = {"loss": tables} if isinstance(tables, dict) else {}
         if isinstance(tables, list):
