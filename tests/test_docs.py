@@ -15,7 +15,7 @@ from matrix import page
 from matrix.cases import architectures
 
 from qpref.cli import main
-from qpref.hooks.manager import CHECK, LOSS, READER, SINK
+from qpref.hooks.manager import KINDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def test_the_recipe_reference_is_up_to_date():
     assert (ROOT / "docs/recipe.md").read_text() == reference, "run python docs/make_recipe_reference.py"
 
 
-@pytest.mark.parametrize("kind", [LOSS, CHECK, SINK, READER], ids=lambda kind: kind.prefix)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.prefix)
 def test_each_example_of_the_plugin_guide_yields_its_record(kind):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.DOTALL)
     block = next(block for block in blocks if f"def {kind.hook}" in block)
