@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -109,6 +111,8 @@ def main() -> None:
     from qpref.linux import set_torch_variables
 
     set_torch_variables()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar draws over its line; in a file that is one endless line
     logger = logging.getLogger("qpref")
     logger.setLevel(logging.INFO)
     logger.handlers = [StderrHandler()]

@@ -30,6 +30,7 @@ log = logging.getLogger("qpref")
 GIVEN = Source(path="--prompt", line=1)
 NUM_HELDOUT = 8
 """Number of a run's held-out prompts used by default."""
+STARTED = "answering %d prompt(s) with %s, up to %d tokens each"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +175,11 @@ def generate(
     with out_of_memory_as(f"{subject.name}: the device ran out of memory", "free its memory, or take a smaller base"):
         policy = subject.load(dtype or subject.dtype)
         policy.share_prompts(False)
+        log.info(STARTED, len(ids), subject.name, sampling.max_new_tokens)
         answers = _answers(policy, tokenizer, ids, sampling)
         of_base: list[tuple[str, bool]] | None = None
         if subject.has_reference:
+            log.info(STARTED, len(ids), "the base", sampling.max_new_tokens)
             with as_reference(policy):
                 of_base = _answers(policy, tokenizer, ids, sampling)
     return [

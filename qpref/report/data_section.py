@@ -17,6 +17,7 @@ COUNTED, FINDINGS, NOT_LISTED, LENGTHS = "counts", "findings", "findings_not_lis
 EXAMPLES = 5
 """Findings shown per code."""
 SEVERITIES = ("error", "warning")
+PARTS = ("prompt", "chosen", "rejected", "completion")
 
 Kind = tuple[str, str]
 """A finding's severity and code."""
@@ -42,7 +43,7 @@ class DataTables:
 def data_tables(data: Mapping[str, Any]) -> DataTables:
     """Lay out the contents of data.json."""
     lengths = data.get(LENGTHS)
-    named = list(lengths.items())[:MAX_ROWS] if isinstance(lengths, dict) else []
+    named = sorted(lengths.items(), key=_rank_of_length)[:MAX_ROWS] if isinstance(lengths, dict) else []
     histograms = [(label_of(name), bars) for name, value in named if (bars := _bars(value))]
     known = {*COUNTS, COUNTED, FINDINGS, NOT_LISTED, *([LENGTHS] if histograms else [])}
     others = {name: value for name, value in data.items() if name not in known and value not in (None, [], {})}
@@ -102,6 +103,12 @@ def _location(finding: Mapping[str, Any]) -> str:
     if path is None:
         return ""
     return cell_text(path) if line is None else f"{cell_text(path)}:{cell_text(line).replace(',', '')}"
+
+
+def _rank_of_length(item: tuple[str, Any]) -> tuple[bool, int]:
+    """Order as `qpref check` does: characters before tokens, and the difference last; data.json is sorted by name."""
+    part, _, unit = item[0].rpartition(" ")
+    return unit == "tokens", PARTS.index(part) if part in PARTS else len(PARTS)
 
 
 def _bars(histogram: Any) -> list[Bar]:

@@ -55,7 +55,7 @@ def tiles(run: RunRecord) -> list[Tile]:
     """Summarize a single run."""
     found = [Tile("state", "finished" if run.is_finished else "not finished", state(run).partition(", ")[2])]
     for name, title in (
-        (accuracy_name(run), "held-out accuracy"),
+        (accuracy_name(run), f"held-out {TITLES[accuracy_name(run)]}"),
         ("rewards/margins", "held-out reward margin"),
         ("loss", "held-out loss"),
     ):
@@ -63,6 +63,8 @@ def tiles(run: RunRecord) -> list[Tile]:
         if column:
             text = share_text if is_share(name) else number_text
             before = f"{text(column.values[0])} at step {count_text(column.steps[0])}" if len(column) > 1 else ""
+            if before and name == "rewards/accuracies" and starts_at_no_reward([run]):
+                before += ", by log-probability"
             interval = accuracy(run).interval_text if is_share(name) else ""
             note = "; ".join(part for part in (interval and f"95 % interval {interval}", before) if part)
             found.append(Tile(title, text(heldout_value(run, name)), note))

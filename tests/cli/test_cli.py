@@ -49,6 +49,16 @@ def write_recipe(tmp_path, make_recipe):
 # In a process of its own: what stands on standard error is all that a user sees.
 
 
+def test_progress_bars_of_libraries_stay_out_of_a_file():
+    bar = "from tqdm.auto import tqdm; list(tqdm(range(3)))"
+    script = f"from qpref.cli import main; main(['losses'], standalone_mode=False); {bar}"
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )  # fmt: skip
+    assert done.stderr == ""
+
+
 def test_a_broken_recipe_is_one_message_and_leaves_nothing(tmp_path, write_recipe):
     recipe = write_recipe({"train.learning_rate": "hot", "adapter.dora": True})
     before = files_under(tmp_path)

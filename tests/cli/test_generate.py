@@ -36,6 +36,12 @@ def test_answers_stand_side_by_side(run):
     assert str(run) in heading
 
 
+def test_the_log_names_each_model_that_starts_to_answer(run):
+    arguments = (run, "--prompt", "Hello?", "--prompt", "Again?", "--max-new-tokens", 3)
+    started = [line for line in generate(*arguments).stderr.splitlines() if line.startswith("answering ")]
+    assert started == [f"answering 2 prompt(s) with {name}, up to 3 tokens each" for name in (run, "the base")]
+
+
 def test_prompts_come_from_the_command_line_and_a_file(run, tmp_path):
     file = write_jsonl(tmp_path / "prompts.jsonl", preference_rows(2))
     answers = json.loads(generate(run, "--prompt", "First?", "--prompts", file, "--max-new-tokens", 2, "--json").stdout)

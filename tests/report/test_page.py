@@ -183,7 +183,10 @@ def test_held_out_shares_have_intervals_in_every_table(tmp_path):
         "held-out accuracy", "50.0 % (22 to 78 %)", "50.0 %"
     ]  # fmt: skip
     assert [row[1:] for row in table_under(page, "Held-out metrics")[1:]] == [["50.0 % (22 to 78 %)", "50.0 %"]] * 2
-    assert "95 % interval 22 to 78 %" in dict(row[::2] for row in tiles_of(page_of(run)))["held-out accuracy"]
+    assert (
+        "95 % interval 22 to 78 %"
+        in dict(row[::2] for row in tiles_of(page_of(run)))["held-out accuracy by reward margin"]
+    )
 
 
 def test_scheduled_values_are_not_smoothed(tmp_path):
@@ -217,7 +220,7 @@ def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
     page = page_of(run)
     assert tiles_of(page)[:2] == [
         ["state", "finished", "step 22, adapter of step 2"],
-        ["held-out accuracy", "90.0 %", "50.0 % at step 0"],
+        ["held-out accuracy by reward margin", "90.0 %", "50.0 % at step 0"],
     ]
     header, *body = table_under(page, "Held-out metrics")
     assert dict(zip(header, body[1], strict=True))["step 2"] == "90.0 %"
@@ -231,6 +234,18 @@ def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
 def test_the_first_accuracy_is_explained_where_all_rewards_start_at_0(tmp_path, margin, noted):
     row = {"step": 0, "split": "eval", "eval_loss": 0.7, "eval_rewards/margins": margin}
     assert ("at step 0 is computed by log-probability" in page_of(make_run(tmp_path / "run", [row])).text) == noted
+
+
+def test_the_summary_tells_the_two_accuracies_apart(tmp_path):
+    rows = [
+        {"step": step, "split": "eval", "eval_rewards/margins": margin, "eval_rewards/accuracies": share}
+        for step, margin, share in ((0, 0.0, 0.8), (2, 1.7, 1.0))
+    ]
+    (tile,) = [row for row in tiles_of(page_of(make_run(tmp_path / "dpo", rows))) if "accuracy" in row[0]]
+    assert tile == ["held-out accuracy by reward margin", "100.0 %", "80.0 % at step 0, by log-probability"]
+    rows = [{"step": step, "split": "eval", "eval_logps/accuracies": 0.8} for step in (0, 2)]
+    (tile,) = [row for row in tiles_of(page_of(make_run(tmp_path / "sft", rows))) if "accuracy" in row[0]]
+    assert tile == ["held-out accuracy by log-probability", "80.0 %", "80.0 % at step 0"]
 
 
 def test_empty_sections_are_left_out_and_the_last_says_which_command_fills_them(tmp_path):
@@ -270,6 +285,14 @@ DATA = {
 }  # fmt: skip
 
 
+def test_histograms_stand_in_the_order_of_qpref_check(tmp_path):
+    names = ["prompt characters", "chosen characters", "rejected characters", "chosen - rejected characters",
+             "prompt tokens", "chosen tokens", "rejected tokens", "chosen - rejected tokens"]  # fmt: skip
+    lengths = {name: [{"from": 1, "to": 1, "count": 1}] for name in sorted(names)}  # as data.json is written
+    page = page_of(make_run(tmp_path / "run", data={"read": 1, "lengths": lengths}))
+    assert [heading.text for heading in page.one("section", id="data").all("h4")] == names
+
+
 def test_data_report_counts_groups_findings_and_draws_histograms(tmp_path):
     page = page_of(make_run(tmp_path / "run", data=DATA))
     section = page.one("section", id="data")
@@ -296,7 +319,7 @@ def test_a_real_runs_data_report_is_its_own(trained):
     data = json.loads((trained / "data.json").read_text())
     section = page_of(trained).one("section", id="data")
     assert tiles_of(section)[0] == ["rows read", str(data["read"]), ""]
-    assert [heading.text for heading in section.all("h4")] == list(data["lengths"])
+    assert {heading.text for heading in section.all("h4")} == set(data["lengths"])
 
 
 VERDICT = {
