@@ -54,9 +54,12 @@ def reference() -> str:
     parts.append(LOSS)
     host = manager.PluginHost()
     titles = {"loss": '## [loss] name = "{}"', "check": "## [checks]: {}", "sink": '## [[sinks]] name = "{}"'}
+    titles["read"] = '## [data.reader] name = "{}"'
     for offer in host.offers:
         if offer.kind in titles and offer.distribution == "qpref":
             record = host.load(manager.KINDS[offer.kind], offer.name).record
+            if record.options is None:
+                continue
             table = _rows(record.options) if record.options.model_fields else "No options.\n"
             parts.append(f"{titles[offer.kind].format(offer.name)}\n\n{record.summary}\n\n{table}")
     return "\n".join(parts)
@@ -89,7 +92,7 @@ def _kind(annotation: Any) -> str:
     if origin is list:
         return "tables" if arms[0] is SourceSection else f"list of {_kind(arms[0])}s"
     if origin is dict:
-        return "table of strings"
+        return "table" if arms[1] is Any else "table of strings"
     if hasattr(annotation, "__metadata__"):
         return _kind(annotation.__origin__)
     return {str: "string", int: "integer", float: "number", bool: "boolean"}.get(annotation, str(annotation))

@@ -158,7 +158,7 @@ class DataSource:
             return PluginError(f"{reader.offer} failed on {path}: {error}")
 
         rows = border.guarded_items(
-            f"{reader.offer}, reading {path},", lambda: reader.record.read(path), failure, _is_known
+            f"{reader.offer}, reading {path},", lambda: self.choice.read(path), failure, _is_known
         )
         try:
             for row in rows:

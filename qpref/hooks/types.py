@@ -247,6 +247,19 @@ class MetricSink:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderContext:
+    """The recipe that a reader with options is called for.
+
+    Attributes:
+        options: of the source's table `reader`, parsed.
+        folder: the recipe's folder, at which relative paths in a name or an option start.
+    """
+
+    options: Any
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
     """A file format, or another source of rows.
 
@@ -255,14 +268,19 @@ class Reader:
     called more than once and must yield the same rows each time. A warning with line 0 is about the whole source.
 
     Attributes:
-        takes: argument of `read`: "file"; "folder", which includes files; or "name", the text after the reader's
+        read: path -> rows; with `options`, path and `ReaderContext` -> rows. A row's source needn't be that path: one
+            location may hold several files or sheets, each with a path of its own.
+        takes: first argument of `read`: "file"; "folder", which includes files; or "name", the text after the reader's
             name and a colon, as in `hf:org/name`.
+        options: the model of the other keys of `[data.reader]`; None for a reader that needs neither options nor the
+            recipe's folder.
     """
 
     name: str
     summary: str
-    read: Callable[[Path], Iterator[Row | Finding]]
+    read: Callable[..., Iterator[Row | Finding]]
     takes: Literal["file", "folder", "name"] = "file"
+    options: type[Any] | None = None
 
 
 def unpaired_reward_metrics(rewards: Tensor, desirable: Tensor) -> dict[str, Tensor]:

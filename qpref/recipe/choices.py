@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qpref.errors import PluginError
 from qpref.hooks.manager import Loaded
-from qpref.hooks.types import PairedLoss, Split, UnpairedLoss
+from qpref.hooks.types import PairedLoss, Reader, ReaderContext, Split, UnpairedLoss
 from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.schedule import Scheduled
+from qpref.records import Finding, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class SourceChoice:
         columns: qpref's column names -> the source's.
         contest: two responses and who won, in place of a format.
         weight: times that an epoch trains on each row.
+        options: the reader's options, parsed; None for a reader without any.
+        folder: folder at which the reader's relative paths start.
     """
 
     location: str
@@ -50,6 +54,15 @@ class SourceChoice:
     columns: Mapping[str, str] = field(default_factory=dict)
     contest: ContestSection | None = None
     weight: float = 1.0
+    options: Any = None
+    folder: Path = Path()
+
+    def read(self, path: Path) -> Iterator[Row | Finding]:
+        """Call the reader."""
+        record: Reader = self.reader.record
+        if record.options is None:
+            return record.read(path)
+        return record.read(path, ReaderContext(options=self.options, folder=self.folder))
 
     @property
     def own_columns(self) -> frozenset[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.section import Section
@@ -37,6 +37,8 @@ RowFormat = Literal[
     "judgebench",
     "gold_label",
 ]
+ReaderTable = str | dict[str, Any]
+"""A reader's name, or a table with its options and, unless the file's suffix says it, its name."""
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 RENAMED_KEYS = {"shape": "unknown key; did you mean 'format'?"}
 
@@ -47,7 +49,9 @@ class SourceSection(Section):
     refused = RENAMED_KEYS
 
     path: str = Field(min_length=1, description="File, folder, `hf:...` or `pypi:...`, as `train` in `[data]`.")
-    reader: str | None = Field(default=None, description="Reader of this source; default: `reader` of `[data]`.")
+    reader: ReaderTable | None = Field(
+        default=None, description="Reader of this source, with its options; default: `reader` of `[data]`."
+    )
     format: RowFormat | None = Field(default=None, description="Row format; default: `format` of `[data]`.")
     columns: dict[str, str] | None = Field(default=None, description="Column names; default: `columns` of `[data]`.")
     contest: ContestSection | None = Field(
@@ -62,6 +66,28 @@ class SourceSection(Section):
         description="Sampling weight: times that an epoch trains on each row. 2 is twice; 0.5 is a seeded half of the "
         "rows, once.",
     )
+
+    @property
+    def reader_name(self) -> str | None:
+        """The reader's name; None where the location tells it."""
+        return self.reader if isinstance(self.reader, str | None) else self.reader.get("name")
+
+    @property
+    def reader_options(self) -> dict[str, Any]:
+        """The reader's options as the recipe has them."""
+        table = self.reader if isinstance(self.reader, dict) else {}
+        return {key: value for key, value in table.items() if key != "name"}
+
+    @field_validator("reader")
+    @classmethod
+    def name_the_reader(cls, table: ReaderTable | None) -> ReaderTable | None:
+        return _with_a_name(table)
+
+
+def _with_a_name(table: ReaderTable | None) -> ReaderTable | None:
+    if isinstance(table, dict) and not isinstance(table.get("name", ""), str):
+        raise ValueError(f"name: expected text, got {table['name']!r}")
+    return table
 
 
 def _refuse_two_mappings(source: SourceSection) -> None:
@@ -99,8 +125,14 @@ class DataSection(Section):
         description="Share of the training prompts to hold out, about; chosen by prompt text and seed, so that no "
         "prompt is in both splits. For recipes without `heldout`.",
     )
-    reader: str | None = Field(
-        default=None, description="Reader of all files; default: by file suffix (`.jsonl`, `.csv`, `.parquet`, ...)."
+    reader: ReaderTable | None = Field(
+        default=None,
+        description="Reader of all files; default: by file suffix (`.jsonl`, `.csv`, `.parquet`, ...). A table "
+        "`[data.reader]` holds its `name`, or no name, and its own options.",
+    )
+    folder: str | None = Field(
+        default=None,
+        description="Folder at which relative paths in a reader's name and options start. Default: the recipe's.",
     )
     format: RowFormat = Field(
         default="auto",
@@ -138,6 +170,11 @@ class DataSection(Section):
     cache: bool = Field(
         default=True, description="Cache token ids on disk by content, so that later runs don't tokenize the same rows."
     )
+
+    @field_validator("reader")
+    @classmethod
+    def name_the_reader(cls, table: ReaderTable | None) -> ReaderTable | None:
+        return _with_a_name(table)
 
     def sources(self, key: Literal["train", "heldout"]) -> list[SourceSection]:
         """Return the sources of one split, with the defaults of `[data]` filled in."""

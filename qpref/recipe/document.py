@@ -23,10 +23,8 @@ SHOWN = 200
 FREE_TO_CHANGE = {
     # Locations; their contents have fingerprints of their own.
     *(("model", key) for key in ("base", "sha256", "tokenizer", "device", "memory")),
-    *(
-        ("data", key)
-        for key in ("train", "heldout", "heldout_share", "reader", "format", "columns", "contest", "skip_bad", "cache")
-    ),
+    *(("data", key) for key in ("train", "heldout", "heldout_share", "reader", "folder", "format", "columns")),
+    *(("data", key) for key in ("contest", "skip_bad", "cache")),
     ("adapter", "start"),
     # Memory and speed, and how often metrics and checkpoints are written.
     *(("train", key) for key in ("tokens_per_microbatch", "gradient_checkpointing", "deterministic", "keep")),

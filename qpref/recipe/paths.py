@@ -65,7 +65,11 @@ class Locations:
         model, data, start = recipe.model, recipe.data, recipe.adapter.start
         changes = {
             "model": {"base": self.base(model.base), "tokenizer": model.tokenizer and self.base(model.tokenizer)},
-            "data": {"train": self.sources(data.train), "heldout": self.sources(data.heldout)},
+            "data": {
+                "train": self.sources(data.train),
+                "heldout": self.sources(data.heldout),
+                "folder": data.folder and self.path(data.folder),
+            },
             "adapter": {"start": start and self.path(start)},
         }
         sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}

@@ -75,8 +75,9 @@ def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
     if not isinstance(table, dict):
         return None
     keys = ("train", "heldout", "reader")
+    kept = {key: table[key] for key in keys if isinstance(table.get(key), str | list | dict)}
     try:
-        return DataSection.model_validate({key: table[key] for key in keys if isinstance(table.get(key), str | list)})
+        return DataSection.model_validate(kept)
     except ValidationError:
         return None
 
@@ -109,6 +110,7 @@ class Resolution:
     ) -> None:
         self._origin = origin
         self._output = output
+        self._folder = folder
         self._host = PluginHost(recorded, given_plugins(plugins))
         self._locations = Locations(folder, lambda location: self._named_reader(location) is not None)
         self._problems: list[Problem] = []
@@ -137,6 +139,8 @@ class Resolution:
         full.pop("plugins")
         if files:
             full["plugins"] = {"files": [{"path": str(file.path), "sha256": file.sha256} for file in files]}
+        if any(source.reader.record.options is not None for source in sources):
+            full["data"]["folder"] = str(sources[0].folder)
         full["sinks"] = [{"name": sink.plugin.record.name} | sink.table() for sink in sinks]
         return Plan(
             recipe=recipe,
@@ -261,23 +265,39 @@ class Resolution:
                 if source.path in [one.location for one in found]:
                     message = f"{source.path} is named twice; a source's weight says how often its rows are trained on"
                     self._problems.append(Problem(table, key, message))
-                elif reader := self._reader(source, table, key):
-                    found.append(
-                        SourceChoice(
-                            location=source.path,
-                            split=split,
-                            reader=reader,
-                            format=source.format or "auto",
-                            columns=source.columns or {},
-                            contest=source.contest,
-                            weight=source.weight,
-                        )
-                    )
+                elif choice := self._source(source, split, table, key):
+                    found.append(replace(choice, folder=Path(data.folder or self._folder)))
         return found
+
+    def _source(self, source: SourceSection, split: Split, table: str, key: str) -> SourceChoice | None:
+        """Resolve a source's reader and its options; on a problem, note it and return None."""
+        reader = self._reader(source, table, key)
+        if reader is None:
+            return None
+        options = None
+        if reader.record.options is not None:
+            choice = self._parsed(reader, source.reader_options, f"{table}.reader", manager.READER)
+            if choice is None:
+                return None
+            options = choice.options
+        elif unknown := sorted(source.reader_options):
+            message = f"reader '{reader.offer.name}' ({reader.offer}) has no options"
+            self._problems += [Problem(f"{table}.reader", option, message) for option in unknown]
+            return None
+        return SourceChoice(
+            location=source.path,
+            split=split,
+            reader=reader,
+            format=source.format or "auto",
+            columns=source.columns or {},
+            contest=source.contest,
+            weight=source.weight,
+            options=options,
+        )
 
     def _reader(self, source: SourceSection, table: str, key: str) -> Loaded | None:
         """Find the reader: named by the recipe, else by the location, else by the file's longest known suffix."""
-        name = source.reader or self._named_reader(source.path)
+        name = source.reader_name or self._named_reader(source.path)
         if name is None and Path(source.path).is_dir():
             name = FOLDER_READER
         if name is None:
@@ -293,7 +313,7 @@ class Resolution:
                 )
                 return None
             name = fitting[-1]
-        return self._load(manager.READER, name, table, "reader" if source.reader else key)
+        return self._load(manager.READER, name, table, "reader" if source.reader_name else key)
 
     def _named_reader(self, location: str) -> str | None:
         """Return the installed reader that a location such as `hf:org/name` starts with, or None."""
@@ -310,8 +330,10 @@ class Resolution:
     def _choose(self, kind: Kind, name: str, options: dict[str, Any], where: str) -> Choice | None:
         """Load a plugin and parse its options; on a problem, note it and return None."""
         plugin = self._load(kind, name, where, "name")
-        if plugin is None:
-            return None
+        return None if plugin is None else self._parsed(plugin, options, where, kind)
+
+    def _parsed(self, plugin: Loaded, options: dict[str, Any], where: str, kind: Kind) -> Choice | None:
+        """Parse a plugin's options; on a problem, note it and return None."""
         model = plugin.record.options
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             raise PluginError(f"{plugin.offer}: its options are no qpref.hooks.Options", "report it to its author")

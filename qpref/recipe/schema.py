@@ -48,6 +48,9 @@ def recipe_schema(host: PluginHost, distribution: str | None = None) -> Json:
         "items": {"oneOf": [_named(sink, SinkSection) for sink in sinks]},
         "default": [{"name": "console"}],
     }
+    readers = [reader for reader in _plugins(host, manager.READER, distribution) if reader.record.options is not None]
+    for name in ("DataSection", "SourceSection"):
+        schema["$defs"][name]["properties"]["reader"]["anyOf"] = [{"type": "string"}, *_reader_tables(readers)]
     for name in ("LossSection", "SinkSection"):
         schema["$defs"].pop(name, None)
     return {"$schema": DIALECT, "title": "A recipe of qpref"} | schema
@@ -116,6 +119,25 @@ def _checks(plugins: list[Loaded]) -> Json:
         "properties": properties,
         "additionalProperties": False,
     }
+
+
+def _reader_tables(plugins: list[Loaded]) -> list[Json]:
+    """Return the schemas of `[data.reader]`: for readers without options, and for each reader with some."""
+    tables = [{"type": "object", "properties": {"name": {"type": "string"}}, "additionalProperties": False}]
+    for plugin in plugins:
+        options = _options(plugin.record.options)
+        name = {"const": plugin.record.name, "type": "string"}
+        tables.append(
+            {
+                "title": plugin.record.name,
+                "description": plugin.record.summary,
+                "type": "object",
+                "properties": {"name": name, **options["properties"]},
+                "required": options["required"],
+                "additionalProperties": False,
+            }
+        )
+    return tables
 
 
 def with_schedules(schema: Json, model: type[BaseModel]) -> Json:
