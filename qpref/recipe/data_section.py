@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.section import Section
@@ -217,3 +218,16 @@ class DataSection(Section):
                 "or nothing is left for a response"
             )
         return self
+
+
+def sources_alone(document: Mapping[str, Any]) -> DataSection | None:
+    """Read the sources of a recipe that has mistakes elsewhere; None where its sources have mistakes too."""
+    table = document.get("data")
+    if not isinstance(table, dict):
+        return None
+    keys = ("train", "heldout", "reader")
+    kept = {key: table[key] for key in keys if isinstance(table.get(key), str | list | dict)}
+    try:
+        return DataSection.model_validate(kept)
+    except ValidationError:
+        return None

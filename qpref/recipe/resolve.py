@@ -16,7 +16,7 @@ from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.plugin_files import given_plugins
 from qpref.hooks.types import PairedLoss, Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
-from qpref.recipe.data_section import DataSection, SourceSection
+from qpref.recipe.data_section import DataSection, SourceSection, sources_alone
 from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.plan import DataPlan, Plan
@@ -69,19 +69,6 @@ def run_folder_of(recipe: Path | Mapping[str, Any], output: Path | None) -> Path
     return output or Path("runs") / (recipe.stem if isinstance(recipe, Path) else "run")
 
 
-def _data_alone(document: Mapping[str, Any]) -> DataSection | None:
-    """Read the sources of a recipe that has mistakes elsewhere; None where its sources have mistakes too."""
-    table = document.get("data")
-    if not isinstance(table, dict):
-        return None
-    keys = ("train", "heldout", "reader")
-    kept = {key: table[key] for key in keys if isinstance(table.get(key), str | list | dict)}
-    try:
-        return DataSection.model_validate(kept)
-    except ValidationError:
-        return None
-
-
 def make_data_plan(location: str, base: str | None = None, options: Mapping[str, Any] | None = None) -> DataPlan:
     """Plan the check of one source with the defaults of a recipe.
 
@@ -126,7 +113,7 @@ class Resolution:
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
         recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
-        sources = self._sources(recipe.data if recipe else _data_alone(document))
+        sources = self._sources(recipe.data if recipe else sources_alone(document))
         if self._problems or recipe is None or not losses:
             raise self._error()
         full = recipe.model_dump(mode="json", exclude_none=True)
