@@ -36,7 +36,8 @@ LOSS = """## [loss]
 
 `name` selects the loss; the other keys are its own options. Several `[[loss]]` tables make a weighted sum (`weight`,
 default 1); all of them on pairs, or all on single completions. Any numeric option can follow a schedule over the run:
-`beta = { start = 0.1, end = 0.3, schedule = "linear" }` (or `"cosine"`), from the first optimizer step to the last.
+`beta = { start = 0.1, end = 0.3, schedule = "linear" }` (or `"cosine"`), from the first optimizer step to the last. So
+can the `weight` of a loss in a sum, which may be 0 at one end.
 """
 
 

@@ -71,6 +71,8 @@ class PreferencePair:
         weight: factor on this pair's loss (applied by the training loop, a loss never sees it).
         margin: how much better `chosen` has to be, in units of the implicit reward (nats times beta).
         number: index of the pair within its row; k ranked responses make up to k (k - 1) / 2 pairs.
+        positions: of chosen and rejected in the row's lists of responses; 0 where a column holds one response.
+        columns: numbers of the row that the losses read, by column.
     """
 
     prompt: tuple[Message, ...]
@@ -80,6 +82,8 @@ class PreferencePair:
     weight: float = 1.0
     margin: float = 0.0
     number: int = 0
+    positions: tuple[int, int] = field(default=(0, 0), compare=False)
+    columns: Mapping[str, float] = field(default_factory=dict)
     source: Source
 
 
@@ -92,6 +96,7 @@ class UnpairedExample:
         tools: JSON schemas of the functions that the assistant may call, for the chat template.
         weight: factor on this example's loss (applied by the training loop, a loss never sees it).
         number: index within its row; the two halves of a pair have the same number.
+        columns: numbers of the row that the losses read, by column.
     """
 
     prompt: tuple[Message, ...]
@@ -100,6 +105,7 @@ class UnpairedExample:
     tools: tuple[Mapping[str, object], ...] = ()
     weight: float = 1.0
     number: int = 0
+    columns: Mapping[str, float] = field(default_factory=dict)
     source: Source
 
 
@@ -118,6 +124,7 @@ class TokenizedExample:
         scores_masked: True if masked tokens are scored all the same, for a loss that reads the mask.
         label: True for a desirable completion; None for a pair.
         number: index within its row, as in `PreferencePair` and `UnpairedExample`.
+        columns: numbers of the row that the losses read, by column.
     """
 
     prompt: array[int]
@@ -130,6 +137,7 @@ class TokenizedExample:
     margin: float
     label: bool | None = None
     number: int = 0
+    columns: Mapping[str, float] = field(default_factory=dict)
     source: Source
 
     @property
@@ -175,6 +183,7 @@ class PackedBatch:
         score_token: [S] int64, the predicted token.
         lengths: [N * K] scored tokens of each branch, in the order of `score_at`; branch k of example i is i * K + k.
         weight, margin: [N] float32.
+        columns: [N] float32, numbers of the rows that the losses read, by column.
         examples: the packed examples.
     """
 
@@ -188,6 +197,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     weight: Tensor
     margin: Tensor
+    columns: Mapping[str, Tensor]
     examples: tuple[TokenizedExample, ...]
 
     @property
@@ -226,12 +236,20 @@ class TokenLogProbs:
         found = {name: getattr(self, name) for name in names}
         return {name: values for name, values in found.items() if values is not None}
 
+    def sum(self, values: Tensor) -> Tensor:
+        """[N] sum over each sequence of what has one number for each token, added in the order of `total`.
+
+        Args:
+            values: [S], such as weighted log-probabilities.
+        """
+        import torch
+
+        return torch.stack([piece.sum() for piece in values.split(list(self.lengths))])
+
     @property
     def total(self) -> Tensor:
         """[N] summed log-probability of each sequence."""
-        import torch
-
-        return torch.stack([piece.sum() for piece in self.values.split(list(self.lengths))])
+        return self.sum(self.values)
 
     @property
     def count(self) -> Tensor:
@@ -270,11 +288,16 @@ class PairedInputs:
         policy: with gradient.
         reference: without gradient; None where the loss doesn't need it.
         margin: [N] margin of each row, 0 by default.
+        columns: name -> [N] numbers of the rows, for the columns that the loss's record names; in the dtype and on the
+            device of the log-probabilities.
+        state: name -> what the loss has kept since the steps before, for the names in its record's `state`.
     """
 
     policy: PairLogProbs
     reference: PairLogProbs | None
     margin: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +312,7 @@ class UnpairedInputs:
             step, M >= N of them in no particular order.
         desirable: [N] bool.
         class_counts: number of desirable and undesirable examples in the whole training set.
+        columns, state: as in `PairedInputs`.
     """
 
     policy: TokenLogProbs
@@ -297,6 +321,8 @@ class UnpairedInputs:
     mismatched_reference: TokenLogProbs | None = None
     desirable: Tensor
     class_counts: tuple[int, int]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,10 +346,13 @@ class LossOutput:
         losses: [N] with gradient.
         metrics: name -> [N], detached, NaN where undefined for an example. The usual names: rewards/chosen,
             rewards/rejected, rewards/margins, rewards/accuracies.
+        state: name -> value to keep for the next step, detached; names that are left out stay as they are. It counts
+            only where the optimizer takes the step, never in an evaluation.
     """
 
     losses: Tensor
     metrics: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from qpref.hooks.manager import LOSS, PluginHost, installed_offers
+from qpref.recipe.loss_section import LossSection
 from qpref.recipe.schedule import Schedule, can_be_scheduled
-from qpref.recipe.sections import LossSection
 from qpref.testing import RULES, assert_conforms
 
 PAGES = Path(__file__).parents[1] / "docs/losses"

@@ -222,6 +222,7 @@ BOTH = {
         lambda sound: with_losses(sound, spoilt_in_place),
         lambda sound: with_losses(sound, lambda losses, inputs: losses + torch.rand(1)),
     ],
+    "state": [lambda sound: replace(sound, scope="step", state={"mean": 0.0})],
     "start": [
         lambda sound: replace(sound, starts_at=lambda options: 1.0),
         lambda sound: replace(sound, starts_at=raising),

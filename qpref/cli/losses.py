@@ -105,11 +105,13 @@ def _facts(record: Any) -> dict[str, str]:
     tables = [(table, record.options.model_validate(dict(table))) for table in options_tables(record)]
     needs = [", ".join(sorted(record.needs_of(options))) or "nothing" for _, options in tables]
     starts = [None if record.starts_at is None else record.starts_at(options) for _, options in tables]
+    columns = [", ".join(record.columns_of(options)) or "none" for _, options in tables]
     return {
         "data": _kind(record),
         "formula": record.formula,
         "paper": record.paper,
         "needs": _by_options(tables, needs),
+        **({"columns": _by_options(tables, columns)} if set(columns) != {"none"} else {}),
         "scope": _by_options(tables, [SCOPES[record.scope_of(options)] for _, options in tables]),
         "starts at": _by_options(tables, ["no constant" if start is None else f"{start:.6g}" for start in starts]),
     }

@@ -130,6 +130,8 @@ def fingerprint(examples: Sequence[TokenizedExample]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((len(example.prompt), example.weight, example.margin, example.label)).encode())
+        if example.columns:
+            digest.update(repr(sorted(example.columns.items())).encode())
         digest.update(example.prompt.tobytes())
         for branch in example.branches:
             digest.update(len(branch).to_bytes(4, "little") + branch.tobytes())

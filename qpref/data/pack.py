@@ -66,13 +66,21 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
         "weight": torch.tensor([example.weight for example in examples]),
         "margin": torch.tensor([example.margin for example in examples]),
     }
+    columns = host_columns(examples)
+    copied = to_device([*host.values(), *columns.values()], device)
     return PackedBatch(
-        **dict(zip(host, to_device(list(host.values()), device), strict=True)),
+        **dict(zip(host, copied, strict=False)),
+        columns=dict(zip(columns, copied[len(host) :], strict=True)),
         groups=tuple(groups),
         group_of=tuple(group_of),
         lengths=tuple(len(branch) for example in examples for branch in example.branches),
         examples=tuple(examples),
     )
+
+
+def host_columns(examples: Sequence[TokenizedExample]) -> dict[str, torch.Tensor]:
+    """Return [N] float32 numbers of the examples' rows by column, on the CPU."""
+    return {name: torch.tensor([each.columns[name] for each in examples]) for name in examples[0].columns}
 
 
 def by_prompt(examples: Sequence[TokenizedExample]) -> Iterable[list[int]]:

@@ -38,6 +38,7 @@ def unpair(pair: PreferencePair) -> tuple[UnpairedExample, UnpairedExample]:
             tools=pair.tools,
             weight=pair.weight,
             number=pair.number,
+            columns=pair.columns,
             source=pair.source,
         )
         for completion, label in ((pair.chosen, True), (pair.rejected, False))

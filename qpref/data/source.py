@@ -17,6 +17,7 @@ from qpref.rows.contest import Contest
 from qpref.rows.contest_formats import CONTESTS, may_compare
 from qpref.rows.formats import COLUMNS, format_of, records_of_row, with_columns
 from qpref.rows.label_studio import flattened
+from qpref.rows.loss_columns import with_loss_columns
 from qpref.rows.values import BadRowError
 
 Judged = tuple[str, Contest, Mapping[str, object]]
@@ -39,10 +40,11 @@ class DataSource:
     def __post_init__(self) -> None:
         if self.choice.contest is not None:
             self._contest = Contest(self.choice.contest)
+        known = COLUMNS.union(self.choice.read_by_losses)
         for name in self.choice.columns:
-            if name not in COLUMNS:
+            if name not in known:
                 raise RecipeError(
-                    f"[data] columns: no row format has a column '{name}'{did_you_mean(name, sorted(COLUMNS))}"
+                    f"[data] columns: no row format has a column '{name}'{did_you_mean(name, sorted(known))}"
                 )
 
     def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
@@ -61,18 +63,22 @@ class DataSource:
             yield self.records(row)
 
     def records(self, row: Row | Finding) -> Sequence[ExampleRow] | Finding:
-        """Convert a raw row to its records."""
+        """Convert a raw row to its records, with the numbers that the losses read."""
         if isinstance(row, Finding):
             return row
         try:
-            row = flattened(row)
+            row = flat = flattened(row)
             row = row if self._contest is None else self._contest.judge(row)
+            named = self.named(row)
+            if isinstance(named, Finding):
+                return named
+            records = records_of_row(named, self.choice.format if self._contest is None else "auto")
+            if isinstance(records, Finding) or not self.choice.read_by_losses:
+                return records
+            values = {**flat.values, **named.values}  # a contest takes away the scores that it judges by
+            return [with_loss_columns(record, values, self.choice.read_by_losses) for record in records]
         except BadRowError as error:
             return Finding(code=error.code, severity="error", message=str(error), source=row.source)
-        named = self.named(row)
-        if isinstance(named, Finding):
-            return named
-        return records_of_row(named, self.choice.format if self._contest is None else "auto")
 
     def contest_of(self, row: Row) -> Judged | None:
         """Return what judged a row; None where that is no contest."""

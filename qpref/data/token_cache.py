@@ -134,6 +134,7 @@ def _read(row: ExampleRow, content: bytes | None) -> TokenizedExample | None:
         margin=margin,
         label=label,
         number=row.number,
+        columns=row.columns,
         source=row.source,
     )
 

@@ -194,6 +194,7 @@ class PairTokenizer:
             margin=margin,
             label=label,
             number=row.number,
+            columns=row.columns,
             source=row.source,
         )
         return example, warnings

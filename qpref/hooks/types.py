@@ -25,6 +25,7 @@ mismatched: log-probabilities of another example's completion after each prompt,
 """
 Scope = Literal["example", "mismatched", "step"]
 NEEDS: frozenset[str] = frozenset(get_args(Need))
+InitialState = Mapping[str, float | Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class Loss:
         paper: authors, year, title and equation.
         options: the model of the other keys of `[loss]`.
         build: options -> the loss function, which takes the inputs and returns one value per example. The function
-            is stateless: the core rebuilds it whenever a scheduled option changes.
+            keeps nothing itself: the core rebuilds it whenever a scheduled option changes, and has `state` for that.
         needs: the inputs that the loss requires beyond the policy's log-probabilities, see `Need`; or a function that
             returns them for given options.
         scope: "example" where an example's loss depends on that example alone; "mismatched" where it depends on the
@@ -80,6 +81,11 @@ class Loss:
             detached values fixed in their finite differences. None where it never does.
         is_monotone: False where the loss may rise with the reward margin though policy and reference are the same, on
             purpose; the conformance checks then don't look at the direction of its gradient.
+        columns: names of numeric columns of the rows that the loss reads as `inputs.columns`; or a function that
+            returns them for given options. A row without one of them is refused.
+        state: name -> first value, a number or a list of numbers, of what the loss keeps between optimizer steps: it
+            reads `inputs.state` and returns new values in `LossOutput.state`. For losses of scope "step". Or a function
+            that returns it for given options.
         variants: further options to check the loss with, each a table as in a recipe.
         trl_cases: TRL configurations that compute the same loss. Without any, the loss is compared with the TRL loss
             type of the same name.
@@ -99,6 +105,8 @@ class Loss:
     log_ratios_only: bool = False
     detaches: Callable[[Any], bool] | None = None
     is_monotone: bool = True
+    columns: Sequence[str] | Callable[[Any], Sequence[str]] = ()
+    state: InitialState | Callable[[Any], InitialState] = field(default_factory=dict)
     variants: Sequence[Mapping[str, object]] = ()
     trl_cases: Sequence[TrlCase] = ()
 
@@ -109,6 +117,14 @@ class Loss:
     def scope_of(self, options: Any) -> Scope:
         """Return the scope under these options."""
         return self.scope(options) if callable(self.scope) else self.scope
+
+    def columns_of(self, options: Any) -> Sequence[str]:
+        """Return the columns of the rows that it reads under these options."""
+        return self.columns(options) if callable(self.columns) else self.columns
+
+    def state_of(self, options: Any) -> InitialState:
+        """Return the first values of what it keeps between steps under these options."""
+        return self.state(options) if callable(self.state) else self.state
 
 
 class PairedLoss(Loss):

@@ -11,7 +11,7 @@ from qpref.errors import PluginError
 from qpref.hooks.manager import Loaded
 from qpref.hooks.types import PairedLoss, Reader, ReaderContext, Split, UnpairedLoss
 from qpref.recipe.contest_section import ContestSection
-from qpref.recipe.schedule import Scheduled
+from qpref.recipe.schedule import Schedule, Scheduled
 from qpref.records import Finding, Row
 
 
@@ -45,6 +45,7 @@ class SourceChoice:
         weight: times that an epoch trains on each row.
         options: the reader's options, parsed; None for a reader without any.
         folder: folder at which the reader's relative paths start.
+        read_by_losses: numeric columns that the losses read, by qpref's names.
     """
 
     location: str
@@ -54,6 +55,7 @@ class SourceChoice:
     columns: Mapping[str, str] = field(default_factory=dict)
     contest: ContestSection | None = None
     weight: float = 1.0
+    read_by_losses: tuple[str, ...] = ()
     options: Any = None
     folder: Path = Path()
 
@@ -73,19 +75,29 @@ class SourceChoice:
 
 @dataclass(frozen=True, slots=True)
 class LossChoice:
-    """A loss that the recipe chose, its options, which may follow a schedule, and its factor in the sum."""
+    """A loss that the recipe chose, its options, and its factor in the sum; both may follow a schedule."""
 
     plugin: Loaded
     options: Scheduled
-    weight: float = 1.0
+    weight: float | Schedule = 1.0
+
+    @property
+    def is_scheduled(self) -> bool:
+        """True where an option or the weight follows a schedule."""
+        return bool(self.options.schedules) or isinstance(self.weight, Schedule)
 
     def at(self, progress: float) -> Choice:
         """Return the choice with the options at `progress` of the run, 0 to 1."""
         return Choice(self.plugin, self.options.at(progress))
 
+    def weight_at(self, progress: float) -> float:
+        """Return the factor in the sum at `progress` of the run, 0 to 1."""
+        return self.weight.at(progress) if isinstance(self.weight, Schedule) else self.weight
+
     def table(self) -> dict[str, Any]:
         """Return the choice as a table of the recipe."""
-        weight = {} if self.weight == 1.0 else {"weight": self.weight}
+        own = self.weight.model_dump(mode="json") if isinstance(self.weight, Schedule) else self.weight
+        weight = {} if own == 1.0 else {"weight": own}
         return {"name": self.plugin.record.name} | weight | self.options.document()
 
 
@@ -96,10 +108,12 @@ class LossFacts:
     Attributes:
         is_paired: the losses take pairs, not single completions.
         needs: see `qpref.hooks.types.Need`.
+        columns: numeric columns of the rows that they read.
     """
 
     is_paired: bool
     needs: frozenset[str]
+    columns: tuple[str, ...] = ()
 
 
 def refuse_odd_loss(plugin: Loaded) -> None:

@@ -11,6 +11,7 @@ from qpref.hooks.types import PairedLoss, Printing
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.document import fingerprint_of
+from qpref.recipe.loss_columns import joint_columns
 from qpref.recipe.sections import ModelSection, Recipe
 
 
@@ -54,6 +55,13 @@ class Plan:
         if self.recorded:
             return self.recorded.needs
         return joint_needs(loss.at(0.0) for loss in self.losses)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Numeric columns of the rows that the losses read; a schedule doesn't change them."""
+        if self.recorded:
+            return self.recorded.columns
+        return joint_columns(loss.at(0.0) for loss in self.losses)
 
     @property
     def fingerprint(self) -> str:

@@ -47,7 +47,10 @@ class RecordedRun:
         is_paired, needs = recorded.get("is_paired"), recorded.get("needs")
         if not isinstance(is_paired, bool) or not isinstance(needs, list) or not set(map(str, needs)) <= NEEDS:
             return None
-        return LossFacts(is_paired, frozenset(needs))
+        columns = recorded.get("columns", [])
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            return None
+        return LossFacts(is_paired, frozenset(needs), tuple(columns))
 
     @property
     def has_refused_rows(self) -> bool:

@@ -14,15 +14,17 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.plugin_files import given_plugins
-from qpref.hooks.types import PairedLoss, Split
+from qpref.hooks.types import Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
 from qpref.recipe.data_section import DataSection, SourceSection, sources_alone
 from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
+from qpref.recipe.loss_columns import joint_columns
+from qpref.recipe.loss_tables import joint_problems, schedules_of, weight_of
 from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.plan import DataPlan, Plan
 from qpref.recipe.plugin_tables import load_files
 from qpref.recipe.problems import Problem, problem_lines, problems_of
-from qpref.recipe.schedule import Schedule, Scheduled, can_be_scheduled
+from qpref.recipe.schedule import Scheduled
 from qpref.recipe.sections import ModelSection, check_document
 from qpref.recipe.trl_losses import find_loss
 
@@ -113,7 +115,8 @@ class Resolution:
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
         recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
-        sources = self._sources(recipe.data if recipe else sources_alone(document))
+        columns = joint_columns(loss.at(0.0) for loss in losses)
+        sources = self._sources(recipe.data if recipe else sources_alone(document), columns=columns)
         if self._problems or recipe is None or not losses:
             raise self._error()
         full = recipe.model_dump(mode="json", exclude_none=True)
@@ -149,13 +152,15 @@ class Resolution:
             raise self._error()
         recipe = self._locations.recipe(checked)
         splits = ("heldout",) if heldout_alone and recipe.data.heldout else SPLITS
+        loaded = () if losses else tuple(self._losses(document["loss"]))
+        columns = losses.columns if losses else joint_columns(loss.at(0.0) for loss in loaded)
         plan = Plan(
             recipe=recipe,
             document=document,
-            losses=() if losses else tuple(self._losses(document["loss"])),
+            losses=loaded,
             validators=tuple(self._validators(document.get("checks"), by_default=())) if with_checks else (),
             sinks=(),
-            sources=tuple(self._sources(recipe.data, splits)),
+            sources=tuple(self._sources(recipe.data, splits, columns)),
             output=self._output,
             recorded=losses,
         )
@@ -187,41 +192,34 @@ class Resolution:
             tables_by_name = {f"loss.{index}": table for index, table in enumerate(tables)}
         choices = [self._loss(table, where) for where, table in tables_by_name.items()]
         losses = [choice for choice in choices if choice]
-        if len({isinstance(loss.plugin.record, PairedLoss) for loss in losses}) > 1:
-            names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)
-            self._problems.append(Problem("loss", "", f"{names}: one is on pairs, another on single completions"))
+        self._problems += joint_problems(losses)
         return losses
 
     def _loss(self, table: Any, where: str) -> LossChoice | None:
         """Resolve a loss with its options; a numeric option may be a table `{ start, end, schedule }`."""
         if not isinstance(table, dict):
             return None
-        values, schedules = dict(table), {}
-        weight = values.pop("weight", 1.0)
+        values = {key: value for key, value in table.items() if key != "weight"}
         name = values.get("name")
         plugin = self._load(manager.LOSS, name, where, "name") if isinstance(name, str) else None
         if plugin is None:
             return None
         refuse_odd_loss(plugin)
-        for key, value in table.items():
-            if isinstance(value, dict) and can_be_scheduled(plugin.record.options, key):
-                try:
-                    schedules[key] = Schedule.model_validate(value)
-                except ValidationError as error:
-                    self._problems += problems_of(error, Schedule, f"{where}.{key}")
-                    return None
+        schedules = schedules_of(values, plugin.record.options, where)
+        if isinstance(schedules, list):
+            self._problems += schedules
+            return None
         first = self._choose_named(manager.LOSS, values | {key: value.start for key, value in schedules.items()}, where)
         noted = len(self._problems)
         last = self._choose_named(manager.LOSS, values | {key: value.end for key, value in schedules.items()}, where)
         if first is not None:
-            ends = [
-                replace(problem, message=f"{problem.message} (end of the schedule)")
-                for problem in self._problems[noted:]
+            self._problems[noted:] = [
+                replace(one, message=f"{one.message} (end of the schedule)") for one in self._problems[noted:]
             ]
-            self._problems[noted:] = ends
-        if first is None or last is None or isinstance(weight, bool) or not isinstance(weight, int | float):
+        weight = weight_of(table)
+        if first is None or last is None or weight is None:
             return None
-        return LossChoice(plugin, Scheduled(first.options, schedules), float(weight))
+        return LossChoice(plugin, Scheduled(first.options, schedules), weight)
 
     def _validators(self, table: Any, by_default: Sequence[str] = DEFAULT_VALIDATORS) -> list[Choice]:
         table = table if isinstance(table, dict) else {}
@@ -241,7 +239,9 @@ class Resolution:
         choices = [self._choose_named(manager.SINK, table, f"sinks.{index}") for index, table in enumerate(tables)]
         return [choice for choice in choices if choice]
 
-    def _sources(self, data: DataSection | None, splits: Sequence[Split] = SPLITS) -> list[SourceChoice]:
+    def _sources(
+        self, data: DataSection | None, splits: Sequence[Split] = SPLITS, columns: tuple[str, ...] = ()
+    ) -> list[SourceChoice]:
         found: list[SourceChoice] = []
         if data is None:
             return found
@@ -253,7 +253,7 @@ class Resolution:
                     message = f"{source.path} is named twice; a source's weight says how often its rows are trained on"
                     self._problems.append(Problem(table, key, message))
                 elif choice := self._source(source, split, table, key):
-                    found.append(replace(choice, folder=Path(data.folder or self._folder)))
+                    found.append(replace(choice, folder=Path(data.folder or self._folder), read_by_losses=columns))
         return found
 
     def _source(self, source: SourceSection, split: Split, table: str, key: str) -> SourceChoice | None:

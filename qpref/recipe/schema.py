@@ -11,9 +11,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from qpref.errors import PluginError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
+from qpref.recipe.loss_section import LossSection
 from qpref.recipe.resolve import DEFAULT_VALIDATOR
 from qpref.recipe.schedule import Schedule, can_be_scheduled
-from qpref.recipe.sections import LossSection, Recipe, SinkSection
+from qpref.recipe.sections import Recipe, SinkSection
 
 DIALECT = GenerateJsonSchema.schema_dialect
 Json = dict[str, Any]

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from qpref.recipe.data_section import DataSection
+from qpref.recipe.loss_section import LossSection
 from qpref.recipe.plugins_section import PluginsSection
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.section import Section
@@ -291,15 +292,6 @@ class SinkSection(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="Name of the sink.")
-
-
-class LossSection(BaseModel):
-    """The loss, or with `[[loss]]` one term of a weighted sum; the other keys are its own options."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
-
-    name: str = Field(min_length=1, description="Name of the loss.")
-    weight: float = Field(default=1.0, gt=0, description="Factor on this loss in the sum.")
 
 
 def _as_list(value: object) -> object:

@@ -138,7 +138,7 @@ def _ranked(row: Row) -> Records:
     if not pairs:
         raise BadRowError("tied", f"all {len(turns)} responses have the same score, so none is preferred")
     return [
-        replace(build_pair(row, prompt, turns[better], turns[worse]), number=number)
+        replace(build_pair(row, prompt, turns[better], turns[worse]), number=number, positions=(better, worse))
         for number, (better, worse) in enumerate(pairs)
     ]
 

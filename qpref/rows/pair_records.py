@@ -25,7 +25,11 @@ def pairs_of_sides(row: Row, prompt: Turns | None) -> list[PreferencePair]:
     """
     row = with_shared_tools(row, "chosen", "rejected")
     chosen, rejected = (responses_of(row.values[side], side) for side in ("chosen", "rejected"))
-    return numbered(pair_of_turns(row, prompt, better, worse) for better in chosen for worse in rejected)
+    return numbered(
+        replace(pair_of_turns(row, prompt, better, worse), positions=(at, other))
+        for at, better in enumerate(chosen)
+        for other, worse in enumerate(rejected)
+    )
 
 
 def responses_of(value: object, side: str) -> list[Turns]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpref.hooks import PairedLoss
 from qpref.hooks.border import described, is_interrupt
+from qpref.hooks.loss_state import state_of, written_problem
 from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import Loss
 from qpref.records import EXTRAS, LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
@@ -44,6 +45,14 @@ class LossInputs:
 
     inputs: Any
     leaves: Mapping[str, Tensor]
+
+
+def _columns(examples: Sequence[Example], names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return [N] numbers of the examples by column."""
+    return {
+        name: torch.tensor([one.numbers[index % len(one.numbers)] for one in examples], dtype=dtype)
+        for index, name in enumerate(names)
+    }
 
 
 def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype) -> LossInputs:
@@ -88,6 +97,8 @@ class Built:
     def __init__(self, record: Loss, options: Any) -> None:
         self.paired = isinstance(record, PairedLoss)
         self.needs = declared_needs(record, options)
+        self.columns = attempt("columns", lambda: tuple(record.columns_of(options)))
+        self._initial = attempt("state", record.state_of, options)
         self._function = attempt("build", record.build, options)
 
     def given(
@@ -98,7 +109,13 @@ class Built:
         needs: frozenset[str] | None = None,
     ) -> LossInputs:
         needs = self.needs if needs is None else needs
-        return _paired(examples, needs, dtype) if self.paired else _unpaired(examples, needs, dtype, class_counts)
+        given = _paired(examples, needs, dtype) if self.paired else _unpaired(examples, needs, dtype, class_counts)
+        columns = _columns(examples, self.columns, dtype)
+        return replace(given, inputs=replace(given.inputs, columns=columns, state=self.state(dtype)))
+
+    def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return its state before the first step."""
+        return state_of(self._initial, {}, torch.empty(0, dtype=dtype))
 
     def __call__(self, given: LossInputs) -> LossOutput:
         num_examples = len(given.inputs.margin if self.paired else given.inputs.desirable)
@@ -110,6 +127,8 @@ class Built:
             raise BrokenRule(f"returns losses of shape {shape}, not ({num_examples},)")
         if torch.is_grad_enabled() and not output.losses.requires_grad:
             raise BrokenRule("returns losses without a gradient")
+        if problem := written_problem(given.inputs.state, output.state):
+            raise BrokenRule(problem)
         return output
 
     def values(self, examples: Sequence[Example]) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor
 LEVELS = (0.0, -1e-8, -1.0, -1e4)
 """Log-probabilities of a token at which value and gradient have to be finite."""
 
+NUMBERS = (0.0, 1.0, -1.0, 1e4, -1e4, 1e-8)
+"""Numbers of a column at which value and gradient have to be finite."""
+
 LONGEST = 4096
 """Tokens of the longest response."""
 
@@ -29,13 +32,18 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A pair: first is chosen, second rejected. A single completion: first is its own, second the mismatched one."""
+    """A pair: first is chosen, second rejected. A single completion: first is its own, second the mismatched one.
+
+    Attributes:
+        numbers: of the columns that a loss reads, from the first one on again where it reads more.
+    """
 
     first: Scores
     second: Scores
     prompt: Tensor
     margin: float = 0.0
     desirable: bool = True
+    numbers: tuple[float, ...] = (0.0,)
 
     def __str__(self) -> str:
         sides = [
@@ -73,6 +81,7 @@ class Draws:
                 prompt=self.scores(1 + number % 2).policy,
                 margin=(0.0, 0.7, -0.4)[number % 3],
                 desirable=number % 2 == 0,
+                numbers=tuple(torch.randn(5, dtype=torch.float64, generator=self._generator).tolist()),
             )
             for number in range(count)
         ]
@@ -94,24 +103,29 @@ def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
 
 def extreme_pairs() -> list[list[Example]]:
     """Make two batches of pairs at the extremes: one-token responses, and one with 4,096-token ones."""
-    margins = itertools.cycle((0.0, 1e4, -1e4))
+    margins, numbers = itertools.cycle((0.0, 1e4, -1e4)), itertools.cycle(itertools.permutations(NUMBERS))
     lengths = itertools.cycle(((LONGEST, 1), (1, LONGEST), (LONGEST, LONGEST), (LONGEST, 1), (1, LONGEST)))
     short: list[Example] = []
     long: list[Example] = []
     for chosen, chosen_reference, rejected, rejected_reference in itertools.product(LEVELS, repeat=4):
         first, second = _level(chosen, chosen_reference), _level(rejected, rejected_reference)
-        short.append(Example(first=first, second=second, prompt=first.policy, margin=next(margins)))
+        short.append(
+            Example(first=first, second=second, prompt=first.policy, margin=next(margins), numbers=next(numbers))
+        )
     for (chosen, rejected), reference in itertools.product(itertools.product(LEVELS, repeat=2), (None, -1.0)):
         num_chosen, num_rejected = next(lengths)
         first = _level(chosen, chosen if reference is None else reference, num_chosen)
         second = _level(rejected, rejected if reference is None else reference, num_rejected)
-        long.append(Example(first=first, second=second, prompt=second.policy, margin=next(margins)))
+        long.append(
+            Example(first=first, second=second, prompt=second.policy, margin=next(margins), numbers=next(numbers))
+        )
     return [short, long]
 
 
 def extreme_completions(mismatched: bool) -> list[list[Example]]:
     """Make batches of both classes and of one class, each with one extreme of the mismatched completions."""
     batches: list[list[Example]] = []
+    numbers = itertools.cycle(itertools.permutations(NUMBERS))
     partners = list(itertools.product(LEVELS, repeat=2)) if mismatched else [(-1.0, -1.0)]
     for levels, classes in itertools.product(partners, ((True, False), (True,), (False,))):
         length = LONGEST if len(batches) % 8 == 0 else 1
@@ -123,6 +137,7 @@ def extreme_completions(mismatched: bool) -> list[list[Example]]:
                     second=partner,
                     prompt=partner.policy[:1],
                     desirable=desirable,
+                    numbers=next(numbers),
                 )
                 for policy, reference, desirable in itertools.product(LEVELS, LEVELS, classes)
             ]

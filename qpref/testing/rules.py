@@ -16,6 +16,7 @@ from qpref.hooks.types import Loss, Scope
 from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, declared_needs
 from qpref.testing.examples import Draws, Example, Scores, extreme_completions, extreme_pairs
 from qpref.testing.gradients import FrozenDetached, central_differences
+from qpref.testing.state_rule import state_rule
 
 
 def _record(record: Loss, options: Any) -> None:
@@ -33,6 +34,9 @@ def _record(record: Loss, options: Any) -> None:
         raise BrokenRule(f"its scope is {scope!r}, not one of {', '.join(map(repr, get_args(Scope)))}")
     if scope == "mismatched" and "mismatched" not in declared_needs(record, options):
         raise BrokenRule("its scope is 'mismatched', which it doesn't need")
+    columns = attempt("columns", record.columns_of, options)
+    if isinstance(columns, str) or not all(isinstance(name, str) and name for name in columns):
+        raise BrokenRule(f"its columns are {columns!r}, not a tuple of names")
     if taken := {"name", "weight"} & set(fields):
         raise BrokenRule(f"its option {min(taken)} is the recipe's own key")
 
@@ -182,6 +186,8 @@ def _no_state(record: Loss, options: Any) -> None:
 def _all_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, Mapping):
+        return [tensor for one in value.values() for tensor in _all_tensors(one)]
     names = getattr(type(value), "__dataclass_fields__", ())
     return [tensor for name in names for tensor in _all_tensors(getattr(value, name))]
 
@@ -329,6 +335,7 @@ RULES: Mapping[str, Callable[[Loss, Any], None]] = {
     "finite": _finite,
     "independence": _independence,
     "no state": _no_state,
+    "state": state_rule,
     "start": _start,
     "direction": _direction,
     "log ratios": _log_ratios,

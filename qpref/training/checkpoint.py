@@ -25,7 +25,7 @@ FORMAT = 3
 SPACE_FACTOR = 1.5
 """Free space to ask for before a save, as a multiple of its size."""
 NAME = re.compile(r"step-(\d{6,})")
-STEMS = frozenset({"adapter", "optimizer", "reference", "heldout"})
+STEMS = frozenset({"adapter", "optimizer", "reference", "heldout", "losses"})
 STATE, MANIFEST = "state.json", "MANIFEST.json"
 MAX_COUNT = 2**53
 """Largest count in a state; JSON's numbers are exact up to here."""
@@ -79,7 +79,8 @@ class Checkpoint:
         step: optimizer steps done.
         state: JSON values: counters, running averages, fingerprints, run.json's values, length and SHA-256 of the
             metrics file.
-        tensors: file stem -> tensors: adapter, optimizer, reference, and the scores of held-out examples.
+        tensors: file stem -> tensors: adapter, optimizer, reference, the scores of held-out examples, and the losses'
+            state.
     """
 
     step: int

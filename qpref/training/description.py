@@ -114,7 +114,7 @@ def _description(session: Session) -> dict[str, Any]:
         "device": _device_name(prepared.policy.device),
         "plugins": _offers(prepared.plan),
         "reference": prepared.reference_name,
-        "losses": {"is_paired": prepared.plan.is_paired, "needs": sorted(prepared.plan.needs)},
+        "losses": _losses(prepared.plan),
         **_location(prepared),
         **_base(prepared),
         **_sizes(session),
@@ -124,6 +124,11 @@ def _description(session: Session) -> dict[str, Any]:
         "forecast": run_forecast(prepared.policy, recipe, prepared.base.path, prepared.examples, session.state.budget),
         "steps": total_steps(recipe.train, len(prepared.examples)),
     }
+
+
+def _losses(plan: Plan) -> dict[str, Any]:
+    """Return the facts that `LossFacts` has, for a run that is reopened without its loss plugins."""
+    return {"is_paired": plan.is_paired, "needs": sorted(plan.needs), "columns": list(plan.columns)}
 
 
 def _location(prepared: Prepared) -> dict[str, Any]:

@@ -25,6 +25,9 @@ class Labelled(Protocol):
     @property
     def margin(self) -> Tensor: ...
 
+    @property
+    def columns(self) -> Mapping[str, Tensor]: ...
+
 
 def paired_inputs(
     batch: Labelled, scores: TokenLogProbs, reference: TokenLogProbs | None, prompts: bool
@@ -39,6 +42,7 @@ def paired_inputs(
         policy=pair_logprobs(scores, prompts),
         reference=None if reference is None else pair_logprobs(reference),
         margin=batch.margin,
+        columns=batch.columns,
     )
 
 
@@ -73,6 +77,7 @@ def unpaired_inputs(
         mismatched_reference=None if mismatched is None else mismatched.reference,
         desirable=to_device([torch.tensor(labels)], scores.values.device)[0],
         class_counts=class_counts,
+        columns=batch.columns,
     )
 
 

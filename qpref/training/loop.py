@@ -6,11 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qpref.data.deal import deal
 from qpref.data.order import step_order, steps_per_epoch, total_steps
@@ -29,7 +28,7 @@ from qpref.training.metrics import Recorder
 from qpref.training.objective import Objective, progress
 from qpref.training.scoring import Scorer
 from qpref.training.state import TrainingState
-from qpref.training.step import Step, apply_gradient, compute_gradient
+from qpref.training.step import Step, StepResult, apply_gradient, compute_gradient
 
 log = logging.getLogger("qpref")
 
@@ -83,7 +82,8 @@ class Trainer:
 
     @property
     def scorer(self) -> Scorer:
-        return Scorer(self.policy, self.objective, self.references)
+        objective = replace(self.objective, state=self.state.of_losses)
+        return Scorer(self.policy, objective, self.references)
 
     def run(self) -> bool:
         """Train to the end, which comes early once patience has run out.
@@ -150,28 +150,25 @@ class Trainer:
         positions = step_order(len(self.examples), train.batch_size, train.seed, index)
         self.policy.model.train()
         examples = [self.examples[position] for position in positions]
-        nonfinite = self.compute_gradient(examples)
+        result = self.compute_gradient(examples)
         if index == 0:
             check_gradients(self.policy, examples[0])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained_parameters().values(), train.max_grad_norm)
-        grad_norm, *faults = torch.cat([norm[None], nonfinite]).tolist()  # one copy to the host
+        grad_norm, *faults = torch.cat([norm[None], result.nonfinite]).tolist()  # one copy to the host
         self.objective.refuse_not_finite(faults, index + 1)
         rate = optim.learning_rate(train, index, self.total_steps)
         if math.isfinite(grad_norm):
             optim.set_learning_rate(self.optimizer, rate)
             apply_gradient(self.scaler, self.optimizer)
+            self.state.of_losses = result.state
         self._count_nonfinite(grad_norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": grad_norm, "learning_rate": rate} | self.objective.scheduled_options()
 
-    def compute_gradient(self, examples: Sequence[TokenizedExample]) -> Tensor:
-        """Accumulate the gradient of the current step on these examples, and count their tokens and metrics.
-
-        Returns:
-            [losses] bool, as `StepResult.nonfinite`.
-        """
+    def compute_gradient(self, examples: Sequence[TokenizedExample]) -> StepResult:
+        """Accumulate the gradient of the current step on these examples, and count their tokens and metrics."""
         state = self.state
         self.dealt_budget = self.dealt_budget or state.budget
         self.objective = self.objective.at(progress(state.step, self.total_steps))
@@ -187,7 +184,7 @@ class Trainer:
         state.tokens += sum(num_fed_tokens(example, self.policy.shares_prompts) for example in examples)
         for part in result.parts:
             state.averages.add(part.metrics)
-        return result.nonfinite
+        return result
 
     def _count_nonfinite(self, grad_norm: float) -> None:
         """Count consecutive steps without a finite gradient.

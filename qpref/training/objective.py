@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -13,12 +14,24 @@ from torch import Tensor
 from qpref.attention.determinism import needs_nondeterminism
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import border
+from qpref.hooks.loss_state import (
+    Initial,
+    State,
+    initial_problem,
+    joined,
+    of_loss,
+    refuse_other_state,
+    state_of,
+    written_problem,
+)
 from qpref.hooks.metric_names import MAX_METRICS, name_problem
 from qpref.hooks.types import PairedLoss, Scope
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
 from qpref.recipe.choices import Choice, LossChoice, joint_needs
+from qpref.recipe.loss_columns import joint_columns
+from qpref.recipe.schedule import Schedule
 from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
 from qpref.training.inputs import (
     Inputs,
@@ -38,10 +51,12 @@ class LossCaller:
     Attributes:
         choice: the plugin and its options, for messages.
         function: what its `build` returned.
+        initial: first values of the state that it keeps between steps.
     """
 
     choice: Choice
     function: Any
+    initial: Initial
 
     @classmethod
     def of(cls, choice: Choice) -> LossCaller:
@@ -50,14 +65,19 @@ class LossCaller:
             unknown = record.needs_of(choice.options) - record.may_need
             scope = record.scope_of(choice.options)
             function = record.build(choice.options)
+            initial = record.state_of(choice.options)
         if scope not in get_args(Scope):
             raise _broken(choice, f"has the scope {scope!r}, not one of {', '.join(map(repr, get_args(Scope)))}")
+        if problem := initial_problem(initial):
+            raise _broken(choice, problem)
+        if initial and scope != "step":
+            raise _broken(choice, f"has a state and the scope {scope!r}; only a loss of scope 'step' may have one")
         if unknown:
             kind = "pairs" if isinstance(record, PairedLoss) else "single completions"
             raise PluginError(
                 f"{choice.plugin.offer} needs {', '.join(sorted(unknown))}, which this qpref doesn't have for {kind}"
             )
-        return cls(choice, function)
+        return cls(choice, function, initial)
 
     def starts_at(self) -> float | None:
         """Return the loss of an example on which policy and reference agree; None where that is no constant.
@@ -70,18 +90,24 @@ class LossCaller:
             value = None if starts_at is None else starts_at(self.choice.options)
             return None if value is None else float(value)
 
-    def __call__(self, inputs: Inputs) -> LossOutput:
+    def __call__(self, inputs: Inputs, known: State = MappingProxyType({})) -> LossOutput:
         """Compute the loss of each example.
+
+        Args:
+            known: its state after the last step; without one it has its first values.
 
         Raises:
             PluginError: the loss raised, or returned something other than one value an example.
         """
-        lengths = inputs.policy.chosen.lengths if isinstance(inputs, PairedInputs) else inputs.policy.lengths
-        num_examples = len(lengths)
+        own = inputs.policy.chosen if isinstance(inputs, PairedInputs) else inputs.policy
+        if self.initial:
+            inputs = replace(inputs, state=state_of(self.initial, known, own.values))
         with _guarded(self.choice, "", random=True):
             output: LossOutput = self.function(inputs)
-        self._check_output(output, num_examples)
-        return output
+        self._check_output(output, len(own.lengths))
+        if problem := written_problem(inputs.state, output.state):
+            raise _broken(self.choice, problem)
+        return replace(output, state={**inputs.state, **output.state}) if self.initial else output
 
     def _check_output(self, output: Any, num_examples: int) -> None:
         if not isinstance(output, LossOutput):
@@ -129,23 +155,28 @@ class Objective:
     Attributes:
         choices: the losses, with options that may change over the run.
         callers: the same losses, built with the options of one step.
+        weights: their factors in the sum at that step.
         class_counts: desirable and undesirable training examples.
+        state: of the losses after the last step, as `qpref.hooks.loss_state.joined`; empty before the first.
     """
 
     choices: tuple[LossChoice, ...]
     callers: tuple[LossCaller, ...]
+    weights: tuple[float, ...]
     class_counts: tuple[int, int] = (0, 0)
+    state: State = field(default_factory=dict)
 
     @classmethod
     def of(cls, choices: tuple[LossChoice, ...], class_counts: tuple[int, int] = (0, 0)) -> Objective:
-        return cls(choices, tuple(LossCaller.of(choice.at(0.0)) for choice in choices), class_counts)
+        callers = tuple(LossCaller.of(choice.at(0.0)) for choice in choices)
+        return cls(choices, callers, tuple(choice.weight_at(0.0) for choice in choices), class_counts)
 
     def at(self, progress: float) -> Objective:
         """Return the objective at `progress` of the run, 0 to 1; itself where nothing is on a schedule."""
-        if not any(choice.options.schedules for choice in self.choices):
+        if not any(choice.is_scheduled for choice in self.choices):
             return self
         callers = tuple(LossCaller.of(choice.at(progress)) for choice in self.choices)
-        return Objective(self.choices, callers, self.class_counts)
+        return replace(self, callers=callers, weights=tuple(choice.weight_at(progress) for choice in self.choices))
 
     @property
     def is_paired(self) -> bool:
@@ -155,6 +186,11 @@ class Objective:
     def needs(self) -> frozenset[str]:
         """Inputs that some loss needs, as `qpref.recipe.choices.joint_needs`."""
         return joint_needs(caller.choice for caller in self.callers)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Numeric columns of the rows that the losses read."""
+        return joint_columns(caller.choice for caller in self.callers)
 
     @property
     def needs_reference(self) -> bool:
@@ -179,23 +215,25 @@ class Objective:
         starts = [caller.starts_at() for caller in self.callers]
         if any(start is None for start in starts):
             return None
-        return sum(choice.weight * (start or 0.0) for choice, start in zip(self.choices, starts, strict=True))
+        return sum(weight * (start or 0.0) for weight, start in zip(self.weights, starts, strict=True))
 
     def scheduled_options(self) -> dict[str, float]:
-        """Return the values of the options that follow a schedule, by metric name: `option/beta`; of one of several
-        losses `option/dpo.beta`."""
+        """Return the values of the options and weights that follow a schedule, by metric name: `option/beta`; of one
+        of several losses `option/dpo.beta`."""
         parts = [name.removeprefix("loss/") + "." if len(self.choices) > 1 else "" for name in self._part_names]
-        return {
-            f"option/{part}{option}": float(getattr(caller.choice.options, option))
-            for choice, caller, part in zip(self.choices, self.callers, parts, strict=True)
-            for option in choice.options.schedules
-        }
+        found: dict[str, float] = {}
+        for choice, caller, weight, part in zip(self.choices, self.callers, self.weights, parts, strict=True):
+            options = caller.choice.options
+            found |= {f"option/{part}{name}": float(getattr(options, name)) for name in choice.options.schedules}
+            if isinstance(choice.weight, Schedule):
+                found[f"option/{part}weight"] = weight
+        return found
 
     def refuse_bad_schedule(self, total_steps: int) -> None:
         """Build every loss for every step, so that no option leaves its range in the middle of a run.
 
         Raises:
-            RecipeError: an option does, or a loss's needs change over its schedule.
+            RecipeError: an option does, or a loss's needs or columns change over its schedule.
         """
         for step in range(total_steps):
             ahead = self.at(progress(step, total_steps))
@@ -203,6 +241,8 @@ class Objective:
                 return
             if ahead.needs != self.needs:
                 raise RecipeError(f"[loss] the loss's needs change at step {step + 1} of its schedule")
+            if ahead.columns != self.columns:
+                raise RecipeError(f"[loss] the loss's columns change at step {step + 1} of its schedule")
 
     @property
     def sees_whole_steps(self) -> bool:
@@ -226,14 +266,18 @@ class Objective:
         return [(record.needs_of(options), record.scope_of(options)) for record, options in chosen]
 
     def __call__(self, inputs: Inputs) -> LossOutput:
-        """Sum the weighted losses of each example. The metrics are the first loss's, and each loss's own value."""
-        outputs = [caller(inputs) for caller in self.callers]
-        if len(outputs) == 1 and self.choices[0].weight == 1.0:
-            return outputs[0]
-        weighted = zip(self.choices, outputs, strict=True)
-        losses = torch.stack([choice.weight * output.losses for choice, output in weighted]).sum(0)
+        """Sum the weighted losses of each example. The metrics are the first loss's, and each loss's own value.
+
+        The output's state is that of all losses after the step, for `state`.
+        """
+        outputs = [caller(inputs, of_loss(self.state, position)) for position, caller in enumerate(self.callers)]
+        state = joined([output.state for output in outputs])
+        if self.weights == (1.0,) and not isinstance(self.choices[0].weight, Schedule):
+            return replace(outputs[0], state=state)
+        weighted = zip(self.weights, outputs, strict=True)
+        losses = torch.stack([weight * output.losses for weight, output in weighted]).sum(0)
         parts = {name: output.losses.detach() for name, output in zip(self._part_names, outputs, strict=True)}
-        return LossOutput(losses=losses, metrics={**outputs[0].metrics, **parts})
+        return LossOutput(losses=losses, metrics={**outputs[0].metrics, **parts}, state=state)
 
     def not_finite(self, inputs: Inputs, output: LossOutput) -> Tensor:
         """Find the losses that made a non-finite value of finite log-probabilities.
@@ -241,9 +285,12 @@ class Objective:
         Returns:
             [losses] bool.
         """
-        parts = [output.metrics.get(name, output.losses).detach() for name in self._part_names]
         is_good = torch.stack([values.detach().isfinite().all() for values in tensors_of(inputs)]).all()
-        return torch.stack([is_good & ~part.isfinite().all() for part in parts])
+        made = [
+            [output.metrics.get(name, output.losses).detach(), *of_loss(output.state, position).values()]
+            for position, name in enumerate(self._part_names)
+        ]
+        return torch.stack([is_good & ~torch.stack([each.isfinite().all() for each in own]).all() for own in made])
 
     def refuse_not_finite(self, faults: Sequence[float], step: int) -> None:
         """Stop where `not_finite` found a loss.
@@ -260,6 +307,10 @@ class Objective:
                 raise _broken(
                     caller.choice, f"returned a value that is not finite at step {step}, of log-probabilities that are"
                 )
+
+    def refuse_other_state(self, saved: State, step: int) -> None:
+        """Refuse a checkpoint's state of other losses, as `qpref.hooks.loss_state.refuse_other_state`."""
+        refuse_other_state(saved, [caller.initial for caller in self.callers], step)
 
     def score(self, policy: Policy, batch: PackedBatch) -> TokenLogProbs:
         """Score a batch under the policy, with the extras that the losses need."""

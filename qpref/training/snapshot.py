@@ -94,6 +94,8 @@ def capture(session: Session, metrics_bytes: int, metrics_sha256: str) -> Checkp
         files["reference"] = session.references.to_tensors()
     if state.first_scores is not None and state.last_scores is not None:
         files["heldout"] = state.first_scores.to_tensors("first") | state.last_scores.to_tensors("last")
+    if state.of_losses:
+        files["losses"] = {name: value.detach().cpu() for name, value in state.of_losses.items()}
     return Checkpoint(step=state.step, state=values, tensors=files)
 
 
@@ -103,7 +105,7 @@ def restore(saved: Checkpoint, session: Session) -> None:
     Sizes that the recipe has changed since are settled again.
 
     Raises:
-        CheckpointError: its adapter is for another model.
+        CheckpointError: its adapter is for another model, or its losses keep another state.
     """
     prepared, state, values = session.prepared, session.state, saved.state
     if missing := sorted(STATE_VALUES.keys() - values.keys()):
@@ -122,6 +124,8 @@ def restore(saved: Checkpoint, session: Session) -> None:
     sums = {name: float.fromhex(total) for name, total in values["sums"].items()}
     state.averages = Averages(sums, values["counts"])
     restore_heldout(saved, state)
+    state.of_losses = saved.tensors.get("losses", {})
+    prepared.objective.refuse_other_state(state.of_losses, saved.step)
 
 
 def restore_heldout(saved: Checkpoint, state: TrainingState) -> None:

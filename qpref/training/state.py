@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from qpref.hooks.loss_state import State
 from qpref.records import MetricRow
 from qpref.training.best import Best
 from qpref.training.heldout_scores import HeldoutScores
@@ -26,6 +27,7 @@ class TrainingState:
         budget: current tokens per micro-batch; a step that runs out of memory lowers it.
         averages: metrics of the examples since the last training row.
         best: the best held-out row so far, where the recipe sets `best_by`.
+        of_losses: numbers that the losses keep from step to step, as `qpref.hooks.loss_state.joined`.
         first_scores, last_scores: of the first evaluation of the held-out examples, and of the last one.
     """
 
@@ -36,6 +38,7 @@ class TrainingState:
     budget: int = 0
     averages: Averages = field(default_factory=Averages)
     best: Best | None = None
+    of_losses: State = field(default_factory=dict)
     first_scores: HeldoutScores | None = None
     last_scores: HeldoutScores | None = None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qpref.distributed.world import World
 from qpref.errors import DeviceMemoryError
+from qpref.hooks.loss_state import State
 from qpref.memory.tune import Parts, in_microbatches
 from qpref.policy.out_of_memory import fits, out_of_memory_as
 from qpref.records import PackedBatch, TokenizedExample
@@ -61,10 +62,12 @@ class MicroBatchResult:
     Attributes:
         metrics: name -> [examples].
         nonfinite: [losses] bool, as `Objective.not_finite`.
+        state: of the losses after the step, where they see the whole step and keep one.
     """
 
     metrics: Mapping[str, Tensor]
     nonfinite: Tensor
+    state: State
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,13 @@ class StepResult:
         budget: tokens per micro-batch that this process's memory sufficed for.
         nonfinite: [losses] bool: which of them made a value that isn't finite of log-probabilities that are, in any
             process.
+        state: of the losses after the step, the same in all processes; empty where they keep none.
     """
 
     parts: list[MicroBatchResult]
     budget: int
     nonfinite: Tensor
+    state: State
 
 
 def compute_gradient(step: Step, budget: int) -> StepResult:
@@ -108,7 +113,10 @@ def compute_gradient(step: Step, budget: int) -> StepResult:
                 lambda parts: [_backward_part(step, part) for part in step.world.noted(parts, "micro-batch")],
             )
         nonfinite = _sum_over_processes(step, results)
-    return StepResult(results, budget, nonfinite)
+    state = results[0].state if results else {}
+    if state:  # every process has computed it; on unlike devices the last bits may differ
+        state = step.world.share_tensors(state, "the losses' state")
+    return StepResult(results, budget, nonfinite, state)
 
 
 def apply_gradient(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
@@ -226,7 +234,7 @@ def _backward(step: Step, inputs: Inputs, weight: Tensor) -> MicroBatchResult:
     output = objective(inputs)
     total = (output.losses * weight).sum() / len(step.examples)
     step.scaler.scale(total).backward()
-    return MicroBatchResult(example_metrics(inputs, output), objective.not_finite(inputs, output))
+    return MicroBatchResult(example_metrics(inputs, output), objective.not_finite(inputs, output), output.state)
 
 
 def _sum_over_processes(step: Step, results: Sequence[MicroBatchResult]) -> Tensor:

@@ -6,14 +6,14 @@ micro-batches really are, and whichever process scored which, it computes the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qpref.data.mismatch import only_partner, without_partner
-from qpref.data.pack import longest_first
+from qpref.data.pack import host_columns, longest_first
 from qpref.distributed.world import World
 from qpref.policy.policy import Policy
 from qpref.records import EXTRAS, TokenizedExample, TokenLogProbs
@@ -84,12 +84,26 @@ class Rows:
     """Examples in the order in which a loss gets them.
 
     Attributes:
-        weight, margin: [N] float32, as a PackedBatch has them.
+        weight, margin, columns: [N] float32, as a PackedBatch has them.
     """
 
     examples: tuple[TokenizedExample, ...]
     weight: Tensor
     margin: Tensor
+    columns: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, examples: tuple[TokenizedExample, ...], device: torch.device) -> Rows:
+        columns = host_columns(examples)
+        host = [torch.tensor([each.weight for each in examples]), torch.tensor([each.margin for each in examples])]
+        weight, margin, *numbers = to_device([*host, *columns.values()], device)
+        return cls(examples, weight, margin, dict(zip(columns, numbers, strict=True)))
+
+    def cut(self, window: range) -> Rows:
+        """Cut out the rows of a window."""
+        span = slice(window.start, window.stop)
+        columns = {name: numbers[span] for name, numbers in self.columns.items()}
+        return Rows(self.examples[span], self.weight[span], self.margin[span], columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +131,7 @@ class WholeBatch:
             members = [examples[index] for index in window]
             order += [window[index] for index in longest_first(members, scorer.policy.shares_prompts)]
         ordered = tuple(examples[index] for index in order)
-        host = [torch.tensor([each.weight for each in ordered]), torch.tensor([each.margin for each in ordered])]
-        rows = Rows(ordered, *to_device(host, scorer.policy.device))
+        rows = Rows.of(ordered, scorer.policy.device)
         return cls(rows, tuple(sorted(range(len(order)), key=order.__getitem__)), _layout(scorer, ordered))
 
     def collect(self, world: World, policy: Policy, parts: Sequence[Sequence[int]], pieces: Sequence[Values]) -> Values:
@@ -166,9 +179,7 @@ class WholeBatch:
         """Cut out the rows of one window, with their scores."""
         selected = {name: self.layout[name].select(each, window) for name, each in values.items()}
         lengths = {name: self.layout[name].lengths_of(window) for name in values}
-        span = slice(window.start, window.stop)
-        rows = Rows(self.rows.examples[span], self.rows.weight[span], self.rows.margin[span])
-        return rows, _scores(selected, lengths)
+        return self.rows.cut(window), _scores(selected, lengths)
 
 
 def values_of(scores: Scores) -> Values:
