@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "Predict the memory, work and steps of a recipe.",
     "train": "Train a LoRA adapter from a recipe.",
     "sweep": "Train a recipe at several values of its settings.",
+    "rounds": "Train a recipe in rounds, each from the adapter of the one before.",
     "eval": "Compare models' preferences on held-out pairs.",
     "generate": "Print answers of base and trained model, side by side.",
     "sample": "Sample responses, score them, and write preferences.",

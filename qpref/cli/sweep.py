@@ -80,12 +80,12 @@ def command(
     if quiet:
         logging.getLogger("qpref").setLevel(logging.WARNING)
     if quiet or as_json:
-        points = [_without_metrics(point) for point in points]
+        points = [without_metrics(point) for point in points]
     results = _train(points, folder, resume, overwrite)
     if as_json:
-        echo(json.dumps([_as_json(result, folder) for result in results], indent=2))
+        echo(json.dumps([result_as_json(result, folder) for result in results], indent=2))
     else:
-        _print_results(results, folder)
+        print_results(results, folder)
     context.exit(next((result.exit_code for result in results if result.exit_code), 0))
 
 
@@ -111,7 +111,7 @@ def _train(points: Sequence[Point], folder: Path, resume: bool, overwrite: bool)
     return [results[point.name] for point in points]
 
 
-def _without_metrics(point: Point) -> Point:
+def without_metrics(point: Point) -> Point:
     """Let a point's run print no metrics."""
     return point if point.plan is None else replace(point, plan=replace(point.plan, printing="nothing"))
 
@@ -136,7 +136,8 @@ def _print_points(points: Sequence[Point], folder: Path, as_json: bool) -> None:
     echo(f"\n# sweep folder: {folder}")
 
 
-def _as_json(result: Result, folder: Path) -> dict[str, Any]:
+def result_as_json(result: Result, folder: Path) -> dict[str, Any]:
+    """Describe a run of a folder of runs, with its held-out numbers where it is finished."""
     from qpref.report.outcome import as_json
     from qpref.report.read import read_run
 
@@ -145,7 +146,8 @@ def _as_json(result: Result, folder: Path) -> dict[str, Any]:
     return outcome | {"set": list(result.point.overrides), "error": result.error, "exit_code": result.exit_code}
 
 
-def _print_results(results: Sequence[Result], folder: Path) -> None:
+def print_results(results: Sequence[Result], folder: Path) -> None:
+    """Print a table of the runs in a folder, and where their report is."""
     from qpref.report.outcome import accuracy, heldout_value, tokens_and_seconds
     from qpref.report.read import read_run
     from qpref.report.text import number_text, time_text

@@ -33,7 +33,7 @@ NOT_RUN_HERE = {
     r"qpref losses check ./qpref_squared_hinge.py": "tests/plugins/test_plugin_files.py",
     r"qpref losses check squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref train recipe.toml --set loss.name=squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
-    r"qpref (train|report) .*runs/round-\d.*": "tests/training/test_resume.py",
+    r"qpref rounds .*": "tests/sweep/test_rounds.py",
     r"qpref sweep .*": "tests/sweep/test_sweep.py",
     r"qpref eval .*quickstart-sweep/.*": "tests/cli/test_eval.py",
     r"HF_TOKEN=.*": "a network",
