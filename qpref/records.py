@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+Spans = tuple[tuple[int, int], ...]
+"""Parts of a text: the first character of each, from 0, and the first one after it."""
 EXTRAS = ("log_sum_squares", "entropy")
 """Fields of `TokenLogProbs` that are computed with the values where a loss needs them."""
 
@@ -55,11 +57,14 @@ class Message:
         extra: other keys that chat templates read: name, tool_calls, tool_call_id, reasoning_content. Their texts are
             checked like `content`, and tool calls have one form: `{"type": "function", "function": {"name": ...,
             "arguments": {...}}}`, arguments that are no object as the text that they are.
+        masked: parts of `content` that don't count where it is a response; a prompt never counts. They make no
+            difference to whether two messages are the same text.
     """
 
     role: str
     content: str
     extra: Mapping[str, object] = field(default_factory=dict)
+    masked: Spans = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,7 +92,16 @@ RECORDS = [
     *[[SUM]] * 11,
     [single(user("1 + 1?"), "2", True)],
     [single(user("1 + 1?"), "21", False)],
+    *[[pair(user("1 + 1?"), "One and one. 2", "21")]] * 3,
+    [
+        pair(
+            user("1 + 1 + 1?"),
+            "Step 1: 1 + 1 = 2.\nStep 2: 2 + 1 = 3.",
+            "Step 1: 1 + 1 = 2.\nStep 2: 2 + 1 = 21.",
+        )
+    ],
 ]
+MASKED = ("One and one. ",) * 3 + ("Step 1: 1 + 1 = 2.\nStep 2:",)
 
 
 def test_every_example_has_its_records_here():
@@ -102,6 +111,13 @@ def test_every_example_has_its_records_here():
 @pytest.mark.parametrize("number", range(len(RECORDS)), ids=[str(format_of(values)) for values in EXAMPLES])
 def test_each_example_becomes_the_records_that_the_page_says(number):
     assert records_of_row(Row(values=EXAMPLES[number], source=SOURCE)) == RECORDS[number]
+
+
+@pytest.mark.parametrize(("values", "text"), list(zip(EXAMPLES[-len(MASKED) :], MASKED, strict=True)))
+def test_each_example_of_a_mask_masks_what_the_page_says(values, text):
+    ((found,),) = [record.chosen for record in records_of_row(Row(values=values, source=SOURCE))]
+    assert found.masked == ((0, len(text)),)
+    assert found.content.startswith(text)
 
 
 def test_every_format_has_an_example():

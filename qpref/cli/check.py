@@ -158,13 +158,14 @@ def _swap_search(model: ModelSection) -> SwapSearch | None:
 
 def _tokenizer(model: ModelSection, data: DataSection) -> PairTokenizer:
     from qpref.cli import quiet_transformers
+    from qpref.data.masking import Masking
     from qpref.data.tokenize import PairTokenizer
     from qpref.policy.source import resolve_tokenizer
     from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 
     quiet_transformers()
     base = resolve_tokenizer(model)
-    return PairTokenizer.of(load_tokenizer(model, base), data.template, stop_tokens(base))
+    return PairTokenizer.of(load_tokenizer(model, base), data.template, stop_tokens(base), Masking.of(data))
 
 
 def _print(audit: Audit) -> None:

@@ -108,6 +108,14 @@ CODES: Mapping[str, Explanation] = {
         "The row is a single completion with a label, and the loss needs pairs.",
         "Choose a loss on single completions: `qpref losses` lists both kinds.",
     ),
+    "masked": Explanation(
+        "Every token of a response is masked, so that nothing of it counts.",
+        "Leave the row out, or mask less: a part of each response has to count.",
+    ),
+    "bad_mask": Explanation(
+        "A mask isn't spans of the response's text, or has no definite position in the rendered response.",
+        'Compare it with the text, in characters from 0; or mark parts of the content with `"train": false`.',
+    ),
     "too_long": Explanation(
         "The tokens of the prompt, or of prompt and response, are over the recipe's maximum.",
         'Raise `[data] max_length`, or set `on_overflow = "drop"` or `"truncate"`.',

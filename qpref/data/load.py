@@ -102,7 +102,7 @@ def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection)
         examples = [one for one in fitted if isinstance(one, TokenizedExample)]
         findings += _contradictions(examples)
         report.add(findings)
-        if None in fitted or any(finding.code == "identical" for finding in findings):
+        if None in fitted or any(finding.code in ("identical", "masked") for finding in findings):
             report.drop(source)
         if report.leaves_out(source):
             continue
@@ -135,4 +135,6 @@ def fingerprint(examples: Sequence[TokenizedExample]) -> str:
         digest.update(example.prompt.tobytes())
         for branch in example.branches:
             digest.update(len(branch).to_bytes(4, "little") + branch.tobytes())
+        if example.masks:
+            digest.update(repr((example.scores_masked, example.masks)).encode())
     return digest.hexdigest()

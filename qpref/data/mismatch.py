@@ -37,12 +37,19 @@ def with_mismatched(examples: Sequence[TokenizedExample], seed: int, max_length:
 
 def without_partner(example: TokenizedExample) -> TokenizedExample:
     """Return the example without its partner."""
-    return replace(example, branches=example.branches[:1], truncated=example.truncated[:1])
+    return _only(example, slice(0, 1))
 
 
 def only_partner(example: TokenizedExample) -> TokenizedExample:
     """Return the example's prompt with only its partner's completion."""
-    return replace(example, branches=example.branches[1:], truncated=example.truncated[1:])
+    return _only(example, slice(1, None))
+
+
+def _only(example: TokenizedExample, kept: slice) -> TokenizedExample:
+    """Keep some of the branches."""
+    return replace(
+        example, branches=example.branches[kept], truncated=example.truncated[kept], masks=example.masks[kept]
+    )
 
 
 def _partner(shuffled: Sequence[TokenizedExample], position: int) -> TokenizedExample:
@@ -64,4 +71,14 @@ def _joined(example: TokenizedExample, partner: TokenizedExample, max_length: in
         example,
         branches=(example.branches[0], mismatched),
         truncated=(example.truncated[0], partner.truncated[0] or len(mismatched) < len(partner.branches[0])),
+        masks=_masks(example, partner, len(mismatched)),
     )
+
+
+def _masks(example: TokenizedExample, partner: TokenizedExample, num_tokens: int) -> tuple[bytes, ...]:
+    """Return the masks of a completion and of its partner's first tokens, which all count where else none would."""
+    if not example.masks and not partner.masks:
+        return ()
+    own, other = (each.masks[0] if each.masks else b"\1" * len(each.branches[0]) for each in (example, partner))
+    cut = other[:num_tokens]
+    return own, cut if any(cut) else b"\1" * num_tokens

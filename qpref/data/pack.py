@@ -9,7 +9,7 @@ Examples with the same prompt, such as the two completions of a pair or the pair
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -48,9 +48,10 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
         positions.extend(range(len(prompt)))
         for member in members:
             group_of[member] = number
-            for branch in examples[member].branches:
+            for branch, scored in zip(examples[member].branches, examples[member].scored, strict=True):
                 fed.append(len(branch) - 1)
-                score_at[member] += [start + len(prompt) - 1, *range(len(ids), len(ids) + fed[-1])]
+                predicts = [start + len(prompt) - 1, *range(len(ids), len(ids) + fed[-1])]
+                score_at[member] += [predicts[index] for index in scored]
                 ids.extend(branch[:-1])
                 texts.append(text_key(prompt, branch))
                 positions.extend(range(len(prompt), len(prompt) + fed[-1]))
@@ -62,7 +63,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
         "position_ids": position_ids,
         "token_keys": token_keys(texts, lengths, position_ids),
         "score_at": torch.tensor([index for each in score_at for index in each]),
-        "score_token": torch.tensor([token for each in examples for branch in each.branches for token in branch]),
+        "score_token": torch.tensor([token for each in examples for token in _scored_tokens(each)]),
         "weight": torch.tensor([example.weight for example in examples]),
         "margin": torch.tensor([example.margin for example in examples]),
     }
@@ -73,7 +74,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
         columns=dict(zip(columns, copied[len(host) :], strict=True)),
         groups=tuple(groups),
         group_of=tuple(group_of),
-        lengths=tuple(len(branch) for example in examples for branch in example.branches),
+        lengths=tuple(count for example in examples for count in example.num_scored),
         examples=tuple(examples),
     )
 
@@ -81,6 +82,11 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device) -> PackedBa
 def host_columns(examples: Sequence[TokenizedExample]) -> dict[str, torch.Tensor]:
     """Return [N] float32 numbers of the examples' rows by column, on the CPU."""
     return {name: torch.tensor([each.columns[name] for each in examples]) for name in examples[0].columns}
+
+
+def _scored_tokens(example: TokenizedExample) -> Iterator[int]:
+    for branch, scored in zip(example.branches, example.scored, strict=True):
+        yield from (branch[index] for index in scored)
 
 
 def by_prompt(examples: Sequence[TokenizedExample]) -> Iterable[list[int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qpref import fsio, shards
 from qpref.data.example_rows import ExampleRow, responses_of
+from qpref.data.masking import NO_MASKS, Masking
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DiskError
 from qpref.installed import version_of
@@ -86,7 +87,7 @@ class TokenCache:
 
     def _tokenize(self, batch: Sequence[list[ExampleRow]], limit: int | None) -> Iterator[TokenizedExample | Finding]:
         """Tokenize a batch of sources; the examples of one source are all read from the cache, or all computed."""
-        keys = [[_key(row, limit) for row in together] for together in batch]
+        keys = [[_key(row, limit, self.tokenizer.masking) for row in together] for together in batch]
         known = [self._known(together, own_keys) for together, own_keys in zip(batch, keys, strict=True)]
         missing = [row for together, found in zip(batch, known, strict=True) if found is None for row in together]
         computed = itertools.groupby(self.tokenizer.tokenize(missing, limit), key=lambda one: one.source)
@@ -106,29 +107,35 @@ class TokenCache:
         """Read the examples of one source; None unless the cache has all of them."""
         found: list[TokenizedExample] = []
         for row, key in zip(rows, keys, strict=True):
-            if (example := _read(row, self.store.get(key))) is None:
+            if (example := _read(row, self.store.get(key), self.tokenizer.masking)) is None:
                 return None
             found.append(example)
         return found
 
 
-def _read(row: ExampleRow, content: bytes | None) -> TokenizedExample | None:
+def _read(row: ExampleRow, content: bytes | None, masking: Masking) -> TokenizedExample | None:
     """Read an example from its record; None without one, and for a record that `_content` has not written, since others
     may write to a shared cache."""
     words = array("i", content or b"")
-    count = 1 + len(responses_of(row))
-    if len(words) < 2 or words[1] != count:
+    num_branches = len(responses_of(row))
+    count = words[1] if len(words) > 1 else 0
+    if count != 1 + num_branches and not (count == 1 + 2 * num_branches and _may_be_masked(row, masking)):
         return None
     lengths = words[2 : 2 + count]
     if len(lengths) != count or min(words) < 0 or 0 in lengths or 2 + count + sum(lengths) != len(words):
         return None
     ends = list(itertools.accumulate(lengths, initial=2 + count))
-    prompt, *branches = (words[start:end] for start, end in itertools.pairwise(ends))
+    prompt, *rest = (words[start:end] for start, end in itertools.pairwise(ends))
+    branches, masks = rest[:num_branches], rest[num_branches:]
+    if masks and (list(map(len, masks)) != list(map(len, branches)) or not all(map(any, masks))):
+        return None
     label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
     return TokenizedExample(
         prompt=prompt,
         branches=tuple(branches),
         truncated=(False,) * len(branches),
+        masks=tuple(bytes(map(bool, mask)) for mask in masks),
+        scores_masked=masking.scores_masked,
         prompt_cut=bool(words[0]),
         weight=row.weight,
         margin=margin,
@@ -140,16 +147,25 @@ def _read(row: ExampleRow, content: bytes | None) -> TokenizedExample | None:
 
 
 def _content(example: TokenizedExample) -> bytes:
-    """Encode an example's ids as 4-byte words: prompt_cut, number of parts, length of each part, the parts."""
-    parts = [example.prompt, *example.branches]
+    """Encode an example's ids as 4-byte words: prompt_cut, number of parts, length of each part, the parts.
+
+    Parts are the prompt, the branches and, where tokens are masked, the masks."""
+    parts = [example.prompt, *example.branches, *(array("i", list(mask)) for mask in example.masks)]
     head = array("i", [example.prompt_cut, len(parts), *map(len, parts)])
     return b"".join(part.tobytes() for part in (head, *parts))
 
 
-def _key(row: ExampleRow, limit: int | None) -> bytes:
-    """Hash everything that decides a row's token ids."""
+def _key(row: ExampleRow, limit: int | None, masking: Masking = NO_MASKS) -> bytes:
+    """Hash everything that decides a row's token ids and masks."""
     sides = [[_plain(message) for message in turns] for turns in (row.prompt, *responses_of(row))]
-    return _hash([limit, sides, [dict(tool) for tool in row.tools]])
+    masks: list[object] = []
+    if _may_be_masked(row, masking):
+        masks = [[turns[0].masked for turns in responses_of(row)], [each.pattern for each in masking.patterns]]
+    return _hash([limit, sides, [dict(tool) for tool in row.tools], *masks])
+
+
+def _may_be_masked(row: ExampleRow, masking: Masking) -> bool:
+    return any(masking.applies_to(turns[0]) for turns in responses_of(row))
 
 
 def _plain(message: Message) -> list[object]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qpref.data.control_tokens import ControlTokens
-from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, texts_of
+from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
+from qpref.data.masking import NO_MASKS, Masking, TokenizedResponse
 from qpref.data.template import ChatTemplate, Rendered
 from qpref.data.template_limits import limited
 from qpref.data.tokenizer_failures import TokenizerError, on_rows, tokenizing
@@ -60,6 +61,7 @@ class PairTokenizer:
         stop_tokens: ids that end a response; the first is the end-of-sequence token, appended to a response without.
         control: the control tokens, which must not come from texts of the data.
         prefix: ids that the tokenizer adds before a text, usually BOS; unused with a template, which writes its own.
+        masking: the recipe's masks.
     """
 
     tokenizer: Any
@@ -67,9 +69,12 @@ class PairTokenizer:
     stop_tokens: tuple[int, ...]
     control: ControlTokens
     prefix: tuple[int, ...]
+    masking: Masking = NO_MASKS
 
     @classmethod
-    def of(cls, tokenizer: Any, template: str, stop_tokens: Sequence[int]) -> PairTokenizer:
+    def of(
+        cls, tokenizer: Any, template: str, stop_tokens: Sequence[int], masking: Masking = NO_MASKS
+    ) -> PairTokenizer:
         """Inspect a tokenizer and probe its chat template.
 
         Args:
@@ -93,7 +98,7 @@ class PairTokenizer:
                             chat.end_of_turn, end)  # fmt: skip
             ends.append(end)
         prefix = () if chat else _prefix(tokenizer)
-        return cls(tokenizer, chat, tuple(dict.fromkeys(ends)), control, prefix)
+        return cls(tokenizer, chat, tuple(dict.fromkeys(ends)), control, prefix, masking)
 
     def tokenize(
         self, rows: Iterable[ExampleRow], max_prompt_length: int | None = None
@@ -118,10 +123,18 @@ class PairTokenizer:
     def render_first(self, example: TokenizedExample) -> str:
         """Decode the example as the model sees it: special tokens visible, scored spans in double brackets, each after
         the name of its side."""
-        decode = self.tokenizer.decode
         names = ("chosen", "rejected") if example.label is None else (SIDES[example.label], "mismatched")
-        spans = [f"{name}: ⟦{decode(list(branch))}⟧" for name, branch in zip(names, example.branches, strict=False)]
-        return "\n".join([f"prompt: {decode(list(example.prompt))}", *spans])
+        masks = example.masks or [b"\1" * len(branch) for branch in example.branches]
+        sides = zip(names, example.branches, masks, strict=False)
+        spans = [f"{name}: {self._render_branch(branch, mask)}" for name, branch, mask in sides]
+        return "\n".join([f"prompt: {self.tokenizer.decode(list(example.prompt))}", *spans])
+
+    def _render_branch(self, branch: Sequence[int], mask: bytes) -> str:
+        parts = []
+        for counts, members in itertools.groupby(zip(branch, mask, strict=True), key=lambda one: one[1]):
+            text = self.tokenizer.decode([token for token, _ in members])
+            parts.append(f"⟦{text}⟧" if counts else text)
+        return "".join(parts)
 
     def _finish(
         self, row: ExampleRow, pieces: Pieces | RefusedRowError, ids: dict[str, list[int]], limit: int | None
@@ -181,15 +194,22 @@ class PairTokenizer:
         if not prompt:
             raise RefusedRowError("empty", "the prompt has no tokens")
         found = [self._response(prompt, pieces, response, ids) for response in pieces.rendered.responses]
-        branches = tuple(array("i", self._with_stop(after)) for after, _ in found)
+        branches = tuple(array("i", self._with_stop(each.ids)) for each in found)
+        sides = zip(sides_of(row), responses_of(row), branches, found, strict=True)
+        masks = [
+            self.masking.mask(self.tokenizer, name, turns[0], pieces.rendered.prompt, each, len(branch))
+            for name, turns, branch, each in sides
+        ]
         warnings = [("template", message) for message in pieces.rendered.warnings]
-        if not all(joins for _, joins in found):
+        if not all(each.joins for each in found):
             warnings.append(("boundary", BOUNDARY))
         label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
         example = TokenizedExample(
             prompt=array("i", prompt),
             branches=branches,
             truncated=(False,) * len(branches),
+            masks=tuple(masks) if any(0 in mask for mask in masks) else (),
+            scores_masked=self.masking.scores_masked,
             weight=row.weight,
             margin=margin,
             label=label,
@@ -201,25 +221,25 @@ class PairTokenizer:
 
     def _response(
         self, prompt: list[int], pieces: Pieces, response: str, ids: dict[str, list[int]]
-    ) -> tuple[list[int], bool]:
-        """Return the tokens of a response, and whether they equal those of tokenizing prompt and response together.
+    ) -> TokenizedResponse:
+        """Find the tokens of a response: those after the prompt's, where both are tokenized together.
 
         A tail that starts inside a word has different tokens at first. If the second half of its tokens equals the end
         of the prompt's, a response has the same tokens after the tail as after the whole prompt.
         """
-        before, joined = ids[pieces.tail], ids[pieces.tail + response]
+        start = pieces.tail
+        before, joined = ids[start], ids[start + response]
         settled = before[len(before) // 2 :]
         if not settled or prompt[-len(settled) :] != settled:
-            whole = pieces.rendered.prompt
-            before, joined = ids[whole], self._ids(whole + response)
+            start = pieces.rendered.prompt
+            before, joined = ids[start], self._ids(start + response)
         if joined[: len(before)] == before:
-            return joined[len(before) :], True
-        return self._without_leading_space(response), False
-
-    def _without_leading_space(self, text: str) -> list[int]:
-        """Tokenize a text without the space that SentencePiece tokenizers add before its first word."""
-        before, joined = self._ids("\n"), self._ids("\n" + text)
-        return joined[len(before) :] if joined[: len(before)] == before else self._ids(text)
+            return TokenizedResponse(joined, len(before), start, response, joins=True)
+        # The newline keeps SentencePiece tokenizers from adding a space before the first word.
+        before, joined = self._ids("\n"), self._ids("\n" + response)
+        if joined[: len(before)] == before:
+            return TokenizedResponse(joined, len(before), "\n", response, joins=False)
+        return TokenizedResponse(self._ids(response), 0, "", response, joins=False)
 
     def _with_stop(self, ids: list[int]) -> list[int]:
         """Cut ids after the first stop token (templates add white space there); without one, append end-of-sequence."""

@@ -87,4 +87,8 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
         message = f"dropped: cut to their first {max_tokens} tokens, chosen and rejected are the same"
         return Finding(code="identical", severity="warning", message=message, source=example.source)
     truncated = tuple(len(branch) > max_tokens for branch in example.branches)
-    return replace(example, branches=branches, truncated=truncated)
+    masks = tuple(mask[:max_tokens] for mask in example.masks)
+    if not all(map(any, masks)):
+        message = f"dropped: cut to their first {max_tokens} tokens, a response has only masked ones"
+        return Finding(code="masked", severity="warning", message=message, source=example.source)
+    return replace(example, branches=branches, truncated=truncated, masks=masks)

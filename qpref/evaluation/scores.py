@@ -78,7 +78,7 @@ def kl_positions(examples: Sequence[TokenizedExample], seed: int, most: int = KL
     each = max(1, most // len(examples))
     chosen = []
     for index, example in enumerate(examples):
-        count = sum(map(len, example.branches))
+        count = sum(example.num_scored)
         draw = random.Random(f"{seed} {index}").sample(range(count), each) if count > each else range(count)
         chosen.append(torch.tensor(sorted(draw)))
     return chosen
@@ -112,7 +112,7 @@ def score_pairs(
     return PairScores(
         policy=totals,
         reference=None if reference is None else reference.totals,
-        lengths=np.array([[len(branch) for branch in example.branches] for example in examples]),
+        lengths=np.array([example.num_scored for example in examples]),
         kl=np.array([kl[index] for index in range(len(examples))]) if comparable else None,
     )
 
@@ -142,7 +142,7 @@ def _forward_all(
     def score(indices: Sequence[int], members: Sequence[TokenizedExample]) -> None:
         values, hidden = _score(policy, members)
         totals[indices] = values.total.double().cpu().numpy().reshape(-1, 2)
-        starts = np.cumsum([0, *(sum(map(len, member.branches)) for member in members)])
+        starts = np.cumsum([0, *(sum(member.num_scored) for member in members)])
         for index, start in zip(indices, starts[:-1].tolist(), strict=True):
             take(index, NextTokens.of(policy.head, hidden[start + positions[index].to(hidden.device)]))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qpref.data.masking import Masking
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.memory.limit import enforced_limit
@@ -94,7 +95,9 @@ class Subject:
     def tokenizer(self) -> PairTokenizer:
         """Load the tokenizer with this model's chat template."""
         tokenizer = load_tokenizer(self.recipe.model, self.base)
-        return PairTokenizer.of(tokenizer, self.recipe.data.template, stop_tokens(self.base))
+        return PairTokenizer.of(
+            tokenizer, self.recipe.data.template, stop_tokens(self.base), Masking.of(self.recipe.data)
+        )
 
     def load(self, dtype: str) -> Policy:
         """Load the model into memory, in eval mode.

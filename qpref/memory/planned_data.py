@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qpref.data.example_rows import ExampleRow
 from qpref.data.load import load_rows
+from qpref.data.masking import Masking
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError, UnreachableDataError
@@ -119,7 +120,9 @@ def _local_tokenizer(plan: Plan) -> PairTokenizer | None:
     ):
         return None
     base = BaseFolder(path=folder, weights={})
-    return PairTokenizer.of(load_tokenizer(model, base), plan.recipe.data.template, stop_tokens(base))
+    return PairTokenizer.of(
+        load_tokenizer(model, base), plan.recipe.data.template, stop_tokens(base), Masking.of(plan.recipe.data)
+    )
 
 
 def _lengths(tokenizer: PairTokenizer, rows: Sequence[ExampleRow], data: DataSection) -> list[Lengths]:

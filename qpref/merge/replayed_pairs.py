@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpref.data.masking import Masking
 from qpref.data.reload import reload_data
 from qpref.data.tokenize import PairTokenizer
 from qpref.merge.replay import ScoredRow
@@ -63,7 +64,8 @@ def choose_pairs(
     Raises:
         DataError: the data are gone, or can't be read.
     """
-    read = reload_data(plan, PairTokenizer.of(tokenizer, plan.recipe.data.template, stop_tokens(base)))
+    data = plan.recipe.data
+    read = reload_data(plan, PairTokenizer.of(tokenizer, data.template, stop_tokens(base), Masking.of(data)))
     origin = "held-out" if read.split == "heldout" else "training"
     changed = None if fingerprints is None else read.has_changed(plan, fingerprints)
     if changed:

@@ -103,13 +103,22 @@ def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
     else:
         hidden = list(_padded_hidden(policy, rows))
     ends = [len(row.prompt) + len(row.branch) - 1 for row in rows]
+    scored = [each for example in batch.examples for each in example.scored]
     pieces = [
-        hidden[row][end - length : end] for row, (end, length) in enumerate(zip(ends, batch.lengths, strict=True))
+        _selected(hidden[row][end - len(rows[row].branch) : end], indices)
+        for row, (end, indices) in enumerate(zip(ends, scored, strict=True))
     ]
     if prompts:
         branches = len(batch.lengths) // len(batch.examples)
         pieces += [hidden[index * branches][: len(example.prompt) - 1] for index, example in enumerate(batch.examples)]
     return torch.cat(pieces)
+
+
+def _selected(hidden: Tensor, indices: Sequence[int]) -> Tensor:
+    """Select rows by index, without a copy where that is all of them."""
+    if len(indices) == len(hidden):
+        return hidden
+    return hidden[to_device([torch.tensor(indices, dtype=torch.int64)], hidden.device)[0]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,11 +176,13 @@ def batch_keys(batch: PackedBatch) -> list[bytes]:
 
 
 def row_keys(example: TokenizedExample) -> list[bytes]:
-    """Hash the token ids of prompt and response of each branch: the key of its row."""
+    """Hash the token ids of prompt and response of each branch, and which are scored: the key of its row."""
     keys = []
-    for branch in example.branches:
+    for branch, scored in zip(example.branches, example.scored, strict=True):
         digest = hashlib.blake2b(len(example.prompt).to_bytes(4, "little"), digest_size=KEY_BYTES)
         digest.update(example.prompt.tobytes())
         digest.update(branch.tobytes())
+        if len(scored) < len(branch):
+            digest.update(b"scored" + array("i", scored).tobytes())
         keys.append(digest.digest())
     return keys

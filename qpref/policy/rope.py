@@ -185,14 +185,13 @@ def split_groups(batch: PackedBatch, lengths: RopeLengths) -> PackedBatch:
         inputs = tuple(old.branches[branch] for branch in branches)
         groups.append(Group(start=start, prompt=old.prompt, branches=inputs))
     seen = [0] * len(batch.groups)
-    num_branches = len(batch.lengths) // len(batch.examples)
     score_at: list[int] = []
     group_of: list[int] = []
     for example, number in enumerate(batch.group_of):
         group_of.append(group_with[number, seen[number]])
-        for length in batch.lengths[example * num_branches : (example + 1) * num_branches]:
-            first = branch_start[number, seen[number]]
-            score_at += [prompt_end[number, seen[number]], *range(first, first + length - 1)]
+        for scored in batch.examples[example].scored:
+            before, first = prompt_end[number, seen[number]], branch_start[number, seen[number]]
+            score_at += [first + index - 1 if index else before for index in scored]
             seen[number] += 1
     order, at = to_device([torch.tensor(taken), torch.tensor(score_at)], batch.input_ids.device)
     return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,13 @@ class LossChoice:
         own = self.weight.model_dump(mode="json") if isinstance(self.weight, Schedule) else self.weight
         weight = {} if own == 1.0 else {"weight": own}
         return {"name": self.plugin.record.name} | weight | self.options.document()
+
+
+def unread_masks(mask: str | None, losses: Sequence[LossChoice]) -> Iterator[str]:
+    """Explain why `[data] mask` can't leave masks to these losses, where it does and none of them reads masks."""
+    if mask == "loss" and losses and "tokens" not in joint_needs(loss.at(0.0) for loss in losses):
+        names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)
+        yield f'"loss" leaves masks to the loss, and {names} reads none; "exclude" keeps masked tokens out of it'
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from qpref.patterns import why_slow
 from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.section import Section
 
@@ -168,6 +169,17 @@ class DataSection(Section):
         description="Maximum share of refused rows: up to it the run continues without them, above it the run stops. "
         "0: any refused row stops the run.",
     )
+    mask: Literal["exclude", "loss", "ignore"] = Field(
+        default="exclude",
+        description="Response tokens that a row masks ([how](data.md#masks)) or `mask_patterns` match. exclude: they "
+        "have no part in log-probabilities and their means, whatever the loss. loss: they are scored, and the mask is "
+        "for a loss that reads it. ignore: masks of rows have no effect.",
+    )
+    mask_patterns: list[str] = Field(
+        default_factory=list,
+        description="Regular expressions; what they match in a response, as the template renders it, is masked. "
+        "`.` matches newlines too: `'<think>.*?</think>'`.",
+    )
     cache: bool = Field(
         default=True, description="Cache token ids on disk by content, so that later runs don't tokenize the same rows."
     )
@@ -208,6 +220,15 @@ class DataSection(Section):
         for key in SPLITS:
             for source in self.sources(key):
                 _refuse_two_mappings(source)
+        return self
+
+    @model_validator(mode="after")
+    def mask_by_quick_patterns(self) -> DataSection:
+        for pattern in self.mask_patterns:
+            if reason := why_slow(pattern):
+                raise ValueError(f"mask_patterns: {pattern!r}: {reason}")
+        if self.mask_patterns and self.mask == "ignore":
+            raise ValueError('mask = "ignore" gives mask_patterns no effect: remove one of the two')
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, Offer, PluginHost
 from qpref.hooks.plugin_files import given_plugins
 from qpref.hooks.types import Split
-from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss
+from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss, unread_masks
 from qpref.recipe.data_section import DataSection, SourceSection, sources_alone
 from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.loss_columns import joint_columns
@@ -117,6 +117,7 @@ class Resolution:
         recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
         columns = joint_columns(loss.at(0.0) for loss in losses)
         sources = self._sources(recipe.data if recipe else sources_alone(document), columns=columns)
+        self._problems += [Problem("data", "mask", why) for why in unread_masks(recipe and recipe.data.mask, losses)]
         if self._problems or recipe is None or not losses:
             raise self._error()
         full = recipe.model_dump(mode="json", exclude_none=True)

@@ -26,6 +26,7 @@ from qpref.rows.columns import (
 from qpref.rows.contest_formats import CONTEST_COLUMNS, CONTESTS, contest_format
 from qpref.rows.json_columns import with_decoded_messages
 from qpref.rows.known_names import NAMES, with_known_names
+from qpref.rows.masked_text import MASK_COLUMNS, PREFIX_COLUMN, marked, refuse_shared_mask
 from qpref.rows.messages import check_prompt, check_response, turns_of
 from qpref.rows.pair_formats import PAIR_FORMATS, has_candidates, pair_format
 from qpref.rows.pair_records import build_pair
@@ -48,6 +49,7 @@ COLUMNS = frozenset(
         *LABEL_COLUMNS,
         *("preferred_output", "non_preferred_output"),
         *CONTEST_COLUMNS,
+        *(*MASK_COLUMNS, PREFIX_COLUMN),
     }
 )
 """Every column that some format reads."""
@@ -165,7 +167,12 @@ def _unpaired(row: Row) -> Records:
     check_response(response, "completion")
     weight, tools = number_in(values, "weight", 1.0, at_least=0.0), tools_in(values)
     example = UnpairedExample(
-        prompt=prompt, completion=response, label=label, tools=tools, weight=weight, source=row.source
+        prompt=prompt,
+        completion=(marked(values, response[0], "completion"),),
+        label=label,
+        tools=tools,
+        weight=weight,
+        source=row.source,
     )
     return [example]
 
@@ -176,7 +183,9 @@ def _refusing(read: Callable[[Row], Records | Finding]) -> Callable[[Row], Recor
     @wraps(read)
     def records(row: Row) -> Records | Finding:
         try:
-            return read(row)
+            found = read(row)
+            refuse_shared_mask(row.values, len(found) if isinstance(found, Sequence) else 1)
+            return found
         except BadRowError as error:
             return Finding(code=error.code, severity="error", message=str(error), source=row.source)
 

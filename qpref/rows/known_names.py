@@ -19,10 +19,11 @@ NAMES: Mapping[str, str] = {
     "prompt_messages": "prompt",
     "preferred_completion": "preferred_output",
     "non_preferred_completion": "non_preferred_output",
+    "initial_reason_steps": "response_prefix",
 }
 """Column of another tool -> qpref's. Axolotl and Argilla have `chosen_response`; torchtune `chosen_conversations`;
 ms-swift `rejected_response` and `rejected_messages`; OpenPipe `rejected_message`; OpenAI's earlier API
-`preferred_completion`."""
+`preferred_completion`; Step-DPO's data `initial_reason_steps`."""
 
 
 def with_known_names(row: Row) -> Row:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from qpref.records import Message
+from qpref.records import Message, Spans
+from qpref.rows.masked_text import masked_in
 from qpref.rows.tool_calls import tool_calls_of
 from qpref.rows.turn_notation import (
     CALLERS,
@@ -74,7 +76,7 @@ def _is_call(turn: object) -> bool:
 def _with_calls(before: Message, call: Message) -> Message:
     """Add the calls of a turn of its own, as ShareGPT and ms-swift have them, to the assistant's turn before it."""
     calls = [*_calls_of(before), *_calls_of(call)]
-    return Message(role="assistant", content=before.content, extra={**before.extra, "tool_calls": calls})
+    return replace(before, extra={**before.extra, "tool_calls": calls})
 
 
 def _calls_of(message: Message) -> list[object]:
@@ -105,15 +107,17 @@ def _message(turn: object, where: str) -> Message:
         speaker, content, extra = "assistant", "", {**extra, "tool_calls": _calls(content, where)}
     if content is None and "tool_calls" in extra:
         content = ""
+    of_parts: Spans = ()
     if isinstance(content, list):
-        content, reasoning = join_parts(content, where)
+        content, reasoning, of_parts = join_parts(content, where)
         if reasoning and extra.setdefault("reasoning_content", reasoning) != reasoning:
             raise BadRowError("not_a_message", f"{where}: reasoning both in a part and in reasoning_content; keep one")
         check_text(reasoning, where)
     if not isinstance(content, str):
         raise BadRowError("not_a_message", f"{where}: a message's content is a text, found {kind_of(content)}")
     check_text(content, where)
-    return Message(role=speaker, content=content, extra=extra)
+    masked = masked_in(turn, len(content), of_parts, where)
+    return Message(role=speaker, content=content, extra=extra, masked=masked)
 
 
 def _extra(turn: Mapping[str, object], where: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from qpref.records import PreferencePair, Row
 from qpref.rows.columns import Turns, number_in, tools_in, with_system
+from qpref.rows.masked_text import marked
 from qpref.rows.messages import check_prompt, check_response, has_speaker, turns_of
 from qpref.rows.ranked import MAX_RESPONSES
 from qpref.rows.values import BadRowError
@@ -142,8 +143,8 @@ def build_pair(row: Row, prompt: Turns, chosen: Turns, rejected: Turns) -> Prefe
     check_response(rejected, "rejected")
     return PreferencePair(
         prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
+        chosen=(marked(row.values, chosen[0], "chosen"),),
+        rejected=(marked(row.values, rejected[0], "rejected"),),
         tools=tools_in(row.values),
         weight=number_in(row.values, "weight", 1.0, at_least=0.0),
         margin=number_in(row.values, "margin", 0.0, at_least=-math.inf),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qpref.records import Spans
+from qpref.rows.masked_text import is_trained
 from qpref.rows.values import BadRowError, kind_of, named, shown
 
 _NAMES = {
@@ -80,26 +82,34 @@ def content_in(turn: Mapping[str, object]) -> object:
     return None
 
 
-def join_parts(parts: Sequence[object], where: str) -> tuple[str, str]:
+def join_parts(parts: Sequence[object], where: str) -> tuple[str, str, Spans]:
     """Join the parts of a content to its text and its reasoning; chat templates put nothing between parts.
+
+    Returns:
+        Text, reasoning, and the spans of the text whose parts have `train` false.
 
     Raises:
         BadRowError: a part is neither a text nor reasoning; names its number.
     """
-    texts, reasoning = [], []
+    texts, reasoning, masked, length = [], [], [], 0
     for number, part in enumerate(parts, start=1):
         at = f"{where}, part {number}"
         values = {"text": part} if isinstance(part, str) else part
         if not isinstance(values, dict):
             raise BadRowError("not_a_message", f"{at}: expected an object with a text, found {kind_of(part)}")
-        kind = values.get("type")
+        kind, counts = values.get("type"), is_trained(values, at)
         if kind in _REASONING_PARTS or (kind in _TEXT_PARTS and values.get("thought") is True):
+            if not counts:
+                raise BadRowError("bad_mask", f"{at}: reasoning is masked by [data] mask_patterns, not by train")
             reasoning.append(_reasoning(values, at))
         elif kind in _TEXT_PARTS and isinstance(text := values.get("refusal" if kind == "refusal" else "text"), str):
             texts.append(text)
+            length += len(text)
+            if text and not counts:
+                masked.append((length - len(text), length))
         else:
             raise BadRowError("not_a_message", f"{at}: {_no_text(values)}")
-    return "".join(texts), "".join(reasoning)
+    return "".join(texts), "".join(reasoning), tuple(masked)
 
 
 def _reasoning(part: Mapping[str, object], where: str) -> str:

@@ -214,9 +214,9 @@ def shortened(example: TokenizedExample) -> TokenizedExample:
 
 
 def _cut(example: TokenizedExample, prompt: int, response: int) -> TokenizedExample:
-    """Keep so many tokens at most: the end of the prompt, the start of each response."""
+    """Keep so many tokens at most: the end of the prompt, the start of each response; all of them are scored."""
     branches = tuple(branch[:response] for branch in example.branches)
-    return replace(example, prompt=example.prompt[-prompt:], branches=branches)
+    return replace(example, prompt=example.prompt[-prompt:], branches=branches, masks=())
 
 
 def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:

@@ -15,6 +15,7 @@ from qpref.data import token_cache
 from qpref.data.check import CheckedData
 from qpref.data.data_report import DataReport
 from qpref.data.load import fingerprint, tokenize_rows
+from qpref.data.masking import Masking
 from qpref.data.mismatch import with_mismatched
 from qpref.data.order import refuse_empty_steps, step_order, total_steps
 from qpref.data.tokenize import PairTokenizer
@@ -94,7 +95,7 @@ def prepare(plan: Plan, checked: CheckedData, world: World = ALONE, kept: KeptBa
     with _in_turn(world, recipe.model.base, "reads the base"):
         base = resolve_base(recipe.model)
     tokenizer = load_tokenizer(recipe.model, base)
-    pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base))
+    pairs = PairTokenizer.of(tokenizer, recipe.data.template, stop_tokens(base), Masking.of(recipe.data))
     folder = token_cache.folder_of(pairs) if recipe.data.cache else None
     with _in_turn(world, str(folder) if folder else None, "tokenizes the data"):
         examples = tokenize_rows(checked.train, pairs, recipe.data, recipe.train.seed)

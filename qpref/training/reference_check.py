@@ -20,7 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -82,8 +82,9 @@ def check_cache(
         failed |= _compare_rows(references, rescoring, batch)
         if examples is not None:
             failed |= _compare_sample(references, rescoring, examples)
-        values = rescoring.scores(CheckRows(batch.examples, torch.empty(0)))
-        cache.check_rows = None if values is None else CheckRows(batch.examples, values)
+        whole = tuple(replace(example, masks=()) for example in batch.examples)  # a later run may mask other tokens
+        values = rescoring.scores(CheckRows(whole, torch.empty(0)))
+        cache.check_rows = None if values is None else CheckRows(whole, values)
     if failed:
         usable = [value for value in failed.values() if value < INFINITE]
         by = f", by up to {max(usable):.3f} nats a token" if usable else ""
@@ -246,7 +247,7 @@ def _compare_sample(
 
 def _rounding_of_rows(examples: Sequence[TokenizedExample], policy: Policy) -> float:
     """Measure the largest rounding of one of these rows between batches, nats a token."""
-    lengths = [len(branch) for example in examples for branch in example.branches]
+    lengths = [count for example in examples for count in example.num_scored]
     return largest_rounding(_arrangements(examples, policy), lengths)
 
 

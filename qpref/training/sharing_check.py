@@ -45,7 +45,10 @@ class OwnRows:
 def own_rows(policy: Policy, batch: PackedBatch, short: PackedBatch) -> OwnRows:
     """Compute the results that a sharing path has to give; the policy uses the model's own attention."""
     (example,), last = short.examples, slice(-1, None)
-    row = pack([replace(example, branches=example.branches[last], truncated=example.truncated[last])], policy.device)
+    own = replace(
+        example, branches=example.branches[last], truncated=example.truncated[last], masks=example.masks[last]
+    )
+    row = pack([own], policy.device)
     return OwnRows(completion_logprobs(policy, batch).values, _grad_of_last(policy, row)[0])
 
 

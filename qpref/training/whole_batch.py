@@ -40,7 +40,7 @@ class Sequences:
 
     @classmethod
     def of(cls, examples: Sequence[TokenizedExample], prompts: bool = False) -> Sequences:
-        lengths = [len(branch) for example in examples for branch in example.branches]
+        lengths = [count for example in examples for count in example.num_scored]
         if prompts:
             lengths += [len(example.prompt) - 1 for example in examples]
         return cls(len(examples), len(examples[0].branches), tuple(lengths))

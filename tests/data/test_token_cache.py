@@ -217,6 +217,12 @@ HOSTILE = {
     "more ids than it says": [0, 3, 1, 1, 1, 5, 5, 5, 5],
     "fewer ids": [0, 3, 1, 1, 1, 5, 5],
     "lengths beyond its end": [0, 3, 1],
+    "masks of a row without any": [0, 5, 1, 1, 1, 1, 1, 5, 5, 5, 1, 1],
+}
+HOSTILE_MASKS = {
+    "a mask of another length": [0, 5, 1, 2, 1, 1, 1, 5, 5, 5, 5, 1, 1],
+    "nothing counts": [0, 5, 1, 1, 1, 1, 1, 5, 5, 5, 0, 1],
+    "one mask": [0, 4, 1, 1, 1, 1, 5, 5, 5, 1],
 }
 
 
@@ -228,4 +234,16 @@ def test_a_record_that_qpref_has_not_written_is_not_read(words):
     cache.store.close()
     found, count = through_cache([pair(0)])
     assert found == list(pair_tokenizer().tokenize([pair(0)]))
+    assert count == 1
+
+
+@pytest.mark.parametrize("words", HOSTILE_MASKS.values(), ids=HOSTILE_MASKS)
+def test_a_mask_that_qpref_has_not_written_is_not_read(words):
+    row = pair(0)
+    row = replace(row, chosen=(replace(row.chosen[0], masked=((0, 2),)),))
+    cache = TokenCache.open(pair_tokenizer())
+    cache.store.add({_key(row, None): array("i", words).tobytes()})
+    cache.store.close()
+    found, count = through_cache([row])
+    assert found == list(pair_tokenizer().tokenize([row]))
     assert count == 1

@@ -62,8 +62,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "C5",
         "a token that prompt and response would share is cut off the response",
         TOKENIZE,
-        "if joined[: len(before)] == before:\n            return",
-        "if joined:\n            return",
+        "if joined[: len(before)] == before:\n            return TokenizedResponse(joined, len(before), start",
+        "if joined:\n            return TokenizedResponse(joined, len(before), start",
         TOKENS + "test_a_responses_first_token_never_swallows_the_prompts_last",
     ),
     mutant(
