@@ -101,7 +101,7 @@ class LossChoice:
         return {"name": self.plugin.record.name} | weight | self.options.document()
 
 
-def unread_masks(mask: str | None, losses: Sequence[LossChoice]) -> Iterator[str]:
+def unread_masks(mask: str, losses: Sequence[LossChoice]) -> Iterator[str]:
     """Explain why `[data] mask` can't leave masks to these losses, where it does and none of them reads masks."""
     if mask == "loss" and losses and "tokens" not in joint_needs(loss.at(0.0) for loss in losses):
         names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)

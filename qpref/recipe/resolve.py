@@ -115,9 +115,9 @@ class Resolution:
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
         recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
-        columns = joint_columns(loss.at(0.0) for loss in losses)
-        sources = self._sources(recipe.data if recipe else sources_alone(document), columns=columns)
-        self._problems += [Problem("data", "mask", why) for why in unread_masks(recipe and recipe.data.mask, losses)]
+        data = recipe.data if recipe else sources_alone(document)
+        sources = self._sources(data, columns=joint_columns(loss.at(0.0) for loss in losses))
+        self._problems += [Problem("data", "mask", why) for why in unread_masks(data.mask if data else "", losses)]
         if self._problems or recipe is None or not losses:
             raise self._error()
         full = recipe.model_dump(mode="json", exclude_none=True)
