@@ -56,7 +56,7 @@ class LossCaller:
 
     choice: Choice
     function: Any
-    initial: Initial
+    initial: Initial = field(default_factory=dict)
 
     @classmethod
     def of(cls, choice: Choice) -> LossCaller:
