@@ -24,13 +24,13 @@ from torch import Tensor
 from qpref.data.load import check_rows
 from qpref.data.reload import reload_rows
 from qpref.data.tokenize import PairTokenizer
-from qpref.merge.compared_models import AsTrained, load_base
-from qpref.merge.guards import TrainedRun, read_run
-from qpref.merge.replay import ScoredRow, replay
-from qpref.merge.replayed_pairs import choose_pairs
-from qpref.merge.request import Tolerance
-from qpref.merge.rounding import STORED, Retention
-from qpref.merge.verdict import Judge
+from qpref.merging.compared_models import AsTrained, load_base
+from qpref.merging.guards import TrainedRun, read_run
+from qpref.merging.replay import ScoredRow, replay
+from qpref.merging.replayed_pairs import choose_pairs
+from qpref.merging.request import Tolerance
+from qpref.merging.rounding import STORED, Retention
+from qpref.merging.verdict import Judge
 from qpref.policy.tokenizer import stop_tokens
 from qpref.recipe.reopen import reopen_plan
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 
-from qpref import __version__
 from qpref.cli.groups import SuggestingGroup
 from qpref.cli.output import StderrHandler, echo, end_process, guard_streams, print_error
 from qpref.distributed.environment import is_first, num_processes
 from qpref.errors import DeviceMemoryError, FailedElsewhere, PeerError, QprefError, RecipeError, StoppedBySignal
 from qpref.installed import as_install_error
+from qpref.version import __version__
 
 COMMANDS = {
     "init": "Write a first recipe for your data, model and card.",

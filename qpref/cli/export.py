@@ -63,8 +63,8 @@ def command(
 
 def _export_merged(merged: Path, out: Path, kind: str | None, converter: Path | None) -> None:
     from qpref import fsio
-    from qpref.merge.export import export_gguf
-    from qpref.merge.modelfile import modelfile
+    from qpref.merging.export import export_gguf
+    from qpref.merging.modelfile import modelfile
 
     echo(f"gguf: {export_gguf(merged, out, kind, converter)}")
     beside = out.with_suffix(".Modelfile")
@@ -81,7 +81,7 @@ def _export_merged(merged: Path, out: Path, kind: str | None, converter: Path | 
 
 def _export_lora(model: Path, out: Path, base: str | None) -> Path:
     from qpref.evaluation.subjects import identify
-    from qpref.merge.gguf_lora import export_lora
+    from qpref.merging.gguf_lora import export_lora
 
     subject = identify(str(model), base=base)
     if subject.kind not in ("run", "adapter") or subject.adapter is None:
@@ -92,8 +92,8 @@ def _export_lora(model: Path, out: Path, base: str | None) -> Path:
 
 
 def _push(model: Path, name: str) -> None:
-    from qpref.merge import hub
-    from qpref.merge.adapter_to_push import adapter_to_push
+    from qpref.merging import hub
+    from qpref.merging.adapter_to_push import adapter_to_push
 
     hub.refuse_push(name)
     echo(f"pushed: {hub.push(adapter_to_push(model), name, 'Trained by qpref')}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -14,8 +13,6 @@ from qpref.cli.output import echo, make_console
 
 if TYPE_CHECKING:
     from qpref.evaluation.generate import Answers
-    from qpref.evaluation.subjects import Subject
-    from qpref.records import UnpairedExample
 
 COLUMNS_WITHOUT_TERMINAL = 160
 
@@ -50,8 +47,9 @@ def command(
     Without --prompt and --prompts, the first 8 held-out prompts of the run are used.
     """
     from qpref.cli import quiet_transformers
-    from qpref.evaluation.generate import Sampling, generate
+    from qpref.evaluation.generate import Sampling, as_prompt, asked_prompts, generate
     from qpref.evaluation.subjects import identify, run_folder
+    from qpref.records import Source
 
     if not texts and data is None and run_folder(model) is None:
         raise click.UsageError(
@@ -59,24 +57,12 @@ def command(
         )
     quiet_transformers()
     subject = identify(model, base=base, quantization=quantization)
-    prompts = _prompts(texts, data, subject)
-    answers = generate(subject, prompts, Sampling(**sampling))
+    given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
+    answers = generate(subject, asked_prompts(subject, given, data), Sampling(**sampling))
     if as_json:
-        echo(json.dumps([asdict(answer) for answer in answers], indent=2, ensure_ascii=False))
+        echo(json.dumps([answer.as_json() for answer in answers], indent=2, ensure_ascii=False))
     else:
         _print(answers, model)
-
-
-def _prompts(texts: Sequence[str], data: str | None, subject: Subject) -> list[UnpairedExample]:
-    """Collect the prompts given as options; without any, the run's first held-out ones."""
-    from qpref.evaluation.generate import as_prompt, heldout_prompts, read_prompts
-    from qpref.records import Source
-
-    if not texts and data is None:
-        assert subject.run is not None  # checked by the caller
-        return heldout_prompts(subject.run)
-    given = [as_prompt(text, Source(path="--prompt", line=number)) for number, text in enumerate(texts, start=1)]
-    return given + (read_prompts(data) if data else [])
 
 
 def _print(answers: Sequence[Answers], name: str) -> None:

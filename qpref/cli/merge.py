@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qpref.cli.options import json_option
 from qpref.cli.output import echo
 
 if TYPE_CHECKING:
-    from qpref.merge.request import MergeResult, Verdict
+    from qpref.merging.request import MergeResult, Verdict
 
 NUM_FLIPS = 5
 
@@ -51,7 +53,8 @@ NUM_FLIPS = 5
     help="Number of held-out pairs to replay; all if there are fewer.",
 )
 @click.option("--push", metavar="ORG/NAME", help="Hub repository to upload to if the verdict passes; reads $HF_TOKEN.")
-def command(run: Path, out: Path, max_margin_error: str, push: str | None, **asked: Any) -> None:
+@json_option
+def command(run: Path, out: Path, max_margin_error: str, push: str | None, as_json: bool, **asked: Any) -> None:
     """Merge base and adapter of RUN into OUT, a plain safetensors model that any engine loads.
 
     OUT is read back and compared with the trained policy. If their margins differ by more than --max-margin-error, the
@@ -59,9 +62,9 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     """
     from qpref.cli import ends_cleanly, quiet_transformers
     from qpref.errors import MergeError
-    from qpref.merge import hub
-    from qpref.merge.merge import merge_run
-    from qpref.merge.request import MergeRequest, Tolerance
+    from qpref.merging import hub
+    from qpref.merging.merge import merge_run
+    from qpref.merging.request import MergeRequest, Tolerance
 
     request = MergeRequest(run=run, out=out, tolerance=Tolerance.parse(max_margin_error), **asked)
     if push is not None:
@@ -69,8 +72,11 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
     quiet_transformers()
     with ends_cleanly():
         result = merge_run(request)
-    for line in _report(result, request.quantize or result.dtype):
-        echo(line)
+    if as_json:
+        echo(json.dumps(result.as_json(), indent=2))
+    else:
+        for line in _report(result, request.quantize or result.dtype):
+            echo(line)
     verdict = result.verdict
     if not verdict.passed:
         unsent = "; nothing was pushed" if push else ""
@@ -80,7 +86,7 @@ def command(run: Path, out: Path, max_margin_error: str, push: str | None, **ask
             _way_out(request.onto, request.quantize, request.dtype),
         )
     if push is not None:
-        echo(f"pushed: {hub.push(result.path, push, 'Merged by qpref')}")
+        echo(f"pushed: {hub.push(result.path, push, 'Merged by qpref')}", err=as_json)
 
 
 def _way_out(onto: str, quantize: str | None, dtype: str) -> str:

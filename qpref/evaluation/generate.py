@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qpref.records import Finding, Message, Row, Source, TokenizedExample, Unpai
 log = logging.getLogger("qpref")
 
 GIVEN = Source(path="--prompt", line=1)
+NAME_PROMPTS = "name prompts with --prompt or --prompts"
 NUM_HELDOUT = 8
 """Number of a run's held-out prompts used by default."""
 STARTED = "answering %d prompt(s) with %s, up to %d tokens each"
@@ -64,6 +65,10 @@ class Answers:
     base: str | None
     ended: tuple[bool, bool | None]
 
+    def as_json(self) -> dict[str, Any]:
+        """Convert the answers to JSON values."""
+        return asdict(self)
+
 
 def read_prompts(location: str) -> list[UnpairedExample]:
     """Read the prompts of a data file: one from each row, with or without responses; from a .txt file, one per line.
@@ -91,7 +96,7 @@ def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
     """
     heldout = data_of_run(run, heldout_alone=True).heldout
     if heldout is None:
-        raise RecipeError(f"{run.path}: this run has no held-out data", "name prompts with --prompt or --prompts")
+        raise RecipeError(f"{run.path}: this run has no held-out data", NAME_PROMPTS)
     found: dict[str, UnpairedExample] = {}
     for row in heldout.rows():
         found.setdefault(text_of(row.prompt), _without_response(row.prompt, row.tools, row.source))
@@ -100,6 +105,20 @@ def heldout_prompts(run: RecordedRun) -> list[UnpairedExample]:
     if not found:
         raise DataError(heldout.why_empty)
     return list(found.values())
+
+
+def asked_prompts(subject: Subject, given: Sequence[UnpairedExample], location: str | None) -> list[UnpairedExample]:
+    """Collect the prompts that were given and those of a data file; without any, the run's first held-out ones.
+
+    Raises:
+        RecipeError: there are none, and the model is no run.
+        DataError: the file's can't be read.
+    """
+    if not given and location is None:
+        if subject.run is None:
+            raise RecipeError(f"{subject.name}: not a run, so it has no held-out prompts", NAME_PROMPTS)
+        return heldout_prompts(subject.run)
+    return [*given, *(read_prompts(location) if location else [])]
 
 
 def as_prompt(text: str, source: Source = GIVEN) -> UnpairedExample:
@@ -176,12 +195,12 @@ def generate(
         policy = subject.load(dtype or subject.dtype)
         policy.share_prompts(False)
         log.info(STARTED, len(ids), subject.name, sampling.max_new_tokens)
-        answers = _answers(policy, tokenizer, ids, sampling)
+        answers = answer_all(policy, tokenizer, ids, sampling)
         of_base: list[tuple[str, bool]] | None = None
         if subject.has_reference:
             log.info(STARTED, len(ids), "the base", sampling.max_new_tokens)
             with as_reference(policy):
-                of_base = _answers(policy, tokenizer, ids, sampling)
+                of_base = answer_all(policy, tokenizer, ids, sampling)
     return [
         Answers(
             prompt=text_of(prompt.prompt),
@@ -193,7 +212,7 @@ def generate(
     ]
 
 
-def _answers(
+def answer_all(
     policy: Policy, tokenizer: PairTokenizer, ids: Sequence[list[int]], sampling: Sampling
 ) -> list[tuple[str, bool]]:
     """Generate each prompt's answer under the policy in its current mode; True where a stop token ended it."""

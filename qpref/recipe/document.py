@@ -18,6 +18,8 @@ from qpref.errors import RecipeError
 MAX_BYTES, MAX_DEPTH = 2**20, 16
 LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}""", re.ASCII)
 ODD_CHARACTERS = re.compile("[\\x00\\ud800-\\udfff]")
+Override = str | tuple[str, object]
+"""`table.key=value`, or the key and its value."""
 SHOWN = 200
 """Most characters of an argument that a message repeats."""
 FREE_TO_CHANGE = {
@@ -68,31 +70,48 @@ def _parsed(text: str) -> dict[str, Any]:
     return document
 
 
-def with_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of the document with each `table.key=value` set.
+def parse_document(text: str) -> dict[str, Any]:
+    """Read a recipe from its text.
 
-    A value that is TOML is parsed, any other is a string: `train.learning_rate=1e-6`, `loss.name=ipo`. A number in the
-    path is an index into an array of tables: `sinks.0.name=console`.
+    Raises:
+        RecipeError: it is not TOML, or too long.
+    """
+    if len(text.encode(errors="replace")) > MAX_BYTES:
+        raise RecipeError(f"recipe: it is larger than {MAX_BYTES // 2**20} MiB")
+    try:
+        return _parsed(text)
+    except ValueError as error:
+        raise RecipeError(f"recipe: not TOML: {error}") from None
+
+
+def with_overrides(document: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """Return a copy of the document with each override set.
+
+    In a text `table.key=value`, a value that is TOML is parsed, any other is a string: `train.learning_rate=1e-6`,
+    `loss.name=ipo`. A number in the path is an index into an array of tables: `sinks.0.name=console`.
 
     Raises:
         RecipeError: an override has no `=`, or its path leads through a value that isn't a table.
     """
     changed = copy.deepcopy(dict(document))
     for override in overrides:
-        path, equals, text = override.partition("=")
+        if isinstance(override, str):
+            path, equals, text = override.partition("=")
+            value = toml_value(text.strip())
+        else:
+            (path, value), equals = override, "="
         keys = path.strip().split(".")
+        shown = (override if isinstance(override, str) else path)[:SHOWN]
         if not equals or not all(keys) or len(keys) > MAX_DEPTH:
-            raise RecipeError(f"--set {override[:SHOWN]}: expected table.key=value")
+            raise RecipeError(f"--set {shown}: expected table.key=value")
         table: Any = changed
         try:
             for key in keys[:-1]:
                 table = table[int(key)] if isinstance(table, list) else table.setdefault(key, {})
             last: Any = int(keys[-1]) if isinstance(table, list) else keys[-1]
-            table[last] = toml_value(text.strip())
+            table[last] = value
         except (TypeError, AttributeError, ValueError, IndexError):
-            raise RecipeError(
-                f"--set {override[:SHOWN]}: '{path.strip()[:SHOWN]}' is not a key of this recipe"
-            ) from None
+            raise RecipeError(f"--set {shown}: '{path.strip()[:SHOWN]}' is not a key of this recipe") from None
     return changed
 
 

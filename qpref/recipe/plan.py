@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qpref.recipe.data_section import DataSection
 from qpref.recipe.document import fingerprint_of
 from qpref.recipe.loss_columns import joint_columns
 from qpref.recipe.sections import ModelSection, Recipe
+from qpref.records import MetricRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class Plan:
         sources: of the held-out data, then of the training data.
         recorded: the losses' facts, for a run that was reopened without its loss plugins.
         printing: the form of a run's standard output, no part of its recipe.
+        on_metrics: a program's function for each row of metrics, no part of the recipe either.
     """
 
     recipe: Recipe
@@ -37,6 +40,7 @@ class Plan:
     output: Path
     recorded: LossFacts | None = None
     printing: Printing = "text"
+    on_metrics: Callable[[MetricRow], object] | None = None
 
     @property
     def plugins(self) -> list[Loaded]:

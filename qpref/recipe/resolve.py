@@ -17,7 +17,7 @@ from qpref.hooks.plugin_files import given_plugins
 from qpref.hooks.types import Split
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, refuse_odd_loss, unread_masks
 from qpref.recipe.data_section import DataSection, SourceSection, sources_alone
-from qpref.recipe.document import read_document, refuse_credentials, refuse_unstorable, with_overrides
+from qpref.recipe.document import Override, read_document, refuse_credentials, refuse_unstorable, with_overrides
 from qpref.recipe.loss_columns import joint_columns
 from qpref.recipe.loss_tables import joint_problems, schedules_of, weight_of
 from qpref.recipe.paths import Locations, advice_on_reader
@@ -40,7 +40,7 @@ DEFAULT_VALIDATORS = ("duplicates", "leakage", "bias", "text")
 
 def make_plan(
     recipe: Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Iterable[Override] = (),
     output: Path | None = None,
     plugins: Iterable[object] = (),
 ) -> Plan:
@@ -48,7 +48,7 @@ def make_plan(
 
     Args:
         recipe: a TOML file, or its content as nested dicts.
-        overrides: strings `table.key=value`.
+        overrides: `table.key=value` each, or pairs of key and value.
         output: the run folder; by default `runs/<the recipe's file name without .toml>`.
         plugins: records of losses, checks, readers and sinks that the recipe may name beside the installed ones.
 

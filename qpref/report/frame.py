@@ -17,9 +17,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qpref import __version__, fsio
+from qpref import fsio
 from qpref.credentials import redact
 from qpref.report.text import visible
+from qpref.version import __version__
 
 STYLE = "page.css"
 

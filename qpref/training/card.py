@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import tomli_w
 
-from qpref import __version__, fsio, opening, pypi, sealed
+from qpref import fsio, opening, pypi, sealed
 from qpref.credentials import redact
 from qpref.policy.base_name import HASH, hub_id
 from qpref.recipe.sections import Recipe
 from qpref.training.folder import RunFolder
+from qpref.version import __version__
 
 log = logging.getLogger("qpref")
 

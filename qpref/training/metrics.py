@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import SinkContext, SinkWriter, SummaryWriter
 from qpref.recipe.choices import Choice
 from qpref.records import MetricRow
+from qpref.training.listener import Listener
 from qpref.training.sink_budget import SinkBudget, SinkWatch
 from qpref.training.symptoms import Watch
 
@@ -89,10 +90,17 @@ class Recorder:
         keep: bytes of it to keep; rows that a killed run wrote after its last checkpoint are cut off.
         sinks: the recipe's metric sinks, opened for `context`.
         symptoms: looks at each row, too.
+        on_metrics: a program's own function, called last.
     """
 
     def __init__(
-        self, path: Path, keep: int, sinks: Sequence[Choice], context: SinkContext, symptoms: Watch | None = None
+        self,
+        path: Path,
+        keep: int,
+        sinks: Sequence[Choice],
+        context: SinkContext,
+        symptoms: Watch | None = None,
+        on_metrics: Callable[[MetricRow], object] | None = None,
     ) -> None:
         self._lines = fsio.AppendLog(path, keep)
         self._size = self._lines.size
@@ -105,6 +113,7 @@ class Recorder:
         self._sinks = [GuardedSink(sink, context) for sink in sinks]
         self._watch = SinkWatch([sink.check_budget for sink in self._sinks])
         self._process = ProcessState.now().shared()
+        self._listener = None if on_metrics is None else Listener(on_metrics)
 
     @property
     def size(self) -> int:
@@ -130,6 +139,8 @@ class Recorder:
             sink.write(replace(row, values=dict(row.values)))  # a copy, in case the sink changes it
         if self._symptoms is not None:
             self._symptoms.look(row)
+        if self._listener is not None:
+            self._listener.write(row)
 
     def _undo_changes(self) -> None:
         """Set back settings of the process that the sinks have changed; their threads share them with training."""

@@ -336,7 +336,8 @@ def _open_recorder(session: Session, folder: RunFolder, metrics_bytes: int, tota
         ),
         _known_symptoms(prepared),
     )
-    return Recorder(folder.metrics, metrics_bytes, prepared.plan.sinks, context, session.symptoms)
+    plan = prepared.plan
+    return Recorder(folder.metrics, metrics_bytes, plan.sinks, context, session.symptoms, plan.on_metrics)
 
 
 def _known_symptoms(prepared: Prepared) -> list[dict[str, Any]]:

@@ -485,6 +485,6 @@ def test_a_run_says_which_attention_it_took(make_recipe, tmp_path: Path, monkeyp
 
     monkeypatch.setitem(KERNELS, BY_HAND, by_hand)
     monkeypatch.setattr(attention, "sharing_paths", lambda device, dtype: (BY_HAND, SEGMENTS))
-    folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run")
+    folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run").path
     description = json.loads((folder / "run.json").read_text())
     assert (description["attention"], description["shares_prompts"]) == (BY_HAND, True)

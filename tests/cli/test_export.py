@@ -262,7 +262,7 @@ def tiny_llama(tmp_path_factory) -> tuple[Path, Path]:
         "train": {"learning_rate": 0.02, "batch_size": 4},
         "sinks": [],
     }
-    run, merged = qpref.train(recipe, output=folder / "run"), folder / "merged"
+    run, merged = qpref.train(recipe, output=folder / "run").path, folder / "merged"
     done = CliRunner().invoke(main, ["merge", str(run), str(merged), "--dtype", "float32"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return base, merged

@@ -119,7 +119,7 @@ def test_a_run_with_a_report_is_replaced_even_where_its_start_was_killed(make_ru
     report(run)
     (run / "run.json").unlink()
     recipe = make_recipe({"train.max_steps": 1})
-    assert qpref.train(recipe, output=run, overwrite=True) == run
+    assert qpref.train(recipe, output=run, overwrite=True).path == run
     assert not (run / "report.html").exists()
 
 

@@ -14,7 +14,7 @@ from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation import generate as module
 from qpref.evaluation import heldout_pairs
-from qpref.evaluation.generate import Sampling, _answers, as_prompt, generate, prompt_ids, read_prompts
+from qpref.evaluation.generate import Sampling, answer_all, as_prompt, generate, prompt_ids, read_prompts
 from qpref.evaluation.subjects import identify
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan
@@ -79,7 +79,7 @@ def test_prompts_of_other_rotary_frequencies_answer_as_alone(tmp_path):
     policy.share_prompts(False)
     tokenizer = PairTokenizer.of(make_tokenizer(), "chat", (258,))
     ids = [list(make_example(line, length, 1, 1).prompt) for line, length in enumerate((8, 40, 10, 15, 17, 33))]
-    together, alone = (_answers(policy, tokenizer, ids, replace(GREEDY, batch_size=size)) for size in (6, 1))
+    together, alone = (answer_all(policy, tokenizer, ids, replace(GREEDY, batch_size=size)) for size in (6, 1))
     assert together == alone
 
 

@@ -13,20 +13,20 @@ from qpref.attention.determinism import deterministic
 from qpref.data.mismatch import with_mismatched
 from qpref.data.pack import num_fed_tokens, pack, split_by_tokens
 from qpref.distributed.world import ALONE
-from qpref.evaluation.generate import Sampling, _answers
+from qpref.evaluation.generate import Sampling, answer_all
 from qpref.evaluation.scores import Reference, kl_positions, score_pairs, score_reference
 from qpref.hooks.torch_state import TorchState
 from qpref.memory import tune
 from qpref.memory.costs import peak_memory
 from qpref.memory.forecast import run_forecast
 from qpref.memory.stream import Stream
-from qpref.merge.base import TrainedBase
-from qpref.merge.compared_models import AsStored, AsTrained
-from qpref.merge.conversions import Conversions
-from qpref.merge.replay import ScoredRow, replay
-from qpref.merge.replayed_pairs import Contrast, Replayed
-from qpref.merge.request import Tolerance
-from qpref.merge.verdict import Judge
+from qpref.merging.base import TrainedBase
+from qpref.merging.compared_models import AsStored, AsTrained
+from qpref.merging.conversions import Conversions
+from qpref.merging.replay import ScoredRow, replay
+from qpref.merging.replayed_pairs import Contrast, Replayed
+from qpref.merging.request import Tolerance
+from qpref.merging.verdict import Judge
 from qpref.policy import adapter_folder, fused, head
 from qpref.policy import load as loading
 from qpref.policy.adapter_names import LayerNames
@@ -96,4 +96,4 @@ def answers(policy: Any, prompts: list[list[int]], sampling: Sampling) -> list[t
     steps = iter([True] * sampling.max_new_tokens)
     GenerationMixin._has_unfinished_sequences = lambda self, *state, **options: next(steps, False)
     policy.share_prompts(False)
-    return _answers(policy, tokenizer, prompts, sampling)  # type: ignore[arg-type]
+    return answer_all(policy, tokenizer, prompts, sampling)  # type: ignore[arg-type]

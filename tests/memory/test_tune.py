@@ -419,7 +419,7 @@ def train(make_recipe, tmp_path, monkeypatch) -> Callable[..., Path]:
         recipe = make_recipe(values | {f"train.{key}": value for key, value in changes.items()})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "run", run)
-            return qpref.train(recipe, output=tmp_path / name, resume=resume)
+            return qpref.train(recipe, output=tmp_path / name, resume=resume).path
 
     return train
 

@@ -10,8 +10,8 @@ import torch
 from edited_runs import reseal
 from safetensors.torch import load_file
 
-from qpref.merge.merge import merge_run
-from qpref.merge.request import MergeRequest, MergeResult
+from qpref.merging.merge import merge_run
+from qpref.merging.request import MergeRequest, MergeResult
 from qpref.policy.adapter import load_adapter_tensors
 from qpref.policy.load import load_policy
 from qpref.policy.policy import Policy

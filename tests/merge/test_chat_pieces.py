@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import make_tokenizer
 
-from qpref.merge.chat_pieces import chat_pieces
-from qpref.merge.modelfile import ollama_template
+from qpref.merging.chat_pieces import chat_pieces
+from qpref.merging.modelfile import ollama_template
 
 TEMPLATES = Path(__file__).parents[1] / "data/templates"
 MADE_OF_FIXED_TEXTS = ("chatml", "cohere", "deepseek_r1", "llama3", "phi3", "qwen", "smollm", "vicuna", "zephyr")

@@ -17,7 +17,7 @@ from tiny_models import TinyModel
 
 from qpref.cli import main
 from qpref.errors import MergeError, RecipeError
-from qpref.merge.gguf_lora import ARCHITECTURES, export_lora
+from qpref.merging.gguf_lora import ARCHITECTURES, export_lora
 
 
 def write_adapter(model, folder, **settings):

@@ -111,7 +111,7 @@ def test_the_card_and_merge_json_tell_the_recipe_the_data_and_the_metrics(traine
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_merge_that_a_signal_ends_leaves_nothing_behind(trained_run, tmp_path, monkeypatch, number):
-    from qpref.merge import merge as module
+    from qpref.merging import merge as module
 
     def killed(*arguments):
         assert list(tmp_path.glob(".tmp-out-*/model.safetensors"))

@@ -9,7 +9,7 @@ from merge_cases import logits_of, merge, merged_logits, trained_policy
 from safetensors.torch import load_file
 
 from qpref.errors import MergeError, RecipeError
-from qpref.merge.guards import read_run
+from qpref.merging.guards import read_run
 from qpref.policy.experts import through_nf4
 
 ONE_STEP = {"train.max_steps": 1, "train.learning_rate": 5e-3, "model.quantization": "nf4"}

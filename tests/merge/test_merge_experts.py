@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TinyModel
 
 from qpref.errors import MergeError
-from qpref.merge.guards import read_run
+from qpref.merging.guards import read_run
 from qpref.policy.experts import through_nf4
 from qpref.recipe.resolve import make_plan
 from qpref.training.run import train_plan

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from qpref.errors import DataError, DiskError, MergeError, PolicyError, RecipeError
 from qpref.evaluation.subjects import identify
-from qpref.merge.guards import read_run
-from qpref.merge.merge import merge_run, weights_of
-from qpref.merge.replayed_pairs import choose_pairs
-from qpref.merge.request import MergeRequest, Tolerance
+from qpref.merging.guards import read_run
+from qpref.merging.merge import merge_run, weights_of
+from qpref.merging.replayed_pairs import choose_pairs
+from qpref.merging.request import MergeRequest, Tolerance
 
 Harm = Callable[[Path, Path], None]
 
@@ -342,7 +342,7 @@ def test_the_room_that_is_asked_for_is_what_is_written(trained_run, make_base, t
 
 
 def test_nothing_is_visible_under_the_name_until_all_is_written(trained_run, tmp_path, monkeypatch):
-    from qpref.merge import merge as module
+    from qpref.merging import merge as module
 
     def fail(*arguments):
         assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from merge_cases import logits_of, merge, merged_logits, trained_policy
 from safetensors.torch import load_file
 from tiny_models import TinyModel
 
-from qpref.merge.settings import patched_config
+from qpref.merging.settings import patched_config
 
 FOREIGN = {"extra.weight": (8, 4), "extra.scale": ()}
 

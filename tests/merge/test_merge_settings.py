@@ -16,8 +16,8 @@ from merge_cases import load_plain, logits_of, merge
 from safetensors.torch import load_file
 
 from qpref.errors import MergeError
-from qpref.merge import merge as merge_module
-from qpref.merge.settings import patched_config, patched_tokenizer_config
+from qpref.merging import merge as merge_module
+from qpref.merging.settings import patched_config, patched_tokenizer_config
 
 LLAMA3 = {
     "rope_type": "llama3",

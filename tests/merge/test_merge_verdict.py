@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from qpref.data.load import load_rows, tokenize_rows
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import MergeError
-from qpref.merge import compared_models, replay, rounding
-from qpref.merge import merge as merge_module
-from qpref.merge import verdict as verdict_module
-from qpref.merge.guards import read_run
-from qpref.merge.merge import Session, _survey
-from qpref.merge.replayed_pairs import choose_pairs
-from qpref.merge.request import MergeRequest, Tolerance
+from qpref.merging import compared_models, replay, rounding
+from qpref.merging import merge as merge_module
+from qpref.merging import verdict as verdict_module
+from qpref.merging.guards import read_run
+from qpref.merging.merge import Session, _survey
+from qpref.merging.replayed_pairs import choose_pairs
+from qpref.merging.request import MergeRequest, Tolerance
 from qpref.policy.delta import LoraDelta
 from qpref.policy.source import resolve_base
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens

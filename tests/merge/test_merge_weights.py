@@ -11,9 +11,9 @@ from merge_cases import lock_of, logits_of, merge, merged_logits, trained_policy
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qpref.merge import write
-from qpref.merge.guards import read_run
-from qpref.merge.rounding import STORED
+from qpref.merging import write
+from qpref.merging.guards import read_run
+from qpref.merging.rounding import STORED
 from qpref.policy.source import resolve_base
 from qpref.recipe.resolve import make_plan
 

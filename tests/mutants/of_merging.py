@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .mutant import Mutant, mutant
 
-WRITE = "qpref/merge/write.py"
-SETTINGS = "qpref/merge/settings.py"
+WRITE = "qpref/merging/write.py"
+SETTINGS = "qpref/merging/settings.py"
 WEIGHTS = "tests/merge/test_merge_weights.py::"
 GUARDS = "tests/merge/test_merge_guards.py::"
 
@@ -78,7 +78,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "C40",
         "files that stood in the output folder stay among the merged ones",
-        "qpref/merge/guards.py",
+        "qpref/merging/guards.py",
         "if out.exists() and (not out.is_dir() or any(out.iterdir())):",
         "if out.exists() and not out.is_dir():",
         GUARDS + "test_a_folder_that_is_not_empty_is_left_alone",
@@ -86,7 +86,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "C51",
         "tensors without dimensions are read as if they had rows",
-        "qpref/merge/rounding.py",
+        "qpref/merging/rounding.py",
         "        weight = torch.atleast_1d(weight)\n",
         "",
         "tests/merge/test_merge_kept.py::test_tensors_without_dimensions_are_merged",
@@ -94,7 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "C51",
         "tensors that transformers doesn't read are rounded with the others",
-        "qpref/merge/base.py",
+        "qpref/merging/base.py",
         "kept=frozenset((unread | outside) - packed)",
         "kept=frozenset(outside - unread - packed)",
         "tests/merge/test_merge_kept.py::test_tensors_that_transformers_does_not_know_are_kept_to_the_byte",

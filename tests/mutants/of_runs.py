@@ -95,11 +95,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "a merge believes the cached hash of a base that the disk has damaged since",
         (
             Edit(
-                "qpref/merge/guards.py",
+                "qpref/merging/guards.py",
                 "import BaseFolder, shard_files",
                 "import BaseFolder, cached_sha256, shard_files",
             ),
-            Edit("qpref/merge/guards.py", "!= fsio.sha256_file(shard)", "!= cached_sha256(shard)"),
+            Edit("qpref/merging/guards.py", "!= fsio.sha256_file(shard)", "!= cached_sha256(shard)"),
         ),
         ("tests/merge/test_merge_guards.py::test_a_base_damaged_under_its_cached_hash_is_refused",),
     ),

@@ -33,7 +33,7 @@ def learned(request, make_base, tmp_path_factory) -> list[dict]:
         "train": {"learning_rate": 3e-3, "batch_size": 8, "epochs": 4, "eval_every": "epoch"},
         "sinks": [],
     }
-    return heldout_rows(qpref.train(recipe, output=folder / "run"))
+    return heldout_rows(qpref.train(recipe, output=folder / "run").path)
 
 
 def test_held_out_accuracy_reaches_95_percent(learned):

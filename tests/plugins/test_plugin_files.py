@@ -79,7 +79,7 @@ def sha256_of(path):
 
 
 def test_a_file_beside_the_recipe_offers_its_loss_and_is_recorded_with_its_content(write_recipe, tmp_path):
-    folder = qpref.train(write_recipe(), output=tmp_path / "run")
+    folder = qpref.train(write_recipe(), output=tmp_path / "run").path
     file = tmp_path / "my_loss.py"
     lock = tomllib.loads((folder / "recipe.lock.toml").read_text())
     assert lock["plugins"] == {"files": [{"path": str(file), "sha256": sha256_of(file)}]}
@@ -158,7 +158,7 @@ def test_a_run_whose_reader_was_in_a_file_says_so_where_the_data_are_read_again(
     del recipe["data"]["heldout"]
     recipe["data"]["heldout_share"] = 0.25
     recipe["plugins"] = {"files": [str(tmp_path / "read_lines.py")]}
-    run = qpref.train(recipe, output=tmp_path / "run")
+    run = qpref.train(recipe, output=tmp_path / "run").path
     said = cli("eval", run, code=2).stderr
     assert "reader 'lines' is not installed; the run had it from read_lines.py " in said
     assert "executed for a recipe alone" in said
@@ -256,7 +256,7 @@ def difference(options):
 def test_train_takes_records_of_the_program(make_recipe, tmp_path):
     record = PairedLoss(name="difference", summary="r - c", options=Options, build=difference, needs=frozenset())
     recipe = make_recipe({"train.max_steps": 1}) | {"loss": {"name": "difference"}}
-    run = qpref.train(recipe, output=tmp_path / "run", plugins=[record])
+    run = qpref.train(recipe, output=tmp_path / "run", plugins=[record]).path
     used = json.loads((run / "run.json").read_text())["plugins"]
     assert [one["distribution"] for one in used if one["kind"] == "loss"] == ["a record of this Python program"]
     cli("eval", run)

@@ -184,8 +184,8 @@ def test_a_run_and_the_commands_on_it_say_their_device_once(make_recipe, tmp_pat
     from qpref.evaluation.evaluate import Request, evaluate
     from qpref.evaluation.generate import Sampling, as_prompt, generate
     from qpref.evaluation.subjects import identify
-    from qpref.merge.merge import merge_run
-    from qpref.merge.request import MergeRequest
+    from qpref.merging.merge import merge_run
+    from qpref.merging.request import MergeRequest
 
     run = tmp_path / "run"
     commands = [

@@ -53,7 +53,7 @@ def trained(make_base, tmp_path_factory):
         "train": {"learning_rate": 1e-3, "batch_size": 4, "tokens_per_microbatch": 400},
         "sinks": [],
     }
-    return qpref.train(recipe, output=folder / "tiny")
+    return qpref.train(recipe, output=folder / "tiny").path
 
 
 def test_heldout_table_of_a_real_run_has_the_numbers_of_its_metrics(trained):

@@ -21,9 +21,9 @@ from test_kills import last_step, newest_step
 
 import qpref
 from qpref import fsio
-from qpref.merge.export import export_gguf
-from qpref.merge.merge import merge_run
-from qpref.merge.request import MergeRequest
+from qpref.merging.export import export_gguf
+from qpref.merging.merge import merge_run
+from qpref.merging.request import MergeRequest
 from qpref.training import checkpoint
 from qpref.training.checkpoint import save_checkpoint
 

@@ -76,7 +76,7 @@ def is_adapter_of(run: Path, step: int) -> bool:
 
 
 def test_the_adapter_is_the_best_steps_and_its_checkpoint_is_kept_beside_the_newest(make_toy, tmp_path):
-    run = qpref.train(make_toy(**SMALLEST), output=tmp_path / "run")
+    run = qpref.train(make_toy(**SMALLEST), output=tmp_path / "run").path
     found = margins(run)
     assert list(found) == list(range(1, 13))
     best = min(found, key=found.__getitem__)
@@ -87,7 +87,7 @@ def test_the_adapter_is_the_best_steps_and_its_checkpoint_is_kept_beside_the_new
 
 
 def test_a_margin_is_best_where_it_is_largest(make_toy, tmp_path):
-    run = qpref.train(make_toy(best_by="eval_rewards/margins"), output=tmp_path / "run")
+    run = qpref.train(make_toy(best_by="eval_rewards/margins"), output=tmp_path / "run").path
     found = margins(run)
     best = max(found, key=found.__getitem__)
     assert best > 6
@@ -98,31 +98,31 @@ def test_a_margin_is_best_where_it_is_largest(make_toy, tmp_path):
 
 
 def test_without_best_by_the_adapter_is_the_last_steps(make_toy, tmp_path):
-    run = qpref.train(make_toy(), output=tmp_path / "run")
+    run = qpref.train(make_toy(), output=tmp_path / "run").path
     assert steps_kept(run) == [11, 12]
     assert is_adapter_of(run, 12)
 
 
 def test_the_best_step_is_saved_even_where_no_checkpoint_is_due(make_toy, tmp_path):
-    run = qpref.train(make_toy(save_every=5, **SMALLEST), output=tmp_path / "run")
+    run = qpref.train(make_toy(save_every=5, **SMALLEST), output=tmp_path / "run").path
     found = margins(run)
     assert is_adapter_of(run, min(found, key=found.__getitem__))
 
 
 def test_patience_ends_the_run_complete(make_toy, tmp_path):
-    run = qpref.train(make_toy(patience=3, log_every=5, **SMALLEST), output=tmp_path / "run")
+    run = qpref.train(make_toy(patience=3, log_every=5, **SMALLEST), output=tmp_path / "run").path
     found = margins(run)
     best = min(found, key=found.__getitem__)
     assert max(found) == best + 3 < 12
     assert is_adapter_of(run, best)
     last = [row for row in rows_of(run) if row["split"] == "train"][-1]
     assert last["step"] == max(found)  # every run ends in a training row
-    assert qpref.train(make_toy(patience=3, log_every=5, **SMALLEST), output=run, resume=True) == run
+    assert qpref.train(make_toy(patience=3, log_every=5, **SMALLEST), output=run, resume=True).path == run
 
 
 def test_the_steps_until_then_are_those_of_the_patient_run(make_toy, tmp_path):
-    patient = qpref.train(make_toy(**SMALLEST), output=tmp_path / "patient")
-    impatient = qpref.train(make_toy(patience=3, **SMALLEST), output=tmp_path / "impatient")
+    patient = qpref.train(make_toy(**SMALLEST), output=tmp_path / "patient").path
+    impatient = qpref.train(make_toy(patience=3, **SMALLEST), output=tmp_path / "impatient").path
     short = rows_of(impatient)
     assert short == rows_of(patient)[: len(short)]
 
@@ -130,7 +130,7 @@ def test_the_steps_until_then_are_those_of_the_patient_run(make_toy, tmp_path):
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_killed_run_goes_on_to_the_same_best_bit_for_bit(make_toy, tmp_path, step):
     recipe = make_toy(patience=3, **SMALLEST)
-    unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken"))
+    unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken").path)
     real = checkpoint.save_checkpoint
 
     def save(folder, current, keep):
@@ -143,14 +143,14 @@ def test_a_killed_run_goes_on_to_the_same_best_bit_for_bit(make_toy, tmp_path, s
         patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(Killed):
             qpref.train(recipe, output=tmp_path / "run")
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken
 
 
 def test_a_run_that_was_killed_once_its_patience_was_out_trains_no_further(make_toy, tmp_path, monkeypatch):
     from qpref.training import run as module
 
     recipe = make_toy(patience=2, **SMALLEST)
-    unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken"))
+    unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken").path)
 
     def die(*parts):
         raise Killed
@@ -159,7 +159,7 @@ def test_a_run_that_was_killed_once_its_patience_was_out_trains_no_further(make_
         patch.setattr(module, "write_adapter", die)
         with pytest.raises(Killed):
             qpref.train(recipe, output=tmp_path / "run")
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken
 
 
 def test_a_best_checkpoint_that_is_lost_is_said_and_the_next_best_takes_its_place(make_toy, tmp_path, said):
@@ -181,7 +181,7 @@ def test_a_best_checkpoint_that_is_lost_is_said_and_the_next_best_takes_its_plac
     (tmp_path / f"run/checkpoints/step-{best:06}/adapter.safetensors").write_bytes(b"")
     before = margins(tmp_path / "run")
     next_best = min((5, 6), key=before.__getitem__)
-    run = qpref.train(recipe, output=tmp_path / "run", resume=True)
+    run = qpref.train(recipe, output=tmp_path / "run", resume=True).path
     words = f"the best step so far, {best}, is lost, and step {next_best} is the best of those that are left: "
     assert any(words in line for line in said)
     left = {step: margin for step, margin in margins(run).items() if step >= 5}
@@ -195,7 +195,7 @@ def test_rows_since_the_next_best_are_waited_for(make_toy, tmp_path):
     from qpref.training import best as module
     from qpref.training.folder import RunFolder
 
-    run = qpref.train(make_toy(**SMALLEST, keep=12), output=tmp_path / "run")
+    run = qpref.train(make_toy(**SMALLEST, keep=12), output=tmp_path / "run").path
     state = json.loads((run / "checkpoints/step-000012/state.json").read_text())
     train = TrainSection(**make_toy(**SMALLEST)["train"])
     assert module.restore_best(state, RunFolder(run), train) == Best(**state["best"])

@@ -197,6 +197,6 @@ def test_python_call_trains_as_the_command_does(make_recipe, tmp_path):
 
 def test_python_call_works_twice_in_one_process(make_recipe, tmp_path):
     # A subpackage of that name, once imported, would take the function's place.
-    folders = [qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / name) for name in ("one", "two")]
+    folders = [qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / name).path for name in ("one", "two")]
     adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in folders]
     assert adapters[0] == adapters[1]

@@ -25,8 +25,8 @@ import qpref
 from qpref import fsio
 from qpref.errors import DiskError, QprefError
 from qpref.hooks.types import SinkContext
-from qpref.merge.merge import merge_run
-from qpref.merge.request import MergeRequest
+from qpref.merging.merge import merge_run
+from qpref.merging.request import MergeRequest
 from qpref.records import MetricRow
 from qpref.training import checkpoint, optim
 from qpref.training.checkpoint import Checkpoint, save_checkpoint
@@ -168,7 +168,7 @@ def make_toy(make_base, tmp_path_factory) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="module")
 def unbroken(make_toy, tmp_path_factory) -> Outcome:
-    return outcome(qpref.train(make_toy(), output=tmp_path_factory.mktemp("unbroken") / "run"))
+    return outcome(qpref.train(make_toy(), output=tmp_path_factory.mktemp("unbroken") / "run").path)
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def refusing(*steps: int) -> Iterator[None]:
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_refused_save_is_put_off_to_the_next(make_toy, unbroken, tmp_path, said, step):
     with refusing(step):
-        folder = qpref.train(make_toy(), output=tmp_path / "run")
+        folder = qpref.train(make_toy(), output=tmp_path / "run").path
     assert outcome(folder) == unbroken
     (line,) = (line for line in said if "not saved" in line)
     path = f"{folder}/checkpoints/step-{step:06}"
@@ -210,17 +210,17 @@ def test_the_second_refusal_in_a_row_ends_the_run_and_says_what_would_be_enough(
         str(caught.value),
     )
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True).path) == unbroken
 
 
 def test_two_refusals_that_are_not_in_a_row_end_nothing(make_toy, unbroken, tmp_path):
     with refusing(1, 3):
-        assert outcome(qpref.train(make_toy(), output=tmp_path / "run")) == unbroken
+        assert outcome(qpref.train(make_toy(), output=tmp_path / "run").path) == unbroken
 
 
 def test_a_refused_last_save_leaves_the_adapter(make_toy, unbroken, tmp_path, said):
     with refusing(STEPS):
-        folder = qpref.train(make_toy(), output=tmp_path / "run")
+        folder = qpref.train(make_toy(), output=tmp_path / "run").path
     assert (folder / ADAPTER).read_bytes() == unbroken.adapter
     assert rows_of(folder) == unbroken.rows
     assert any("the adapter is written all the same" in line for line in said)
@@ -238,23 +238,23 @@ def test_a_stopped_run_that_cannot_be_saved_says_so_at_once(make_toy, unbroken, 
     with refusing(2), pytest.raises(DiskError, match=r"^step 2 is not saved: .* needs .* free"):
         qpref.train(make_toy(), output=tmp_path / "run")
     monkeypatch.undo()
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True).path) == unbroken
 
 
 def test_a_best_step_whose_save_was_refused_is_still_the_result(make_toy, tmp_path):
     # The held-out loss moves one way, so under one of the two directions the first step is the best.
     ways = {direction: {"best_by": "eval_loss", "best_direction": direction} for direction in ("min", "max")}
     (first,) = (settings for settings in ways.values() if best_of(make_toy, tmp_path / "found", settings) == 1)
-    whole = qpref.train(make_toy(True, eval_every=1, **first), output=tmp_path / "whole")
+    whole = qpref.train(make_toy(True, eval_every=1, **first), output=tmp_path / "whole").path
     with refusing(1):
-        folder = qpref.train(make_toy(True, eval_every=1, **first), output=tmp_path / "run")
+        folder = qpref.train(make_toy(True, eval_every=1, **first), output=tmp_path / "run").path
     assert json.loads((folder / "result.json").read_text())["adapter_step"] == 1
     assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
 def best_of(make_toy: Callable[..., Recipe], folder: Path, settings: dict[str, object]) -> int:
     """The best step of a run with these settings."""
-    run = qpref.train(make_toy(True, eval_every=1, **settings), output=folder / str(settings["best_direction"]))
+    run = qpref.train(make_toy(True, eval_every=1, **settings), output=folder / str(settings["best_direction"])).path
     return int(json.loads((run / "result.json").read_text())["adapter_step"])
 
 
@@ -321,7 +321,7 @@ def test_a_run_whose_rows_can_never_be_written_is_not_done(make_toy, unbroken, t
     with pytest.raises(DiskError, match=r"metrics\.jsonl"):
         qpref.train(make_toy(), output=tmp_path / "run")
     monkeypatch.undo()
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True).path) == unbroken
 
 
 # Every operation of whole runs.
@@ -337,7 +337,7 @@ def train_on(recipe: Recipe, folder: Path, at: int = 0, kind: str = "crash") -> 
 
 def check_resumes(recipe: Recipe, folder: Path, unbroken: Outcome, where: object) -> None:
     """Resume a run that a disk has ended, or see that it has ended itself."""
-    done = qpref.train(recipe, output=folder, resume=True)
+    done = qpref.train(recipe, output=folder, resume=True).path
     assert (done / ADAPTER).read_bytes() == unbroken.adapter, where
     assert rows_of(done) == unbroken.rows, where
     assert not [path for path in done.rglob(".tmp-*") if num_bytes(path)], where

@@ -10,7 +10,7 @@ from edited_runs import reseal
 
 from qpref.errors import CheckpointError, PolicyError, RecipeError
 from qpref.evaluation.subjects import identify
-from qpref.merge.guards import read_run
+from qpref.merging.guards import read_run
 from qpref.sealed import write_sealed
 from qpref.training import checkpoint
 from qpref.training.folder import RunFolder

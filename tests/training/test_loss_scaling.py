@@ -62,13 +62,13 @@ def same(folder: Path, one: int, other: int, name: str) -> bool:
 
 
 def test_a_scale_changes_no_bit_of_the_adapter(recipe, tmp_path, request):
-    plain = outcome(qpref.train(recipe, output=tmp_path / "plain"))
+    plain = outcome(qpref.train(recipe, output=tmp_path / "plain").path)
     request.getfixturevalue("scaled")
-    assert outcome(qpref.train(recipe, output=tmp_path / "scaled")).adapter == plain.adapter
+    assert outcome(qpref.train(recipe, output=tmp_path / "scaled").path).adapter == plain.adapter
 
 
 def test_an_overflow_skips_its_step_and_halves_the_scale(recipe, scaled, overflowing, tmp_path):
-    folder = qpref.train(recipe, output=tmp_path / "run")
+    folder = qpref.train(recipe, output=tmp_path / "run").path
     for name in ("adapter.safetensors", "optimizer.safetensors"):
         assert same(folder, OVERFLOW, OVERFLOW + 1, name)
         assert not same(folder, OVERFLOW + 1, OVERFLOW + 2, name)
@@ -79,7 +79,7 @@ def test_an_overflow_skips_its_step_and_halves_the_scale(recipe, scaled, overflo
 
 @pytest.mark.parametrize("step", [OVERFLOW, OVERFLOW + 1], ids=["before the overflow", "after it"])
 def test_a_run_killed_around_an_overflow_resumes_bit_for_bit(recipe, scaled, overflowing, tmp_path, step, monkeypatch):
-    unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken"))
+    unbroken = outcome(qpref.train(recipe, output=tmp_path / "unbroken").path)
     save = checkpoint.save_checkpoint
 
     def die(folder: Path, current: checkpoint.Checkpoint, keep: int) -> Path:
@@ -92,4 +92,4 @@ def test_a_run_killed_around_an_overflow_resumes_bit_for_bit(recipe, scaled, ove
         patch.setattr(checkpoint, "save_checkpoint", die)
         with pytest.raises(Killed):
             qpref.train(recipe, output=tmp_path / "run")
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken

@@ -118,7 +118,7 @@ def finished(make_base, tmp_path_factory) -> Path:
     """A run of 2 epochs with held-out rows every 2 steps."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = recipe_of(make_base(), folder, epochs=2, eval_every=2, warmup_ratio=0.5, schedule="linear")
-    return qpref.train(recipe, output=folder / "run")
+    return qpref.train(recipe, output=folder / "run").path
 
 
 def test_every_line_is_one_flat_object(finished):

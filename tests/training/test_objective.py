@@ -188,7 +188,7 @@ def test_unpaired_data_train_at_any_micro_batch_and_balance(make_recipe, tmp_pat
     rows = write_jsonl(tmp_path / "unpaired.jsonl", unpaired_rows(12, label=label))
     heldout = write_jsonl(tmp_path / "held.jsonl", unpaired_rows(4, start=100))
     changes = {"data.train": str(rows), "data.heldout": str(heldout), "train.tokens_per_microbatch": budget}
-    folder = qpref.train(make_recipe(changes) | {"loss": {"name": "kto"}}, output=tmp_path / "run")
+    folder = qpref.train(make_recipe(changes) | {"loss": {"name": "kto"}}, output=tmp_path / "run").path
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
     assert all(line["loss"] is not None and line["grad_norm"] > 0 for line in trained)
@@ -442,7 +442,7 @@ def test_prompts_have_gradients(make_trainer):
 
 def test_a_loss_without_reference_computes_none(make_recipe, tmp_path):
     recipe = make_recipe({"train.save_every": 1}) | {"loss": {"name": "orpo"}}
-    folder = qpref.train(recipe, output=tmp_path / "run")
+    folder = qpref.train(recipe, output=tmp_path / "run").path
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     assert not (newest / "reference.safetensors").exists()
 
@@ -461,7 +461,7 @@ def test_mixture_is_the_weighted_sum(make_trainer):
 
 def test_mixture_reports_each_loss(make_recipe, tmp_path):
     tables = [{"name": "dpo", "weight": 0.5}, {"name": "sft", "weight": 0.25}]
-    folder = qpref.train(make_recipe() | {"loss": tables}, output=tmp_path / "run")
+    folder = qpref.train(make_recipe() | {"loss": tables}, output=tmp_path / "run").path
     row = next(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
     assert row["loss/dpo"] == pytest.approx(math.log(2), rel=1e-5)
     assert row["loss"] == pytest.approx(0.5 * row["loss/dpo"] + 0.25 * row["loss/sft"], rel=1e-5)
@@ -470,7 +470,7 @@ def test_mixture_reports_each_loss(make_recipe, tmp_path):
 
 def test_losses_of_one_name_are_told_apart(make_recipe, tmp_path):
     tables = [{"name": "ipo", "beta": 0.1}, {"name": "ipo", "beta": 0.5}]
-    folder = qpref.train(make_recipe() | {"loss": tables}, output=tmp_path / "run")
+    folder = qpref.train(make_recipe() | {"loss": tables}, output=tmp_path / "run").path
     row = next(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
     assert (row["loss/ipo.0"], row["loss/ipo.1"]) == (pytest.approx(25.0), pytest.approx(1.0))
 
@@ -581,8 +581,8 @@ def test_schedule_stays_between_its_ends(kind):
 def test_scheduled_run_resumes_to_the_bit(make_recipe, tmp_path):
     beta = {"start": 0.1, "end": 0.5}
     recipe = make_recipe({"train.epochs": 2, "train.save_every": 2}) | {"loss": {"name": "dpo", "beta": beta}}
-    straight = qpref.train(recipe, output=tmp_path / "straight")
-    broken = qpref.train(recipe, output=tmp_path / "broken")
+    straight = qpref.train(recipe, output=tmp_path / "straight").path
+    broken = qpref.train(recipe, output=tmp_path / "broken").path
     (broken / "adapter" / "adapter_model.safetensors").unlink()
     for path in (broken / "adapter").iterdir():
         path.unlink()

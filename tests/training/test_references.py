@@ -194,20 +194,20 @@ def test_a_third_run_reads_what_two_before_it_wrote(make_recipe, tmp_path, notes
 
 def test_a_cached_reference_trains_the_same_adapter_to_the_bit(make_recipe, tmp_path, known):
     other = {"loss.beta": 0.3}
-    cached = qpref.train(make_recipe(other), output=tmp_path / "cached")
-    alone = qpref.train(make_recipe(other | {"reference.cache": False}), output=tmp_path / "alone")
+    cached = qpref.train(make_recipe(other), output=tmp_path / "cached").path
+    alone = qpref.train(make_recipe(other | {"reference.cache": False}), output=tmp_path / "alone").path
     assert (cached / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
 
 
 def test_a_loss_without_a_reference_opens_no_cache(make_recipe, tmp_path, notes, cache):
-    folder = qpref.train(make_recipe({"loss.name": "simpo"}), output=tmp_path / "run")
+    folder = qpref.train(make_recipe({"loss.name": "simpo"}), output=tmp_path / "run").path
     assert not cache.exists()
     assert json.loads((folder / "run.json").read_text())["reference_cache"] is None
 
 
 def test_a_run_without_a_cache_neither_writes_nor_reads_one(make_recipe, tmp_path, known, notes, cache):
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    folder = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "run")
+    folder = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "run").path
     assert notes.num_computed == NUM_EXAMPLES
     assert json.loads((folder / "run.json").read_text())["reference_cache"] is None
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
@@ -222,11 +222,11 @@ def test_a_disk_that_refuses_the_cache_is_warned_of_once_and_the_run_goes_on(mak
         real(log, data, durable)
 
     monkeypatch.setattr(fsio.AppendLog, "append", append)
-    folder = qpref.train(make_recipe(), output=tmp_path / "run")
+    folder = qpref.train(make_recipe(), output=tmp_path / "run").path
     monkeypatch.undo()
     refused = [line for line in notes.said if "the cache is no longer written" in line]
     assert sum("/reference/" in line for line in refused) == 1
-    alone = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "alone")
+    alone = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "alone").path
     assert (folder / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
 
 
@@ -239,7 +239,7 @@ def test_a_disk_that_is_full_at_the_end_costs_the_cache_and_not_the_adapter(make
         real(log, data, durable)
 
     monkeypatch.setattr(fsio.AppendLog, "append", append)
-    folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run")
+    folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run").path
     assert (folder / ADAPTER).is_file()
     assert any("the cache may have lost its last records" in line for line in notes.said)
 
@@ -247,14 +247,16 @@ def test_a_disk_that_is_full_at_the_end_costs_the_cache_and_not_the_adapter(make
 def test_a_run_goes_on_where_the_cache_cannot_be_made(make_recipe, tmp_path, notes, cache):
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text("in the way")
-    folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run")
+    folder = qpref.train(make_recipe({"train.max_steps": 1}), output=tmp_path / "run").path
     assert (folder / ADAPTER).is_file()
     assert any("the reference is not cached" in line for line in notes.said)
     assert json.loads((folder / "run.json").read_text())["reference_cache"] is None
 
 
 def test_a_start_adapter_that_is_scaled_otherwise_is_another_reference(make_recipe, tmp_path, notes):
-    start = qpref.train(make_recipe({"train.max_steps": 2, "train.learning_rate": 0.02}), output=tmp_path / "start")
+    start = qpref.train(
+        make_recipe({"train.max_steps": 2, "train.learning_rate": 0.02}), output=tmp_path / "start"
+    ).path
     recipe = make_recipe({"train.max_steps": 1, "adapter.start": str(start / "adapter")})
     qpref.train(recipe, output=tmp_path / "one")
     settings = start / "adapter" / "adapter_config.json"
@@ -385,11 +387,11 @@ def test_a_base_whose_config_was_changed_is_recomputed(make_recipe, make_base, t
 @pytest.mark.parametrize("error", [2e-3, -0.5, float("nan")])
 def test_rows_with_other_numbers_are_put_aside_once_and_computed_again(error, make_recipe, tmp_path, known, notes):
     rewrite(known, lambda values: values + error)
-    cached = qpref.train(make_recipe(), output=tmp_path / "second")
+    cached = qpref.train(make_recipe(), output=tmp_path / "second").path
     assert sum("are put aside" in line for line in notes.said) == 1
     assert notes.num_computed == NUM_EXAMPLES
     notes.clear()
-    alone = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "alone")
+    alone = qpref.train(make_recipe({"reference.cache": False}), output=tmp_path / "alone").path
     assert (cached / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
     described = json.loads((cached / "run.json").read_text())["reference_cache"]
     assert described["seen"] == {}
@@ -509,7 +511,7 @@ def unbroken(unbroken_once, make_recipe, tmp_path) -> Outcome:
     if not unbroken_once:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QPREF_CACHE", str(tmp_path / "another"))
-            unbroken_once.append(outcome(qpref.train(make_recipe(STEPS), output=tmp_path / "unbroken")))
+            unbroken_once.append(outcome(qpref.train(make_recipe(STEPS), output=tmp_path / "unbroken").path))
     return unbroken_once[0]
 
 
@@ -533,7 +535,7 @@ def test_a_killed_run_ends_as_if_it_never_stopped_whatever_others_wrote_meanwhil
         tear(own)
 
     notes.clear()
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken
     assert own.read_bytes().startswith(before)
     assert len(ReferenceCache.open(own.parent, "reader", {own.name: own.stat().st_size})) == 2 * NUM_EXAMPLES
     passed_over = [line for line in notes.said if "not whole records" in line]
@@ -567,7 +569,7 @@ def test_a_cache_description_that_no_run_writes_is_ignored(make_recipe, tmp_path
     for number, odd in enumerate(ODD_DESCRIPTIONS):
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"run-{number}")
         edit_facts(folder, reference_cache=odd)
-        assert outcome(qpref.train(recipe, output=folder, resume=True)) == unbroken, odd
+        assert outcome(qpref.train(recipe, output=folder, resume=True).path) == unbroken, odd
     assert not [path for path in tmp_path.rglob("*.shard") if path.parents[1].name not in ("reference", "tokens")]
 
 
@@ -577,7 +579,7 @@ def test_a_run_without_a_cache_resumes(make_recipe, tmp_path, unbroken, cache):
         die_after_save(2, patch)
         with pytest.raises(Killed):
             qpref.train(recipe, output=tmp_path / "run")
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken
     assert not cache.exists()
 
 

@@ -33,7 +33,7 @@ def test_run_json_holds_what_qpref_plan_says_of_the_same_recipe(on_cpu, tmp_path
 
 
 def test_result_json_agrees_with_the_last_row(on_cpu, tmp_path):
-    folder = qpref.train(on_cpu, output=tmp_path / "run")
+    folder = qpref.train(on_cpu, output=tmp_path / "run").path
     result = json.loads((folder / "result.json").read_text())
     last = rows_of(folder)[-1]
     assert (result["steps"], result["tokens"], result["first_step"]) == (last["step"], last["tokens"], 0)
@@ -46,7 +46,9 @@ def test_result_json_agrees_with_the_last_row(on_cpu, tmp_path):
 def test_result_json_names_the_step_that_the_adapter_is_of(make_recipe, tmp_path):
     """The highest loss is asked for here, which is the first step's."""
     best = {"train.best_by": "eval_loss", "train.best_direction": "max", "train.eval_every": 1}
-    folder = qpref.train(make_recipe({"train.max_steps": 3, "model.device": "cpu"} | best), output=tmp_path / "run")
+    folder = qpref.train(
+        make_recipe({"train.max_steps": 3, "model.device": "cpu"} | best), output=tmp_path / "run"
+    ).path
     losses = {row["step"]: row["eval_loss"] for row in rows_of(folder) if row["split"] == "eval" and row["step"] > 0}
     assert json.loads((folder / "result.json").read_text())["adapter_step"] == max(losses, key=losses.get) < 3
 

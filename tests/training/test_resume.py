@@ -83,7 +83,7 @@ def make_toy(make_base, tmp_path_factory) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="module")
 def unbroken(make_toy, tmp_path_factory) -> Outcome:
-    return outcome(qpref.train(make_toy(), output=tmp_path_factory.mktemp("unbroken") / "run"))
+    return outcome(qpref.train(make_toy(), output=tmp_path_factory.mktemp("unbroken") / "run").path)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def write_start_adapter(base: Path, folder: Path, seed: int = 1) -> Path:
 def test_run_killed_after_a_save_ends_as_if_it_never_stopped(make_toy, unbroken, tmp_path, step):
     # At odd steps a window of log_every = 2 is half full; at 6 nothing but the adapter is left to write.
     train_until(make_toy(), tmp_path / "run", after_save(step))
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True).path) == unbroken
 
 
 @pytest.mark.parametrize("number", range(1, 7))
@@ -173,13 +173,13 @@ def test_run_killed_after_a_row_ends_as_if_it_never_stopped(make_toy, unbroken, 
     # Rows: held-out 0, train 2, held-out 3, train 4, train 6, held-out 6. Saves: after 3 and 6.
     recipe = make_toy(save_every="epoch")
     train_until(recipe, tmp_path / "run", after_row(number))
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken
 
 
 def test_run_killed_before_its_manifest_goes_on_from_the_save_before(make_toy, unbroken, tmp_path, said):
     train_until(make_toy(), tmp_path / "run", after_save(2))
     train_until(make_toy(), tmp_path / "run", writing("MANIFEST.json"), resume=True)
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True).path) == unbroken
     assert said.count("resuming after step 2") == 2
 
 
@@ -187,23 +187,23 @@ def test_run_killed_at_every_step_in_turn_ends_as_if_it_never_stopped(make_toy, 
     train_until(make_toy(), tmp_path / "run", after_save(1))
     for step in range(2, STEPS + 1):
         train_until(make_toy(), tmp_path / "run", after_save(step), resume=True)
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=True).path) == unbroken
 
 
 def test_8_bit_optimizer_resumes_to_the_bit(make_toy, tmp_path):
     recipe = make_toy(optimizer="adamw_8bit")
     recipe["adapter"]["rank"] = 64  # so that moments have the 4096 elements from which on they are 8-bit
-    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight").path)
     train_until(recipe, tmp_path / "run", after_save(3))
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == straight
 
 
 def test_nf4_run_resumes_to_the_bit(make_toy, tmp_path):
     recipe = make_toy(gradient_checkpointing=True)
     recipe["model"] |= {"quantization": "nf4", "dtype": "bf16"}
-    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight").path)
     train_until(recipe, tmp_path / "run", after_save(3))
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == straight
 
 
 def test_run_with_adapters_on_experts_resumes_to_the_bit(make_toy, tmp_path):
@@ -211,18 +211,18 @@ def test_run_with_adapters_on_experts_resumes_to_the_bit(make_toy, tmp_path):
     base = TinyModel(model_type="gpt_oss").write(tmp_path / "base")
     recipe["model"] |= {"quantization": "nf4", "dtype": "bf16", "base": str(base)}
     recipe["adapter"] = {"rank": 2, "experts": True}
-    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight").path)
     assert any(".experts.base_layer.lora_B" in name for name in load_file(tmp_path / "straight" / ADAPTER))
     train_until(recipe, tmp_path / "run", after_save(3))
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == straight
 
 
 def test_run_from_an_adapter_resumes_to_the_bit(make_toy, make_base, tmp_path):
     recipe = make_toy(max_steps=4) | {"reference": {"cache": False}}  # so that the resumed run scores it itself
     recipe["adapter"]["start"] = str(write_start_adapter(make_base(), tmp_path / "start"))
-    straight = outcome(qpref.train(recipe, output=tmp_path / "straight"))
+    straight = outcome(qpref.train(recipe, output=tmp_path / "straight").path)
     train_until(recipe, tmp_path / "run", after_save(2))
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == straight
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == straight
 
 
 def test_infinite_metric_in_a_half_full_window_survives_the_save(make_toy, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_seconds_go_on_over_a_resume(make_toy, tmp_path, monkeypatch):
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(make_toy, unbroken, tmp_path, said):
     train_until(make_toy(save_every="epoch"), tmp_path / "run", after_row(2))
-    again = qpref.train(make_toy(), output=tmp_path / "run", resume=True)
+    again = qpref.train(make_toy(), output=tmp_path / "run", resume=True).path
     assert f"{tmp_path / 'run'}: no checkpoint yet; starting from the beginning" in said
     assert outcome(again) == unbroken
 
@@ -290,7 +290,7 @@ def test_resume_of_a_folder_that_is_not_there_starts_from_the_beginning(make_toy
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(make_toy, tmp_path, said):
-    folder = qpref.train(make_toy(), output=tmp_path / "run")
+    folder = qpref.train(make_toy(), output=tmp_path / "run").path
 
     def stamps() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "LOCK"}
@@ -307,13 +307,13 @@ def test_start_that_was_killed_before_its_run_json_is_in_nobodys_way(make_toy, u
     train_until(make_toy(), tmp_path / "run", writing("run.json"))
     (tmp_path / "run" / ".tmp-run.json-0123456789abcdef").write_text("{")
     assert (tmp_path / "run" / "recipe.lock.toml").is_file()
-    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=resume)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=tmp_path / "run", resume=resume).path) == unbroken
 
 
 def test_overwrite_that_was_killed_can_be_repeated(make_toy, unbroken, tmp_path):
-    folder = qpref.train(make_toy(), output=tmp_path / "run")
+    folder = qpref.train(make_toy(), output=tmp_path / "run").path
     (folder / "run.json").unlink()  # it goes first
-    assert outcome(qpref.train(make_toy(), output=folder, overwrite=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=folder, overwrite=True).path) == unbroken
 
 
 def test_files_that_are_no_runs_are_left_alone_even_with_overwrite(make_toy, tmp_path):
@@ -325,7 +325,7 @@ def test_files_that_are_no_runs_are_left_alone_even_with_overwrite(make_toy, tmp
 
 
 def test_run_is_not_trained_over_without_a_word(make_toy, tmp_path):
-    folder = qpref.train(make_toy(max_steps=1), output=tmp_path / "run")
+    folder = qpref.train(make_toy(max_steps=1), output=tmp_path / "run").path
     with pytest.raises(RecipeError, match="holds a run"):
         qpref.train(make_toy(max_steps=1), output=folder)
 
@@ -411,7 +411,7 @@ def test_refused_resume_leaves_the_run_as_it_was(make_toy, make_base, stopped, t
     with_rate(recipe, make_base, tmp_path)
     with pytest.raises(CheckpointError):
         qpref.train(recipe, output=stopped, resume=True)
-    assert outcome(qpref.train(make_toy(), output=stopped, resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=stopped, resume=True).path) == unbroken
 
 
 def test_resume_with_another_start_adapter_is_refused(make_toy, make_base, tmp_path):
@@ -432,7 +432,7 @@ def test_moved_files_and_other_sinks_do_not_hinder_a_resume(make_toy, stopped, t
         recipe["data"][key] = str(shutil.copy(recipe["data"][key], tmp_path / f"moved-{key}.jsonl"))
     recipe["model"]["base"] = str(shutil.copytree(recipe["model"]["base"], tmp_path / "moved-base"))
     recipe["sinks"] = [{"name": "console"}]
-    assert outcome(qpref.train(recipe, output=stopped, resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=stopped, resume=True).path) == unbroken
 
 
 # Damaged checkpoints.
@@ -512,7 +512,7 @@ def test_link_to_a_checkpoint_is_passed_over(stopped):
 @pytest.mark.parametrize("damage", ["empty", "deleted"])
 def test_run_that_fell_back_ends_as_if_nothing_had_happened(make_toy, stopped, unbroken, said, damage):
     DAMAGE[damage](stopped / "checkpoints" / "step-000004" / "optimizer.safetensors")
-    again = qpref.train(make_toy(), output=stopped, resume=True)
+    again = qpref.train(make_toy(), output=stopped, resume=True).path
     assert "resuming after step 3" in said
     assert outcome(again) == unbroken
 
@@ -538,7 +538,7 @@ def test_rows_lost_since_a_checkpoint_are_written_again_from_the_one_before(make
     lines = (stopped / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     assert json.loads(lines[-1])["step"] == 4
     (stopped / "metrics.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:-1])
-    assert outcome(qpref.train(make_toy(), output=stopped, resume=True)) == unbroken
+    assert outcome(qpref.train(make_toy(), output=stopped, resume=True).path) == unbroken
     assert "resuming after step 3" in said
     assert any("is shorter than it was at step 4" in line for line in said)
 
@@ -563,7 +563,7 @@ def test_leftovers_of_a_killed_save_are_removed(make_toy, stopped):
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [5, 6]), (2, [5, 6]), (4, [3, 4, 5, 6])])
 def test_rotation_keeps_the_newest_and_never_fewer_than_two(make_toy, tmp_path, keep, kept):
-    folder = qpref.train(make_toy(keep=keep), output=tmp_path / "run")
+    folder = qpref.train(make_toy(keep=keep), output=tmp_path / "run").path
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{step:06}" for step in kept]
 
 
@@ -592,7 +592,7 @@ def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken
         with pytest.raises(StoppedBySignal, match="stopped after step 2, saved") as stop:
             qpref.train(recipe, output=tmp_path / "run")
     assert stop.value.exit_code == 128 + number
-    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True)) == unbroken
+    assert outcome(qpref.train(recipe, output=tmp_path / "run", resume=True).path) == unbroken
     assert "resuming after step 2" in said
 
 

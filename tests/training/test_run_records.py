@@ -15,7 +15,7 @@ import qpref
 from qpref import sealed
 from qpref.errors import CheckpointError, MergeError, PolicyError, QprefError, RecipeError
 from qpref.evaluation.subjects import identify
-from qpref.merge.guards import read_run as merged_run
+from qpref.merging.guards import read_run as merged_run
 from qpref.report.read import read_run as reported_run
 from qpref.training.folder import RunFolder
 from qpref.training.run_json import RECORDS
@@ -43,7 +43,7 @@ def resume(run: Path, **changes: object) -> Path:
     for path, value in changes.items():
         table, _, key = path.partition(".")
         recipe[table][key] = value
-    return qpref.train(recipe, output=run, resume=True)
+    return qpref.train(recipe, output=run, resume=True).path
 
 
 @pytest.fixture

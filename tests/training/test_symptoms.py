@@ -213,7 +213,7 @@ def test_length_bias_without_one_of_the_groups_is_unknown():
 def test_run_logs_its_scheduled_options_and_names_its_reference(make_recipe, tmp_path, caplog):
     schedule = {"start": 0.1, "end": 0.3}
     with caplog.at_level("INFO", "qpref"):
-        folder = qpref.train(make_recipe({"loss.beta": schedule, "model.device": "cpu"}), output=tmp_path / "run")
+        folder = qpref.train(make_recipe({"loss.beta": schedule, "model.device": "cpu"}), output=tmp_path / "run").path
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [each["option/beta"] for each in rows if each["split"] == "train"] == pytest.approx([0.1, 0.2, 0.3])
     assert "reference: the base, with its adapter off" in caplog.messages
@@ -222,7 +222,7 @@ def test_run_logs_its_scheduled_options_and_names_its_reference(make_recipe, tmp
 
 def test_run_with_a_rate_that_changes_nothing_is_warned_at_its_start(make_recipe, tmp_path, said):
     changes = {"train.learning_rate": 5e-7, "train.max_steps": 1, "model.device": "cpu"}
-    folder = qpref.train(make_recipe(changes), output=tmp_path / "run")
+    folder = qpref.train(make_recipe(changes), output=tmp_path / "run").path
     [warning] = [each for each in said if "learning_rate" in each]
     assert "[train] learning_rate = 5e-07 over 1 steps" in warning
     recorded = json.loads((folder / "result.json").read_text())["warnings"]

@@ -241,7 +241,7 @@ def test_start_adapter_is_not_judged_by_a_new_ones_size():
 
 
 def test_result_json_has_the_verdict(make_recipe, tmp_path):
-    folder = qpref.train(make_recipe({"train.max_steps": 2, "model.device": "cpu"}), output=tmp_path / "run")
+    folder = qpref.train(make_recipe({"train.max_steps": 2, "model.device": "cpu"}), output=tmp_path / "run").path
     verdict = json.loads((folder / "result.json").read_text())["verdict"]
     assert (verdict["outcome"], verdict["pairs"], verdict["steps"]) == ("unknown", 4, [0, 2])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -276,13 +276,15 @@ def test_resumed_run_has_the_verdict_of_one_that_was_never_killed(make_recipe, t
         with pytest.raises(Killed):
             qpref.train(recipe, output=tmp_path / "killed")
     qpref.train(recipe, output=tmp_path / "killed", resume=True)
-    assert verdict_in(tmp_path / "killed") == verdict_in(qpref.train(recipe, output=tmp_path / "whole"))
+    assert verdict_in(tmp_path / "killed") == verdict_in(qpref.train(recipe, output=tmp_path / "whole").path)
 
 
 def test_verdict_is_about_the_best_steps_adapter(make_recipe, tmp_path):
     """The highest loss is asked for here, which is the first step's."""
     best = {"train.best_by": "eval_loss", "train.best_direction": "max", "train.eval_every": 1}
-    folder = qpref.train(make_recipe({"train.max_steps": 3, "model.device": "cpu"} | best), output=tmp_path / "run")
+    folder = qpref.train(
+        make_recipe({"train.max_steps": 3, "model.device": "cpu"} | best), output=tmp_path / "run"
+    ).path
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     chosen = {row["step"]: row["eval_logps/chosen"] for row in rows if row["split"] == "eval"}
     step = json.loads((folder / "result.json").read_text())["adapter_step"]

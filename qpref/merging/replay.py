@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpref.merge.float32_layers import ActivationRange, ToFloat32, layers_in_float32
+from qpref.merging.float32_layers import ActivationRange, ToFloat32, layers_in_float32
 from qpref.policy.architecture import text_decoder
 from qpref.policy.head import Head
 from qpref.policy.rope import for_lengths, separate_lengths

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpref.merge.replay import Hidden
-from qpref.merge.replayed_pairs import Replayed
-from qpref.merge.request import Flip, Tolerance, Verdict
+from qpref.merging.replay import Hidden
+from qpref.merging.replayed_pairs import Replayed
+from qpref.merging.request import Flip, Tolerance, Verdict
 from qpref.policy.vocabulary import RunningKL, RunningLogSumExp
 
 TILE_POSITIONS = 1024

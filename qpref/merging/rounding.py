@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qpref.errors import MergeError
-from qpref.merge.learned import Delta
+from qpref.merging.learned import Delta
 
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 """Dtypes that a merged model may be stored in, in the order of trying."""

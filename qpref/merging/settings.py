@@ -17,7 +17,7 @@ import torch
 
 from qpref import fsio
 from qpref.errors import MergeError
-from qpref.merge.base import TrainedBase
+from qpref.merging.base import TrainedBase
 from qpref.recipe.sections import ModelSection
 
 TOKENIZER_FILES = (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qpref import __version__, fsio
+from qpref import fsio
 from qpref.credentials import redact
-from qpref.merge.guards import TrainedRun
-from qpref.merge.request import MergeRequest, MergeResult, Verdict
+from qpref.merging.guards import TrainedRun
+from qpref.merging.request import MergeRequest, MergeResult, Verdict
 from qpref.training.card import front_matter, portable, training_sections
+from qpref.version import __version__
 
 
 def write_card(path: Path, run: TrainedRun, request: MergeRequest, result: MergeResult) -> None:

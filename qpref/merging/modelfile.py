@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qpref.merge.chat_pieces import ChatPieces, chat_pieces
+from qpref.merging.chat_pieces import ChatPieces, chat_pieces
 from qpref.policy.foreign_files import read_object
 from qpref.policy.source import BaseFolder
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.merge.conversions import Conversions
+from qpref.merging.conversions import Conversions
 from qpref.policy.architecture import empty_model, other_modules, text_modules
 from qpref.policy.delta import AdaptableLayers
 from qpref.policy.experts import through_nf4

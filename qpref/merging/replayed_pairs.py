@@ -11,7 +11,7 @@ from typing import Any
 from qpref.data.masking import Masking
 from qpref.data.reload import reload_data
 from qpref.data.tokenize import PairTokenizer
-from qpref.merge.replay import ScoredRow
+from qpref.merging.replay import ScoredRow
 from qpref.policy.source import BaseFolder
 from qpref.policy.tokenizer import stop_tokens
 from qpref.recipe.plan import Plan

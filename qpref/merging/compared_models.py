@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qpref.errors import MergeError
-from qpref.merge.base import TrainedBase
+from qpref.merging.base import TrainedBase
 from qpref.policy.architecture import model_class
 from qpref.policy.delta import LoraDelta
 from qpref.policy.matmul import check_packed

@@ -149,6 +149,10 @@ class MergeResult:
     onto_trained: Verdict | None = None
     notes: list[str] = field(default_factory=list)
 
+    def as_json(self) -> dict[str, Any]:
+        """Convert the result to JSON values."""
+        return {"path": str(self.path)} | self.describe()
+
     def describe(self) -> dict[str, Any]:
         """Collect the verdicts and figures for merge.json."""
         from dataclasses import asdict

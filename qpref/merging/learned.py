@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpref.merge.base import TrainedBase
+from qpref.merging.base import TrainedBase
 from qpref.policy.delta import LoraDelta
 
 Delta = Callable[[slice], Tensor]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qpref import fsio
-from qpref.merge.base import TrainedBase
-from qpref.merge.learned import LearnedTensors
-from qpref.merge.rounding import rounded
+from qpref.merging.base import TrainedBase
+from qpref.merging.learned import LearnedTensors
+from qpref.merging.rounding import rounded
 
 SHARD_BYTES = 5 * 10**9
 """Maximum shard size, as in the hub's own tools."""

@@ -16,17 +16,17 @@ import torch
 
 from qpref import fsio, publish
 from qpref.errors import MergeError
-from qpref.merge import guards
-from qpref.merge.card import write_card
-from qpref.merge.compared_models import AsStored, AsTrained, load_base, load_merged
-from qpref.merge.guards import TrainedRun
-from qpref.merge.replay import Hidden, replay
-from qpref.merge.replayed_pairs import choose_pairs
-from qpref.merge.request import SHARE, MergeRequest, MergeResult, Verdict
-from qpref.merge.rounding import LARGEST_FP16, STORED, Retention, Survey, rounded, row_blocks
-from qpref.merge.settings import write_settings
-from qpref.merge.verdict import Judge
-from qpref.merge.write import Weights, remove_weights, write_weights
+from qpref.merging import guards
+from qpref.merging.card import write_card
+from qpref.merging.compared_models import AsStored, AsTrained, load_base, load_merged
+from qpref.merging.guards import TrainedRun
+from qpref.merging.replay import Hidden, replay
+from qpref.merging.replayed_pairs import choose_pairs
+from qpref.merging.request import SHARE, MergeRequest, MergeResult, Verdict
+from qpref.merging.rounding import LARGEST_FP16, STORED, Retention, Survey, rounded, row_blocks
+from qpref.merging.settings import write_settings
+from qpref.merging.verdict import Judge
+from qpref.merging.write import Weights, remove_weights, write_weights
 from qpref.policy.delta import LoraDelta
 from qpref.policy.device import announce
 from qpref.policy.out_of_memory import out_of_memory_as

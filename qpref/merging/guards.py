@@ -11,11 +11,11 @@ import torch
 
 from qpref import disk_space, fsio, publish
 from qpref.errors import MergeError, PolicyError, RecipeError
-from qpref.merge.base import TrainedBase
-from qpref.merge.learned import LearnedTensors
-from qpref.merge.request import MergeRequest
-from qpref.merge.settings import tokenizer_folder
-from qpref.merge.write import Weights
+from qpref.merging.base import TrainedBase
+from qpref.merging.learned import LearnedTensors
+from qpref.merging.request import MergeRequest
+from qpref.merging.settings import tokenizer_folder
+from qpref.merging.write import Weights
 from qpref.opening import real_path
 from qpref.policy import adapter_folder
 from qpref.policy.adapter_names import plain_targets

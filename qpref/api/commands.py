@@ -1,0 +1,146 @@
+"""Evaluation, generation and merging from Python: the records whose JSON the commands print"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qpref.api.calls import call
+from qpref.api.models import Turns, as_prompt
+
+if TYPE_CHECKING:
+    from qpref.evaluation.comparison import Comparison
+    from qpref.evaluation.generate import Answers
+    from qpref.merging.request import MergeResult
+
+Location = str | PathLike[str]
+
+
+def evaluate(
+    models: Location | Sequence[Location],
+    *,
+    data: Location | None = None,
+    beta: float | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+    max_pairs: int | None = None,
+    max_length: int | None = None,
+    float32: bool = False,
+    without_overlap: bool = False,
+    base: Location | None = None,
+    quantization: Literal["nf4", "none"] = "none",
+) -> Comparison:
+    """Compare the preferences of models on held-out pairs; the same as `qpref eval`, whose options these are.
+
+    Args:
+        models: a run, a checkpoint, an adapter, a merged model or a base; or several, compared with the first.
+        data: pairs, as in `[data] train`; the first run's held-out pairs by default.
+
+    Returns:
+        The comparison; `as_json()` is what `qpref eval --json` prints.
+
+    Raises:
+        QprefError: a model or the data cannot be read, no pair is left, or memory ran out.
+    """
+    names = [models] if isinstance(models, str | PathLike) else models
+    with call():
+        from qpref.evaluation.evaluate import Request
+        from qpref.evaluation.evaluate import evaluate as evaluate_request
+
+        return evaluate_request(
+            Request(
+                models=[fspath(name) for name in names],
+                data=_text(data),
+                beta=beta,
+                samples=samples,
+                seed=seed,
+                max_pairs=max_pairs,
+                max_length=max_length,
+                all_float32=float32,
+                base=_text(base),
+                quantization=quantization,
+                without_overlap=without_overlap,
+            )
+        )
+
+
+def generate(
+    model: Location,
+    prompts: Iterable[Turns] = (),
+    *,
+    data: Location | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    base: Location | None = None,
+    quantization: Literal["nf4", "none"] = "none",
+) -> list[Answers]:
+    """Generate the answers of a model and of its base to the same prompts; the same as `qpref generate`.
+
+    Args:
+        model: a run, a checkpoint, an adapter, or a plain model, which answers alone.
+        prompts: texts, each one user turn, or lists of messages. Without any, and without data, the first 8 held-out
+            prompts of the run.
+        data: data with prompts, such as pairs, or a .txt file with one prompt per line; after `prompts`.
+
+    Returns:
+        The answers in the prompts' order; `as_json()` of each is what `qpref generate --json` prints.
+
+    Raises:
+        QprefError: the model or a prompt cannot be read, or memory ran out.
+    """
+    with call():
+        from qpref.evaluation.generate import Sampling, asked_prompts
+        from qpref.evaluation.generate import generate as generate_answers
+        from qpref.evaluation.subjects import identify
+
+        subject = identify(fspath(model), base=_text(base), quantization=quantization)
+        given = [as_prompt(prompt, number) for number, prompt in enumerate(prompts, start=1)]
+        settings = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+                            batch_size=batch_size)  # fmt: skip
+        return generate_answers(subject, asked_prompts(subject, given, _text(data)), settings)
+
+
+def merge(
+    run: Location,
+    out: Location,
+    *,
+    onto: Literal["trained", "original"] = "trained",
+    dtype: Literal["auto", "bf16", "fp16", "float32"] = "auto",
+    quantize: Literal["nf4"] | None = None,
+    max_margin_error: str = "2%",
+    pairs: int = 64,
+) -> MergeResult:
+    """Merge base and adapter of a run into a plain model folder; the same as `qpref merge`, whose options these are.
+
+    Returns:
+        The written folder and its verdict. `result.verdict.passed` is False where the margins differ by more than
+        `max_margin_error`: the command exits with 11 then. `as_json()` is what `qpref merge --json` prints.
+
+    Raises:
+        QprefError: the run isn't finished, its parts don't belong together, or `out` isn't empty.
+    """
+    with call():
+        from qpref.merging.merge import merge_run
+        from qpref.merging.request import MergeRequest, Tolerance
+
+        tolerance = Tolerance.parse(max_margin_error)
+        return merge_run(
+            MergeRequest(
+                run=Path(run),
+                out=Path(out),
+                onto=onto,
+                quantize=quantize,
+                dtype=dtype,
+                tolerance=tolerance,
+                pairs=pairs,
+            )
+        )
+
+
+def _text(location: Location | None) -> str | None:
+    return None if location is None else fspath(location)
