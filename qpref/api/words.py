@@ -29,18 +29,19 @@ OPTIONS = {
     "model": "base",
 }  # fmt: skip
 """Options with a value, and the arguments that they are in Python."""
-FUNCTIONS = {"train": "train", "eval": "evaluate", "check": "check", "plan": "plan", "generate": "generate"}
+FUNCTIONS = {"train": "train", "eval": "evaluate", "generate": "generate"}
 VALUE = r"'[^']+'|[\w.%/-]*[\w%]"
 """A value after an option: a word in the next sentence is none, and neither is a dash."""
 TAKES_VALUE = "onto|dtype|quantize|quantization|vram|card|shape|max-margin-error"
 RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"qpref train --resume with the run's recipe"), "qpref.train(recipe, resume=True)"),
     (re.compile(r"qpref train --resume"), "qpref.train(recipe, resume=True)"),
+    (re.compile(r"another --output"), "another output"),
     (re.compile(r"; --gpus starts more"), "; torchrun starts more"),
     (re.compile(r"--prompt or --prompts"), "prompts= or data="),
     (re.compile(rf"`?\bqpref ({'|'.join(FUNCTIONS)})\b(?! [^`]*--)`?"), lambda found: f"qpref.{FUNCTIONS[found[1]]}"),
     (re.compile(r"(?<![\w-])--set (\S+?)(?=[:,;]?(?:\s|$))"), r'overrides=["\1"]'),
-    (re.compile(rf"(?<![\w-])--({TAKES_VALUE}) ({VALUE})(?=[:,;.]?(?: or |$|,|;|:| in | and |\.$))"),
+    (re.compile(rf"(?<![\w-])--({TAKES_VALUE}) ({VALUE})(?=[:,;.]?(?: or |$|,|;|:| in | and | if |\.$))"),
      lambda found: f'{OPTIONS[found[1]].replace("-", "_")}="{found[2].strip(chr(39))}"'),
     (re.compile(rf"(?<![\w-])--({'|'.join(FLAGS)})(?![\w-])"), lambda found: f"{found[1].replace('-', '_')}=True"),
     (re.compile(rf"(?<![\w-])--({'|'.join(sorted(OPTIONS, key=len, reverse=True))})(?![\w-])"),

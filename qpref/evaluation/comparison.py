@@ -100,7 +100,7 @@ class Comparison:
         found = f"{name}: {overlap.normalized} of {self.read} prompts are in its training data{up_to_case}"
         if self.overlapping_left_out:
             return f"{found}; they are left out"
-        return f"{found}, so its numbers are better than on unseen prompts; --without-overlap leaves them out"
+        return f"{found}, so its numbers are better than on unseen prompts unless they are left out"
 
 
 def _model_warnings(metrics: Mapping[str, Estimate]) -> Iterator[str]:

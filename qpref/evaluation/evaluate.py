@@ -168,11 +168,11 @@ def _tokenize(
 
 def _beta(subjects: Sequence[Subject], given: float | None) -> tuple[float, str]:
     if given is not None:
-        return given, "--beta"
+        return given, "given"
     for subject in subjects:
         if subject.beta is not None:
             return subject.beta, subject.name
-    return DEFAULT_BETA, "default; override with --beta"
+    return DEFAULT_BETA, "default, since no run names one"
 
 
 def _score(

@@ -23,6 +23,7 @@ STEP = {"train.max_steps": 1, "train.log_every": 1}
 
 def test_a_run_is_a_path_with_metrics_result_and_adapter(make_recipe, tmp_path, capfd):
     recipe = tomli_w.dumps(make_recipe())
+    capfd.readouterr()  # of making the base
     seen = []
     changes = STEP | {"sinks": [{"name": "console"}]}
     run = qpref.train(recipe, overrides=changes, output=tmp_path / "run", on_metrics=seen.append)
@@ -30,7 +31,7 @@ def test_a_run_is_a_path_with_metrics_result_and_adapter(make_recipe, tmp_path, 
     assert run / "run.json" == run.path / "run.json"
     assert run.metrics == seen
     assert [(row.step, row.split) for row in seen] == [(row["step"], row["split"]) for row in rows_of(run.path)]
-    assert seen[0].values["loss"] == rows_of(run.path)[0]["loss"]
+    assert [row.values.get("loss") for row in seen] == [row.get("loss") for row in rows_of(run.path)]
     assert run.result["verdict"]["sentence"] == run.verdict
     assert (run.adapter / "adapter_model.safetensors").is_file()
     assert run == qpref.Run(str(tmp_path / "run"))
@@ -79,7 +80,7 @@ def test_rows_in_memory_train_as_the_same_rows_in_a_file_and_only_they_resume(ma
         ([], "train: no rows"),
         ([{"prompt": "a"}, ["b"]], "train row 2: expected a dict of columns, as a row of a JSON Lines file, got list"),
         ([{"prompt": object()}], "train row 1: not JSON: Object of type object is not JSON serializable"),
-        ([{"margin": float("nan")}], "train row 1: not JSON: Out of range float values are not JSON compliant: nan"),
+        ([{"margin": float("nan")}], "train row 1: not JSON: Out of range float values are not JSON compliant"),
         ([{"prompt": "\ud800"}], "train row 1: not JSON: 'utf-8' codec can't encode character '\\ud800'"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_base_alone_has_accuracy_by_log_probability_alone(folder, make_base):
     (model,) = found["models"]
     assert model["reference"] is None
     assert found["beta"]["value"] == 0.1
-    assert "default; override with --beta" in found["beta"]["from"]
+    assert found["beta"]["from"] == "default, since no run names one"
     assert "logps/accuracies" in values(model)
     assert not [name for name in values(model) if name.startswith(("rewards/", "drift/", "kl", "saturated"))]
 

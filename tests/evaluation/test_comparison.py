@@ -33,7 +33,7 @@ def report_of(found, overlap=None, beta=0.1):
         overlapping_left_out=0,
         left_out=(0, ""),
         beta=beta,
-        beta_from="--beta",
+        beta_from="given",
         seed=0,
         samples=300,
         dtype=None,
@@ -86,7 +86,7 @@ def test_length_bias_is_warned_of():
 def test_overlap_is_warned_of():
     (warning,) = report_of(scores(), Overlap(3, 5, frozenset(range(5)))).warnings()
     assert warning.startswith("m: 5 of 200 prompts are in its training data (2 of them up to case and white space)")
-    assert "--without-overlap" in warning
+    assert "unless they are left out" in warning
 
 
 def test_pairs_of_several_files_are_told_apart():
