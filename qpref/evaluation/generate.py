@@ -67,7 +67,7 @@ class Answers:
 
     def as_json(self) -> dict[str, Any]:
         """Convert the answers to JSON values."""
-        return asdict(self)
+        return asdict(self) | {"ended": list(self.ended)}
 
 
 def read_prompts(location: str) -> list[UnpairedExample]:

@@ -87,5 +87,5 @@ def test_what_is_missing_is_named_by_its_argument(make_base, run, tmp_path):
     with pytest.raises(RecipeError) as raised:
         qpref.generate(make_base(), max_new_tokens=1)
     assert raised.value.hint == "name prompts with prompts= or data="
-    with pytest.raises(RecipeError, match=r'^max_margin_error="2 %": expected'):
-        qpref.merge(run, tmp_path / "out", max_margin_error="2 %")
+    with pytest.raises(RecipeError, match=r'^max_margin_error="2nats": expected'):
+        qpref.merge(run, tmp_path / "out", max_margin_error="2nats")
