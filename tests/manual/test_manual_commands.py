@@ -47,6 +47,7 @@ NOT_RUN_HERE = {
 PYTHON_RUN_BY = {
     "docs/plugins.md": "tests/test_docs.py",
     "docs/losses/write-your-own.md": "tests/test_loss_docs.py",
+    "docs/python.md": "tests/manual/test_python_page.py",
     "docs/use.md": "tests/manual/test_use_page.py",
 }
 ALL = [*PAGES, NOTEBOOK]
