@@ -158,7 +158,8 @@ class MergeResult:
         from dataclasses import asdict
 
         def plain(verdict: Verdict) -> dict[str, Any]:
-            return asdict(verdict) | {"passed": verdict.passed, "share_of_learned": verdict.share}
+            flips = [asdict(flip) for flip in verdict.flips]
+            return asdict(verdict) | {"flips": flips, "passed": verdict.passed, "share_of_learned": verdict.share}
 
         return {
             "dtype": self.dtype,
