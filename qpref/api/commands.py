@@ -1,21 +1,104 @@
-"""Evaluation, generation and merging from Python: the records whose JSON the commands print"""
+"""Checks, plans, evaluation, generation and merging from Python: the records whose JSON the commands print"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qpref.api.calls import call
 from qpref.api.models import Turns, as_prompt
+from qpref.api.recipes import Overrides, RecipeLike, listed, source_of
 
 if TYPE_CHECKING:
+    from qpref.data.audit import DataCheck
     from qpref.evaluation.comparison import Comparison
     from qpref.evaluation.generate import Answers
+    from qpref.memory.forecast import Prediction
     from qpref.merging.request import MergeResult
 
 Location = str | PathLike[str]
+
+
+def check(
+    what: RecipeLike,
+    *,
+    overrides: Overrides = (),
+    base: Location | None = None,
+    reader: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> DataCheck:
+    """Check the preference data of a recipe, or one source of data; the same as `qpref check`.
+
+    Args:
+        what: a recipe (a path that ends in .toml, the text of one, nested dicts or a `Recipe`), or a source as in
+            `[data] train`.
+        overrides: of a recipe, as for `train`.
+        base: base whose tokenizer checks a bare source, too.
+        reader, format, columns: keys of `[data]` for a bare source.
+
+    Returns:
+        The counts and findings; `passed` is False where the command exits with 3. `as_json()` is what it prints.
+
+    Raises:
+        QprefError: the recipe has mistakes, or a source cannot be read.
+    """
+    from qpref.errors import RecipeError
+
+    with call():
+        from qpref.api.checking import audit_recipe, audit_source
+        from qpref.recipe.resolve import make_plan
+
+        source = source_of(what)
+        given = {"reader": reader, "format": format, "columns": columns}
+        options = {name: value for name, value in given.items() if value}
+        if isinstance(source, Path) and source.suffix != ".toml":
+            if overrides:
+                raise RecipeError("overrides= change a recipe, and this is a source of data")
+            return audit_source(fspath(what), _text(base), options).summary()  # type: ignore[arg-type]
+        if base is not None or options:
+            raise RecipeError("base=, reader=, format= and columns= are for a bare source; a recipe has its own")
+        return audit_recipe(make_plan(source, listed(overrides))).summary()
+
+
+def plan(
+    recipe: RecipeLike,
+    *,
+    overrides: Overrides = (),
+    vram: str | None = None,
+    card: str | None = None,
+    desktop: bool = False,
+    shape: str | None = None,
+    tflops: float | None = None,
+) -> Prediction:
+    """Predict the memory, work and steps of a recipe on one device; the same as `qpref plan`, whose options these are.
+
+    Loads no weights and needs no GPU.
+
+    Returns:
+        The prediction; `fits` is False where the command exits with 5. `as_json()` is what it prints with `--json`.
+
+    Raises:
+        QprefError: the recipe has mistakes, or its base's shape isn't known.
+    """
+    from qpref.errors import RecipeError
+
+    with call():
+        from qpref.memory.forecast import Forecast, Prediction, Target
+        from qpref.recipe.resolve import make_plan
+
+        if vram is not None and card is not None:
+            raise RecipeError("card= and vram= exclude each other: both name the memory")
+        if desktop and card is None:
+            raise RecipeError("desktop=True needs card=; vram= is free memory, without a desktop's share")
+        source = source_of(recipe)
+        planned = make_plan(source, listed(overrides))
+        target = Target.chosen(planned.recipe, vram=vram, card=card, desktop=desktop)
+        forecast = Forecast.of(planned, target, shape)
+        named = str(source) if isinstance(source, Path) else None
+        return Prediction.of({"recipe": named} | forecast.facts(tflops))
 
 
 def evaluate(

@@ -27,7 +27,7 @@ class LogProbs:
 
     Attributes:
         values: [T] float32 nats on the CPU, one for each token; the last is the stop token's.
-        tokens: ids of the T tokens.
+        tokens: ids of the T tokens; those that a message's mask excludes aren't among them.
     """
 
     values: Tensor
@@ -211,6 +211,7 @@ def _score(
             raise DataError(f"prompt and response: {refused[0].message}")
         (example,) = [one for one in found if not isinstance(one, Finding)]
         refuse_beyond_limits(policy, [example])
+        batch = pack([example], policy.device)
         with mode:
-            scores = completion_logprobs(policy, pack([example], policy.device))
-    return LogProbs(values=scores.values.float().cpu(), tokens=tuple(example.branches[0]))
+            scores = completion_logprobs(policy, batch)
+    return LogProbs(values=scores.values.float().cpu(), tokens=tuple(batch.score_token.tolist()))

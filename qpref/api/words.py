@@ -29,7 +29,7 @@ OPTIONS = {
     "model": "base",
 }  # fmt: skip
 """Options with a value, and the arguments that they are in Python."""
-FUNCTIONS = {"train": "train", "eval": "evaluate", "generate": "generate"}
+FUNCTIONS = {"train": "train", "eval": "evaluate", "check": "check", "plan": "plan", "generate": "generate"}
 VALUE = r"'[^']+'|[\w.%/-]*[\w%]"
 """A value after an option: a word in the next sentence is none, and neither is a dash."""
 TAKES_VALUE = "onto|dtype|quantize|quantization|vram|card|shape|max-margin-error"

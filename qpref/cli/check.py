@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 
     from qpref.data.audit import Audit
     from qpref.data.data_report import DataReport
-    from qpref.data.tokenize import PairTokenizer
     from qpref.errors import QprefError
-    from qpref.recipe.data_section import DataSection
-    from qpref.recipe.sections import ModelSection
     from qpref.records import Finding
-    from qpref.training.swapped_labels import SwapSearch
 
 NUM_LOCATIONS = 3
 BAR_WIDTH = 40
@@ -85,7 +81,7 @@ def command(
         write_check_page(audit, html, what if ":" in what else Path(what).name)
         echo(f"written: {html}", err=as_json)
     if as_json:
-        echo(json.dumps(audit.facts(), indent=2, ensure_ascii=False))
+        echo(json.dumps(audit.summary().as_json(), indent=2, ensure_ascii=False))
     else:
         _print(audit)
     if report.refused or audit.why_empty:
@@ -117,11 +113,10 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None, source_keys:
     Args:
         source_keys: keys of `[data]` for a source without a recipe.
     """
-    from qpref.data.audit import audit_data
-    from qpref.data.check import check_data
-    from qpref.data.load import check_rows
+    from qpref.api.checking import audit_recipe, audit_source
+    from qpref.cli import quiet_transformers
     from qpref.errors import RecipeError
-    from qpref.recipe.resolve import make_data_plan, make_plan
+    from qpref.recipe.resolve import make_plan
 
     if Path(what).suffix == ".toml":
         if base is not None:
@@ -129,43 +124,14 @@ def _audit(what: str, overrides: tuple[str, ...], base: str | None, source_keys:
         if source_keys:
             key = next(iter(source_keys))
             raise RecipeError(f"--{key} is for a bare source of data; a recipe has its own: --set data.{key}=...")
-        recipe_plan = make_plan(Path(what), overrides)
-        recipe = recipe_plan.recipe
-        swaps = _swap_search(recipe.model)
-        note = swaps.note if swaps else None
-        audit = audit_data(check_rows(recipe_plan), recipe.data, _tokenizer(recipe.model, recipe.data), note)
-        audit.checked.report.add(swaps.findings() if swaps else ())
-        return audit
+        plan = make_plan(Path(what), overrides)
+        quiet_transformers()
+        return audit_recipe(plan)
     if overrides:
         raise RecipeError("--set changes a recipe, and this is a source of data")
-    plan = make_data_plan(what, base, source_keys)
-    checked = check_data(plan.sources, plan.validators, pairs_only=False)
-    return audit_data(checked, plan.data, _tokenizer(plan.model, plan.data) if plan.model else None)
-
-
-def _swap_search(model: ModelSection) -> SwapSearch | None:
-    """Search for swapped labels; None unless the base is on this machine and an earlier run scored pairs on it."""
-    from qpref.memory.known_shapes import local_base
-    from qpref.policy.reference_cache import DESCRIPTION, root
-    from qpref.policy.source import resolve_base
-
-    if local_base(model) is None or not any(root().glob(f"*/{DESCRIPTION}")):
-        return None
-    from qpref.training.swapped_labels import SwapSearch
-
-    return SwapSearch(resolve_base(model))
-
-
-def _tokenizer(model: ModelSection, data: DataSection) -> PairTokenizer:
-    from qpref.cli import quiet_transformers
-    from qpref.data.masking import Masking
-    from qpref.data.tokenize import PairTokenizer
-    from qpref.policy.source import resolve_tokenizer
-    from qpref.policy.tokenizer import load_tokenizer, stop_tokens
-
-    quiet_transformers()
-    base = resolve_tokenizer(model)
-    return PairTokenizer.of(load_tokenizer(model, base), data.template, stop_tokens(base), Masking.of(data))
+    if base is not None:
+        quiet_transformers()
+    return audit_source(what, base, source_keys)
 
 
 def _print(audit: Audit) -> None:

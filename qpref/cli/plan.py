@@ -66,7 +66,9 @@ def command(
     if several["links"]:
         raise click.UsageError("--link is between several GPUs: add --gpus or --hosts.")
     if as_json:
-        echo(json.dumps(facts, indent=2))
+        from qpref.memory.forecast import Prediction
+
+        echo(json.dumps(Prediction.of(facts).as_json(), indent=2))
     else:
         for line in plan_text.lines(forecast, facts):
             echo(line)
@@ -103,13 +105,10 @@ NO_RECIPE: dict[str, Any] = {
 
 def _target(recipe: Recipe, vram: str | None, card: str | None, desktop: bool) -> Target:
     """Choose what to plan for: a card, a size of memory, or this machine."""
-    from qpref.memory.cards import find_card
     from qpref.memory.forecast import Target
 
     if vram is not None and card is not None:
         raise click.UsageError("--card and --vram exclude each other: both name the memory.")
     if desktop and card is None:
         raise click.UsageError("--desktop needs --card; --vram is free memory, without a desktop's share.")
-    if card is not None:
-        return Target.of_card(find_card(card), desktop)
-    return Target.here(recipe) if vram is None else Target.of_vram(vram, recipe)
+    return Target.chosen(recipe, vram=vram, card=card, desktop=desktop)

@@ -6,7 +6,7 @@ loaded policy and the real data; the report compares it with the measurements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from qpref.data.order import refuse_empty_steps, total_steps
 from qpref.errors import PolicyError, RecipeError
-from qpref.memory.cards import Card, capability_notes
+from qpref.memory.cards import Card, capability_notes, find_card
 from qpref.memory.demand import Demand
 from qpref.memory.fit import Fit, fit_memory
 from qpref.memory.flops import forward_flops, step_flops
@@ -50,6 +50,19 @@ class Target:
     capability: tuple[int, int] | None = None
     card: Card | None = None
     desktop: bool = False
+
+    @classmethod
+    def chosen(
+        cls, recipe: Recipe, *, vram: str | None = None, card: str | None = None, desktop: bool = False
+    ) -> Target:
+        """Plan for a card by its name, for so much free memory, or for this machine.
+
+        Raises:
+            RecipeError: no such card is known, or `vram` is no size.
+        """
+        if card is not None:
+            return cls.of_card(find_card(card), desktop)
+        return cls.here(recipe) if vram is None else cls.of_vram(vram, recipe)
 
     @classmethod
     def of_card(cls, card: Card, desktop: bool = False) -> Target:
@@ -95,6 +108,48 @@ class Target:
             return []
         name = "this GPU" if self.card is None else self.card.name
         return list(capability_notes(name, self.capability, recipe.model.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The result of `qpref plan` for one device.
+
+    Attributes:
+        limit_bytes: memory that the run may fill.
+        memory: bytes by part, and their `total`.
+        steps: None where the number of examples is unknown.
+        hours: None unless a speed was given.
+        advice: what would help a recipe that doesn't fit, most first.
+        facts: all of it as JSON data.
+    """
+
+    fits: bool
+    device: str
+    limit_bytes: int
+    memory: Mapping[str, int]
+    tokens_per_microbatch: int
+    recomputed_layers: int
+    steps: int | None
+    hours: float | None
+    advice: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Prediction:
+        """Make the record of a forecast's facts."""
+        hours = facts.get("hours")
+        same = ("fits", "device", "memory", "tokens_per_microbatch", "recomputed_layers", "steps")
+        return cls(
+            **{name: facts[name] for name in same},
+            limit_bytes=facts["limit"]["bytes"],
+            hours=None if hours is None else hours["hours"],
+            advice=tuple(facts["advice"]),
+            facts=facts,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Convert the prediction to JSON values."""
+        return dict(self.facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

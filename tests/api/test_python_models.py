@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import tomli_w
 from click.testing import CliRunner
-from conftest import preference_rows
+from conftest import preference_rows, write_jsonl
 
 import qpref
 from qpref.cli import main
@@ -89,3 +90,31 @@ def test_what_is_missing_is_named_by_its_argument(make_base, run, tmp_path):
     assert raised.value.hint == "name prompts with prompts= or data="
     with pytest.raises(RecipeError, match=r'^max_margin_error="2nats": expected'):
         qpref.merge(run, tmp_path / "out", max_margin_error="2nats")
+
+
+def test_a_check_and_a_plan_are_what_their_commands_print(make_recipe, tmp_path):
+    recipe = make_recipe()
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(recipe))
+    checked = qpref.check(path)
+    assert checked.as_json() == printed("check", path)
+    assert qpref.check(recipe).as_json() == checked.as_json()
+    assert (checked.read, checked.kept, checked.passed) == (16, 16, True)
+    planned = qpref.plan(path, vram="8GiB", tflops=1)
+    assert planned.as_json() == printed("plan", path, "--vram", "8GiB", "--tflops", 1)
+    assert planned.fits
+    assert planned.hours > 0
+    assert not qpref.plan(path, vram="1MiB").fits
+
+
+def test_a_bare_source_is_checked_and_mixed_up_arguments_are_refused(make_recipe, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "good": "b c d e", "rejected": "b c d e"}])
+    checked = qpref.check(rows, columns={"chosen": "good"})
+    assert (checked.refused, checked.passed) == (1, False)
+    assert [finding.code for finding in checked.findings if finding.severity == "error"] == ["identical"]
+    with pytest.raises(RecipeError, match="overrides= change a recipe"):
+        qpref.check(rows, overrides={"loss.beta": 1})
+    with pytest.raises(RecipeError, match="are for a bare source"):
+        qpref.check(make_recipe(), base="x")
+    with pytest.raises(RecipeError, match="card= and vram= exclude each other"):
+        qpref.plan(make_recipe(), card="T4", vram="8")

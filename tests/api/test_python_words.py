@@ -61,6 +61,7 @@ def test_no_message_names_an_option():
         ("choose --dtype bf16 or float32", 'choose dtype="bf16" or float32'),
         ("plan with --set model.device=auto", 'plan with overrides=["model.device=auto"]'),
         ("name prompts with --prompt or --prompts", "name prompts with prompts= or data="),
+        ("`qpref check` lists all of them", "qpref.check lists all of them"),
         ("use --quantization nf4 if it was", 'use quantization="nf4" if it was'),
         ("lower --max-length", "lower max_length="),
         ("a container needs `--gpus all`", "a container needs `--gpus all`"),
