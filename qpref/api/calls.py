@@ -10,11 +10,8 @@ from qpref.api.words import python_words
 
 
 @contextmanager
-def call(models: bool = True) -> Iterator[None]:
-    """Run the work of one function.
-
-    Args:
-        models: the work loads a tokenizer or a model; transformers' bars and warnings are off inside.
+def call() -> Iterator[None]:
+    """Run the work of one function, with transformers' bars and warnings off.
 
     Raises:
         InstallError: this is native Windows.
@@ -24,12 +21,8 @@ def call(models: bool = True) -> Iterator[None]:
     require_linux()
     if "torch" not in sys.modules:
         set_torch_variables()
-    with python_words():
-        if not models:
-            yield
-            return
-        with _quiet_transformers():
-            yield
+    with python_words(), _quiet_transformers():
+        yield
 
 
 @contextmanager

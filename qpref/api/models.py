@@ -44,7 +44,7 @@ class LogProbs:
         return self.total / len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Reference:
     """The reference of a loaded model: the same weights with the adapter off."""
 
@@ -58,7 +58,7 @@ class Reference:
         return _score(self._policy, self._tokenizer, prompt, response, as_reference(self._policy))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Model:
     """A model in memory, from `qpref.load`. Memory is free again once nothing refers to it."""
 
