@@ -206,7 +206,7 @@ def test_the_second_refusal_in_a_row_ends_the_run_and_says_what_would_be_enough(
     path = tmp_path / "run/checkpoints/step-000003"
     assert re.fullmatch(
         rf"step 3 is not saved, and neither was step 2: {path}: needs \d+\.\d KiB, and 1\.2 KiB are free\n"
-        r"hint: free some space; a run continues with --resume",
+        r"hint: free some space; a run continues with resume=True",
         str(caught.value),
     )
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]

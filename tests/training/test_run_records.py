@@ -117,7 +117,7 @@ def test_a_start_adapter_that_its_run_has_not_written_is_refused(run, make_recip
         PolicyError, match=r"\[adapter\] start: .*adapter_model.safetensors: is not as training"
     ) as refused:
         qpref.train(recipe, output=tmp_path / "second")
-    assert "--resume" in str(refused.value.hint)
+    assert "resume=True" in str(refused.value.hint)
     assert not (tmp_path / "second").exists()
 
 
