@@ -101,7 +101,7 @@ def cases_for(size: int) -> Iterator[Case]:
 
 
 def pairs() -> list[TokenizedExample]:
-    """Pairs of very different lengths and weights; the first three share a prompt, the fourth is the longest."""
+    """Pairs of different lengths, weights and scores; the first three share a prompt, the fourth is the longest."""
     lengths = [
         (20, 6, 9),
         (20, 14, 3),
@@ -111,7 +111,12 @@ def pairs() -> list[TokenizedExample]:
     ]
     examples = [make_example(line, *each) for line, each in enumerate(lengths)]
     return [
-        replace(each, prompt=examples[0].prompt if line < 3 else each.prompt, weight=0.25 + 0.25 * line)
+        replace(
+            each,
+            prompt=examples[0].prompt if line < 3 else each.prompt,
+            weight=0.25 + 0.25 * line,
+            columns={"score_chosen": 1.5**line, "score_rejected": 0.25},
+        )
         for line, each in enumerate(examples)
     ]
 
@@ -185,13 +190,13 @@ class Bench:
         )
 
     def step(self, case: Case, world: World) -> dict[str, Any]:
-        """The gradient of a case's step, as one vector, its metrics, and the reference's rows afterwards."""
+        """A case's gradient as one vector, its metrics, and the state of losses and the reference's rows afterwards."""
         trainer = self.trainer(case.losses, world, tokens_per_microbatch=case.tokens)
         self.policy.share_prompts(case.shared)
         self.policy.recompute_layers(case.recomputed)
         self.policy.model.train()
         self.policy.seed_dropout(0, 0)
-        trainer.compute_gradient(trainer.examples[case.first : case.first + case.size])
+        result = trainer.compute_gradient(trainer.examples[case.first : case.first + case.size])
         trainer.state.averages.settle(world)
         gradient = torch.cat([value.grad.reshape(-1) for value in self.policy.trained_parameters().values()])
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -200,6 +205,7 @@ class Bench:
             "means": trainer.state.averages.means(),
             "counts": trainer.state.averages.counts,
             "tokens": trainer.state.tokens,
+            "state": {name: value.tolist() for name, value in result.state.items()},
             "rows": {} if trainer.references is None else trainer.references.rows,
         }
 
@@ -242,7 +248,9 @@ def compare_steps(world: World, benches: dict[float, Bench]) -> list[dict[str, A
         bench = benches[case.dropout]
         ours = bench.step(case, world)
         rows = [ours["rows"][key] for key in sorted(ours["rows"])]
-        facts = repr([digest([ours["gradient"]]), digest(rows), ours["means"], ours["counts"], ours["tokens"]])
+        facts = repr(
+            [digest([ours["gradient"]]), digest(rows), ours["means"], ours["counts"], ours["tokens"], ours["state"]]
+        )
         each = world.exchange(facts, "a case")
         if number % world.size == world.rank:
             alone = bench.step(case, ALONE)

@@ -215,7 +215,7 @@ def test_every_loss_type_of_trls_dpo_trainer_is_compared():
 @pytest.mark.parametrize("name", OURS)
 def test_every_loss_has_a_case_that_agrees_for_each_that_differs(name):
     cases = record(name).trl_cases
-    assert any(not case.reason for case in cases)
+    assert not cases or any(not case.reason for case in cases)
     for case in cases:
         if case.reason and case.same_as is not None:
             record(name).options.model_validate(case.same_as)

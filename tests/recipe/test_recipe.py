@@ -142,7 +142,7 @@ def test_one_mistake_is_one_problem():
         ({"train": {"epcohs": 2}}, "[train] epcohs: unknown key; did you mean 'epochs'?"),
         ({"adapter": {"ranks": 2}}, "[adapter] ranks: unknown key; did you mean 'rank'?"),
         ({"sink": {"a": 1}}, "[sink] unknown key; did you mean 'sinks'?"),
-        ({"loss": {"name": "dop"}}, "[loss] name: no loss 'dop' is installed; did you mean 'dpo'?"),
+        ({"loss": {"name": "simpoo"}}, "[loss] name: no loss 'simpoo' is installed; did you mean 'simpo'?"),
         ({"data": {"reader": "jsonll"}}, "[data] reader: no reader 'jsonll' is installed; did you mean 'jsonl'?"),
     ],
 )
