@@ -39,7 +39,8 @@ COMMANDS = {
     "merge": "Merge base and adapter into a plain safetensors model.",
     "export": "Export a merged model as GGUF with llama.cpp's converter.",
     "losses": "List, show and check the installed losses.",
-    "plugins": "List the installed plugins.",
+    "plugins": "List and check the installed plugins.",
+    "init-plugin": "Write the tree of a new plugin, with tests that pass.",
     "doctor": "Examine this machine: packages, GPU, memory, disk, plugins.",
     "cache": "List or clear the cache on this machine.",
     "schema": "Print the JSON Schema of a recipe, for editors.",
@@ -60,7 +61,7 @@ class LazyGroup(SuggestingGroup):
         if cmd_name not in COMMANDS:
             return None
         _refuse_several_processes(ctx, cmd_name)
-        command: click.Command = importlib.import_module(f"qpref.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"qpref.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -31,6 +31,12 @@ def _plugins(kind: str) -> Callable[[], Iterable[str]]:
     return names
 
 
+def _entry_points() -> Iterable[str]:
+    from qpref.hooks.manager import installed_offers
+
+    return sorted({offer.entry_point for offer in installed_offers()})
+
+
 def _shapes() -> Iterable[str]:
     from qpref.memory.known_shapes import KNOWN_SHAPES
 
@@ -67,6 +73,7 @@ def files(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> li
 
 losses = _completer(_plugins("loss"))
 rewards = _completer(_plugins("reward"))
+plugins = _completer(_entry_points)
 readers = _completer(_plugins("read"))
 shapes = _completer(_shapes)
 cards = _completer(_cards)

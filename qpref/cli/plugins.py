@@ -6,21 +6,26 @@ import json
 
 import click
 
+from qpref.cli import plugin_check
+from qpref.cli.groups import SuggestingGroup
 from qpref.cli.options import json_option
 from qpref.cli.output import echo
 from qpref.cli.tables import print_table
 
 
-@click.command("plugins")
+@click.group("plugins", cls=SuggestingGroup, invoke_without_command=True)
 @json_option
-def command(as_json: bool) -> None:
-    """List the installed plugins without importing them.
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """List the installed plugins without importing them, or check some.
 
     A plugin that can't be used has its problem beside it: a name that two distributions offer, an unknown kind, a
     missing module, a distribution made for another qpref.
 
     Leave plugins out with QPREF_DISABLE=loss-kto,acme:loss-dpo.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     from dataclasses import asdict
 
     from qpref.hooks.manager import KINDS, installed_offers
@@ -37,3 +42,6 @@ def command(as_json: bool) -> None:
         row = [kind, offer.name, offer.distribution, offer.version, offer.entry_point]
         rows.append(row + [problems.get(offer, "")] * bool(problems))
     print_table(rows)
+
+
+command.add_command(plugin_check.command)

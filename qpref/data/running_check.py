@@ -9,6 +9,7 @@ from typing import Any
 from qpref.data.example_rows import ExampleRow
 from qpref.errors import PluginError
 from qpref.hooks import border
+from qpref.hooks.contract import finding_problem
 from qpref.hooks.hang_watch import watch
 from qpref.hooks.types import RowCheck, Split
 from qpref.recipe.choices import Choice, SourceChoice
@@ -55,8 +56,8 @@ class RunningCheck:
         offer = self.validator.plugin.offer
         failure = _failure(self.validator)
         for finding in border.guarded_items(offer, lambda: find(*arguments), failure, _is_plugin_error):
-            if not isinstance(finding, Finding):
-                raise PluginError(f"{offer} yields {type(finding).__name__}, not Finding")
+            if problem := finding_problem(finding):
+                raise PluginError(f"{offer} yields {problem}")
             yield finding
 
 

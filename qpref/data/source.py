@@ -10,6 +10,7 @@ from qpref import disk_space, pypi
 from qpref.data.example_rows import ExampleRow
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.hooks import border
+from qpref.hooks.contract import SeenSources, row_problem
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.problems import did_you_mean
 from qpref.records import Finding, Row
@@ -166,10 +167,13 @@ class DataSource:
         rows = border.guarded_items(
             f"{reader.offer}, reading {path},", lambda: self.choice.read(path), failure, _is_known
         )
+        seen = SeenSources()
         try:
             for row in rows:
-                if not isinstance(row, Row | Finding):
-                    raise PluginError(f"{reader.offer} yields {type(row).__name__}, neither Row nor Finding")
+                if problem := row_problem(row):
+                    raise PluginError(f"{reader.offer} yields {problem}")
+                if isinstance(row, Row) and not seen.is_new(row.source):
+                    raise PluginError(f"{reader.offer} yields two rows with the source {row.source}")
                 yield row
         except OSError as error:
             if error.errno in disk_space.FULL:  # of a reader that downloads or unpacks

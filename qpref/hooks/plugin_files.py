@@ -22,6 +22,7 @@ import pluggy
 from qpref import opening
 from qpref.errors import PluginError, RecipeError
 from qpref.hooks import border, mistakes, spec
+from qpref.hooks.contract import record_problem
 from qpref.hooks.manager import KINDS, Kind, Loaded, Offer
 
 MAX_BYTES = 2**20
@@ -151,6 +152,9 @@ def _refuse_odd(path: Path, kind: Kind, records: Sequence[Any]) -> None:
         raise _broken(path, f"{kind.hook} yields a {kind.noun} whose name is {odd[0]!r}")
     if twice := [name for name in names if names.count(name) > 1]:
         raise _broken(path, f"{kind.hook} yields the {kind.noun} '{twice[0]}' twice")
+    for record in records:
+        if problem := record_problem(record):
+            raise _broken(path, problem)
 
 
 def _guarded(path: Path, what: str) -> AbstractContextManager[None]:

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from qpref.errors import DataError
 from qpref.hooks.signatures import HEAD_BYTES, signature_of
+from qpref.records import Finding, Source
 
 MAX_RATIO = 200
 FREE_BYTES = 2**20
 """Decompressed bytes that are allowed at any ratio, so that tiny files of repeated rows are read."""
 BUFFER_BYTES = 256 * 2**10
+MAX_LINE_BYTES = 4 * 2**20
 _HIGH = re.compile(rb"[\x80-\xff]+")
 _GZIP = b"\x1f\x8b"
 _MARKS = (
@@ -62,6 +64,35 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         if encoding is not None:
             stream = io.BufferedReader(_Transcoded(stream, encoding), BUFFER_BYTES)
         yield stream
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, Source] | Finding]:
+    """Yield each line of a text file without its end, with its source; a finding for one that isn't UTF-8.
+
+    Blank lines are left out.
+
+    Raises:
+        DataError: the file isn't text, is truncated or damaged, or has a line of more than `MAX_LINE_BYTES`.
+    """
+    with opened(path) as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                source = Source(path=str(path), line=number)
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"{source}: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                try:
+                    text = line.decode().rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    message = not_utf8(line, error)
+                    yield Finding(code="unreadable", severity="error", message=message, source=source)
+                    continue
+                if text:
+                    yield text, source
+        except BrokenStreamError as error:
+            raise DataError(f"{path}:{number + 1}: {error}") from None
 
 
 def encoding_of(head: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""Conformance tests for losses, for a plugin's own test suite; `qpref losses check` runs the same rules.
+"""Conformance tests for a plugin's own test suite; `qpref losses check` and `qpref plugins check` run the same rules.
 
     import pytest
     from qpref.testing import RULES, assert_conforms
@@ -11,30 +11,44 @@
 
 Each rule is checked under the loss's default options and under each of its `variants`. The inputs are synthetic,
 deterministic, and float64 unless a rule says otherwise; no model and no data are needed.
+
+Validators, readers, metric sinks and rewards have `VALIDATOR_RULES`, `READER_RULES`, `SINK_RULES` and `REWARD_RULES`,
+each rule a function whose docstring says what holds. A reader needs a sample: `assert_conforms(record, sample=path)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from qpref.hooks import Options
-from qpref.hooks.types import Loss
+from qpref.hooks.reward import Reward
+from qpref.hooks.types import Loss, MetricSink, Reader, Validator
 from qpref.testing.calls import BrokenRule, NotApplicable
+from qpref.testing.plugins import NOUNS, check_plugin
+from qpref.testing.reader_rules import READER_RULES
+from qpref.testing.results import Result, results_of
+from qpref.testing.reward_rules import REWARD_RULES
 from qpref.testing.rules import PREREQUISITES, RULES
+from qpref.testing.sink_rules import SINK_RULES
+from qpref.testing.validator_rules import VALIDATOR_RULES
 
-__all__ = ["RULES", "BrokenRule", "NotApplicable", "Result", "assert_conforms", "check_loss", "options_tables"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Outcome of one rule under one table of options; `message` is empty where it holds."""
-
-    rule: str
-    options: Mapping[str, object]
-    status: Literal["passed", "broken", "skipped"]
-    message: str = ""
+__all__ = [
+    "READER_RULES",
+    "REWARD_RULES",
+    "RULES",
+    "SINK_RULES",
+    "VALIDATOR_RULES",
+    "BrokenRule",
+    "NotApplicable",
+    "Result",
+    "assert_conforms",
+    "check_loss",
+    "check_plugin",
+    "options_tables",
+]
 
 
 def check_loss(record: Loss, *rules: str) -> list[Result]:
@@ -59,30 +73,31 @@ def check_loss(record: Loss, *rules: str) -> list[Result]:
 
 
 def _check_with(record: Loss, options: Any, table: Mapping[str, object], rules: Iterable[str]) -> list[Result]:
-    results: list[Result] = []
-    blocked = ""
-    for rule in rules:
-        if blocked:
-            results.append(Result(rule=rule, options=table, status="skipped", message=f"'{blocked}' is broken"))
-            continue
-        try:
-            RULES[rule](record, options)
-        except BrokenRule as error:
-            results.append(Result(rule=rule, options=table, status="broken", message=str(error)))
-            blocked = rule if rule in PREREQUISITES else ""
-        except NotApplicable as error:
-            results.append(Result(rule=rule, options=table, status="skipped", message=str(error)))
-        else:
-            results.append(Result(rule=rule, options=table, status="passed"))
-    return results
+    return results_of({rule: partial(RULES[rule], record, options) for rule in rules}, table, PREREQUISITES)
 
 
-def assert_conforms(record: Loss, *rules: str) -> None:
-    """Raise an AssertionError that lists each broken rule, among the named ones or all."""
-    broken = [result for result in check_loss(record, *rules) if result.status == "broken"]
-    lines = [f"  {result.rule} (options {dict(result.options)}): {result.message}" for result in broken]
-    if broken:
-        raise BrokenRule("\n".join([f"loss '{record.name}' breaks its contract", *lines]))
+def assert_conforms(
+    record: Loss | Validator | Reader | MetricSink | Reward,
+    *rules: str,
+    options: Mapping[str, object] | None = None,
+    sample: Path | str | None = None,
+) -> None:
+    """Raise an AssertionError that lists each broken rule, among the named ones or all.
+
+    Args:
+        options, sample: as for `check_plugin`; a loss is checked with its defaults and its variants.
+    """
+    if isinstance(record, Loss):
+        noun, results = "loss", check_loss(record, *rules)
+    else:
+        noun, results = NOUNS[type(record)], check_plugin(record, *rules, options=options, sample=sample)
+    lines = [
+        f"  {result.rule} (options {dict(result.options)}): {result.message}"
+        for result in results
+        if result.status == "broken"
+    ]
+    if lines:
+        raise BrokenRule("\n".join([f"{noun} '{record.name}' breaks its contract", *lines]))
 
 
 def options_tables(record: Loss) -> list[Mapping[str, object]]:

@@ -227,7 +227,7 @@ MISTAKES = {
     ),
     "a hook like no other": (
         f"{CODE}@hookimpl\ndef offer():\n    yield\n",
-        "unknown hook 'offer'; the hooks are qpref_losses, qpref_metric_sinks, qpref_readers, qpref_validators",
+        f"unknown hook 'offer'; the hooks are {', '.join(sorted(kind.hook for kind in KINDS.values()))}",
         "rename it",
     ),
     "a hook with a parameter": (
@@ -310,7 +310,7 @@ def test_a_plugin_for_this_qpref_loads(install, requires):
     ("losses-warm", "did you mean loss-warm?"),
     ("metric-warm", "did you mean sink-warm?"),
     ("validator-warm", "did you mean check-warm?"),
-    ("zzz-warm", "known: loss, check, sink, read"),
+    ("zzz-warm", f"known: {', '.join(KINDS)}"),
 ])  # fmt: skip
 def test_an_unknown_kind_is_named_where_its_plugin_is_wanted(install, point, advice):
     install("acme", "2.0", {point: "acme_warm"}, acme_warm=CANARY)
