@@ -118,6 +118,17 @@ def exchanged(pair):
     return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
 
 
+def without_the_first_tokens(inputs):
+    """Hold the first token of each response at its value."""
+
+    def held(scores):
+        parts = [torch.cat([part[:1].detach(), part[1:]]) for part in scores.values.split(scores.lengths)]
+        return replace(scores, values=torch.cat(parts))
+
+    policy = inputs.policy
+    return replace(inputs, policy=replace(policy, chosen=held(policy.chosen), rejected=held(policy.rejected)))
+
+
 def raising(*_):
     raise KeyError("temperature")
 
@@ -253,7 +264,11 @@ ONE_KIND = [
     ("direction", lambda: with_inputs(UNPAIRED, lambda inputs: replace(inputs, desirable=~inputs.desirable))),
     ("direction", lambda: with_losses(PAIRED, lambda losses, inputs: 2 * math.log(2) - losses)),
     ("direction", lambda: with_losses(UNPAIRED, lambda losses, inputs: 1 - losses)),
-    ("direction", lambda: with_metrics(PAIRED, lambda metrics, losses: {n: -v for n, v in metrics.items()})),
+    ("reward", lambda: with_metrics(PAIRED, lambda metrics, losses: {n: -v for n, v in metrics.items()})),
+    ("used needs", lambda: replace(PAIRED, needs=frozenset({"reference", "prompt"}))),
+    ("margin", lambda: with_inputs(PAIRED, lambda inputs: replace(inputs, margin=0 * inputs.margin))),
+    ("every token", lambda: with_inputs(PAIRED, without_the_first_tokens)),
+    ("device", lambda: with_losses(PAIRED, lambda losses, inputs: losses * torch.ones(1, dtype=losses.dtype))),
     ("record", lambda: Loss(name="x", summary="of no kind", options=SoundOptions, build=build_paired)),
     ("independence", lambda: with_losses(PAIRED, lambda losses, inputs: losses - losses.mean())),
     ("independence", lambda: with_losses(PAIRED, lambda losses, inputs: losses * torch.arange(1, len(losses) + 1))),
@@ -373,7 +388,7 @@ def test_a_cast_on_the_way_spoils_the_finite_differences_too():
 
 def test_the_assertion_names_every_broken_rule():
     record = replace(with_losses(PAIRED, wrong_gradient), starts_at=lambda options: 1.0, variants=())
-    with pytest.raises(AssertionError, match=r"loss 'sound' breaks its contract\n  gradient .*\n  start .*"):
+    with pytest.raises(AssertionError, match=r"loss 'sound' breaks its contract\n  gradient .*\n    .*\n  start .*"):
         assert_conforms(record)
 
 
@@ -403,7 +418,7 @@ def build_masked(options):
             assert all(part.any() for part in policy.mask.split(list(policy.lengths)))
             weights = policy.mask / (1 + policy.entropy) / (1 + policy.tokens)
             sides.append(replace(policy, values=weights * (policy.values - reference.values)).total)
-        return LossOutput(losses=-logsigmoid(sides[0] - sides[1]), metrics=reward_metrics(*sides))
+        return LossOutput(losses=-logsigmoid(sides[0] - sides[1] - inputs.margin), metrics=reward_metrics(*sides))
 
     return masked
 

@@ -207,7 +207,7 @@ def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_
         rules = dict.fromkeys(result.rule for result in results if result.status == "broken")
         if rules:
             broken[name] = f"loss '{name}' ({loaded.offer}) breaks: {', '.join(rules)}"
-        facts.append({"loss": name, "from": str(loaded.offer), "error": None, "results": list(map(asdict, results))})
+        facts.append({"loss": name, "from": str(loaded.offer), "error": None, "results": list(map(_as_json, results))})
         if not as_json:
             _print_results(loaded.offer, results, in_full=not all_installed or bool(rules))
     if as_json:
@@ -216,6 +216,10 @@ def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_
         head = [f"{len(broken)} of {len(losses)} losses cannot be relied on"] if len(losses) > 1 else []
         lines = [f"  {line}" if head else line for line in broken.values()]
         raise PluginError("\n".join(head + lines), _advice(losses, list(broken)))
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return asdict(result) | {"advice": result.advice}
 
 
 def _advice(losses: Mapping[str, Loaded | str], broken: Sequence[str]) -> str:
@@ -280,6 +284,8 @@ def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> No
             word = {"passed": "ok", "broken": "BROKEN"}.get(status, status)
             rows.append((f"  {rule}", word, ": ".join(part for part in (options, message) if part)))
     print_table(rows)
+    for rule, advice in {result.rule: result.advice for result in results if result.advice}.items():
+        echo(textwrap.fill(f"to fix {rule}: {advice}", 100, initial_indent="  ", subsequent_indent="    "))
 
 
 def _type(annotation: Any) -> str:

@@ -24,6 +24,7 @@ tokens: ids of the response tokens, and the mask of those that count.
 mismatched: log-probabilities of another example's completion after each prompt, for unpaired losses.
 """
 Scope = Literal["example", "mismatched", "step"]
+IGNORABLE = frozenset({"margin", "chosen", "rejected"})
 NEEDS: frozenset[str] = frozenset(get_args(Need))
 InitialState = Mapping[str, float | Sequence[float]]
 
@@ -86,6 +87,8 @@ class Loss:
         state: name -> first value, a number or a list of numbers, of what the loss keeps between optimizer steps: it
             reads `inputs.state` and returns new values in `LossOutput.state`. For losses of scope "step". Or a function
             that returns it for given options.
+        ignores: what the loss leaves out on purpose, or a function of the options that returns it: "margin" for the
+            margins of rows (a run on data with margins then says so once), "chosen" or "rejected" for a side.
         variants: further options to check the loss with, each a table as in a recipe.
         trl_cases: TRL configurations that compute the same loss. Without any, the loss is compared with the TRL loss
             type of the same name.
@@ -107,12 +110,17 @@ class Loss:
     is_monotone: bool = True
     columns: Sequence[str] | Callable[[Any], Sequence[str]] = ()
     state: InitialState | Callable[[Any], InitialState] = field(default_factory=dict)
+    ignores: frozenset[str] | Callable[[Any], frozenset[str]] = frozenset()
     variants: Sequence[Mapping[str, object]] = ()
     trl_cases: Sequence[TrlCase] = ()
 
     def needs_of(self, options: Any) -> frozenset[str]:
         """Return the needs under these options."""
         return self.needs(options) if callable(self.needs) else frozenset(self.needs)
+
+    def ignores_of(self, options: Any) -> frozenset[str]:
+        """Return what the loss ignores under these options."""
+        return self.ignores(options) if callable(self.ignores) else frozenset(self.ignores)
 
     def scope_of(self, options: Any) -> Scope:
         """Return the scope under these options."""

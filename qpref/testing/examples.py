@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class Example:
         return f"log-probabilities {sides[0]} and {sides[1]}, margin {self.margin:g}, {label}"
 
 
+NEAR_LENGTHS = ((5, 8), (8, 5), (4, 9), (9, 4), (6, 7), (7, 6))
+"""Tokens of first and second response in `near_reference`."""
+
+
 class Draws:
     """Seeded random examples: a reference near the policy, responses of 1 to 4 tokens of which some are masked."""
 
@@ -85,6 +89,33 @@ class Draws:
             )
             for number in range(count)
         ]
+
+
+def near_reference() -> list[Example]:
+    """Make examples as after a few steps: the policy within some 0.02 nats a token of its reference, no margins.
+
+    All responses have more than three tokens, none masked, and each pair of lengths is there in both orders, so that a
+    difference between the sides is none of their lengths.
+    """
+    draws = Draws(3)
+
+    def scores(num_tokens: int) -> Scores:
+        drawn = draws.scores(num_tokens)
+        policy = 0.5 * drawn.policy - 0.4
+        reference = policy + 0.04 * (drawn.reference - drawn.policy)
+        return replace(drawn, policy=policy, reference=reference, mask=torch.ones_like(drawn.mask))
+
+    return [
+        Example(first=scores(chosen), second=scores(rejected), prompt=draws.scores(2).policy, desirable=index % 2 == 0)
+        for index, (chosen, rejected) in enumerate(NEAR_LENGTHS)
+    ]
+
+
+def alike() -> list[Example]:
+    """Make a step of six equal examples, each with equal responses and the policy at its reference."""
+    drawn = Draws(5).scores(4)
+    side = replace(drawn, reference=drawn.policy)
+    return [Example(first=side, second=side, prompt=side.policy[:2], desirable=index % 2 == 0) for index in range(6)]
 
 
 def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -11,11 +10,14 @@ import torch
 from torch import Tensor
 
 from qpref.hooks import PairedLoss, UnpairedLoss
-from qpref.hooks.metric_names import name_problem
-from qpref.hooks.types import Loss, Scope
+from qpref.hooks.types import IGNORABLE, Loss, Scope
 from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, declared_needs
-from qpref.testing.examples import Draws, Example, Scores, extreme_completions, extreme_pairs
+from qpref.testing.device_rule import check_device
+from qpref.testing.examples import Draws, Example, Scores
+from qpref.testing.finite_rule import check_finite
 from qpref.testing.gradients import FrozenDetached, central_differences
+from qpref.testing.learning_rules import check_direction, check_every_token, check_margin, check_reward, ignored
+from qpref.testing.outputs import listed, metric, metrics_of, same, tensors
 from qpref.testing.state_rule import state_rule
 
 
@@ -37,6 +39,8 @@ def _record(record: Loss, options: Any) -> None:
     columns = attempt("columns", record.columns_of, options)
     if isinstance(columns, str) or not all(isinstance(name, str) and name for name in columns):
         raise BrokenRule(f"its columns are {columns!r}, not a tuple of names")
+    if unknown := sorted(map(str, ignored(record, options) - IGNORABLE)):
+        raise BrokenRule(f"declares that it ignores {', '.join(unknown)}; that can be {', '.join(sorted(IGNORABLE))}")
     if taken := {"name", "weight"} & set(fields):
         raise BrokenRule(f"its option {min(taken)} is the recipe's own key")
 
@@ -60,6 +64,42 @@ def _needs(record: Loss, options: Any) -> None:
         raise BrokenRule(f"uses inputs that it doesn't declare: {error}") from error
 
 
+def _used_needs(record: Loss, options: Any) -> None:
+    """Require that losses depend on what the record needs: a reference that isn't used costs a pass of its own."""
+    built = Built(record, options)
+    for need in sorted(built.needs & CHANGED.keys()):
+        if not _depends_on(built, need):
+            raise BrokenRule(f"it needs '{need}', and no loss depends on it")
+
+
+CHANGED: Mapping[str, Callable[[Example], Example]] = {
+    "reference": lambda one: replace(one, first=_moved(one.first, "reference"), second=_moved(one.second, "reference")),
+    "prompt": lambda one: replace(one, prompt=one.prompt - 0.3),
+    "log_sum_squares": lambda one: replace(
+        one, first=_moved(one.first, "log_sum_squares"), second=_moved(one.second, "log_sum_squares")
+    ),
+    "entropy": lambda one: replace(one, first=_moved(one.first, "entropy"), second=_moved(one.second, "entropy")),
+    "mismatched": lambda one: replace(one, second=_moved(one.second, "policy")),
+}
+"""Need -> a change of an example in it alone."""
+
+
+def _moved(scores: Scores, name: str) -> Scores:
+    """Move one of the scores of each token, by other amounts from token to token."""
+    values = getattr(scores, name)
+    changed: Scores = replace(scores, **{name: values - torch.linspace(0.1, 0.5, len(values), dtype=values.dtype)})
+    return changed
+
+
+def _depends_on(built: Built, need: str) -> bool:
+    """Return whether some loss of several batches changes with an input that the record needs."""
+    for seed in range(5):
+        examples = Draws(seed).examples(6)
+        if not torch.equal(built.values(examples), built.values(list(map(CHANGED[need], examples)))):
+            return True
+    return False
+
+
 def _one_value_per_example(record: Loss, options: Any) -> None:
     """Require [N] losses with gradient for N examples."""
     built = Built(record, options)
@@ -72,7 +112,7 @@ def _one_value_per_example(record: Loss, options: Any) -> None:
 
 def _gradient(record: Loss, options: Any) -> None:
     """Compare automatic differentiation with central differences, within 1e-4; detached values stay fixed."""
-    detaches = record.detaches is not None and bool(attempt("detaches", record.detaches, options))
+    detaches = _detaches(record, options)
     built = Built(record, options)
     moves = False
     for seed in (1, 2):
@@ -95,49 +135,21 @@ def _gradient(record: Loss, options: Any) -> None:
         raise BrokenRule("the gradient of every random example is 0: it trains nothing")
 
 
+def _detaches(record: Loss, options: Any) -> bool:
+    return record.detaches is not None and bool(attempt("detaches", record.detaches, options))
+
+
 def _dtype(record: Loss, options: Any) -> None:
     """Require losses and rewards in the dtype of the inputs, at its precision."""
     built = Built(record, options)
     for dtype in (torch.float32, torch.float64):
         output = built(built.given(Draws().examples(8), dtype=dtype))
-        for name, value in {"losses": output.losses, **_tensors(output.metrics)}.items():
+        for name, value in {"losses": output.losses, **tensors(output.metrics)}.items():
             if value.dtype != dtype and name.startswith(("losses", "rewards/")):
                 raise BrokenRule(f"{name} of {dtype} inputs are {value.dtype}")
     losses = output.losses.detach()
     if torch.equal(losses, losses.float().double()) and not torch.equal(losses, losses.round()):
         raise BrokenRule("float64 inputs give values of float32 precision: it casts on the way")
-
-
-def _finite(record: Loss, options: Any) -> None:
-    """Require finite values and gradients wherever a policy can get to, in float32 and float64."""
-    built = Built(record, options)
-    batches = extreme_pairs() if built.paired else extreme_completions("mismatched" in built.needs)
-    for dtype, examples in itertools.product((torch.float32, torch.float64), batches):
-        given = built.given(examples, dtype=dtype)
-        losses, gradients = built.gradient(given, torch.ones(len(examples), dtype=dtype))
-        if not losses.isfinite().all():
-            example = examples[int((~losses.isfinite()).nonzero()[0])]
-            raise BrokenRule(f"{losses[~losses.isfinite()][0]} in {_name(dtype)} at {example}")
-        for (name, _), gradient in zip(given.leaves.items(), gradients, strict=True):
-            if not gradient.isfinite().all():
-                raise BrokenRule(
-                    f"gradient {gradient[~gradient.isfinite()][0]} in {_name(dtype)} at "
-                    f"{_owner(examples, name, int((~gradient.isfinite()).nonzero()[0]))}"
-                )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _owner(examples: Sequence[Example], leaf: str, index: int) -> Example:
-    """Return the example that a token of a leaf belongs to."""
-    for example in examples:
-        tokens = {"rejected": example.second.policy, "prompt": example.prompt}.get(leaf, example.first.policy)
-        if index < len(tokens):
-            return example
-        index -= len(tokens)
-    raise IndexError(index)
 
 
 def _independence(record: Loss, options: Any) -> None:
@@ -148,8 +160,8 @@ def _independence(record: Loss, options: Any) -> None:
     order = [4, 2, 0, 5, 1, 3]
     permuted = built.values([examples[index] for index in order])
     # A sum over the step is taken in a different order.
-    if not _same(permuted, together[order], 1e-12 if record.scope_of(options) == "example" else 1e-9):
-        raise BrokenRule(f"in another order, {_list(together[order])} become {_list(permuted)}")
+    if not same(permuted, together[order], 1e-12 if record.scope_of(options) == "example" else 1e-9):
+        raise BrokenRule(f"in another order, {listed(together[order])} become {listed(permuted)}")
     scope = record.scope_of(options)
     if scope == "step":
         return
@@ -157,8 +169,10 @@ def _independence(record: Loss, options: Any) -> None:
     if scope == "mismatched":
         given = [_with_mismatched_of(each, built.given(examples)) for each in given]
     alone = torch.cat([built(each).losses.detach() for each in given])
-    if not _same(alone, together, 1e-12):
-        raise BrokenRule(f"each alone, {_list(together)} become {_list(alone)}; if that is meant, its scope is 'step'")
+    if not same(alone, together, 1e-12):
+        raise BrokenRule(
+            f"each alone, {listed(together)} become {listed(alone)}; if that is meant, its scope is 'step'"
+        )
 
 
 def _with_mismatched_of(given: LossInputs, step: LossInputs) -> LossInputs:
@@ -180,7 +194,7 @@ def _no_state(record: Loss, options: Any) -> None:
     for called, function in (("again", built), ("rebuilt", Built(record, options))):
         second = function(given).losses.detach()
         if not torch.equal(first, second):
-            raise BrokenRule(f"called {called}, {_list(first)} become {_list(second)}")
+            raise BrokenRule(f"called {called}, {listed(first)} become {listed(second)}")
 
 
 def _all_tensors(value: Any) -> list[Tensor]:
@@ -203,41 +217,12 @@ def _start(record: Loss, options: Any) -> None:
         for example in Draws().examples(6)
     ]
     values = Built(record, options).values(examples)
-    if not _same(values, torch.full_like(values, declared), 1e-9):
-        raise BrokenRule(f"declares {declared:.10g}, and starts at {_list(values)}")
+    if not same(values, torch.full_like(values, declared), 1e-9):
+        raise BrokenRule(f"declares {declared:.10g}, and starts at {listed(values)}")
 
 
 def _untrained(scores: Scores) -> Scores:
     return replace(scores, reference=scores.policy)
-
-
-def _direction(record: Loss, options: Any) -> None:
-    """Require a gradient that raises chosen against rejected, or a completion by its label, from the reference on.
-
-    A loss with a flipped sign trains as smoothly as the right one, and its own rewards may follow it.
-    """
-    built = Built(record, options)
-    examples = [
-        replace(example, margin=0.0, first=_untrained(example.first), second=_untrained(example.second))
-        for example in Draws().examples(6)
-    ]
-    raised = [replace(one, first=replace(one.first, policy=0.9 * one.first.policy)) for one in examples]
-    before, after = _metrics_of(built, examples), _metrics_of(built, raised)
-    for name in ("rewards/chosen", "rewards/rejected") if not built.paired else ("rewards/chosen",):
-        if bool((_metric(after, name) < _metric(before, name)).any()):
-            raise BrokenRule(f"{name} falls where the response becomes more probable")
-    if not record.is_monotone:
-        raise NotApplicable("it declares that it isn't monotone")
-    given = built.given(examples)
-    _, (first, *rest) = built.gradient(given, torch.ones(len(examples), dtype=torch.float64))
-    slopes = [float(part.sum()) for part in first.split([len(one.first.policy) for one in examples])]
-    if built.paired:
-        others = rest[0].split([len(one.second.policy) for one in examples])
-        slopes = [slope - float(other.sum()) for slope, other in zip(slopes, others, strict=True)]
-    for slope, example in zip(slopes, examples, strict=True):
-        if slope * (1 if built.paired or example.desirable else -1) > 0:
-            wanted = "chosen against rejected" if built.paired else "the completion as its label says"
-            raise BrokenRule(f"where policy and reference are the same, its gradient doesn't raise {wanted}: {example}")
 
 
 def _log_ratios(record: Loss, options: Any) -> None:
@@ -248,8 +233,8 @@ def _log_ratios(record: Loss, options: Any) -> None:
     examples = Draws().examples(6)
     shifted = [replace(example, first=_shifted(example.first), second=_shifted(example.second)) for example in examples]
     before, after = built.values(examples), built.values(shifted)
-    if not _same(after, before, 1e-9):
-        raise BrokenRule(f"policy and reference shifted alike, {_list(before)} become {_list(after)}")
+    if not same(after, before, 1e-9):
+        raise BrokenRule(f"policy and reference shifted alike, {listed(before)} become {listed(after)}")
 
 
 def _shifted(scores: Scores) -> Scores:
@@ -261,83 +246,61 @@ def _swap(record: Loss, options: Any) -> None:
     """Require that exchanging chosen and rejected exchanges their rewards."""
     if not isinstance(record, PairedLoss):
         raise NotApplicable("it isn't paired")
+    if record.scope_of(options) == "step" and _detaches(record, options):
+        raise NotApplicable("what it detaches of the step may depend on which response is which")
     built = Built(record, options)
     examples = Draws().examples(6)
-    rewards = _metrics_of(built, examples)
-    exchanged = _metrics_of(built, [replace(one, first=one.second, second=one.first) for one in examples])
+    rewards = metrics_of(built, examples)
+    exchanged = metrics_of(built, [replace(one, first=one.second, second=one.first) for one in examples])
     for name, other in (("rewards/chosen", "rewards/rejected"), ("rewards/rejected", "rewards/chosen")):
-        before, after = _metric(rewards, name), _metric(exchanged, other)
-        if not _same(after, before, 1e-9):
-            raise BrokenRule(f"{name} of {_list(before)} become {other} of {_list(after)}")
+        before, after = metric(rewards, name), metric(exchanged, other)
+        if not same(after, before, 1e-9):
+            raise BrokenRule(f"{name} of {listed(before)} become {other} of {listed(after)}")
 
 
 def _metrics(record: Loss, options: Any) -> None:
     """Require the usual reward metrics: consistent, one detached value per example."""
     built = Built(record, options)
     examples = Draws().examples(6)
-    metrics = _metrics_of(built, examples)
+    metrics = metrics_of(built, examples)
     for name, value in metrics.items():
         if value.shape != (len(examples),):
             raise BrokenRule(f"{name} has the shape {tuple(value.shape)}, not ({len(examples)},)")
         if value.requires_grad:
             raise BrokenRule(f"{name} is not detached")
-    chosen, rejected = _metric(metrics, "rewards/chosen"), _metric(metrics, "rewards/rejected")
+    chosen, rejected = metric(metrics, "rewards/chosen"), metric(metrics, "rewards/rejected")
     if not built.paired:
         desirable = torch.tensor([example.desirable for example in examples])
         if not (torch.equal(chosen.isnan(), ~desirable) and torch.equal(rejected.isnan(), desirable)):
             raise BrokenRule("rewards/chosen has to be NaN where undesirable alone, rewards/rejected where desirable")
         return
-    margins, accuracies = _metric(metrics, "rewards/margins"), _metric(metrics, "rewards/accuracies")
-    if not _same(margins, chosen - rejected, 1e-9):
-        raise BrokenRule(f"rewards/margins are {_list(margins)}, not chosen less rejected, {_list(chosen - rejected)}")
+    margins, accuracies = metric(metrics, "rewards/margins"), metric(metrics, "rewards/accuracies")
+    if not same(margins, chosen - rejected, 1e-9):
+        raise BrokenRule(
+            f"rewards/margins are {listed(margins)}, not chosen less rejected, {listed(chosen - rejected)}"
+        )
     expected = (chosen > rejected) + 0.5 * (chosen == rejected)
-    if not _same(accuracies, expected, 1e-9):
-        raise BrokenRule(f"rewards/accuracies are {_list(accuracies)}, not {_list(expected)}")
-
-
-def _metrics_of(built: Built, examples: Sequence[Example]) -> dict[str, Tensor]:
-    return _tensors(built(built.given(examples)).metrics)
-
-
-def _metric(metrics: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in metrics:
-        raise BrokenRule(f"no metric {name}")
-    return metrics[name]
-
-
-def _tensors(metrics: Any) -> dict[str, Tensor]:
-    if not isinstance(metrics, Mapping):
-        raise BrokenRule(f"returns metrics as {type(metrics).__name__}, not by name")
-    for name, value in metrics.items():
-        if problem := name_problem(name):
-            raise BrokenRule(f"returns a metric that {problem}")
-        if not isinstance(value, Tensor):
-            raise BrokenRule(f"returns the metric {name} as {type(value).__name__}, not a tensor")
-    return dict(metrics)
-
-
-def _same(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return actual.shape == expected.shape and torch.allclose(
-        actual.double(), expected.double(), rtol=tolerance, atol=tolerance
-    )
-
-
-def _list(values: Tensor) -> str:
-    return ", ".join(f"{value:.10g}" for value in values.flatten().tolist())
+    if not same(accuracies, expected, 1e-9):
+        raise BrokenRule(f"rewards/accuracies are {listed(accuracies)}, not {listed(expected)}")
 
 
 RULES: Mapping[str, Callable[[Loss, Any], None]] = {
     "record": _record,
     "needs": _needs,
     "one value per example": _one_value_per_example,
+    "used needs": _used_needs,
     "dtype": _dtype,
     "gradient": _gradient,
-    "finite": _finite,
+    "finite": check_finite,
     "independence": _independence,
     "no state": _no_state,
     "state": state_rule,
     "start": _start,
-    "direction": _direction,
+    "direction": check_direction,
+    "reward": check_reward,
+    "margin": check_margin,
+    "every token": check_every_token,
+    "device": check_device,
     "log ratios": _log_ratios,
     "swap": _swap,
     "metrics": _metrics,

@@ -197,6 +197,15 @@ class Objective:
         return "reference" in self.needs
 
     @property
+    def ignores_margins(self) -> bool:
+        """True where every loss declares that it has no use for the rows' margins."""
+        ignored = []
+        for caller in self.callers:
+            with _guarded(caller.choice, "ignores"):
+                ignored.append(caller.choice.plugin.record.ignores_of(caller.choice.options))
+        return all("margin" in each for each in ignored)
+
+    @property
     def needs_mismatched(self) -> bool:
         """True where examples have a mismatched partner, scored apart: no gradient flows through it."""
         return "mismatched" in self.needs

@@ -22,12 +22,12 @@ from qpref.policy.out_of_memory import out_of_memory_as
 from qpref.recipe.plan import Plan
 from qpref.recipe.requirements import refuse_missing
 from qpref.training import checkpoint, invariants, reference_pass, snapshot
-from qpref.training.adapter_change import idle_rate_warning
 from qpref.training.best import Best, restore_best
 from qpref.training.checkpoint import Checkpoint
 from qpref.training.description import begin_records, restate_recipe, restore_records, was_begun_by_this_job
 from qpref.training.export import take_best, write_adapter
 from qpref.training.folder import RunFolder, claimed
+from qpref.training.known_symptoms import known_symptoms
 from qpref.training.length_bias import LengthGroups
 from qpref.training.loop import Trainer
 from qpref.training.metrics import NoRecorder, Recorder
@@ -212,7 +212,7 @@ def _begin(session: Session, folder: RunFolder) -> int:
         Bytes of metrics.jsonl to keep.
     """
     prepared = session.prepared
-    for each in _known_symptoms(prepared):
+    for each in known_symptoms(prepared):
         log.warning("%s", each["message"], extra={"rule": each["rule"]})
     batch = invariants.first_batch(prepared.first_step_examples(), prepared.policy)
     invariants.check_start(prepared.policy, prepared.objective, batch)
@@ -334,14 +334,7 @@ def _open_recorder(session: Session, folder: RunFolder, metrics_bytes: int, tota
             length_error=LengthGroups.of(prepared.heldout).error,
             total_steps=total_steps,
         ),
-        _known_symptoms(prepared),
+        known_symptoms(prepared),
     )
     plan = prepared.plan
     return Recorder(folder.metrics, metrics_bytes, plan.sinks, context, session.symptoms, plan.on_metrics)
-
-
-def _known_symptoms(prepared: Prepared) -> list[dict[str, Any]]:
-    """List the symptoms that the recipe alone shows, in the form of `Watch.found`."""
-    recipe = prepared.plan.recipe
-    warning = idle_rate_warning(recipe, total_steps(recipe.train, len(prepared.examples)))
-    return [] if warning is None else [{"rule": "idle_rate", "step": 0, "message": warning}]

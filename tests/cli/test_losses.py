@@ -65,8 +65,8 @@ def qpref_losses():
         needs=lambda options: frozenset(),
     )
 '''
-LOSSES = "-logsigmoid(chosen - rejected)"
-CAST = "-logsigmoid(chosen - rejected).float().double()"
+LOSSES = "-logsigmoid(chosen - rejected - inputs.margin)"
+CAST = "-logsigmoid(chosen - rejected - inputs.margin).float().double()"
 
 
 @pytest.fixture

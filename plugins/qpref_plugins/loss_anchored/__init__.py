@@ -155,6 +155,7 @@ NCA_PAIR = PairedLoss(
     build=build_nca_pair,
     starts_at=lambda options: 2 * math.log(2),
     log_ratios_only=True,
+    ignores=frozenset({"margin"}),
     variants=[{"beta": 0.5}],
     trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["nca_pair"], "beta": 0.3}, options={"beta": 0.3}),),
 )
@@ -168,6 +169,7 @@ SPPO_HARD = PairedLoss(
     build=build_sppo_hard,
     starts_at=lambda options: 1 / (2 * options.beta**2),
     log_ratios_only=True,
+    ignores=frozenset({"margin"}),
     variants=[{"beta": 0.5}],
     trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["sppo_hard"], "beta": 0.3}, options={"beta": 0.3}),),
 )
@@ -182,6 +184,7 @@ BCO_PAIR = PairedLoss(
     scope=lambda options: "step" if options.baseline == "step" else "example",
     starts_at=lambda options: 2 * math.log(2),
     log_ratios_only=True,
+    ignores=frozenset({"margin"}),
     detaches=lambda options: bool(options.baseline == "step"),
     variants=[{"beta": 0.5}, {"baseline": "step"}],
     trl_cases=(
@@ -205,6 +208,7 @@ APO_ZERO = PairedLoss(
     build=build_apo_zero,
     starts_at=lambda options: 1.0,
     log_ratios_only=True,
+    ignores=frozenset({"margin"}),
     variants=[{"beta": 0.5}],
     trl_cases=(TrlCase(trainer="DPOTrainer", config={"loss_type": ["apo_zero"], "beta": 0.3}, options={"beta": 0.3}),),
 )

@@ -299,6 +299,7 @@ SFT = PairedLoss(
     options=SftOptions,
     build=build_sft,
     needs=frozenset(),
+    ignores=frozenset({"margin", "rejected"}),
     trl_cases=(
         TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, num_examples=1),
         TrlCase(trainer="DPOTrainer", config={"loss_type": ["sft"]}, reason=MICRO_BATCH_NLL),

@@ -92,6 +92,7 @@ def qpref_losses() -> Iterator[PairedLoss]:
         options=OrpoOptions,
         build=build,
         needs=needs,
+        ignores=frozenset({"margin"}),
         variants=({"nll": "response"}, {"beta": 1.0}),
         trl_cases=(
             TrlCase(

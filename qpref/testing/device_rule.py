@@ -1,0 +1,77 @@
+"""The rule that a loss works on the device of its inputs, checked without a GPU.
+
+PyTorch lets a mode see each call of its functions. A tensor made without a device is on the CPU wherever the inputs
+are, and so is one moved there by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from qpref.hooks.types import Loss
+from qpref.testing.calls import BrokenRule, Built
+from qpref.testing.examples import Draws
+
+MAKERS = (
+    "arange asarray as_tensor bartlett_window blackman_window empty empty_permuted empty_strided eye frombuffer "
+    "from_numpy full hamming_window hann_window kaiser_window linspace logspace normal ones rand randint randn "
+    "randperm range scalar_tensor sparse_coo_tensor tensor tril_indices triu_indices zeros"
+)
+MAKING: dict[Any, str] = {getattr(torch, name): f"torch.{name}" for name in MAKERS.split()}
+MOVING: dict[Any, str] = {Tensor.cpu: "cpu", Tensor.cuda: "cuda", Tensor.numpy: "numpy", Tensor.__array__: "numpy"}
+ON_TENSORS = frozenset({torch.as_tensor, torch.asarray, torch.normal})
+"""Functions that keep the device of a tensor that they are given."""
+
+
+def check_device(record: Loss, options: Any) -> None:
+    """Refuse tensors made without a device, and moves to a device by its name."""
+    with _Watch() as watch:
+        built = Built(record, options)
+        for count in (1, 4):
+            built(built.given(Draws().examples(count)))
+    if watch.found:
+        raise BrokenRule(watch.found[0])
+
+
+class _Watch(TorchFunctionMode):
+    """Notes calls of a plugin's code that put a tensor on a device of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (problem := _problem(func, args, kwargs)) and not _is_of_core(sys._getframe(1)):
+            self.found.append(problem)
+        return func(*args, **kwargs)
+
+
+def _problem(func: Callable[..., Any], args: Any, kwargs: Any) -> str | None:
+    if func in MOVING:
+        return f"calls {MOVING[func]}() on a tensor, which leaves the device of the inputs"
+    device = kwargs.get("device")
+    if func is Tensor.to:
+        device = next((each for each in (*args[1:], device) if isinstance(each, str)), None)
+    if isinstance(device, str):
+        return f"names the device '{device}': on a GPU the inputs are elsewhere"
+    if func in MAKING and device is None and not (func in ON_TENSORS and isinstance(args[0], Tensor)):
+        return f"calls {MAKING[func]} without a device: on a GPU the tensor stays on the CPU"
+    return None
+
+
+def _is_of_core(frame: FrameType | None) -> bool:
+    """Return whether the nearest code outside of torch is qpref's own."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith("torch."):
+            return name.startswith("qpref.")
+        frame = frame.f_back
+    return False
