@@ -288,6 +288,7 @@ SIMPER = PairedLoss(
     paper="Xiao et al. 2025, SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters",
     options=SimperOptions,
     build=build_simper,
+    ignores=frozenset({"margin"}),
     needs=frozenset(),
 )
 

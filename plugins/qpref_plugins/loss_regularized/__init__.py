@@ -191,6 +191,7 @@ CAL_DPO = PairedLoss(
     paper="Xiao et al. 2024, Cal-DPO: Calibrated Direct Preference Optimization for Language Model Alignment",
     options=CalDpoOptions,
     build=build_cal_dpo,
+    ignores=frozenset({"margin"}),
     starts_at=lambda options: math.log(2) + options.calibration / (2 * options.beta**2),
     log_ratios_only=True,
     variants=[{"beta": 0.5}, {"calibration": 0.5}, {"calibration": 0.0}],
