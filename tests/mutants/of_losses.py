@@ -128,9 +128,9 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "C57",
         "the conformance checks pass a loss that makes rejected responses more probable",
-        "qpref/testing/rules.py",
-        "if slope * (1 if built.paired or example.desirable else -1) > 0:",
-        "if slope * (1 if built.paired or example.desirable else -1) > 1e9:",
+        "qpref/testing/learning_rules.py",
+        "if not pull < -LEAST_PULL * size:",
+        "if not pull < 1e9 * size:",
         "tests/test_testing.py::test_a_loss_that_breaks_a_rule_is_caught_under_its_name",
     ),
 )
