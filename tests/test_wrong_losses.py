@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qpref.hooks import Field, Options, PairedLoss, UnpairedLoss, reward_metrics, unpaired_reward_metrics
 from qpref.records import LossOutput
 from qpref.testing import PREREQUISITES, assert_conforms, check_loss
-from qpref.testing.advice import ADVICE
+from qpref.testing.advice import ADVICE, advice_on
 from qpref.testing.rules import RULES
 
 LOSSES: dict[str, tuple[str, PairedLoss | UnpairedLoss]] = {}
@@ -508,7 +508,7 @@ def test_a_wrong_loss_is_named_by_its_rule(name):
         result for result in check_loss(record, *dict.fromkeys((*PREREQUISITES, rule))) if result.status == "broken"
     ]
     assert [result.rule for result in results] == [rule]
-    assert results[0].advice == ADVICE[rule]
+    assert advice_on(results[0]) == ADVICE[rule]
 
 
 @pytest.mark.parametrize("name", SOUND)

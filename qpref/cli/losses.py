@@ -219,7 +219,9 @@ def _check_contract(losses: Mapping[str, Loaded | str], all_installed: bool, as_
 
 
 def _as_json(result: Result) -> dict[str, Any]:
-    return asdict(result) | {"advice": result.advice}
+    from qpref.testing.advice import advice_on
+
+    return asdict(result) | {"advice": advice_on(result)}
 
 
 def _advice(losses: Mapping[str, Loaded | str], broken: Sequence[str]) -> str:
@@ -267,6 +269,8 @@ def _by_options(tables: Sequence[tuple[Any, Any]], values: Sequence[str]) -> str
 
 def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> None:
     """Print one line for the loss and, in full, one for each rule and outcome, with the options that gave it."""
+    from qpref.testing.advice import advice_on
+
     tables = {options_text(result.options) for result in results}
     is_broken = any(result.status == "broken" for result in results)
     count = f"{len(tables)} set{'s' if len(tables) > 1 else ''} of options"
@@ -284,7 +288,7 @@ def _print_results(offer: Offer, results: Sequence[Result], in_full: bool) -> No
             word = {"passed": "ok", "broken": "BROKEN"}.get(status, status)
             rows.append((f"  {rule}", word, ": ".join(part for part in (options, message) if part)))
     print_table(rows)
-    for rule, advice in {result.rule: result.advice for result in results if result.advice}.items():
+    for rule, advice in {result.rule: advice_on(result) for result in results if result.status == "broken"}.items():
         echo(textwrap.fill(f"to fix {rule}: {advice}", 100, initial_indent="  ", subsequent_indent="    "))
 
 

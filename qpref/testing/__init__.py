@@ -24,13 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from qpref.hooks import Options
-<<<<<<< HEAD
 from qpref.hooks.reward import Reward
 from qpref.hooks.types import Loss, MetricSink, Reader, Validator
-=======
-from qpref.hooks.types import Loss
-from qpref.testing.advice import ADVICE
->>>>>>> c9c97ff (Rules for what a loss teaches: direction, reward, margin, every token, device and used needs, each with what to change; a run on margins that its loss ignores says so once)
+from qpref.testing.advice import advice_on
 from qpref.testing.calls import BrokenRule, NotApplicable
 from qpref.testing.plugins import NOUNS, check_plugin
 from qpref.testing.reader_rules import READER_RULES
@@ -40,7 +36,6 @@ from qpref.testing.rules import PREREQUISITES, RULES
 from qpref.testing.sink_rules import SINK_RULES
 from qpref.testing.validator_rules import VALIDATOR_RULES
 
-<<<<<<< HEAD
 __all__ = [
     "READER_RULES",
     "REWARD_RULES",
@@ -55,28 +50,6 @@ __all__ = [
     "check_plugin",
     "options_tables",
 ]
-=======
-__all__ = ["RULES", "BrokenRule", "NotApplicable", "Result", "assert_conforms", "check_loss", "options_tables"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Outcome of one rule under one table of options.
-
-    Attributes:
-        message: what was found, or why the rule was skipped; empty where it holds.
-    """
-
-    rule: str
-    options: Mapping[str, object]
-    status: Literal["passed", "broken", "skipped"]
-    message: str = ""
->>>>>>> c9c97ff (Rules for what a loss teaches: direction, reward, margin, every token, device and used needs, each with what to change; a run on margins that its loss ignores says so once)
-
-    @property
-    def advice(self) -> str:
-        """What to change in a loss that breaks the rule; empty for one that doesn't."""
-        return ADVICE[self.rule] if self.status == "broken" else ""
 
 
 def check_loss(record: Loss, *rules: str) -> list[Result]:
@@ -104,7 +77,6 @@ def _check_with(record: Loss, options: Any, table: Mapping[str, object], rules: 
     return results_of({rule: partial(RULES[rule], record, options) for rule in rules}, table, PREREQUISITES)
 
 
-<<<<<<< HEAD
 def assert_conforms(
     record: Loss | Validator | Reader | MetricSink | Reward,
     *rules: str,
@@ -120,23 +92,13 @@ def assert_conforms(
         noun, results = "loss", check_loss(record, *rules)
     else:
         noun, results = NOUNS[type(record)], check_plugin(record, *rules, options=options, sample=sample)
-    lines = [
-        f"  {result.rule} (options {dict(result.options)}): {result.message}"
-        for result in results
-        if result.status == "broken"
-    ]
+    lines = []
+    for result in results:
+        if result.status == "broken":
+            lines.append(f"  {result.rule} (options {dict(result.options)}): {result.message}")
+            lines += [f"    {advice_on(result)}"] if isinstance(record, Loss) else []
     if lines:
         raise BrokenRule("\n".join([f"{noun} '{record.name}' breaks its contract", *lines]))
-=======
-def assert_conforms(record: Loss, *rules: str) -> None:
-    """Raise an AssertionError that lists each broken rule, among the named ones or all."""
-    broken = [result for result in check_loss(record, *rules) if result.status == "broken"]
-    lines = [
-        f"  {result.rule} (options {dict(result.options)}): {result.message}\n    {result.advice}" for result in broken
-    ]
-    if broken:
-        raise BrokenRule("\n".join([f"loss '{record.name}' breaks its contract", *lines]))
->>>>>>> c9c97ff (Rules for what a loss teaches: direction, reward, margin, every token, device and used needs, each with what to change; a run on margins that its loss ignores says so once)
 
 
 def options_tables(record: Loss) -> list[Mapping[str, object]]:

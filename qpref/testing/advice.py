@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qpref.testing.results import Result
+
 ADVICE: Mapping[str, str] = {
     "record": "correct the record that the hook yields",
     "needs": "list in `needs` every input that the function reads",
@@ -34,3 +36,8 @@ ADVICE: Mapping[str, str] = {
     "metrics": "return the metrics of reward_metrics(...), and your own as detached [N] tensors under their own names",
 }
 """Rule -> what to change."""
+
+
+def advice_on(result: Result) -> str:
+    """Return what to change in a loss for this result; empty where the rule isn't broken."""
+    return ADVICE[result.rule] if result.status == "broken" else ""
