@@ -37,7 +37,9 @@ def check(
             `[data] train`.
         overrides: of a recipe, as for `train`.
         base: base whose tokenizer checks a bare source, too.
-        reader, format, columns: keys of `[data]` for a bare source.
+        reader: key of `[data]` for a bare source, as `format` and `columns`.
+        format: its row format.
+        columns: its column names, qpref's name first.
 
     Returns:
         The counts and findings; `passed` is False where the command exits with 3. `as_json()` is what it prints.
