@@ -20,7 +20,7 @@ from typing import Any
 import pluggy
 
 from qpref.errors import InstallError, PluginError, RecipeError
-from qpref.hooks import border, contract, mistakes, spec
+from qpref.hooks import border, mistakes, spec
 from qpref.hooks.reward import Reward
 from qpref.hooks.types import Loss, MetricSink, Reader, Validator
 from qpref.installed import as_install_error, is_required, version_of
@@ -270,7 +270,9 @@ def _only_record(kind: Kind, offer: Offer, records: Iterable[Any]) -> Any:
     if len(named) != 1:
         yields = ", ".join(f"'{record.name}'" for record in records) or "nothing"
         raise _broken(offer, f"{kind.hook} has to yield one {kind.noun} '{offer.name}', and yields {yields}")
-    if problem := contract.record_problem(named[0]):
+    from qpref.hooks.contract import record_problem  # the list of plugins loads none, and answers at once
+
+    if problem := record_problem(named[0]):
         raise _broken(offer, problem)
     return named[0]
 
