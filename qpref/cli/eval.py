@@ -99,7 +99,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")  # the ends of a sweep's names tell its runs apart
     return table
 
 

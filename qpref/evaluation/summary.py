@@ -108,7 +108,7 @@ METRICS: Mapping[str, Metric] = {
     "logps/chosen": Metric("logps/chosen (nats)", lambda scores, beta: (scores.policy[:, 0], None)),
     "logps/rejected": Metric("logps/rejected (nats)", lambda scores, beta: (scores.policy[:, 1], None)),
     "drift/chosen": Metric("change of logps/chosen since the start (nats)", _of_drift(0)),
-    "drift/chosen_per_token": Metric("the same, per token", _drift_per_token),
+    "drift/chosen_per_token": Metric("change of logps/chosen since the start, per token", _drift_per_token),
     "drift/chosen_fell": Metric("share of chosen that became less likely", _of_drift(0, _fell)),
     "drift/rejected": Metric("change of logps/rejected since the start (nats)", _of_drift(1)),
     "kl": Metric("KL from the reference (nats per token)", _kl),

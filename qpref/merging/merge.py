@@ -139,6 +139,7 @@ class Session:
         self.as_trained = AsTrained(run.base)
         self.replayed = choose_pairs(run.plan, run.base_folder, run.tokenizer, request.pairs, run.facts["fingerprints"])
         self._notes: list[str] = [LOSSY] if request.quantize else []
+        log.info("scoring %d %s before and after training", len(self.replayed.contrasts), self.replayed.origin)
         reference = self.replay(self.as_trained.after(start) if (start := _start(run)) else self.as_trained)
         trained = self.replay(self.as_trained.after(run.delta))
         self._largest = trained.largest
@@ -165,6 +166,7 @@ class Session:
 
     def _write(self, folder: Path, name: str) -> Verdict:
         run, dtype = self._run, STORED[name]
+        log.info("writing the model in %s, and scoring it as it is read back", name)
         weights = weights_of(run, self._request, dtype)
         remove_weights(folder)  # of the dtype tried before: free its disk space first
         guards.refuse_full_disk(self._request.out, weights)

@@ -48,7 +48,9 @@ def test_a_verdict_that_fails_exits_11_and_the_folder_is_there(trained_run, make
     done = invoke(trained_run(make_base(), **NF4), out, "--dtype", "bf16", "--max-margin-error", "1e-9")
     assert done.exit_code == 11
     assert re.fullmatch(
-        rf"device: CPU.*\nerror: {out}: the mean margin error is \S+ nats, and at most 1e-09 passes\n"
+        r"device: CPU.*\nscoring 4 held-out pairs before and after training\n"
+        r"writing the model in bf16, and scoring it as it is read back\n"
+        rf"error: {out}: the mean margin error is \S+ nats, and at most 1e-09 passes\n"
         r"hint: leave out --dtype\n",
         done.stderr,
     )
@@ -123,7 +125,7 @@ def test_a_merge_that_a_signal_ends_leaves_nothing_behind(trained_run, tmp_path,
     found = set(tmp_path.iterdir())
     done = invoke(run, tmp_path / "out")
     assert done.exit_code == 128 + number
-    assert re.fullmatch(rf"device: CPU.*\nerror: ended by {number.name}\n", done.stderr)
+    assert re.fullmatch(rf"device: CPU.*\nscoring .*\nwriting .*\nerror: ended by {number.name}\n", done.stderr)
     assert set(tmp_path.iterdir()) == found
     assert signal.getsignal(number) == before
 
