@@ -86,7 +86,8 @@ def assert_conforms(
     """Raise an AssertionError that lists each broken rule, among the named ones or all.
 
     Args:
-        options, sample: as for `check_plugin`; a loss is checked with its defaults and its variants.
+        options: as for `check_plugin`; a loss is checked with its defaults and its variants.
+        sample: as for `check_plugin`.
     """
     if isinstance(record, Loss):
         noun, results = "loss", check_loss(record, *rules)
