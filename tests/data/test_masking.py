@@ -193,6 +193,12 @@ def test_white_space_that_a_tokenizer_leaves_out_of_its_offsets_belongs_to_the_n
             assert token_mask("ab   cd", bytes(characters), offsets) == bytes(expected)
 
 
+def test_white_space_decides_only_where_a_token_has_nothing_else():
+    counts = bytes([0, 0, 1, 1, 1])
+    assert token_mask("a.\n\nb", counts, [(0, 4), (4, 5)]) == bytes([0, 1])
+    assert token_mask("a.\n\nb", counts, [(0, 2), (2, 4), (4, 5)]) == bytes([0, 1, 1])
+
+
 def test_tokens_without_characters_take_the_next_ones_mask():
     assert token_mask("abc", bytes([0, 0, 1]), [(0, 0), (0, 2), (2, 2), (2, 3)]) == bytes([0, 0, 1, 1])
 
