@@ -78,6 +78,7 @@ class PreferencePair:
         number: index of the pair within its row; k ranked responses make up to k (k - 1) / 2 pairs.
         positions: of chosen and rejected in the row's lists of responses; 0 where a column holds one response.
         columns: numbers of the row that the losses read, by column.
+        scores: the row's scores of chosen and rejected, higher is better; None for a row without scores.
     """
 
     prompt: tuple[Message, ...]
@@ -88,6 +89,33 @@ class PreferencePair:
     margin: float = 0.0
     number: int = 0
     positions: tuple[int, int] = field(default=(0, 0), compare=False)
+    columns: Mapping[str, float] = field(default_factory=dict)
+    scores: tuple[float, float] | None = field(default=None, compare=False)
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedList:
+    """A prompt with at least two ranked responses, the best first.
+
+    Attributes:
+        ranks: of each response, from 1; equal for a tie, as in 1, 2, 2, 4. At least two differ.
+        scores: of each response, higher is better; empty for a row without scores.
+        tools: JSON schemas of the functions that the assistant may call, for the chat template.
+        weight: factor on this list's loss (applied by the training loop, a loss never sees it).
+        margin: how much better a response has to be than a worse one, as in `PreferencePair`.
+        number: index of the list within its row.
+        columns: numbers of the row that the losses read, by column; none of a list loss.
+    """
+
+    prompt: tuple[Message, ...]
+    responses: tuple[tuple[Message, ...], ...]
+    ranks: tuple[int, ...]
+    scores: tuple[float, ...] = ()
+    tools: tuple[Mapping[str, object], ...] = ()
+    weight: float = 1.0
+    margin: float = 0.0
+    number: int = 0
     columns: Mapping[str, float] = field(default_factory=dict)
     source: Source
 
@@ -116,7 +144,7 @@ class UnpairedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedExample:
-    """Token ids of a prompt and its branches: chosen and rejected, or one completion.
+    """Token ids of a prompt and its branches: chosen and rejected, a list's responses best first, or one completion.
 
     A completion has its mismatched partner as second branch where the loss needs one. The ids are arrays of C ints: a
     list of Python ints takes nine times the memory.
@@ -127,7 +155,8 @@ class TokenizedExample:
         masks: for each branch one byte a token, 1 for a token that counts and 0 for one that the row or the recipe
             masks; empty where all tokens count.
         scores_masked: True if masked tokens are scored all the same, for a loss that reads the mask.
-        label: True for a desirable completion; None for a pair.
+        label: True for a desirable completion; None for a pair or a list.
+        ranks, scores: of each branch of a list, as in `RankedList`; empty for others.
         number: index within its row, as in `PreferencePair` and `UnpairedExample`.
         columns: numbers of the row that the losses read, by column.
     """
@@ -141,6 +170,8 @@ class TokenizedExample:
     weight: float
     margin: float
     label: bool | None = None
+    ranks: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
     number: int = 0
     columns: Mapping[str, float] = field(default_factory=dict)
     source: Source
@@ -175,7 +206,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """A micro-batch packed into one stream: N examples of K branches each, T input tokens, S scored tokens.
+    """A micro-batch packed into one stream: N examples with B branches in all, T input tokens, S scored tokens.
 
     Attributes:
         input_ids: [T] int64.
@@ -186,7 +217,8 @@ class PackedBatch:
         group_of: [N] index of each example's group.
         score_at: [S] int64, stream index of the hidden state that predicts the token; in the order of `examples`.
         score_token: [S] int64, the predicted token.
-        lengths: [N * K] scored tokens of each branch, in the order of `score_at`; branch k of example i is i * K + k.
+        lengths: [B] scored tokens of each branch, in the order of `score_at`: all branches of the first example, then
+            those of the second.
         weight, margin: [N] float32.
         columns: [N] float32, numbers of the rows that the losses read, by column.
         examples: the packed examples.
@@ -341,6 +373,38 @@ class SampledResponse:
     prompt: tuple[Message, ...]
     text: str
     ended: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListInputs:
+    """Inputs of a list loss: N lists with R responses in all, list after list, the best response of each first.
+
+    Attributes:
+        policy: the R responses, with gradient.
+        reference: the R responses, without gradient; None where the loss doesn't need it.
+        sizes: responses of each list, at least 2; host integers, so that `split` needs no device-to-host copy.
+        ranks: [R] int64, rank of each response in its list, from 1; equal for a tie, as in 1, 2, 2, 4.
+        scores: [R] scores of the row, higher is better; None unless a loss needs them.
+        margin: [N] margin of each row, 0 by default.
+        state: name -> what the loss has kept since the steps before, for the names in its record's `state`.
+    """
+
+    policy: TokenLogProbs
+    reference: TokenLogProbs | None
+    sizes: tuple[int, ...]
+    ranks: Tensor
+    scores: Tensor | None = None
+    margin: Tensor
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def by_list(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Split [R] values of the responses into one tensor [K] for each list."""
+        pieces: tuple[Tensor, ...] = values.split(list(self.sizes))
+        return pieces
+
+    def is_better(self) -> tuple[Tensor, ...]:
+        """Return [K, K] bool for each list: True at i, j where response i ranks above response j."""
+        return tuple(ranks[:, None] < ranks[None, :] for ranks in self.by_list(self.ranks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,7 @@ def test_the_index_says_what_the_loss_needs(name):
     record = record_of(name)
     row = next(line for line in (PAGES / "README.md").read_text().splitlines() if line.startswith(f"| [{name}]"))
     data, reference = (cell.strip() for cell in row.split("|")[2:4])
-    assert (data == "pairs") == (type(record).__name__ == "PairedLoss")
+    assert data == {"PairedLoss": "pairs", "ListLoss": "lists"}.get(type(record).__name__, "single, labeled")
     assert (reference == "yes") == ("reference" in record.needs_of(record.options()))
 
 

@@ -252,8 +252,10 @@ def _listed(host: PluginHost, offer: Offer) -> dict[str, Any]:
 
 
 def _kind(record: Any) -> str:
-    from qpref.hooks.types import UnpairedLoss
+    from qpref.hooks.types import ListLoss, UnpairedLoss
 
+    if isinstance(record, ListLoss):
+        return "list"
     return "unpaired" if isinstance(record, UnpairedLoss) else "paired"
 
 

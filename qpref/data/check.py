@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qpref.data.data_report import DataReport
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import ExampleRow, RowRecord
 from qpref.data.label_watch import LabelWatch
+from qpref.data.lists import lists_of
 from qpref.data.running_check import RunningCheck, change_of_any
 from qpref.data.singles import singles_of
 from qpref.data.source import DataSource
@@ -20,7 +21,7 @@ from qpref.records import Finding, PreferencePair, Row, Source, UnpairedExample
 from qpref.rows.formats import COLUMNS
 from qpref.rows.unread_keys import UnreadKeys
 
-Watch = Callable[[DataSource, Row, Sequence[ExampleRow] | Finding], None]
+Watch = Callable[[DataSource, Row, Sequence[RowRecord] | Finding], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class CheckedRows:
     Attributes:
         pairs_only: refuse single completions, which the loss cannot use.
         as_singles: split each pair into its two single completions.
+        as_lists: join the pairs of a row into ranked lists.
         share: the held-out share where the split is a part of its sources; None where it is all of them.
         report: what was found so far, of all splits.
         read: rows of this split.
@@ -43,6 +45,7 @@ class CheckedRows:
     share: HeldOutShare | None
     pairs_only: bool
     as_singles: bool = False
+    as_lists: bool = False
     report: DataReport
     read: int = 0
     weights: dict[str, float] = field(default_factory=dict)
@@ -58,7 +61,10 @@ class CheckedRows:
         for row in self.all_rows():
             if isinstance(row, Finding) or self.report.leaves_out(row[0].source):
                 continue
-            yield from singles_of(row) if self.as_singles else row
+            if self.as_lists:
+                yield from lists_of([one for one in row if isinstance(one, PreferencePair)])
+            else:
+                yield from singles_of(row) if self.as_singles else row
 
     @property
     def label(self) -> str:
@@ -75,7 +81,7 @@ class CheckedRows:
             return f"{self.label}: heldout_share {self.share.share:g} leaves no row for {self.split}; change it"
         return f"{self.label}: no pair is left of {self.read} rows"
 
-    def note_pairs(self, row: Sequence[ExampleRow]) -> None:
+    def note_pairs(self, row: Sequence[RowRecord]) -> None:
         """Note the pairs in a row, so that those that are kept can be counted without reading the data twice."""
         for example in row:
             if isinstance(example, PreferencePair):
@@ -91,7 +97,7 @@ class CheckedRows:
 
     def all_rows(
         self, note: Callable[[Row], None] | None = None, watch: Watch | None = None
-    ) -> Iterator[Sequence[ExampleRow] | Finding]:
+    ) -> Iterator[Sequence[RowRecord] | Finding]:
         """Yield each row of this split as one or more examples, or the finding that refuses it.
 
         Args:
@@ -117,7 +123,7 @@ class CheckedRows:
             if self.share is None or self.share.split_of(source.records(raw)) == self.split:
                 yield raw
 
-    def _refused_singles(self, row: Sequence[ExampleRow]) -> Sequence[ExampleRow] | Finding:
+    def _refused_singles(self, row: Sequence[RowRecord]) -> Sequence[RowRecord] | Finding:
         if not isinstance(row[0], UnpairedExample):
             return row
         message = "a single completion with a label; the loss needs pairs (prompt, chosen, rejected)"
@@ -168,7 +174,7 @@ def check_data(
     unread = UnreadKeys(COLUMNS.union(*(source.own_columns for source in sources)))
     labels = LabelWatch(source for _, source in opened)
 
-    def watch(source: DataSource, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
+    def watch(source: DataSource, row: Row, result: Sequence[RowRecord] | Finding) -> None:
         labels.note(source, row, result)
         if not isinstance(result, Finding):  # a refused row has its own reason
             unread.note(row)
@@ -234,7 +240,7 @@ def _restarted(checks: Sequence[RunningCheck], splits: Iterable[CheckedRows], re
     return checks
 
 
-def _look(row: Sequence[ExampleRow], checks: Sequence[RunningCheck], split: Split, report: DataReport) -> None:
+def _look(row: Sequence[RowRecord], checks: Sequence[RunningCheck], split: Split, report: DataReport) -> None:
     for example in row:
         for check in checks:
             if found := check.look(example, split):

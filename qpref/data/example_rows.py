@@ -1,12 +1,16 @@
-"""Texts and sides of an example row: a preference pair or a single completion, not yet tokenized."""
+"""Texts and sides of an example row: a preference pair, a ranked list or a single completion, not yet tokenized."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 
-from qpref.records import Message, PreferencePair, UnpairedExample
+from qpref.records import Message, PreferencePair, RankedList, TokenizedExample, UnpairedExample
 
-ExampleRow = PreferencePair | UnpairedExample
+RowRecord = PreferencePair | UnpairedExample
+"""What a row of a file becomes, and checks see."""
+ExampleRow = RowRecord | RankedList
+"""What is tokenized."""
 
 
 class RefusedRowError(ValueError):
@@ -18,13 +22,37 @@ class RefusedRowError(ValueError):
 
 
 def responses_of(row: ExampleRow) -> tuple[tuple[Message, ...], ...]:
-    """Return the turns of each response: chosen and rejected, or the completion."""
+    """Return the turns of each response: chosen and rejected, those of a list, or the completion."""
+    if isinstance(row, RankedList):
+        return row.responses
     return (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row.completion,)
 
 
 def sides_of(row: ExampleRow) -> tuple[str, ...]:
     """Return the names of the responses, in the order of `responses_of`."""
+    if isinstance(row, RankedList):
+        return tuple(f"response {number}" for number in range(1, 1 + len(row.responses)))
     return ("chosen", "rejected") if isinstance(row, PreferencePair) else ("completion",)
+
+
+def tokenized_row(
+    row: ExampleRow, prompt: array[int], branches: Sequence[array[int]], prompt_cut: bool = False
+) -> TokenizedExample:
+    """Build the tokenized example of a row from the ids of its prompt and of its responses."""
+    return TokenizedExample(
+        prompt=prompt,
+        branches=tuple(branches),
+        truncated=(False,) * len(branches),
+        prompt_cut=prompt_cut,
+        weight=row.weight,
+        margin=0.0 if isinstance(row, UnpairedExample) else row.margin,
+        label=row.label if isinstance(row, UnpairedExample) else None,
+        ranks=row.ranks if isinstance(row, RankedList) else (),
+        scores=row.scores if isinstance(row, RankedList) else (),
+        number=row.number,
+        columns=row.columns,
+        source=row.source,
+    )
 
 
 def texts_of(row: ExampleRow) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qpref.data.data_report import DataReport
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import RowRecord
 from qpref.data.score_watch import ScoreWatch
 from qpref.data.source import DataSource
 from qpref.data.verdicts import VerdictWatch
@@ -18,7 +18,7 @@ class LabelWatch:
     def __init__(self, sources: Iterable[DataSource]) -> None:
         self._of = {source.choice.location: (VerdictWatch(source), ScoreWatch(source)) for source in sources}
 
-    def note(self, source: DataSource, row: Row, result: Sequence[ExampleRow] | Finding) -> None:
+    def note(self, source: DataSource, row: Row, result: Sequence[RowRecord] | Finding) -> None:
         """Look at a raw row and what it became."""
         judged = source.contest_of(row)
         for watch in self._of[source.choice.location]:

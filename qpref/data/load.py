@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qpref.data.check import CheckedData, CheckedRows, check_data
+from qpref.data.data_report import DataReport
 from qpref.data.split import HeldOutShare, resample
 from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
@@ -15,7 +17,7 @@ from qpref.data.truncate import fit_length, prompt_limit
 from qpref.errors import DataError
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.plan import Plan
-from qpref.records import Finding, TokenizedExample
+from qpref.records import Finding, RankedList, TokenizedExample
 
 log = logging.getLogger("qpref")
 
@@ -29,10 +31,8 @@ def check_rows(plan: Plan) -> CheckedData:
     data = plan.recipe.data
     share = HeldOutShare(data.heldout_share, plan.recipe.train.seed) if data.heldout_share else None
     checked = check_data(plan.sources, plan.validators, pairs_only=plan.is_paired, share=share)
-    if not plan.is_paired:
-        for rows in (checked.train, checked.heldout):
-            if rows is not None:
-                rows.as_singles = True
+    for rows in checked.splits:
+        rows.as_singles, rows.as_lists = not plan.is_paired, plan.is_listed
     return checked
 
 
@@ -52,6 +52,8 @@ def load_rows(plan: Plan) -> CheckedData:
             raise DataError(rows.why_empty)
     if not plan.is_paired:
         _explain_singles(checked.train, plan)
+    if plan.is_listed:
+        _explain_lists(checked, plan)
     return checked
 
 
@@ -62,6 +64,25 @@ def _explain_singles(checked: CheckedRows, plan: Plan) -> None:
                  label, plan.losses[0].plugin.record.name, pairs, 2 * pairs)  # fmt: skip
     if checked.count_kept(checked.margins):
         log.warning("%s: the rows' margins have no meaning for single completions and are left out", label)
+
+
+def _explain_lists(checked: CheckedData, plan: Plan) -> None:
+    """Say which rows are lists, and of how many responses; refuse lists without scores where the loss needs them."""
+    name = plan.losses[0].plugin.record.name if plan.losses else ""
+    for rows in checked.splits:
+        sizes: Counter[int] = Counter()
+        for one in rows.rows():
+            assert isinstance(one, RankedList)
+            sizes[len(one.responses)] += 1
+            if "scores" in plan.needs and not one.scores:
+                raise DataError(
+                    f"{one.source}: its responses have no scores, which the loss '{name}' needs under its options",
+                    "add a column `scores` with a number for each response: docs/data.md#row-formats",
+                )
+        pairs, total = sizes[2], sum(sizes.values())
+        log.info("%s: the loss '%s' is on lists: %d lists of %d to %d responses%s; batch_size counts lists",
+                 rows.label, name, total, min(sizes), max(sizes),
+                 f", {pairs} of them pairs" if pairs else "")  # fmt: skip
 
 
 def tokenize_rows(
@@ -108,10 +129,18 @@ def tokenized(checked: CheckedRows, tokenizer: PairTokenizer, data: DataSection)
             continue
         report.num_cut += any(example.prompt_cut or any(example.truncated) for example in examples)
         for example in examples:
-            sides = ("chosen", "rejected") if example.label is None else ("completion",)
-            sizes = {side: len(branch) for side, branch in zip(sides, example.branches, strict=True)}
-            report.note_lengths({"prompt": len(example.prompt)} | sizes, "tokens")
+            _note_lengths(example, report)
         yield from examples
+
+
+def _note_lengths(example: TokenizedExample, report: DataReport) -> None:
+    report.note_lengths({"prompt": len(example.prompt)}, "tokens")
+    if example.ranks:
+        for branch in example.branches:
+            report.note_lengths({"response": len(branch)}, "tokens")
+        return
+    sides = ("chosen", "rejected") if example.label is None else ("completion",)
+    report.note_lengths({side: len(branch) for side, branch in zip(sides, example.branches, strict=True)}, "tokens")
 
 
 def _contradictions(examples: Sequence[TokenizedExample]) -> list[Finding]:
@@ -129,7 +158,8 @@ def fingerprint(examples: Sequence[TokenizedExample]) -> str:
     """Hash everything that training reads of the examples, in order; SHA-256 in hex."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr((len(example.prompt), example.weight, example.margin, example.label)).encode())
+        of_list = (example.ranks, example.scores) if example.ranks else ()
+        digest.update(repr((len(example.prompt), example.weight, example.margin, example.label, *of_list)).encode())
         if example.columns:
             digest.update(repr(sorted(example.columns.items())).encode())
         digest.update(example.prompt.tobytes())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import RowRecord
 from qpref.errors import PluginError
 from qpref.hooks import border
 from qpref.hooks.contract import finding_problem
@@ -37,7 +37,7 @@ class RunningCheck:
         """True where an option of the check is the severity "error"."""
         return "error" in getattr(self.validator.options, "__dict__", {}).values()
 
-    def look(self, example: ExampleRow, split: Split) -> list[Finding]:
+    def look(self, example: RowRecord, split: Split) -> list[Finding]:
         """Return the findings of an example; most have none, and a generator would cost more than a simple check."""
         watch.enter(self.validator.plugin.offer)
         try:

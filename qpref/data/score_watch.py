@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import RowRecord
 from qpref.data.source import DataSource, Judged
 from qpref.records import Finding, PreferencePair, Row, Source
 from qpref.rows.contest import value_at
@@ -35,7 +35,7 @@ class ScoreWatch:
     _lines: dict[str, list[int]] = field(default_factory=dict)
     _against: Counter[str] = field(default_factory=Counter)
 
-    def note(self, row: Row, judged: Judged | None, result: Sequence[ExampleRow] | Finding) -> None:
+    def note(self, row: Row, judged: Judged | None, result: Sequence[RowRecord] | Finding) -> None:
         """Compare the label of a row with its other columns."""
         if isinstance(result, Finding) or not isinstance(result[0], PreferencePair):
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpref import disk_space, pypi
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import RowRecord
 from qpref.errors import DataError, PluginError, QprefError, RecipeError
 from qpref.hooks import border
 from qpref.hooks.contract import SeenSources, row_problem
@@ -48,7 +48,7 @@ class DataSource:
                     f"[data] columns: no row format has a column '{name}'{did_you_mean(name, sorted(known))}"
                 )
 
-    def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[ExampleRow] | Finding]:
+    def rows(self, note: Callable[[Row], None] | None = None) -> Iterator[Sequence[RowRecord] | Finding]:
         """Read each row as its records, in order, or as the finding that refuses it.
 
         Args:
@@ -63,7 +63,7 @@ class DataSource:
                 note(row)
             yield self.records(row)
 
-    def records(self, row: Row | Finding) -> Sequence[ExampleRow] | Finding:
+    def records(self, row: Row | Finding) -> Sequence[RowRecord] | Finding:
         """Convert a raw row to its records, with the numbers that the losses read."""
         if isinstance(row, Finding):
             return row

@@ -9,16 +9,16 @@ import logging
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qpref import fsio, shards
-from qpref.data.example_rows import ExampleRow, responses_of
+from qpref.data.example_rows import ExampleRow, responses_of, tokenized_row
 from qpref.data.masking import NO_MASKS, Masking
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DiskError
 from qpref.installed import version_of
-from qpref.records import Finding, Message, PreferencePair, TokenizedExample
+from qpref.records import Finding, Message, TokenizedExample
 from qpref.shards import KEY_BYTES, ShardStore
 
 log = logging.getLogger("qpref")
@@ -129,21 +129,8 @@ def _read(row: ExampleRow, content: bytes | None, masking: Masking) -> Tokenized
     branches, masks = rest[:num_branches], rest[num_branches:]
     if masks and (list(map(len, masks)) != list(map(len, branches)) or not all(map(any, masks))):
         return None
-    label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
-    return TokenizedExample(
-        prompt=prompt,
-        branches=tuple(branches),
-        truncated=(False,) * len(branches),
-        masks=tuple(bytes(map(bool, mask)) for mask in masks),
-        scores_masked=masking.scores_masked,
-        prompt_cut=bool(words[0]),
-        weight=row.weight,
-        margin=margin,
-        label=label,
-        number=row.number,
-        columns=row.columns,
-        source=row.source,
-    )
+    example = tokenized_row(row, prompt, branches, prompt_cut=bool(words[0]))
+    return replace(example, masks=tuple(bytes(map(bool, mask)) for mask in masks), scores_masked=masking.scores_masked)
 
 
 def _content(example: TokenizedExample) -> bytes:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qpref.data.control_tokens import ControlTokens
-from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of
+from qpref.data.example_rows import ExampleRow, RefusedRowError, responses_of, sides_of, texts_of, tokenized_row
 from qpref.data.masking import NO_MASKS, Masking, TokenizedResponse
 from qpref.data.template import ChatTemplate, Rendered
 from qpref.data.template_limits import limited
 from qpref.data.tokenizer_failures import TokenizerError, on_rows, tokenizing
 from qpref.data.truncate import shorten_prompt
-from qpref.records import Finding, PreferencePair, TokenizedExample
+from qpref.records import Finding, TokenizedExample
 
 log = logging.getLogger("qpref")
 
@@ -123,7 +123,8 @@ class PairTokenizer:
     def render_first(self, example: TokenizedExample) -> str:
         """Decode the example as the model sees it: special tokens visible, scored spans in double brackets, each after
         the name of its side."""
-        names = ("chosen", "rejected") if example.label is None else (SIDES[example.label], "mismatched")
+        usual = ("chosen", "rejected") if example.label is None else (SIDES[example.label], "mismatched")
+        names = tuple(f"rank {rank}" for rank in example.ranks) or usual
         masks = example.masks or [b"\1" * len(branch) for branch in example.branches]
         sides = zip(names, example.branches, masks, strict=False)
         spans = [f"{name}: {self._render_branch(branch, mask)}" for name, branch, mask in sides]
@@ -203,19 +204,10 @@ class PairTokenizer:
         warnings = [("template", message) for message in pieces.rendered.warnings]
         if not all(each.joins for each in found):
             warnings.append(("boundary", BOUNDARY))
-        label, margin = (None, row.margin) if isinstance(row, PreferencePair) else (row.label, 0.0)
-        example = TokenizedExample(
-            prompt=array("i", prompt),
-            branches=branches,
-            truncated=(False,) * len(branches),
+        example = replace(
+            tokenized_row(row, array("i", prompt), branches),
             masks=tuple(masks) if any(0 in mask for mask in masks) else (),
             scores_masked=self.masking.scores_masked,
-            weight=row.weight,
-            margin=margin,
-            label=label,
-            number=row.number,
-            columns=row.columns,
-            source=row.source,
         )
         return example, warnings
 

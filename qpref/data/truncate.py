@@ -64,9 +64,9 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
 
     Truncation cuts each response on the right to `max_length` minus the prompt: at least one token, since
     `max_prompt_length`, to which the prompt has been truncated, is below it. A pair whose two sides become the same is
-    dropped with a warning.
+    dropped with a warning, and so is a list of which two responses of different ranks do.
     """
-    if example.label is None and example.branches[0] == example.branches[1]:
+    if _prefers_itself(example):
         message = "dropped: chosen and rejected are the same tokens"
         return Finding(code="identical", severity="warning", message=message, source=example.source)
     length = len(example.prompt) + max(map(len, example.branches))
@@ -83,7 +83,7 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
     assert len(example.prompt) <= data.max_prompt_length  # the tokenizer truncates prompts to `prompt_limit`
     max_tokens = data.max_length - len(example.prompt)
     branches = tuple(branch[:max_tokens] for branch in example.branches)
-    if example.label is None and branches[0] == branches[1]:
+    if _prefers_itself(replace(example, branches=branches)):
         message = f"dropped: cut to their first {max_tokens} tokens, chosen and rejected are the same"
         return Finding(code="identical", severity="warning", message=message, source=example.source)
     truncated = tuple(len(branch) > max_tokens for branch in example.branches)
@@ -92,3 +92,13 @@ def fit_length(example: TokenizedExample, data: DataSection) -> TokenizedExample
         message = f"dropped: cut to their first {max_tokens} tokens, a response has only masked ones"
         return Finding(code="masked", severity="warning", message=message, source=example.source)
     return replace(example, branches=branches, truncated=truncated, masks=masks)
+
+
+def _prefers_itself(example: TokenizedExample) -> bool:
+    """Return whether the two sides of a pair, or two responses of a list that don't tie, are the same tokens."""
+    if example.label is not None:
+        return False
+    ranks: dict[bytes, set[int]] = {}
+    for branch, rank in zip(example.branches, example.ranks or (1, 2), strict=True):
+        ranks.setdefault(branch.tobytes(), set()).add(rank)
+    return any(len(own) > 1 for own in ranks.values())

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import RowRecord
 from qpref.data.source import DataSource, Judged
 from qpref.recipe.contest_section import number_of
 from qpref.records import Finding, Row, Source
@@ -59,7 +59,7 @@ class VerdictWatch:
     _contest: Contest | None = None
     _format: str = ""
 
-    def note(self, row: Row, judged: Judged | None, result: Sequence[ExampleRow] | Finding) -> None:
+    def note(self, row: Row, judged: Judged | None, result: Sequence[RowRecord] | Finding) -> None:
         """Count the verdict of a row, and keep the first rows that have a winner."""
         if judged is None or (isinstance(result, Finding) and result.code not in (UNLISTED, TIED)):
             return

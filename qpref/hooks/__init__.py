@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, composed, report, text_of
+from qpref.hooks.lists import list_reward_metrics
 from qpref.hooks.reading import reading_length, reads_shorter
 from qpref.hooks.reward import Reward, RewardFunction
 from qpref.hooks.types import (
+    ListLoss,
     MetricSink,
     PairedLoss,
     Reader,
@@ -45,6 +47,7 @@ __all__ = [
     "Options",
     "PairedLoss",
     "UnpairedLoss",
+    "ListLoss",
     "TrlCase",
     "Validator",
     "RowCheck",
@@ -75,6 +78,7 @@ __all__ = [
     "RewardFunction",
     "reward_metrics",
     "unpaired_reward_metrics",
+    "list_reward_metrics",
 ]
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 import pluggy
 
 from qpref.hooks.reward import Reward
-from qpref.hooks.types import MetricSink, PairedLoss, Reader, UnpairedLoss, Validator
+from qpref.hooks.types import ListLoss, MetricSink, PairedLoss, Reader, UnpairedLoss, Validator
 
 hookspec = pluggy.HookspecMarker("qpref")
 
 
 @hookspec
-def qpref_losses() -> Iterable[PairedLoss | UnpairedLoss]:  # type: ignore[empty-body]
+def qpref_losses() -> Iterable[PairedLoss | ListLoss | UnpairedLoss]:  # type: ignore[empty-body]
     """Offer losses. Called when a recipe names one of them.
 
     The function that `build` returns determines the gradient. When it raises, or returns a wrong shape, a detached or a

@@ -13,7 +13,7 @@ from qpref.records import Finding, LossOutput, MetricRow, PreferencePair, Row, U
 if TYPE_CHECKING:
     from torch import Tensor
 
-Need = Literal["reference", "prompt", "log_sum_squares", "entropy", "tokens", "mismatched"]
+Need = Literal["reference", "prompt", "log_sum_squares", "entropy", "tokens", "mismatched", "scores"]
 """Inputs that a loss can request beyond the policy's log-probabilities of the responses:
 
 reference: the reference's log-probabilities of the same responses.
@@ -22,6 +22,7 @@ log_sum_squares: log of the sum of squared probabilities at each of the policy's
 entropy: the policy's entropy over the vocabulary at each of its response tokens.
 tokens: ids of the response tokens, and the mask of those that count.
 mismatched: log-probabilities of another example's completion after each prompt, for unpaired losses.
+scores: the rows' scores of the responses, for list losses; rows without scores are refused.
 """
 Scope = Literal["example", "mismatched", "step"]
 IGNORABLE = frozenset({"margin", "chosen", "rejected"})
@@ -95,6 +96,8 @@ class Loss:
     """
 
     may_need: ClassVar[frozenset[str]] = NEEDS
+    unit: ClassVar[str] = "examples"
+    """Noun of what the loss gets one value of, for messages."""
 
     name: str
     summary: str
@@ -139,7 +142,19 @@ class PairedLoss(Loss):
     """A loss on preference pairs: `build(options)` takes `PairedInputs`."""
 
     __slots__ = ()
-    may_need: ClassVar[frozenset[str]] = NEEDS - {"mismatched"}
+    may_need: ClassVar[frozenset[str]] = NEEDS - {"mismatched", "scores"}
+    unit: ClassVar[str] = "pairs"
+
+
+class ListLoss(Loss):
+    """A loss on lists of ranked responses to one prompt: `build(options)` takes `ListInputs`.
+
+    It returns one value per list. A row with one pair is a list of two. `starts_at` applies to lists of two.
+    """
+
+    __slots__ = ()
+    may_need: ClassVar[frozenset[str]] = NEEDS - {"mismatched", "prompt"}
+    unit: ClassVar[str] = "lists"
 
 
 class UnpairedLoss(Loss):
@@ -149,7 +164,8 @@ class UnpairedLoss(Loss):
     """
 
     __slots__ = ()
-    may_need: ClassVar[frozenset[str]] = NEEDS - {"prompt"}
+    may_need: ClassVar[frozenset[str]] = NEEDS - {"prompt", "scores"}
+    unit: ClassVar[str] = "single completions"
 
 
 Split = Literal["train", "heldout"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qpref.data.example_rows import ExampleRow
+from qpref.data.example_rows import ExampleRow, responses_of
 from qpref.data.load import load_rows
 from qpref.data.masking import Masking
 from qpref.data.tokenize import PairTokenizer
@@ -20,11 +20,13 @@ from qpref.policy.tokenizer import load_tokenizer, stop_tokens
 from qpref.recipe.choices import SourceChoice
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.plan import Plan
-from qpref.records import Finding, PreferencePair, TokenizedExample
+from qpref.records import Finding, TokenizedExample
 
 CHARACTERS_PER_TOKEN = 4
 MOST_TOKENIZED, LONGEST_TOKENIZED = 2000, 64
 """Rows of a large file that are tokenized: an evenly spread sample, and the longest."""
+ASSUMED_RESPONSES = 4
+"""Responses of a list while the data can't be read; the recipe doesn't say how many there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ def longest_allowed(plan: Plan, reason: str) -> PlannedData:
     data = plan.recipe.data
     prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
     kind, count = ("pair", 2) if plan.is_paired else ("completion", 1)
+    kind, count = ("list", ASSUMED_RESPONSES) if plan.is_listed else (kind, count)
     lengths = f"{prompt} + {count} x {response} tokens"
     origin = f"{reason}; each {kind} is taken to be {lengths}, the longest allowed"
     return PlannedData(origin=origin, lengths=[(prompt, [response] * count)], longest=[], num_examples=None)
@@ -148,8 +151,7 @@ def _estimated(data: DataSection, rows: list[ExampleRow], location: str) -> Plan
 
 def _sizes(row: ExampleRow) -> list[int]:
     """Count characters of the prompt and of each response."""
-    sides = [row.chosen, row.rejected] if isinstance(row, PreferencePair) else [row.completion]
-    return [sum(len(message.content) for message in turns) for turns in (row.prompt, *sides)]
+    return [sum(len(message.content) for message in turns) for turns in (row.prompt, *responses_of(row))]
 
 
 def _characters(row: ExampleRow) -> int:

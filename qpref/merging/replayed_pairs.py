@@ -78,13 +78,13 @@ def choose_pairs(
 
 
 def _contrasts(examples: Sequence[TokenizedExample]) -> Iterator[Contrast]:
-    """Yield pairs, and completions; two completions that were split from one pair are joined again."""
+    """Yield pairs, lists by their first and last response, and completions; two of one pair are joined again."""
     index = 0
     while index < len(examples):
         example = examples[index]
         partner = examples[index + 1] if index + 1 < len(examples) else None
         if example.label is None:
-            yield _contrast([example] * 2, [0, 1], (1, -1))
+            yield _contrast([example] * 2, [0, len(example.branches) - 1], (1, -1))
         elif partner and _are_one_pair(example, partner):
             yield _contrast([example, partner], [0, 0], (1, -1))
             index += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def completion_logprobs(
 ) -> TokenLogProbs:
     """Score every response token of the batch under the policy as it stands (adapters on or off).
 
-    Float32 nats whatever the model computes in. Sequence `i * K + k` of the result is branch k of example i.
+    Float32 nats whatever the model computes in. The sequences of the result are the branches of each example in turn.
 
     Args:
         prompts: score the prompts as well, each but its first token; they follow all branches.
@@ -109,8 +110,8 @@ def _row_hidden(policy: Policy, batch: PackedBatch, prompts: bool) -> Tensor:
         for row, (end, indices) in enumerate(zip(ends, scored, strict=True))
     ]
     if prompts:
-        branches = len(batch.lengths) // len(batch.examples)
-        pieces += [hidden[index * branches][: len(example.prompt) - 1] for index, example in enumerate(batch.examples)]
+        first = accumulate((len(example.branches) for example in batch.examples), initial=0)
+        pieces += [hidden[row][: len(example.prompt) - 1] for row, example in zip(first, batch.examples, strict=False)]
     return torch.cat(pieces)
 
 

@@ -11,6 +11,7 @@ import json
 from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class CheckRows:
     """Rows scored by the run that wrote a shard, as one batch in one thread, so that another run can repeat it.
 
     Attributes:
-        examples: the batch, in its order; all have the same number of branches.
+        examples: the batch, in its order.
         values: [tokens] float32 nats of all branches.
     """
 
@@ -71,13 +72,15 @@ class CheckRows:
 
     def to_bytes(self) -> bytes:
         """Serialize the rows as safetensors."""
-        pieces = [piece for example in self.examples for piece in (example.prompt, *example.branches)]
-        tokens = [token for piece in pieces for token in piece]
-        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int32)
+        rows = [(example.prompt, *example.branches) for example in self.examples]
+        tokens = [token for row in rows for piece in row for token in piece]
+        lengths = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int32)  # 0 after a shorter list's last
+        for row, pieces in zip(lengths, rows, strict=True):
+            row[: len(pieces)] = torch.tensor([len(piece) for piece in pieces])
         content: bytes = save(
             {
                 "tokens": torch.tensor(tokens, dtype=torch.int32),
-                "lengths": lengths.view(len(self.examples), -1),
+                "lengths": lengths,
                 "values": self.values.detach().to("cpu", torch.float32).contiguous(),
             }
         )
@@ -94,7 +97,7 @@ class CheckRows:
         if not _are_rows(tokens, lengths, values, max_tokens):
             return None
         pieces = iter(tokens.split(lengths.flatten().tolist()))
-        rows = [[array("i", next(pieces).tolist()) for _ in row] for row in lengths]
+        rows = [[array("i", piece.tolist()) for piece in islice(pieces, len(row)) if len(piece)] for row in lengths]
         return cls(tuple(_example(prompt, branches) for prompt, *branches in rows), values)
 
     @property
@@ -112,7 +115,7 @@ def _are_rows(tokens: Tensor, lengths: Tensor, values: Tensor, max_tokens: int) 
         return False
     if not 0 < len(tokens) <= max_tokens or lengths.shape[1] < 2 or len(lengths) == 0:
         return False
-    no_negative = int(tokens.min()) >= 0 and int(lengths.min()) > 0
+    no_negative = int(tokens.min()) >= 0 and int(lengths.min()) >= 0 and int(lengths[:, :2].min()) > 0
     return no_negative and int(lengths.sum()) == len(tokens) and int(lengths[:, 1:].sum()) == len(values)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qpref.errors import PluginError
 from qpref.hooks.manager import Loaded
-from qpref.hooks.types import PairedLoss, Reader, ReaderContext, Split, UnpairedLoss
+from qpref.hooks.types import ListLoss, PairedLoss, Reader, ReaderContext, Split, UnpairedLoss
 from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.schedule import Schedule, Scheduled
 from qpref.records import Finding, Row
@@ -113,14 +113,16 @@ class LossFacts:
     """Facts about a run's losses together that decide how rows are read.
 
     Attributes:
-        is_paired: the losses take pairs, not single completions.
+        is_paired: the losses take pairs or lists, not single completions.
         needs: see `qpref.hooks.types.Need`.
         columns: numeric columns of the rows that they read.
+        is_listed: the losses take ranked lists.
     """
 
     is_paired: bool
     needs: frozenset[str]
     columns: tuple[str, ...] = ()
+    is_listed: bool = False
 
 
 def refuse_odd_loss(plugin: Loaded) -> None:
@@ -129,9 +131,9 @@ def refuse_odd_loss(plugin: Loaded) -> None:
     Raises:
         PluginError: says why.
     """
-    if not isinstance(plugin.record, PairedLoss | UnpairedLoss):
+    if not isinstance(plugin.record, PairedLoss | ListLoss | UnpairedLoss):
         raise PluginError(
-            f"{plugin.offer}: a {type(plugin.record).__name__}, neither a PairedLoss nor an UnpairedLoss",
+            f"{plugin.offer}: a {type(plugin.record).__name__}, not a PairedLoss, UnpairedLoss or ListLoss",
             "report it to its author",
         )
     taken = {"name", "weight"} & set(getattr(plugin.record.options, "model_fields", ()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qpref.hooks.manager import Loaded
-from qpref.hooks.types import PairedLoss, Printing
+from qpref.hooks.types import ListLoss, Printing, UnpairedLoss
 from qpref.recipe.choices import Choice, LossChoice, LossFacts, SourceChoice, joint_needs
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.document import fingerprint_of
@@ -24,7 +24,7 @@ class Plan:
     Attributes:
         document: the recipe as TOML data, with overrides, defaults and absolute paths.
         output: the run folder.
-        losses: one, or several that are added; all of pairs or all of single completions.
+        losses: one, or several that are added; all of pairs, all of lists or all of single completions.
         sources: of the held-out data, then of the training data.
         recorded: the losses' facts, for a run that was reopened without its loss plugins.
         printing: the form of a run's standard output, no part of its recipe.
@@ -50,8 +50,15 @@ class Plan:
 
     @property
     def is_paired(self) -> bool:
-        """True where the losses take pairs."""
-        return self.recorded.is_paired if self.recorded else isinstance(self.losses[0].plugin.record, PairedLoss)
+        """True where the losses take pairs, or lists of them, not single completions."""
+        if self.recorded:
+            return self.recorded.is_paired
+        return not isinstance(self.losses[0].plugin.record, UnpairedLoss)
+
+    @property
+    def is_listed(self) -> bool:
+        """True where the losses take ranked lists."""
+        return self.recorded.is_listed if self.recorded else isinstance(self.losses[0].plugin.record, ListLoss)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -50,7 +50,7 @@ class RecordedRun:
         columns = recorded.get("columns", [])
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             return None
-        return LossFacts(is_paired, frozenset(needs), tuple(columns))
+        return LossFacts(is_paired, frozenset(needs), tuple(columns), recorded.get("is_listed") is True)
 
     @property
     def has_refused_rows(self) -> bool:

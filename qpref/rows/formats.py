@@ -132,7 +132,8 @@ def _ranked(row: Row) -> Records:
     """Make a pair of every two responses whose scores differ, the better one chosen."""
     name, responses = responses_in(row.values)
     is_sorted = name == "ranked"
-    scores = [float(-index) for index in range(len(responses))] if is_sorted else scores_in(row.values, responses)
+    positions = [float(-index) for index in range(len(responses))]
+    scores, are_scores = (positions, False) if is_sorted else scores_in(row.values, responses)
     prompt = any_prompt(row.values)
     turns = [turns_of(text_of_ranked(one), f"{name}, number {at}", "assistant") for at, one in enumerate(responses, 1)]
     best_first = sorted(range(len(turns)), key=lambda index: -scores[index])
@@ -140,7 +141,12 @@ def _ranked(row: Row) -> Records:
     if not pairs:
         raise BadRowError("tied", f"all {len(turns)} responses have the same score, so none is preferred")
     return [
-        replace(build_pair(row, prompt, turns[better], turns[worse]), number=number, positions=(better, worse))
+        replace(
+            build_pair(row, prompt, turns[better], turns[worse]),
+            number=number,
+            positions=(better, worse),
+            scores=(scores[better], scores[worse]) if are_scores else None,
+        )
         for number, (better, worse) in enumerate(pairs)
     ]
 

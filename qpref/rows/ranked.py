@@ -35,8 +35,10 @@ def text_of_ranked(response: object) -> object:
     return response
 
 
-def scores_in(values: Mapping[str, object], responses: Sequence[object]) -> list[float]:
+def scores_in(values: Mapping[str, object], responses: Sequence[object]) -> tuple[list[float], bool]:
     """Return the score of each response, higher is better; a rank (1 is the best) counts as minus itself.
+
+    The second value is True where all of them are scores, not ranks.
 
     Sources in order: the columns `ranks`, `scores` and `ratings`, then a rank or score inside each response.
     """
@@ -48,11 +50,12 @@ def scores_in(values: Mapping[str, object], responses: Sequence[object]) -> list
                 found = f"{len(listed)} of them" if isinstance(listed, list) else kind_of(listed)
                 message = f"{name}: expected a number for each of the {len(responses)} responses, found {found}"
                 raise BadRowError("bad_number", message)
-            return [sign * finite(value, name) for value in listed]
-    return [_score_within(response) for response in responses]
+            return [sign * finite(value, name) for value in listed], sign > 0
+    within = [_score_within(response) for response in responses]
+    return [score for score, _ in within], all(is_score for _, is_score in within)
 
 
-def _score_within(response: object) -> float:
+def _score_within(response: object) -> tuple[float, bool]:
     fields = response if isinstance(response, dict) else {}
     key = next((key for key in ("rank", *SCORES) if fields.get(key) is not None), None)
     if key is None:
@@ -61,4 +64,4 @@ def _score_within(response: object) -> float:
             "a response has neither a rank nor a score; add them, or name a list from best to worst ranked",
         )
     value = finite(fields[key], key)
-    return -value if key == "rank" else value
+    return (-value, False) if key == "rank" else (value, True)

@@ -33,6 +33,8 @@ ADVICE: Mapping[str, str] = {
     "the loss function",
     "log ratios": "let policy and reference enter only as policy less reference, or leave log_ratios_only out",
     "swap": "treat both sides' rewards alike: the same factor and the same reference",
+    "lists": "take each list by inputs.by_list(...), compare only responses of different inputs.ranks, and return the "
+    "metrics of list_reward_metrics(rewards, inputs)",
     "metrics": "return the metrics of reward_metrics(...), and your own as detached [N] tensors under their own names",
 }
 """Rule -> what to change."""

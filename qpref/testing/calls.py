@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.hooks import PairedLoss
+from qpref.hooks import ListLoss, PairedLoss
 from qpref.hooks.border import described, is_interrupt
 from qpref.hooks.loss_state import state_of, written_problem
 from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import Loss
-from qpref.records import EXTRAS, LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
+from qpref.records import EXTRAS, ListInputs, LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
 from qpref.testing.examples import Example, Scores
 
 
@@ -28,6 +28,13 @@ class NotApplicable(Exception):
 
 def _tokens(pieces: Sequence[Tensor], dtype: torch.dtype) -> TokenLogProbs:
     return TokenLogProbs(values=torch.cat(list(pieces)).to(dtype), lengths=tuple(map(len, pieces)))
+
+
+def list_of_scores(
+    responses: Sequence[Scores], dtype: torch.dtype, needs: frozenset[str]
+) -> tuple[TokenLogProbs, TokenLogProbs]:
+    """Return the log-probabilities of responses under policy and reference."""
+    return _of_policy(responses, dtype, needs), _tokens([each.reference for each in responses], dtype)
 
 
 def _of_policy(side: Sequence[Scores], dtype: torch.dtype, needs: frozenset[str]) -> TokenLogProbs:
@@ -73,6 +80,33 @@ def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dty
     return LossInputs(inputs, leaves)
 
 
+def _lists_of_two(pairs: PairedInputs, needs: frozenset[str]) -> ListInputs:
+    """Lay pairs out as lists of two; laid out anew for each call, as finite differences change the pairs' tensors."""
+    count, dtype = len(pairs.margin), pairs.margin.dtype
+    return ListInputs(
+        policy=_interleaved(pairs.policy),
+        reference=None if pairs.reference is None else _interleaved(pairs.reference),
+        sizes=(2,) * count,
+        ranks=torch.tensor([1, 2] * count),
+        scores=torch.tensor([1.0, 0.0] * count, dtype=dtype) if "scores" in needs else None,
+        margin=pairs.margin,
+    )
+
+
+def _interleaved(pairs: PairLogProbs) -> TokenLogProbs:
+    """Return chosen, rejected, chosen, rejected ... of the pairs."""
+    sides = (pairs.chosen, pairs.rejected)
+    lengths = [length for both in zip(*(side.lengths for side in sides), strict=True) for length in both]
+    names = pairs.chosen.by_token().keys()
+    rows = {
+        name: zip(*(getattr(side, name).split(list(side.lengths)) for side in sides), strict=True) for name in names
+    }
+    fields: dict[str, Any] = {
+        name: torch.cat([row for both in pieces for row in both]) for name, pieces in rows.items()
+    }
+    return TokenLogProbs(lengths=tuple(lengths), **fields)
+
+
 def _unpaired(
     examples: Sequence[Example], needs: frozenset[str], dtype: torch.dtype, class_counts: tuple[int, int]
 ) -> LossInputs:
@@ -95,7 +129,8 @@ class Built:
     """A loss with its options set, called as the core calls it."""
 
     def __init__(self, record: Loss, options: Any) -> None:
-        self.paired = isinstance(record, PairedLoss)
+        self.paired = isinstance(record, PairedLoss | ListLoss)
+        self._listed = isinstance(record, ListLoss)
         self.needs = declared_needs(record, options)
         self.columns = attempt("columns", lambda: tuple(record.columns_of(options)))
         self._initial = attempt("state", record.state_of, options)
@@ -119,7 +154,10 @@ class Built:
 
     def __call__(self, given: LossInputs) -> LossOutput:
         num_examples = len(given.inputs.margin if self.paired else given.inputs.desirable)
-        output = attempt("the loss", self._function, given.inputs)
+        inputs = given.inputs
+        if self._listed and isinstance(inputs, PairedInputs):
+            inputs = _lists_of_two(inputs, self.needs)
+        output = attempt("the loss", self._function, inputs)
         if not isinstance(output, LossOutput):
             raise BrokenRule(f"returns {type(output).__name__}, not LossOutput")
         if not isinstance(output.losses, Tensor) or output.losses.shape != (num_examples,):

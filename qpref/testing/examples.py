@@ -118,7 +118,7 @@ def alike() -> list[Example]:
     return [Example(first=side, second=side, prompt=side.policy[:2], desirable=index % 2 == 0) for index in range(6)]
 
 
-def _level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
+def level(policy: float, reference: float, num_tokens: int = 1) -> Scores:
     # Probability 1 leaves nothing to other tokens; probability 0 leaves everything to a single other token.
     sums, entropy = (-1.5, 1.2) if policy == -1.0 else (0.0, 0.0)
     values = torch.tensor([policy, reference, sums, entropy], dtype=torch.float64)
@@ -139,14 +139,14 @@ def extreme_pairs() -> list[list[Example]]:
     short: list[Example] = []
     long: list[Example] = []
     for chosen, chosen_reference, rejected, rejected_reference in itertools.product(LEVELS, repeat=4):
-        first, second = _level(chosen, chosen_reference), _level(rejected, rejected_reference)
+        first, second = level(chosen, chosen_reference), level(rejected, rejected_reference)
         short.append(
             Example(first=first, second=second, prompt=first.policy, margin=next(margins), numbers=next(numbers))
         )
     for (chosen, rejected), reference in itertools.product(itertools.product(LEVELS, repeat=2), (None, -1.0)):
         num_chosen, num_rejected = next(lengths)
-        first = _level(chosen, chosen if reference is None else reference, num_chosen)
-        second = _level(rejected, rejected if reference is None else reference, num_rejected)
+        first = level(chosen, chosen if reference is None else reference, num_chosen)
+        second = level(rejected, rejected if reference is None else reference, num_rejected)
         long.append(
             Example(first=first, second=second, prompt=second.policy, margin=next(margins), numbers=next(numbers))
         )
@@ -160,11 +160,11 @@ def extreme_completions(mismatched: bool) -> list[list[Example]]:
     partners = list(itertools.product(LEVELS, repeat=2)) if mismatched else [(-1.0, -1.0)]
     for levels, classes in itertools.product(partners, ((True, False), (True,), (False,))):
         length = LONGEST if len(batches) % 8 == 0 else 1
-        partner = _level(levels[0], levels[1], length)
+        partner = level(levels[0], levels[1], length)
         batches.append(
             [
                 Example(
-                    first=_level(policy, reference, length),
+                    first=level(policy, reference, length),
                     second=partner,
                     prompt=partner.policy[:1],
                     desirable=desirable,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpref.hooks import PairedLoss
+from qpref.hooks import UnpairedLoss
 from qpref.hooks.types import Loss
 from qpref.testing.calls import BrokenRule, Built, NotApplicable, attempt
 from qpref.testing.examples import Example, near_reference
@@ -75,7 +75,7 @@ def check_reward(record: Loss, options: Any) -> None:
 
 def check_margin(record: Loss, options: Any) -> None:
     """Require that no loss falls as its row's margin grows, and that a loss without use for margins says so."""
-    if not isinstance(record, PairedLoss):
+    if isinstance(record, UnpairedLoss):
         raise NotApplicable("single completions have no margin")
     built, examples = Built(record, options), near_reference()
     ends = [_at_margins(built, examples, step) for step in (STEP, -STEP)]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from qpref.hooks import PairedLoss, UnpairedLoss
+from qpref.hooks import ListLoss, PairedLoss, UnpairedLoss
 from qpref.hooks.types import IGNORABLE, Loss, Scope
 from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, declared_needs
 from qpref.testing.device_rule import check_device
@@ -17,14 +17,15 @@ from qpref.testing.examples import Draws, Example, Scores
 from qpref.testing.finite_rule import check_finite
 from qpref.testing.gradients import FrozenDetached, central_differences
 from qpref.testing.learning_rules import check_direction, check_every_token, check_margin, check_reward, ignored
+from qpref.testing.list_rule import check_lists
 from qpref.testing.outputs import listed, metric, metrics_of, same, tensors
 from qpref.testing.state_rule import state_rule
 
 
 def _record(record: Loss, options: Any) -> None:
     """Require a known kind of record, with a summary and a description of each option."""
-    if not isinstance(record, PairedLoss | UnpairedLoss):
-        raise BrokenRule(f"is a {type(record).__name__}, not a PairedLoss or an UnpairedLoss")
+    if not isinstance(record, PairedLoss | ListLoss | UnpairedLoss):
+        raise BrokenRule(f"is a {type(record).__name__}, not a PairedLoss, ListLoss or UnpairedLoss")
     if not isinstance(record.summary, str) or len(record.summary.splitlines()) != 1:
         raise BrokenRule("its summary is not one line")
     fields = record.options.model_fields
@@ -304,6 +305,7 @@ RULES: Mapping[str, Callable[[Loss, Any], None]] = {
     "log ratios": _log_ratios,
     "swap": _swap,
     "metrics": _metrics,
+    "lists": check_lists,
 }
 """Rule -> a function of the record and its parsed options that raises `BrokenRule`, or `NotApplicable`, or nothing."""
 

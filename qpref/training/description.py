@@ -128,7 +128,12 @@ def _description(session: Session) -> dict[str, Any]:
 
 def _losses(plan: Plan) -> dict[str, Any]:
     """Return the facts that `LossFacts` has, for a run that is reopened without its loss plugins."""
-    return {"is_paired": plan.is_paired, "needs": sorted(plan.needs), "columns": list(plan.columns)}
+    return {
+        "is_paired": plan.is_paired,
+        "is_listed": plan.is_listed,
+        "needs": sorted(plan.needs),
+        "columns": list(plan.columns),
+    }
 
 
 def _location(prepared: Prepared) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from qpref.data.deal import deal
 from qpref.distributed.world import ALONE, World
+from qpref.hooks.lists import ordered_share
 from qpref.memory.tune import Parts, in_microbatches, shrink_microbatch
 from qpref.policy.out_of_memory import attempt
 from qpref.policy.reference import frozen
-from qpref.records import TokenizedExample
+from qpref.records import ListInputs, TokenizedExample
 from qpref.training.heldout_scores import pairs_among
 from qpref.training.inputs import example_metrics
 from qpref.training.metrics import Averages
@@ -24,7 +25,7 @@ WINDOW = 256
 """Held-out examples that are packed together; bounds the packing's quadratic search."""
 Pairs = Tensor
 """[2, N] float32 log-probabilities of chosen and rejected responses, on the CPU, in the examples' order; NaN where an
-example has no such response."""
+example has no such response. Of a list, the best response is chosen, and the mean of the others rejected."""
 
 
 def heldout_means(
@@ -97,6 +98,8 @@ def _metrics(scorer: Scorer, rows: Rows, scores: Scores) -> dict[str, Tensor]:
     """Compute [N] metrics of a window."""
     objective, inputs = scorer.objective, scorer.lay_out(rows, scores)
     metrics = example_metrics(inputs, objective(inputs))
+    if isinstance(inputs, ListInputs):
+        return dict(metrics) | {"logps/accuracies": ordered_share(inputs.policy.total.detach(), inputs)}
     return with_accuracies(metrics, None if objective.is_paired else rows.examples)
 
 

@@ -17,7 +17,8 @@ class HeldoutScores:
 
     Attributes:
         chosen, rejected: [N] float32 nats, on the CPU, in the order of the examples. Of a single completion one of
-            them is NaN: a desirable one is chosen, an undesirable one rejected.
+            them is NaN: a desirable one is chosen, an undesirable one rejected. Of a list, the best response is chosen,
+            and the mean of the others rejected.
     """
 
     step: int

@@ -9,11 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qpref.hooks.lists import best_and_rest
 from qpref.policy.logprobs import pair_logprobs
-from qpref.records import LossOutput, PairedInputs, TokenizedExample, TokenLogProbs, UnpairedInputs
+from qpref.records import ListInputs, LossOutput, PairedInputs, TokenizedExample, TokenLogProbs, UnpairedInputs
 from qpref.staging import to_device
 
-Inputs = PairedInputs | UnpairedInputs
+Inputs = PairedInputs | ListInputs | UnpairedInputs
 
 
 class Labelled(Protocol):
@@ -43,6 +44,28 @@ def paired_inputs(
         reference=None if reference is None else pair_logprobs(reference),
         margin=batch.margin,
         columns=batch.columns,
+    )
+
+
+def list_inputs(
+    batch: Labelled, scores: TokenLogProbs, reference: TokenLogProbs | None, needs_scores: bool
+) -> ListInputs:
+    """Lay out the inputs of a list loss.
+
+    Args:
+        scores: the policy's, of all branches of each example.
+        reference: the same of the reference.
+    """
+    ranks = torch.tensor([rank for example in batch.examples for rank in example.ranks])
+    of_rows = torch.tensor([score for example in batch.examples for score in example.scores])
+    ranks, of_rows = to_device([ranks, of_rows], scores.values.device)
+    return ListInputs(
+        policy=scores,
+        reference=reference,
+        sizes=tuple(len(example.branches) for example in batch.examples),
+        ranks=ranks,
+        scores=of_rows if needs_scores else None,
+        margin=batch.margin,
     )
 
 
@@ -86,12 +109,13 @@ def _detached(scores: TokenLogProbs) -> TokenLogProbs:
 
 
 def with_tokens(
-    scores: TokenLogProbs, examples: Sequence[TokenizedExample], num_branches: int, prompts: bool
+    scores: TokenLogProbs, examples: Sequence[TokenizedExample], num_branches: int | None, prompts: bool
 ) -> TokenLogProbs:
     """Add the ids of the scored tokens, and which of them count.
 
     Args:
-        scores: of the first `num_branches` branches of each example, then of the prompts where `prompts` is set.
+        scores: of the first `num_branches` branches of each example (None: all), then of the prompts where `prompts`
+            is set.
     """
     tokens: list[int] = []
     counts: list[bool] = []
@@ -108,7 +132,9 @@ def with_tokens(
 
 def example_metrics(inputs: Inputs, output: LossOutput) -> Mapping[str, Tensor]:
     """Return [N] metrics of a batch: the losses' own and the core's, NaN where undefined."""
-    if isinstance(inputs, PairedInputs):
+    if isinstance(inputs, ListInputs):
+        chosen, rejected = best_and_rest(inputs.policy.total.detach(), inputs)
+    elif isinstance(inputs, PairedInputs):
         chosen, rejected = inputs.policy.chosen.total.detach(), inputs.policy.rejected.total.detach()
     else:
         totals = inputs.policy.total.detach()

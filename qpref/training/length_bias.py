@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from qpref.records import TokenizedExample
 from qpref.training.heldout_scores import HeldoutScores, pairs_of
@@ -24,10 +25,9 @@ class LengthGroups:
     @classmethod
     def of(cls, examples: Sequence[TokenizedExample]) -> LengthGroups:
         better, worse = pairs_of(examples) if examples else ([], [])
-        is_paired = bool(examples) and examples[0].label is None
         groups: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for chosen, rejected in zip(better, worse, strict=True):
-            lengths = len(examples[chosen].branches[0]), len(examples[rejected].branches[1 if is_paired else 0])
+            lengths = _mean_length(examples[chosen], best=True), _mean_length(examples[rejected], best=False)
             if lengths[0] != lengths[1]:
                 groups[lengths[0] > lengths[1]].append((chosen, rejected))
         return cls(groups[True], groups[False])
@@ -54,3 +54,12 @@ class LengthGroups:
         if not self.longer or not self.shorter:
             return math.inf
         return math.sqrt((1 / len(self.longer) + 1 / len(self.shorter)) / 4)
+
+
+def _mean_length(example: TokenizedExample, best: bool) -> float:
+    """Tokens of a pair's chosen or rejected response; of a list, the means of the best ones and of the others; of a
+    single completion, its own."""
+    if example.label is not None:
+        return len(example.branches[0])
+    ranked = zip(example.ranks or (1, 2), example.branches, strict=True)
+    return mean(len(branch) for rank, branch in ranked if (rank == 1) == best)

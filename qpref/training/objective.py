@@ -25,18 +25,19 @@ from qpref.hooks.loss_state import (
     written_problem,
 )
 from qpref.hooks.metric_names import MAX_METRICS, name_problem
-from qpref.hooks.types import PairedLoss, Scope
+from qpref.hooks.types import ListLoss, Scope, UnpairedLoss
 from qpref.policy.logprobs import completion_logprobs
 from qpref.policy.out_of_memory import is_out_of_memory
 from qpref.policy.policy import Policy
 from qpref.recipe.choices import Choice, LossChoice, joint_needs
 from qpref.recipe.loss_columns import joint_columns
 from qpref.recipe.schedule import Schedule
-from qpref.records import LossOutput, PackedBatch, PairedInputs, TokenLogProbs
+from qpref.records import ListInputs, LossOutput, PackedBatch, PairedInputs, TokenLogProbs
 from qpref.training.inputs import (
     Inputs,
     Labelled,
     Mismatched,
+    list_inputs,
     paired_inputs,
     tensors_of,
     unpaired_inputs,
@@ -73,9 +74,9 @@ class LossCaller:
         if initial and scope != "step":
             raise _broken(choice, f"has a state and the scope {scope!r}; only a loss of scope 'step' may have one")
         if unknown:
-            kind = "pairs" if isinstance(record, PairedLoss) else "single completions"
             raise PluginError(
-                f"{choice.plugin.offer} needs {', '.join(sorted(unknown))}, which this qpref doesn't have for {kind}"
+                f"{choice.plugin.offer} needs {', '.join(sorted(unknown))}, which this qpref doesn't have for "
+                f"{record.unit}"
             )
         return cls(choice, function, initial)
 
@@ -99,12 +100,13 @@ class LossCaller:
         Raises:
             PluginError: the loss raised, or returned something other than one value an example.
         """
+        num_examples = _num_examples(inputs)
         own = inputs.policy.chosen if isinstance(inputs, PairedInputs) else inputs.policy
         if self.initial:
             inputs = replace(inputs, state=state_of(self.initial, known, own.values))
         with _guarded(self.choice, "", random=True):
             output: LossOutput = self.function(inputs)
-        self._check_output(output, len(own.lengths))
+        self._check_output(output, num_examples)
         if problem := written_problem(inputs.state, output.state):
             raise _broken(self.choice, problem)
         return replace(output, state={**inputs.state, **output.state}) if self.initial else output
@@ -129,6 +131,12 @@ class LossCaller:
                 raise _broken(self.choice, f"returned a metric that {problem}")
             if not isinstance(value, Tensor) or value.shape != (num_examples,) or value.requires_grad:
                 raise _broken(self.choice, f"returned the metric {name} not as one detached value an example")
+
+
+def _num_examples(inputs: Inputs) -> int:
+    if isinstance(inputs, ListInputs):
+        return len(inputs.sizes)
+    return len(inputs.policy.chosen.lengths if isinstance(inputs, PairedInputs) else inputs.policy.lengths)
 
 
 def _guarded(choice: Choice, call: str, *, random: bool = False) -> AbstractContextManager[None]:
@@ -180,7 +188,13 @@ class Objective:
 
     @property
     def is_paired(self) -> bool:
-        return isinstance(self.choices[0].plugin.record, PairedLoss)
+        """True where the losses take pairs, or lists of them, not single completions."""
+        return not isinstance(self.choices[0].plugin.record, UnpairedLoss)
+
+    @property
+    def is_listed(self) -> bool:
+        """True where the losses take ranked lists."""
+        return isinstance(self.choices[0].plugin.record, ListLoss)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -220,7 +234,12 @@ class Objective:
         ]
 
     def starts_at(self) -> float | None:
-        """Return the loss of an example on which policy and reference agree; None where that is no constant."""
+        """Return the loss of an example on which policy and reference agree; None where that is no constant.
+
+        That of a list depends on its length.
+        """
+        if self.is_listed:
+            return None
         starts = [caller.starts_at() for caller in self.callers]
         if any(start is None for start in starts):
             return None
@@ -335,7 +354,10 @@ class Objective:
     ) -> Inputs:
         """Lay out a batch's scores as the losses' inputs."""
         if "tokens" in self.needs:
-            scores = with_tokens(scores, batch.examples, 2 if self.is_paired else 1, prompts="prompt" in self.needs)
+            num_branches = None if self.is_paired else 1
+            scores = with_tokens(scores, batch.examples, num_branches, prompts="prompt" in self.needs)
+        if self.is_listed:
+            return list_inputs(batch, scores, reference, needs_scores="scores" in self.needs)
         if self.is_paired:
             return paired_inputs(batch, scores, reference, prompts="prompt" in self.needs)
         return unpaired_inputs(batch, scores, reference, self.class_counts, mismatched)

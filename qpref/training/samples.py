@@ -11,13 +11,14 @@ from qpref.records import TokenizedExample
 
 def sample_table(examples: Sequence[TokenizedExample], tokenizer: Any) -> Table:
     """Return the texts that the model sees, special tokens included: prompt, chosen and rejected of pairs; prompt,
-    completion and label of single completions."""
+    first and last response of lists; prompt, completion and label of single completions."""
     if not examples:
         return Table()
-    columns = ("prompt", "chosen", "rejected") if examples[0].label is None else ("prompt", "completion", "desirable")
+    sides = ("first", "last") if examples[0].ranks else ("chosen", "rejected")
+    columns = ("prompt", *(sides if examples[0].label is None else ("completion", "desirable")))
     return Table(columns=columns, rows=tuple(_texts(example, tokenizer) for example in examples))
 
 
 def _texts(example: TokenizedExample, tokenizer: Any) -> tuple[str, ...]:
-    decoded = [tokenizer.decode(list(ids)) for ids in (example.prompt, *example.branches[:2])]
+    decoded = [tokenizer.decode(list(ids)) for ids in (example.prompt, example.branches[0], example.branches[-1])]
     return tuple(decoded) if example.label is None else (*decoded[:2], str(example.label).lower())

@@ -33,12 +33,12 @@ class SwapSearch:
         self._caches = list(_caches_of(base))
 
     def note(self, example: TokenizedExample) -> None:
-        """Look up a pair in the caches."""
+        """Look up a pair in the caches; of a list, its first and its last response."""
         if example.label is not None or not self._caches:
             return
         keys = row_keys(example)
         for cache in self._caches:
-            chosen, rejected = (cache.get(key) for key in keys)
+            chosen, rejected = cache.get(keys[0]), cache.get(keys[-1])
             if chosen is not None and rejected is not None:
                 self.preferences.append((float(chosen.mean() - rejected.mean()), example.source))
                 return

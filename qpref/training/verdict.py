@@ -150,7 +150,7 @@ def _of_pairs(
         margin_grew=_mean(margin > 0),
         chosen=mean_interval((after.chosen[better] - before.chosen[better]).tolist(), prompts),
         size=_mean(margin.abs()),
-        unit="pairs",
+        unit="lists" if examples[0].ranks else "pairs",
     )
 
 

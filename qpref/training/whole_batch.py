@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,14 +29,14 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Order and lengths of the sequences that the scores of N examples with K branches each are of.
+    """Order and lengths of the sequences that the scores of N examples with B branches in all are of.
 
     Attributes:
-        lengths: [N * K] of the branches, then [N] of the prompts where these are scored too.
+        starts: [N + 1] index of each example's first branch, and B.
+        lengths: [B] of the branches, then [N] of the prompts where these are scored too.
     """
 
-    num_examples: int
-    num_branches: int
+    starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
     @classmethod
@@ -43,7 +44,8 @@ class Sequences:
         lengths = [count for example in examples for count in example.num_scored]
         if prompts:
             lengths += [len(example.prompt) - 1 for example in examples]
-        return cls(len(examples), len(examples[0].branches), tuple(lengths))
+        starts = accumulate((len(example.branches) for example in examples), initial=0)
+        return cls(tuple(starts), tuple(lengths))
 
     def merge(self, parts: Sequence[Sequence[int]], pieces: Sequence[Tensor], device: torch.device) -> Tensor:
         """Merge the values of parts into [S] of all examples, 0 for those of no part.
@@ -63,7 +65,7 @@ class Sequences:
 
     def select(self, values: Tensor, members: Sequence[int]) -> Tensor:
         """Select the values of some examples from [S] of all, in the order of a micro-batch of these examples."""
-        if list(members) == list(range(self.num_examples)):
+        if list(members) == list(range(len(self.starts) - 1)):
             return values
         rows = values.split(list(self.lengths))
         return torch.cat([rows[index] for index in self._indices(members)])
@@ -74,8 +76,8 @@ class Sequences:
 
     def _indices(self, members: Sequence[int]) -> list[int]:
         """Return the sequences of some examples: all their branches, then their prompts where these are scored too."""
-        branches = [member * self.num_branches + branch for member in members for branch in range(self.num_branches)]
-        first_prompt = self.num_examples * self.num_branches
+        branches = [index for member in members for index in range(self.starts[member], self.starts[member + 1])]
+        first_prompt = self.starts[-1]
         return branches + [first_prompt + member for member in members if len(self.lengths) > first_prompt]
 
 

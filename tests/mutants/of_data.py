@@ -86,8 +86,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "C8",
         "a pair that is the same after truncation is trained on",
         TRUNCATE,
-        "if example.label is None and branches[0] == branches[1]:",
-        "if example.label is not None and branches[0] == branches[1]:",
+        "if _prefers_itself(replace(example, branches=branches)):",
+        "if example.label is not None and _prefers_itself(replace(example, branches=branches)):",
         CUTS + "test_a_pair_that_differs_only_beyond_the_cut_is_dropped_with_a_warning",
     ),
     mutant(
