@@ -240,6 +240,7 @@ def _imported(offer: Offer) -> ModuleType:
         InstallError: a package that qpref itself requires is missing.
         PluginError: the import fails otherwise.
     """
+    border.note_plugin(offer.module)
     try:
         with _guarded(offer, f"importing {offer.module}", passes=_lacks_package):
             return importlib.import_module(offer.module)

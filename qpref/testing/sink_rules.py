@@ -26,7 +26,7 @@ NUM_FAST = 500
 OPEN_SECONDS, WRITE_SECONDS = 10.0, 1.0
 """Processor time that a run allows a sink to open, and for `NUM_FAST` rows."""
 SUMMARY = {"steps": TOTAL_STEPS, "seconds": 1.5, "verdict": {"learned": True, "accuracy": 0.75, "notes": ["a"]}}
-RECIPE = {"model": {"base": "org/base"}, "loss": {"name": "dpo", "beta": 0.1}, "train": {"batch_size": 4}}
+RECIPE = {"model": {"base": "org/base"}, "loss": {"name": "example", "beta": 0.1}, "train": {"batch_size": 4}}
 
 
 @dataclass(frozen=True, slots=True)
