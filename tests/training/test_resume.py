@@ -229,8 +229,8 @@ def test_infinite_metric_in_a_half_full_window_survives_the_save(make_toy, tmp_p
     # JSON has no infinity: the window's sum has to be saved all the same. Step 1 is spoilt, the row comes after step 2.
     spoilt, real = [], objective.LossCaller.__call__
 
-    def infinite_once(loss, inputs):
-        output = real(loss, inputs)
+    def infinite_once(loss, *given):
+        output = real(loss, *given)
         if torch.is_grad_enabled() and not spoilt:
             spoilt.append(output)
             return replace(output, metrics={**output.metrics, "rewards/chosen": output.losses.detach() * torch.inf})
@@ -251,8 +251,8 @@ def test_third_non_finite_step_in_a_row_stops_the_run_across_a_resume(make_toy, 
         begun.append(step)
         real_seed(seed, step)
 
-    def spoilt(loss: Any, inputs: Any) -> LossOutput:
-        output = real_loss(loss, inputs)
+    def spoilt(loss: Any, *given: Any) -> LossOutput:
+        output = real_loss(loss, *given)
         bad = torch.is_grad_enabled() and begun[-1] >= 2
         steep = output.losses + (output.losses - output.losses.detach()).sqrt()
         return replace(output, losses=steep) if bad else output
