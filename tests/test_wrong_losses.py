@@ -13,13 +13,22 @@ import torch
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
-from qpref.hooks import Field, Options, PairedLoss, UnpairedLoss, reward_metrics, unpaired_reward_metrics
+from qpref.hooks import (
+    Field,
+    ListLoss,
+    Options,
+    PairedLoss,
+    UnpairedLoss,
+    list_reward_metrics,
+    reward_metrics,
+    unpaired_reward_metrics,
+)
 from qpref.records import LossOutput
 from qpref.testing import PREREQUISITES, assert_conforms, check_loss
 from qpref.testing.advice import ADVICE, advice_on
 from qpref.testing.rules import RULES
 
-LOSSES: dict[str, tuple[str, PairedLoss | UnpairedLoss]] = {}
+LOSSES: dict[str, tuple[str, PairedLoss | ListLoss | UnpairedLoss]] = {}
 """Name -> the rule that has to name it, and the record."""
 SOUND: dict[str, PairedLoss | UnpairedLoss] = {}
 LABELS = ("chosen", "rejected")
@@ -43,6 +52,11 @@ def unpaired(function, **changes):
         "build": lambda options: lambda i: function(options, i),
     }
     return UnpairedLoss(**{"name": function.__name__} | record | changes)
+
+
+def listed(function, **changes):
+    record = {"options": Beta, "summary": "a loss on lists", "build": lambda options: lambda i: function(options, i)}
+    return ListLoss(**{"name": function.__name__} | record | changes)
 
 
 def wrong(rule, make=paired, **changes):
@@ -478,6 +492,14 @@ def baseline_of_the_step(options, inputs):
 def margin_that_is_scaled(options, inputs):
     chosen, rejected = rewards(options, inputs)
     return output(-logsigmoid(chosen - rejected - 2.5 * inputs.margin), chosen, rejected)
+
+
+@wrong("lists", make=listed)
+def only_the_first_two_of_a_list_compared(options, inputs):
+    rewards_of_all = options.beta * (inputs.policy.total - inputs.reference.total)
+    firsts = torch.stack([each[0] - each[1] for each in inputs.by_list(rewards_of_all)])
+    losses = -logsigmoid(firsts - inputs.margin)
+    return LossOutput(losses=losses, metrics=list_reward_metrics(rewards_of_all, inputs))
 
 
 @sound(needs=frozenset(), ignores=frozenset({"rejected", "margin"}))

@@ -74,13 +74,13 @@ def test_a_broken_recipe_is_one_message_and_leaves_nothing(tmp_path, write_recip
 
 
 def test_an_unknown_loss_is_one_message_and_leaves_nothing(tmp_path, write_recipe):
-    recipe = write_recipe({"loss.name": "dop"})
+    recipe = write_recipe({"loss.name": "simpoo"})
     before = files_under(tmp_path)
     done = run("train", recipe, "--output", tmp_path / "run")
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",
-        f"error: {recipe}: 1 problem\n  [loss] name: no loss 'dop' is installed; did you mean 'dpo'?\n",
+        f"error: {recipe}: 1 problem\n  [loss] name: no loss 'simpoo' is installed; did you mean 'simpo'?\n",
     )
     assert files_under(tmp_path) == before
 
