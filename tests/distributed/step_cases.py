@@ -121,7 +121,19 @@ def pairs() -> list[TokenizedExample]:
     ]
 
 
+def lists() -> list[TokenizedExample]:
+    """The same as lists of two responses and, every other one, of three, of which two tie."""
+    examples = []
+    for line, each in enumerate(pairs()):
+        branches = (*each.branches, each.branches[1][::-1])[: 2 + line % 2]
+        ranked = {"ranks": (1, 2, 2)[: len(branches)], "scores": (1.5**line, 0.25, 0.25)[: len(branches)]}
+        examples.append(replace(each, branches=branches, truncated=(False,) * len(branches), **ranked))
+    return examples
+
+
 def examples_for(objective: Objective) -> list[TokenizedExample]:
+    if objective.is_listed:
+        return lists()
     if objective.is_paired:
         return pairs()
     singles = [

@@ -40,7 +40,7 @@ def moving(fault: Fault = lambda call: None, name: str = "moving", start: float 
             policy, reference = inputs.policy, inputs.reference
             chosen = policy.chosen.total - reference.chosen.total
             rejected = policy.rejected.total - reference.rejected.total
-            margins, mean = chosen - rejected, inputs.state["mean"]
+            margins, mean = chosen - rejected - inputs.margin, inputs.state["mean"]
             after = KEEP * mean + (1 - KEEP) * margins.detach().mean()
             metrics = reward_metrics(chosen, rejected) | {f"{name}/mean": mean.expand(len(margins))}
             return LossOutput(losses=-logsigmoid(margins - mean), metrics=metrics, state={"mean": after})
