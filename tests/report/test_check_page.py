@@ -15,6 +15,7 @@ from qpref.data.check import check_data
 from qpref.data.finding_codes import CODES, OTHER
 from qpref.data.flagged import shortened
 from qpref.data.split import HeldOutShare
+from qpref.errors import PluginError
 from qpref.hooks import Options, Validator
 from qpref.hooks.manager import READER, Loaded, Offer, PluginHost
 from qpref.recipe.choices import Choice, SourceChoice
@@ -169,16 +170,22 @@ def test_no_text_of_rows_findings_or_names_becomes_markup(tmp_path):
         {HOSTILE: HOSTILE},
     ]
     path = write_jsonl(tmp_path / "<img src=x>.jsonl", rows)
-    finding = Finding(code=HOSTILE, severity="warning", message=HOSTILE, source=Source(path=HOSTILE, line=0))
-    each = judge(finding, each=lambda example: warn(example, code=HOSTILE, message=HOSTILE))
+    finding = Finding(code="odd", severity="warning", message=HOSTILE, source=Source(path=HOSTILE, line=0))
+    each = judge(finding, each=lambda example: warn(example, message=HOSTILE))
     page = page_of([source(path)], each, title=HOSTILE, first_row=HOSTILE)
     assert [len(page.all(tag)) for tag in ("script", "style", "img")] == [1, 1, 0]
     assert page.one("h1").text == HOSTILE
     assert page.one("pre").text == HOSTILE
     assert HOSTILE in texts_of(cards(page)[0])["chosen"]
     assert texts_of(cards(page)[1]) == {HOSTILE: HOSTILE}
-    assert json.loads(cards(page)[0].attributes["data-codes"]) == [HOSTILE]
-    assert [option.text for option in page.all("select")[0].all("option")] == ["all", HOSTILE, "unknown_format"]
+    assert json.loads(cards(page)[0].attributes["data-codes"]) == ["odd"]
+    assert [option.text for option in page.all("select")[0].all("option")] == ["all", "odd", "unknown_format"]
+
+
+def test_a_finding_whose_code_is_markup_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}])
+    with pytest.raises(PluginError, match="a code is a short name"):
+        page_of([source(path)], judge(each=lambda example: warn(example, code=HOSTILE)))
 
 
 def test_invisible_and_reordering_characters_are_shown_by_their_numbers():
