@@ -124,7 +124,9 @@ class _EarlierRun:
 
 def _session(run: Run, trainer: Any) -> Any:
     """The part of a run that its checkpoints are made of."""
-    prepared = SimpleNamespace(policy=run.policy, plan=run.plan, fingerprints={}, world=names.ALONE)
+    prepared = SimpleNamespace(
+        policy=run.policy, plan=run.plan, objective=run.objective, fingerprints={}, world=names.ALONE
+    )
     return names.Session(prepared, trainer.optimizer, trainer.scaler, trainer.references, trainer.state)
 
 
