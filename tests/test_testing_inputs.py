@@ -20,7 +20,9 @@ def build_offset(options):
         lead = inputs.columns["score_chosen"] - inputs.columns["score_rejected"]
         assert lead.dtype == chosen.dtype
         assert lead.shape == chosen.shape
-        return LossOutput(losses=-logsigmoid(chosen - rejected - lead), metrics=reward_metrics(chosen, rejected))
+        return LossOutput(
+            losses=-logsigmoid(chosen - rejected - lead - inputs.margin), metrics=reward_metrics(chosen, rejected)
+        )
 
     return offset
 

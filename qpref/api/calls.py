@@ -1,4 +1,4 @@
-"""What every function of the interface does around its work: Linux, quiet libraries, messages in Python's words"""
+"""Surroundings of each function of the interface: Linux, quiet libraries, messages in Python's words"""
 
 from __future__ import annotations
 

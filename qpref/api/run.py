@@ -46,7 +46,7 @@ class Run:
 
     @property
     def metrics(self) -> list[MetricRow]:
-        """All rows of metrics.jsonl so far, training and held-out; a value that wasn't finite is NaN.
+        """Rows of metrics.jsonl so far, training and held-out; a value that wasn't finite is NaN.
 
         Raises:
             RecipeError: the folder holds no run.

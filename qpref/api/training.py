@@ -14,7 +14,8 @@ from qpref.api.rows import Rows, rows_folder, source_override, store_rows
 from qpref.api.run import Run
 
 if TYPE_CHECKING:
-    from qpref.hooks.types import Loss, MetricSink, Reader, Validator
+    from qpref.hooks.reader import Reader
+    from qpref.hooks.types import Loss, MetricSink, Validator
     from qpref.records import MetricRow
 
     Plugin = Loss | MetricSink | Reader | Validator

@@ -103,7 +103,8 @@ def _plugins(host: PluginHost, name: str) -> Sequence[Loaded]:
 
 def _results(plugin: Loaded, options: Mapping[str, object], sample: str | None) -> list[Result]:
     from qpref.errors import RecipeError
-    from qpref.hooks.types import Loss, Reader
+    from qpref.hooks.reader import Reader
+    from qpref.hooks.types import Loss
     from qpref.testing import check_loss, check_plugin
 
     if sample is not None and not isinstance(plugin.record, Reader):

@@ -48,7 +48,7 @@ class TokenizedResponse:
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """What a recipe does with masks.
+    """Masks as a recipe uses them.
 
     Attributes:
         mode: as `[data] mask`.

@@ -14,14 +14,13 @@ import pluggy
 
 from qpref.hooks.checks import CountedRows, Places, RowCounts, Severity, SourceSeverity, composed, report, text_of
 from qpref.hooks.lists import list_reward_metrics
+from qpref.hooks.reader import Reader, ReaderContext
 from qpref.hooks.reading import reading_length, reads_shorter
 from qpref.hooks.reward import Reward, RewardFunction
 from qpref.hooks.types import (
     ListLoss,
     MetricSink,
     PairedLoss,
-    Reader,
-    ReaderContext,
     RowCheck,
     SinkContext,
     SinkWriter,

@@ -10,8 +10,9 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from qpref.hooks.reader import Reader
 from qpref.hooks.reward import Reward
-from qpref.hooks.types import MetricSink, Reader, Validator
+from qpref.hooks.types import MetricSink, Validator
 from qpref.records import Finding, Row, Source
 
 SEVERITIES = ("error", "warning")

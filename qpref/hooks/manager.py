@@ -21,8 +21,9 @@ import pluggy
 
 from qpref.errors import InstallError, PluginError, RecipeError
 from qpref.hooks import border, mistakes, spec
+from qpref.hooks.reader import Reader
 from qpref.hooks.reward import Reward
-from qpref.hooks.types import Loss, MetricSink, Reader, Validator
+from qpref.hooks.types import Loss, MetricSink, Validator
 from qpref.installed import as_install_error, is_required, version_of
 
 GROUP = "qpref"

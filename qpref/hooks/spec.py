@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import pluggy
 
+from qpref.hooks.reader import Reader
 from qpref.hooks.reward import Reward
-from qpref.hooks.types import ListLoss, MetricSink, PairedLoss, Reader, UnpairedLoss, Validator
+from qpref.hooks.types import ListLoss, MetricSink, PairedLoss, UnpairedLoss, Validator
 
 hookspec = pluggy.HookspecMarker("qpref")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from qpref.errors import PluginError
 from qpref.hooks.manager import Loaded
-from qpref.hooks.types import ListLoss, PairedLoss, Reader, ReaderContext, Split, UnpairedLoss
+from qpref.hooks.reader import Reader, ReaderContext
+from qpref.hooks.types import ListLoss, PairedLoss, Split, UnpairedLoss
 from qpref.recipe.contest_section import ContestSection
 from qpref.recipe.schedule import Schedule, Scheduled
 from qpref.records import Finding, Row

@@ -28,7 +28,7 @@ KEPT_SHARE = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """How to draw responses.
+    """Settings by which responses are drawn.
 
     Attributes:
         num_responses: k, to each prompt.

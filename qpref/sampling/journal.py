@@ -1,4 +1,4 @@
-"""What has been sampled so far, beside the output: sampling that was killed goes on after the last prompt in it."""
+"""Record of what has been sampled, beside the output: sampling that was killed goes on after the last prompt in it."""
 
 from __future__ import annotations
 

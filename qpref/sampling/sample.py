@@ -53,7 +53,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to sample, and what to make of it.
+    """Prompts, draws and the form of the preferences that are made of them.
 
     Attributes:
         batch_size: responses that are drawn together, at least k; halved where memory runs out.
@@ -107,7 +107,7 @@ def sample_to(output: Path, request: Request, score: Score, overwrite: bool = Fa
 
 
 def _settings(request: Request, ids: Sequence[list[int]]) -> dict[str, Any]:
-    """What decides the responses and their scores, as JSON values."""
+    """List what decides the responses and their scores, as JSON values."""
     subject = request.subject
     adapter = sorted(path for path in subject.adapter.rglob("*") if path.is_file()) if subject.adapter else []
     model = [*sorted(subject.base.weights.values()), *(fsio.sha256_file(path) for path in adapter)]

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from qpref.hooks import Options
+from qpref.hooks.reader import Reader
 from qpref.hooks.reward import Reward
-from qpref.hooks.types import Loss, MetricSink, Reader, Validator
+from qpref.hooks.types import Loss, MetricSink, Validator
 from qpref.testing.advice import advice_on
 from qpref.testing.calls import BrokenRule, NotApplicable
 from qpref.testing.plugins import NOUNS, check_plugin

@@ -1,4 +1,4 @@
-"""What to change in a loss that breaks a rule, a sentence for each."""
+"""Advice on a loss that breaks a rule, a sentence for each."""
 
 from __future__ import annotations
 

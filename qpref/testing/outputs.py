@@ -1,4 +1,4 @@
-"""What a loss returned, read for the rules; anything but metrics by name breaks the rule that reads them."""
+"""Output of a loss, read for the rules; anything but metrics by name breaks the rule that reads them."""
 
 from __future__ import annotations
 

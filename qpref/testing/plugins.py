@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qpref.hooks.contract import record_problem
+from qpref.hooks.reader import Reader
 from qpref.hooks.reward import Reward
-from qpref.hooks.types import MetricSink, Reader, Validator
+from qpref.hooks.types import MetricSink, Validator
 from qpref.testing.reader_rules import READER_RULES, SampledReader
 from qpref.testing.results import Result, results_of
 from qpref.testing.reward_rules import REWARD_RULES, BuildableReward

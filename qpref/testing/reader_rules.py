@@ -16,7 +16,7 @@ from qpref.errors import QprefError
 from qpref.hooks.border import described, is_interrupt
 from qpref.hooks.contract import SeenSources, row_problem, value_problem
 from qpref.hooks.process_state import ProcessState
-from qpref.hooks.types import Reader, ReaderContext
+from qpref.hooks.reader import Reader, ReaderContext
 from qpref.records import Finding, Row
 from qpref.testing.calls import BrokenRule, NotApplicable
 

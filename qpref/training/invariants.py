@@ -24,7 +24,8 @@ from qpref.policy.policy import Policy
 from qpref.policy.reference import as_reference, frozen
 from qpref.records import ListInputs, PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched
-from qpref.training.objective import LossCaller, Objective
+from qpref.training.loss_caller import LossCaller
+from qpref.training.objective import Objective
 from qpref.training.sharing_check import LAYOUT_TOLERANCE, excess, own_rows, sharing_fault
 
 log = logging.getLogger("qpref")

@@ -20,7 +20,8 @@ from qpref.policy.out_of_memory import attempt
 from qpref.recipe.resolve import make_plan
 from qpref.records import Group
 from qpref.training import run as run_module
-from qpref.training.objective import LossCaller, Objective
+from qpref.training.loss_caller import LossCaller
+from qpref.training.objective import Objective
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 """A device object needs no GPU, and torch's flag is the process's."""

@@ -153,11 +153,21 @@ class Terminal:
         os.close(slave)
         self.screen = ""
 
-    def until(self, pattern: str, seconds: float = 120) -> str:
-        """What is printed up to the pattern; what comes before it is forgotten."""
+    def until(self, pattern: str, seconds: float = 120, again: str = "") -> str:
+        """What is printed up to the pattern; what comes before it is forgotten.
+
+        Args:
+            again: typed every five seconds until then. Python's readline misses a ctrl-C between its prompt and its
+                wait for keys, until the next key.
+        """
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen, re.DOTALL)):
-            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], self.screen
+            left = deadline - time.monotonic()
+            if not select.select([self.master], [], [], max(0, min(left, 5) if again else left))[0]:
+                assert again, self.screen
+                assert left > 0, self.screen
+                self.type(again)
+                continue
             try:
                 self.screen += os.read(self.master, 4096).decode(errors="replace")
             except OSError:  # the process has ended
@@ -192,6 +202,6 @@ def test_on_a_terminal_answers_stand_side_by_side_ctrl_c_stops_them_and_ctrl_d_l
     terminal.type("x" * 600 + "\n")
     terminal.until("error: the conversation has .*> ")
     terminal.type("\x03")
-    terminal.until("ctrl-D leaves.*> ")
+    terminal.until("ctrl-D leaves.*> ", again="\x03")
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0

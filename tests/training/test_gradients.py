@@ -27,8 +27,9 @@ from qpref.recipe.resolve import make_plan
 from qpref.records import LossOutput, PairedInputs, TokenizedExample
 from qpref.training import optim
 from qpref.training.loop import Trainer
+from qpref.training.loss_caller import LossCaller
 from qpref.training.metrics import Recorder
-from qpref.training.objective import LossCaller, Objective
+from qpref.training.objective import Objective
 from qpref.training.prepare import prepare
 from qpref.training.state import TrainingState
 

@@ -32,7 +32,8 @@ from qpref.records import LossOutput, Source, TokenizedExample
 from qpref.training import invariants, optim
 from qpref.training import prepare as prepare_module
 from qpref.training.gradient_check import check_gradients
-from qpref.training.objective import LossCaller, Objective
+from qpref.training.loss_caller import LossCaller
+from qpref.training.objective import Objective
 from qpref.training.prepare import Prepared
 from qpref.training.prepare import prepare as prepare_plan
 

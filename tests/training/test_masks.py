@@ -18,7 +18,8 @@ from qpref.policy.partners import logprobs_with_partners
 from qpref.policy.reference import ReferenceStore, as_reference
 from qpref.recipe.resolve import make_plan
 from qpref.records import TokenizedExample
-from qpref.training.objective import LossCaller, Objective
+from qpref.training.loss_caller import LossCaller
+from qpref.training.objective import Objective
 from qpref.training.scoring import Scorer
 from qpref.training.whole_batch import WholeBatch, values_of
 
