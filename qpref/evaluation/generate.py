@@ -221,7 +221,7 @@ def answer_all(
     torch.manual_seed(sampling.seed)
     size = sampling.batch_size
     while len(found) < len(ids):
-        indices = _sharing_a_batch(policy, order[len(found) : len(found) + size], ids, sampling.max_new_tokens)
+        indices = sharing_a_batch(policy, order[len(found) : len(found) + size], ids, sampling.max_new_tokens)
         new = new_tokens(policy, tokenizer, [ids[index] for index in indices], sampling)
         if new is None:
             if size == 1:
@@ -240,7 +240,7 @@ def text_of_answer(tokenizer: PairTokenizer, answer: Sequence[int]) -> tuple[str
     return tokenizer.tokenizer.decode(answer[:stop], skip_special_tokens=True), stop is not None
 
 
-def _sharing_a_batch(policy: Policy, indices: list[int], ids: Sequence[list[int]], new: int) -> list[int]:
+def sharing_a_batch(policy: Policy, indices: list[int], ids: Sequence[list[int]], new: int) -> list[int]:
     """Take the first prompts that may share a batch: all of them, unless rotary positions change with their length.
 
     Then those that stay in one class of lengths until their ends do, and prompts of equal length.

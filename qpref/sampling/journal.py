@@ -31,16 +31,17 @@ class Journal:
 
     Args:
         settings: JSON values that decide the responses and their scores.
+        begin: leave aside what is there.
 
     Raises:
         DataError: the file there was made with other settings, or isn't such a file.
         DiskError: it cannot be written.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, Any], begin: bool = False) -> None:
         self.path = output.with_name(output.name + SUFFIX)
         head = json.dumps(settings, sort_keys=True).encode()
-        lines = self._lines()
+        lines = [] if begin else self._lines()
         if lines and lines[0] != head:
             raise DataError(
                 f"{self.path}: what was sampled there came from other settings: {_changed(lines[0], settings)}",

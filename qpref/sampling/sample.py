@@ -15,7 +15,7 @@ from typing import Any
 from qpref import fsio
 from qpref.data.tokenize import PairTokenizer
 from qpref.errors import DataError, DeviceMemoryError
-from qpref.evaluation.generate import prompt_ids, text_of_answer
+from qpref.evaluation.generate import prompt_ids, sharing_a_batch, text_of_answer
 from qpref.evaluation.subjects import Subject
 from qpref.locks import in_turn
 from qpref.policy.out_of_memory import attempt, out_of_memory_as
@@ -81,13 +81,13 @@ def sample_to(output: Path, request: Request, score: Score, overwrite: bool = Fa
         DeviceMemoryError: not even one prompt's responses fit.
         DiskError: the output can't be written.
     """
-    if output.exists() and not overwrite:
-        raise DataError(f"{output}: exists", "name another file, or add --overwrite")
     tokenizer = request.subject.tokenizer()
     ids = prompt_ids(tokenizer, request.prompts)
     settings = _settings(request, ids)
     with in_turn(output.with_name(f".{output.name}.lock"), f"samples to {output}"):
-        journal = Journal(output, settings)
+        if output.exists() and not overwrite:
+            raise DataError(f"{output}: exists", "name another file, or add --overwrite")
+        journal = Journal(output, settings, begin=overwrite)
         lengths: list[int] = []
         try:
             left = [index for index in range(len(ids)) if index not in journal.entries]
@@ -113,6 +113,8 @@ def _settings(request: Request, ids: Sequence[list[int]]) -> dict[str, Any]:
     model = [*sorted(subject.base.weights.values()), *(fsio.sha256_file(path) for path in adapter)]
     return {
         "model": hashlib.sha256(json.dumps(model).encode()).hexdigest(),
+        "quantization": subject.recipe.model.quantization,
+        "dtype": subject.dtype,
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "reward": dict(request.reward),
         **asdict(request.draws),
@@ -131,18 +133,18 @@ def _drawn(
     order = sorted(left, key=lambda index: -len(ids[index]))
     size = max(1, request.batch_size // request.draws.num_responses)
     while order:
-        batch = order[:size]
+        batch = sharing_a_batch(policy, order[:size], ids, request.draws.max_new_tokens)
         found = _attempted(policy, [ids[index] for index in batch], request.draws, tokenizer)
         if found is None:
-            if size == 1:
+            if len(batch) == 1:
                 raise DeviceMemoryError(
                     "the device ran out of memory on one prompt", "lower --k or --max-new-tokens, or shorten the prompt"
                 )
-            size = (min(size, len(batch)) + 1) // 2
+            size = (len(batch) + 1) // 2
             log.warning("out of memory: continuing with %d prompts per batch", size)
             continue
         yield batch, found
-        order = order[size:]
+        order = order[len(batch) :]
 
 
 def _attempted(

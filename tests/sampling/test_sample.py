@@ -87,6 +87,28 @@ def test_other_settings_do_not_go_on_from_there(request_, tmp_path):
             sample_to(tmp_path / "out.jsonl", changed, by_length)
 
 
+def test_overwrite_starts_over_what_was_interrupted_with_other_settings(request_, tmp_path):
+    def dies(responses):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sample_to(output, replace(request_, draws=replace(request_.draws, seed=3)), dies)
+    sample_to(output, request_, by_length, overwrite=True)
+    sample_to(tmp_path / "whole.jsonl", request_, by_length)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "out.jsonl.sampling").exists()
+
+
+def test_prompts_of_other_rotary_frequencies_share_no_batch(request_, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "sharing_a_batch", lambda policy, indices, ids, new: indices[:1])
+    drawn, sizes = module.sample, []
+    monkeypatch.setattr(module, "sample", lambda policy, prompts, *rest: (
+        sizes.append(len(prompts)), drawn(policy, prompts, *rest))[1])  # fmt: skip
+    sample_to(tmp_path / "out.jsonl", request_, by_length)
+    assert sizes == [1] * 5
+
+
 def test_an_output_that_exists_is_kept(request_, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(DataError, match="exists"):
