@@ -55,7 +55,7 @@ class LipoOptions(Options):
 def build_plackett_luce(options: PlackettLuceOptions) -> Callable[[ListInputs], LossOutput]:
     """sum_i log(1 + sum_j e^(s_j - s_i + m)), j over the responses that rank below i.
 
-    Rafailov et al. 2023, appendix A.3, eq. 20, without ties: the negative log-likelihood of the ranking, where each
+    Rafailov et al. 2023, appendix A.3, without ties: the negative log-likelihood of the ranking, where each
     response in turn is preferred to all that follow. A response that ties with others competes with those below them
     all the same, and not with them.
     """
@@ -75,7 +75,7 @@ def build_plackett_luce(options: PlackettLuceOptions) -> Callable[[ListInputs], 
 def build_lipo(options: LipoOptions) -> Callable[[ListInputs], LossOutput]:
     """-sum_ij w_ij ls(s_i - s_j - m), i ranked above j; w_ij = |G_i - G_j| |1 / log(1 + p_i) - 1 / log(1 + p_j)|.
 
-    Liu et al. 2024, eq. 10 to 12: G = 2^label - 1, and p is a response's position, from 1, when the list is sorted by
+    Liu et al. 2024: G = 2^label - 1, and p is a response's position, from 1, when the list is sorted by
     s. The weights are constants to the gradient.
     """
 
@@ -130,7 +130,7 @@ def qpref_losses() -> Iterator[ListLoss]:
         name="plackett_luce",
         summary="likelihood of a whole ranking, DPO's listwise form (Rafailov et al. 2023)",
         formula="sum_i log(1 + sum_j e^(s_j - s_i + m)), j ranked below i, s = beta D",
-        paper="Rafailov et al. 2023, Direct Preference Optimization, appendix A.3, eq. 20",
+        paper="Rafailov et al. 2023, Direct Preference Optimization, appendix A.3",
         options=PlackettLuceOptions,
         build=build_plackett_luce,
         starts_at=lambda options: math.log(2),
@@ -141,7 +141,7 @@ def qpref_losses() -> Iterator[ListLoss]:
         name="lipo",
         summary="lambda-weighted pairs of a ranking (Liu et al. 2024)",
         formula="-sum_ij |G_i - G_j| |1/log(1 + p_i) - 1/log(1 + p_j)| ls(s_i - s_j - m), i ranked above j, s = beta D",
-        paper="Liu et al. 2024, LiPO: Listwise Preference Optimization through Learning-to-Rank, eq. 10 to 12",
+        paper="Liu et al. 2024, LiPO: Listwise Preference Optimization through Learning-to-Rank",
         options=LipoOptions,
         build=build_lipo,
         needs=lambda options: frozenset({"reference"} | ({"scores"} if options.gain == "scores" else set())),

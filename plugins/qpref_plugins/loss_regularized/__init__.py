@@ -64,7 +64,7 @@ class CalDpoOptions(Options):
     calibration: float = Field(
         default=1.0,
         ge=0,
-        description="Weight of the two squares. 1 is the paper's; its authors' code has 0.5.",
+        description="Weight of the two squares. The authors' code has 0.5.",
     )
 
 
