@@ -1,0 +1,1 @@
+"""Reward against KL: preference losses on one task whose reward a program computes."""
