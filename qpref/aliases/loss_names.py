@@ -23,6 +23,7 @@ LOSS_NAMES = {
     "slic": TrlLoss("DPOTrainer", "hinge"),
     "bco": TrlLoss("DPOTrainer", "bco_pair"),
     "sppo": TrlLoss("DPOTrainer", "sppo_hard"),
+    "aot_pair": TrlLoss("DPOTrainer", "aot_unpaired"),
     "nll": TrlLoss("DPOTrainer", "sft"),
 }
 """Names that are no loss here; those that are the same in TRL and here need no entry."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpref.aliases.alias import TOOLS
-from qpref.aliases.loss_names import DEFAULT_LOSS_TYPES, TrlLoss
+from qpref.aliases.loss_names import DEFAULT_LOSS_TYPES, LOSS_NAMES, TrlLoss
 from qpref.convert.draft import Draft
 from qpref.convert.settings import Settings, anything, flag, number, word, words
 from qpref.errors import RecipeError
@@ -65,7 +65,8 @@ def convert_losses(settings: Settings, draft: Draft, trainer: str | None = None)
     host = PluginHost()
     parts = {"trl": _trl, "axolotl": _axolotl, "llamafactory": _llama_factory}[settings.tool](settings, draft, trainer)
     for part in parts:
-        found = find_loss(host, part.loss)
+        older = LOSS_NAMES.get(part.loss.loss_type)
+        found = find_loss(host, part.loss) or (find_loss(host, older) if older else None)
         if found is None:
             raise RecipeError(f"no installed loss equals {part.origin} ({part.loss.trainer})", "see `qpref losses`")
         table: dict[str, tuple[Any, str]] = {"name": (found.offer.name, part.origin)}

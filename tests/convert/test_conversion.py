@@ -121,6 +121,21 @@ def test_trls_losses_are_the_installed_ones_that_equal_them(converted, keys, tra
     assert recipe["loss"] == loss
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("sigmoid", "dpo"),
+        *((name, name) for name in ("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+                                    "aot_unpaired", "discopop", "apo_zero", "apo_down", "sft", "sigmoid_norm")),
+        ("aot_pair", "aot_unpaired"),  # an older name of the same arithmetic
+    ],
+)  # fmt: skip
+def test_each_loss_type_of_trls_dpo_trainer_has_its_loss(converted, theirs, ours):
+    text = f"model_name_or_path: org/m\ndataset_name: org/d\nloss_type: {theirs}\nlabel_smoothing: 0.1\n"
+    recipe, _ = converted(text, trainer="dpo", tool="trl")
+    assert recipe["loss"]["name"] == ours
+
+
 def test_simpo_with_trls_defaults_is_said_to_be_something_else(converted):
     _, said = converted("model_name_or_path: org/m\ndataset_name: org/d\nloss_type: simpo\n")
     assert "beta = 0.1 (default of TRL): SimPO's rewards are means over tokens" in said
