@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
@@ -250,6 +251,21 @@ def moved_to_the_cpu(options, inputs):
 @wrong("device")
 def moved_to_the_cpu_by_name(options, inputs):
     return dpo(options, inputs, lambda losses: losses * losses.detach().to("cpu").sign())
+
+
+@wrong("device")
+def weights_by_a_constructor(options, inputs):
+    return dpo(options, inputs, lambda losses: losses * torch.DoubleTensor([1.0]))
+
+
+@wrong("device")
+def weights_by_the_oldest_constructor(options, inputs):
+    return dpo(options, inputs, lambda losses: losses * torch.Tensor([1.0]).to(losses.dtype))
+
+
+@wrong("device")
+def memory_of_numpy(options, inputs):
+    return dpo(options, inputs, lambda losses: losses * torch.from_numpy(np.ones(1)).to(losses.dtype))
 
 
 def made_while_building(options):

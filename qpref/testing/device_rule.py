@@ -1,7 +1,8 @@
 """The rule that a loss works on the device of its inputs, checked without a GPU.
 
 PyTorch lets a mode see each call of its functions. A tensor made without a device is on the CPU wherever the inputs
-are, and so is one moved there by name.
+are, and so is one moved there by name. Constructors such as `torch.Tensor(...)` are no such functions;
+another mode sees the operators beneath.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpref.hooks.types import Loss
 from qpref.testing.calls import BrokenRule, Built
@@ -21,18 +23,20 @@ from qpref.testing.examples import Draws
 
 MAKERS = (
     "arange asarray as_tensor bartlett_window blackman_window empty empty_permuted empty_strided eye frombuffer "
-    "from_numpy full hamming_window hann_window kaiser_window linspace logspace normal ones rand randint randn "
+    "full hamming_window hann_window kaiser_window linspace logspace normal ones rand randint randn "
     "randperm range scalar_tensor sparse_coo_tensor tensor tril_indices triu_indices zeros"
 )
 MAKING: dict[Any, str] = {getattr(torch, name): f"torch.{name}" for name in MAKERS.split()}
 MOVING: dict[Any, str] = {Tensor.cpu: "cpu", Tensor.cuda: "cuda", Tensor.numpy: "numpy", Tensor.__array__: "numpy"}
+CONSTRUCTING = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.empty.memory_format})
+"""Operators that put a constructor's numbers into a tensor, or make an empty one."""
 ON_TENSORS = frozenset({torch.as_tensor, torch.asarray, torch.normal})
 """Functions that keep the device of a tensor that they are given."""
 
 
 def check_device(record: Loss, options: Any) -> None:
     """Refuse tensors made without a device, and moves to a device by its name."""
-    with _Watch() as watch:
+    with _Watch() as watch, _ConstructorWatch(watch):
         built = Built(record, options)
         for count in (1, 4):
             built(built.given(Draws().examples(count)))
@@ -46,12 +50,33 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.depth = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if (problem := _problem(func, args, kwargs)) and not _is_of_core(sys._getframe(1)):
             self.found.append(problem)
-        return func(*args, **kwargs)
+        self.depth += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.depth -= 1
+
+
+class _ConstructorWatch(TorchDispatchMode):
+    """Notes tensors that the plugin's code makes by no function that `_Watch` sees."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in CONSTRUCTING and not self._watch.depth and not _is_of_core(sys._getframe(1)):
+            self._watch.found.append(
+                "makes a tensor by a constructor, such as torch.Tensor(...), torch.FloatTensor(...) or "
+                "torch.from_numpy(...): on a GPU the tensor stays on the CPU"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _problem(func: Callable[..., Any], args: Any, kwargs: Any) -> str | None:
