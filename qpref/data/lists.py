@@ -46,5 +46,6 @@ def _list_of(pairs: Sequence[PreferencePair], number: int) -> RankedList:
         weight=first.weight,
         margin=first.margin,
         number=number,
+        columns=first.columns,
         source=first.source,
     )

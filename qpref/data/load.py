@@ -14,10 +14,11 @@ from qpref.data.split import HeldOutShare, resample
 from qpref.data.token_cache import TokenCache
 from qpref.data.tokenize import PairTokenizer
 from qpref.data.truncate import fit_length, prompt_limit
-from qpref.errors import DataError
+from qpref.errors import DataError, RecipeError
 from qpref.recipe.data_section import DataSection
 from qpref.recipe.plan import Plan
 from qpref.records import Finding, RankedList, TokenizedExample
+from qpref.rows.loss_columns import side_of
 
 log = logging.getLogger("qpref")
 
@@ -27,7 +28,10 @@ def check_rows(plan: Plan) -> CheckedData:
 
     Raises:
         DataError: a source cannot be read.
+        RecipeError: a loss on lists reads a column that is about one response.
     """
+    if plan.is_listed:
+        _refuse_sides(plan.columns)
     data = plan.recipe.data
     share = HeldOutShare(data.heldout_share, plan.recipe.train.seed) if data.heldout_share else None
     checked = check_data(plan.sources, plan.validators, pairs_only=plan.is_paired, share=share)
@@ -55,6 +59,15 @@ def load_rows(plan: Plan) -> CheckedData:
     if plan.is_listed:
         _explain_lists(checked, plan)
     return checked
+
+
+def _refuse_sides(columns: Sequence[str]) -> None:
+    for name in columns:
+        if side_of(name) is not None:
+            raise RecipeError(
+                f"[loss] a loss on lists reads the column '{name}', which is about one response, not about the list",
+                "its record's columns are numbers of the whole row; the responses' scores are the need 'scores'",
+            )
 
 
 def _explain_singles(checked: CheckedRows, plan: Plan) -> None:

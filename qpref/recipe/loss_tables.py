@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from qpref.recipe.choices import LossChoice
-from qpref.recipe.loss_columns import joint_columns
 from qpref.recipe.loss_section import LossSection
 from qpref.recipe.problems import Problem, problems_of
 from qpref.recipe.schedule import Schedule, can_be_scheduled
@@ -40,7 +39,5 @@ def joint_problems(losses: Sequence[LossChoice]) -> Iterator[Problem]:
     if len(units) > 1:
         names = " and ".join(f"'{loss.plugin.record.name}'" for loss in losses)
         yield Problem("loss", "", f"{names}: one is on {units[0]}, another on {units[1]}")
-    if units == ["lists"] and joint_columns(loss.at(0.0) for loss in losses):
-        yield Problem("loss", "", "a loss on lists reads no columns of the rows; their scores are a need")
     if losses and not all(sum(loss.weight_at(end) for loss in losses) for end in (0.0, 1.0)):
         yield Problem("loss", "weight", "0 for all losses at one end of the run")

@@ -144,7 +144,7 @@ class ListInputs:
         ranks: [R] int64, rank of each response in its list, from 1; equal for a tie, as in 1, 2, 2, 4.
         scores: [R] scores of the row, higher is better; None unless a loss needs them.
         margin: [N] margin of each row, 0 by default.
-        state: name -> what the loss has kept since the steps before, for the names in its record's `state`.
+        columns, state: as in `PairedInputs`; columns are numbers of whole rows, [N].
     """
 
     policy: TokenLogProbs
@@ -153,6 +153,7 @@ class ListInputs:
     ranks: Tensor
     scores: Tensor | None = None
     margin: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_list(self, values: Tensor) -> tuple[Tensor, ...]:

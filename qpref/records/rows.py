@@ -95,7 +95,7 @@ class RankedList:
         weight: factor on this list's loss (applied by the training loop, a loss never sees it).
         margin: how much better a response has to be than a worse one, as in `PreferencePair`.
         number: index of the list within its row.
-        columns: numbers of the row that the losses read, by column; none of a list loss.
+        columns: numbers of the row that the losses read, by column; one number for the whole list.
     """
 
     prompt: tuple[Message, ...]

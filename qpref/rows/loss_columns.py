@@ -33,7 +33,7 @@ def with_loss_columns(
 
 
 def _number(record: PreferencePair | UnpairedExample, values: Values, name: str) -> float:
-    side = _side_of(name)
+    side = side_of(name)
     value = values.get(name)
     if isinstance(record, PreferencePair) and side is not None:
         position = record.positions[SIDES.index(side)]
@@ -85,7 +85,7 @@ def _checked(value: object, name: str) -> float:
     return number
 
 
-def _side_of(name: str) -> str | None:
+def side_of(name: str) -> str | None:
     """Return the side that a column's name is about; None where it names none, or both."""
     found = [side for side in SIDES if side in words(name)]
     return found[0] if len(found) == 1 else None

@@ -15,7 +15,7 @@ from qpref.hooks.loss_state import state_of, written_problem
 from qpref.hooks.process_state import ProcessState
 from qpref.hooks.types import Loss
 from qpref.records import EXTRAS, ListInputs, LossOutput, PairedInputs, PairLogProbs, TokenLogProbs, UnpairedInputs
-from qpref.testing.examples import Example, Scores
+from qpref.testing.examples import Example, Ranked, Scores
 
 
 class BrokenRule(AssertionError):
@@ -54,7 +54,7 @@ class LossInputs:
     leaves: Mapping[str, Tensor]
 
 
-def _columns(examples: Sequence[Example], names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+def columns_of(examples: Sequence[Example | Ranked], names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return [N] numbers of the examples by column."""
     return {
         name: torch.tensor([one.numbers[index % len(one.numbers)] for one in examples], dtype=dtype)
@@ -90,6 +90,8 @@ def _lists_of_two(pairs: PairedInputs, needs: frozenset[str]) -> ListInputs:
         ranks=torch.tensor([1, 2] * count),
         scores=torch.tensor([1.0, 0.0] * count, dtype=dtype) if "scores" in needs else None,
         margin=pairs.margin,
+        columns=pairs.columns,
+        state=pairs.state,
     )
 
 
@@ -145,7 +147,7 @@ class Built:
     ) -> LossInputs:
         needs = self.needs if needs is None else needs
         given = _paired(examples, needs, dtype) if self.paired else _unpaired(examples, needs, dtype, class_counts)
-        columns = _columns(examples, self.columns, dtype)
+        columns = columns_of(examples, self.columns, dtype)
         return replace(given, inputs=replace(given.inputs, columns=columns, state=self.state(dtype)))
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -54,6 +54,20 @@ class Example:
         return f"log-probabilities {sides[0]} and {sides[1]}, margin {self.margin:g}, {label}"
 
 
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A list of responses, the best first, with their ranks.
+
+    Attributes:
+        numbers: as in `Example`.
+    """
+
+    ranks: tuple[int, ...]
+    responses: tuple[Scores, ...]
+    margin: float = 0.0
+    numbers: tuple[float, ...] = (0.0,)
+
+
 NEAR_LENGTHS = ((5, 8), (8, 5), (4, 9), (9, 4), (6, 7), (7, 6))
 """Tokens of first and second response in `near_reference`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,21 +12,12 @@ from torch import Tensor
 
 from qpref.hooks.types import ListLoss, Loss
 from qpref.records import ListInputs
-from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, list_of_scores
-from qpref.testing.examples import LEVELS, Draws, Scores, level
+from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, columns_of, list_of_scores
+from qpref.testing.examples import LEVELS, Draws, Ranked, level
 from qpref.testing.gradients import FrozenDetached, central_differences
 
 RANKS = ((1, 2), (1, 2, 3), (1, 1, 3), (1, 2, 2, 4), (1, 2, 3, 4, 5))
 """Ranks of the lists that a loss is called with: of several lengths, with and without ties."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """A list of responses, as the kit makes them."""
-
-    ranks: tuple[int, ...]
-    responses: tuple[Scores, ...]
-    margin: float = 0.0
 
 
 def check_lists(record: Loss, options: Any) -> None:
@@ -54,7 +45,12 @@ def random_lists(seed: int) -> list[Ranked]:
     """Make a list of each of RANKS, with responses of 1 to 4 tokens."""
     draws = Draws(seed)
     return [
-        Ranked(ranks, tuple(draws.scores(1 + index % 4) for index in range(len(ranks))), (0.0, 0.7)[number % 2])
+        Ranked(
+            ranks,
+            tuple(draws.scores(1 + index % 4) for index in range(len(ranks))),
+            margin=(0.0, 0.7)[number % 2],
+            numbers=(0.3 * number, 1.0 - number),
+        )
         for number, ranks in enumerate(RANKS)
     ]
 
@@ -71,6 +67,8 @@ def given(built: Built, lists: Sequence[Ranked], dtype: torch.dtype = torch.floa
         ranks=ranks,
         scores=(1 / ranks).to(dtype) if "scores" in built.needs else None,
         margin=torch.tensor([each.margin for each in lists], dtype=dtype),
+        columns=columns_of(lists, built.columns, dtype),
+        state=built.state(dtype),
     )
     return LossInputs(inputs, {"responses": policy.values})
 
@@ -117,7 +115,8 @@ def _check_finite(built: Built) -> None:
 def _check_accuracies(built: Built) -> None:
     """Require rewards/accuracies of 1 for lists in the right order by any reward, and of 0 for the opposite order."""
     draws = Draws(2)
-    lists = [Ranked(ranks, tuple(draws.scores(3) for _ in ranks)) for ranks in RANKS]
+    # The same response throughout a list: a loss that weighs tokens weighs them alike.
+    lists = [Ranked(ranks, (draws.scores(3),) * len(ranks)) for ranks in RANKS]
     inputs = given(built, lists)
     found = built(inputs).metrics.get("rewards/accuracies")
     if found is None or found.shape != (len(lists),):

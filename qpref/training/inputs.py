@@ -66,6 +66,7 @@ def list_inputs(
         ranks=ranks,
         scores=of_rows if needs_scores else None,
         margin=batch.margin,
+        columns=batch.columns,
     )
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import outcome, write_jsonl
 
 import qpref
 from qpref.data.lists import lists_of
 from qpref.data.load import load_rows
 from qpref.data.pack import num_fed_tokens, pack
-from qpref.errors import DataError, RecipeError
+from qpref.errors import DataError, PluginError, RecipeError
+from qpref.hooks import ListLoss, Options, list_reward_metrics
 from qpref.memory.planned_data import planned_data
 from qpref.policy.logprobs import completion_logprobs
 from qpref.recipe.resolve import make_plan
-from qpref.records import Message, PreferencePair, Row, Source
+from qpref.records import LossOutput, Message, PreferencePair, Row, Source
 from qpref.rows.formats import records_of_row
+from qpref.testing import assert_conforms
 from qpref.training.prepare import prepare
 from qpref.training.whole_batch import Sequences
 
@@ -176,3 +179,90 @@ def test_two_responses_of_different_ranks_that_are_cut_to_the_same_tokens_drop_t
     rows = [*ranked_rows(4), {"prompt": "p", "ranked": ["x" * 300 + "a", "y", "x" * 300 + "b"]}]
     plan = make_plan(list_recipe({"data.on_overflow": "truncate"}, rows), (), tmp_path / "run")
     assert {one.source.line for one in prepare(plan, load_rows(plan)).examples} == {1, 2, 3, 4}
+
+
+def reading(name: str = "reading", **changes) -> ListLoss:
+    """A loss on lists that reads all that one can read: masks, ids, entropies, a column of the rows, and a state."""
+
+    def build(options):
+        def reading(inputs):
+            policy, reference = inputs.policy, inputs.reference
+            weights = policy.mask / (1 + policy.entropy) * (1 + policy.tokens.remainder(7) / 7)
+            rewards = policy.sum(weights * (policy.values - reference.values))
+            level, strength = inputs.state["level"], inputs.columns["strength"].sigmoid()
+            losses = torch.stack(
+                [
+                    -(each.log_softmax(0)[ranks == 1].mean() - factor * (margin + level))
+                    for each, ranks, margin, factor in zip(
+                        inputs.by_list(rewards), inputs.by_list(inputs.ranks), inputs.margin, strength, strict=True
+                    )
+                ]
+            )
+            after = 0.5 * level + 0.5 * losses.detach().mean()
+            metrics = list_reward_metrics(rewards, inputs) | {"reading/level": level.expand(len(losses))}
+            return LossOutput(losses=losses, metrics=metrics, state={"level": after})
+
+        return reading
+
+    needs = frozenset({"reference", "tokens", "entropy"})
+    fields = {"scope": "step", "detaches": lambda options: True, "state": {"level": 0.0}, "columns": ("strength",)}
+    record = {"name": name, "summary": "reads all", "options": Options, "build": build, "needs": needs} | fields
+    return ListLoss(**record | changes)
+
+
+def test_a_list_loss_may_read_tokens_a_column_and_a_state_by_every_rule():
+    assert_conforms(reading())
+
+
+@pytest.fixture
+def read_recipe(list_recipe):
+    """Four steps of two lists, each with a row and a checkpoint; parts of some responses are masked."""
+    rows = [row | {"strength": row["margin"] - 0.5} for row in ranked_rows(8)]
+    heldout = [row | {"strength": 0} for row in ranked_rows(4, start=100)]
+    changes = {"train.max_steps": 4, "train.batch_size": 2, "train.learning_rate": 0.01, "train.log_every": 1,
+               "train.save_every": 1, "train.tokens_per_microbatch": 60, "data.mask": "loss",
+               "data.mask_patterns": [r"\d+"]}  # fmt: skip
+
+    def make(**loss: object):
+        recipe = list_recipe(changes, rows, {"name": "reading"} | loss)
+        write_jsonl(Path(recipe["data"]["heldout"]), heldout)
+        return recipe
+
+    return make
+
+
+def killed_at(call: int, record: ListLoss) -> ListLoss:
+    """The loss that fails at its `call`-th call with a gradient."""
+    calls = [0]
+
+    def build(options):
+        function = record.build(options)
+
+        def failing(inputs):
+            calls[0] += torch.is_grad_enabled()
+            if calls[0] == call:
+                raise RuntimeError("killed here")
+            return function(inputs)
+
+        return failing
+
+    return replace(record, build=build)
+
+
+def test_a_resumed_run_on_lists_is_the_whole_one_to_the_bit(read_recipe, tmp_path):
+    recipe, record = read_recipe(), reading()
+    whole = qpref.train(recipe, output=tmp_path / "whole", plugins=[record])
+    with pytest.raises(PluginError, match="killed here"):
+        qpref.train(recipe, output=tmp_path / "cut", plugins=[killed_at(4, record)])
+    assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    resumed = qpref.train(recipe, output=tmp_path / "cut", plugins=[record], resume=True)
+    assert outcome(resumed.path) == outcome(whole.path)
+    levels = [row.values["reading/level"] for row in whole.metrics if row.split == "train"]
+    assert len(set(levels)) == 4
+
+
+def test_a_column_of_a_list_loss_is_a_number_of_the_row_not_of_a_response(list_recipe, tmp_path):
+    recipe, record = list_recipe(loss={"name": "reading"}), reading(columns=("score_chosen",))
+    plan = make_plan(recipe, (), tmp_path / "run", plugins=[record])
+    with pytest.raises(RecipeError, match="reads the column 'score_chosen', which is about one response"):
+        load_rows(plan)
