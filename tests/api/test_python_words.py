@@ -15,9 +15,8 @@ from qpref.errors import RecipeError
 ROOT = Path(__file__).parents[2] / "qpref"
 NOT_CALLED = ("cli", "sweep", "sampling", "convert", "first_recipe", "doctor", "report", "testing", "aliases")
 """Packages of commands that Python has no function for."""
-NOT_CALLED_MODULES = ("export.py", "hub.py", "adapter_to_push.py", "gguf_lora.py", "known_shapes.py", "cards.py",
-                      "card_speed.py", "links.py", "scaling.py", "forecast.py", "launch.py", "finding_codes.py",
-                      "modelfile.py", "pypi.py", "words.py")  # fmt: skip
+NOT_CALLED_MODULES = ("export.py", "hub.py", "adapter_to_push.py", "gguf_lora.py", "links.py", "scaling.py",
+                      "finding_codes.py", "modelfile.py", "pypi.py", "words.py")  # fmt: skip
 """Modules of such commands, and those whose options are pip's own."""
 OF_OTHER_PROGRAMS = re.compile(
     r"pip (install|download) --[\w-]+|nvidia-smi.*|--query-gpu.*|--format=csv.*|`--gpus all`|wsl --install"
