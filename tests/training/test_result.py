@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import tomli_w
+import torch
 from click.testing import CliRunner
 from conftest import rows_of
 
 import qpref
 from qpref.cli import main
 from qpref.training import checkpoint
+from qpref.training import result as training_result
 
 
 @pytest.fixture
@@ -30,6 +32,15 @@ def test_run_json_holds_what_qpref_plan_says_of_the_same_recipe(on_cpu, tmp_path
     assert run["forecast"]["tokens_per_step"] == planned["tokens_per_step"]
     assert run["forecast"]["flops_per_step"] == pytest.approx(planned["flops_per_step"])
     assert run["steps"] == planned["steps"] == 2
+
+
+def test_run_json_names_the_options_that_the_recipe_sets(make_recipe, tmp_path):
+    beta = {"start": 0.1, "end": 0.2, "schedule": "linear"}
+    recipe = make_recipe({"train.max_steps": 1, "model.device": "cpu"}) | {
+        "loss": {"name": "dpo", "beta": beta, "label_smoothing": 0.1}
+    }
+    facts = json.loads((qpref.train(recipe, output=tmp_path / "run") / "run.json").read_text())
+    assert facts["losses"]["given"] == [["beta", "label_smoothing"]]
 
 
 def test_result_json_agrees_with_the_last_row(on_cpu, tmp_path):
@@ -71,6 +82,26 @@ def test_resumed_run_says_from_where_its_memory_was_measured(on_cpu, tmp_path, m
     assert not (tmp_path / "run/result.json").exists()
     qpref.train(recipe, output=tmp_path / "run", resume=True)
     assert json.loads((tmp_path / "run/result.json").read_text())["first_step"] == 1
+
+
+def test_peak_of_training_is_without_what_loading_held():
+    program = """
+import torch
+from qpref.training.result import peak_bytes, reset_peak
+device = torch.device("cpu")
+held = bytearray(b"x") * 2**29
+del held
+before = peak_bytes(device)["resident"]
+reset_peak(device)
+print(before - peak_bytes(device)["resident"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == pytest.approx(2**29, rel=0.1)
+
+
+def test_a_system_that_keeps_the_peak_changes_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_result, "RESET_PEAK", tmp_path / "none/clear_refs")
+    training_result.reset_peak(torch.device("cpu"))
 
 
 def test_peak_is_the_most_that_the_process_ever_held():
