@@ -148,20 +148,23 @@ def result_as_json(result: Result, folder: Path) -> dict[str, Any]:
 
 def print_results(results: Sequence[Result], folder: Path) -> None:
     """Print a table of the runs in a folder, and where their report is."""
-    from qpref.report.outcome import accuracy, heldout_value, tokens_and_seconds
+    from qpref.report.outcome import accuracy_column, heldout_value, tokens_and_seconds
     from qpref.report.read import read_run
     from qpref.report.text import number_text, time_text
     from qpref.sweep.training import REPORT
 
-    rows = [("RUN", "ACCURACY (95 %)", "MARGIN", "LOSS", "TIME")]
+    finished = {name: read_run(folder / name, name) for name in (each.point.name for each in results if not each.error)}
+    measure, accuracies = accuracy_column(list(finished.values())) if finished else ("", [])
+    shares = dict(zip(finished, accuracies, strict=True))
+    rows = [("RUN", " ".join(["ACCURACY", *measure.upper().split(), "(95 %)"]), "MARGIN", "LOSS", "TIME")]
     for result in results:
         name = result.point.name
-        if result.error is not None:
+        if name not in finished:
             rows.append((name, f"failed, exit code {result.exit_code}", "", "", ""))
             continue
-        run = read_run(folder / name, name)
+        run = finished[name]
         margin, loss = (number_text(heldout_value(run, metric)) for metric in ("rewards/margins", "loss"))
-        rows.append((name, str(accuracy(run)), margin, loss, time_text(tokens_and_seconds(run)[1])))
+        rows.append((name, shares[name], margin, loss, time_text(tokens_and_seconds(run)[1])))
     print_table(rows)
-    if any(map(_is_finished, results)):
+    if finished:
         echo(f"report: {folder / REPORT}")

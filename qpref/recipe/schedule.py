@@ -57,6 +57,11 @@ class Scheduled:
             message = reason["msg"].removeprefix("Value error, ")
             raise RecipeError(f"[loss] {name}: after {progress:.0%} of its schedule: {message}") from None
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that the recipe sets, or that follow a schedule; the others have their defaults."""
+        return frozenset(self.first.model_fields_set) | self.schedules.keys()
+
     def document(self) -> dict[str, Any]:
         """Return the options as TOML data."""
         tables = {name: schedule.model_dump(mode="json") for name, schedule in self.schedules.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qpref.report.cells import MAX_LABEL, cell_text
@@ -13,6 +13,7 @@ from qpref.report.text import bounded, count_text, number_text
 
 ACCURACIES = ("rewards/accuracies", "logps/accuracies")
 """Held-out accuracies, the first of which a run has is its accuracy."""
+MEASURES = {"rewards/accuracies": "by reward margin", "logps/accuracies": "by log-probability"}
 MAX_OPTIONS = 8
 
 
@@ -49,6 +50,16 @@ def accuracy(run: RunRecord) -> Share:
     return Share(heldout_value(run, accuracy_name(run)), heldout_count(run))
 
 
+def accuracy_column(runs: Sequence[RunRecord]) -> tuple[str, list[str]]:
+    """Name the measure of several runs' accuracies for a table's head, and format each; in a table of runs with
+    different measures each cell names its own, and the head none."""
+    measures = [MEASURES[accuracy_name(run)] for run in runs]
+    same = measures[0] if len(set(measures)) == 1 else ""
+    return same, [
+        f"{accuracy(run)}" if same else f"{accuracy(run)} {own}" for run, own in zip(runs, measures, strict=True)
+    ]
+
+
 def heldout_count(run: RunRecord) -> float:
     """Return the number of held-out examples; NaN where run.json doesn't have it."""
     return number(nested(run.facts, "examples", "heldout"))
@@ -83,12 +94,14 @@ def trained(run: RunRecord) -> list[tuple[str, str]]:
     """Name what was trained: loss with its numbers, learning rate, rank, data, base."""
     tables = run.recipe.get("loss")
     losses = [part for part in (tables if isinstance(tables, list) else [tables]) if isinstance(part, dict)]
+    given = nested(run.facts, "losses", "given")
+    shown = given if _are_lists(given) and len(given) == len(losses) else [None] * len(losses)
     train, heldout = (number(nested(run.facts, "examples", split)) for split in ("train", "heldout"))
     data = f"{count_text(train)} examples" if train >= 0 else ""
     data += f", {count_text(heldout)} held out" if data and heldout > 0 else ""
     model, adapter = (run.recipe.get(name) for name in ("model", "adapter"))
     facts = {
-        "loss": " + ".join(map(_loss, losses)),
+        "loss": " + ".join(map(_loss, losses, shown)),
         "learning rate": _text(nested(run.recipe, "train", "learning_rate")),
         "batch size": _text(nested(run.recipe, "train", "batch_size")),
         "rank": _text(nested(run.recipe, "adapter", "rank")) if isinstance(adapter, dict) else "",
@@ -99,9 +112,18 @@ def trained(run: RunRecord) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts.items() if value]
 
 
-def _loss(table: Mapping[str, Any]) -> str:
-    """Describe a loss with its options that are numbers other than 0, of which a schedule has two."""
-    numbers = [f"{bounded(name, MAX_LABEL)} {text}" for name, text in _numbers(table)][:MAX_OPTIONS]
+def _are_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, list) for part in value)
+
+
+def _loss(table: Mapping[str, Any], given: Any) -> str:
+    """Describe a loss with its options that are numbers other than 0, of which a schedule has two.
+
+    Args:
+        given: names of the options that the recipe set; None where run.json doesn't have them, and all are shown.
+    """
+    set_by_recipe = {name: table[name] for name in table if given is None or name == "weight" or name in given}
+    numbers = [f"{bounded(name, MAX_LABEL)} {text}" for name, text in _numbers(set_by_recipe)][:MAX_OPTIONS]
     return ", ".join([cell_text(table.get("name")), *numbers])
 
 

@@ -12,6 +12,7 @@ from qpref.report.cells import MAX_LABEL, MAX_ROWS, Table, cell_text
 from qpref.report.curves import TITLES
 from qpref.report.outcome import (
     accuracy,
+    accuracy_column,
     accuracy_name,
     adapter_step,
     heldout_count,
@@ -81,13 +82,14 @@ def comparison(runs: Sequence[RunRecord]) -> Table:
     varied = differences(runs).rows
     varied = varied if len(varied) <= MAX_VARIED else []
     rows = []
+    measure, accuracies = accuracy_column(runs)
     for index, run in enumerate(runs):
         tokens, seconds = tokens_and_seconds(run)
         rows.append(
             [
                 run.name,
                 *(setting[index + 1] for setting in varied),
-                str(accuracy(run)),
+                accuracies[index],
                 number_text(heldout_value(run, "rewards/margins")),
                 number_text(heldout_value(run, "loss")),
                 state(run),
@@ -96,7 +98,8 @@ def comparison(runs: Sequence[RunRecord]) -> Table:
                 size_text(measured_peak(run)[0]),
             ]
         )
-    outcomes = ["held-out accuracy", "reward margin", "held-out loss", "state", "tokens", "time", "peak memory"]
+    share = f"held-out accuracy {measure}".rstrip()
+    outcomes = [share, "reward margin", "held-out loss", "state", "tokens", "time", "peak memory"]
     return Table(["run", *(setting[0] for setting in varied), *outcomes], rows)
 
 

@@ -127,12 +127,14 @@ def _description(session: Session) -> dict[str, Any]:
 
 
 def _losses(plan: Plan) -> dict[str, Any]:
-    """Return the facts that `LossFacts` has, for a run that is reopened without its loss plugins."""
+    """Return the facts that `LossFacts` has, for a run that is reopened without its loss plugins, and for each loss
+    the names of the options that the recipe set: recipe.lock.toml has the defaults, too."""
     return {
         "is_paired": plan.is_paired,
         "is_listed": plan.is_listed,
         "needs": sorted(plan.needs),
         "columns": list(plan.columns),
+        "given": [sorted(loss.options.given) for loss in plan.losses],
     }
 
 

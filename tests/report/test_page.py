@@ -144,7 +144,7 @@ def test_many_differing_settings_have_a_table_of_their_own(tmp_path):
     comparison, differences = (
         table.rows() for table in page_of(*runs, output=tmp_path / "both.html").one("section", id="runs").all("table")
     )
-    assert comparison[0][:2] == ["run", "held-out accuracy"]
+    assert comparison[0][:2] == ["run", "held-out accuracy by reward margin"]
     assert differences[:2] == [["setting", "a", "b"], ["key0", "1", "2"]]
     assert len(differences) == 9
 
@@ -180,7 +180,7 @@ def test_held_out_shares_have_intervals_in_every_table(tmp_path):
     other = make_run(tmp_path / "other", rows)  # of an unknown number
     page = page_of(run, other, output=tmp_path / "both.html")
     assert [row[1] for row in page.one("section", id="runs").one("table").rows()] == [
-        "held-out accuracy", "50.0 % (22 to 78 %)", "50.0 %"
+        "held-out accuracy by reward margin", "50.0 % (22 to 78 %)", "50.0 %"
     ]  # fmt: skip
     assert [row[1:] for row in table_under(page, "Held-out metrics")[1:]] == [["50.0 % (22 to 78 %)", "50.0 %"]] * 2
     assert (
@@ -226,8 +226,29 @@ def test_the_summary_is_of_the_step_that_the_adapter_is_of(tmp_path):
     assert dict(zip(header, body[1], strict=True))["step 2"] == "90.0 %"
     both = page_of(run, make_run(tmp_path / "last", rows), output=tmp_path / "both.html")
     assert [row[1] for row in both.one("section", id="runs").one("table").rows()] == [
-        "held-out accuracy", "90.0 %", "80.0 %"
+        "held-out accuracy by reward margin", "90.0 %", "80.0 %"
     ]  # fmt: skip
+
+
+def test_runs_whose_accuracies_are_of_different_measures_name_each(tmp_path):
+    made = [
+        make_run(tmp_path / name, [{"step": 0, "split": "eval", f"eval_{name.partition('/')[0]}/accuracies": 0.5}])
+        for name in ("rewards", "logps", "logps/again")
+    ]
+    table = page_of(*made[:2], output=tmp_path / "both.html").one("section", id="runs").one("table")
+    assert [row[1] for row in table.rows()] == [
+        "held-out accuracy", "50.0 % by reward margin", "50.0 % by log-probability"
+    ]  # fmt: skip
+    alone = page_of(*made[1:], output=tmp_path / "same.html").one("section", id="runs").one("table")
+    assert [row[1] for row in alone.rows()][:2] == ["held-out accuracy by log-probability", "50.0 %"]
+
+
+def test_options_that_the_recipe_leaves_at_their_defaults_are_not_among_what_was_trained(tmp_path):
+    recipe = '[[loss]]\nname = "acme"\nbeta = 0.1\ngamma = 2.0\n[[loss]]\nname = "sft"\nweight = 0.5\nalpha = 3.0\n'
+    run = make_run(tmp_path / "run", recipe=recipe, facts={"losses": {"given": [["beta"], []]}})
+    assert page_of(run).one("header").one("li").text == "loss acme, beta 0.1 + sft, weight 0.5"
+    older = make_run(tmp_path / "older", recipe=recipe, facts={"losses": {"given": [["beta"]]}})
+    assert page_of(older).one("header").one("li").text == "loss acme, beta 0.1, gamma 2 + sft, weight 0.5, alpha 3"
 
 
 @pytest.mark.parametrize(("margin", "noted"), [(0.0, True), (0.4, False), (None, False)])

@@ -74,6 +74,7 @@ def test_each_run_equals_a_run_alone_over_one_base_and_one_reference_cache(recip
     assert len({outcome(folder).adapter for folder in folders}) == 4
     table = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("beta=")]
     assert table == list(NAMES)
+    assert "ACCURACY BY REWARD MARGIN (95 %)" in done.stdout
     assert done.stdout.endswith(f"report: {recipe.parent / 'sweep' / 'report.html'}\n")
     page = (recipe.parent / "sweep" / "report.html").read_text()
     assert all(name in page for name in NAMES)
