@@ -176,7 +176,16 @@ def test_completions_of_one_pair_are_compared_with_each_other():
 
 def test_no_number_is_a_negative_zero():
     verdict = judged(torch.full((COUNT,), -0.001), torch.zeros(COUNT))
-    assert "margin +0.0 nats (+0.0 to +0.0) and up in 0% of them" in verdict.sentence
+    assert "margin +0.0 nats (+0.0 to +0.0)" in verdict.sentence
+
+
+def test_margins_that_moved_within_the_noise_are_not_said_to_be_up():
+    """A margin that moved by 2 nats up or down at random, then one that moved by 2 nats up."""
+    signs = torch.tensor([1.0, -1.0] * (COUNT // 2))
+    within, beyond = (judged(change, torch.zeros(COUNT)).sentence for change in (2 * signs, torch.full((COUNT,), 2.0)))
+    assert "margin +0.0 nats (" in within
+    assert "up in" not in within
+    assert "and up in 100% of them" in beyond
 
 
 # The change that a learning rate allows.
