@@ -131,9 +131,12 @@ class _Chat:
                 return False
             case "reset":
                 conversation.reset()
+                echo("the conversation is forgotten", err=True)
             case "system":
                 conversation.system = value
                 conversation.reset()
+                turn = "this system turn" if value else "the chat template's system turn"
+                echo(f"the conversation is forgotten, and starts with {turn}", err=True)
             case "temperature" | "max-new-tokens" | "seed":
                 self._set(name.replace("-", "_"), value)
             case "help":
@@ -151,6 +154,7 @@ class _Chat:
             echo(f"/{name.replace('_', '-')} {value}: {error.message}", err=True)
         else:
             self.conversation.sampling = replace(self.conversation.sampling, **{name: number})
+            echo(f"{name.replace('_', '-')} is {number}", err=True)
 
 
 def _show_json(chat: _Chat, question: str) -> None:

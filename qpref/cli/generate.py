@@ -48,9 +48,10 @@ def command(
     """
     from qpref.cli import quiet_transformers
     from qpref.evaluation.generate import Sampling, as_prompt, asked_prompts, generate
-    from qpref.evaluation.subjects import identify, run_folder
+    from qpref.evaluation.subjects import identify, refuse_nothing, run_folder
     from qpref.records import Source
 
+    refuse_nothing(model)
     if not texts and data is None and run_folder(model) is None:
         raise click.UsageError(
             f"{model}: not a run, so it has no held-out prompts; name prompts with --prompt or --prompts"

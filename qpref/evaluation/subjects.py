@@ -156,9 +156,26 @@ def identify(name: str, *, base: str | None = None, quantization: Literal["nf4",
             f"{name}: neither a run nor an adapter nor a model: "
             f"it has no run.json, {adapter_folder.SETTINGS} or config.json"
         )
-    if not path.exists() and not name.startswith("pypi:") and (name.count("/") != 1 or name.startswith((".", "~"))):
-        raise RecipeError(f"{name}: no such folder, and no hub id", "name a run, an adapter or a model folder")
+    refuse_nothing(name)
     return _plain(name, str(real_path(path)) if path.exists() else name, quantization)
+
+
+def refuse_nothing(name: str) -> None:
+    """Refuse a name that is no path on this machine, and of which neither the hub nor PyPI can have a model.
+
+    Raises:
+        RecipeError: it is such a name; a run of that name in runs/ is offered instead.
+    """
+    could_be_elsewhere = name.startswith("pypi:") or (name.count("/") == 1 and not name.startswith((".", "~")))
+    if _path(name).exists() or could_be_elsewhere:
+        return
+    looked_for = "no such folder or file here, and no hub id (OWNER/NAME) or pypi: location"
+    in_runs = Path("runs", name)
+    is_run = not Path(name).is_absolute() and (in_runs / "run.json").is_file()
+    hint = (
+        f"did you mean {in_runs}?" if is_run else "name a run, an adapter or a model folder; qpref runs lists the runs"
+    )
+    raise RecipeError(f"{name}: {looked_for}", hint)
 
 
 def run_folder(name: str) -> RunFolder | None:

@@ -89,6 +89,22 @@ def test_the_settings_of_sampling_can_be_changed_between_turns(run):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("/reset", "the conversation is forgotten"),
+        ("/system Be brief.", "the conversation is forgotten, and starts with this system turn"),
+        ("/system", "the conversation is forgotten, and starts with the chat template's system turn"),
+        ("/temperature 0.5", "temperature is 0.5"),
+        ("/max-new-tokens 3", "max-new-tokens is 3"),
+    ],
+)
+def test_a_command_confirms_what_it_did_beside_the_answers(run, line, message):
+    done = chat(run, *GREEDY, "--json", lines=[line, "Hi"])
+    assert message in done.stderr.splitlines()
+    assert json.loads(done.stdout)["prompt"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
         ("/temperature hot", "/temperature hot: 'hot' is not a valid float range."),
         ("/seed -1", "/seed -1: -1 is not in the range x>=0."),
         ("/restart", "/restart: no command; /help lists them"),

@@ -127,3 +127,14 @@ def test_without_prompts_held_out_data_that_are_gone_exit_3(run, tmp_path):
 def test_what_is_no_model_exits_2(tmp_path):
     done = generate(tmp_path, "--prompt", "Hi", code=2)
     assert done.stderr.startswith(f"error: {tmp_path}: neither a run nor an adapter nor a model")
+
+
+def test_a_name_of_nothing_says_what_was_looked_for_and_offers_a_run_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    looked_for = "error: mine: no such folder or file here, and no hub id (OWNER/NAME) or pypi: location\n"
+    assert generate("mine", code=2).stderr == (
+        f"{looked_for}hint: name a run, an adapter or a model folder; qpref runs lists the runs\n"
+    )
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/run.json").write_text("{}")
+    assert generate("mine", code=2).stderr == f"{looked_for}hint: did you mean runs/mine?\n"

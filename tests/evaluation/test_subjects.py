@@ -228,8 +228,8 @@ def empty_folder(run: Path, tmp_path: Path) -> str:
 REFUSED = {
     "unfinished": (unfinished, "this run is not finished\nhint: .*name one of its checkpoints"),
     "no run": (empty_folder, "neither a run nor an adapter nor a model: it has no run.json"),
-    "nothing there": (lambda run, tmp_path: str(tmp_path / "none"), "no such folder, and no hub id"),
-    "a relative path": (lambda run, tmp_path: "./none", "no such folder, and no hub id"),
+    "nothing there": (lambda run, tmp_path: str(tmp_path / "none"), "no such folder or file here, and no hub id"),
+    "a relative path": (lambda run, tmp_path: "./none", "no such folder or file here, and no hub id"),
 }
 
 
