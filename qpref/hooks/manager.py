@@ -158,6 +158,11 @@ class PluginHost:
             known = sorted({offer.name for offer in same_kind})
             near = difflib.get_close_matches(name, known, n=1)
             missing = f"no {kind.noun} '{name}' is installed"
+            if off := [offer for offer in _every_offer() if (offer.kind, offer.name) == (kind.prefix, name)]:
+                raise RecipeError(
+                    f"{kind.noun} '{name}' of {off[0]} is disabled by QPREF_DISABLE",
+                    f"take {off[0].entry_point} out of this environment variable, or unset it",
+                )
             for offer in self.offers:
                 if offer.name == name and (problem := kind_problem(offer)):
                     raise RecipeError(f"{missing}; {offer} has an {problem}", _point_of_own(kind, name))
