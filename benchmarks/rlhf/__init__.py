@@ -1,0 +1,1 @@
+"""DPO beside RLHF: the same base, openings, reward and measures."""
