@@ -39,7 +39,6 @@ def with_the_true_reward(job: Job, meter: Meter) -> None:
 def with_a_learned_reward(job: Job, meter: Meter) -> None:
     """Train a reward model on the pairs that offline DPO has, then the policy on its reward."""
     model, tokenizer = learn_reward(job, meter)
-    meter.count_models()
     reinforce(job, meter, reward_funcs=model, reward_processing_classes=tokenizer)
 
 
@@ -73,6 +72,7 @@ def reinforce(job: Job, meter: Meter, **reward: Any) -> None:
 
     class Saved(TrainerCallback):  # type: ignore[misc]
         def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            meter.count_models()
             meter.note_saved(state.global_step, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     model = load(AutoModelForCausalLM, job.base)
