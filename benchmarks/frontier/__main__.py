@@ -11,10 +11,12 @@ picture beside the others of the repository.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from benchmarks import machine
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.points import METHODS, QUICK_METHODS, Point, finish, make_points
 from benchmarks.frontier.runs import HELDOUT_K, Bench, Sampled, sample_base
-from benchmarks.frontier.table import base_reward, spread, table, task_in_words
+from benchmarks.frontier.table import base_reward, spread, summaries, table, task_in_words
 from benchmarks.frontier.task import NEW_TOKENS
 
 EXPLAINED = (
@@ -55,7 +57,10 @@ def main() -> None:
     (options.output / f"{name}.md").write_text(text)
     if options.publish:
         draw(results, base_reward(sampled), PICTURES / f"{name}.svg")
-        (RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}.md").write_text(text)
+        dated = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}"
+        dated.with_suffix(".md").write_text(text)
+        rows = [asdict(one) for one in summaries(results)]
+        dated.with_suffix(".json").write_text(json.dumps({"command": command(), "rows": rows}, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -71,9 +76,12 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def command() -> str:
+    return f"python -m benchmarks.frontier {' '.join(sys.argv[1:])}".rstrip()
+
+
 def report(results: Mapping[Point, dict[str, Any]], sampled: Sampled, taken: str) -> list[str]:
     """Write the result: command, machine, data, tables."""
-    command, commit = f"python -m benchmarks.frontier {' '.join(sys.argv[1:])}".rstrip(), machine.commit(ROOT)
     described = machine.describe(torch.get_num_threads())
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
     seeds = sorted({point.seed for point in results})
@@ -81,7 +89,7 @@ def report(results: Mapping[Point, dict[str, Any]], sampled: Sampled, taken: str
     return [
         f"# Reward against KL, {datetime.now(UTC):%Y-%m-%d}",
         "",
-        f"`{command}`, commit {commit}; this call took {taken}",
+        f"`{command()}`, commit {machine.commit(ROOT)}; this call took {taken}",
         "",
         f"{described['cpu']}, {described['cores']} cores, {described['threads']} threads; Python "
         f"{described['python']}, {versions}; load average {os.getloadavg()[2]:.0f} over the last quarter of an hour",
@@ -89,7 +97,7 @@ def report(results: Mapping[Point, dict[str, Any]], sampled: Sampled, taken: str
         *(line for each in task_in_words(sampled, seeds) for line in (each, "")),
         EXPLAINED.format(steps=" or ".join(map(str, steps)), k=HELDOUT_K, new=NEW_TOKENS),
         "",
-        *table(results),
+        *table(summaries(results)),
         "",
         *spread(results),
     ]

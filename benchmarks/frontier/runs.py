@@ -13,7 +13,7 @@ from benchmarks.frontier.measures import measure, pair_changes
 from benchmarks.frontier.openings import openings
 from benchmarks.frontier.points import METHODS, Point
 from benchmarks.frontier.task import (
-    BASE,
+    MODEL,
     NEW_TOKENS,
     PAIRS_PER_OPENING,
     SCALE,
@@ -38,7 +38,7 @@ TRAIN_K, HELDOUT_K = 8, 4
 TRAIN_SEED, BASE_SEED, MEASURE_SEED = 0, 1, 2
 LEARNING_RATE = 1e-3
 TASK = {
-    "base": BASE,
+    "base": MODEL["base"],
     "new_tokens": NEW_TOKENS,
     "responses": [TRAIN_K, HELDOUT_K],
     "seeds": [TRAIN_SEED, BASE_SEED, MEASURE_SEED],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -18,23 +19,77 @@ HEAD = (
 )
 
 
-def table(results: Mapping[Point, dict[str, Any]]) -> list[str]:
-    """Tabulate the settings, in the order of their points; seeds are pooled."""
-    return [*HEAD, *(_row(*setting, runs) for setting, runs in by_setting(results).items())]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """A method at one value of its dial; its seeds are pooled.
+
+    Attributes:
+        reward: mean of VADER's compound score.
+        kl: mean log-ratio of a response, nats.
+        chosen, rejected: mean change of held-out pairs' log-probability, nats.
+        tokens: mean length of a response.
+        ended: share of responses that weren't cut off.
+        cpu_seconds: of a step.
+        peak_bytes: of the process while it trained.
+    """
+
+    method: str
+    dial: str
+    value: float
+    seeds: int
+    reward: Estimate
+    kl: Estimate
+    chosen: float
+    rejected: float
+    tokens: float
+    ended: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
-def _row(method: str, dial: str, value: float, runs: Sequence[dict[str, Any]]) -> str:
+def summaries(results: Mapping[Point, dict[str, Any]]) -> list[Summary]:
+    """Summarize the settings, in the order of their points."""
+    return [
+        Summary(
+            method=method,
+            dial=dial,
+            value=value,
+            seeds=len(runs),
+            reward=pooled(runs, "rewards"),
+            kl=pooled(runs, "log_ratios"),
+            chosen=fmean(run["chosen"] for run in runs),
+            rejected=fmean(run["rejected"] for run in runs),
+            tokens=pooled(runs, "lengths").value,
+            ended=pooled(runs, "ended").value,
+            cpu_seconds=fmean(run["cpu_seconds"] for run in runs),
+            peak_bytes=max(run["peak_bytes"] for run in runs),
+        )
+        for (method, dial, value), runs in by_setting(results).items()
+    ]
+
+
+def from_json(values: Mapping[str, Any]) -> Summary:
+    """Read what `dataclasses.asdict` made of a summary."""
+    return Summary(**{**values, "reward": Estimate(**values["reward"]), "kl": Estimate(**values["kl"])})
+
+
+def table(found: Sequence[Summary]) -> list[str]:
+    """Tabulate the settings."""
+    return [*HEAD, *map(_row, found)]
+
+
+def _row(one: Summary) -> str:
     cells = [
-        method,
-        f"{dial} {value:g}",
-        interval(pooled(runs, "rewards")),
-        interval(pooled(runs, "log_ratios"), 2),
-        f"{fmean(run['chosen'] for run in runs):+.1f}",
-        f"{fmean(run['rejected'] for run in runs):+.1f}",
-        f"{pooled(runs, 'lengths').value:.1f}",
-        f"{pooled(runs, 'ended').value:.2f}",
-        f"{fmean(run['cpu_seconds'] for run in runs):.2f}",
-        f"{max(run['peak_bytes'] for run in runs) / 2**20:,.0f} MiB",
+        one.method,
+        f"{one.dial} {one.value:g}",
+        interval(one.reward),
+        interval(one.kl, 2),
+        f"{one.chosen:+.1f}",
+        f"{one.rejected:+.1f}",
+        f"{one.tokens:.1f}",
+        f"{one.ended:.2f}",
+        f"{one.cpu_seconds:.2f}",
+        f"{one.peak_bytes / 2**20:,.0f} MiB",
     ]
     return f"| {' | '.join(cells)} |"
 

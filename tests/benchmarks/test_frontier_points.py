@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.points import METHODS, QUICK_METHODS, Point, finish, make_points
-from benchmarks.frontier.table import pooled, spread, table
+from benchmarks.frontier.table import from_json, pooled, spread, summaries, table
 from qpref.evaluation.statistics import Estimate
 
 POINTS = make_points(("dpo", "ipo"), 2, quick=True)
@@ -86,7 +89,9 @@ def test_a_point_of_other_settings_is_trained_again(tmp_path):
 
 def test_table_pools_the_seeds_of_a_setting():
     results = {point: result_of(point) for point in POINTS}
-    rows = table(results)[2:]
+    found = summaries(results)
+    assert [from_json(json.loads(json.dumps(asdict(one)))) for one in found] == found
+    rows = table(found)[2:]
     assert len(rows) == 4
     assert rows[0].startswith(
         "| dpo | beta 0.05 | 0.150 (0.150 to 0.150) | 0.05 (0.05 to 0.05) | +1.0 | -2.0 | 8.0 | 0.50"
