@@ -1,14 +1,19 @@
-"""Versions of packages, and messages for one that is missing or doesn't import."""
+"""Versions of packages, and messages for one that is missing or doesn't import.
+
+`packaging` is imported where requirements are parsed: every command imports this module, and few of them parse one.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING
 
 from qpref.errors import InstallError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 def version_of(distribution: str) -> str | None:
@@ -44,6 +49,8 @@ def as_install_error(error: ImportError) -> InstallError:
 
 def missing(requirements: Iterable[str]) -> list[str]:
     """Return those of the requirements, such as "wandb>=0.19", that no installed version meets."""
+    from packaging.requirements import Requirement
+
     return [line for line in requirements if not _is_met(Requirement(line))]
 
 
@@ -55,6 +62,8 @@ def _is_met(requirement: Requirement) -> bool:
 def install_command(distribution: str, needed: Sequence[str]) -> str:
     """Return the command that installs the requirements: by the distribution's smallest extra that has all of them, or
     else by their names."""
+    from packaging.requirements import Requirement
+
     names = {_normalized(Requirement(line).name) for line in needed}
     try:
         required = [Requirement(line) for line in metadata.requires(distribution) or []]

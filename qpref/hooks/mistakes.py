@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
-
-from packaging.requirements import InvalidRequirement, Requirement
+from typing import TYPE_CHECKING
 
 from qpref.installed import install_command, missing, version_of
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 CORE = "qpref"
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?")
@@ -62,6 +64,8 @@ def in_import(distribution: str, module: str, error: BaseException) -> Mistake |
 
 
 def _missing_package(distribution: str, package: str) -> Mistake:
+    from packaging.requirements import Requirement
+
     lacking = missing(str(requirement) for requirement in _requirements(distribution))
     named = [line for line in lacking if _plain(Requirement(line).name) == _plain(package)] or lacking
     if not named and not _DISTRIBUTION.fullmatch(package):  # a compiled module, whose package has another name
@@ -72,6 +76,8 @@ def _missing_package(distribution: str, package: str) -> Mistake:
 
 def _requirements(distribution: str) -> list[Requirement]:
     """Return the requirements that hold here, without those of extras."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
     try:
         lines = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
