@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qpref.api.calls import call
 from qpref.api.models import Turns, as_prompt
-from qpref.api.recipes import Overrides, RecipeLike, listed, source_of
+from qpref.api.recipes import Overrides, RecipeLike, is_recipe, listed, source_of
+from qpref.api.rows import Rows, as_location, source_override
 
 if TYPE_CHECKING:
     from qpref.data.audit import DataCheck
@@ -22,9 +24,11 @@ Location = str | PathLike[str]
 
 
 def check(
-    what: RecipeLike,
+    what: RecipeLike | Rows,
     *,
     overrides: Overrides = (),
+    rows: Rows | None = None,
+    heldout: Rows | None = None,
     base: Location | None = None,
     reader: str | None = None,
     format: str | None = None,
@@ -33,9 +37,12 @@ def check(
     """Check the preference data of a recipe, or one source of data; the same as `qpref check`.
 
     Args:
-        what: a recipe (a path that ends in .toml, the text of one, nested dicts or a `Recipe`), or a source as in
-            `[data] train`.
+        what: a recipe (a path that ends in .toml, the text of one, nested dicts or a `Recipe`), a source as in
+            `[data] train`, or rows, each like one of a JSON Lines file. Messages give row N as line N of a temporary
+            file.
         overrides: of a recipe, as for `train`.
+        rows: training data in place of the recipe's, as for `train`.
+        heldout: held-out data, likewise.
         base: base whose tokenizer checks a bare source, too.
         reader: key of `[data]` for a bare source, as `format` and `columns`.
         format: its row format.
@@ -53,16 +60,20 @@ def check(
         from qpref.api.checking import audit_recipe, audit_source
         from qpref.recipe.resolve import make_plan
 
-        source = source_of(what)
         given = {"reader": reader, "format": format, "columns": columns}
         options = {name: value for name, value in given.items() if value}
-        if isinstance(source, Path) and source.suffix != ".toml":
-            if overrides:
-                raise RecipeError("overrides= change a recipe, and this is a source of data")
-            return audit_source(fspath(what), _text(base), options).summary()  # type: ignore[arg-type]
+        stored = {split: one for split, one in (("train", rows), ("heldout", heldout)) if one is not None}
+        if not is_recipe(what):
+            if overrides or stored:
+                raise RecipeError("overrides=, rows= and heldout= change a recipe, and this is a source of data")
+            with as_location(what) as location:  # type: ignore[arg-type]
+                return audit_source(location, _text(base), options).summary()
         if base is not None or options:
             raise RecipeError("base=, reader=, format= and columns= are for a bare source; a recipe has its own")
-        return audit_recipe(make_plan(source, listed(overrides))).summary()
+        with ExitStack() as files:
+            locations = {split: files.enter_context(as_location(one, split)) for split, one in stored.items()}
+            changes = [source_override(split, Path(path)) for split, path in locations.items()]
+            return audit_recipe(make_plan(source_of(what), [*listed(overrides), *changes])).summary()
 
 
 def plan(
@@ -106,7 +117,7 @@ def plan(
 def evaluate(
     models: Location | Sequence[Location],
     *,
-    data: Location | None = None,
+    data: Location | Rows | None = None,
     beta: float | None = None,
     samples: int = 2000,
     seed: int = 0,
@@ -121,7 +132,8 @@ def evaluate(
 
     Args:
         models: a run, a checkpoint, an adapter, a merged model or a base; or several, compared with the first.
-        data: pairs, as in `[data] train`; the first run's held-out pairs by default.
+        data: pairs, as in `[data] train`, or rows, each like one of a JSON Lines file; the first run's held-out pairs
+            by default.
 
     Returns:
         The comparison; `as_json()` is what `qpref eval --json` prints.
@@ -134,21 +146,22 @@ def evaluate(
         from qpref.evaluation.evaluate import Request
         from qpref.evaluation.evaluate import evaluate as evaluate_request
 
-        return evaluate_request(
-            Request(
-                models=[fspath(name) for name in names],
-                data=_text(data),
-                beta=beta,
-                samples=samples,
-                seed=seed,
-                max_pairs=max_pairs,
-                max_length=max_length,
-                all_float32=float32,
-                base=_text(base),
-                quantization=quantization,
-                without_overlap=without_overlap,
+        with nullcontext() if data is None else as_location(data) as location:
+            return evaluate_request(
+                Request(
+                    models=[fspath(name) for name in names],
+                    data=location,
+                    beta=beta,
+                    samples=samples,
+                    seed=seed,
+                    max_pairs=max_pairs,
+                    max_length=max_length,
+                    all_float32=float32,
+                    base=_text(base),
+                    quantization=quantization,
+                    without_overlap=without_overlap,
+                )
             )
-        )
 
 
 def generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:
     from qpref.recipe.document import Override
@@ -15,6 +15,15 @@ RecipeLike: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | Recipe"
 """A TOML file, the text of one (of several lines), its content as nested dicts, or a checked `Recipe`."""
 Overrides = Mapping[str, Any] | Iterable[str]
 """`{"table.key": value}`, or strings `table.key=value`."""
+
+
+def is_recipe(what: RecipeLike | Iterable[Mapping[str, Any]]) -> TypeGuard[RecipeLike]:
+    """Return False for the name of a source of data, which doesn't end in .toml, and for rows."""
+    from qpref.recipe.sections import Recipe
+
+    if isinstance(what, str | PathLike):
+        return "\n" in fspath(what) or Path(what).suffix == ".toml"
+    return isinstance(what, Mapping | Recipe)
 
 
 def source_of(recipe: RecipeLike) -> Path | Mapping[str, Any]:

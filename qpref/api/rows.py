@@ -1,14 +1,18 @@
 """Rows that a program has in memory, written beside a run as the file of data that its recipe names.
 
 So a run on them is like any other: it resumes, is evaluated and merged from any process, and a resumption with other
-rows is refused. The file has the hash of its content in its name, and is never written over.
+rows is refused. The file has the hash of its content in its name, and is never written over. What keeps no run, such as
+a check, has them in a temporary file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,23 @@ def store_rows(rows: Rows, folder: Path, split: str) -> Path:
         fsio.make_folder(folder)
         fsio.write_bytes(path, content)
     return path
+
+
+@contextmanager
+def as_location(data: str | PathLike[str] | Rows, name: str = "data") -> Iterator[str]:
+    """Give data as a location: a name as it is, rows as a file for as long as this lasts.
+
+    Args:
+        name: of rows, in messages.
+
+    Raises:
+        DataError: as `store_rows`.
+    """
+    if isinstance(data, str | PathLike):
+        yield fspath(data)
+        return
+    with tempfile.TemporaryDirectory(prefix="qpref-rows-") as folder:
+        yield str(store_rows(data, Path(folder), name))
 
 
 def rows_folder(run: Path) -> Path:

@@ -107,12 +107,28 @@ def test_a_check_and_a_plan_are_what_their_commands_print(make_recipe, tmp_path)
     assert not qpref.plan(path, vram="1MiB").fits
 
 
+def test_rows_in_memory_are_checked_and_evaluated_as_those_of_a_file(run, make_recipe, tmp_path):
+    rows = [*preference_rows(5), {"prompt": "p", "chosen": "same", "rejected": "same"}, {"prompt": "no pair"}]
+    in_file = qpref.check(write_jsonl(tmp_path / "rows.jsonl", rows)).as_json()
+    found = qpref.check(iter(rows)).as_json()
+    assert (found["kept"], found["refused"]) == (in_file["kept"], in_file["refused"]) == (5, 2)
+    places = [[(each["code"], each["line"]) for each in one["findings"]] for one in (found, in_file)]
+    assert places[0] == places[1]
+    assert {("identical", 6), ("not_a_pair", 7)} <= set(places[0])
+    assert qpref.check(make_recipe(), rows=rows[:5], heldout=HELDOUT).kept == 5 + len(HELDOUT)
+    assert qpref.evaluate(run, data=HELDOUT).as_json()["models"] == qpref.evaluate(run).as_json()["models"]
+    with pytest.raises(DataError, match="data row 2: expected a dict of columns"):
+        qpref.check([rows[0], "pair"])
+    with pytest.raises(RecipeError, match="rows= and heldout= change a recipe"):
+        qpref.check(tmp_path / "rows.jsonl", rows=rows)
+
+
 def test_a_bare_source_is_checked_and_mixed_up_arguments_are_refused(make_recipe, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "good": "b c d e", "rejected": "b c d e"}])
     checked = qpref.check(rows, columns={"chosen": "good"})
     assert (checked.refused, checked.passed) == (1, False)
     assert [finding.code for finding in checked.findings if finding.severity == "error"] == ["identical"]
-    with pytest.raises(RecipeError, match="overrides= change a recipe"):
+    with pytest.raises(RecipeError, match="overrides=, rows= and heldout= change a recipe"):
         qpref.check(rows, overrides={"loss.beta": 1})
     with pytest.raises(RecipeError, match="are for a bare source"):
         qpref.check(make_recipe(), base="x")
