@@ -19,6 +19,7 @@ from hub import Repository, dataset_files, loopback_hub
 from public_data import DATA
 from tiny_models import TinyModel
 
+from qpref.data.lists import lists_of
 from qpref.data.source import DataSource
 from qpref.memory.known_shapes import KNOWN_SHAPES, known_shape
 from qpref.recipe.resolve import make_data_plan, make_plan
@@ -90,6 +91,19 @@ def test_a_shipped_recipe_prefers_the_better_answers(tmp_path, recipe):
                 better = example.chosen if isinstance(example, PreferencePair) else example.completion
                 is_better = isinstance(example, PreferencePair) or example.label
                 assert better[-1].content.startswith("After") == is_better
+
+
+def test_the_answers_to_a_prompt_are_one_list_where_the_ranked_recipe_takes_a_loss_on_lists(tmp_path):
+    plan = make_plan(ROOT / "recipes/data-ranked.toml", ["loss.name=lipo", "loss.gain=scores"])
+    assert plan.is_listed
+    (choice,) = plan.sources
+    path = write_jsonl(tmp_path / "rows.jsonl", next(iter(DATA["openbmb/UltraFeedback"].rows(8).values())))
+    source = DataSource(replace(choice, location=str(path), reader=make_data_plan(str(path)).sources[0].reader))
+    for row in source.raw():
+        (ranked,) = lists_of(source.records(row))
+        assert ranked.responses[0][-1].content.startswith("After")
+        assert len(ranked.responses) == len(ranked.scores) > 2
+        assert list(ranked.scores) == sorted(ranked.scores, reverse=True)
 
 
 def test_the_list_of_recipes_has_each():

@@ -23,6 +23,7 @@ from qpref.training.objective import Objective
 from qpref.training.scoring import Scorer
 from qpref.training.whole_batch import WholeBatch, values_of
 
+SIDES = ("chosen", "rejected")
 FLOAT32 = {"quantization": "none", "dtype": "float32"}
 
 
@@ -138,6 +139,25 @@ def test_a_run_on_masked_rows_starts_at_ln_2_and_scores_less_of_each_response(ma
     masked = recipe | {"data": {**recipe["data"], "train": str(tmp_path / "masked.jsonl")}}
     again = qpref.train(masked, output=tmp_path / "again")
     assert outcome(again) == outcome(folders["masked"])
+
+
+def test_a_run_on_the_rows_of_step_dpo_compares_the_steps_after_the_shared_ones(make_recipe, tmp_path):
+    """The row of docs/data.md#masks, beside the same answers with the shared steps as a part that counts."""
+    rows = [
+        {"prompt": f"{n} + 1 + 1?", "initial_reason_steps": f"Step 1: {n} + 1 = {n + 1}.\nStep 2:",
+         "chosen": f" {n + 1} + 1 = {n + 2}.", "rejected": f" {n + 1} + 1 = {n}1."}
+        for n in range(12)
+    ]  # fmt: skip
+    whole = [
+        {"prompt": row["prompt"]} | {side: row["initial_reason_steps"] + row[side] for side in SIDES} for row in rows
+    ]
+    first = []
+    for name, data in (("steps", rows), ("whole", whole)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", data)
+        run = qpref.train(make_recipe({"train.max_steps": 1, "data.train": str(path)}), output=tmp_path / name)
+        first.append(next(row for row in rows_of(run) if "loss" in row))
+    assert first[0]["loss"] == first[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert 0.5 * first[1]["logps/chosen"] < first[0]["logps/chosen"] < 0
 
 
 def test_a_run_refuses_rows_of_which_nothing_counts_by_line(make_recipe, tmp_path):
