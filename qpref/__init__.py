@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from qpref.version import __version__
 
 if TYPE_CHECKING:
-    from qpref.api.commands import check, evaluate, generate, merge, plan
+    from qpref.api.commands import check, evaluate, gate, generate, merge, plan
     from qpref.api.models import load
     from qpref.api.run import Run
     from qpref.api.training import train
 
-__all__ = ["train", "Run", "check", "plan", "evaluate", "generate", "merge", "load", "__version__"]
+__all__ = ["train", "Run", "check", "plan", "evaluate", "gate", "generate", "merge", "load", "__version__"]
 
 _HOME = {
-    **dict.fromkeys(("check", "evaluate", "generate", "merge", "plan"), "commands"),
+    **dict.fromkeys(("check", "evaluate", "gate", "generate", "merge", "plan"), "commands"),
     "load": "models",
     "Run": "run",
     "train": "training",

@@ -98,6 +98,12 @@ class PeerError(QprefError):
     exit_code = 13
 
 
+class ForgettingError(QprefError):
+    """A trained model that has lost what its base knew, where that was to be an error."""
+
+    exit_code = 14
+
+
 class FailedElsewhere(PeerError):
     """Another process of the run has failed, and prints the message; this one leaves with the same exit code."""
 

@@ -16,6 +16,7 @@ from qpref.api.rows import Rows, as_location, source_override
 if TYPE_CHECKING:
     from qpref.data.audit import DataCheck
     from qpref.evaluation.comparison import Comparison
+    from qpref.evaluation.gate_report import GateReport
     from qpref.evaluation.generate import Answers
     from qpref.memory.forecast import Prediction
     from qpref.merging.request import MergeResult
@@ -162,6 +163,46 @@ def evaluate(
                     without_overlap=without_overlap,
                 )
             )
+
+
+def gate(
+    models: Location | Sequence[Location],
+    *,
+    items: Location | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+    float32: bool = False,
+    base: Location | None = None,
+    quantization: Literal["nf4", "none"] = "none",
+) -> GateReport:
+    """Compare what models and their bases know on a regression set; the same as `qpref eval --gate`.
+
+    Args:
+        models: a run, a checkpoint or an adapter; or several models, of which a plain one is compared with the first.
+        items: pairs of a right and a wrong answer; the built-in set by default.
+
+    Returns:
+        The report; `forgets` says whether a loss is significant, `as_json()` is what `qpref eval --gate --json` prints.
+
+    Raises:
+        QprefError: a model or the items cannot be read, a plain model is alone, or memory ran out.
+    """
+    names = [models] if isinstance(models, str | PathLike) else models
+    with call():
+        from qpref.evaluation.gate import GateRequest
+        from qpref.evaluation.gate import gate as run_gate
+
+        return run_gate(
+            GateRequest(
+                models=[fspath(name) for name in names],
+                items=_text(items),
+                samples=samples,
+                seed=seed,
+                all_float32=float32,
+                base=_text(base),
+                quantization=quantization,
+            )
+        )
 
 
 def generate(

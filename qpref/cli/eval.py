@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from qpref.cli.gate_text import run_gate
 from qpref.cli.options import base_option, json_option, quantization_option
-from qpref.cli.output import echo, make_console
+from qpref.cli.output import echo, make_report_console, numbers_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from qpref.evaluation.comparison import ComparedModel, Comparison
     from qpref.evaluation.statistics import Estimate
 
-WIDE = 250
+OF_PAIRS = ("data", "beta", "max_pairs", "max_length", "without_overlap")
+OF_GATE = ("gate", "gate_items", "strict")
 
 
 @click.command("eval")
@@ -48,6 +51,13 @@ WIDE = 250
     "--float32", "all_float32", is_flag=True, help="Compute in float32 even if all models have the same 16-bit dtype."
 )
 @click.option("--without-overlap", is_flag=True, help="Leave out pairs whose prompt is in a run's training data.")
+@click.option(
+    "--gate",
+    is_flag=True,
+    help="Compare what each MODEL and its base know, on a built-in regression set, instead of preferences.",
+)
+@click.option("--gate-items", metavar="DATA", help="Pairs to use in place of the built-in regression set; with --gate.")
+@click.option("--strict", is_flag=True, help="With --gate: exit with 14 where a model has lost significantly.")
 @base_option
 @quantization_option
 def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
@@ -61,6 +71,13 @@ def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     from qpref.evaluation.evaluate import Request, evaluate
 
     quiet_transformers()
+    of_gate = {name: asked.pop(name) for name in OF_GATE}
+    if of_gate["gate"]:
+        _refuse_options(OF_PAIRS, "pairs, which --gate doesn't read")
+        options = {name: value for name, value in asked.items() if name not in OF_PAIRS}
+        run_gate(models, as_json, of_gate["gate_items"], of_gate["strict"], options)
+        return
+    _refuse_options(OF_GATE, "the regression set, which only --gate reads")
     report = evaluate(Request(models=models, **asked))
     if as_json:
         echo(json.dumps(report.as_json(), indent=2, allow_nan=False))
@@ -68,13 +85,20 @@ def command(models: tuple[str, ...], as_json: bool, **asked: Any) -> None:
         _print(report)
 
 
+def _refuse_options(names: Sequence[str], concern: str) -> None:
+    """Refuse options that were given and would do nothing."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{listed}: about {concern}", context)
+
+
 def _print(report: Comparison) -> None:
     from qpref.evaluation.conclusion import conclusions, lead_keys
     from qpref.evaluation.summary import labels
 
-    console = make_console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDE  # don't wrap in a file or pipe
+    console = make_report_console()
     console.print(f"data       {report.data}: {report.pairs} pairs")
     console.print(f"beta       {report.beta:g} ({report.beta_from})")
     for model in report.models:
@@ -93,20 +117,10 @@ def _print(report: Comparison) -> None:
         echo(f"warning: {warning}", err=True)
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")  # the ends of a sweep's names tell its runs apart
-    return table
-
-
 def _metrics_table(title: str, models: Sequence[ComparedModel], keys: Sequence[str]) -> Table:
     from qpref.evaluation.summary import labels
 
-    table = _table(title, [model.name for model in models])
+    table = numbers_table(title, [model.name for model in models])
     for key in keys:
         found = [model.summary.metrics.get(key) for model in models]
         if any(found):
@@ -116,7 +130,7 @@ def _metrics_table(title: str, models: Sequence[ComparedModel], keys: Sequence[s
 
 def _bucket_table(kind: str, models: Sequence[ComparedModel]) -> Table:
     """Tabulate the accuracy in each bucket, by implicit reward where the model has a reference."""
-    table = _table(f"accuracy by {kind}", ["pairs", *(model.name for model in models)])
+    table = numbers_table(f"accuracy by {kind}", ["pairs", *(model.name for model in models)])
     for name in models[0].summary.buckets[kind]:
         cells, pairs = [], 0
         for model in models:
@@ -131,7 +145,7 @@ def _bucket_table(kind: str, models: Sequence[ComparedModel]) -> Table:
 def _difference_table(models: Sequence[ComparedModel]) -> Table:
     from qpref.evaluation.summary import METRICS
 
-    table = _table(f"difference from {models[0].name}, pair by pair", [model.name for model in models[1:]])
+    table = numbers_table(f"difference from {models[0].name}, pair by pair", [model.name for model in models[1:]])
     for key, metric in METRICS.items():
         found = [model.summary.differences.get(key) for model in models[1:]]
         if any(found):

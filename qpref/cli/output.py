@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,10 @@ from qpref.printable import PrintableStream, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+WIDE = 250
+"""Columns of a report in a file or pipe, which doesn't wrap."""
 
 
 def echo(text: str = "", err: bool = False) -> None:
@@ -100,3 +105,22 @@ def make_console(soft_wrap: bool = False) -> Console:
             return super().render_str(printable(text), **styles)
 
     return PrintableConsole(highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+
+def make_report_console() -> Console:
+    """Make a console for a report of tables and sentences."""
+    console = make_console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
+
+
+def numbers_table(title: str, columns: Sequence[str]) -> Table:
+    """Make a table with a column of names and columns of numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")  # the ends of a sweep's names tell its runs apart
+    return table

@@ -159,14 +159,15 @@ def _model_json(model: ComparedModel) -> dict[str, Any]:
 def _json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | int | None]]:
     return {
         key: {
-            "value": _finite(estimate.value),
-            "low": _finite(estimate.low),
-            "high": _finite(estimate.high),
+            "value": finite(estimate.value),
+            "low": finite(estimate.low),
+            "high": finite(estimate.high),
             "pairs": estimate.pairs,
         }
         for key, estimate in estimates.items()
     }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return the number; None for NaN or an infinity, which JSON doesn't have."""
     return value if math.isfinite(value) else None

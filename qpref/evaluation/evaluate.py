@@ -64,7 +64,7 @@ def evaluate(request: Request) -> Comparison:
         QprefError: a model or the data cannot be read, no pair is left, or memory ran out.
     """
     subjects = [identify(name, base=request.base, quantization=request.quantization) for name in request.models]
-    subjects = _with_common_settings(subjects, request.max_length)
+    subjects = with_common_settings(subjects, request.max_length)
     label, all_pairs, changed = _pairs(subjects, request.data)
     sampled = heldout_pairs.sample_pairs(all_pairs, request.max_pairs, request.seed)
     overlaps = [_overlap(subject, sampled) for subject in subjects]
@@ -77,7 +77,7 @@ def evaluate(request: Request) -> Comparison:
     pairs = [pair for index, pair in enumerate(sampled) if index not in trained_on]
     if not pairs:
         raise DataError(f"{label}: every prompt is in the training data", "use pairs with other prompts")
-    examples, indices, reason = _tokenize(subjects, pairs)
+    examples, indices, reason = tokenize_for_all(subjects, pairs)
     left_out = len(pairs) - len(indices), reason
     pairs = [pairs[index] for index in indices]
     beta, beta_from = _beta(subjects, request.beta)
@@ -104,7 +104,7 @@ def evaluate(request: Request) -> Comparison:
     )
 
 
-def _with_common_settings(subjects: Sequence[Subject], max_length: int | None) -> list[Subject]:
+def with_common_settings(subjects: Sequence[Subject], max_length: int | None) -> list[Subject]:
     """Give all subjects one length limit, and the first run's chat template to those without a run."""
     runs = [subject.recipe.data for subject in subjects if subject.is_of_run]
     data = runs[0] if runs else min((subject.recipe.data for subject in subjects), key=lambda data: data.max_length)
@@ -155,7 +155,7 @@ def _overlap(subject: Subject, pairs: Sequence[PreferencePair]) -> heldout_pairs
         return None
 
 
-def _tokenize(
+def tokenize_for_all(
     subjects: Sequence[Subject], pairs: Sequence[PreferencePair]
 ) -> tuple[list[list[TokenizedExample]], list[int], str]:
     """Tokenize for each model the pairs that all can be scored on; also their indices and the first refusal."""
@@ -202,11 +202,16 @@ def _score(
         if needs_shared and shared is None:
             shared = reference
         del reference
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
     order = range(len(subjects))
     return [scores[index] for index in order], [names[index] for index in order]
+
+
+def release_memory() -> None:
+    """Free the memory of a model that nothing refers to, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _score_one(

@@ -117,6 +117,12 @@ def score_pairs(
     )
 
 
+def log_probabilities(policy: Policy, examples: Sequence[TokenizedExample]) -> Floats:
+    """Score the pairs under the policy in its current mode: [N, 2] summed log-probabilities, nats."""
+    nowhere = [torch.empty(0, dtype=torch.long)] * len(examples)
+    return _forward_all(policy, examples, nowhere, _ignore)[0]
+
+
 def _ignore(index: int, next_tokens: NextTokens) -> None:
     """Drop the distributions, where there is nothing to compare them with."""
 
