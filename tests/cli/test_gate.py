@@ -19,13 +19,13 @@ ROWS = 24
 
 @pytest.fixture(scope="module")
 def folder(make_base, tmp_path_factory):
-    """A run, its adapter and merged model, and two regression sets: the pairs that it has learned, and the same swapped.
+    """A run, its adapter and merged model, and two regression sets: the pairs that it learned, and the same swapped.
 
-    The two answers differ by one byte: the base is at chance, so that either set can be lost.
+    The two answers differ by one byte. The base slightly prefers the one that training rejects, so it can be lost.
     """
     folder = tmp_path_factory.mktemp("gated")
     rows = [
-        {"prompt": f"Question {number}: what?", "chosen": "It is rad.", "rejected": "It is red."}
+        {"prompt": f"Question {number}: what?", "chosen": "It is red.", "rejected": "It is rad."}
         for number in range(ROWS)
     ]
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
