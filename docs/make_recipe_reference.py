@@ -45,9 +45,10 @@ def reference() -> str:
     """Return the page as Markdown."""
     parts = [HEAD]
     for table, field in Recipe.model_fields.items():
-        model = field.annotation
+        is_optional = get_origin(field.annotation) in (Union, types.UnionType)
+        model = get_args(field.annotation)[0] if is_optional else field.annotation
         if isinstance(model, type) and issubclass(model, BaseModel) and table != "loss":
-            parts.append(f"## [{table}]\n\n{model.__doc__}\n\n{_rows(model)}")
+            parts.append(f"## [{table}]\n\n{inspect.getdoc(model)}\n\n{_rows(model)}")
             if model is DataSection:
                 title = "[[data.train]], [[data.heldout]]"
                 parts.append(f"## {title}\n\n{SourceSection.__doc__}\n\n{_rows(SourceSection)}")
@@ -55,6 +56,7 @@ def reference() -> str:
     parts.append(LOSS)
     host = manager.PluginHost()
     titles = {"loss": '## [loss] name = "{}"', "check": "## [checks]: {}", "sink": '## [[sinks]] name = "{}"'}
+    titles["reward"] = '## [rounds.reward] name = "{}"'
     titles["read"] = '## [data.reader] name = "{}"'
     for offer in host.offers:
         if offer.kind in titles and offer.distribution == "qpref":

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qpref.disk_space import refused_write
@@ -96,26 +96,43 @@ def _refusal(path: Path, descriptor: int) -> RunLockedError:
 
 
 @contextmanager
-def in_turn(path: Path, work: str) -> Iterator[None]:
+def in_turn(path: Path, work: str, *, removed: bool = False) -> Iterator[None]:
     """Hold a lock that other processes of this machine wait for: what the first one caches, the others read.
 
     Nobody waits where the disk refuses the lock's file, or has no locks.
 
     Args:
         work: of the process that holds the lock, for a message to those that wait.
+        removed: the lock's file is deleted at the end.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+        descriptor = _waited_for(path, work)
     except OSError:
         yield
         return
     try:
-        if not take(descriptor):
-            log.info("waiting for another process, which %s", work)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        if removed:
+            with suppress(OSError):
+                path.unlink()  # while it is locked: those that wait for it then see that it has lost its name
+        os.close(descriptor)
+
+
+def _waited_for(path: Path, work: str) -> int:
+    """Open and lock the file that has this name at the moment when the lock is taken."""
+    while True:
+        descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+        try:
+            if not take(descriptor):
+                log.info("waiting for another process, which %s", work)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if is_named(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

@@ -206,3 +206,15 @@ def test_a_lock_that_a_full_disk_refuses_is_a_disk_error(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(DiskError, match="LOCK: cannot be written: No space left on device"), locks.locked(tmp_path):
         pass
+
+
+def test_a_lock_that_is_removed_at_the_end_lets_one_process_in_at_a_time(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from qpref.locks import in_turn\n"
+        "for number in range(20):\n"
+        "    with in_turn(Path(sys.argv[1]) / 'lock', 'works', removed=True):\n"
+        "        (Path(sys.argv[1]) / 'inside').mkdir(); time.sleep(0.002); (Path(sys.argv[1]) / 'inside').rmdir()\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]  # mkdir fails where another is inside
+    assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from qpref.policy.adapter_names import LayerNames
 from qpref.policy.base_name import HASH
 from qpref.policy.device import announce
 from qpref.policy.float32 import compute_in_float32
+from qpref.policy.kept_base import KeptBase
 from qpref.policy.load import choose_device, load_plain, load_policy
 from qpref.policy.policy import Policy
 from qpref.policy.source import BaseFolder, resolve_base
@@ -99,11 +100,12 @@ class Subject:
             tokenizer, self.recipe.data.template, stop_tokens(self.base), Masking.of(self.recipe.data)
         )
 
-    def load(self, dtype: str) -> Policy:
+    def load(self, dtype: str, kept: KeptBase | None = None) -> Policy:
         """Load the model into memory, in eval mode.
 
         Args:
             dtype: its own, or float32, which computes in float32 on weights rounded to its own dtype.
+            kept: a base that stays for later models of the process, see `load_policy`; not with dtype float32.
 
         Raises:
             PolicyError: it cannot be read, or the adapter is for another base.
@@ -111,11 +113,12 @@ class Subject:
         recipe = self.recipe
         if self.dtype != recipe.model.dtype:
             recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": self.dtype})})
-        enforced_limit(recipe, choose_device(recipe.model.device))
+        device = choose_device(recipe.model.device)
+        enforced_limit(recipe, device, 0 if kept is None else kept.num_bytes_on(device))
         if self.kind == "model":
-            policy = load_plain(recipe.model, self.base)
+            policy = load_plain(recipe.model, self.base, kept)
         else:
-            policy = load_policy(recipe, self.base)
+            policy = load_policy(recipe, self.base, kept=kept)
             self._put_adapter(policy)
         policy.model.eval()
         if dtype == "float32":

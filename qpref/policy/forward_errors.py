@@ -27,9 +27,7 @@ def naming_the_layer(model: Any) -> Iterator[None]:
     try:
         yield
     except KINDS as error:
-        if isinstance(error, QprefError) or is_out_of_memory(error) or needs_nondeterminism(error):
-            raise
-        if is_of_connection(error):  # a shared base's layer is gathered from all processes
+        if _passes(error):
             raise
         if (layer := _failing_layer(error, model)) is None:
             raise
@@ -40,6 +38,40 @@ def naming_the_layer(model: Any) -> Iterator[None]:
             f"{type(error).__name__}: {reason}",
             _remedy(model.get_submodule(name)),
         ) from error
+
+
+@contextmanager
+def naming_the_model(model: Any, work: str) -> Iterator[None]:
+    """Raise what a model's own code raises as a PolicyError, which names the layer where it came through one.
+
+    Args:
+        work: what can't be done with the model, a participle such as "sampled".
+
+    Raises:
+        PolicyError: the model failed.
+    """
+    try:
+        with naming_the_layer(model):
+            yield
+    except KINDS as error:
+        if _passes(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise PolicyError(
+            f"this {model.config.model_type} model can't be {work}: {type(error).__name__}: {reason}",
+            "where plain transformers' generate can, please report it",
+        ) from error
+
+
+def _passes(error: Exception) -> bool:
+    """Return whether an error isn't the model's: one of qpref, of memory, of determinism, or of a connection to another
+    process, from all of which a shared base's layer is gathered."""
+    return (
+        isinstance(error, QprefError)
+        or is_out_of_memory(error)
+        or needs_nondeterminism(error)
+        or is_of_connection(error)
+    )
 
 
 def _remedy(layer: Any) -> str:

@@ -64,20 +64,24 @@ def load_policy(recipe: Recipe, base: BaseFolder, sharing: World | None = None, 
     _announce_experts(model, policy.dtype, policy.adapts_experts())
     _announce_shared_layers(model, policy)
     policy.starts_from_adapter = recipe.adapter.start is not None
+    policy.base_is_reference = recipe.adapter.reference == "base"
     fuse_layers(policy.decoder, policy.dtype, policy.autocast, shards.gathered_around if shards else None)
     policy.recompute_layers(recomputed_layers(recipe.train.gradient_checkpointing, policy.num_layers))
     return policy
 
 
-def load_plain(section: ModelSection, base: BaseFolder) -> Policy:
+def load_plain(section: ModelSection, base: BaseFolder, kept: KeptBase | None = None) -> Policy:
     """Load a model without adapters and so without a reference, for scoring and generation alone.
+
+    Args:
+        kept: as for `load_policy`.
 
     Raises:
         PolicyError: it cannot be read, or its dtype doesn't run on the device.
     """
     device = choose_device(section.device)
     _refuse_wrong_dtype(section, device)
-    model, _ = _load_ready(section, base, device)
+    model, _ = _load_ready(section, base, device, kept=kept)
     policy = _policy(model, model, section, device)
     _announce_experts(model, policy.dtype, adapted=False)
     return policy

@@ -40,7 +40,8 @@ class Policy:
         head: the frozen output head.
         device: holds all of it.
         dtype: of the base's computation.
-        starts_from_adapter: the reference is a frozen copy of the start adapter, not the bare base.
+        starts_from_adapter: a frozen copy of the start adapter is there, which is the reference.
+        base_is_reference: the bare base is the reference all the same.
         own_attention: name of the attention that the model came with.
         sharing_paths: names of the attention paths that compute each prompt once, the fastest first; empty where the
             model's config rules them out.
@@ -63,6 +64,7 @@ class Policy:
     sharing_paths: tuple[str, ...]
     attention: str
     has_adapters: bool = True
+    base_is_reference: bool = False
     rope_lengths: RopeLengths | None = None
     isolates_rows: bool = False
     shards: ShardedBase | None = None

@@ -36,24 +36,41 @@ def frozen(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def as_reference(policy: Policy) -> Iterator[None]:
-    """Make the model its own reference inside: adapters off, or the start adapter's frozen copy on.
-
-    Dropout is off and nothing has a gradient. The policy is restored on leaving, by an exception too.
-    """
+def as_base(policy: Policy) -> Iterator[None]:
+    """Make the model its base inside: all adapters off. Nothing has a gradient, and dropout is off."""
     layers = policy.model.base_model
     with frozen(policy):
         try:
-            if policy.starts_from_adapter:
-                layers.set_adapter(REFERENCE, inference_mode=True)
-            else:
-                layers.disable_adapter_layers()
+            layers.disable_adapter_layers()
             yield
         finally:
-            if policy.starts_from_adapter:
-                layers.set_adapter(TRAINED)
-            else:
-                layers.enable_adapter_layers()
+            layers.enable_adapter_layers()
+
+
+@contextmanager
+def as_start(policy: Policy) -> Iterator[None]:
+    """Make the model what its training starts from inside: the base, or the start adapter's frozen copy on it."""
+    if not policy.starts_from_adapter:
+        with as_base(policy):
+            yield
+        return
+    layers = policy.model.base_model
+    with frozen(policy):
+        try:
+            layers.set_adapter(REFERENCE, inference_mode=True)
+            yield
+        finally:
+            layers.set_adapter(TRAINED)
+
+
+@contextmanager
+def as_reference(policy: Policy) -> Iterator[None]:
+    """Make the model its own reference inside: what its training starts from, or the base where the recipe says so.
+
+    Dropout is off and nothing has a gradient. The policy is restored on leaving, by an exception too.
+    """
+    with as_base(policy) if policy.base_is_reference else as_start(policy):
+        yield
 
 
 @dataclass(slots=True)

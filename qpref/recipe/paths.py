@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qpref import pypi
 from qpref.hooks.signatures import signature_of_file
@@ -63,7 +64,7 @@ class Locations:
     def recipe(self, recipe: Recipe) -> Recipe:
         """Return the recipe with every path absolute."""
         model, data, start = recipe.model, recipe.data, recipe.adapter.start
-        changes = {
+        changes: dict[str, dict[str, Any]] = {
             "model": {"base": self.base(model.base), "tokenizer": model.tokenizer and self.base(model.tokenizer)},
             "data": {
                 "train": self.sources(data.train),
@@ -72,6 +73,8 @@ class Locations:
             },
             "adapter": {"start": start and self.path(start)},
         }
+        if recipe.rounds is not None:
+            changes["rounds"] = {key: self.source(getattr(recipe.rounds, key)) for key in ("prompts", "heldout")}
         sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
         return recipe.model_copy(update=sections)
 

@@ -26,6 +26,7 @@ class Plan:
         output: the run folder.
         losses: one, or several that are added; all of pairs, all of lists or all of single completions.
         sources: of the held-out data, then of the training data.
+        reward: of `[rounds]`; None without one.
         recorded: the losses' facts, for a run that was reopened without its loss plugins.
         printing: the form of a run's standard output, no part of its recipe.
         on_metrics: a program's function for each row of metrics, no part of the recipe either.
@@ -38,6 +39,7 @@ class Plan:
     sinks: tuple[Choice, ...]
     sources: tuple[SourceChoice, ...]
     output: Path
+    reward: Choice | None = None
     recorded: LossFacts | None = None
     printing: Printing = "text"
     on_metrics: Callable[[MetricRow], object] | None = None

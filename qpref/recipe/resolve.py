@@ -24,12 +24,12 @@ from qpref.recipe.paths import Locations, advice_on_reader
 from qpref.recipe.plan import DataPlan, Plan
 from qpref.recipe.plugin_tables import load_files
 from qpref.recipe.problems import Problem, problem_lines, problems_of
+from qpref.recipe.resolved_document import DEFAULT_VALIDATOR, Parts
+from qpref.recipe.rounds_section import RoundsSection
 from qpref.recipe.schedule import Scheduled
 from qpref.recipe.sections import ModelSection, check_document
 from qpref.recipe.trl_losses import find_loss
 
-DEFAULT_VALIDATOR = "pairs"
-"""Its options are in `[checks]` itself; those of any other validator in `[checks.NAME]`."""
 SPLITS: tuple[Split, ...] = ("heldout", "train")
 """Splits in the order in which checks read them."""
 FOLDER_READER = "datasets"
@@ -114,33 +114,25 @@ class Resolution:
         losses = self._losses(document.get("loss"))
         validators = self._validators(document.get("checks"))
         sinks = self._sinks(document.get("sinks"))
+        reward = None if isinstance(checked, list) or checked.rounds is None else self._reward(checked.rounds)
         recipe = None if isinstance(checked, list) else self._locations.recipe(checked)
         data = recipe.data if recipe else sources_alone(document)
         sources = self._sources(data, columns=joint_columns(loss.at(0.0) for loss in losses))
         self._problems += [Problem("data", "mask", why) for why in unread_masks(data.mask if data else "", losses)]
         if self._problems or recipe is None or not losses:
             raise self._error()
-        full = recipe.model_dump(mode="json", exclude_none=True)
-        tables = [loss.table() for loss in losses]
-        full["loss"] = tables[0] if isinstance(document["loss"], dict) else tables
-        full["checks"] = {}
-        for check in validators:
-            name = check.plugin.record.name
-            full["checks"] |= check.table() if name == DEFAULT_VALIDATOR else {name: check.table()}
-        full.pop("plugins")
-        if files:
-            full["plugins"] = {"files": [{"path": str(file.path), "sha256": file.sha256} for file in files]}
-        if any(source.reader.record.options is not None for source in sources):
-            full["data"]["folder"] = str(sources[0].folder)
-        full["sinks"] = [{"name": sink.plugin.record.name} | sink.table() for sink in sinks]
+        parts = Parts(
+            losses=losses, validators=validators, sinks=sinks, sources=sources, plugin_files=files, reward=reward
+        )
         return Plan(
             recipe=recipe,
-            document=full,
+            document=parts.document(recipe, is_single=isinstance(document["loss"], dict)),
             losses=tuple(losses),
             validators=tuple(validators),
             sinks=tuple(sinks),
             sources=tuple(sources),
             output=self._output,
+            reward=reward,
         )
 
     def reopen(
@@ -186,6 +178,10 @@ class Resolution:
         if self._problems or choice is None:
             raise self._error()
         return choice
+
+    def _reward(self, rounds: RoundsSection) -> Choice | None:
+        table = dict(rounds.reward_table)
+        return self._choose(manager.REWARD, table.pop("name"), table, "rounds.reward")
 
     def _losses(self, tables: Any) -> list[LossChoice]:
         tables_by_name = {"loss": tables} if isinstance(tables, dict) else {}

@@ -12,7 +12,7 @@ from qpref.errors import PluginError
 from qpref.hooks import manager
 from qpref.hooks.manager import Kind, Loaded, PluginHost
 from qpref.recipe.loss_section import LossSection
-from qpref.recipe.resolve import DEFAULT_VALIDATOR
+from qpref.recipe.resolved_document import DEFAULT_VALIDATOR
 from qpref.recipe.schedule import Schedule, can_be_scheduled
 from qpref.recipe.sections import Recipe, SinkSection
 
@@ -52,6 +52,8 @@ def recipe_schema(host: PluginHost, distribution: str | None = None) -> Json:
     readers = [reader for reader in _plugins(host, manager.READER, distribution) if reader.record.options is not None]
     for name in ("DataSection", "SourceSection"):
         schema["$defs"][name]["properties"]["reader"]["anyOf"] = [{"type": "string"}, *_reader_tables(readers)]
+    rewards = [_named(reward) for reward in _plugins(host, manager.REWARD, distribution)]
+    schema["$defs"]["RoundsSection"]["properties"]["reward"]["anyOf"] = [{"type": "string"}, *rewards]
     for name in ("LossSection", "SinkSection"):
         schema["$defs"].pop(name, None)
     return {"$schema": DIALECT, "title": "A recipe of qpref"} | schema
@@ -70,10 +72,10 @@ def _loaded(host: PluginHost, kind: Kind, names: Iterable[str]) -> Iterable[Load
             continue
 
 
-def _named(plugin: Loaded, section: type[BaseModel]) -> Json:
+def _named(plugin: Loaded, section: type[BaseModel] | None = None) -> Json:
     """Return the schema of a plugin's table: `name`, the core's own keys, and the options."""
     record = plugin.record
-    own = section.model_json_schema()["properties"]
+    own = {} if section is None else section.model_json_schema()["properties"]
     is_loss = section is LossSection
     name = {"const": record.name, "description": record.summary, "type": "string"}
     options = with_schedules(_options(record.options), record.options) if is_loss else _options(record.options)

@@ -26,6 +26,7 @@ from qpref.recipe.data_section import DataSection
 from qpref.recipe.loss_section import LossSection
 from qpref.recipe.plugins_section import PluginsSection
 from qpref.recipe.problems import Problem, problems_of
+from qpref.recipe.rounds_section import RoundsSection
 from qpref.recipe.section import Section
 
 
@@ -113,6 +114,11 @@ class AdapterSection(Section):
         default=None,
         description="LoRA adapter (PEFT folder) to continue from; a frozen copy of it is the reference. Its own rank, "
         "alpha and targets apply. Default: a new adapter.",
+    )
+    reference: Literal["start", "base"] | None = Field(
+        default=None,
+        description="Reference of a run that continues from `start`: the frozen copy of that adapter (`start`, the "
+        "default), or the base (`base`), to which beta ties all runs of a chain then.",
     )
     bias: Literal["none"] = Field(
         default="none",
@@ -310,6 +316,7 @@ class Recipe(Section):
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     distributed: DistributedSection = DistributedSection()
+    rounds: RoundsSection | None = None
     sinks: list[SinkSection] = Field(default_factory=lambda: [SinkSection(name="console")])
 
     @field_validator("train")

@@ -37,11 +37,13 @@ class ExtraResults:
         merged: merge.json of merged models.
         evaluations: of `qpref eval --json`.
         samples: of `qpref generate --json`.
+        rounds: rows of a table on the rounds that the runs are, each a text by column.
     """
 
     merged: Mapping[str, Any] = field(default_factory=dict)
     evaluations: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, Any] = field(default_factory=dict)
+    rounds: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def render(runs: Sequence[RunRecord], extras: ExtraResults, refresh: int | None 
         colours=charts.COLOURS,
         area=AREA,
         tables=tables,
+        rounds=cell([dict(row) for row in extras.rounds]),
         comparison=tables.comparison(runs),
         differences=tables.differences(runs),
         charts=curves.all_charts(runs),
@@ -101,6 +104,7 @@ def render(runs: Sequence[RunRecord], extras: ExtraResults, refresh: int | None 
 def _sections(has_heldout: bool, extras: ExtraResults) -> list[str]:
     """Name the sections that have something to show, in the page's order."""
     shown = {
+        "rounds": bool(extras.rounds),
         "curves": True,
         "held-out": has_heldout or bool(extras.evaluations),
         "data": True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ SUFFIXES = (".html", ".htm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """Paths of other commands' output: merged model folders, and files of `qpref eval` and `qpref generate`."""
+    """Paths of other commands' output: merged model folders, and files of `qpref eval` and `qpref generate`.
+
+    Attributes:
+        rounds: the rows of a table on the rounds that the runs are, each a text by column.
+    """
 
     merged: Sequence[Path] = ()
     evaluations: Sequence[Path] = ()
     samples: Sequence[Path] = ()
+    rounds: Sequence[Mapping[str, str]] = ()
 
 
 def write_report(
@@ -51,6 +56,7 @@ def write_report(
             merged=dict(map(_read_verdict, merged)),
             evaluations=_read(extras.evaluations),
             samples=_read(extras.samples),
+            rounds=extras.rounds,
         ),
         refresh,
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpref.policy.forward_errors import naming_the_model
 from qpref.policy.lora import decoding
 from qpref.policy.policy import Policy
 from qpref.policy.reference import frozen
@@ -52,13 +53,17 @@ def sample(
         policy: in the mode that is to be sampled from; dropout is off inside.
         prompts: token ids, each at least one.
         stop_tokens: each ends a response.
+
+    Raises:
+        PolicyError: the model's own code fails.
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=policy.plain_model.config)
     numbers = [_numbers(prompt, response, draws) for prompt in prompts for response in range(draws.num_responses)]
     uniform = torch.stack(numbers).to(policy.device)
-    with frozen(policy), policy.autocast(), decoding():
+    model = policy.plain_model
+    with frozen(policy), policy.autocast(), decoding(), naming_the_model(model, "sampled"):
+        cache = DynamicCache(config=model.config)
         if _holds_keys_and_values(cache):
             responses = _Batch(policy, prompts, draws, stop_tokens, cache, uniform).finished()
         else:

@@ -10,6 +10,7 @@ from qpref.errors import InstallError, PluginError
 from qpref.hooks import border
 from qpref.hooks.manager import Offer
 from qpref.installed import install_command, missing
+from qpref.recipe.choices import Choice
 from qpref.recipe.rewards import choose_reward
 from qpref.records import SampledResponse
 
@@ -28,12 +29,26 @@ class Scorer:
     """
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        choice = choose_reward(name, options)
+        self._build(choose_reward(name, options))
+
+    @classmethod
+    def of(cls, choice: Choice) -> Scorer:
+        """Build a reward that a recipe has chosen.
+
+        Raises:
+            InstallError: a package that it needs isn't installed.
+            PluginError: it can't be built.
+        """
+        scorer = cls.__new__(cls)
+        scorer._build(choice)
+        return scorer
+
+    def _build(self, choice: Choice) -> None:
         record, self._offer = choice.plugin.record, choice.plugin.offer
         if lacking := missing(record.requires):
             command = install_command(self._offer.distribution, lacking)
-            raise InstallError(f"reward '{name}' needs {' and '.join(lacking)}", command)
-        self.settings = {"name": name, "version": self._offer.version, "options": choice.table()}
+            raise InstallError(f"reward '{record.name}' needs {' and '.join(lacking)}", command)
+        self.settings = {"name": record.name, "version": self._offer.version, "options": choice.table()}
         with _guarded(self._offer, "build"):
             self._function = record.build(choice.options)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +14,14 @@ from typing import Any
 
 from qpref import fsio
 from qpref.data.tokenize import PairTokenizer
-from qpref.errors import DataError, DeviceMemoryError
-from qpref.evaluation.generate import prompt_ids, sharing_a_batch, text_of_answer
+from qpref.errors import DataError
+from qpref.evaluation.generate import prompt_ids, text_of_answer
 from qpref.evaluation.subjects import Subject
 from qpref.locks import in_turn
-from qpref.policy.out_of_memory import attempt, out_of_memory_as
-from qpref.policy.policy import Policy
+from qpref.policy.kept_base import KeptBase
 from qpref.records import SampledResponse, UnpairedExample
-from qpref.sampling.decode import Draws, sample
+from qpref.sampling.batches import drawn_batches, load_sampler
+from qpref.sampling.decode import Draws
 from qpref.sampling.journal import Entry, Journal
 from qpref.sampling.preferences import Form, ScoredResponses, preference_rows
 
@@ -58,6 +58,7 @@ class Request:
     Attributes:
         batch_size: responses that are drawn together, at least k; halved where memory runs out.
         reward: name and options of the reward, to tell whether interrupted sampling can go on.
+        kept: a base that stays in memory for later models of the process.
     """
 
     subject: Subject
@@ -67,6 +68,7 @@ class Request:
     min_gap: float
     batch_size: int
     reward: Mapping[str, Any]
+    kept: KeptBase | None = None
 
 
 def sample_to(output: Path, request: Request, score: Score, overwrite: bool = False) -> Sampled:
@@ -84,7 +86,7 @@ def sample_to(output: Path, request: Request, score: Score, overwrite: bool = Fa
     tokenizer = request.subject.tokenizer()
     ids = prompt_ids(tokenizer, request.prompts)
     settings = _settings(request, ids)
-    with in_turn(output.with_name(f".{output.name}.lock"), f"samples to {output}"):
+    with in_turn(output.with_name(f".{output.name}.lock"), f"samples to {output}", removed=True):
         if output.exists() and not overwrite:
             raise DataError(f"{output}: exists", "name another file, or add --overwrite")
         journal = Journal(output, settings, begin=overwrite)
@@ -94,8 +96,9 @@ def sample_to(output: Path, request: Request, score: Score, overwrite: bool = Fa
             if len(left) < len(ids):
                 log.info("%d of %d prompts were sampled before", len(ids) - len(left), len(ids))
             if left:
-                for batch, drawn in _drawn(request, tokenizer, ids, left):
-                    journal.add(_scored(request, tokenizer, batch, drawn, score))
+                policy = load_sampler(request.subject, request.kept)
+                for batch, drawn in drawn_batches(policy, tokenizer, ids, left, request.draws, request.batch_size):
+                    journal.add(scored(request.prompts, tokenizer, batch, drawn, score))
                     lengths += [len(response) for responses in drawn for response in responses]
                     log.info("%d of %d prompts", len(journal.entries), len(ids))
         finally:
@@ -121,40 +124,8 @@ def _settings(request: Request, ids: Sequence[list[int]]) -> dict[str, Any]:
     }
 
 
-def _drawn(
-    request: Request, tokenizer: PairTokenizer, ids: Sequence[list[int]], left: Sequence[int]
-) -> Iterator[tuple[list[int], list[list[list[int]]]]]:
-    """Yield the indices of prompts and their responses, the longest prompts first: memory runs out early or never."""
-    subject = request.subject
-    subject.announce_device()
-    with out_of_memory_as(f"{subject.name}: the device ran out of memory", "free its memory, or take a smaller base"):
-        policy = subject.load(subject.dtype)
-    policy.share_prompts(False)
-    order = sorted(left, key=lambda index: -len(ids[index]))
-    size = max(1, request.batch_size // request.draws.num_responses)
-    while order:
-        batch = sharing_a_batch(policy, order[:size], ids, request.draws.max_new_tokens)
-        found = _attempted(policy, [ids[index] for index in batch], request.draws, tokenizer)
-        if found is None:
-            if len(batch) == 1:
-                raise DeviceMemoryError(
-                    "the device ran out of memory on one prompt", "lower --k or --max-new-tokens, or shorten the prompt"
-                )
-            size = (len(batch) + 1) // 2
-            log.warning("out of memory: continuing with %d prompts per batch", size)
-            continue
-        yield batch, found
-        order = order[len(batch) :]
-
-
-def _attempted(
-    policy: Policy, prompts: Sequence[list[int]], draws: Draws, tokenizer: PairTokenizer
-) -> list[list[list[int]]] | None:
-    return attempt(lambda: sample(policy, prompts, draws, tokenizer.stop_tokens))
-
-
-def _scored(
-    request: Request,
+def scored(
+    prompts: Sequence[UnpairedExample],
     tokenizer: PairTokenizer,
     batch: Sequence[int],
     drawn: Sequence[Sequence[Sequence[int]]],
@@ -163,7 +134,7 @@ def _scored(
     """Score the responses of a batch in one call."""
     answers = [[text_of_answer(tokenizer, response) for response in responses] for responses in drawn]
     flat = [
-        SampledResponse(prompt=request.prompts[index].prompt, text=text, ended=ended)
+        SampledResponse(prompt=prompts[index].prompt, text=text, ended=ended)
         for index, texts in zip(batch, answers, strict=True)
         for text, ended in texts
     ]
@@ -184,9 +155,9 @@ def _rows(request: Request, journal: Journal) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for index, prompt in enumerate(request.prompts):
         entry = journal.entries[index]
-        scored = ScoredResponses(prompt=prompt.prompt, responses=entry.responses, scores=entry.scores)
+        ranked = ScoredResponses(prompt=prompt.prompt, responses=entry.responses, scores=entry.scores)
         tools = {"tools": list(prompt.tools)} if prompt.tools else {}
-        rows += [row | tools for row in preference_rows(scored, request.form, request.min_gap)]
+        rows += [row | tools for row in preference_rows(ranked, request.form, request.min_gap)]
     return rows
 
 

@@ -21,7 +21,7 @@ from qpref.policy.forward_errors import naming_the_layer
 from qpref.policy.logprobs import completion_logprobs, select_sequences
 from qpref.policy.out_of_memory import fits
 from qpref.policy.policy import Policy
-from qpref.policy.reference import as_reference, frozen
+from qpref.policy.reference import as_start, frozen
 from qpref.records import ListInputs, PackedBatch, TokenizedExample, TokenLogProbs
 from qpref.training.inputs import Inputs, Mismatched
 from qpref.training.loss_caller import LossCaller
@@ -234,7 +234,8 @@ def _plain_logprobs(policy: Policy, example: TokenizedExample) -> Tensor:
 
 
 def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
-    """S1: check that policy and reference agree before the first step, and that each loss starts where its paper says.
+    """S1: check that the policy is what it starts from before the first step, and that each loss starts where its paper
+    says if that is its reference.
 
     Both are computed in one layout, so only a real difference shows; the policy in training mode, with a graph and
     recomputed layers as in a step, but without LoRA's dropout, which the reference doesn't have.
@@ -254,7 +255,7 @@ def check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> Non
 def _check_start(policy: Policy, objective: Objective, batch: PackedBatch) -> None:
     with frozen(policy):
         scores = _scores_as_in_training(policy, objective, batch)
-        with as_reference(policy):
+        with as_start(policy):
             reference = completion_logprobs(policy, batch)
         difference = _largest_difference(scores, reference)
         if not difference <= START_TOLERANCE:

@@ -68,7 +68,22 @@ class Prepared:
         if not self.objective.needs_reference:
             return None
         start = self.plan.recipe.adapter.start
-        return "the base, with its adapter off" if start is None else f"a frozen copy of the start adapter, {start}"
+        return (
+            "the base, with its adapter off"
+            if self.reference_is_base
+            else f"a frozen copy of the start adapter, {start}"
+        )
+
+    @property
+    def reference_is_base(self) -> bool:
+        """True where the reference is the base and not a start adapter's frozen copy."""
+        adapter = self.plan.recipe.adapter
+        return adapter.start is None or adapter.reference == "base"
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """True where policy and reference agree before training."""
+        return self.plan.recipe.adapter.start is None or not self.reference_is_base
 
     @property
     def all_examples(self) -> list[TokenizedExample]:

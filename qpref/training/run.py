@@ -329,7 +329,7 @@ def _open_recorder(session: Session, folder: RunFolder, metrics_bytes: int, tota
     )
     session.symptoms = Watch(
         History(
-            start=prepared.objective.starts_at(),
+            start=prepared.objective.starts_at() if prepared.starts_at_reference else None,
             num_heldout=len(prepared.heldout),
             length_error=LengthGroups.of(prepared.heldout).error,
             total_steps=total_steps,

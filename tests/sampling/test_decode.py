@@ -11,6 +11,7 @@ import torch
 from conftest import load_worn
 from matrix.cases import tiny_model
 
+from qpref.errors import PolicyError
 from qpref.sampling import decode
 from qpref.sampling.decode import Draws, sample
 
@@ -131,3 +132,14 @@ def test_tokens_are_drawn_as_often_as_the_model_says(policy_of):
     statistic = ((counts - count * chances) ** 2 / (count * chances)).sum().item()
     freedom = len(chances) - 1
     assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_a_model_that_fails_is_named(policy_of, monkeypatch):
+    policy = policy_of()
+
+    def fails(cache):
+        raise ValueError("no attention layer in this cache")
+
+    monkeypatch.setattr(decode, "_holds_keys_and_values", fails)
+    with pytest.raises(PolicyError, match="this llama model can't be sampled: ValueError: no attention layer"):
+        sample(policy, PROMPTS, DRAWS, STOPS)

@@ -11,7 +11,7 @@ from qpref.errors import DataError, DeviceMemoryError
 from qpref.evaluation.generate import as_prompt
 from qpref.evaluation.subjects import identify
 from qpref.records import Message
-from qpref.sampling import sample as module
+from qpref.sampling import batches as module
 from qpref.sampling.decode import Draws
 from qpref.sampling.preferences import ScoredResponses, preference_rows
 from qpref.sampling.sample import Request, sample_to
@@ -47,7 +47,7 @@ def test_rows_stand_in_the_prompts_order_with_their_scores(request_, tmp_path):
     assert all(row["scores"] == sorted(map(len, row["responses"]), reverse=True) for row in rows)
     assert (found.prompts, found.rows) == (5, len(rows))
     assert found.best > found.reward
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["out.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_a_killed_call_goes_on_and_ends_with_the_same_file(request_, tmp_path, monkeypatch):
