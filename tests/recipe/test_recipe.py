@@ -12,7 +12,7 @@ from qpref.errors import PluginError, RecipeError
 from qpref.hooks.manager import installed_offers
 from qpref.recipe.data_section import RowFormat
 from qpref.recipe.document import with_overrides
-from qpref.recipe.resolved_document import DEFAULT_VALIDATORS, make_plan
+from qpref.recipe.resolve import DEFAULT_VALIDATORS, make_plan
 from qpref.recipe.sections import TrainSection
 from qpref.rows.formats import ROW_FORMATS
 

@@ -1,4 +1,4 @@
-"""A run from a start adapter whose reference is the base: it goes on where the run before has ended, rewards and all."""
+"""A run from a start adapter whose reference is the base: rewards go on where those of the run before have ended."""
 
 from __future__ import annotations
 
