@@ -76,7 +76,7 @@ def open_cache(prepared: Prepared, before: Mapping[str, Any] | None) -> Referenc
         "dtype": model.dtype,
         "device": policy.device.type,
         "attention": policy.attention,
-        "start": "" if prepared.reference_is_base else prepared.fingerprints["start adapter"],
+        "start": "" if prepared.plan.recipe.adapter.reference == "base" else prepared.fingerprints["start adapter"],
     }
     folder = reference_cache.folder_of(reference)
     is_resumed = before is not None and _is_description(before)

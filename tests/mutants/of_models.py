@@ -88,9 +88,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "C25",
         "an exception in the reference pass leaves the adapters off",
         REFERENCE,
-        "            yield\n        finally:\n            if policy.starts_from_adapter:",
+        "            yield\n        finally:\n            layers.enable_adapter_layers()",
         "            yield\n        except GeneratorExit:\n            raise\n        else:\n"
-        "            if policy.starts_from_adapter:",
+        "            layers.enable_adapter_layers()",
         REFERENCES + "test_the_policy_is_as_before_when_a_reference_pass",
     ),
     mutant(
