@@ -154,7 +154,7 @@ def test_a_word_like_no_key_gets_all_of_them():
     assert problems(recipe_with(zzzzz={})) == [
         "[zzzzz] unknown key",
         "tables: model, adapter, data, checks, loss, plugins, reference, train,",
-        "distributed, sinks",
+        "distributed, rounds, sinks",
     ]
 
 

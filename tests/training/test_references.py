@@ -83,8 +83,8 @@ def notes(monkeypatch) -> Iterator[Notes]:
         made.stores.append(ReferenceStore(*parts))
         return made.stores[-1]
 
-    for module in (reference, invariants, reference_check):
-        monkeypatch.setattr(module, "as_reference", noting(module))
+    for module, name in ((reference, "as_reference"), (invariants, "as_start"), (reference_check, "as_reference")):
+        monkeypatch.setattr(module, name, noting(module))
     monkeypatch.setattr(reference_pass, "ReferenceStore", opened)
     listener, log = Listener(), logging.getLogger("qpref")
     level = log.level
