@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,8 @@ def draw_pairs(reward: Reward, count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def make_policy(folder: Path, seed: int, num_steps: int = 100) -> Path:
-    """Write a base whose responses to the prompt are the sixteen, each about as probable as the others.
+def make_policy(folder: Path, seed: int, num_steps: int = 100, responses: Sequence[str] = RESPONSES) -> Path:
+    """Write a base that has learned responses to the prompt, each about as probable as the others.
 
     With `num_steps` = 0 it is a random one that hasn't learned them.
     """
@@ -100,7 +100,7 @@ def make_policy(folder: Path, seed: int, num_steps: int = 100) -> Path:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(chat_template=None)
     model = LlamaForCausalLM(tiny_config("llama"))
-    texts = [PROMPT + response for response in RESPONSES]
+    texts = [PROMPT + response for response in responses]
     rows = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
