@@ -21,9 +21,14 @@ def attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Any:
     """As `scaled_dot_product_attention` on a GPU of any capability (aten/src/ATen/native/transformers/attention.cpp):
-    a boolean mask becomes an additive one in the queries' dtype, with padded rows, which autograd keeps."""
+    a boolean mask becomes an additive one in the queries' dtype, with padded rows, which autograd keeps. Grouped keys
+    and values are repeated: only the flash kernel reads them as they are, so this is the most that a GPU takes."""
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     bias = None
     if attn_mask is not None:
         rows, keys = attn_mask.shape[-2:]

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers import GenerationMixin
 
 from qpref.attention import sdpa, varlen
@@ -78,6 +79,7 @@ def use_stand_ins(make_base: Any, start_tensors: Any) -> None:
     loading.load_base = lambda section, *others: make_base(section)  # type: ignore[assignment]
     adapter_folder.read_tensors = lambda folder: start_tensors()  # type: ignore[assignment]
     sdpa.scaled_dot_product_attention = efficient.attention
+    torch.nn.functional.scaled_dot_product_attention = efficient.attention  # transformers', where rows are padded
     # Fake values say nothing, so what is judged by them passes: a loss's starting value, a step that is not finite.
     invariants.math = SimpleNamespace(**{**vars(math), "isclose": lambda *a, **k: True})  # type: ignore[assignment]
     fused.difference = lambda *a, **k: (0.0, 0.0)  # type: ignore[assignment]
