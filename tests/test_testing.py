@@ -278,6 +278,11 @@ ONE_KIND = [
     ("independence", lambda: replace(UNPAIRED, scope="example")),
     ("independence", lambda: with_losses(OF_STEPS_MISMATCHED, lambda losses, inputs: losses - losses.mean())),
     ("independence", lambda: with_losses(UNPAIRED, lambda losses, inputs: losses.sort().values)),
+    ("scale", lambda: with_losses(replace(PAIRED, scope="step"), lambda losses, inputs: losses / len(losses))),
+    (
+        "reference",
+        lambda: with_inputs(PAIRED, lambda inputs: replace(inputs, reference=exchanged(inputs.reference))),
+    ),
     ("start", lambda: replace(UNPAIRED, build=blind_to_class)),
     ("swap", lambda: with_metrics(PAIRED, lopsided)),
     ("lists", lambda: with_losses(LISTED, lambda losses, inputs: -losses)),

@@ -31,7 +31,7 @@ from qpref.testing.rules import RULES
 
 LOSSES: dict[str, tuple[str, PairedLoss | ListLoss | UnpairedLoss]] = {}
 """Name -> the rule that has to name it, and the record."""
-SOUND: dict[str, PairedLoss | UnpairedLoss] = {}
+SOUND: dict[str, PairedLoss | ListLoss | UnpairedLoss] = {}
 LABELS = ("chosen", "rejected")
 
 
@@ -39,6 +39,12 @@ class Beta(Options):
     """The option of all of them."""
 
     beta: float = Field(default=0.1, gt=0, description="reward per nat")
+
+
+class Scored(Beta):
+    """A weight for the column that the rows have."""
+
+    share: float = Field(default=0.5, ge=0, description="weight of the column")
 
 
 def paired(function, **changes):
@@ -133,6 +139,18 @@ def policy_of_the_chosen_side_for_both(options, inputs):
 
 def completion_reward(options, inputs):
     return options.beta * (inputs.policy.total - inputs.reference.total)
+
+
+def ranked_first(options, inputs):
+    """The best response of each list against the others."""
+    rewards_of_all = options.beta * (inputs.policy.total - inputs.reference.total)
+    losses = [
+        -(each + margin * (ranks > 1)).log_softmax(0)[ranks == 1].mean()
+        for each, ranks, margin in zip(
+            inputs.by_list(rewards_of_all), inputs.by_list(inputs.ranks), inputs.margin, strict=True
+        )
+    ]
+    return LossOutput(losses=torch.stack(losses), metrics=list_reward_metrics(rewards_of_all, inputs))
 
 
 @wrong("direction", unpaired)
@@ -483,6 +501,121 @@ with_metrics(
 )
 
 
+@wrong("scale", scope="step")
+def divided_by_the_examples_of_the_step(options, inputs):
+    return dpo(options, inputs, lambda losses: losses / len(losses))
+
+
+@wrong("scale", scope="step")
+def sum_for_everybody(options, inputs):
+    return dpo(options, inputs, lambda losses: losses.sum().expand(len(losses)))
+
+
+@wrong("scale", scope="step", detaches=lambda options: True)
+def weights_that_sum_to_one(options, inputs):
+    return dpo(options, inputs, lambda losses: losses * losses.detach().softmax(0))
+
+
+@wrong("reference")
+def difference_of_references_added(options, inputs):
+    chosen, rejected = rewards(options, inputs)
+    reference = inputs.reference
+    twice = 2 * options.beta * (reference.chosen.total - reference.rejected.total)
+    return output(-logsigmoid(chosen - rejected + twice - inputs.margin), chosen, rejected)
+
+
+@wrong("reference")
+def reference_added(options, inputs):
+    sides = [options.beta * (getattr(inputs.policy, s).total + getattr(inputs.reference, s).total) for s in LABELS]
+    return output(-logsigmoid(sides[0] - sides[1] - inputs.margin), *sides)
+
+
+@wrong("reference")
+def total_less_mean(options, inputs):
+    sides = [options.beta * (getattr(inputs.policy, s).total - getattr(inputs.reference, s).mean) for s in LABELS]
+    return output(-logsigmoid(sides[0] - sides[1] - inputs.margin), *sides)
+
+
+@wrong("reference", unpaired)
+def reference_added_to_a_completion(options, inputs):
+    reward = options.beta * (inputs.policy.total + inputs.reference.total)
+    losses = (-reward).where(inputs.desirable, reward).sigmoid()
+    return LossOutput(losses=losses, metrics=unpaired_reward_metrics(reward, inputs.desirable))
+
+
+@wrong("used needs")
+def reference_of_the_chosen_side_for_both(options, inputs):
+    """It cancels."""
+    chosen, rejected = rewards(options, inputs)
+    second = options.beta * (inputs.policy.rejected.total - inputs.reference.chosen.total)
+    return output(-logsigmoid(chosen - second - inputs.margin), chosen, rejected)
+
+
+@wrong("used needs", needs=frozenset({"reference", "tokens"}))
+def mask_left_out(options, inputs):
+    sides = []
+    for policy, reference in ((getattr(inputs.policy, side), getattr(inputs.reference, side)) for side in LABELS):
+        sides.append(options.beta * policy.sum((policy.tokens >= 0) * (policy.values - reference.values)))
+    return output(-logsigmoid(sides[0] - sides[1] - inputs.margin), *sides)
+
+
+@wrong("used needs", columns=("score_chosen", "score_rejected"))
+def second_column_left_out(options, inputs):
+    return dpo(options, inputs, lambda losses: losses * inputs.columns["score_chosen"].square())
+
+
+@wrong("used needs", make=listed, needs=frozenset({"reference", "scores"}))
+def scores_left_out(options, inputs):
+    return ranked_first(options, inputs)
+
+
+@wrong("state", scope="step", state={"mean": 0.0})
+def state_that_no_loss_reads(options, inputs):
+    chosen, rejected = rewards(options, inputs)
+    return replace(dpo(options, inputs), state={"mean": (chosen - rejected).detach().mean()})
+
+
+@wrong("state", scope="step", state={"mean": 0.0}, detaches=lambda options: True)
+def state_in_half_precision(options, inputs):
+    mean = inputs.state["mean"] + rewards(options, inputs)[0].detach().mean()
+    return replace(dpo(options, inputs, lambda losses: losses + inputs.state["mean"]), state={"mean": mean.half()})
+
+
+@wrong("no state")
+def margin_in_training_alone(options, inputs):
+    return dpo(options, inputs, lambda losses: losses if torch.is_grad_enabled() else losses - inputs.margin)
+
+
+@wrong("no state")
+def zero_without_a_gradient(options, inputs):
+    return dpo(options, inputs, lambda losses: losses * float(inputs.policy.chosen.values.requires_grad))
+
+
+WEIGHTS = torch.linspace(0.5, 1.5, 64, dtype=torch.float64)
+
+
+def weighted_by_a_constant(options, inputs, weights):
+    sides = []
+    for policy, reference in ((getattr(inputs.policy, side), getattr(inputs.reference, side)) for side in LABELS):
+        by_token = torch.cat([weights.repeat(length // 64 + 1)[:length] for length in policy.lengths]).to(
+            policy.values.dtype
+        )
+        sides.append(options.beta * policy.sum(by_token * (policy.values - reference.values)))
+    return output(-logsigmoid(sides[0] - sides[1] - inputs.margin), *sides)
+
+
+@wrong("device")
+def constant_of_the_module(options, inputs):
+    return weighted_by_a_constant(options, inputs, WEIGHTS)
+
+
+@wrong("dtype")
+def rewards_in_half_precision(options, inputs):
+    chosen, rejected = rewards(options, inputs)
+    halves = [reward.half().to(reward.dtype) for reward in (chosen, rejected)]
+    return output(-logsigmoid(chosen - rejected - inputs.margin), *halves)
+
+
 @sound()
 def tokens_that_weigh_less_and_less(options, inputs):
     return by_token(options, inputs, lambda ratio: ratio * 0.8 ** torch.arange(len(ratio), device=ratio.device))
@@ -539,6 +672,41 @@ def constants_beside_the_inputs(options, inputs):
     return dpo(options, inputs, weighted)
 
 
+@sound()
+def constant_that_is_moved(options, inputs):
+    return weighted_by_a_constant(options, inputs, WEIGHTS.to(inputs.margin.device))
+
+
+@sound(detaches=lambda options: True)
+def reference_in_a_target_alone(options, inputs):
+    """Rewards without the reference, which sets how far apart they have to be."""
+    chosen, rejected = (options.beta * getattr(inputs.policy, side).mean for side in LABELS)
+    target = torch.sub(*rewards(options, inputs)).detach().clamp(-1, 1)
+    return output(-logsigmoid(chosen - rejected - target - inputs.margin), chosen, rejected)
+
+
+@sound(columns=("score",), options=Scored, variants=({"share": 0.0},))
+def column_that_an_option_switches_off(options, inputs):
+    return dpo(options, inputs, lambda losses: losses + options.share * losses * inputs.columns["score"].square())
+
+
+@sound(scope="step", detaches=lambda options: True)
+def divided_by_the_deviation_of_the_step(options, inputs):
+    """A deviation depends a little on the size of the sample."""
+    chosen, rejected = rewards(options, inputs)
+    gap = chosen - rejected
+    spread = (gap - gap.mean()).square().sum().detach() / max(len(gap) - 1, 1)
+    return output(-logsigmoid(gap / (0.1 + spread) - inputs.margin), chosen, rejected)
+
+
+@sound(listed, scope="step", state={"mean": 0.0}, detaches=lambda options: True)
+def mean_of_the_steps_of_lists(options, inputs):
+    rewards_of_all = options.beta * (inputs.policy.total - inputs.reference.total)
+    mean = 0.9 * inputs.state["mean"] + 0.1 * rewards_of_all.detach().mean()
+    found = ranked_first(options, inputs)
+    return replace(found, losses=found.losses * (1 + mean.square()), state={"mean": mean})
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_wrong_loss_is_named_by_its_rule(name):
     rule, record = LOSSES[name]
@@ -557,6 +725,15 @@ def test_a_loss_that_only_looks_odd_passes_all_rules(name):
 def test_each_rule_has_advice_and_a_wrong_loss():
     assert set(ADVICE) == set(RULES)
     assert {rule for rule, _ in LOSSES.values()} == set(RULES)
+
+
+def test_a_start_that_could_be_checked_is_named():
+    messages = {result.rule: result.message for result in check_loss(SOUND["constant_that_is_moved"], "start")}
+    assert messages == {
+        "start": "it doesn't declare where it starts: starts_at = 0.6931471806 would be checked in every run"
+    }
+    (result,) = check_loss(SOUND["reference_in_a_target_alone"], "start")
+    assert result.message == "it doesn't declare where it starts, which is no constant"
 
 
 def test_swap_is_not_asked_of_a_step_that_detaches():

@@ -35,6 +35,7 @@ from qpref.testing.results import Result, results_of
 from qpref.testing.reward_rules import REWARD_RULES
 from qpref.testing.rules import PREREQUISITES, RULES
 from qpref.testing.sink_rules import SINK_RULES
+from qpref.testing.tables import options_tables
 from qpref.testing.validator_rules import VALIDATOR_RULES
 
 __all__ = [
@@ -101,9 +102,3 @@ def assert_conforms(
             lines += [f"    {advice_on(result)}"] if isinstance(record, Loss) else []
     if lines:
         raise BrokenRule("\n".join([f"{noun} '{record.name}' breaks its contract", *lines]))
-
-
-def options_tables(record: Loss) -> list[Mapping[str, object]]:
-    """List the options to check a loss with: its defaults, if every option has one, and its variants."""
-    complete = not any(field.is_required() for field in record.options.model_fields.values())
-    return [*([{}] if complete or not record.variants else []), *record.variants]

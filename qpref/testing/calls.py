@@ -156,10 +156,7 @@ class Built:
 
     def __call__(self, given: LossInputs) -> LossOutput:
         num_examples = len(given.inputs.margin if self.paired else given.inputs.desirable)
-        inputs = given.inputs
-        if self._listed and isinstance(inputs, PairedInputs):
-            inputs = _lists_of_two(inputs, self.needs)
-        output = attempt("the loss", self._function, inputs)
+        output = attempt("the loss", self._function, self.laid_out(given).inputs)
         if not isinstance(output, LossOutput):
             raise BrokenRule(f"returns {type(output).__name__}, not LossOutput")
         if not isinstance(output.losses, Tensor) or output.losses.shape != (num_examples,):
@@ -170,6 +167,12 @@ class Built:
         if problem := written_problem(given.inputs.state, output.state):
             raise BrokenRule(problem)
         return output
+
+    def laid_out(self, given: LossInputs) -> LossInputs:
+        """Return inputs of the kind that the loss takes: pairs as lists of two for a list loss."""
+        if self._listed and isinstance(given.inputs, PairedInputs):
+            return replace(given, inputs=_lists_of_two(given.inputs, self.needs))
+        return given
 
     def values(self, examples: Sequence[Example]) -> Tensor:
         """Return the [N] losses of the examples."""

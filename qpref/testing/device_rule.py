@@ -8,7 +8,8 @@ another mode sees the operators beneath.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,31 @@ def check_device(record: Loss, options: Any) -> None:
             built(built.given(Draws().examples(count)))
     if watch.found:
         raise BrokenRule(watch.found[0])
+    _refuse_mixed_devices(built)
+
+
+def _refuse_mixed_devices(built: Built) -> None:
+    """Call the loss on the device "meta", which has shapes and no values: a tensor of the CPU doesn't go with it.
+
+    That shows what the loss doesn't make when it is called: constants of its module.
+    """
+    given = built.laid_out(built.given(Draws().examples(4)))
+    try:
+        built(replace(given, inputs=_on_meta(given.inputs)))
+    except BrokenRule as error:
+        # Other errors come from code that looks at values, which says nothing about devices.
+        if "is not on the expected device" in str(error.__cause__):
+            raise BrokenRule("it computes with a tensor that stays on the CPU when the inputs are on a GPU") from None
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("meta").requires_grad_(value.requires_grad)
+    if isinstance(value, Mapping):
+        return {name: _on_meta(one) for name, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _on_meta(getattr(value, each.name)) for each in fields(value)})
+    return value
 
 
 class _Watch(TorchFunctionMode):

@@ -68,6 +68,12 @@ class Ranked:
     numbers: tuple[float, ...] = (0.0,)
 
 
+def untrained(scores: Scores) -> Scores:
+    """Return the scores of a policy that is its reference."""
+    same: Scores = replace(scores, reference=scores.policy)
+    return same
+
+
 NEAR_LENGTHS = ((5, 8), (8, 5), (4, 9), (9, 4), (6, 7), (7, 6))
 """Tokens of first and second response in `near_reference`."""
 

@@ -13,13 +13,16 @@ from qpref.hooks import ListLoss, PairedLoss, UnpairedLoss
 from qpref.hooks.types import IGNORABLE, Loss, Scope
 from qpref.testing.calls import BrokenRule, Built, LossInputs, NotApplicable, attempt, declared_needs
 from qpref.testing.device_rule import check_device
-from qpref.testing.examples import Draws, Example, Scores
+from qpref.testing.examples import Draws, Scores, untrained
 from qpref.testing.finite_rule import check_finite
 from qpref.testing.gradients import FrozenDetached, central_differences
 from qpref.testing.learning_rules import check_direction, check_every_token, check_margin, check_reward, ignored
 from qpref.testing.list_rule import check_lists
 from qpref.testing.outputs import listed, metric, metrics_of, same, tensors
+from qpref.testing.reference_rule import check_reference
 from qpref.testing.state_rule import state_rule
+from qpref.testing.step_rule import check_scale
+from qpref.testing.used_rule import check_used_needs
 
 
 def _record(record: Loss, options: Any) -> None:
@@ -63,42 +66,6 @@ def _needs(record: Loss, options: Any) -> None:
         built(built.given(examples))
     except BrokenRule as error:
         raise BrokenRule(f"uses inputs that it doesn't declare: {error}") from error
-
-
-def _used_needs(record: Loss, options: Any) -> None:
-    """Require that losses depend on what the record needs: a reference that isn't used costs a pass of its own."""
-    built = Built(record, options)
-    for need in sorted(built.needs & CHANGED.keys()):
-        if not _depends_on(built, need):
-            raise BrokenRule(f"it needs '{need}', and no loss depends on it")
-
-
-CHANGED: Mapping[str, Callable[[Example], Example]] = {
-    "reference": lambda one: replace(one, first=_moved(one.first, "reference"), second=_moved(one.second, "reference")),
-    "prompt": lambda one: replace(one, prompt=one.prompt - 0.3),
-    "log_sum_squares": lambda one: replace(
-        one, first=_moved(one.first, "log_sum_squares"), second=_moved(one.second, "log_sum_squares")
-    ),
-    "entropy": lambda one: replace(one, first=_moved(one.first, "entropy"), second=_moved(one.second, "entropy")),
-    "mismatched": lambda one: replace(one, second=_moved(one.second, "policy")),
-}
-"""Need -> a change of an example in it alone."""
-
-
-def _moved(scores: Scores, name: str) -> Scores:
-    """Move one of the scores of each token, by other amounts from token to token."""
-    values = getattr(scores, name)
-    changed: Scores = replace(scores, **{name: values - torch.linspace(0.1, 0.5, len(values), dtype=values.dtype)})
-    return changed
-
-
-def _depends_on(built: Built, need: str) -> bool:
-    """Return whether some loss of several batches changes with an input that the record needs."""
-    for seed in range(5):
-        examples = Draws(seed).examples(6)
-        if not torch.equal(built.values(examples), built.values(list(map(CHANGED[need], examples)))):
-            return True
-    return False
 
 
 def _one_value_per_example(record: Loss, options: Any) -> None:
@@ -148,9 +115,14 @@ def _dtype(record: Loss, options: Any) -> None:
         for name, value in {"losses": output.losses, **tensors(output.metrics)}.items():
             if value.dtype != dtype and name.startswith(("losses", "rewards/")):
                 raise BrokenRule(f"{name} of {dtype} inputs are {value.dtype}")
-    losses = output.losses.detach()
-    if torch.equal(losses, losses.float().double()) and not torch.equal(losses, losses.round()):
-        raise BrokenRule("float64 inputs give values of float32 precision: it casts on the way")
+    rewards = {name: output.metrics[name] for name in REWARDS if name in output.metrics}
+    for name, value in {"losses": output.losses.detach(), **rewards}.items():
+        defined = value[~value.isnan()]
+        if torch.equal(defined, defined.float().double()) and not torch.equal(defined, defined.round()):
+            raise BrokenRule(f"{name} of float64 inputs have the precision of float32: it casts on the way")
+
+
+REWARDS = ("rewards/chosen", "rewards/rejected")
 
 
 def _independence(record: Loss, options: Any) -> None:
@@ -196,6 +168,13 @@ def _no_state(record: Loss, options: Any) -> None:
         second = function(given).losses.detach()
         if not torch.equal(first, second):
             raise BrokenRule(f"called {called}, {listed(first)} become {listed(second)}")
+    quiet = built.given(Draws().examples(5))
+    for leaf in quiet.leaves.values():
+        leaf.requires_grad_(False)
+    with torch.no_grad():
+        evaluated = built(quiet).losses
+    if not same(evaluated, first, 1e-12):
+        raise BrokenRule(f"in an evaluation, without gradients, {listed(first)} become {listed(evaluated)}")
 
 
 def _all_tensors(value: Any) -> list[Tensor]:
@@ -211,19 +190,30 @@ def _start(record: Loss, options: Any) -> None:
     """Require the loss that `starts_at` declares while policy and reference are the same."""
     declared = None if record.starts_at is None else attempt("starts_at", record.starts_at, options)
     if declared is None:
-        raise NotApplicable("it doesn't declare where it starts")
+        raise NotApplicable("it doesn't declare where it starts" + _undeclared_start(record, options))
     declared = attempt("starts_at", float, declared)
-    examples = [
-        replace(example, margin=0.0, first=_untrained(example.first), second=_untrained(example.second))
-        for example in Draws().examples(6)
-    ]
-    values = Built(record, options).values(examples)
+    values = _starting_values(record, options)
     if not same(values, torch.full_like(values, declared), 1e-9):
         raise BrokenRule(f"declares {declared:.10g}, and starts at {listed(values)}")
 
 
-def _untrained(scores: Scores) -> Scores:
-    return replace(scores, reference=scores.policy)
+def _undeclared_start(record: Loss, options: Any) -> str:
+    """Say where a loss with a reference starts, if it is a constant: declared, every run would check it."""
+    if "reference" not in declared_needs(record, options):
+        return ""
+    values = _starting_values(record, options)
+    if not same(values, values[:1].expand_as(values), 1e-9):
+        return ", which is no constant"
+    return f": starts_at = {values[0]:.10g} would be checked in every run"
+
+
+def _starting_values(record: Loss, options: Any) -> Tensor:
+    """Return [6] losses while policy and reference are the same and no row has a margin."""
+    examples = [
+        replace(example, margin=0.0, first=untrained(example.first), second=untrained(example.second))
+        for example in Draws().examples(6)
+    ]
+    return Built(record, options).values(examples)
 
 
 def _log_ratios(record: Loss, options: Any) -> None:
@@ -289,15 +279,17 @@ RULES: Mapping[str, Callable[[Loss, Any], None]] = {
     "record": _record,
     "needs": _needs,
     "one value per example": _one_value_per_example,
-    "used needs": _used_needs,
+    "used needs": check_used_needs,
     "dtype": _dtype,
     "gradient": _gradient,
     "finite": check_finite,
     "independence": _independence,
+    "scale": check_scale,
     "no state": _no_state,
     "state": state_rule,
     "start": _start,
     "direction": check_direction,
+    "reference": check_reference,
     "reward": check_reward,
     "margin": check_margin,
     "every token": check_every_token,

@@ -13,6 +13,7 @@ from qpref.hooks.loss_state import initial_problem
 from qpref.hooks.types import Loss
 from qpref.testing.calls import BrokenRule, Built, attempt
 from qpref.testing.examples import Draws, Example, extreme_completions, extreme_pairs
+from qpref.testing.tables import built_with_each
 
 STEPS = 3
 
@@ -36,6 +37,8 @@ def state_rule(record: Loss, options: Any) -> None:
         examples = Draws(seed).examples(6)
         after, other = _after(built, state, examples), _after(built, state, examples[::-1])
         for name, value in after.items():
+            if value.dtype != torch.float64:
+                raise BrokenRule(f"{name} of its state of torch.float64 is {value.dtype} after a step")
             if not torch.allclose(value, other[name], rtol=1e-9, atol=1e-9):
                 raise BrokenRule(
                     f"{name} of its state depends on the order of the examples: {value}, and {other[name]}"
@@ -43,7 +46,18 @@ def state_rule(record: Loss, options: Any) -> None:
         state = after
     if idle := [name for name, value in state.items() if torch.equal(value, first[name])]:
         raise BrokenRule(f"no step changes {idle[0]} of its state")
+    if not any(_reads_state(each) for each in (built, *built_with_each(record))):
+        raise BrokenRule("no loss depends on its state")
     _stay_finite(built, state)
+
+
+def _reads_state(built: Built) -> bool:
+    """Return whether a loss differs between the state that a run begins with and the one after some steps."""
+    last = built.state(torch.float64)
+    for seed in range(STEPS):
+        last = _after(built, last, Draws(seed).examples(6))
+    given = built.given(Draws(STEPS).examples(6))
+    return not torch.equal(built(given).losses, built(replace(given, inputs=replace(given.inputs, state=last))).losses)
 
 
 def _stay_finite(built: Built, state: dict[str, Tensor]) -> None:
