@@ -258,7 +258,7 @@ EVALUATION = (
     ),
     Alias(
         ours="sinks",
-        why="each tracker is a `[[sinks]]` table with its name; the console and metrics.jsonl are always there",
+        why="each tracker is a `[[sinks]]` table with its name, and so is the console; metrics.jsonl is always there",
         trl="report_to run_name",
         axolotl="use_wandb wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model wandb_mode "
         "use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name use_comet comet_project_name "

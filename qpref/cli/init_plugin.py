@@ -8,7 +8,7 @@ import click
 
 from qpref.cli.output import echo
 
-KINDS = ("loss", "check", "read", "sink")
+KINDS = ("loss", "check", "read", "sink", "reward")
 
 
 @click.command("init-plugin")
@@ -23,7 +23,8 @@ KINDS = ("loss", "check", "read", "sink")
 def command(kind: str, name: str, output: Path | None) -> None:
     """Write a new plugin's distribution: pyproject.toml, a package that works, and tests that pass.
 
-    KIND is loss, check (a validator), read (a reader) or sink. NAME is the plugin's name in a recipe.
+    KIND is loss, check (a validator), read (a reader), sink or reward. NAME is the plugin's name in a recipe, or that
+    of the reward for `qpref sample`.
     """
     from qpref.new_plugin.write import write_plugin
 

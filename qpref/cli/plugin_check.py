@@ -52,7 +52,8 @@ def command(names: tuple[str, ...], sample: str | None, settings: tuple[str, ...
     host = PluginHost()
     plugins = [plugin for name in names for plugin in _plugins(host, name)]
     if (sample is not None or options) and len(plugins) > 1:
-        raise RecipeError("--sample and --set are for one plugin", "check one NAME at a time")
+        found = ", ".join(plugin.record.name for plugin in plugins)
+        raise RecipeError(f"--sample and --set are for one plugin, not for {found}", "name one; a file has to have one")
     facts, broken = [], []
     for plugin in plugins:
         results = _results(plugin, options, sample)

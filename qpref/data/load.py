@@ -93,8 +93,9 @@ def _explain_lists(checked: CheckedData, plan: Plan) -> None:
                     "add a column `scores` with a number for each response: docs/data.md#row-formats",
                 )
         pairs, total = sizes[2], sum(sizes.values())
-        log.info("%s: the loss '%s' is on lists: %d lists of %d to %d responses%s; batch_size counts lists",
-                 rows.label, name, total, min(sizes), max(sizes),
+        lengths = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
+        log.info("%s: the loss '%s' is on lists: %d lists of %s responses%s; batch_size counts lists",
+                 rows.label, name, total, lengths,
                  f", {pairs} of them pairs" if pairs else "")  # fmt: skip
 
 

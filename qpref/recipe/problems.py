@@ -152,6 +152,8 @@ def _message(detail: Any, keys: Sequence[str]) -> str:
         return "missing" if len(keys) > 1 else "missing; every recipe has it"
     if keys == ["loss"] and kind in ("list_type", "too_short"):
         return f"expected a table, got {_shown(detail['input'])}"
+    if kind == "list_type" and isinstance(detail["input"], dict) and len(keys) == 1:
+        return f"expected a list of tables, [[{keys[0]}]] with a name in each, got {_shown(detail['input'])}"
     if kind in ("model_type", "dict_type"):
         return f"expected a table, got {_shown(detail['input'])}"
     if kind in ("string_too_short", "too_short"):

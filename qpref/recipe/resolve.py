@@ -90,12 +90,7 @@ class Resolution:
     """Collects the problems of one recipe while its parts are resolved."""
 
     def __init__(
-        self,
-        origin: str,
-        folder: Path,
-        output: Path,
-        recorded: Sequence[Offer] = (),
-        plugins: Iterable[object] = (),
+        self, origin: str, folder: Path, output: Path, recorded: Sequence[Offer] = (), plugins: Iterable[object] = ()
     ) -> None:
         self._origin = origin
         self._output = output
@@ -173,7 +168,8 @@ class Resolution:
         model = None if base is None else ModelSection(base=self._locations.base(base))
         return DataPlan(tuple(sources), tuple(validators), data, model)
 
-    def resolve_reward(self, name: str, options: Mapping[str, Any]) -> Choice:
+    def resolve_reward(self, name: str, options: Mapping[str, Any], of_file: Iterable[Loaded] = ()) -> Choice:
+        self._host.add(of_file)
         choice = self._choose(manager.REWARD, name, dict(options), "reward")
         if self._problems or choice is None:
             raise self._error()

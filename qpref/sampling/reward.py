@@ -19,7 +19,7 @@ class Scorer:
     """A reward as a function of responses, with the settings that identify it.
 
     Args:
-        name: of an installed reward.
+        name: of an installed reward, or a .py file with one.
         options: by name, as they stand in a recipe.
 
     Raises:

@@ -122,7 +122,11 @@ def test_a_loss_is_checked_by_its_own_rules():
         ),
         (["sever"], 2, "no plugin 'sever' is installed; did you mean 'severe'?"),
         (["severe", "--sample", "x"], 2, "--sample is for a reader, and acme 2.0 [check-severe] is none"),
-        (["severe", "limited", "--set", "limit=1"], 2, "--sample and --set are for one plugin"),
+        (
+            ["severe", "limited", "--set", "limit=1"],
+            2,
+            "--sample and --set are for one plugin, not for severe, limited",
+        ),
         (["typo"], 6, "acme 2.0 [check-typo]: Validator 'typo': skips_refused is 'no', and has to be True or False"),
     ],
 )

@@ -183,6 +183,10 @@ def test_a_table_that_every_recipe_has_is_missed_by_name(table):
         ({"loss": {"beta": 0}}, "[loss] beta: expected greater than 0, got 0"),
         ({"loss": {"beta": "x"}}, "[loss] beta: expected a number, got 'x'"),
         ({"loss": {"beta": True}}, "[loss] beta: expected a number, got True"),
+        (
+            {"sinks": {"console": {}}},
+            "[sinks] expected a list of tables, [[sinks]] with a name in each, got {'console': {}}",
+        ),
         ({"checks": {"max_similarity": 2}}, "[checks] max_similarity: expected less than or equal to 1, got 2"),
         (
             {"checks": {"identicl": "off"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -50,6 +51,49 @@ def test_a_reward_that_is_not_there_is_refused_with_the_nearest():
         Scorer("length", {"target": 0})
     with pytest.raises(RecipeError, match="unknown option of reward 'length'"):
         Scorer("length", {"aim": 3})
+
+
+ONE = """
+from qpref.hooks import Field, Options, Reward, hookimpl
+
+class Words(Options):
+    words: int = Field(default=2, description="how many")
+
+def build(options):
+    return lambda responses: [-abs(len(one.text.split()) - options.words) for one in responses]
+
+@hookimpl
+def qpref_rewards():
+    yield Reward(name="words", summary="a number of words", options=Words, build=build)
+"""
+
+
+def test_a_file_with_one_reward_is_executed_and_its_digest_kept(tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text(ONE)
+    score = Scorer(str(path), {"words": 3})
+    assert score(responses("a b c", "a")) == [0.0, -2.0]
+    assert score.settings == {
+        "name": "words",
+        "version": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+        "options": {"words": 3},
+    }
+
+
+def test_a_file_with_no_reward_or_with_two_is_refused(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    for body, found in (
+        (ONE + "    yield Reward(name='more', summary='again', options=Words, build=build)\n", "words, more"),
+        (
+            ONE.replace("qpref_rewards", "qpref_losses")
+            .replace("Reward(name", "PairedLoss(name")
+            .replace("Reward, hook", "PairedLoss, hook"),
+            "none",
+        ),
+    ):
+        path.write_text(body)
+        with pytest.raises(RecipeError, match=f"expected one reward, found {found}"):
+            Scorer(str(path), {})
 
 
 @pytest.mark.parametrize(
