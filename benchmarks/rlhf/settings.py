@@ -64,7 +64,7 @@ QUICK = Sizes(
     checkpoints=3,
     heldout=64,
     samples=2,
-    learning_rate=5e-4,
+    learning_rate=1e-3,
     beta=0.1,
 )
 FULL = replace(QUICK, openings=160, rl_steps=48, checkpoints=4, samples=4)
