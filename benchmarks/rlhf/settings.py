@@ -55,13 +55,13 @@ class Sizes:
 
 
 QUICK = Sizes(
-    openings=80,
+    openings=60,
     k=4,
     epochs=3,
     pairs_per_step=8,
-    rl_steps=24,
+    rl_steps=16,
     completions_per_step=16,
-    checkpoints=3,
+    checkpoints=2,
     heldout=64,
     samples=2,
     learning_rate=1e-3,
