@@ -1,4 +1,4 @@
-"""DPO beside RLHF on one task: `python -m benchmarks.rlhf [--quick] [--seeds N] [--arms NAME ...] --output FOLDER`.
+"""DPO beside RLHF on one task: `python -m benchmarks.rlhf [--quick] [--seeds N] --output FOLDER [--publish]`.
 
 The same 4-bit base, LoRA rank, openings and reward: offline DPO and DPO in three rounds by qpref, RLHF with the true
 reward and with a learned one by TRL. Each arm trains in a process of its own, and is measured in another one. What is
@@ -17,10 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.frontier.task import SCALE
 from benchmarks.rlhf import results, table
-from benchmarks.rlhf.settings import ARMS, BASE, FULL, NEEDS_PAIRS, PAIRS, QUICK, Job, Sizes
+from benchmarks.rlhf.qpref_arms import read_pairs
+from benchmarks.rlhf.settings import ARMS, BASE, FULL, NEEDS_PAIRS, PAIRS, QUICK, RANK, Job, Sizes
 
 ROOT = Path(__file__).parents[2]
+RESULTS, PICTURES = ROOT / "benchmarks/results", ROOT / "docs/pictures"
 THREADS = 2
 
 
@@ -30,14 +33,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds; default 1 with --quick, else 3")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs, kept")
-    parser.add_argument("--results", type=Path, help="write the page NAME.md, NAME.json and NAME.svg")
+    parser.add_argument("--publish", action="store_true", help="write page, data and picture into the repository")
     options = parser.parse_args()
     sizes, seeds = (QUICK, options.seeds or 1) if options.quick else (FULL, options.seeds or 3)
     jobs = make_jobs(options.output.resolve(), sizes, options.arms, seeds, base_folder())
     for job in jobs:
         print(f"{job.arm}, seed {job.seed}", flush=True)
         results.finish(job, lambda folder: process("arm", folder), lambda folder: process("measure", folder))
-    report(jobs, options.results or options.output / "rlhf", head(options))
+    name, pictures = options.output / "rlhf", options.output
+    if options.publish:
+        name, pictures = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-rlhf", PICTURES
+    report(jobs, name, pictures / "rlhf.svg", head(options, sizes))
 
 
 def make_jobs(output: Path, sizes: Sizes, arms: list[str], seeds: int, base: str) -> list[Job]:
@@ -76,7 +82,7 @@ def process(module: str, folder: Path) -> None:
         raise SystemExit(f"{folder}: {module} failed; see {module}.log there")
 
 
-def head(options: argparse.Namespace) -> list[str]:
+def head(options: argparse.Namespace, sizes: Sizes) -> list[str]:
     command = "python -m benchmarks.rlhf" + (" --quick" if options.quick else "")
     command += f" --seeds {options.seeds}" if options.seeds else ""
     described = machine.describe(THREADS)
@@ -86,10 +92,24 @@ def head(options: argparse.Namespace) -> list[str]:
         "",
         f"`{command}`; {described['cpu']}, {described['cores']} cores, {described['threads']} threads; {versions}; "
         f"commit {machine.commit(ROOT)}.",
+        "",
+        setup(sizes),
     ]
 
 
-def report(jobs: list[Job], file: Path, top: list[str]) -> None:
+def setup(sizes: Sizes) -> str:
+    """Describe the experiment's size in a sentence or two."""
+    return (
+        f"{sizes.openings} training openings with {sizes.k} samples each, {sizes.heldout} held-out ones with "
+        f"{sizes.samples}. LoRA of rank {RANK}, learning rate {sizes.learning_rate:g} in all arms. DPO and the reward "
+        f"model: {sizes.epochs} epochs, {sizes.pairs_per_step} pairs a step, DPO's beta {sizes.beta:g}. RLOO: "
+        f"{sizes.rl_steps} steps of {sizes.completions_per_step} completions, beta {sizes.beta / SCALE:g} with the "
+        f"true reward and {sizes.beta:g} with the learned one. Labels are scores by the true reward, or preferences drawn "
+        f"from it by Bradley-Terry of scale {SCALE:g}. Intervals: 95 %, bootstrap over the held-out openings."
+    )
+
+
+def report(jobs: list[Job], file: Path, picture: Path, top: list[str]) -> None:
     """Write the page, its data and its picture."""
     from benchmarks.rlhf.picture import draw
 
@@ -97,12 +117,23 @@ def report(jobs: list[Job], file: Path, top: list[str]) -> None:
     drawn = results.all_curves(groups)
     sampled = [one.arm["cpu_seconds"] for one in groups.get(PAIRS, ())]
     trained = {name: arms for name, arms in groups.items() if name not in (BASE, PAIRS)}
-    page = table.page(top, trained, drawn, sum(sampled) / max(1, len(sampled)))
+    page = table.page([*top, *noise(jobs)], trained, drawn, sum(sampled) / max(1, len(sampled)))
     file.with_suffix(".md").write_text(page)
-    data = {"sizes": asdict(jobs[0].sizes), "arms": [one.arm for arms in trained.values() for one in arms]}
-    file.with_suffix(".json").write_text(json.dumps(data | {"curves": results.curves_to_json(drawn)}))
-    draw(drawn, file.with_suffix(".svg"))
+    data = {
+        "sizes": asdict(jobs[0].sizes),
+        "costs": {name: [results.cost(one) for one in arms] for name, arms in trained.items()},
+        "curves": results.curves_to_json(drawn),
+    }
+    file.with_suffix(".json").write_text(json.dumps(data) + "\n")
+    draw(drawn, picture)
     print(page)
+
+
+def noise(jobs: list[Job]) -> list[str]:
+    """Say how many of the shared pairs prefer the response with the lower reward."""
+    rows = [row for job in jobs if job.arm == PAIRS for row in read_pairs(Path(job.folder) / "pairs.jsonl")]
+    flipped = sum(row["score_chosen"] < row["score_rejected"] for row in rows)
+    return [f"{flipped} of the {len(rows)} shared pairs prefer the response with the lower reward."] if rows else []
 
 
 if __name__ == "__main__":

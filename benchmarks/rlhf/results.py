@@ -98,6 +98,14 @@ def all_curves(groups: Mapping[str, Sequence[Arm]]) -> dict[str, list[Curve]]:
     }
 
 
+COSTS = ("cpu_seconds", "labels", "models", "library_bytes", "peak_bytes", "settings")
+
+
+def cost(arm: Arm) -> dict[str, Any]:
+    """Return what an arm took, without the folders of this machine."""
+    return {name: arm.arm[name] for name in COSTS}
+
+
 def curves_to_json(drawn: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
     """Make JSON of the curves, from which the tables and the picture can be made again."""
     return {
