@@ -104,8 +104,8 @@ def setup(sizes: Sizes) -> str:
         f"{sizes.samples}. LoRA of rank {RANK}, learning rate {sizes.learning_rate:g} in all arms. DPO and the reward "
         f"model: {sizes.epochs} epochs, {sizes.pairs_per_step} pairs a step, DPO's beta {sizes.beta:g}. RLOO: "
         f"{sizes.rl_steps} steps of {sizes.completions_per_step} completions, beta {sizes.beta / SCALE:g} with the "
-        f"true reward and {sizes.beta:g} with the learned one. Labels are scores by the true reward, or preferences drawn "
-        f"from it by Bradley-Terry of scale {SCALE:g}. Intervals: 95 %, bootstrap over the held-out openings."
+        f"true reward and {sizes.beta:g} with the learned one. Labels are scores by the true reward, or preferences "
+        f"drawn from it by Bradley-Terry of scale {SCALE:g}. Intervals: 95 %, bootstrap over the held-out openings."
     )
 
 
