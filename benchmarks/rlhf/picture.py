@@ -47,7 +47,7 @@ def draw(drawn: Mapping[str, Sequence[Curve]], file: Path) -> None:
             axis.set_xlabel(label)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("held-out reward")
-        axes[1].legend(frameon=False, loc="lower right")
+        figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
         figure.savefig(file, metadata={"Date": None}, transparent=True)
         pyplot.close(figure)
 
