@@ -55,11 +55,11 @@ class Sizes:
 
 
 QUICK = Sizes(
-    openings=60,
+    openings=48,
     k=4,
     epochs=3,
     pairs_per_step=8,
-    rl_steps=16,
+    rl_steps=12,
     completions_per_step=16,
     checkpoints=2,
     heldout=64,
