@@ -55,7 +55,10 @@ def measured_table() -> str:
     """Tabulate the newest published experiment, with its command."""
     from benchmarks.frontier.table import from_json, table
 
-    published = sorted((ROOT / "benchmarks/results").glob("*-frontier*.json"))[-1]
+    found = sorted((ROOT / "benchmarks/results").glob("*-frontier*.json"))
+    if not found:
+        return "Not measured yet.\n"
+    published = found[-1]
     content: dict[str, Any] = json.loads(published.read_text())
     name = published.with_suffix(".md").name
     source = f"`{content['command']}`, [{name}](../benchmarks/results/{name}):"

@@ -134,3 +134,7 @@ def test_the_models_page_has_a_row_for_each_architecture_of_the_matrix():
     assert len(rows) >= 75
     if f"transformers {version('transformers')}," in text:
         assert rows == architectures(), "run python docs/make_models.py"
+
+
+def test_the_page_on_methods_is_up_to_date():
+    assert (ROOT / "docs/methods.md").read_text() == loaded("make_methods").page(), "run python docs/make_methods.py"
