@@ -49,7 +49,7 @@ NEW_TOKENS = 24
 SCALE = 4.0
 """Scale of Bradley-Terry: a reward that is higher by 0.5 is preferred with probability sigmoid(2) = 0.88."""
 PAIRS_PER_OPENING = 2
-BATCH = 128
+BATCH = 256
 """Responses that are sampled together."""
 SENTENCE_END = re.compile(r"[.!?\n]")
 
