@@ -57,7 +57,7 @@ def measured_table() -> str:
 
     found = sorted((ROOT / "benchmarks/results").glob("*-frontier*.json"))
     if not found:
-        return "Not measured yet.\n"
+        return "No result is published yet: `python -m benchmarks.frontier --publish`.\n"
     published = found[-1]
     content: dict[str, Any] = json.loads(published.read_text())
     name = published.with_suffix(".md").name
