@@ -250,10 +250,10 @@ def test_the_table_names_models_metrics_and_differences(folder):
 def test_names_too_long_for_a_column_are_folded_and_not_cut(capsys):
     from rich.console import Console
 
-    from qpref.cli.eval import _table
+    from qpref.cli.output import numbers_table
 
     names = ["runs/quickstart-sweep/beta=0.03", "runs/quickstart-sweep/beta=0.3"]
-    Console(width=60).print(_table("held-out pairs", names))
+    Console(width=60).print(numbers_table("held-out pairs", names))
     header = [line.strip("┃").split("┃")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("┃")]
     assert ["".join(part.strip() for part in column) for column in zip(*header, strict=True)] == names
 
