@@ -1,10 +1,9 @@
-"""Effect of beta on a real run: the quickstart trained at three betas and at four learning rates.
+"""Effect of beta on a real run: the quickstart trained at a small and at a large beta.
 
     python -m benchmarks.beta FOLDER [--seeds 0,1,2]
 
 Trains what isn't trained in the FOLDER yet (`qpref sweep --resume`), measures how far each policy has moved from its
-reference, and writes `results/DATE-beta.json`, which `docs/make_beta_page.py` turns into docs/beta.md. What was trained
-or measured in the FOLDER before is kept.
+reference, and writes `results/DATE-beta.json`, which `docs/make_beta_page.py` turns into docs/beta.md.
 """
 
 from __future__ import annotations
@@ -13,121 +12,94 @@ import argparse
 import json
 import subprocess
 import sys
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import machine
-from qpref.data.pack import pack
-from qpref.evaluation.generate import Sampling, answer_all, prompt_ids, read_prompts, text_of_answer
-from qpref.evaluation.statistics import Bootstrap
+from benchmarks.frontier.measures import estimate, log_ratios
+from benchmarks.frontier.task import Model, put_adapter
+from qpref.evaluation.generate import prompt_ids, read_prompts, text_of_answer
 from qpref.evaluation.subjects import identify
-from qpref.policy.divergence import NextTokens, token_kl
-from qpref.policy.logprobs import completion_hidden
-from qpref.policy.policy import Policy
-from qpref.policy.reference import as_reference, frozen
-from qpref.records import Source, TokenizedExample
+from qpref.policy.reference import as_reference
 from qpref.sampling.decode import Draws, sample
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 RECIPE = "recipes/quickstart.toml"
 PROMPTS = "recipes/quickstart/heldout.jsonl"
-BETAS = ("0.02", "0.1", "0.5")
-RATES = ("5e-6", "5e-5")
-"""Beside the rate of the runs that differ in beta, which is the third."""
-SETTINGS = ("train.max_steps=16", "train.epochs=2", "train.learning_rate=5e-4", "train.eval_every=4",
-            "train.save_every=8", "train.keep=2")  # fmt: skip
-"""Two and a half times the quickstart's rate: far enough for pairs to be satisfied, which is where beta acts."""
-CHECKPOINTS = (8, 16)
-DRAWS = Draws(num_responses=2, max_new_tokens=48, temperature=1.0, seed=0)
-PROMPTS_AT_ONCE = 16
-SHOWN = 3
-"""Held-out prompts whose greedy answers are kept."""
+BETAS = ("0.02", "0.5")
+SETTINGS = ("train.max_steps=16", "train.batch_size=4", "train.learning_rate=5e-4", "train.eval_every=4",
+            "train.save_every=16", "train.keep=1")  # fmt: skip
+"""More and larger steps than the quickstart's, on two thirds of its pairs: far enough for pairs to be satisfied, which
+is where beta acts, and cheap enough to be repeated."""
+DRAWS = Draws(num_responses=1, max_new_tokens=32, temperature=1.0, seed=0)
+GREEDY = Draws(num_responses=1, max_new_tokens=40, temperature=0.0)
+SHOWN = 2
+"""Held-out prompts whose greedy answers are kept, of each policy and of the base."""
 KEPT = ("loss", "rewards/margins", "rewards/accuracies", "logps/accuracies", "logps/chosen", "logps/rejected")
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """A run: its sweep, the settings that vary, and the steps whose checkpoint is measured."""
-
-    sweep: str
-    settings: dict[str, str]
-    steps: tuple[int, ...]
-
-    @property
-    def folder(self) -> str:
-        """Folder below FOLDER, as `qpref sweep` names it."""
-        settings = (f"{key.rpartition('.')[2]}={value}" for key, value in self.settings.items())
-        return f"{self.sweep}/{','.join(settings)}"
+def runs(seeds: Sequence[int]) -> list[dict[str, str]]:
+    """List the settings that vary from run to run."""
+    return [{"train.seed": str(seed), "loss.beta": beta} for seed in seeds for beta in BETAS]
 
 
-def runs(seeds: Sequence[int]) -> list[Trained]:
-    """List the runs; the first seed's are measured at each checkpoint, the others at the end."""
-    betas = [
-        Trained("betas", {"train.seed": str(seed), "loss.beta": beta}, CHECKPOINTS[-1:] if number else CHECKPOINTS)
-        for number, seed in enumerate(seeds)
-        for beta in BETAS
-    ]
-    return betas + [Trained("rates", {"train.learning_rate": rate}, CHECKPOINTS[-1:]) for rate in RATES]
+def folder_of(settings: Mapping[str, str]) -> str:
+    """Name a run's folder as `qpref sweep` does."""
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
 
 
-def commands(folder: str, seeds: Sequence[int]) -> dict[str, list[str]]:
-    """Map each sweep to the command that trains its runs."""
-    betas = ["--over", f"train.seed={','.join(map(str, seeds))}", "--over", f"loss.beta={','.join(BETAS)}"]
-    rates = ["--over", f"train.learning_rate={','.join(RATES)}"]
+def sweep(output: str, seeds: Sequence[int]) -> list[str]:
+    """Return the command that trains the runs."""
+    over = ["--over", f"train.seed={','.join(map(str, seeds))}", "--over", f"loss.beta={','.join(BETAS)}"]
     fixed = [part for setting in SETTINGS for part in ("--set", setting)]
-    return {
-        name: ["qpref", "sweep", RECIPE, *over, *fixed, "--output", f"{folder}/{name}"]
-        for name, over in (("betas", betas), ("rates", rates))
-    }
+    return ["qpref", "sweep", RECIPE, *over, *fixed, "--output", output]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", default="0,1,2", help="of the runs that differ in beta")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--curves-only", action="store_true", help="sample nothing: no KL and no answers")
     options = parser.parse_args()
-    folder, seeds = options.folder.resolve(), [int(seed) for seed in options.seeds.split(",")]
-    measured = []
-    for sweep, command in commands(str(folder), seeds).items():
-        subprocess.run([sys.executable, "-m", *command, "--resume"], check=True, cwd=ROOT)
-        measured += [_measured(folder, run) for run in runs(seeds) if run.sweep == sweep]
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    folder, seeds = options.folder.resolve() / "betas", [int(seed) for seed in options.seeds.split(",")]
+    subprocess.run([sys.executable, "-m", *sweep(str(folder), seeds), "--resume"], check=True, cwd=ROOT)
+    write(folder, seeds, options.curves_only)
+
+
+def write(folder: Path, seeds: Sequence[int], curves_only: bool) -> None:
+    """Measure the runs of a sweep's folder, and write the results."""
+    chosen = runs(seeds)
+    paths = [folder / folder_of(settings) for settings in chosen]
+    measured = Measured([], [None] * len(chosen)) if curves_only else measure(paths)
+    today, named = f"{datetime.now(UTC):%Y-%m-%d}", ",".join(map(str, seeds))
     result = {
         "date": today,
-        "command": f"python -m benchmarks.beta FOLDER --seeds {options.seeds}",
-        "commands": [" ".join(command) for command in commands("FOLDER", seeds).values()],
-        "commit": machine.commit(ROOT),
+        "command": f"python -m benchmarks.beta FOLDER --seeds {named}" + curves_only * " --curves-only",
+        "sweep": " ".join(sweep("FOLDER/betas", seeds)),
         "machine": machine.describe(torch.get_num_threads()),
         "draws": asdict(DRAWS),
-        "runs": measured,
+        "base_answers": measured.base_answers,
+        "runs": [
+            {"settings": settings, **_record(folder / folder_of(settings)), "measured": found}
+            for settings, found in zip(chosen, measured.runs, strict=True)
+        ],
     }
     (RESULTS / f"{today}-beta.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def _measured(folder: Path, run: Trained) -> dict[str, Any]:
-    """Collect a run's curve, verdict and measurements, from the FOLDER where they were made before."""
-    kept = folder / "measured" / f"{run.folder.replace('/', ',')}.json"
-    if not kept.exists():
-        measures = [
-            {"step": step} | measure(folder / run.folder / f"checkpoints/step-{step:06d}") for step in run.steps
-        ]
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(measures))
-    verdict = json.loads((folder / run.folder / "result.json").read_text())["verdict"]
+def _record(run: Path) -> dict[str, Any]:
+    """Collect what a run has recorded itself: its held-out curve, and its verdict."""
+    verdict = json.loads((run / "result.json").read_text())["verdict"]
     return {
-        "sweep": run.sweep,
-        "settings": run.settings,
-        "curve": list(_curve(folder / run.folder / "metrics.jsonl")),
+        "curve": list(_curve(run / "metrics.jsonl")),
         "verdict": {name: verdict[name] for name in ("pairs", "accuracy", "margin", "chosen", "sentence")},
-        "measures": json.loads(kept.read_text()),
     }
 
 
@@ -138,57 +110,58 @@ def _curve(path: Path) -> Iterator[dict[str, float]]:
             yield {"step": row["step"]} | {name: round(row[f"eval_{name}"], 4) for name in KEPT}
 
 
-def measure(checkpoint: Path) -> dict[str, Any]:
-    """Sample responses of a policy, measure its KL from its reference on them, and keep some answers."""
-    subject = identify(str(checkpoint))
-    tokenizer = subject.tokenizer()
-    ids = prompt_ids(tokenizer, read_prompts(str(ROOT / PROMPTS)))
-    policy = subject.load(subject.dtype)
-    sharing = policy.attention
-    policy.share_prompts(False)
-    responses = [
-        drawn
-        for start in range(0, len(ids), PROMPTS_AT_ONCE)
-        for drawn in sample(policy, ids[start : start + PROMPTS_AT_ONCE], DRAWS, tokenizer.stop_tokens)
-    ]
-    shown = Sampling(max_new_tokens=DRAWS.max_new_tokens)
-    answers = [answer for answer, _ in answer_all(policy, tokenizer, ids[:SHOWN], shown)]
-    with as_reference(policy):
-        before = [answer for answer, _ in answer_all(policy, tokenizer, ids[:SHOWN], shown)]
-    policy.use_attention(sharing)
-    kl = np.array([sequence_kl(policy, *each) for each in zip(ids, responses, strict=True)])
-    estimate = Bootstrap(np.arange(len(kl)), samples=2000, seed=0).mean(kl)
-    tokens = [len(response) for drawn in responses for response in drawn]
-    return {
-        "kl": {name: round(float(getattr(estimate, name)), 3) for name in ("value", "low", "high")},
-        "tokens": round(float(np.mean(tokens)), 1),
-        "answers": answers,
-        "base_answers": before,
-        "samples": [text_of_answer(tokenizer, drawn[0])[0] for drawn in responses[:SHOWN]],
-    }
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Greedy answers of the base to the first prompts, and for each run its KL and its answers."""
+
+    base_answers: list[str]
+    runs: Sequence[dict[str, Any] | None]
 
 
-def sequence_kl(policy: Policy, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> float:
-    """Estimate KL(policy || reference) of the response to a prompt, nats: the mean over the policy's own samples of the
-    sum over their tokens of the exact KL of the next token (Amini et al. 2025, "Better Estimation of the KL Divergence
-    Between Language Models").
+def measure(paths: Sequence[Path]) -> Measured:
+    """Sample a response to each held-out prompt from each run's policy, and measure its KL from the reference on them.
 
-    With samples that are cut at T tokens, it is the KL of the first T tokens, which is no more than the whole one's.
+    The KL is that of a response's first tokens, as many as the draws have: the mean of log policy - log reference of
+    the policy's own samples, nats.
 
     Args:
-        responses: token ids that the policy has sampled, each at least one.
+        paths: run folders of one base and one shape of adapter; the base is loaded once.
     """
-    branches = tuple(array("i", response) for response in responses)
-    example = TokenizedExample(
-        prompt=array("i", prompt), branches=branches, truncated=(False,) * len(branches), weight=1.0, margin=0.0,
-        source=Source(path="sampled", line=1),
-    )  # fmt: skip
-    batch = pack([example], policy.device)
-    with frozen(policy):
-        own = NextTokens.of(policy.head, completion_hidden(policy, batch))
-    with as_reference(policy):
-        reference = NextTokens.of(policy.head, completion_hidden(policy, batch))
-    return float(token_kl(own, reference).sum()) / len(responses)
+    subject = identify(str(paths[0]))
+    tokenizer = subject.tokenizer()
+    ids = prompt_ids(tokenizer, read_prompts(str(ROOT / PROMPTS)))
+    model = Model(policy=subject.load(subject.dtype), tokenizer=tokenizer, ends=tokenizer.stop_tokens)
+    with as_reference(model.policy):
+        base_answers = _answers(model, ids[:SHOWN])
+    found = []
+    for path in paths:
+        put_adapter(model, path / "adapter")
+        responses = _drawn(model, ids, DRAWS)
+        kl = estimate(log_ratios(model, list(zip(ids, responses, strict=True))))
+        found.append(
+            {
+                "kl": {name: round(getattr(kl, name), 3) for name in ("value", "low", "high")},
+                "tokens": round(fmean(len(response) for drawn in responses for response in drawn), 1),
+                "answers": _answers(model, ids[:SHOWN]),
+            }
+        )
+    return Measured(base_answers, found)
+
+
+def _answers(model: Model, ids: Sequence[list[int]]) -> list[str]:
+    """Answer prompts greedily; an answer that was cut off ends in [...]."""
+    texts = [text_of_answer(model.tokenizer, answer) for (answer,) in _drawn(model, ids, GREEDY)]
+    return [text if ended else f"{text} [...]" for text, ended in texts]
+
+
+def _drawn(model: Model, ids: Sequence[list[int]], draws: Draws) -> list[list[list[int]]]:
+    """Sample under the model's own attention, and return to the one that shares prompts."""
+    sharing = model.policy.attention
+    model.policy.share_prompts(False)
+    try:
+        return sample(model.policy, ids, draws, model.ends)
+    finally:
+        model.policy.use_attention(sharing)
 
 
 if __name__ == "__main__":
