@@ -48,7 +48,8 @@ def main() -> None:
     sampled = sample_base(options.output)
     bench = Bench(folder=options.output, sampled=sampled)
     points = make_points(options.methods, options.seeds, options.quick)
-    results = finish(points, bench.settings, options.output / "points", bench.train_and_measure)
+    work = (lambda points: iter(())) if options.finished else bench.train_and_measure
+    results = finish(points, bench.settings, options.output / "points", work)
     taken = f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu:.0f} CPU s"
     text = "\n".join(report(results, sampled, taken)) + "\n"
     print(text)
@@ -69,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", type=lambda text: text.split(","), help="default: all; dpo,ipo,kto if quick")
     parser.add_argument("--seeds", type=int, help="default: 3; 1 if quick")
     parser.add_argument("--output", type=Path, default=Path("out/frontier"), help="folder of the finished points")
+    parser.add_argument("--finished", action="store_true", help="train nothing, and tabulate the finished points alone")
     parser.add_argument("--publish", action="store_true", help="write the table and the picture into the repository")
     options = parser.parse_args()
     options.methods = options.methods or list(QUICK_METHODS if options.quick else METHODS)
@@ -89,7 +91,7 @@ def report(results: Mapping[Point, dict[str, Any]], sampled: Sampled, taken: str
     return [
         f"# Reward against KL, {datetime.now(UTC):%Y-%m-%d}",
         "",
-        f"`{command()}`, commit {machine.commit(ROOT)}; this call took {taken}",
+        f"`{command()}`, commit {machine.commit(ROOT)}; this call took {taken}; {len(results)} points",
         "",
         f"{described['cpu']}, {described['cores']} cores, {described['threads']} threads; Python "
         f"{described['python']}, {versions}; load average {os.getloadavg()[2]:.0f} over the last quarter of an hour",

@@ -95,7 +95,7 @@ def finish(
     Args:
         settings: JSON values that decide a point's result; a file with others is worked on again.
         folder: of the files, one for each point.
-        work: yields points with their results, JSON values, in any order.
+        work: yields points with their results, JSON values, in any order; one that it leaves out has no result.
     """
     fsio.make_folder(folder)
     found = {point: result for point in points if (result := _read(point, settings(point), folder)) is not None}
@@ -103,7 +103,7 @@ def finish(
         content = json.dumps({"settings": settings(point), "result": result}, indent=1)
         fsio.write_lines(_file(point, folder), [content])
         found[point] = result
-    return {point: found[point] for point in points}
+    return {point: found[point] for point in points if point in found}
 
 
 def _file(point: Point, folder: Path) -> Path:

@@ -80,6 +80,11 @@ def test_a_killed_experiment_continues_after_its_last_finished_point(tmp_path):
     assert third.given == []
 
 
+def test_points_that_nobody_works_on_are_left_out(tmp_path):
+    finish(POINTS[:3], settings, tmp_path, Trainer())
+    assert list(finish(POINTS, settings, tmp_path, lambda points: iter(()))) == POINTS[:3]
+
+
 def test_a_point_of_other_settings_is_trained_again(tmp_path):
     finish(POINTS, settings, tmp_path, Trainer())
     changed = Trainer()
