@@ -79,7 +79,10 @@ def _options() -> argparse.Namespace:
 
 
 def command() -> str:
-    return f"python -m benchmarks.frontier {' '.join(sys.argv[1:])}".rstrip()
+    """Return the command line, without the folder that `--output` names, which decides no result."""
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if not word.startswith("--output") or ("=" not in word and not next(words))]
+    return " ".join(["python -m benchmarks.frontier", *kept])
 
 
 def report(results: Mapping[Point, dict[str, Any]], sampled: Sampled, taken: str) -> list[str]:
