@@ -45,3 +45,14 @@ def test_the_runs_show_what_the_page_says_of_them():
     assert large.found["verdict"]["margin"]["high"] < small.found["verdict"]["margin"]["low"]
     assert small.found["verdict"]["chosen"]["high"] < 0 < large.found["verdict"]["chosen"]["low"]
     assert [run.curve[-1]["logps/accuracies"] for run in (small, large)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("page", ["docs/beta.md", "docs/tutorial.md", "docs/tutorial.zh-CN.md"])
+def test_what_is_quoted_of_the_methods_is_in_their_results(page):
+    quick = (ROOT / "benchmarks/results/2026-11-30-frontier-quick.md").read_text()
+    cells = [row.split(" | ") for row in quick.splitlines() if row.startswith("| dpo | beta ")]
+    quoted = (ROOT / page).read_text()
+    assert len(cells) == 2
+    for _, _, reward, kl, *_ in cells:
+        assert reward.split()[0] in quoted
+        assert kl.split()[0] in quoted
