@@ -149,6 +149,18 @@ def rates_table() -> str:
     return _table(("learning rate", "steps", "held-out loss", "margin (nats)"), rows)
 
 
+def answers() -> str:
+    """Lay out the greedy answers of base and runs to the first held-out prompts, one under the other."""
+    rows = (ROOT / "recipes/quickstart/heldout.jsonl").read_text().splitlines()
+    parts = []
+    for index, base in enumerate(results()["base_answers"]):
+        of_runs = [[f"beta {run.beta}", _cell(run.found["measured"]["answers"][index])] for run in overlaid()]
+        parts.append(
+            f"**{json.loads(rows[index])['prompt']}**\n\n{_table(('', ''), [['base', _cell(base)], *of_runs])}"
+        )
+    return "\n".join(parts)
+
+
 def provenance() -> str:
     """Name commands, date and machine of all numbers of the page."""
     found = results()
@@ -174,6 +186,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "course": course_table,
     "seeds": seeds_table,
     "rates": rates_table,
+    "answers": answers,
 }
 
 
@@ -192,6 +205,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return (
         "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- |", "|---|").replace(" --- |", "---|")
     )
+
+
+def _cell(answer: str) -> str:
+    """Fit an answer into a cell: one line, without marks of a table, and as it stands."""
+    return " ".join(answer.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").split()) or "(empty)"
 
 
 def draw() -> None:

@@ -43,6 +43,7 @@ def test_the_runs_show_what_the_page_says_of_them():
     assert margins == sorted(margins)
     small, *_, large = runs
     assert large.found["verdict"]["margin"]["high"] < small.found["verdict"]["margin"]["low"]
+    assert large.found["measured"]["kl"]["high"] < small.found["measured"]["kl"]["low"]
     assert small.found["verdict"]["chosen"]["high"] < 0 < large.found["verdict"]["chosen"]["low"]
     assert [run.curve[-1]["logps/accuracies"] for run in (small, large)] == [1.0, 1.0]
 
