@@ -34,6 +34,8 @@ NOT_RUN_HERE = {
     r"qpref losses check squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref train recipe.toml --set loss.name=squared_hinge": "tests/thirdparty/test_foreign_distribution.py",
     r"qpref rounds .*": "tests/sweep/test_rounds.py",
+    r"python -m benchmarks\.frontier.*": "tests/benchmarks/test_frontier_runs.py",
+    r"python -m benchmarks\.rlhf .*": "tests/benchmarks/test_rlhf_arms.py",
     r"qpref sweep .*": "tests/sweep/test_sweep.py",
     r"qpref eval .*quickstart-sweep/.*": "tests/cli/test_eval.py",
     r"qpref init-plugin .*": "tests/test_new_plugin.py",
