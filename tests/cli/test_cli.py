@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -378,11 +378,17 @@ def test_help_and_plugins_answer_within_five_starts_of_a_bare_click_program(tmp_
     seconds = {name: [] for name in commands}
     for _ in range(6):
         for name, command in commands.items():
-            start = time.perf_counter()
+            start = cpu_seconds_of_children()
             subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(cpu_seconds_of_children() - start)
     limit = 5 * min(seconds["bare"])
     assert {name: min(taken) for name, taken in seconds.items() if min(taken) > limit} == {}
+
+
+def cpu_seconds_of_children() -> float:
+    """CPU time, which waiting beside other programs doesn't add to."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize(
