@@ -110,10 +110,11 @@ def count_accepted(
     examples: Sequence[TokenizedExample],
     budgets: Sequence[int] = BUDGETS,
     firsts: Sequence[int] = (0, 1, 5, 9),
+    orders: Sequence[int] = (1, -1),
 ) -> tuple[int, int]:
     """Caches that are read in full, and all: every writer's threads, budget and order with every reader's."""
     accepted = total = 0
-    for writers_threads, budget, order in product((1, 2), budgets, (1, -1)):
+    for writers_threads, budget, order in product((1, 2), budgets, orders):
         folder = tmp_path / f"{writers_threads}-{budget}-{order}"
         with threads(writers_threads):
             write(policy, folder, examples[::order], budget=budget)
@@ -552,13 +553,13 @@ def test_checking_leaves_the_number_of_threads_as_it_was(base, tmp_path):
 def test_a_real_model_s_right_references_are_read(dtype, machine, tmp_path):
     policy, examples = real_policy(dtype)
     with MACHINES[machine](policy):
-        assert count_accepted(policy, tmp_path, examples, budgets=(256,), firsts=(9,)) == (8, 8)
+        assert count_accepted(policy, tmp_path, examples, budgets=(256,), firsts=(5,), orders=(-1,)) == (4, 4)
 
 
 def real_policy(dtype: str) -> tuple[Policy, list[TokenizedExample]]:
-    """The quickstart's model, and sixteen short rows of random tokens."""
+    """The quickstart's model, and eight short rows of random tokens."""
     model = tomllib.loads(Path("recipes/quickstart.toml").read_text())["model"]
     policy = load_worn({"model": model | SECTIONS[dtype]})
     draw = random.Random(0)
-    examples = [make_example(line, draw.randint(5, 40), draw.randint(4, 40), draw.randint(4, 40)) for line in range(16)]
+    examples = [make_example(line, draw.randint(5, 40), draw.randint(4, 40), draw.randint(4, 40)) for line in range(8)]
     return policy, examples
