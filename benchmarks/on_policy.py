@@ -92,7 +92,7 @@ def _page(found: Mapping[str, Any], options: argparse.Namespace) -> str:
         f"`python -m benchmarks.on_policy --output FOLDER --prompts {options.prompts} --heldout {options.heldout} "
         f"--rounds {options.rounds}`",
         "",
-        "{cpu}, {threads} threads".format(**machine.describe(torch.get_num_threads())),
+        "{cpu}, threads: {threads}".format(**machine.describe(torch.get_num_threads())),
         "",
         "| round | pairs | held-out reward | gain | KL from the base, nats | accepted |",
         "|---|---|---|---|---|---|",
