@@ -56,7 +56,7 @@ def main() -> None:
         f"`python -m benchmarks.sampling --prompts {len(ids)} --k {options.k} --new {options.new} "
         f"--rounds {options.rounds}`",
         "",
-        "{cpu}, {threads} threads".format(**machine.describe(torch.get_num_threads())),
+        "{cpu}, threads: {threads}".format(**machine.describe(torch.get_num_threads())),
         "",
         "| | tokens per CPU second | tokens per second |",
         "|---|---|---|",

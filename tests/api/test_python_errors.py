@@ -56,6 +56,8 @@ CASES: dict[str, tuple[Callable, str]] = {
     "generate: unfinished": (lambda at: qpref.generate(at("run")), "qpref.train(recipe, resume=True)"),
     "generate: no base": (lambda at: qpref.generate(at("adapter"), ["a"]), "name it with base="),
     "evaluate: no base": (lambda at: qpref.evaluate(at("adapter"), data=at("pairs.jsonl")), "name it with base="),
+    "gate: no base": (lambda at: qpref.gate(at("adapter")), "name it with base="),
+    "gate: unfinished": (lambda at: qpref.gate(at("run")), "qpref.train(recipe, resume=True)"),
     "merge: unfinished": (lambda at: qpref.merge(at("run"), at("out")), "qpref.train(recipe, resume=True)"),
     "merge: limit": (
         lambda at: qpref.merge(at("adapter"), at("out"), max_margin_error="lots"),
