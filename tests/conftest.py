@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+_LOGGER = logging.getLogger("qpref")
+LOGGER_AS_IMPORTED = (tuple(_LOGGER.handlers), _LOGGER.level, _LOGGER.propagate)
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -75,12 +78,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_logger() -> Iterator[None]:
-    """Give the logger that a command sets up back as it was."""
-    logger = logging.getLogger("qpref")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    """Give each test the logger that an import leaves; a command sets it up, in a fixture of a whole module too."""
     fsio._read_only.clear()  # each test is a process of its own
+    _reset_logger()
     yield
-    logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    logger = logging.getLogger("qpref")
+    handlers, level, logger.propagate = LOGGER_AS_IMPORTED
+    logger.handlers = list(handlers)
+    logger.setLevel(level)
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):

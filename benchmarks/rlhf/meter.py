@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ class Meter:
     Attributes:
         labels: scores that the arm has asked of the true reward, and preferences drawn from it.
         saved: a row for each checkpoint.
-        models: the most models that were in memory at once, by class.
+        models: the most models that were in memory at once, by class, without those that were there before.
     """
 
     started: float = field(default_factory=time.process_time)
     labels: int = 0
     saved: list[dict[str, Any]] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)
+    before: Counter[str] = field(default_factory=lambda: models_in_memory())
 
     @property
     def cpu_seconds(self) -> float:
@@ -40,12 +42,12 @@ class Meter:
 
     def count_models(self) -> None:
         """Keep the count of models if there are more than ever before."""
-        found = models_in_memory()
+        found = dict(models_in_memory() - self.before)
         if sum(found.values()) > sum(self.models.values()):
             self.models = found
 
 
-def models_in_memory() -> dict[str, int]:
+def models_in_memory() -> Counter[str]:
     """Count transformers' models in this process by class; a model inside another one isn't counted."""
     from transformers import PreTrainedModel
 
@@ -53,11 +55,7 @@ def models_in_memory() -> dict[str, int]:
     # type(one): isinstance would ask deprecated objects for their __class__, which warns.
     models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
     inside = {id(part) for one in models for part in one.modules() if part is not one}
-    counts: dict[str, int] = {}
-    for one in models:
-        if id(one) not in inside:
-            counts[type(one).__name__] = counts.get(type(one).__name__, 0) + 1
-    return counts
+    return Counter(type(one).__name__ for one in models if id(one) not in inside)
 
 
 def peak_bytes() -> int:

@@ -206,10 +206,14 @@ def terminal(run):
 
 def test_on_a_terminal_answers_stand_side_by_side_ctrl_c_stops_them_and_ctrl_d_leaves(terminal):
     terminal.until("ctrl-D leaves.*> ")
-    terminal.type("Hi\n")
-    terminal.until("base.*run")  # the table is there before the answers are complete
-    terminal.type("\x03")
-    terminal.until("stopped; this turn is forgotten.*> ")
+    for _ in range(3):  # one was lost once, on a busy machine
+        terminal.type("Hi\n")
+        terminal.until("base.*run")  # the table is there before the answers are complete
+        terminal.type("\x03")
+        if "stopped; this turn is forgotten" in terminal.until(r"(forgotten|\[\.\.\.\]).*> "):
+            break
+    else:
+        raise AssertionError("three interrupts stopped no answer")
     terminal.type("/max-new-tokens 3\n")
     terminal.until("> ")
     terminal.type("Hi\n")

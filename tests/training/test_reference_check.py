@@ -109,7 +109,7 @@ def count_accepted(
     tmp_path: Path,
     examples: Sequence[TokenizedExample],
     budgets: Sequence[int] = BUDGETS,
-    firsts: Sequence[int] = (0, 1, 5, 9),
+    firsts: Sequence[int] = (0, 9),
     orders: Sequence[int] = (1, -1),
 ) -> tuple[int, int]:
     """Caches that are read in full, and all: every writer's threads, budget and order with every reader's."""
@@ -131,7 +131,7 @@ def test_a_right_reference_is_read_whatever_the_threads_budget_and_order(dtype, 
     monkeypatch.setattr(reference_sample, "SAMPLE_TOKENS", 80 if dtype == "bf16" else 0)  # a few rows in each of many
     policy = policy_of(base, **SECTIONS[dtype])
     with MACHINES[machine](policy):
-        assert count_accepted(policy, tmp_path, EXAMPLES) == (160, 160)
+        assert count_accepted(policy, tmp_path, EXAMPLES) == (80, 80)
 
 
 # Wrong ones.
