@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -44,10 +45,8 @@ def main() -> None:
 
 def imported(arm: str) -> int:
     """Import the arm's libraries, which isn't timed; return the peak of the memory until then."""
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
+    for library in ("peft", "torch", "transformers"):
+        importlib.import_module(library)
     if arm in (TRUE, LEARNED):
         import trl
 

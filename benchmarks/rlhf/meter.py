@@ -16,16 +16,17 @@ class Meter:
     """CPU seconds of all threads since it was made, and the adapters saved so far.
 
     Attributes:
+        before: models that were there when it was made, by class.
         labels: scores that the arm has asked of the true reward, and preferences drawn from it.
         saved: a row for each checkpoint.
         models: the most models that were in memory at once, by class, without those that were there before.
     """
 
+    before: Counter[str] = field(default_factory=lambda: models_in_memory())
     started: float = field(default_factory=time.process_time)
     labels: int = 0
     saved: list[dict[str, Any]] = field(default_factory=list)
     models: dict[str, int] = field(default_factory=dict)
-    before: Counter[str] = field(default_factory=lambda: models_in_memory())
 
     @property
     def cpu_seconds(self) -> float:

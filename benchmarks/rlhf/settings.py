@@ -1,4 +1,4 @@
-"""What is compared, and at which size."""
+"""Arms that are compared, and the size of the comparison."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class RoundsSection(Section):
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Nucleus sampling of the training responses; held-out ones have none."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the draws; each round draws anew.")
+    seed: int = Field(default=0, ge=0, description="Seed of the draws; each round has other draws.")
     batch_size: int = Field(default=64, ge=1, description="Responses drawn together; halved where memory runs out.")
     kl_budget: float | None = Field(
         default=None,

@@ -61,7 +61,8 @@ def drawn_batches(
         if found is None:
             if len(batch) == 1:
                 raise DeviceMemoryError(
-                    "the device ran out of memory on one prompt", "lower --k or --max-new-tokens, or shorten the prompt"
+                    "the device ran out of memory on one prompt",
+                    "draw fewer responses or fewer new tokens (k, max_new_tokens), or shorten the prompt",
                 )
             size = (len(batch) + 1) // 2
             log.warning("out of memory: continuing with %d prompts per batch", size)

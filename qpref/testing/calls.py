@@ -81,7 +81,7 @@ def _paired(examples: Sequence[Example], needs: frozenset[str], dtype: torch.dty
 
 
 def _lists_of_two(pairs: PairedInputs, needs: frozenset[str]) -> ListInputs:
-    """Lay pairs out as lists of two, anew for each call: finite differences change the pairs' tensors."""
+    """Lay pairs out as lists of two, in new tensors for each call: finite differences change the pairs' tensors."""
     count, dtype = len(pairs.margin), pairs.margin.dtype
     return ListInputs(
         policy=_interleaved(pairs.policy),
