@@ -8,7 +8,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,13 +20,13 @@ class Meter:
     """CPU seconds of all threads since it was made, and the adapters saved so far.
 
     Attributes:
-        before: models that were there when it was made, by class.
+        before: models that were there when it was made.
         labels: scores that the arm has asked of the true reward, and preferences drawn from it.
         saved: a row for each checkpoint.
         models: the most models that were in memory at once, by class, without those that were there before.
     """
 
-    before: Counter[str] = field(default_factory=lambda: models_in_memory())
+    before: WeakSet[PreTrainedModel] = field(default_factory=lambda: WeakSet(models_in_memory()))
     started: float = field(default_factory=time.process_time)
     labels: int = 0
     saved: list[dict[str, Any]] = field(default_factory=list)
@@ -43,20 +47,20 @@ class Meter:
 
     def count_models(self) -> None:
         """Keep the count of models if there are more than ever before."""
-        found = dict(models_in_memory() - self.before)
+        found = dict(Counter(type(one).__name__ for one in models_in_memory() if one not in self.before))
         if sum(found.values()) > sum(self.models.values()):
             self.models = found
 
 
-def models_in_memory() -> Counter[str]:
-    """Count transformers' models in this process by class; a model inside another one isn't counted."""
+def models_in_memory() -> list[PreTrainedModel]:
+    """Return transformers' models in this process; a model inside another one isn't among them."""
     from transformers import PreTrainedModel
 
     gc.collect()
     # type(one): isinstance would ask deprecated objects for their __class__, which warns.
     models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
     inside = {id(part) for one in models for part in one.modules() if part is not one}
-    return Counter(type(one).__name__ for one in models if id(one) not in inside)
+    return [one for one in models if id(one) not in inside]
 
 
 def peak_bytes() -> int:
