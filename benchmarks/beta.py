@@ -1,4 +1,4 @@
-"""Effect of beta on a real run: the quickstart trained at a small and at a large beta.
+"""Effect of beta on a real run: the quickstart trained at a small, a usual and a large beta.
 
     python -m benchmarks.beta FOLDER [--seeds 0,1,2]
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 RECIPE = "recipes/quickstart.toml"
 PROMPTS = "recipes/quickstart/heldout.jsonl"
-BETAS = ("0.02", "0.5")
+BETAS = ("0.02", "0.1", "0.5")
 SETTINGS = ("train.max_steps=16", "train.batch_size=4", "train.learning_rate=5e-4", "train.eval_every=4",
             "train.save_every=16", "train.keep=1")  # fmt: skip
 """More and larger steps than the quickstart's, on two thirds of its pairs: far enough for pairs to be satisfied, which

@@ -51,7 +51,7 @@ def recipe_of(base: str, rows: Path) -> dict[str, Any]:
         "model": {"base": base, "quantization": "nf4"},
         "adapter": {"rank": 8, "alpha": 16},
         "data": {"train": str(rows), "max_length": 256, "max_prompt_length": 128},
-        "checks": {"too_short": "off", "identical": "off", "near_duplicate": "off"},
+        "checks": {"too_short": "off", "identical": "off", "too_similar": "off"},
         "loss": {"name": "dpo", "beta": 0.1},
         "train": {"learning_rate": 2e-3, "epochs": 1, "batch_size": 4, "gradient_checkpointing": False},
         "sinks": [],

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from benchmarks import gate, gate_adapters
 from benchmarks.gate_models import adapted, dense_noise, heads_zeroed, low_rank_noise, rounded, variants, zeroed
 from qpref.evaluation.gate import read_items
+from qpref.recipe.resolve import make_plan
 
 NAME = "model.layers.3.mlp.down_proj"
 WEIGHT = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
@@ -76,6 +77,18 @@ def test_no_item_of_the_gate_is_trained_on():
         rows = list(gate_adapters.rows_of(name))
         assert len(rows) == 32
         assert asked.isdisjoint(row["prompt"] for row in rows)
+
+
+def test_an_adapter_that_forgets_is_trained_and_can_be_merged(make_base, tmp_path):
+    gate_adapters.train_adapter("shout", str(make_base()), tmp_path)
+    weight = torch.zeros(64, 64)
+    edit = adapted(tmp_path / "shout", 1)
+    assert edit("model.layers.0.self_attn.q_proj", weight, torch.Generator()).count_nonzero() > 0
+
+
+@pytest.mark.parametrize("name", gate_adapters.HEALTHY)
+def test_the_recipe_of_a_healthy_adapter_has_no_mistake(name):
+    assert make_plan(gate_adapters.QUICKSTART, gate_adapters.HEALTHY[name])
 
 
 def test_the_report_counts_what_has_been_scored(monkeypatch):
