@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from benchmarks import machine
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.points import METHODS, QUICK_METHODS, Point, finish, make_points
+from benchmarks.frontier.processes import in_processes
 from benchmarks.frontier.runs import HELDOUT_K, Bench, Sampled, sample_base
 from benchmarks.frontier.table import base_reward, spread, summaries, table, task_in_words
 from benchmarks.frontier.task import NEW_TOKENS
@@ -44,13 +45,17 @@ def main() -> None:
     options = _options()
     if unknown := set(options.methods) - set(METHODS):
         raise SystemExit(f"--methods: {', '.join(sorted(unknown))}: not among {', '.join(METHODS)}")
-    started, cpu = time.perf_counter(), time.process_time()
+    options.output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     sampled = sample_base(options.output)
     bench = Bench(folder=options.output, sampled=sampled)
     points = make_points(options.methods, options.seeds, options.quick)
-    work = (lambda points: iter(())) if options.finished else bench.train_and_measure
+
+    def work(left: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any]]]:
+        return in_processes(bench.train_and_measure, [] if options.finished else left, options.processes)
+
     results = finish(points, bench.settings, options.output / "points", work)
-    taken = f"{time.perf_counter() - started:.0f} s, {time.process_time() - cpu:.0f} CPU s"
+    taken = f"{time.perf_counter() - started:.0f} s, {sum(os.times()[:4]):.0f} CPU s in {options.processes} processes"
     text = "\n".join(report(results, sampled, taken)) + "\n"
     print(text)
     name = "frontier-quick" if options.quick else "frontier"
@@ -70,6 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", type=lambda text: text.split(","), help="default: all; dpo,ipo,kto if quick")
     parser.add_argument("--seeds", type=int, help="default: 3; 1 if quick")
     parser.add_argument("--output", type=Path, default=Path("out/frontier"), help="folder of the finished points")
+    parser.add_argument("--processes", type=int, default=2, help="points at a time, 2 GiB each; default: 2")
     parser.add_argument("--finished", action="store_true", help="train nothing, and tabulate the finished points alone")
     parser.add_argument("--publish", action="store_true", help="write the table and the picture into the repository")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Training and measuring of points in one process, over one base in memory."""
+"""Training and measuring of points, over one base in memory."""
 
 from __future__ import annotations
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.points import METHODS, QUICK_METHODS, Point, finish, make_points
+from benchmarks.frontier.processes import in_processes
 from benchmarks.frontier.table import from_json, pooled, spread, summaries, table
 from qpref.evaluation.statistics import Estimate
 
@@ -83,6 +86,27 @@ def test_a_killed_experiment_continues_after_its_last_finished_point(tmp_path):
 def test_points_that_nobody_works_on_are_left_out(tmp_path):
     finish(POINTS[:3], settings, tmp_path, Trainer())
     assert list(finish(POINTS, settings, tmp_path, lambda points: iter(()))) == POINTS[:3]
+
+
+def note_process(points):
+    for point in points:
+        yield point, {"process": os.getpid(), "threads": torch.get_num_threads()}
+
+
+def refuse(points):
+    raise SystemExit(f"{points[0].name}: refused")
+
+
+def test_points_are_shared_out_to_processes_with_a_share_of_the_cores():
+    results = dict(in_processes(note_process, POINTS, 2))
+    assert results.keys() == set(POINTS)
+    assert os.getpid() not in {result["process"] for result in results.values()}
+    assert {result["threads"] for result in results.values()} == {max(1, torch.get_num_threads() // 2)}
+
+
+def test_a_point_that_fails_in_its_process_ends_the_experiment():
+    with pytest.raises(SystemExit, match="refused"):
+        list(in_processes(refuse, POINTS[:1], 2))
 
 
 def test_a_point_of_other_settings_is_trained_again(tmp_path):
