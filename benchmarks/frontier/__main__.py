@@ -50,6 +50,8 @@ def main() -> None:
     sampled = sample_base(options.output)
     bench = Bench(folder=options.output, sampled=sampled)
     points = make_points(options.methods, options.seeds, options.quick)
+    for seed in range(options.seeds):
+        bench.write_pairs(seed)
 
     def work(left: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any]]]:
         return in_processes(bench.train_and_measure, [] if options.finished else left, options.processes)

@@ -20,13 +20,22 @@ def in_processes(work: Work, points: Sequence[Point], count: int) -> Iterator[tu
 
     Args:
         work: importable by name with its arguments, since processes are started anew.
+
+    Raises:
+        BaseException: what the first point that failed has raised, once the others are done.
     """
+    failures = []
     threads = max(1, torch.get_num_threads() // count)
     with ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
         for done in as_completed([pool.submit(_work_on, work, point) for point in points]):
-            yield from done.result()
+            if failure := done.exception():
+                failures.append(failure)
+            else:
+                yield from done.result()
+    if failures:
+        raise failures[0]
 
 
 def _work_on(work: Work, point: Point) -> list[tuple[Point, dict[str, Any]]]:

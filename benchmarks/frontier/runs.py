@@ -122,8 +122,12 @@ class Bench:
         pairs = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return {"task": TASK, "scale": SCALE, "most_pairs": PAIRS_PER_OPENING, "pairs": pairs, "recipe": _recipe(point)}
 
+    def write_pairs(self, seed: int) -> None:
+        """Write the training file of a seed, which all of its runs read."""
+        fsio.write_lines(self._rows(seed), (json.dumps(pair.row()) for pair in self.sampled.pairs(seed)))
+
     def train_and_measure(self, points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any]]]:
-        """Train points one after the other, and yield each with its result."""
+        """Train points one after the other on the files of their seeds, and yield each with its result."""
         if not points:
             return
         model, costs = load_with_adapter(), {point.name: Cost() for point in points}
@@ -135,11 +139,12 @@ class Bench:
             point, run = named[ended.point.name], self.folder / "runs" / ended.point.name
             yield point, self._result(model, run, costs[point.name])
 
+    def _rows(self, seed: int) -> Path:
+        return self.folder / f"pairs-{seed}.jsonl"
+
     def _planned(self, point: Point, cost: Cost) -> SweepPoint:
-        rows = self.folder / f"pairs-{point.seed}.jsonl"
-        fsio.write_lines(rows, (json.dumps(pair.row()) for pair in self.sampled.pairs(point.seed)))
         document = _recipe(point)
-        document["data"]["train"] = str(rows.absolute())
+        document["data"]["train"] = str(self._rows(point.seed).absolute())
         plan = make_plan(document, (), self.folder / "runs" / point.name)
         return SweepPoint(name=point.name, overrides=(), plan=replace(plan, printing="nothing", on_metrics=cost.note))
 

@@ -93,8 +93,11 @@ def note_process(points):
         yield point, {"process": os.getpid(), "threads": torch.get_num_threads()}
 
 
-def refuse(points):
-    raise SystemExit(f"{points[0].name}: refused")
+def refuse_first(points):
+    for point in points:
+        if point == POINTS[0]:
+            raise SystemExit(f"{point.name}: refused")
+        yield point, result_of(point)
 
 
 def test_points_are_shared_out_to_processes_with_a_share_of_the_cores():
@@ -104,9 +107,10 @@ def test_points_are_shared_out_to_processes_with_a_share_of_the_cores():
     assert {result["threads"] for result in results.values()} == {max(1, torch.get_num_threads() // 2)}
 
 
-def test_a_point_that_fails_in_its_process_ends_the_experiment():
+def test_a_point_that_fails_ends_the_experiment_after_the_others(tmp_path):
     with pytest.raises(SystemExit, match="refused"):
-        list(in_processes(refuse, POINTS[:1], 2))
+        finish(POINTS, settings, tmp_path, lambda points: in_processes(refuse_first, points, 2))
+    assert list(finish(POINTS, settings, tmp_path, lambda points: iter(()))) == POINTS[1:]
 
 
 def test_a_point_of_other_settings_is_trained_again(tmp_path):

@@ -32,7 +32,9 @@ def bench(make_base, tmp_path, monkeypatch):
         )
         for one in sampled.train
     ]
-    return runs.Bench(folder=tmp_path, sampled=runs.Sampled(train=train, heldout=train[:1]))
+    bench = runs.Bench(folder=tmp_path, sampled=runs.Sampled(train=train, heldout=train[:1]))
+    bench.write_pairs(0)
+    return bench
 
 
 def test_points_are_trained_and_measured_in_one_process(bench, monkeypatch):
