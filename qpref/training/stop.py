@@ -16,6 +16,8 @@ log = logging.getLogger("qpref")
 def stop_request(announce: bool = True) -> Iterator[Sequence[int]]:
     """Collect the numbers of the signals that asked to stop; a second interrupt stops at once.
 
+    A signal that is ignored stays so, as SIGHUP under nohup, whose run outlives its terminal.
+
     Args:
         announce: log the first signal; one of several processes does.
 
@@ -35,7 +37,8 @@ def stop_request(announce: bool = True) -> Iterator[Sequence[int]]:
 
     before: dict[int, Callable[..., Any] | int | None] = {}
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before[caught] = signal.signal(caught, note)
+        if signal.getsignal(caught) != signal.SIG_IGN:
+            before[caught] = signal.signal(caught, note)
     try:
         yield requested
     finally:

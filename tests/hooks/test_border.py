@@ -98,9 +98,13 @@ def test_a_consumer_that_stops_early_or_raises_is_no_failure_of_the_plugin():
 
 
 def by_python_handler() -> None:
-    with stop_request():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with stop_request():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def by_default_handler() -> None:

@@ -577,6 +577,21 @@ def test_bad_checkpoint_is_not_counted_among_those_kept(make_toy, stopped):
 # Signals, in this process.
 
 
+@pytest.fixture
+def in_foreground():
+    """Signals have their default effect, even if the tests run in the background or under nohup."""
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("in_foreground")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken, tmp_path, said, number):
     # The row of step 2 brings the signal; saves are at 3 and 6, so the one of step 2 is the signal's.
@@ -596,12 +611,23 @@ def test_signal_stops_the_run_saved_and_a_resume_completes_it(make_toy, unbroken
     assert "resuming after step 2" in said
 
 
+@pytest.mark.usefixtures("in_foreground")
 def test_second_interrupt_stops_at_once():
     with stop.stop_request() as requested:
         signal.raise_signal(signal.SIGINT)
         assert list(requested) == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("in_foreground")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_so(number):
+    signal.signal(number, signal.SIG_IGN)
+    with stop.stop_request() as requested:
+        signal.raise_signal(number)
+        assert list(requested) == []
+    assert signal.getsignal(number) == signal.SIG_IGN
 
 
 def test_signal_handlers_are_put_back_after_training(make_toy, tmp_path):
