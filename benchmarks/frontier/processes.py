@@ -19,7 +19,7 @@ def in_processes(work: Work, points: Sequence[Point], count: int) -> Iterator[tu
     """Work on points in `count` processes, and yield each with its result as soon as it is there.
 
     Args:
-        work: importable by name with its arguments, since processes are started anew.
+        work: a method or function that can be pickled, since the processes aren't forks.
 
     Raises:
         BaseException: what the first point that failed has raised, once the others are done.
